@@ -1,0 +1,54 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lint format types bench clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/user: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/user
+
+demo: .venv/user ## the whole job on embedded data: experts, two distillations, evaluation (under 3 minutes)
+	$(BIN)/condense demo
+
+test: .venv/dev ## the tests (under 10 minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+test-slow: .venv/dev ## the tests that take longer than the rest together
+	$(BIN)/python -m pytest -m slow -q
+
+check: lint types test ## what must hold before a change is merged
+
+lint: .venv/dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/dev ## type-check what a user gets: the built wheel, not the editable checkout
+	rm -rf build/types && mkdir -p build/types
+	$(BIN)/python -m build --outdir build/types/dist . > build/types/build.log
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/dist/*.whl
+	MYPYPATH=build/types/site $(BIN)/mypy -p condense --linecount-report build/types/report --cache-dir build/types/cache
+	$(BIN)/python tests/types_seen.py build/types/report/linecount.txt
+
+bench: .venv/user ## inner-loop memory and buffer reading, against the textbook way
+	$(BIN)/python benchmarks/inner_memory.py
+	$(BIN)/python benchmarks/buffer_read.py
+
+clean: ## remove what can be made again
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
