@@ -1,0 +1,304 @@
+"""Invertible, describable maps from pixels in [0, 1] to the space that networks see, fitted on train.
+
+``none``          x' = x
+``channel``       x' = (x - mean_c) / std_c for each channel c
+``zca``           x' = (x - mu) W, W = (Sigma + eps I)^(-1/2), eps = 0.1, Sigma the unbiased covariance of the
+                  raw pixels. The definition of kornia, used by the trajectory-matching family (MTT, TESLA,
+                  FTD, DATM).
+``zca-relative``  channels are normalised first, Sigma = X^T X / N of the centred result, and the regulariser
+                  follows its scale: W = (Sigma + eps tr(Sigma)/d I)^(-1/2), eps = 0.1; with N < d images the
+                  eigenvalues past the N largest become 1. The definition of FRePo and RCIG. The channel
+                  statistics are always measured: the published CIFAR-10 constants are not the standard
+                  deviations that FRePo divides by.
+
+The two ZCA definitions lead to different spaces: images distilled in one are noise in the other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from condense.data.datasets import Known
+
+SPECS = ("none", "channel", "zca", "zca-relative")
+
+_FLAVOURS = {"zca": "absolute", "zca-relative": "relative"}
+_EPS = 0.1
+_MAX_SIZE = 3 * 64 * 64
+_CHUNK = 4096
+
+
+class Transform(ABC):
+    """A differentiable map of images (N, C, H, W) on any device and in any floating dtype."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pixels in [0, 1] to the space of the networks."""
+
+    @abstractmethod
+    def inverse(self, x: Tensor) -> Tensor:
+        """Back to pixels, not clamped."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What ``from_description`` needs, ready for JSON."""
+
+    @staticmethod
+    def from_description(
+        description: Mapping[str, Any], images: Tensor | None = None, cache: Path | None = None
+    ) -> Transform:
+        """The transform that ``describe`` described.
+
+        A whitening matrix is too large for a description: it is read from the folder ``cache``, or fitted
+        again to ``images``, the training images (N, C, H, W) in [0, 1] that it was fitted to. Another machine
+        rounds otherwise, so the matrix has to agree in its trace, not in its sha256.
+
+        Raises:
+            ValueError: the description is damaged; the matrix is in neither place; these are not the images.
+        """
+        try:
+            kind = description["kind"]
+            if kind == "none":
+                return Identity()
+            if kind == "channel":
+                return ChannelNorm(mean=tuple(description["mean"]), std=tuple(description["std"]))
+            if kind == "zca":
+                flavour, eps, key, trace = (description[name] for name in ("flavour", "eps", "key", "trace"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"damaged description of a transform: {error!r}; write it again") from error
+        if kind != "zca":
+            raise ValueError(f"unknown transform {kind!r}: it is none of none, channel, zca; update condense")
+        needed = f"the training set with key {key} is needed; give it with --dataset"
+        cached = _read_cache(cache, flavour, eps, key) if cache else None
+        if cached:
+            whitening = cached
+        elif images is not None:
+            whitening = _fit_zca(images, flavour, eps, key)
+        else:
+            raise ValueError(f"the ZCA matrix of these images is not cached: {needed}")
+        if abs(whitening.trace - trace) > 1e-4 * abs(trace):
+            raise ValueError(f"this ZCA matrix has trace {whitening.trace:.6g}, not {trace:.6g}: {needed}")
+        if cache and not cached:
+            _write_cache(cache, whitening)
+        return whitening
+
+
+@dataclass(frozen=True)
+class Identity(Transform):
+    """``none``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelNorm(Transform):
+    """``channel``."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @functools.cached_property
+    def _constants(self) -> _Constants:
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)[:, :, None, None]
+        return _Constants(mean, std)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean, std = self._constants.like(x)
+        return (x - mean) / std
+
+    def inverse(self, x: Tensor) -> Tensor:
+        mean, std = self._constants.like(x)
+        return x * std + mean
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "channel", "mean": list(self.mean), "std": list(self.std)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Whitening(Transform):
+    """``zca`` (flavour absolute) and ``zca-relative`` (flavour relative): x' = (x - mean) @ matrix.
+
+    ``mean`` (d,) is the mean training image and ``matrix`` (d, d) its whitening, both float32. The channel
+    normalisation of the relative flavour is part of them: the mean absorbs its centring, the rows its scale.
+    """
+
+    flavour: str
+    eps: float
+    key: str
+    mean: Tensor
+    matrix: Tensor
+
+    @functools.cached_property
+    def _constants(self) -> _Constants:
+        return _Constants(self.mean, self.matrix)
+
+    @functools.cached_property
+    def _inverse_constants(self) -> _Constants:
+        return _Constants(self.mean, torch.linalg.inv(self.matrix.double()).float())
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Over the bytes of mean and matrix."""
+        return hashlib.sha256(self.mean.numpy().tobytes() + self.matrix.numpy().tobytes()).hexdigest()
+
+    @property
+    def trace(self) -> float:
+        return float(self.matrix.diagonal().double().sum())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean, matrix = self._constants.like(x)
+        return ((x.flatten(1) - mean) @ matrix).reshape(x.shape)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        mean, matrix = self._inverse_constants.like(x)
+        return (x.flatten(1) @ matrix + mean).reshape(x.shape)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "zca",
+            "flavour": self.flavour,
+            "eps": self.eps,
+            "key": self.key,
+            "sha256": self.sha256,
+            "trace": self.trace,
+        }
+
+
+def fit(spec: str, images: Tensor, *, known: Known | None, key: str, cache: Path | None) -> Transform:
+    """Fit a transform to training images (N, C, H, W) in [0, 1].
+
+    ``channel`` takes the published constants of a known data set, else the measured ones
+                (``channel_statistics``). A ZCA matrix is fitted on the CPU in float64 and kept in the folder
+                ``cache`` under ``key``, which has to name these images: the fingerprint of the data and what
+                was split off.
+
+    Raises:
+        ValueError: unknown spec; a channel without variation; images too large for ZCA.
+    """
+    if spec == "none":
+        return Identity()
+    if spec == "channel":
+        mean, std = (known.mean, known.std) if known else channel_statistics(images)
+        return ChannelNorm(mean=mean, std=std)
+    if spec not in _FLAVOURS:
+        close = difflib.get_close_matches(spec, SPECS, n=1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown transform {spec!r}: {guess}give one of {', '.join(SPECS)}")
+    flavour = _FLAVOURS[spec]
+    if cache and (cached := _read_cache(cache, flavour, _EPS, key)):
+        return cached
+    whitening = _fit_zca(images, flavour, _EPS, key)
+    if cache:
+        _write_cache(cache, whitening)
+    return whitening
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation of each channel of (N, C, H, W), to six decimals.
+
+    Raises:
+        ValueError: a channel is constant.
+    """
+    count = images[:, 0].numel()
+    chunks = images.cpu().split(_CHUNK)
+    mean = torch.stack([chunk.double().sum((0, 2, 3)) for chunk in chunks]).sum(0) / count
+    centred = (chunk.double() - mean[:, None, None] for chunk in chunks)
+    std = (torch.stack([chunk.square().sum((0, 2, 3)) for chunk in centred]).sum(0) / count).sqrt()
+    rounded = [round(value, 6) for value in std.tolist()]
+    if 0 in rounded:
+        raise ValueError(f"channel {rounded.index(0)} is constant: it cannot be normalised; give --transform none")
+    return tuple(round(value, 6) for value in mean.tolist()), tuple(rounded)
+
+
+class _Constants:
+    """Tensors that follow the device and dtype of what they meet; each place gets one copy."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+        self.copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+
+    def like(self, x: Tensor) -> tuple[Tensor, ...]:
+        place = (x.device, x.dtype)
+        if place not in self.copies:
+            with torch.inference_mode(False):  # a copy made in inference mode could not be used in training
+                self.copies[place] = tuple(tensor.to(*place) for tensor in self.tensors)
+        return self.copies[place]
+
+
+def _fit_zca(images: Tensor, flavour: str, eps: float, key: str) -> Whitening:
+    flat = images.cpu().flatten(1)
+    n, d = flat.shape
+    if d > _MAX_SIZE:
+        raise ValueError(
+            f"images of {d} values are too large for ZCA: at most {_MAX_SIZE} (3x64x64) are whitened; "
+            "give --transform channel"
+        )
+    mean = torch.stack([chunk.double().sum(0) for chunk in flat.split(_CHUNK)]).sum(0) / n
+    scatter = torch.zeros(d, d, dtype=torch.float64)
+    for chunk in flat.split(_CHUNK):
+        centred = chunk.double() - mean
+        scatter.addmm_(centred.T, centred)
+    if flavour == "absolute":
+        scale = torch.ones(d, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(scatter / (n - 1))
+        values = values.clamp_min(0) + eps
+    else:
+        _, std = channel_statistics(images)
+        scale = torch.tensor(std, dtype=torch.float64).repeat_interleave(d // len(std))
+        sigma = scatter / n / torch.outer(scale, scale)
+        sigma.diagonal().add_(eps * sigma.trace() / d)
+        values, vectors = torch.linalg.eigh(sigma)
+        values[: max(d - n, 0)] = 1
+    matrix = (vectors * values.rsqrt()) @ vectors.T / scale[:, None]
+    return Whitening(flavour=flavour, eps=eps, key=key, mean=mean.float(), matrix=matrix.float())
+
+
+def _cache_file(cache: Path, flavour: str, eps: float, key: str) -> Path:
+    digest = hashlib.sha256(f"{flavour}/{eps}/{key}".encode()).hexdigest()
+    return cache / f"zca-{flavour}-{digest[:16]}.safetensors"
+
+
+def _write_cache(cache: Path, whitening: Whitening) -> None:
+    file = _cache_file(cache, whitening.flavour, whitening.eps, whitening.key)
+    metadata = {"condense": json.dumps(whitening.describe(), sort_keys=True)}
+    content = safetensors.torch.save({"mean": whitening.mean, "matrix": whitening.matrix}, metadata)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_cache(cache: Path, flavour: str, eps: float, key: str) -> Whitening | None:
+    """The cached matrix, or None: a missing file and a damaged one are alike."""
+    try:
+        with safetensors.safe_open(_cache_file(cache, flavour, eps, key), "pt") as file:
+            description = json.loads(file.metadata()["condense"])
+            mean, matrix = file.get_tensor("mean"), file.get_tensor("matrix")
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
+        return None
+    whitening = Whitening(flavour=flavour, eps=eps, key=key, mean=mean, matrix=matrix)
+    return whitening if whitening.describe() == description else None

@@ -1,0 +1,469 @@
+"""Reading, checking and fingerprinting data."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from condense.data import fingerprint, load, names, to_float
+
+Split = dict[str, Any]
+
+
+def colour(n: int = 12, size: int = 6, seed: int = 0) -> Split:
+    """A small data set of three classes, NHWC."""
+    draw = np.random.default_rng(seed)
+    return {
+        "x_train": draw.integers(0, 256, (n, size, size, 3), dtype=np.uint8),
+        "y_train": np.arange(n) % 3,
+        "x_test": draw.integers(0, 256, (n // 2, size, size, 3), dtype=np.uint8),
+        "y_test": np.arange(n // 2) % 3,
+    }
+
+
+def save(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def save_folder(root: Path, data: Split, mode: str = "RGB") -> Path:
+    for split in ("train", "test"):
+        for index, (image, label) in enumerate(zip(data[f"x_{split}"], data[f"y_{split}"], strict=True)):
+            folder = root / split / "abc"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).convert(mode).save(folder / f"{index:03}.png")
+    return root
+
+
+class Pairs(Dataset[Any]):
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.zeros(1, 3, 3), 0)])
+
+
+def pairs(images: Any, labels: Any, convert: Callable[[Any], Any] = lambda image: image) -> Pairs:
+    return Pairs(*((convert(image), int(label)) for image, label in zip(images, labels, strict=True)))
+
+
+# Sources
+
+
+def test_digits_are_embedded_and_split_by_stored_order() -> None:
+    arrays = load("digits")
+    assert arrays.known is not None and arrays.fingerprint == {
+        "train": arrays.known.train,
+        "test": arrays.known.test,
+    }
+    assert (arrays.name, arrays.image_shape, arrays.num_classes) == ("digits", (1, 8, 8), 10)
+    assert len(arrays.y_train) + len(arrays.y_test) == 1797
+    for label in range(10):
+        total = (arrays.y_train == label).sum() + (arrays.y_test == label).sum()
+        assert (arrays.y_test == label).sum() == total // 5
+    pixels = to_float(arrays.x_train)
+    assert torch.equal((pixels * 16).round() / 16, pixels) and pixels.min() == 0 and pixels.max() == 1
+    assert pixels.mean().item() == pytest.approx(arrays.known.mean[0], abs=1e-4)
+    assert pixels.std().item() == pytest.approx(arrays.known.std[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "strategy"),
+    [
+        ("fashion_mnist.npz", "fashion-mnist", "color_crop_cutout_flip_scale_rotate"),
+        ("mnist.npz", "mnist", "color_crop_cutout_scale_rotate"),
+    ],
+)
+def test_a_known_set_is_recognised_whatever_the_file_is_called(
+    shared_data: Path, tmp_path: Path, file: str, name: str, strategy: str
+) -> None:
+    (tmp_path / "mine.npz").symlink_to(shared_data / file)
+    arrays = load(tmp_path / "mine.npz")
+    assert arrays.name == name and arrays.strategy == strategy
+    assert arrays.x_train.shape == (60000, 1, 28, 28) and arrays.x_train.dtype == np.uint8
+    assert arrays.known is not None
+    assert to_float(arrays.x_train).mean().item() == pytest.approx(arrays.known.mean[0], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_cifar10_is_recognised(shared_data: Path, tmp_path: Path) -> None:
+    files = (shared_data / "unpack.py", shared_data / "cifar10_packed.npz", tmp_path / "mine.npz")
+    subprocess.run([sys.executable, *files], check=True)
+    arrays = load(tmp_path / "mine.npz")
+    assert arrays.name == "cifar10" and arrays.image_shape == (3, 32, 32)
+
+
+def test_known_train_images_without_test_are_known_and_with_another_test_are_not() -> None:
+    digits = load("digits")
+    train = (digits.x_train, digits.y_train)
+    assert load(train).name == "digits"
+    assert load((*train, digits.x_test, digits.y_test)).name == "digits"
+    other = load((*train, digits.x_test[1:], digits.y_test[1:]))
+    assert other.name == "custom" and other.known is None
+
+
+def test_every_name_has_constants_for_its_channels() -> None:
+    from condense.data.datasets import _table
+
+    assert names() == ["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"]
+    for known in _table().values():
+        assert len(known.mean) == len(known.std) == (3 if known.name in ("svhn", "cifar10", "cifar100") else 1)
+        assert len(known.classes) == (100 if known.name == "cifar100" else 10)
+        assert ("flip" in known.augment) == (known.name in ("fashion-mnist", "cifar10", "cifar100"))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_npz_layouts_and_dtypes_give_the_same_arrays(tmp_path: Path, layout: str, dtype: str) -> None:
+    data = colour()
+    expected = np.moveaxis(data["x_train"], 3, 1)
+    for key in ("x_train", "x_test"):
+        if layout == "NCHW":
+            data[key] = np.moveaxis(data[key], 3, 1)
+        if dtype != "uint8":
+            data[key] = data[key].astype(dtype) / 255
+    arrays = load(save(tmp_path / "mine.npz", **data))
+    assert (arrays.name, arrays.known, arrays.classes) == ("mine", None, ("0", "1", "2"))
+    assert arrays.image_shape == (3, 6, 6)
+    assert arrays.x_train.dtype == np.uint8 and np.array_equal(arrays.x_train, expected)
+    assert arrays.y_train.dtype == np.int64
+    assert arrays.strategy == "color_crop_cutout_scale_rotate"
+    reference = load(save(tmp_path / "reference.npz", **colour()))
+    assert arrays.fingerprint == reference.fingerprint
+
+
+def test_npz_gray_images_and_class_names(tmp_path: Path) -> None:
+    data = {key: value[..., 0] if key[0] == "x" else value for key, value in colour().items()}
+    arrays = load(save(tmp_path / "gray.npz", **data, classes=["ant", "bee", "cat"]))
+    assert arrays.image_shape == (1, 6, 6) and arrays.classes == ("ant", "bee", "cat")
+
+
+def test_where_both_axes_could_hold_channels_files_are_nhwc_and_tensors_nchw(tmp_path: Path) -> None:
+    data = {
+        **colour(),
+        "x_train": np.zeros((12, 3, 5, 1), np.uint8),
+        "x_test": np.zeros((6, 3, 5, 1), np.uint8),
+    }
+    assert load(save(tmp_path / "both.npz", **data)).image_shape == (1, 3, 5)
+    assert load((torch.from_numpy(data["x_train"]), torch.from_numpy(data["y_train"]))).image_shape == (
+        3,
+        5,
+        1,
+    )
+
+
+def test_floats_off_the_grid_stay_float(tmp_path: Path) -> None:
+    data = colour()
+    data["x_train"] = data["x_train"] / 256
+    arrays = load(save(tmp_path / "mine.npz", **data))
+    assert arrays.x_train.dtype == np.float32
+    assert np.array_equal(to_float(arrays.x_train).numpy(), arrays.x_train)
+    assert not np.shares_memory(to_float(arrays.x_train).numpy(), arrays.x_train)
+
+
+def test_uint8_survives_the_way_through_float() -> None:
+    images = np.arange(256, dtype=np.uint8).reshape(2, 1, 8, 16)
+    pixels = to_float(images)
+    assert pixels.dtype == torch.float32 and pixels.min() == 0 and pixels.max() == 1
+    assert np.array_equal(load((pixels, torch.tensor([0, 1]))).x_train, images)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_image_folder_equals_npz(tmp_path: Path, mode: str) -> None:
+    data = colour()
+    arrays = load(save_folder(tmp_path / "pets", data, mode))
+    if mode == "L":
+        for key in ("x_train", "x_test"):
+            data[key] = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in data[key]])
+    assert arrays.name == "pets" and arrays.classes == ("a", "b", "c")
+    assert arrays.fingerprint == load(save(tmp_path / "same.npz", **data)).fingerprint
+
+
+def test_image_folder_with_some_gray_images_is_rgb(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    gray = np.arange(36, dtype=np.uint8).reshape(6, 6)
+    Image.fromarray(gray).save(folder / "train" / "a" / "000.png")
+    (folder / "train" / ".hidden").touch()
+    arrays = load(str(folder))
+    assert arrays.image_shape == (3, 6, 6)
+    assert np.array_equal(arrays.x_train[0], np.stack([gray] * 3))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, Image.fromarray, torchvision.transforms.functional.to_tensor])
+def test_torch_datasets_equal_npz(tmp_path: Path, convert: Callable[[Any], Any]) -> None:
+    data = colour()
+    expected = load(save(tmp_path / "same.npz", **data)).fingerprint
+    train = pairs(data["x_train"], data["y_train"], convert)
+    test = pairs(data["x_test"], data["y_test"], convert)
+    assert load((train, test)).fingerprint == expected
+    alone = load(train)
+    assert alone.fingerprint["train"] == expected["train"]
+    assert alone.x_test.shape == (0, 3, 6, 6) and len(alone.y_test) == 0 and alone.name == "custom"
+
+
+def test_tensors_and_tensor_datasets(tmp_path: Path) -> None:
+    data = colour()
+    expected = load(save(tmp_path / "same.npz", **data)).fingerprint
+    tensors = {
+        key: torch.from_numpy(value).movedim(3, 1) if key[0] == "x" else torch.from_numpy(value)
+        for key, value in data.items()
+    }
+    assert load(tuple(tensors.values())).fingerprint == expected
+    floats = TensorDataset(tensors["x_train"] / 255, tensors["y_train"])
+    assert load(floats).fingerprint["train"] == expected["train"]
+
+
+def save_idx(folder: Path, data: Any) -> None:
+    """MNIST's own file format."""
+    folder.mkdir(parents=True)
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = data[f"x_{split}"], data[f"y_{split}"]
+        header = np.array([0x803, *images.shape], dtype=">i4").tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = np.array([0x801, len(labels)], dtype=">i4").tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.astype(np.uint8).tobytes())
+
+
+def test_names_are_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {key: value[..., 0] if key[0] == "x" else value for key, value in colour().items()}
+    save_idx(tmp_path / "FashionMNIST" / "raw", {**data, "y_train": np.arange(12) % 10})
+    monkeypatch.setenv("CONDENSE_DATA", str(tmp_path))
+    arrays = load("fashion-mnist")
+    assert np.array_equal(arrays.x_train[:, 0], data["x_train"])
+    assert arrays.known is not None and arrays.known.name == "fashion-mnist"
+    assert arrays.classes[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar10", "cifar100"])
+def test_colour_names_take_the_layout_of_torchvision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fake(root: str, download: bool, train: bool | None = None, split: str | None = None) -> SimpleNamespace:
+        part = split or ("train" if train else "test")
+        calls.append((root, download, part))
+        images = np.random.default_rng(len(calls)).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+        labels = np.arange(100) % (100 if name == "cifar100" else 10)
+        if name == "svhn":
+            return SimpleNamespace(data=np.moveaxis(images, 3, 1), labels=labels)
+        return SimpleNamespace(data=images, targets=labels.tolist())
+
+    monkeypatch.setattr(torchvision.datasets, name.upper(), fake)
+    arrays = load(name, root="/somewhere", download=True)
+    assert calls == [("/somewhere", True, "train"), ("/somewhere", True, "test")]
+    assert arrays.name == name and arrays.image_shape == (3, 32, 32)
+
+
+def test_importing_the_package_does_not_import_torchvision() -> None:
+    code = "import sys, condense.data; sys.exit('torchvision' in sys.modules or 'sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Fingerprints
+
+
+def test_fingerprint_ignores_order_and_nothing_else() -> None:
+    data = colour()
+    images, labels = np.moveaxis(data["x_train"], 3, 1), data["y_train"]
+    reference = fingerprint(images, labels)
+    order = np.random.default_rng(1).permutation(len(labels))
+    assert fingerprint(images[order], labels[order]) == reference
+
+    pixel = images.copy()
+    pixel[5, 1, 2, 3] ^= 1
+    twice = np.concatenate([np.arange(12), [0]])
+    others = [
+        fingerprint(pixel, labels),
+        fingerprint(images, labels[order]),
+        fingerprint(images[1:], labels[1:]),
+        fingerprint(images[twice], labels[twice]),
+        fingerprint(images.reshape(12, 3, 4, 9), labels),
+        fingerprint(images.astype(np.float32) / 255, labels),
+    ]
+    assert len({reference, *others}) == 1 + len(others)
+
+
+def test_fingerprint_is_per_split() -> None:
+    data = colour()
+    reference = load(tuple(data.values())).fingerprint
+    data["x_test"][0] ^= 255
+    changed = load(tuple(data.values())).fingerprint
+    assert changed["train"] == reference["train"] and changed["test"] != reference["test"]
+
+
+# Bad input
+
+
+def with_nan(images: np.ndarray) -> np.ndarray:
+    images = images / 255
+    images[3, 0, 0, 0] = np.nan
+    return images
+
+
+BAD_ARRAYS: dict[str, tuple[dict[str, Callable[[Split], Any]], str]] = {
+    "a flat vector": ({"x_train": lambda d: d["x_train"].reshape(12, -1)}, "x_train of .* has shape"),
+    "two channels": ({"x_train": lambda d: d["x_train"][..., :2]}, "neither its second nor its last axis"),
+    "no images": ({"x_train": lambda d: d["x_train"][:0], "y_train": lambda d: d["y_train"][:0]}, "is empty"),
+    "no test images": (
+        {"x_test": lambda d: d["x_test"][:0], "y_test": lambda d: d["y_test"][:0]},
+        "is empty",
+    ),
+    "integers": ({"x_train": lambda d: d["x_train"].astype(int)}, "is int64: pixels are uint8"),
+    "strings": ({"x_train": lambda d: d["x_train"].astype(str)}, "pixels are uint8"),
+    "a NaN pixel": ({"x_train": lambda d: with_nan(d["x_train"])}, "NaN or infinite"),
+    "a NaN test pixel": ({"x_test": lambda d: with_nan(d["x_test"])}, "x_test of .* NaN or infinite"),
+    "floats to 255": ({"x_train": lambda d: d["x_train"].astype(float)}, r"must lie in \[0, 1\]"),
+    "negative floats": ({"x_train": lambda d: d["x_train"] / 255 - 0.5}, r"must lie in \[0, 1\]"),
+    "another test shape": ({"x_test": lambda d: d["x_test"][:, 1:]}, "they must agree"),
+    "too few labels": ({"y_train": lambda d: d["y_train"][1:]}, "there are 12 images"),
+    "one-hot labels": ({"y_train": lambda d: np.eye(3, dtype=int)[d["y_train"]]}, "there are 12 images"),
+    "float labels": ({"y_train": lambda d: d["y_train"] + 0.5}, "labels must be integers"),
+    "a negative label": ({"y_train": lambda d: d["y_train"] - 1}, "from -1 to 1"),
+    "labels from one": ({"y_train": lambda d: d["y_train"] + 1}, "no image of class 0"),
+    "a hole in the labels": ({"y_train": lambda d: d["y_train"] * 2}, "no image of class 1"),
+    "a test label too many": ({"y_test": lambda d: d["y_test"] + 1}, "y_test of .* from 1 to 3"),
+    "an empty named class": ({"classes": lambda d: ["a", "b", "c", "d"]}, "no image of class 3"),
+    "too few class names": ({"classes": lambda d: ["a", "b"]}, "y_train of .* from 0 to 2"),
+    "one class": ({key: lambda d, key=key: d[key] * 0 for key in ("y_train", "y_test")}, "has one class"),  # type: ignore[misc]
+    "Python objects": ({"x_train": lambda d: np.array([{}] * 12)}, "cannot read .*bad.npz: Object arrays"),
+}
+
+
+def fails(source: Any, message: str, **options: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(source, **options)
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert "\n" not in text and ": " in text and "; " in text, text
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    changes, message = BAD_ARRAYS[case]
+    data = colour()
+    fails(save(tmp_path / "bad.npz", **data | {key: change(data) for key, change in changes.items()}), message)
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    data = colour()
+    del data["y_train"], data["x_test"]
+    fails(save(tmp_path / "bad.npz", **data), "has no y_train, x_test")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    content = save(tmp_path / "good.npz", **colour()).read_bytes()
+    bad = tmp_path / "bad.npz"
+    for length in (0, 1, 10, 500, len(content) - 1):
+        bad.write_bytes(content[:length])
+        fails(bad, "cannot read .*bad.npz")
+    bad.write_bytes(b"no zip file at all")
+    fails(bad, "cannot read .*bad.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    fails(tmp_path / "array.npy", "cannot read .*array.npy")
+
+
+def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path) -> None:
+    content = save(tmp_path / "good.npz", **colour()).read_bytes()
+    reference = load(tmp_path / "good.npz").fingerprint
+    bad = tmp_path / "bad.npz"
+    refused = 0
+    for position in range(0, len(content), 23):
+        bad.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+        try:
+            assert load(bad).fingerprint == reference
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > len(content) / 23 / 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("fashionmnist", "did you mean fashion-mnist"),
+        ("nowhere/data.npz", "no such file or folder"),
+        (Path("nowhere"), "no such file or folder"),
+        (3, r"cannot read a data set from \(int\)"),
+        (torch.zeros(2, 1, 3, 3), r"cannot read a data set from \(Tensor\)"),
+        ((torch.zeros(2, 1, 3, 3),) * 3, r"\(Tensor, Tensor, Tensor\)"),
+        ((Pairs(), torch.zeros(2)), r"\(Pairs, Tensor\)"),
+        (Pairs(), "Pairs is empty"),
+        (Stream(), "Stream has no length"),
+        (Pairs(torch.zeros(1, 3, 3)), "item 0 of Pairs cannot be read"),
+        (Pairs((torch.zeros(1, 3, 3), 0), (torch.zeros(1, 4, 3), 1)), "image 1 of Pairs has shape"),
+        (Pairs((torch.zeros(1, 3, 3), [0, 1])), "label 0 of Pairs has shape"),
+        (Pairs((torch.zeros(1, 3, 3), 0), (torch.zeros(1, 3, 3), 0.5)), "labels must be integers"),
+    ],
+)
+def test_bad_sources_are_refused_in_one_line(source: Any, message: str) -> None:
+    fails(source, message)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"])
+def test_a_set_that_is_not_there_names_the_option_that_brings_it(name: str, tmp_path: Path) -> None:
+    fails(name, f"cannot read {name} from .*; add --download True, or give --dataset PATH.npz", root=tmp_path)
+
+
+def test_a_damaged_torchvision_file_is_refused(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    save_idx(raw, {key: value[..., 0] if key[0] == "x" else value for key, value in colour().items()})
+    images = raw / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-5])
+    fails("mnist", "cannot read mnist from", root=tmp_path)
+
+
+def break_folder(folder: Path, case: str) -> None:
+    image = folder / "train" / "b" / "001.png"
+    match case:
+        case "another size":
+            Image.new("RGB", (6, 7)).save(image)
+        case "not an image":
+            image.write_text("hello")
+        case "truncated":
+            image.write_bytes(image.read_bytes()[:60])
+        case "16 bits":
+            Image.fromarray(np.zeros((6, 6), np.uint16)).save(image)
+        case "a class in test only":
+            (folder / "test" / "d").mkdir()
+        case "a file among the classes":
+            (folder / "train" / "notes.txt").touch()
+        case "an empty class":
+            (folder / "train" / "bb").mkdir()
+        case "no test folder":
+            (folder / "test").rename(folder / "tset")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("another size", "001.png is 6x7, the images before it are 6x6"),
+        ("not an image", "cannot read .*001.png"),
+        ("truncated", "cannot read .*001.png"),
+        ("16 bits", "cannot read .*001.png: its pixels have more than 8 bits"),
+        ("a class in test only", "/d is no class"),
+        ("a file among the classes", "notes.txt is no class"),
+        ("an empty class", "no image of class 2"),
+        ("no test folder", "test is not a folder"),
+    ],
+)
+def test_bad_folders_are_refused_in_one_line(case: str, message: str, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    break_folder(folder, case)
+    fails(folder, message)
