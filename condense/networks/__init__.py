@@ -1,0 +1,12 @@
+"""Networks by name, and as pure functions of their weights."""
+
+from condense.networks.base import ImageShape as ImageShape
+from condense.networks.base import Network as Network
+from condense.networks.foreign import Factory as Factory
+from condense.networks.functional import Functional as Functional
+from condense.networks.functional import Weights as Weights
+from condense.networks.registry import NetworkSpec as NetworkSpec
+from condense.networks.registry import build as build
+from condense.networks.registry import describe as describe
+from condense.networks.registry import names as names
+from condense.networks.registry import parse as parse

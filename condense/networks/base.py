@@ -1,0 +1,57 @@
+"""What every network is: features, then one linear layer. And what several of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from torch import Tensor, nn
+
+ImageShape = tuple[int, int, int]
+"""(channels, height, width)"""
+
+Norm = Literal["instance", "batch", "none"]
+
+
+class Network(nn.Module, ABC):
+    """A classifier whose last layer is ``classifier``; subclasses set it and say ``embed``.
+
+    Parameters come from PyTorch's default initialisation, hence from its global generator: build under
+    ``Rng.forked``.
+    """
+
+    classifier: nn.Linear
+
+    @abstractmethod
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) to what the classifier sees, (N, F)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) to logits (N, num_classes)."""
+        logits: Tensor = self.classifier(self.embed(x))
+        return logits
+
+
+def extra_padding(image_shape: ImageShape) -> int:
+    """What the field's networks pad more at their first convolution: 2 for 28x28 gray images, as if 32x32."""
+    return 2 if tuple(image_shape) == (1, 28, 28) else 0
+
+
+def make_norm(kind: Norm, channels: int) -> nn.Module:
+    """The normalisation of (N, channels, H, W) maps, with learned scale and shift.
+
+    What the field calls instance norm is a GroupNorm with one group per channel.
+    """
+    match kind:
+        case "instance":
+            return nn.GroupNorm(channels, channels)
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "none":
+            return nn.Identity()
+
+
+def too_small(network: str, image_shape: ImageShape, why: str, remedy: str) -> ValueError:
+    """The error of a network that cannot take images of this size."""
+    _, height, width = image_shape
+    return ValueError(f"{network} cannot take {height}x{width} images: {why}; {remedy}")

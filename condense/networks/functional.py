@@ -1,0 +1,152 @@
+"""A network as pure functions of its weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from condense.files import canonical_json
+from condense.networks.base import ImageShape, Network
+from condense.networks.foreign import Factory
+from condense.networks.registry import NetworkSpec, build, name_of, parse
+from condense.rng import Rng
+
+
+class Weights(NamedTuple):
+    """What training changes of a network, by name: parameters, and buffers such as BatchNorm's statistics."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class Functional:
+    """One architecture for images of one shape; its weights are arguments.
+
+    The calls go through ``torch.func`` transforms, ``torch.compile`` and second derivatives.
+
+    Args:
+        spec: what ``build`` takes.
+        image_shape: (channels, height, width).
+        num_classes: the number of logits.
+        device: of the weights that ``init`` makes, and of the calls.
+        dtype: of the same.
+
+    Raises:
+        ValueError: as ``build`` does.
+    """
+
+    def __init__(
+        self,
+        spec: str | NetworkSpec | Factory,
+        image_shape: ImageShape,
+        num_classes: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._spec = parse(spec) if isinstance(spec, str) else spec
+        self.name = name_of(self._spec)
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self.device, self.dtype = torch.device(device), dtype
+        with torch.random.fork_rng(devices=[]):
+            network = build(self._spec, image_shape, num_classes)
+        self.shapes = {name: tuple(param.shape) for name, param in network.named_parameters()}
+        """Parameter shapes, in the order of ``flatten``."""
+        self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
+        self._eval = _Skeleton(network).to("meta").eval()
+        self._tracking = copy.deepcopy(self._eval).train()
+        self._train = copy.deepcopy(self._tracking)
+        for module in self._train.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                # Statistics of the batch alone: vmap refuses the update of running ones.
+                module.track_running_stats = False
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this network from others, JSON-able; for callables with a hash of parameter shapes."""
+        if isinstance(self._spec, NetworkSpec):
+            return {"network": self.name}
+        shapes = canonical_json([[name, list(shape)] for name, shape in self.shapes.items()])
+        return {"network": self.name, "shapes": hashlib.sha256(shapes.encode()).hexdigest()}
+
+    def init(self, rng: Rng, name: str, step: int = 0, unit: int | str = 0) -> Weights:
+        """Fresh weights, a function of the key; the global generator stays untouched."""
+        with rng.forked(name, step, unit):
+            network = build(self._spec, self.image_shape, self.num_classes)
+        network.to(self.device, self.dtype)
+        return Weights(
+            {key: param.detach() for key, param in network.named_parameters()},
+            {key: buffer.detach() for key, buffer in network.named_buffers()},
+        )
+
+    def logits(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x: Tensor,
+        train: bool = True,
+        update_buffers: bool = False,
+    ) -> Tensor:
+        """Images (N, C, H, W) to logits (N, num_classes).
+
+        Args:
+            params, buffers: as in ``Weights``.
+            x: images.
+            train: BatchNorm takes its statistics from the batch (else from ``buffers``) and dropout is on.
+            update_buffers: in training mode, update the tensors of ``buffers`` in place, else never.
+        """
+        return self._call(False, params, buffers, x, train, update_buffers)
+
+    def features(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x: Tensor,
+        train: bool = True,
+        update_buffers: bool = False,
+    ) -> Tensor:
+        """Images (N, C, H, W) to the input of the final linear layer (N, F); arguments as for ``logits``."""
+        return self._call(True, params, buffers, x, train, update_buffers)
+
+    def _call(
+        self,
+        embed: bool,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x: Tensor,
+        train: bool,
+        update_buffers: bool,
+    ) -> Tensor:
+        if not update_buffers:
+            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        skeleton = (self._tracking if update_buffers else self._train) if train else self._eval
+        weights = {f"network.{name}": value for name, value in {**params, **buffers}.items()}
+        output: Tensor = functional_call(skeleton, weights, (x, embed))
+        return output
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Parameters to one vector (num_params,)."""
+        return torch.cat([params[name].reshape(-1) for name in self.shapes])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The inverse of ``flatten``; the parameters are views of ``vector``."""
+        parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
+        pairs = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in pairs}
+
+
+class _Skeleton(nn.Module):
+    """Gives ``functional_call`` a forward that also reaches ``embed``."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, embed: bool) -> Tensor:
+        output: Tensor = self.network.embed(x) if embed else self.network(x)
+        return output

@@ -1,0 +1,166 @@
+"""Networks by name: ``convnet:depth=4,norm=batch`` to a module."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from condense.networks.alexnet import AlexNet
+from condense.networks.base import ImageShape, Network
+from condense.networks.convnet import ConvNet
+from condense.networks.foreign import Factory, from_callable, from_torchvision, require_torchvision
+from condense.networks.lenet import LeNet
+from condense.networks.mlp import MLP
+from condense.networks.resnet import ResNet18
+from condense.networks.vgg import VGG11
+from condense.networks.vit import ViT
+
+Value = bool | int | str
+
+_NETWORKS: dict[str, type[Network]] = {
+    "alexnet": AlexNet,
+    "convnet": ConvNet,
+    "lenet": LeNet,
+    "mlp": MLP,
+    "resnet18": ResNet18,
+    "vgg11": VGG11,
+    "vit": ViT,
+}
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A named network and the options that differ from its defaults; made by ``parse``."""
+
+    name: str
+    options: Mapping[str, Value] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        """The canonical spelling: options sorted, defaults dropped."""
+        options = ",".join(f"{key}={_spell(value)}" for key, value in sorted(self.options.items()))
+        return f"{self.name}:{options}" if options else self.name
+
+
+def names() -> list[str]:
+    """The networks of this package; besides them ``torchvision:NAME`` and callables can be given."""
+    return list(_NETWORKS)
+
+
+def describe(name: str) -> str:
+    """One line: what the network is, and its options with their values, the default first."""
+    summary = (inspect.getdoc(_NETWORKS[name]) or "").partition("\n")[0]
+    options = " ".join(f"{key}={option.values}" for key, option in _options(name).items())
+    return f"{summary} [{options}]" if options else summary
+
+
+def parse(spec: str | NetworkSpec) -> NetworkSpec:
+    """``name``, ``name:option=value,option=value`` or ``torchvision:name``.
+
+    Raises:
+        ValueError: an unknown name or option, or a value the option does not take.
+    """
+    if isinstance(spec, NetworkSpec):
+        return spec
+    name, _, rest = spec.strip().partition(":")
+    if name == "torchvision":
+        require_torchvision(rest)
+        return NetworkSpec(f"{name}:{rest}")
+    if name not in _NETWORKS:
+        raise ValueError(
+            f"unknown network {name!r}: there is no such name; {_guess(name, _NETWORKS)}give one of "
+            f"{', '.join(_NETWORKS)}, or torchvision:NAME"
+        )
+    known, options = _options(name), dict[str, Value]()
+    for item in filter(None, rest.split(",")):
+        key, _, text = (part.strip() for part in item.partition("="))
+        if key not in known:
+            taken = ", ".join(known) or "no options"
+            raise ValueError(
+                f"unknown option {key!r} of {name}: it takes {taken}; {_guess(key, known)}correct {spec!r}"
+            )
+        if key in options:
+            raise ValueError(f"option {key} of {name} is given twice: one must hold; correct {spec!r}")
+        options[key] = known[key].read(text, f"option {key} of {name}")
+    return NetworkSpec(name, {key: value for key, value in options.items() if value != known[key].default})
+
+
+def build(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classes: int) -> Network:
+    """A fresh network on the CPU. Its weights come from the global generator: call under ``Rng.forked``.
+
+    Args:
+        spec: a name with options, or ``factory(image_shape, num_classes) -> nn.Module``.
+        image_shape: (channels, height, width).
+        num_classes: the number of logits.
+
+    Raises:
+        ValueError: ``parse`` refuses the spec, or the network cannot take such images.
+    """
+    if isinstance(spec, nn.Module):
+        raise ValueError(
+            f"network={type(spec).__name__}(...) is one network: experiments need fresh ones; "
+            "give a callable of (image_shape, num_classes) that builds it"
+        )
+    if not isinstance(spec, str | NetworkSpec):
+        return from_callable(name_of(spec), spec, image_shape, num_classes)
+    spec = parse(spec)
+    if spec.name not in _NETWORKS:
+        return from_torchvision(spec.name, image_shape, num_classes)
+    return _NETWORKS[spec.name](image_shape, num_classes, **spec.options)
+
+
+def name_of(spec: str | NetworkSpec | Factory) -> str:
+    """The canonical spelling, or ``custom:`` and the qualified name of a callable."""
+    if isinstance(spec, str | NetworkSpec):
+        return str(parse(spec))
+    return f"custom:{getattr(spec, '__qualname__', type(spec).__qualname__)}"
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A keyword parameter of a network class: a whole number from 1, true or false, or one of some words."""
+
+    default: Value
+    choices: tuple[str, ...]
+
+    @property
+    def values(self) -> str:
+        default = _spell(self.default)
+        return "|".join([default, *(choice for choice in self.choices if choice != default)])
+
+    def read(self, text: str, where: str) -> Value:
+        if not self.choices:
+            if text.isdecimal() and int(text) > 0:
+                return int(text)
+            raise ValueError(f"{where} cannot be {text!r}: it is a whole number from 1; give {self.default}, say")
+        word = text.lower()
+        if word not in self.choices:
+            allowed = ", ".join(self.choices)
+            raise ValueError(
+                f"{where} cannot be {text!r}: it is one of {allowed}; {_guess(word, self.choices)}choose one"
+            )
+        return word == "true" if isinstance(self.default, bool) else word
+
+
+def _options(name: str) -> dict[str, _Option]:
+    constructor = _NETWORKS[name].__init__
+    hints = get_type_hints(constructor)
+    options = {}
+    for key, parameter in inspect.signature(constructor).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+            options[key] = _Option(parameter.default, ("false", "true") if hints[key] is bool else choices)
+    return options
+
+
+def _spell(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _guess(text: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(text.lower(), known, n=1)
+    return f"did you mean {close[0]}? " if close else ""

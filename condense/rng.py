@@ -1,0 +1,46 @@
+"""Keyed randomness: every draw is a function of (root seed, name, step, unit), never of history.
+
+A keyed draw does not depend on what was drawn before it, on the number of processes or on the device, so a
+resumed run needs no generator state and every rank agrees. The global generators are never read and never seeded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rng:
+    """A root seed. ``rng(name, step, unit)`` returns a fresh CPU generator for that key.
+
+    ``unit`` tells apart the parts of one step: a class, a trajectory, a pool member, an expert.
+    """
+
+    seed: int
+
+    def key(self, name: str, step: int = 0, unit: int | str = 0) -> int:
+        """A 63-bit integer: the hash of (seed, name, step, unit)."""
+        text = f"{self.seed}/{name}/{step}/{unit}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def __call__(self, name: str, step: int = 0, unit: int | str = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(self.key(name, step, unit))
+
+    def child(self, name: str, unit: int | str = 0) -> Rng:
+        """A root of its own, for a part (an expert, an evaluation cell) that draws by names of its own."""
+        return Rng(self.key(name, 0, unit))
+
+    @contextlib.contextmanager
+    def forked(self, name: str, step: int = 0, unit: int | str = 0) -> Iterator[None]:
+        """Inside, the global CPU generator is seeded by the key; on leaving it is as it was before.
+
+        For code that cannot take a generator: the constructors of ``torch.nn`` modules, dropout.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.key(name, step, unit))
+            yield

@@ -1,0 +1,466 @@
+"""Networks: the published sizes, any image size or a reason why not, and weights as arguments."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from condense.networks import Functional, ImageShape, build, describe, names, parse
+from condense.rng import Rng
+
+DIGITS, MNIST, CIFAR, TINY = (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)
+
+SPECS = [
+    "convnet",
+    "convnet:depth=4",
+    "mlp",
+    "lenet",
+    "alexnet",
+    "alexnet:norm=batch",
+    "vgg11",
+    "vgg11:norm=batch",
+    "resnet18",
+    "resnet18:norm=batch",
+    "resnet18:ap=true",
+    "vit",
+]
+REFUSED = {
+    ("convnet:depth=4", DIGITS),
+    ("lenet", DIGITS),
+    ("vgg11", DIGITS),
+    ("vgg11:norm=batch", DIGITS),
+    ("resnet18", DIGITS),
+    ("resnet18:ap=true", DIGITS),
+}
+
+
+def tiny(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """What a user might write."""
+    channels = image_shape[0]
+    body = [nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*body, nn.Dropout(0.5), nn.Linear(16, num_classes))
+
+
+class Counting(nn.Sequential):
+    """Counts its calls in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        output: Tensor = super().forward(x)
+        return output
+
+
+def counting(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    return Counting(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+
+
+def images(shape: ImageShape, num: int = 2) -> Tensor:
+    return torch.randn(num, *shape, generator=torch.Generator().manual_seed(0))
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("spec", "image_shape", "num_classes", "num_params"),
+    [
+        ("convnet", CIFAR, 10, 320_010),
+        ("convnet", MNIST, 10, 317_706),
+        ("convnet", CIFAR, 100, 320_010 + 90 * 2049),
+        ("convnet:norm=none", CIFAR, 10, 320_010 - 3 * 256),
+        ("mlp", CIFAR, 10, 411_146),
+        ("lenet", CIFAR, 10, 62_006),
+        ("lenet", MNIST, 10, 61_706),
+        ("alexnet", CIFAR, 10, 1_872_202),
+        ("vgg11", CIFAR, 10, 9_231_114),
+        ("vgg11:norm=none", CIFAR, 10, 9_225_610),
+        ("resnet18", CIFAR, 10, 11_173_962),
+        ("resnet18:norm=batch", CIFAR, 10, 11_173_962),
+        ("resnet18:ap=true", CIFAR, 10, 11_173_962 + 15 * 512 * 10),
+    ],
+)
+def test_number_of_parameters(spec: str, image_shape: ImageShape, num_classes: int, num_params: int) -> None:
+    assert Functional(spec, image_shape, num_classes).num_params == num_params
+
+
+@pytest.mark.parametrize(
+    ("spec", "image_shape", "num_features"),
+    [
+        ("convnet", DIGITS, 128),
+        ("convnet", MNIST, 2048),
+        ("convnet", CIFAR, 2048),
+        ("convnet:depth=4", TINY, 2048),
+        ("convnet", (3, 28, 28), 128 * 9),
+        ("convnet", (1, 12, 12), 128),
+        ("convnet:width=32,pooling=none", CIFAR, 32 * 1024),
+        ("alexnet", MNIST, 192 * 16),
+        ("alexnet", CIFAR, 192 * 16),
+        ("vgg11", MNIST, 512),
+        ("vgg11", TINY, 512 * 4),
+        ("resnet18", MNIST, 512),
+        ("resnet18:ap=true", MNIST, 512 * 9),
+        ("resnet18:ap=true", CIFAR, 512 * 16),
+        ("vit", MNIST, 192),
+    ],
+)
+def test_number_of_features(spec: str, image_shape: ImageShape, num_features: int) -> None:
+    network = build(spec, image_shape, 10)
+    assert network.classifier.in_features == num_features
+    assert network.embed(images(image_shape)).shape == (2, num_features)
+
+
+@pytest.mark.parametrize("image_shape", [DIGITS, MNIST, CIFAR, TINY])
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_network_takes_the_size_or_says_why_not(spec: str, image_shape: ImageShape) -> None:
+    if (spec, image_shape) in REFUSED:
+        with pytest.raises(ValueError, match=rf"{spec.partition(':')[0]}.* cannot take 8x8 images: .*; .*"):
+            build(spec, image_shape, 3)
+        return
+    with Rng(0).forked("network"):
+        network = build(spec, image_shape, 3)
+    x = images(image_shape).requires_grad_()
+    logits = network(x)
+    assert logits.shape == (2, 3) and logits.isfinite().all()
+    assert torch.equal(logits, network.classifier(network.embed(x)))
+    (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+    assert gradient.isfinite().all() and gradient.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("image_shape", [(1, 9, 13), (2, 20, 17), (3, 33, 40)])
+@pytest.mark.parametrize("spec", ["convnet", "alexnet", "resnet18:norm=batch", "vit"])
+def test_odd_shapes(spec: str, image_shape: ImageShape) -> None:
+    assert build(spec, image_shape, 3)(images(image_shape)).shape == (2, 3)
+
+
+def test_too_deep_a_convnet_names_the_depth_that_fits() -> None:
+    with pytest.raises(ValueError, match=r"convnet:depth=4 cannot take 8x8 images: .*; give depth=3 or less"):
+        build("convnet:depth=4", DIGITS, 10)
+    build("convnet:depth=4,pooling=none,width=8", DIGITS, 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "activation=sigmoid",
+        "activation=leakyrelu",
+        "activation=swish",
+        "norm=layer",
+        "norm=group",
+        "pooling=max",
+    ],
+)
+def test_convnet_options_change_the_function(options: str) -> None:
+    def logits(spec: str) -> Tensor:
+        with Rng(0).forked("network"):
+            output: Tensor = build(spec, DIGITS, 10)(images(DIGITS))
+        return output
+
+    assert not torch.allclose(logits("convnet:width=8"), logits(f"convnet:width=8,{options}"))
+
+
+def test_instance_norm_is_per_image_and_channel() -> None:
+    network = build("convnet:depth=1,width=4", CIFAR, 10)
+    features = network.get_submodule("features")
+    assert isinstance(features, nn.Sequential)
+    maps = features[:2](images(CIFAR))
+    torch.testing.assert_close(maps.mean((2, 3)), torch.zeros(2, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps.var((2, 3), correction=0), torch.ones(2, 4), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["convnet", "alexnet", "resnet18:norm=batch,ap=true", "vit:depth=2"])
+def test_second_derivatives(spec: str) -> None:
+    functional = Functional(spec, DIGITS, 3)
+    params, buffers = functional.init(Rng(0), "network")
+    x = images(DIGITS).requires_grad_()
+    gradients = torch.func.grad(lambda p: functional.logits(p, buffers, x).square().sum())(params)
+    (second,) = torch.autograd.grad(functional.flatten(gradients).square().sum(), x)
+    assert second.isfinite().all() and second.any()
+
+
+# Names
+
+
+def test_names() -> None:
+    assert names() == ["alexnet", "convnet", "lenet", "mlp", "resnet18", "vgg11", "vit"]
+    for name in names():
+        assert str(parse(name)) == name
+        assert "\n" not in describe(name)
+    assert "depth=3" in describe("convnet") and "norm=instance|batch" in describe("convnet")
+    assert "ap=false|true]" in describe("resnet18")
+
+
+@pytest.mark.parametrize(
+    ("spec", "canonical"),
+    [
+        ("convnet:depth=3,width=128,norm=instance,activation=relu,pooling=avg", "convnet"),
+        ("convnet:width=64,depth=4", "convnet:depth=4,width=64"),
+        (" convnet: norm = batch , depth=3 ", "convnet:norm=batch"),
+        ("resnet18:ap=True,norm=instance", "resnet18:ap=true"),
+        ("resnet18:ap=false", "resnet18"),
+        ("vgg11:norm=none", "vgg11:norm=none"),
+        ("torchvision:resnet18", "torchvision:resnet18"),
+    ],
+)
+def test_canonical_spelling(spec: str, canonical: str) -> None:
+    assert str(parse(spec)) == canonical
+    assert parse(canonical) == parse(spec) and hash(parse(canonical)) == hash(parse(spec))
+    assert Functional(spec, CIFAR, 2).identity() == {"network": canonical}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("convnt", "unknown network 'convnt': .*did you mean convnet.*lenet"),
+        ("ConvNet", "did you mean convnet"),
+        ("", "unknown network ''"),
+        ("convnet:depht=4", "unknown option 'depht' of convnet: it takes .*activation.*; did you mean depth"),
+        ("mlp:depth=4", "unknown option 'depth' of mlp"),
+        ("lenet:norm=batch", "unknown option 'norm' of lenet: it takes no options"),
+        ("convnet:depth=three", "option depth of convnet cannot be 'three': .*whole number"),
+        ("convnet:depth=0", "option depth of convnet cannot be '0'"),
+        ("convnet:depth", "option depth of convnet cannot be ''"),
+        ("convnet:norm=instnace", "option norm of convnet cannot be 'instnace': .*did you mean instance"),
+        ("resnet18:ap=1", "option ap of resnet18 cannot be '1': it is one of false, true"),
+        ("convnet:depth=3,depth=4", "option depth of convnet is given twice"),
+        ("torchvision:resnt18", "unknown network 'torchvision:resnt18'.*did you mean .*resnet18"),
+        ("torchvision:fcn_resnet50", "no such classifier"),
+    ],
+)
+def test_bad_specs(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["convnet:norm=group,width=10", "vit:heads=5"])
+def test_options_that_do_not_divide(spec: str) -> None:
+    with pytest.raises(ValueError, match="give width="):
+        build(spec, CIFAR, 10)
+
+
+# Foreign networks
+
+
+def test_a_callable_is_a_network() -> None:
+    functional = Functional(tiny, DIGITS, 3)
+    assert functional.name == "custom:tiny"
+    assert functional.identity()["shapes"] == Functional(tiny, DIGITS, 3).identity()["shapes"]
+    assert functional.identity()["shapes"] != Functional(tiny, DIGITS, 4).identity()["shapes"]
+    network = build(tiny, DIGITS, 3).eval()
+    x = images(DIGITS)
+    assert network.embed(x).shape == (2, 16)
+    assert torch.equal(network.classifier(network.embed(x)), network(x))
+
+
+def test_a_callable_computes_what_it_did_before() -> None:
+    with Rng(0).forked("network"):
+        network, state = build(tiny, DIGITS, 3), torch.get_rng_state()
+    with Rng(0).forked("network"):
+        original = tiny(DIGITS, 3)
+        assert torch.equal(torch.get_rng_state(), state)  # the trial run drew nothing
+    for mode in (True, False):
+        with Rng(0).forked("dropout"):
+            expected = original.train(mode)(images(DIGITS))
+        with Rng(0).forked("dropout"):
+            assert torch.equal(network.train(mode)(images(DIGITS)), expected)
+    buffers = zip(original.buffers(), network.buffers(), strict=True)
+    assert all(torch.equal(a, b) for a, b in buffers)
+
+
+def test_a_callable_may_return_a_network() -> None:
+    assert str(build(partial(build, "mlp"), DIGITS, 3)) == str(build("mlp", DIGITS, 3))
+    assert Functional(partial(build, "mlp"), DIGITS, 3).name == "custom:partial"
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([nn.Conv2d(1, 3, 8), nn.Flatten()], "does not end in a linear layer"),
+        ([nn.Flatten(), nn.Linear(64, 3), nn.Softmax(1)], "does not end in a linear layer"),
+        ([nn.Flatten(), nn.Linear(64, 5)], r"does not return logits: two images gave \(2, 5\)"),
+        ([nn.Flatten(), nn.Linear(100, 3)], "cannot take 8x8 images: .*shapes"),
+    ],
+)
+def test_bad_callables(layers: list[nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build(lambda image_shape, num_classes: nn.Sequential(*layers), DIGITS, 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_is_not_a_callable_that_builds_one() -> None:
+    with pytest.raises(ValueError, match="experiments need fresh ones"):
+        build(tiny(DIGITS, 3), DIGITS, 3)
+
+
+@pytest.mark.parametrize("image_shape", [MNIST, CIFAR])
+def test_torchvision(image_shape: ImageShape) -> None:
+    network = build("torchvision:resnet18", image_shape, 10).eval()
+    assert network.classifier.in_features == 512
+    x = images(image_shape)
+    assert torch.equal(network.classifier(network.embed(x)), network(x))
+
+
+@pytest.mark.parametrize(
+    ("spec", "image_shape", "message"),
+    [
+        ("torchvision:alexnet", DIGITS, "torchvision:alexnet cannot take 8x8 images"),
+        ("torchvision:resnet18", (4, 32, 32), "cannot take images of 4 channels"),
+        ("torchvision:squeezenet1_1", CIFAR, "does not end in a linear layer"),
+    ],
+)
+def test_torchvision_refusals(spec: str, image_shape: ImageShape, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(spec, image_shape, 10)
+
+
+# Weights as arguments
+
+FUNCTIONALS = ["convnet:width=8", "convnet:width=8,norm=batch", "vit:depth=1", tiny]
+
+
+@pytest.mark.parametrize("spec", FUNCTIONALS)
+def test_weights_are_a_function_of_the_key(spec: str) -> None:
+    before = torch.get_rng_state()
+    functional = Functional(spec, DIGITS, 3)
+    first, again = (functional.init(Rng(1), "student", 2, 3) for _ in range(2))
+    other = functional.init(Rng(1), "student", 2, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    vector = functional.flatten(first.params)
+    assert torch.equal(vector, functional.flatten(again.params))
+    assert not torch.equal(vector, functional.flatten(other.params))
+    assert not any(param.requires_grad for param in first.params.values())
+    with Rng(1).forked("student", 2, 3):
+        network = build(spec, DIGITS, 3)
+    assert torch.equal(vector, nn.utils.parameters_to_vector(network.parameters()))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch", "resnet18:norm=batch"])
+def test_calls_equal_the_module(spec: str, train: bool) -> None:
+    functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+    weights = functional.init(Rng(0), "network")
+    for buffer in weights.buffers.values():
+        buffer.add_(1)  # statistics that are not the initial ones
+    with Rng(0).forked("network"):
+        network = build(spec, DIGITS, 3).train(train)
+    network.load_state_dict({**weights.params, **weights.buffers})
+    logits = functional.logits(*weights, x, train=train)
+    features = functional.features(*weights, x, train=train)
+    assert torch.equal(logits, network(x)) and torch.equal(features, network.embed(x))
+
+
+@pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", tiny])
+def test_buffers_change_only_on_demand(spec: str) -> None:
+    functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+    params, buffers = functional.init(Rng(0), "network")
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    with Rng(0).forked("dropout"):
+        functional.logits(params, buffers, x)
+        functional.features(params, buffers, x)
+    functional.logits(params, buffers, x, train=False, update_buffers=True)
+    assert all(torch.equal(buffers[name], before[name]) for name in before)
+    with Rng(0).forked("dropout"):
+        functional.logits(params, buffers, x, update_buffers=True)
+    assert buffers and not any(torch.equal(buffers[name], before[name]) for name in before)
+    with Rng(0).forked("network"):
+        network = build(spec, DIGITS, 3)
+    network.load_state_dict({**params, **before})
+    with Rng(0).forked("dropout"):
+        network.train()(x)
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_buffers_of_foreign_layers_change_only_on_demand() -> None:
+    functional, x = Functional(counting, DIGITS, 3), images(DIGITS)
+    params, buffers = functional.init(Rng(0), "network")
+    functional.logits(params, buffers, x)
+    assert buffers["body.calls"] == 0
+    functional.logits(params, buffers, x, update_buffers=True)
+    assert buffers["body.calls"] == 1
+
+
+@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch", "vit:depth=1"])
+def test_transforms(spec: str) -> None:
+    functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+    members = [functional.init(Rng(0), "network", unit=k) for k in range(2)]
+    params, buffers = members[0]
+    labels = torch.arange(5) % 3
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(functional.logits(params, buffers, x), labels)
+
+    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
+    expected = torch.autograd.grad(loss(leaves), list(leaves.values()))
+    gradients = torch.func.grad(loss)(params)
+    for one, other in zip(gradients.values(), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+    stacked = {name: torch.stack([member.params[name] for member in members]) for name in params}
+    losses = torch.func.vmap(loss)(stacked)
+    torch.testing.assert_close(losses, torch.stack([loss(member.params) for member in members]))
+
+    traced = torch.compile(torch.func.grad(loss), backend="eager", fullgraph=True)(params)
+    for name in params:
+        torch.testing.assert_close(traced[name], gradients[name])
+
+
+def test_compiled_training_updates_buffers() -> None:
+    functional, x = Functional("convnet:width=8,norm=batch", DIGITS, 3), images(DIGITS, 5)
+    params, eager = functional.init(Rng(0), "network")
+    compiled = {name: buffer.clone() for name, buffer in eager.items()}
+    call = partial(functional.logits, train=True, update_buffers=True)
+    call(params, eager, x)
+    torch.compile(call, backend="aot_eager", fullgraph=True)(params, compiled, x)
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name])
+
+
+@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch", tiny])
+def test_flatten(spec: str) -> None:
+    functional = Functional(spec, DIGITS, 3)
+    params, _ = functional.init(Rng(0), "network")
+    vector = functional.flatten(params)
+    assert vector.shape == (functional.num_params,)
+    restored = functional.unflatten(vector)
+    assert list(restored) == list(functional.shapes) == list(params)
+    assert all(torch.equal(restored[name], params[name]) for name in params)
+    shuffled = dict(reversed(params.items()))
+    assert torch.equal(functional.flatten(shuffled), vector)
+    assert functional.num_params == sum(math.prod(shape) for shape in functional.shapes.values())
+
+
+def test_double_precision() -> None:
+    functional = Functional("convnet:width=4,norm=batch", DIGITS, 3, dtype=torch.float64)
+    params, buffers = functional.init(Rng(0), "network")
+    logits = functional.logits(params, buffers, images(DIGITS).double())
+    assert logits.dtype == torch.float64
+    single = Functional("convnet:width=4,norm=batch", DIGITS, 3).init(Rng(0), "network")
+    assert all(torch.equal(params[name].float(), single.params[name]) for name in params)
+
+
+def test_weights_are_their_own() -> None:
+    functional = Functional("mlp", DIGITS, 3)
+    first, second = (functional.init(Rng(0), "network").params for _ in range(2))
+    for param in first.values():
+        param.zero_()
+    assert all(param.any() for param in second.values())
+
+
+@pytest.mark.gpu
+def test_on_the_gpu() -> None:
+    host, device = (Functional("convnet", CIFAR, 10, name) for name in ("cpu", "cuda"))
+    weights = device.init(Rng(0), "network")
+    expected = host.logits(*host.init(Rng(0), "network"), images(CIFAR))
+    actual = device.logits(*weights, images(CIFAR).to("cuda"))
+    torch.testing.assert_close(actual.cpu(), expected, atol=1e-2, rtol=1e-2)
