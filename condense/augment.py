@@ -1,0 +1,248 @@
+"""Differentiable Siamese augmentation (DSA): a draw is a value, applying it is a pure function.
+
+Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021. Images are
+(N, C, H, W) and normalised: zero, which fills whatever an operation uncovers, is the mean of the data.
+
+* ``color``: brightness x + b, b in [-0.5, 0.5]; then saturation (x - m) s + m, s in [0, 2], m the mean over
+  channels; then contrast (x - m) c + m, c in [0.5, 1.5], m the mean over channels and pixels.
+* ``crop``: a translation by whole pixels, up to an eighth of each side.
+* ``cutout``: a rectangle of half of each side becomes zero; its centre is anywhere, what sticks out is cut.
+* ``flip``: left and right change places with probability one half.
+* ``scale``: both axes of the sampling grid are multiplied by factors in [1/1.2, 1.2], independently.
+* ``rotate``: the sampling grid is turned by up to 15 degrees. It is the grid of normalised coordinates: an
+  image that is not square is sheared as well.
+
+Deviations from the published code: a draw comes from a generator that is passed in, where the original
+re-seeds the global one from the wall clock; one row of parameters per image, where the original loops over
+images. The warps are ``grid_sample`` and not kornia's: on square images the two agree, on others kornia turns
+in pixel coordinates, which is not the published definition.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Mode = Literal["S", "M"]
+
+_OPTIONS: dict[str, tuple[str, Any]] = {
+    "mode=s": ("mode", "S"),
+    "mode=m": ("mode", "M"),
+    "align_corners=true": ("align_corners", True),
+    "align_corners=false": ("align_corners", False),
+}
+
+
+class Params(NamedTuple):
+    """One draw. A tuple, hence a pytree: torch.func maps over its tensors and takes the names as they are."""
+
+    values: dict[str, Tensor]
+    """By operation, in the order of application: one row for all images (siamese) or one per image."""
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
+    def to(self, device: torch.device | str) -> Params:
+        return Params({name: value.to(device) for name, value in self.values.items()})
+
+    def take(self, index: Tensor | slice) -> Params:
+        """The parameters of a part of the batch; a row that all images share stays."""
+        return Params({name: v if len(v) == 1 else v[index] for name, v in self.values.items()})
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may be done to a batch. ``str`` gives back the strategy that ``parse`` reads."""
+
+    ops: tuple[str, ...] = ()
+    """Operations of this module, each at most once; none is the identity."""
+    mode: Mode = "S"
+    """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order."""
+    align_corners: bool = False
+    """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
+    DATM) or for their outer edges (False: DC, DSA, DM)."""
+
+    def __post_init__(self) -> None:
+        for op in self.ops:
+            if op not in _OPERATIONS:
+                raise ValueError(
+                    f"augmentation {str(self)!r}: unknown operation {op!r}; "
+                    f"{_suggest(op, [*_OPERATIONS, 'dsa', 'none'])} (operations are joined by underscores)"
+                )
+        if len(set(self.ops)) < len(self.ops):
+            raise ValueError(f"augmentation {str(self)!r}: an operation stands there twice; name each once")
+
+    @classmethod
+    def parse(cls, spec: str, *, own: str = "none") -> Augment:
+        """Read ``none``, ``dsa`` (the strategy ``own`` of the data set) or operations joined by underscores,
+        with options behind a colon: ``dsa:mode=M,align_corners=true``.
+
+        Raises:
+            ValueError: unknown or repeated operations, unknown options.
+        """
+        strategy, colon, options = spec.partition(":")
+        strategy = own if strategy == "dsa" else strategy
+        fields: dict[str, Any] = {}
+        for option in options.split(",") if colon else ():
+            if option.lower() not in _OPTIONS:
+                raise ValueError(f"augmentation {spec!r}: unknown option {option!r}; {_suggest(option, _OPTIONS)}")
+            name, value = _OPTIONS[option.lower()]
+            fields[name] = value
+        return cls(() if strategy == "none" else tuple(strategy.split("_")), **fields)
+
+    def __str__(self) -> str:
+        """What ``parse`` reads back to an equal value."""
+        options = ["mode=M"] if self.mode == "M" else []
+        options += ["align_corners=true"] if self.align_corners else []
+        strategy = "_".join(self.ops) or "none"
+        return f"{strategy}:{','.join(options)}" if options else strategy
+
+    def sample(self, gen: torch.Generator, num: int, image_shape: Sequence[int], siamese: bool) -> Params:
+        """Draw for ``num`` images of shape (C, H, W) from a CPU generator.
+
+        A siamese draw is one row that all images share. It fits a batch of any size: the real one and the
+        synthetic one alike.
+        """
+        ops = self.ops
+        if ops and self.mode == "S":
+            ops = (ops[int(torch.randint(len(ops), (), generator=gen))],)
+        _, height, width = image_shape
+        rows = 1 if siamese else num
+        return Params({op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops})
+
+    def apply(self, x: Tensor, params: Params) -> Tensor:
+        """Images (N, C, H, W) under ``params``: draws nothing, differentiable in ``x``, keeps its dtype."""
+        for name, value in params.to(x.device).values.items():
+            assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
+            x = _OPERATIONS[name].apply(x, value, self.align_corners)
+        return x
+
+
+def _suggest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return (f"did you mean {close[0]}? " if close else "") + f"choose from {', '.join(known)}"
+
+
+def _extent(side: int, ratio: float) -> int:
+    return int(side * ratio + 0.5)
+
+
+def _per_image(value: Tensor, x: Tensor) -> Tensor:
+    """(rows,) -> (rows, 1, 1, 1) in the dtype of the images."""
+    return value[:, None, None, None].to(x.dtype)
+
+
+def _draw_color(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 3): brightness, saturation, contrast."""
+    u = torch.rand(3, rows, generator=gen, dtype=torch.float32)
+    return torch.stack([u[0] - 0.5, u[1] * 2, u[2] + 0.5], 1)
+
+
+def _color(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    brightness, saturation, contrast = (_per_image(v, x) for v in value.unbind(1))
+    x = x + brightness
+    mean = x.mean(1, keepdim=True)
+    x = (x - mean) * saturation + mean
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * contrast + mean
+
+
+def _draw_crop(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2): by how many pixels the window moves down and right."""
+    reaches = (_extent(side, 0.125) for side in (height, width))
+    return torch.stack([torch.randint(-reach, reach + 1, (rows,), generator=gen) for reach in reaches], 1)
+
+
+def _crop(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    """y[i, j] = x[i + down, j + right], zero outside."""
+    height, width = x.shape[2:]
+    rows = (torch.arange(height, device=x.device) + value[:, :1])[:, None, :, None]
+    columns = (torch.arange(width, device=x.device) + value[:, 1:])[:, None, None, :]
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    x = torch.take_along_dim(x, rows.clamp(0, height - 1), 2)
+    return torch.take_along_dim(x, columns.clamp(0, width - 1), 3) * inside
+
+
+def _draw_cutout(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2): row and column of the centre: a pixel if the side cut out is odd, a pixel edge if even."""
+    ends = (side + 1 - _extent(side, 0.5) % 2 for side in (height, width))
+    return torch.stack([torch.randint(end, (rows,), generator=gen) for end in ends], 1)
+
+
+def _cutout(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    def covered(side: int, centre: Tensor) -> Tensor:
+        extent = _extent(side, 0.5)
+        offset = torch.arange(side, device=x.device) - centre[:, None] + extent // 2
+        return (offset >= 0) & (offset < extent)
+
+    rows, columns = covered(x.shape[2], value[:, 0]), covered(x.shape[3], value[:, 1])
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def _draw_flip(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows,): whether to flip."""
+    return torch.rand(rows, generator=gen, dtype=torch.float32) < 0.5
+
+
+def _flip(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    return torch.where(value[:, None, None, None], x.flip(3), x)
+
+
+def _draw_scale(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2): the factors of the horizontal and the vertical coordinate; less than one enlarges."""
+    return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * (1.2 - 1 / 1.2) + 1 / 1.2
+
+
+def _scale(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    horizontal, vertical = value.unbind(1)
+    zero = torch.zeros_like(horizontal)
+    return _warp(x, (horizontal, zero, zero, vertical), align_corners)
+
+
+def _draw_rotate(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows,): the angle in radians."""
+    return (torch.rand(rows, generator=gen, dtype=torch.float32) * 2 - 1) * math.radians(15)
+
+
+def _rotate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    value = value.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = value.cos(), value.sin()
+    return _warp(x, (cos, -sin, sin, cos), align_corners)
+
+
+def _warp(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor, Tensor], align_corners: bool) -> Tensor:
+    """The images sampled at (a u + b v, c u + d v), (u, v) normalised coordinates; bilinear, zero outside.
+
+    The grid is at least float32 and made without a matrix product, which TF32 or autocast would blur.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v, u = (
+        torch.linspace(-1, 1, side, dtype=dtype, device=x.device) * (1 if align_corners else 1 - 1 / side)
+        for side in x.shape[2:]
+    )
+    a, b, c, d = (entry.to(dtype)[:, None, None] for entry in matrix)
+    grid = torch.stack([a * u + b * v[:, None], c * u + d * v[:, None]], 3).expand(len(x), -1, -1, -1)
+    return F.grid_sample(x.to(dtype), grid, "bilinear", "zeros", align_corners).to(x.dtype)
+
+
+class _Operation(NamedTuple):
+    draw: Callable[[torch.Generator, int, int, int], Tensor]
+    apply: Callable[[Tensor, Tensor, bool], Tensor]
+
+
+_OPERATIONS = {
+    "color": _Operation(_draw_color, _color),
+    "crop": _Operation(_draw_crop, _crop),
+    "cutout": _Operation(_draw_cutout, _cutout),
+    "flip": _Operation(_draw_flip, _flip),
+    "scale": _Operation(_draw_scale, _scale),
+    "rotate": _Operation(_draw_rotate, _rotate),
+}

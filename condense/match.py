@@ -1,0 +1,152 @@
+"""Distances between what two sets do to a network (its gradients, features, weights), and the matching loss.
+
+Gradients and weights are mappings of tensors, compared by name, or sequences, compared in order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Tensors = Mapping[str, Tensor] | Sequence[Tensor]
+Distance = Callable[[Tensors, Tensors], Tensor]
+LossFn = Callable[[dict[str, Tensor], tuple[Tensor, Tensor]], Tensor]
+
+
+def layerwise_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
+    """Sum over layers and over output rows of 1 - <a, b> / (|a| |b| + 1e-6).
+
+    A parameter with two or more axes is a matrix with one row per entry of the first: [out, in k k] for a
+    convolution, [out, in] for a linear layer. Those with one axis (biases, affine norms) count nothing.
+    The distance "ours" of Zhao et al., "Dataset Condensation with Gradient Matching", ICLR 2021.
+    """
+
+    def layer(a: Tensor, b: Tensor) -> Tensor:
+        return _cosine_distance(a.flatten(1), b.flatten(1)).sum() if a.ndim > 1 else a.new_zeros(())
+
+    return torch.stack([layer(a, b) for a, b in _pairs(grads_a, grads_b)]).sum()
+
+
+def mse_sum(a: Tensors, b: Tensors) -> Tensor:
+    """Sum of squared differences over all entries."""
+    return torch.stack([(x - y).square().sum() for x, y in _pairs(a, b)]).sum()
+
+
+def global_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
+    """1 - <a, b> / (|a| |b| + 1e-6) of all parameters as one vector."""
+    flat_a, flat_b = (torch.cat([g.flatten() for g in side]) for side in zip(*_pairs(grads_a, grads_b), strict=True))
+    return _cosine_distance(flat_a, flat_b)
+
+
+DISTANCES: dict[str, Distance] = {
+    "layerwise-cosine": layerwise_cosine,
+    "mse": mse_sum,
+    "cosine": global_cosine,
+}
+
+
+def named_distance(name: str) -> Distance:
+    """The distance between gradients that a recipe calls ``name``. Raises ValueError on an unknown name."""
+    if name not in DISTANCES:
+        close = difflib.get_close_matches(name, DISTANCES, n=1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"distance {name!r}: unknown; {guess}choose from {', '.join(DISTANCES)}")
+    return DISTANCES[name]
+
+
+def trajectory_distance(theta: Tensors, target: Tensors, start: Tensors) -> Tensor:
+    """|theta - target|^2 / |start - target|^2 over all weights.
+
+    Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022.
+    """
+    return mse_sum(theta, target) / mse_sum(start, target)
+
+
+def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor:
+    """Squared distance between the means of features (N, F) and (M, F).
+
+    Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023.
+    """
+    return (real_features.mean(0) - syn_features.mean(0)).square().sum()
+
+
+def matching_loss(
+    loss_fn: LossFn,
+    params: dict[str, Tensor],
+    real_grads: Mapping[str, Tensor],
+    distance: Distance,
+    images: Tensor,
+    targets: Tensor,
+    compile: bool = False,  # noqa: A002
+) -> Tensor:
+    """``distance(real_grads, g)``, g = gradient in ``params`` of ``loss_fn(params, (images, targets))``.
+
+    A scalar, differentiable once, in ``images`` and ``targets`` only: whatever else ``loss_fn`` uses is a
+    constant. The gradients are computed with the value, so that no second-order graph outlives this call.
+    ``compile`` sends value and gradients through torch.compile as one function, since a compiled ``loss_fn``
+    could not be differentiated twice; a new architecture, distance or shape compiles anew.
+    """
+    inputs = (images, targets)
+    wanted = tuple(i for i, x in enumerate(inputs) if x.requires_grad)
+    evaluate = _compiled() if compile else _value_and_gradients
+    with torch.no_grad():
+        value, gradients = evaluate(wanted, loss_fn, params, real_grads, distance, (images.detach(), targets.detach()))
+    return _Differentiated.apply(value, gradients, *(inputs[i] for i in wanted)) if wanted else value
+
+
+def _value_and_gradients(
+    wanted: tuple[int, ...],
+    loss_fn: LossFn,
+    params: dict[str, Tensor],
+    real_grads: Mapping[str, Tensor],
+    distance: Distance,
+    inputs: tuple[Tensor, Tensor],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The matching loss and its gradients in those ``inputs`` whose positions are ``wanted``."""
+
+    def value(images: Tensor, targets: Tensor) -> Tensor:
+        return distance(real_grads, torch.func.grad(loss_fn)(params, (images, targets)))
+
+    if not wanted:
+        return value(*inputs), ()
+    gradients, loss = torch.func.grad_and_value(value, argnums=wanted)(*inputs)
+    return loss, gradients
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_value_and_gradients, dynamic=False)
+
+
+class _Differentiated(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad * gradient for gradient in ctx.saved_tensors)
+
+
+def _pairs(a: Tensors, b: Tensors) -> list[tuple[Tensor, Tensor]]:
+    if isinstance(a, Mapping):
+        assert isinstance(b, Mapping) and a.keys() == b.keys(), "not the same parameters"
+        return [(a[name], b[name]) for name in a]
+    assert not isinstance(b, Mapping), "names on one side only"
+    return list(zip(a, b, strict=True))
+
+
+def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos along the last axis."""
+    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return 1 - (a * b).sum(-1) / (norms + 1e-6)

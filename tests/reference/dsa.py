@@ -1,0 +1,108 @@
+"""Slow twin of ``condense.augment``: the definitions of the six operations, pixel by pixel, image by image.
+
+Images are float64 arrays (C, H, W).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from condense.augment import Params
+
+
+def apply(x: np.ndarray, params: Params, align_corners: bool) -> np.ndarray:
+    out = []
+    for n, image in enumerate(x):
+        for op, value in params.values.items():
+            row: Any = value[0 if len(value) == 1 else n].tolist()
+            if op == "color":
+                image = color(image, *row)
+            elif op == "crop":
+                image = crop(image, *row)
+            elif op == "cutout":
+                image = cutout(image, *row)
+            elif op == "flip":
+                image = flip(image) if row else image
+            elif op == "scale":
+                image = scale(image, row[0], row[1], align_corners)
+            elif op == "rotate":
+                image = rotate(image, row, align_corners)
+        out.append(image)
+    return np.stack(out)
+
+
+def color(image: np.ndarray, brightness: float, saturation: float, contrast: float) -> np.ndarray:
+    channels, height, width = image.shape
+    image = image + brightness
+    out = np.empty_like(image)
+    for i in range(height):
+        for j in range(width):
+            mean = sum(image[c, i, j] for c in range(channels)) / channels
+            for c in range(channels):
+                out[c, i, j] = (image[c, i, j] - mean) * saturation + mean
+    mean = sum(out.flat) / out.size
+    return (out - mean) * contrast + mean
+
+
+def crop(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    _, height, width = image.shape
+    out = np.zeros_like(image)
+    for i in range(height):
+        for j in range(width):
+            if 0 <= i + down < height and 0 <= j + right < width:
+                out[:, i, j] = image[:, i + down, j + right]
+    return out
+
+
+def cutout(image: np.ndarray, row: int, column: int) -> np.ndarray:
+    _, height, width = image.shape
+    tall, wide = int(height * 0.5 + 0.5), int(width * 0.5 + 0.5)
+    out = image.copy()
+    for i in range(row - tall // 2, row - tall // 2 + tall):
+        for j in range(column - wide // 2, column - wide // 2 + wide):
+            if 0 <= i < height and 0 <= j < width:
+                out[:, i, j] = 0
+    return out
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+    out = np.empty_like(image)
+    width = image.shape[2]
+    for j in range(width):
+        out[:, :, j] = image[:, :, width - 1 - j]
+    return out
+
+
+def scale(image: np.ndarray, horizontal: float, vertical: float, align_corners: bool) -> np.ndarray:
+    return warp(image, [[horizontal, 0.0], [0.0, vertical]], align_corners)
+
+
+def rotate(image: np.ndarray, angle: float, align_corners: bool) -> np.ndarray:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return warp(image, [[cos, -sin], [sin, cos]], align_corners)
+
+
+def warp(image: np.ndarray, matrix: list[list[float]], align_corners: bool) -> np.ndarray:
+    _, height, width = image.shape
+    (a, b), (c, d) = matrix
+    out = np.zeros_like(image)
+    for i in range(height):
+        for j in range(width):
+            u, v = to_unit(j, width, align_corners), to_unit(i, height, align_corners)
+            x = to_pixel(a * u + b * v, width, align_corners)
+            y = to_pixel(c * u + d * v, height, align_corners)
+            for k in (math.floor(y), math.floor(y) + 1):
+                for m in (math.floor(x), math.floor(x) + 1):
+                    if 0 <= k < height and 0 <= m < width:
+                        out[:, i, j] += (1 - abs(y - k)) * (1 - abs(x - m)) * image[:, k, m]
+    return out
+
+
+def to_unit(pixel: float, side: int, align_corners: bool) -> float:
+    """The coordinate in [-1, 1]; the ends are the centres of the corner pixels, or the edges of the image."""
+    return 2 * pixel / (side - 1) - 1 if align_corners else (2 * pixel + 1) / side - 1
+
+
+def to_pixel(unit: float, side: int, align_corners: bool) -> float:
+    return (unit + 1) / 2 * (side - 1) if align_corners else ((unit + 1) * side - 1) / 2

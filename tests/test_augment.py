@@ -1,0 +1,249 @@
+"""The augmentation: twin, gradients, draws."""
+
+import math
+import random
+
+import kornia.geometry.transform as kornia
+import numpy as np
+import pytest
+import torch
+
+from condense.augment import Augment, Mode, Params
+from condense.rng import Rng
+from tests.reference import dsa
+
+OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+ALL = "_".join(OPS)
+SHAPE = (3, 8, 7)
+
+
+def images(num: int, shape: tuple[int, int, int] = SHAPE, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(num, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def draw(augment: Augment, num: int, siamese: bool, key: int = 0) -> Params:
+    return augment.sample(Rng(key)("augment"), num, SHAPE, siamese)
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("strategy", [*OPS, ALL])
+def test_agrees_with_the_twin(strategy: str, align_corners: bool, siamese: bool) -> None:
+    augment, x = Augment(tuple(strategy.split("_")), "M", align_corners), images(4)
+    for key in range(3):
+        params = draw(augment, 4, siamese, key)
+        expected = dsa.apply(x.numpy(), params, align_corners)
+        np.testing.assert_allclose(augment.apply(x, params).numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_warps_agree_with_kornia_on_square_images(align_corners: bool) -> None:
+    x = images(5, (2, 9, 9))
+    angle = torch.linspace(-0.26, 0.26, 5)
+    ours = Augment(("rotate",), align_corners=align_corners).apply(x, Params({"rotate": angle}))
+    theirs = kornia.rotate(x, torch.rad2deg(angle.double()), align_corners=align_corners)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+    factor = torch.linspace(0.84, 1.19, 10).view(5, 2)
+    ours = Augment(("scale",), align_corners=align_corners).apply(x, Params({"scale": factor}))
+    theirs = kornia.scale(x, 1 / factor.double(), align_corners=align_corners)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_align_corners_changes_scale_and_rotate_only() -> None:
+    x = images(2)
+    for op in OPS:
+        params = draw(Augment((op,)), 2, False)
+        outer, centre = (Augment((op,), align_corners=flag).apply(x, params) for flag in (False, True))
+        assert torch.equal(outer, centre) == (op not in ("scale", "rotate")), op
+
+
+def test_ranges() -> None:
+    num, shape = 20_000, (3, 32, 28)
+    values = Augment(OPS, "M").sample(Rng(1)("augment"), num, shape, siamese=False).values
+    for column, (low, high) in zip(values["color"].T, [(-0.5, 0.5), (0.0, 2.0), (0.5, 1.5)], strict=True):
+        assert low <= column.min() < low + 1e-3 and high - 1e-3 < column.max() <= high
+    assert [set(column.tolist()) for column in values["crop"].T] == [set(range(-4, 5))] * 2
+    assert [set(column.tolist()) for column in values["cutout"].T] == [set(range(33)), set(range(29))]
+    assert set(values["flip"].tolist()) == {True, False}
+    assert abs(values["flip"].double().mean() - 0.5) < 0.02
+    assert 1 / 1.2 <= values["scale"].min() < 0.834 and 1.199 < values["scale"].max() <= 1.2
+    assert math.radians(14.99) < values["rotate"].abs().max() <= math.radians(15)
+    assert values["rotate"].min() < 0 < values["rotate"].max()
+
+
+@pytest.mark.parametrize("size", [6, 7, 8, 9])
+def test_cutout_covers_a_quarter_at_most_and_never_nothing(size: int) -> None:
+    augment, x = Augment(("cutout",)), torch.ones(500, 1, size, size)
+    params = augment.sample(Rng(0)("augment"), 500, (1, size, size), siamese=False)
+    covered = (augment.apply(x, params) == 0).sum((1, 2, 3))
+    side = int(size / 2 + 0.5)
+    assert covered.max() == side * side and covered.min() >= (side // 2) ** 2 > 0
+
+
+@pytest.mark.parametrize("mode", ["S", "M"])
+@pytest.mark.parametrize("siamese", [True, False])
+def test_replay_is_exact(mode: Mode, siamese: bool) -> None:
+    augment, x = Augment(OPS, mode), images(6, dtype=torch.float32)
+    for key in range(8):
+        first, second = draw(augment, 6, siamese, key), draw(augment, 6, siamese, key)
+        assert first.ops == second.ops
+        assert torch.equal(augment.apply(x, first), augment.apply(x, first))
+        assert torch.equal(augment.apply(x, first), augment.apply(x, second))
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_gradient_reaches_the_images(op: str, siamese: bool) -> None:
+    augment, x = Augment((op,)), images(2, (2, 5, 4)).requires_grad_()
+    params = augment.sample(Rng(3)("augment"), 2, (2, 5, 4), siamese)
+    assert torch.autograd.gradcheck(lambda x: augment.apply(x, params), x)
+    (grad,) = torch.autograd.grad(augment.apply(x, params).square().sum(), x)
+    assert grad.isfinite().all() and grad.count_nonzero() > 0
+
+
+def test_siamese_images_get_the_same_draw() -> None:
+    augment, real = Augment(OPS, "M"), images(1).expand(5, -1, -1, -1)
+    syn = real[:2].clone()
+    for key in range(5):
+        params = draw(augment, 5, True, key)
+        out = augment.apply(real, params)
+        assert torch.equal(out, out[:1].expand_as(out))
+        assert torch.equal(augment.apply(syn, params), out[:2])
+        assert not torch.equal(out, real)
+
+
+def test_a_siamese_draw_does_not_depend_on_the_number_of_images() -> None:
+    augment = Augment(OPS, "M")
+    few, many = draw(augment, 1, True), draw(augment, 256, True)
+    assert all(torch.equal(few.values[op], many.values[op]) for op in OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_images_of_their_own_draw_differ(op: str) -> None:
+    augment, x = Augment((op,)), images(1).expand(16, -1, -1, -1)
+    distinct = torch.unique(augment.apply(x, draw(augment, 16, False)).flatten(1), dim=0)
+    assert len(distinct) >= (2 if op == "flip" else 5)
+
+
+def test_single_mode_picks_every_operation_equally_often() -> None:
+    augment, keys = Augment(OPS), 1200
+    drawn = [draw(augment, 4, False, key).ops for key in range(keys)]
+    assert all(len(ops) == 1 for ops in drawn)
+    counts = [drawn.count((op,)) for op in OPS]
+    assert sum(counts) == keys and min(counts) > keys / 6 * 0.75 and max(counts) < keys / 6 * 1.25
+
+
+def test_multiple_mode_has_all_in_the_order_of_the_strategy() -> None:
+    augment, x = Augment(("rotate", "color", "flip"), "M"), images(3)
+    params = draw(augment, 3, False)
+    assert params.ops == ("rotate", "color", "flip")
+    expected = x
+    for op in params.ops:
+        expected = Augment((op,)).apply(expected, Params({op: params.values[op]}))
+    assert torch.equal(augment.apply(x, params), expected)
+
+
+@pytest.mark.parametrize("mode", ["S", "M"])
+def test_none_is_the_identity(mode: Mode) -> None:
+    augment, x = Augment.parse(f"none:mode={mode}"), images(2)
+    params = draw(augment, 2, True)
+    assert params.ops == () and augment.apply(x, params) is x
+    assert augment == Augment(mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["S", "M"])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("ops", [OPS, (), ("flip",), ("rotate", "crop")])
+def test_parse_reads_what_str_writes(ops: tuple[str, ...], mode: Mode, align_corners: bool) -> None:
+    augment = Augment(ops, mode, align_corners)
+    assert Augment.parse(str(augment)) == augment
+    assert str(Augment(ops)) == ("_".join(ops) or "none")
+
+
+def test_parse_takes_the_strategy_of_the_data_set() -> None:
+    assert Augment.parse("dsa", own="crop_flip") == Augment(("crop", "flip"))
+    expected = Augment(("crop", "flip"), "M", True)
+    assert Augment.parse("dsa:align_corners=True,mode=M", own="crop_flip") == expected
+    assert Augment.parse("dsa") == Augment()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("color_corp", "unknown operation 'corp'; did you mean crop?"),
+        ("none_crop", "unknown operation 'none'"),
+        ("dsaa", "did you mean dsa?"),
+        ("", "choose from color, crop"),
+        ("Flip", "did you mean flip?"),
+        ("crop_flip_crop", "an operation stands there twice"),
+        ("crop:mode=X", "unknown option 'mode=X'; did you mean mode="),
+        ("crop:align_corner=true", "did you mean align_corners=true?"),
+        ("crop:", "unknown option ''"),
+    ],
+)
+def test_bad_specs_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^augmentation ") as error:
+        Augment.parse(spec)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def global_states() -> tuple[object, ...]:
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+
+
+def test_global_generators_are_untouched() -> None:
+    before = global_states()
+    for augment in (Augment(OPS, "S"), Augment(OPS, "M")):
+        augment.apply(images(3), draw(augment, 3, False))
+    assert global_states() == before
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_dtype_is_kept(dtype: torch.dtype, atol: float) -> None:
+    x = images(4)
+    for op in OPS:
+        augment = Augment((op,))
+        params = draw(augment, 4, False)
+        out = augment.apply(x.to(dtype), params)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), augment.apply(x, params), rtol=0, atol=atol)
+
+
+def test_half_precision_does_not_blur_the_grid() -> None:
+    x = images(4, dtype=torch.bfloat16)
+    augment = Augment(("rotate",))
+    params = draw(augment, 4, False)
+    assert torch.equal(augment.apply(x, params), augment.apply(x.float(), params).bfloat16())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_and_func_grad(op: str) -> None:
+    augment, x = Augment((op,)), images(4)
+    params = draw(augment, 4, False)
+
+    def one(image: torch.Tensor, params: Params) -> torch.Tensor:
+        rows = Params({name: value[None] for name, value in params.values.items()})
+        return augment.apply(image[None], rows)[0]
+
+    def energy(image: torch.Tensor, params: Params) -> torch.Tensor:
+        return one(image, params).square().sum()
+
+    torch.testing.assert_close(torch.vmap(one)(x, params), augment.apply(x, params))
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(augment.apply(leaf, params).square().sum(), leaf)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(energy))(x, params), expected)
+
+
+def test_part_of_a_batch() -> None:
+    augment, x, index = Augment(OPS, "M"), images(6), torch.tensor([4, 1])
+    for siamese in (True, False):
+        params = draw(augment, 6, siamese)
+        whole = augment.apply(x, params)
+        assert torch.equal(augment.apply(x[index], params.take(index)), whole[index])
+        assert torch.equal(augment.apply(x[2:5], params.take(slice(2, 5))), whole[2:5])
+
+
+def test_a_draw_for_other_images_does_not_fit() -> None:
+    augment = Augment(("flip",))
+    with pytest.raises(AssertionError, match="3 rows of flip for 1 images"):
+        augment.apply(images(1), draw(augment, 3, False))

@@ -1,0 +1,241 @@
+"""The distances and the matching loss: twin, invariances, equality with plain double backward."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from condense import match
+from condense.augment import Augment
+from condense.rng import Rng
+from tests.reference import distances
+
+SHAPES = {
+    "conv": (4, 3, 2, 2),
+    "bias": (4,),
+    "norm": (4,),
+    "linear": (5, 6),
+    "position": (1, 3, 2),
+    "scale": (),
+}
+Weights = dict[str, Tensor]
+
+
+def weights(seed: int, dtype: torch.dtype = torch.float64) -> Weights:
+    gen = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=gen, dtype=dtype) for name, shape in SHAPES.items()}
+
+
+def arrays(values: Weights) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_distances_agree_with_the_twin(name: str) -> None:
+    a, b = weights(0), weights(1)
+    twin = {
+        "layerwise-cosine": distances.layerwise_cosine,
+        "mse": distances.mse_sum,
+        "cosine": distances.global_cosine,
+    }[name]
+    distance = match.named_distance(name)
+    assert distance(a, b).item() == pytest.approx(twin(arrays(a), arrays(b)), rel=1e-12)
+    assert torch.equal(distance(list(a.values()), tuple(b.values())), distance(a, b))
+
+
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_distances_are_zero_for_equal_gradients_and_symmetric(name: str) -> None:
+    distance, a, b = match.DISTANCES[name], weights(0), weights(1)
+    assert distance(a, a).abs().item() < 1e-4
+    assert distance(a, b).item() == pytest.approx(distance(b, a).item(), rel=1e-12) and distance(a, b) > 0.1
+
+
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_distances_do_not_depend_on_the_order_of_names_or_rows(name: str) -> None:
+    distance, a, b = match.DISTANCES[name], weights(0), weights(1)
+    expected = distance(a, b).item()
+    assert distance(dict(reversed(a.items())), b).item() == pytest.approx(expected, rel=1e-12)
+    for side in (a, b):
+        side["conv"] = side["conv"][[2, 0, 3, 1]]
+    assert distance(a, b).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_layerwise_cosine_ignores_the_length_of_a_row() -> None:
+    a, b = weights(0), weights(1)
+    expected = match.layerwise_cosine(a, b).item()
+    b["linear"] = b["linear"] * torch.tensor([0.1, 1, 7, 100, 3]).double()[:, None]
+    assert match.layerwise_cosine(a, b).item() == pytest.approx(expected, abs=1e-4)
+    assert match.global_cosine(a, b).item() != pytest.approx(expected, abs=1e-1)
+
+
+def test_layerwise_cosine_counts_two_for_an_opposite_row_and_nothing_for_biases() -> None:
+    a = weights(0)
+    b = {name: value.clone() for name, value in a.items()}
+    b["linear"][2] *= -1
+    b["bias"] *= -1
+    b["norm"] += 5
+    assert match.layerwise_cosine(a, b).item() == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_a_dead_row_has_a_finite_gradient(name: str) -> None:
+    a, b = weights(0), weights(1)
+    a["linear"][1] = b["linear"][1] = 0
+    b["conv"][0] = 0
+    leaves = {name: value.requires_grad_() for name, value in b.items()}
+    match.DISTANCES[name](a, leaves).backward()
+    assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves.values())
+
+
+def test_other_parameters_are_refused() -> None:
+    a, b = weights(0), weights(1)
+    with pytest.raises(AssertionError, match="not the same parameters"):
+        match.mse_sum(a, {**b, "more": b["bias"]})
+    with pytest.raises(ValueError, match="shorter"):
+        match.mse_sum([*a.values()], [*b.values()][1:])
+
+
+@pytest.mark.parametrize(("name", "guess"), [("layerwise_cosine", "did you mean layerwise-cosine?"), ("x", "mse")])
+def test_unknown_distance(name: str, guess: str) -> None:
+    with pytest.raises(ValueError, match=f"^distance '{name}': unknown; .*choose from") as error:
+        match.named_distance(name)
+    assert guess in str(error.value) and "\n" not in str(error.value)
+
+
+def test_trajectory_distance() -> None:
+    theta, target, start = weights(0), weights(1), weights(2)
+    value = match.trajectory_distance(theta, target, start).item()
+    assert value == pytest.approx(
+        distances.trajectory_distance(arrays(theta), arrays(target), arrays(start)), rel=1e-12
+    )
+    assert match.trajectory_distance(target, target, start) == 0
+    assert match.trajectory_distance(start, target, start) == 1
+    halfway = {name: (start[name] + target[name]) / 2 for name in start}
+    assert match.trajectory_distance(halfway, target, start).item() == pytest.approx(0.25)
+
+
+def test_feature_mean_distance() -> None:
+    gen = torch.Generator().manual_seed(0)
+    real, syn = (torch.randn(n, 5, generator=gen, dtype=torch.float64) for n in (7, 3))
+    value = match.feature_mean_distance(real, syn).item()
+    assert value == pytest.approx(distances.feature_mean_distance(real.numpy(), syn.numpy()), rel=1e-12)
+    assert match.feature_mean_distance(real, syn[[2, 0, 1]]).item() == pytest.approx(value, rel=1e-12)
+    assert match.feature_mean_distance(real, real.repeat(2, 1)).item() == pytest.approx(0, abs=1e-15)
+
+
+class Problem:
+    """A small ConvNet, the gradients of a real batch, and a synthetic batch."""
+
+    def __init__(self, soft: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        with Rng(seed).forked("network"):
+            network = nn.Sequential(
+                nn.Conv2d(2, 4, 3, padding=1),
+                nn.GroupNorm(4, 4),
+                nn.Softplus(),
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(36, 3),
+            ).to(dtype)
+        gen = Rng(seed)("batches")
+        self.params = {name: p.detach() for name, p in network.named_parameters()}
+        self.images = torch.randn(4, 2, 6, 6, generator=gen, dtype=dtype)
+        self.targets = torch.randint(3, (4,), generator=gen)
+        if soft:
+            self.targets = torch.randn(4, 3, generator=gen, dtype=dtype).softmax(1)
+        real = torch.randn(8, 2, 6, 6, generator=gen, dtype=dtype), torch.randint(3, (8,), generator=gen)
+
+        self.network = network
+        self.real_grads = torch.func.grad(self.loss_fn)(self.params, real)
+
+    @property
+    def loss_fn(self) -> match.LossFn:
+        """A new closure every time, as a method makes one for every student."""
+
+        def loss_fn(params: Weights, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.cross_entropy(functional_call(self.network, params, (batch[0],)), batch[1])
+
+        return loss_fn
+
+    def loss(self, distance: match.Distance, images: Tensor, targets: Tensor, **options: bool) -> Tensor:
+        return match.matching_loss(self.loss_fn, self.params, self.real_grads, distance, images, targets, **options)
+
+    def double_backward(self, distance: match.Distance, images: Tensor, targets: Tensor) -> Tensor:
+        leaves = {name: p.clone().requires_grad_() for name, p in self.params.items()}
+        loss = self.loss_fn(leaves, (images, targets))
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        return distance(self.real_grads, dict(zip(leaves, grads, strict=True)))
+
+
+def evaluate(loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, targets: Tensor) -> list[Tensor]:
+    """The value of ``loss`` and its gradients, behind an augmentation and a softmax, with an outer factor."""
+    images = images.clone().requires_grad_()
+    soft = targets.is_floating_point()
+    targets = targets.clone().requires_grad_(soft)
+    augment = Augment.parse("color_crop_rotate:mode=M")
+    params = augment.sample(Rng(5)("augment"), len(images), tuple(images.shape[1:]), siamese=True)
+    value = loss(augment.apply(images, params), targets.softmax(1) if soft else targets)
+    return [value.detach(), *torch.autograd.grad(-3 * value + 1, (images, targets) if soft else (images,))]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_matching_loss_equals_double_backward(name: str, soft: bool) -> None:
+    problem, distance = Problem(soft), match.DISTANCES[name]
+    ours = evaluate(partial(problem.loss, distance), problem.images, problem.targets)
+    theirs = evaluate(partial(problem.double_backward, distance), problem.images, problem.targets)
+    assert len(ours) == (3 if soft else 2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_matching_loss_differentiates_what_requires_it_and_nothing_else() -> None:
+    problem = Problem(soft=True)
+    targets = problem.targets.clone().requires_grad_()
+    for p in problem.params.values():
+        p.requires_grad_()
+    problem.loss(match.mse_sum, problem.images, targets).backward()
+    assert targets.grad is not None and targets.grad.count_nonzero() == targets.numel()
+    assert problem.images.grad is None and all(p.grad is None for p in problem.params.values())
+    assert not problem.loss(match.mse_sum, problem.images, problem.targets).requires_grad
+    with torch.no_grad():
+        assert not problem.loss(match.mse_sum, problem.images, targets).requires_grad
+
+
+def test_matching_loss_of_the_real_batch_is_zero() -> None:
+    problem = Problem(soft=False)
+    problem.real_grads = torch.func.grad(problem.loss_fn)(problem.params, (problem.images, problem.targets))
+    images = problem.images.clone().requires_grad_()
+    value = problem.loss(match.mse_sum, images, problem.targets)
+    (grad,) = torch.autograd.grad(value, images)
+    assert value.item() == 0 and grad.abs().max() < 1e-12
+
+
+def test_matching_loss_cannot_be_differentiated_twice() -> None:
+    problem = Problem(soft=False)
+    images = problem.images.clone().requires_grad_()
+    value = problem.loss(match.mse_sum, images, problem.targets)
+    (grad,) = torch.autograd.grad(value.square(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_matching_loss_agrees_and_compiles_once_per_architecture() -> None:
+    problem = Problem(soft=True, dtype=torch.float32)
+    loss = partial(problem.loss, match.layerwise_cosine)
+    for step in range(4):
+        images = problem.images + step
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            compiled = evaluate(partial(loss, compile=True), images, problem.targets)
+        eager = evaluate(loss, images, problem.targets)
+        for a, b in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        problem.params = {name: p + 0.01 for name, p in problem.params.items()}
