@@ -1,0 +1,105 @@
+"""Finds the tensors that a loss function uses without declaring them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def refuse_hidden_inputs(loss_fn: Callable[[Any, Any], Tensor], theta: dict[str, Tensor], batch: Any) -> None:
+    """Refuse a loss that depends on a tensor that requires grad and is not in its arguments.
+
+    An adjoint returns gradients of declared inputs only: such a tensor would silently lose its own. A loss_fn
+    is checked once.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    if loss_fn in _checked:
+        return
+    with torch.enable_grad():
+        loss = loss_fn(*tree_map_only(Tensor, Tensor.detach, (theta, batch)))
+    if loss.requires_grad:
+        names = ", ".join(_names(loss, {"": loss_fn, "batch": batch}))
+        raise ValueError(
+            f"loss_fn uses {names} from outside: only theta0, batches and lr are differentiated, the "
+            "gradient would be lost; pass it through batches, or detach it"
+        )
+    _checked[loss_fn] = True
+
+
+def _names(loss: Tensor, roots: Mapping[str, Any]) -> list[str]:
+    """The tensors within reach of ``roots`` that are in the graph of ``loss``; else shapes of its leaves."""
+    nodes, leaves = _graph(loss)
+    found: dict[int, str] = {}
+    for name, value in _reachable(roots):
+        if isinstance(value, Tensor) and (id(value) in leaves or value.grad_fn in nodes):
+            found.setdefault(id(value), name)
+    return list(found.values()) or [f"a tensor of shape {tuple(leaf.shape)}" for leaf in leaves.values()]
+
+
+def _graph(loss: Tensor) -> tuple[set[Any], dict[int, Tensor]]:
+    """Every node of the graph behind ``loss``, and the leaf tensors it ends at."""
+    nodes, leaves, pending = set(), {}, [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+        pending += [parent for parent, _ in node.next_functions]
+    return nodes, leaves
+
+
+def _reachable(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What ``roots`` hold, directly or through other objects, by name, the nearest first."""
+    pending, seen = deque(roots.items()), set()
+    while pending:
+        name, value = pending.popleft()
+        if id(value) not in seen and not isinstance(value, type | ModuleType | str):
+            seen.add(id(value))
+            yield name, value
+            pending.extend((_join(name, part), v) for part, v in _parts(value))
+
+
+def _join(name: str, part: str) -> str:
+    return name + part if not name or not part or part.startswith("[") else f"{name}.{part}"
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    match value:
+        case Tensor():
+            return
+        case FunctionType():
+            variables = inspect.getclosurevars(value)
+            yield from {**variables.nonlocals, **variables.globals}.items()
+            yield from ((f"[default {i}]", v) for i, v in enumerate(value.__defaults__ or ()))
+        case MethodType():
+            yield "self", value.__self__
+            yield "", value.__func__
+        case functools.partial():
+            yield "", value.func
+            yield from ((f"[{i}]", v) for i, v in enumerate(value.args))
+            yield from value.keywords.items()
+        case nn.Module():
+            yield from value.named_parameters()
+            yield from value.named_buffers()
+            yield from vars(value).items()
+        case Mapping():
+            yield from ((f"[{key!r}]", v) for key, v in value.items())
+        case Sequence():
+            yield from ((f"[{i}]", v) for i, v in enumerate(value))
+        case _:
+            yield from getattr(value, "__dict__", {}).items()
