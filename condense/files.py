@@ -1,0 +1,101 @@
+"""Files that describe themselves: atomic to write, checked to read, and never a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+FORMAT = 1
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted keys, no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; on success it is synced and takes the place of ``path``, else it is removed.
+
+    Raises:
+        ValueError: the disk is full or not writable; ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
+            "nothing there was changed"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Tensors and one JSON header under the metadata key ``condense``; the header gains a checksum of the bytes."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = {**header, "sha256": checksum(tensors)}
+    data = safetensors.torch.save(tensors, {"condense": canonical_json(header)})
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file written by ``write_tensors``.
+
+    Raises:
+        ValueError: missing, not of this kind or format, truncated, or changed since it was written.
+    """
+    header = read_header(path)
+    if header.get("kind") != kind or header.get("format") != FORMAT:
+        found = f"{header.get('kind')} of format {header.get('format')}"
+        raise ValueError(f"{path} holds a {found}, not a {kind} of format {FORMAT}; give the right file")
+    tensors = safetensors.torch.load_file(path)
+    if checksum(tensors) != header.get("sha256"):
+        raise ValueError(f"{path} is damaged: its checksum does not fit its tensors; write it again or restore it")
+    return tensors, header
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a Condense file, without reading its tensors."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; check the path")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return dict(json.loads(metadata["condense"]))
+    except KeyError:
+        raise ValueError(
+            f"{path} was not written by Condense: it has no `condense` header; for published files see "
+            "`condense import --help`"
+        ) from None
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}; it may be cut short, restore it") from error
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

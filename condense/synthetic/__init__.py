@@ -1,0 +1,15 @@
+"""The synthetic set: what is learned, stored and evaluated."""
+
+from condense.synthetic.decode import DECODERS as DECODERS
+from condense.synthetic.decode import Decode as Decode
+from condense.synthetic.decode import Factor as Factor
+from condense.synthetic.decode import Pixels as Pixels
+from condense.synthetic.files import load as load
+from condense.synthetic.files import save as save
+from condense.synthetic.labels import LABELS as LABELS
+from condense.synthetic.labels import Hard as Hard
+from condense.synthetic.labels import Labels as Labels
+from condense.synthetic.labels import Logits as Logits
+from condense.synthetic.set import Cost as Cost
+from condense.synthetic.set import Origin as Origin
+from condense.synthetic.set import SyntheticSet as SyntheticSet

@@ -1,0 +1,139 @@
+"""The distilled set: latents, labels, decoder and learned step size in one module that knows where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from condense.data.transform import Transform
+from condense.synthetic.decode import Decode, Pixels
+from condense.synthetic.labels import Hard, Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a set says of itself; JSON values only, a pure function of recipe, data and code."""
+
+    dataset: Mapping[str, Any]
+    """name, fingerprint of the training split, classes, image shape."""
+    transform: Mapping[str, Any]
+    """Description of the transform: latents live in the transformed space."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """How the method means the set to be trained on: the fields of ``Training``, the augmentation, the step size."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved recipe, by field."""
+    recipe_hash: str = ""
+    """Of recipe, data and artifacts."""
+    artifacts: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """The costly things read from disk, such as expert buffers: kind, name and extent."""
+    code: str = ""
+    """Version of the code that wrote the set."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.dataset["classes"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        c, h, w = self.dataset["image_shape"]
+        return (c, h, w)
+
+
+class Cost(NamedTuple):
+    """Bytes stored, apart: images (latents), labels, decoder."""
+
+    images: int
+    labels: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class SyntheticSet(nn.Module):
+    """``forward(index) -> (images, targets)``; learnable leaves are parameters, frozen ones buffers.
+
+    Args:
+        latents: (N, ...), in the transformed space.
+        labels: classes (N,) or logits (N, C).
+        decode, label_kind: how latents become images and what the targets are.
+        lr: initial step size, scalar or one per inner step (T,); learned as its logarithm, hence positive.
+    """
+
+    latents: nn.Parameter
+    classes: Tensor
+
+    def __init__(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        origin: Origin,
+        *,
+        decode: Decode | None = None,
+        label_kind: Labels | None = None,
+        lr: float | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
+        self.latents = nn.Parameter(latents.detach().clone())
+        self.decoder = self.decode.build(origin.image_shape).to(latents.device)
+        self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
+        self.register_buffer("classes", labels.long() if labels.dim() == 1 else labels.argmax(1))
+        log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
+        self.log_lr = None if log_lr is None else nn.Parameter(log_lr)
+
+    def __len__(self) -> int:
+        """Number of latents N; ``len(images)`` is N times the decoder's expansion."""
+        return len(self.latents)
+
+    def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (n', C, H, W) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
+        if index is None:
+            index = torch.arange(len(self), device=self.latents.device)
+        images = self.decoder(self.latents[index])
+        return images, self.provider(index.repeat(len(images) // max(len(index), 1)))
+
+    @property
+    def lr(self) -> Tensor | None:
+        """The learned step size, or None where the set has none."""
+        return None if self.log_lr is None else self.log_lr.exp()
+
+    def index_of(self, label: int) -> Tensor:
+        """Indices (ipc,) of the latents made for class ``label``."""
+        return (self.classes == label).nonzero().flatten()
+
+    def leaves(self) -> dict[str, list[nn.Parameter]]:
+        """The learnable parts by name: latents, labels, decoder, lr; empty ones are left out."""
+        parts = {
+            "latents": [self.latents],
+            "labels": list(self.provider.parameters()),
+            "decoder": list(self.decoder.parameters()),
+            "lr": [] if self.log_lr is None else [self.log_lr],
+        }
+        return {name: params for name, params in parts.items() if params}
+
+    def cost(self) -> Cost:
+        def stored(module: nn.Module) -> int:
+            return sum(t.nbytes for t in module.state_dict().values())
+
+        return Cost(self.latents.nbytes, stored(self.provider), stored(self.decoder))
+
+    @torch.no_grad()
+    def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:
+        """An ordinary dataset of (image, target), decoded, on the CPU.
+
+        ``transformed`` is the space networks are trained in; ``pixels`` is [0, 1].
+
+        Raises:
+            ValueError: ``pixels`` asked of a whitened set whose matrix is not at hand.
+        """
+        images, targets = self()
+        if space == "pixels":
+            images = Transform.from_description(dict(self.origin.transform)).inverse(images).clamp(0, 1)
+        return TensorDataset(images.cpu(), targets.cpu())

@@ -1,0 +1,137 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from condense.files import read_header
+from condense.synthetic import Factor, Hard, Logits, Origin, SyntheticSet, load, save
+
+ORIGIN = Origin(
+    dataset={"name": "tiny", "fingerprint": "f", "classes": ["a", "b", "c"], "image_shape": [1, 8, 8]},
+    transform={"kind": "none"},
+    training={"num_epochs": 1},
+)
+
+
+def make(num: int = 2, **fields: object) -> SyntheticSet:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3 * num, 1, 8, 8, generator=generator)
+    return SyntheticSet(latents, torch.arange(3).repeat_interleave(num), ORIGIN, **fields)  # type: ignore[arg-type]
+
+
+def test_forward_gives_images_and_targets_of_the_latents_asked_for() -> None:
+    syn = make(num=2)
+    images, targets = syn(torch.tensor([5, 0]))
+    assert torch.equal(images, syn.latents[[5, 0]]) and targets.tolist() == [2, 0]
+
+
+def test_the_step_size_is_positive_whatever_happens_to_its_parameter() -> None:
+    syn = make(lr=0.01)
+    assert syn.lr is not None and torch.isclose(syn.lr, torch.tensor(0.01))
+    with torch.no_grad():
+        syn.log_lr.sub_(50.0)  # type: ignore[union-attr]
+    assert 0 < syn.lr.detach().item() < 1e-20
+
+
+def test_soft_labels_begin_at_the_class_and_receive_gradient() -> None:
+    syn = make(label_kind=Logits(confidence=0.8))
+    targets = syn()[1]
+    assert torch.allclose(targets.sum(1), torch.ones(6)) and torch.allclose(targets.max(1).values, torch.tensor(0.8))
+    targets[:, 0].sum().backward()
+    assert syn.leaves()["labels"][0].grad is not None
+
+
+def test_factor_holds_several_images_in_the_room_of_one() -> None:
+    images = torch.stack([torch.full((1, 8, 8), float(value)) for value in range(4)])
+    decode = Factor(factor=2)
+    latents = decode.encode(images)
+    assert latents.shape == (1, 1, 8, 8)
+    assert torch.equal(decode.build((1, 8, 8))(latents), images)
+    syn = make(decode=decode)
+    decoded, targets = syn(torch.tensor([0, 4]))
+    assert decoded.shape == (8, 1, 8, 8) and targets.tolist() == [0, 2] * 4
+    assert syn.cost().images == make().cost().images
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 6)])
+def test_factor_takes_sizes_that_do_not_divide(size: tuple[int, int]) -> None:
+    decode = Factor(factor=3)
+    images = torch.randn(9 * 2, 3, *size)
+    latents = decode.encode(images)
+    assert latents.shape == (2, 3, *size)
+    assert decode.build((3, *size))(latents).shape == images.shape
+
+
+@pytest.mark.parametrize("labels", [Hard(), Logits()])
+@pytest.mark.parametrize("lr", [None, 0.02, torch.tensor([0.1, 0.2])])
+def test_a_file_gives_back_the_set_and_equal_sets_equal_bytes(tmp_path: Path, labels: object, lr: object) -> None:
+    syn = make(label_kind=labels, lr=lr, decode=Factor())
+    save(syn, tmp_path / "a.safetensors")
+    save(make(label_kind=labels, lr=lr, decode=Factor()), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    again = load(tmp_path / "a.safetensors")
+    assert again.origin == syn.origin and again.decode == syn.decode and again.label_kind == syn.label_kind
+    for name, tensor in syn.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_the_header_has_one_key_of_sorted_json(tmp_path: Path) -> None:
+    save(make(), tmp_path / "a.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert list(header["__metadata__"]) == ["condense"]
+    text = header["__metadata__"]["condense"]
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+
+
+def test_a_dataset_is_ordinary() -> None:
+    data = make().to_dataset()
+    batches = list(torch.utils.data.DataLoader(data, batch_size=4))
+    assert [len(x) for x, _ in batches] == [4, 2]
+    pixels, _ = make().to_dataset("pixels")[0]
+    assert 0 <= float(pixels.min()) and float(pixels.max()) <= 1
+
+
+def rewrite(path: Path, **changes: torch.Tensor) -> None:
+    """Exchange tensors and write a checksum that fits, as a careless tool would."""
+    from condense.files import write_tensors
+
+    header = read_header(path)
+    write_tensors(path, load_file(path) | changes, header)
+
+
+def test_damage_is_found_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(make(), path)
+    good = path.read_bytes()
+
+    flipped = bytearray(good)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="checksum"):
+        load(path)
+    path.write_bytes(good[:-40])
+    with pytest.raises(ValueError, match=r"cannot be read|damaged"):
+        load(path)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not written by Condense"):
+        load(path)
+    with pytest.raises(ValueError, match="there is no file"):
+        load(tmp_path / "missing.safetensors")
+
+    for changes, complaint in (
+        ({"classes": torch.tensor([0, 0, 1, 1, 2, 9])}, "classes outside"),
+        ({"latents": torch.zeros(6, 1, 8, 7)}, "images of shape"),
+        ({"latents": torch.full((6, 1, 8, 8), float("nan"))}, "not finite"),
+        ({"latents": torch.zeros(5, 1, 8, 8)}, "5 latents but 6 classes"),
+        ({"more": torch.zeros(2)}, "does not fit"),
+    ):
+        path.write_bytes(good)
+        rewrite(path, **changes)
+        with pytest.raises(ValueError, match=complaint):
+            load(path)
