@@ -1,0 +1,216 @@
+"""The loop: init, step by step, checkpoint, log, resume, finalize. Nothing here knows a method."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condense.files import read_tensors, write_tensors
+from condense.method import Context, Method, State
+from condense.synthetic.files import save
+from condense.synthetic.set import SyntheticSet
+from condense.tracking import Log, Sink, cut_back
+
+NUM_SNAPSHOTS = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How often the run is written down; changes nothing of its result."""
+
+    seconds: float = 10.0
+    """Longest time between two checkpoints."""
+    steps: int = 100
+    """Most steps between two checkpoints."""
+
+
+CADENCE = Cadence()
+
+Validate = Callable[[SyntheticSet, int], Mapping[str, float]]
+"""(set, steps done) -> numbers for the log; called by the engine, provided by whoever has an evaluator."""
+
+
+def compute(method: Method, ctx: Context) -> SyntheticSet:
+    """Distil in memory, without a folder; for baselines."""
+    state = method.init(ctx)
+    for step in range(method.num_steps):
+        method.step(ctx, state, step)
+    return method.finalize(ctx, state)
+
+
+def run(
+    method: Method,
+    ctx: Context,
+    state: State,
+    folder: Path,
+    *,
+    resume: bool = False,
+    cadence: Cadence | None = None,
+    eval_every: int = 0,
+    validate: Validate | None = None,
+    sinks: tuple[Sink, ...] = (),
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> SyntheticSet:
+    """Distil, beginning with ``state`` as ``method.init`` made it.
+
+    Leaves ``log.jsonl``, ``checkpoint.safetensors``, ``snapshots/`` and ``synthetic.safetensors`` in ``folder``.
+
+    Stopped at any moment and called again with ``resume``, it gives the same bytes as a run that was not stopped.
+
+    Raises:
+        ValueError: the checkpoint belongs to another recipe or is damaged; the disk is full; a loss or gradient
+            is not finite (the last good checkpoint is kept).
+    """
+    checkpoint, previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
+    cadence = cadence or CADENCE
+    done = 0
+    if resume and (checkpoint.exists() or previous.exists()):
+        done = _restore(state, ctx, checkpoint, previous)
+        cut_back(folder / "log.jsonl", done)
+    else:
+        (folder / "log.jsonl").unlink(missing_ok=True)
+    marks = snapshot_steps(method.num_steps)
+    (folder / "snapshots").mkdir(exist_ok=True)
+    log = Log(folder / "log.jsonl", sinks)
+    try:
+        if done:
+            log.write({"event": "resume", "step": done})
+        saved_at, saved_time = done, time.monotonic()
+        while done < method.num_steps:
+            record = _step(method, ctx, state, done, checkpoint)
+            done += 1
+            record |= image_statistics(state.syn)
+            if eval_every and validate is not None and (done % eval_every == 0 or done == method.num_steps):
+                record |= validate(state.syn, done)
+            log.step(done, record)
+            if on_step is not None:
+                on_step(done, record)
+            if done in marks:
+                save(method.finalize(ctx, state), folder / "snapshots" / f"step_{done:07d}.safetensors")
+            due = done - saved_at >= cadence.steps or time.monotonic() - saved_time >= cadence.seconds
+            if due or done == method.num_steps:
+                log.sync()
+                _checkpoint(state, ctx, done, checkpoint, previous)
+                saved_at, saved_time = done, time.monotonic()
+        syn = method.finalize(ctx, state)
+        save(syn, folder / "synthetic.safetensors")
+        return syn
+    finally:
+        log.close()
+
+
+def snapshot_steps(num_steps: int) -> set[int]:
+    """Up to ten steps, evenly spaced in the logarithm, the last one included."""
+    exponents = [k / (NUM_SNAPSHOTS - 1) for k in range(NUM_SNAPSHOTS)]
+    return {round(num_steps**exponent) for exponent in exponents}
+
+
+@torch.no_grad()
+def image_statistics(syn: SyntheticSet) -> dict[str, float]:
+    latents = syn.latents
+    mean, std, peak = torch.stack([latents.mean(), latents.std(), latents.abs().max()]).tolist()
+    return {"image_mean": mean, "image_std": std, "image_max": peak}
+
+
+def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path) -> dict[str, float]:
+    try:
+        with ctx.rng.forked("layers", done):  # dropout of foreign networks
+            return method.step(ctx, state, done)
+    except FloatingPointError as error:
+        kept = f"the last good checkpoint is kept in {checkpoint}" if checkpoint.exists() else "nothing was kept yet"
+        raise ValueError(
+            f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
+            "lower the learning rate, e.g. --method.optim.lr"
+        ) from error
+
+
+def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previous: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(_fields(state), "", tensors)
+    header = {
+        "kind": "checkpoint",
+        "format": 1,
+        "step": done,
+        "recipe_hash": ctx.origin.recipe_hash,
+        "state": skeleton,
+    }
+    fresh = checkpoint.with_name(".checkpoint.next.safetensors")
+    write_tensors(fresh, tensors, header)
+    if checkpoint.exists():
+        checkpoint.replace(previous)
+    fresh.replace(checkpoint)
+
+
+def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> int:
+    """Load the newest readable checkpoint into ``state``; returns the steps done."""
+    try:
+        tensors, header = read_tensors(checkpoint, "checkpoint")
+    except ValueError:
+        if not previous.exists():
+            raise
+        tensors, header = read_tensors(previous, "checkpoint")
+    if header["recipe_hash"] != ctx.origin.recipe_hash:
+        raise ValueError(f"{checkpoint} belongs to another recipe or buffer; choose another --out or remove that run")
+    values = _unflatten(_fields(state), header["state"], tensors)
+    for name, value in values.items():
+        setattr(state, name, value)
+    return int(header["step"])
+
+
+def _fields(state: State) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON skeleton of a value; its tensors go to ``tensors``, referred to by path."""
+    match value:
+        case Tensor():
+            tensors[path] = value
+            return {"tensor": path}
+        case nn.Module():
+            return {"module": _flatten(dict(value.state_dict()), path, tensors)}
+        case torch.optim.Optimizer():
+            return {"optimiser": _flatten(value.state_dict(), path, tensors)}
+        case dict():
+            pairs = [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in value.items()]
+            return {"dict": pairs}
+        case list() | tuple():
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [_flatten(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]}
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"state{path} is a {type(value).__name__}: not a tensor, module, optimiser, number or string")
+
+
+def _unflatten(template: Any, skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of ``_flatten``; modules and optimisers of ``template`` are filled in place."""
+    if not isinstance(skeleton, dict):
+        return skeleton
+    ((kind, content),) = skeleton.items()
+    match kind:
+        case "tensor":
+            device = template.device if isinstance(template, Tensor) else "cpu"
+            return tensors[content].to(device)
+        case "module":
+            template.load_state_dict(_unflatten(dict(template.state_dict()), content, tensors))
+            return template
+        case "optimiser":
+            template.load_state_dict(_unflatten(template.state_dict(), content, tensors))
+            return template
+        case "dict":
+            known = template if isinstance(template, dict) else {}
+            return {key: _unflatten(known.get(key), item, tensors) for key, item in content}
+        case "list" | "tuple":
+            known_items = template if isinstance(template, list | tuple) else ()
+            items = [
+                _unflatten(known_items[i] if i < len(known_items) else None, item, tensors)
+                for i, item in enumerate(content)
+            ]
+            return items if kind == "list" else tuple(items)
+    raise AssertionError(f"unknown node {kind}")

@@ -1,0 +1,256 @@
+"""The recipe: everything that decides a result, as one typed value that is also a YAML file and a set of flags.
+
+A recipe is read in two phases. Fields annotated with a base class (method, decode, labels, a method's adjoint)
+are choices: their value is a name, swapped in first. Then tyro parses the numbers of what was chosen, so that
+``--help`` shows these fields only, and YAML and command line go through the same validation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from condense import registry
+from condense.compute import Compute
+from condense.files import canonical_json
+from condense.inner import ADJOINTS, Adjoint
+from condense.method import Method
+from condense.names import suggest
+from condense.synthetic.decode import DECODERS, Decode, Pixels
+from condense.synthetic.labels import LABELS, Hard, Labels
+from condense.task import Split
+
+T = TypeVar("T")
+
+CHOICES: dict[type, Mapping[str, type]] = {Decode: DECODERS, Labels: LABELS, Adjoint: ADJOINTS}
+"""Base class -> name -> class, for every kind of choice but the method itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What decides a result; hashed, and stored in every file made from it."""
+
+    method: Method
+    """The method and its hyper-parameters."""
+    dataset: str = "digits"
+    """Name of a data set, an .npz file or an image folder."""
+    transform: str = "channel"
+    """none, channel, zca (absolute regulariser) or zca-relative."""
+    split: Split = Split()
+    """The validation part of the training data."""
+    network: str = "convnet"
+    """Network to distil with, e.g. convnet:depth=3,norm=batch."""
+    ipc: int = 10
+    """Images per class: the budget of stored images."""
+    augment: str = "dsa"
+    """none, dsa (the data set's own strategy) or a strategy; options as in dsa:mode=M,align_corners=true."""
+    decode: Decode = Pixels()
+    """How stored latents become images."""
+    labels: Labels = Hard()
+    """What the images are trained towards."""
+    compute: Compute = Compute()
+    """Exactness against speed."""
+    seed: int = 0
+    """Root of every random draw."""
+
+    def __post_init__(self) -> None:
+        if self.ipc < 1:
+            raise ValueError(f"ipc must be at least 1, got {self.ipc}; give --ipc 10")
+
+    def hash(self, dataset: str, artifacts: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Of all fields; ``dataset`` (a fingerprint) stands for the data wherever they lie, ``artifacts`` for what
+        the method reads from disk."""
+        fields = to_mapping(self) | {"dataset": dataset, "artifacts": list(artifacts)}
+        return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+def to_mapping(value: Any) -> Any:
+    """Nested dicts of plain values; a choice becomes a dict with its ``name``."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return list(value) if isinstance(value, tuple) else value
+    fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Method):
+        return {"name": registry.name_of(value), **fields}
+    for base, options in CHOICES.items():
+        if isinstance(value, base):
+            return {"name": next(name for name, cls in options.items() if cls is type(value)), **fields}
+    return fields
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_mapping(recipe), sort_keys=False)
+
+
+def from_mapping(mapping: Mapping[str, Any], source: str, base: Recipe | None = None) -> Recipe:
+    """A recipe from nested dicts, over the defaults of ``base`` (else of the method's class).
+
+    Raises:
+        ValueError: unknown key, wrong type, value out of range; prefixed with ``source``.
+    """
+    try:
+        method = mapping.get("method")
+        name = method.get("name") if isinstance(method, Mapping) else method
+        if base is None:
+            if not isinstance(name, str):
+                raise ValueError("it names no method; begin it with `method: {name: dm}`")
+            base = Recipe(method=registry.load(name)())
+        elif name is not None and name != registry.name_of(base.method):
+            base = dataclasses.replace(base, method=registry.load(name)())
+        return parse(tyro.conf.FlagConversionOff[Recipe], list(_flags(mapping)), base)
+    except ValueError as error:
+        raise ValueError(f"recipe {source}: {error}") from error
+
+
+def from_yaml(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        ValueError: missing, not YAML, or see ``from_mapping``.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in ones") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"recipe {path} cannot be read: {reason}; correct the file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} is not a mapping of fields; begin it with `method: {{name: dm}}`")
+    return from_mapping(content, str(path))
+
+
+def recipe_files() -> dict[str, Path]:
+    """The built-in recipes: name -> file."""
+    folder = Path(str(files("condense.methods.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def published(method: str, dataset: str, ipc: int) -> str | None:
+    """The name of the built-in recipe of a method that is nearest to a data set and budget, if there is any.
+
+    The same data set at the nearest IPC (by ratio) comes first, then the recipe for any data set.
+    """
+    known = recipe_files()
+    prefix = f"{method}-{dataset}-ipc"
+    budgets = [int(name.removeprefix(prefix)) for name in known if name.startswith(prefix)]
+    if budgets:
+        nearest = min(budgets, key=lambda k: (max(k, ipc) / min(k, ipc), k))
+        return f"{prefix}{nearest}"
+    return method if method in known else None
+
+
+def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None) -> T:
+    """``default`` with the flags of ``argv``: choices first, then everything else by tyro.
+
+    Raises:
+        ValueError: one line for an unknown flag (with the nearest ones), a wrong type or a value out of range.
+    """
+    argv, default = _choose(list(argv), default, "")
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(
+                kind,
+                args=argv,
+                default=default,
+                prog=prog,
+                description="; ".join(_choices(default)),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as leave:
+        if leave.code in (0, None):
+            raise
+        raise ValueError(_one_line(output.getvalue())) from None
+
+
+def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
+    """Take the flags that name a choice out of ``argv`` and put the chosen defaults into ``value``."""
+    hints = typing.get_type_hints(type(value))
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
+        if hints[field.name] in CHOICES:
+            options = CHOICES[hints[field.name]]
+            argv, name = take(argv, f"--{flag}")
+            if name is not None:
+                if name not in options:
+                    raise ValueError(f"unknown {field.name} {name!r}: {suggest(name, options)}")
+                if type(current) is not options[name]:
+                    current = options[name]()
+        if dataclasses.is_dataclass(current):
+            argv, current = _choose(argv, current, _nested(path, field.name))
+        if current is not getattr(value, field.name):
+            changes[field.name] = current
+    return argv, dataclasses.replace(value, **changes) if changes else value
+
+
+def _choices(value: Any, path: str = "") -> Iterator[str]:
+    """For the help: every choice below ``value``, what it is and what else there is."""
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
+        options = CHOICES.get(hints[field.name])
+        if options is not None:
+            chosen = next(name for name, cls in options.items() if cls is type(current))
+            yield f"--{flag} {{{','.join(options)}}} (default: {chosen})"
+        if dataclasses.is_dataclass(current):
+            yield from _choices(current, _nested(path, field.name))
+
+
+def _nested(path: str, name: str) -> str:
+    """The prefix of flags below a field; parts of a command stand at the top level."""
+    return "" if path == "" and name in ("recipe", "options") else f"{path}{name}."
+
+
+def take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Remove ``flag VALUE`` or ``flag=VALUE``; the last one counts."""
+    kept, found, items = [], None, iter(argv)
+    for item in items:
+        if item == flag:
+            found = next(items, "")
+        elif item.startswith(flag + "="):
+            found = item.removeprefix(flag + "=")
+        else:
+            kept.append(item)
+    return kept, found
+
+
+def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The command line that says what a nested mapping says."""
+    for key, value in mapping.items():
+        flag = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, Mapping):
+            nested = dict(value)
+            name = nested.pop("name", None)
+            if name is not None and flag != "method":
+                yield from (f"--{flag}", str(name))
+            yield from _flags(nested, f"{prefix}{key}.")
+        elif flag == "method":
+            continue
+        elif isinstance(value, list):
+            yield from (f"--{flag}", *map(str, value))
+        else:
+            yield from (f"--{flag}", str(value))
+
+
+def _one_line(box: str) -> str:
+    """What tyro prints in a frame, as one line: the complaint and the nearest flags."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
+    lines = [line for line in lines if line]
+    complaints = [
+        line for line in lines[1:] if not line.startswith(("Perhaps", "For full", "--")) and "default:" not in line
+    ]
+    near = [line.split()[0] for line in lines if line.startswith("--")]
+    advice = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    return " ".join(complaints or lines) + advice + "; --help lists the flags"

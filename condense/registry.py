@@ -1,0 +1,53 @@
+"""Methods by name. The table holds paths, not classes: a method is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+
+from condense.method import Method
+from condense.names import suggest
+
+METHODS = {
+    "random": "condense.methods.selection:Random",
+    "herding": "condense.methods.selection:Herding",
+    "k-center": "condense.methods.selection:KCenter",
+    "k-means": "condense.methods.selection:KMeans",
+    "dm": "condense.methods.dm:DM",
+    "dc": "condense.methods.dc:DC",
+    "dsa": "condense.methods.dc:DSA",
+    "mtt": "condense.methods.mtt:MTT",
+}
+
+GROUP = "condense.methods"
+"""Entry-point group through which other packages add methods: ``name = "package.module:Class"``."""
+
+
+def table() -> dict[str, str]:
+    """name -> "module:Class", ours and those of other packages; a name of ours cannot be taken."""
+    return {entry.name: entry.value for entry in entry_points(group=GROUP)} | METHODS
+
+
+def load(name: str) -> type[Method]:
+    """The class behind a name.
+
+    Raises:
+        ValueError: unknown name, or an entry point that does not lead to a method.
+    """
+    methods = table()
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}: {suggest(name, methods)}")
+    module, _, attribute = methods[name].partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be loaded: {error}; reinstall the package it comes from") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"method {name!r} leads to {found!r}, which is not a Method; mend the entry point")
+    return found
+
+
+def name_of(method: Method) -> str:
+    """The name a method is listed under; for an unlisted class its import path."""
+    path = f"{type(method).__module__}:{type(method).__qualname__}"
+    return next((name for name, value in table().items() if value == path), path)

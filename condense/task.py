@@ -1,0 +1,149 @@
+"""What a method is given: real tensors in the transformed space, a class index, a network. Never test data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condense.augment import Augment
+from condense.data.datasets import Arrays, to_float
+from condense.data.transform import Transform, fit
+from condense.networks import Functional
+from condense.rng import Rng
+
+_ROUNDING = ("sha256", "trace")
+"""What a transform's description says of one machine's rounding: a record, no part of an identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The validation part carved from the training data."""
+
+    val_fraction: float | None = None
+    """Share of each class held out for validation; unset: 0.1 where something is selected on it, else 0."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            raise ValueError(f"split.val_fraction must lie in [0, 1), got {self.val_fraction}; try 0.1")
+
+    def resolved(self, selects: bool) -> Split:
+        fraction = (0.1 if selects else 0.0) if self.val_fraction is None else self.val_fraction
+        return Split(val_fraction=fraction, seed=self.seed)
+
+    def indices(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorted indices (train, validation), stratified by class."""
+        fraction = self.val_fraction or 0.0
+        rng, held = Rng(self.seed), []
+        for label in labels.unique().tolist():
+            members = (labels == label).nonzero().flatten()
+            order = torch.randperm(len(members), generator=rng("validation", 0, label))
+            held.append(members[order[: round(fraction * len(members))]])
+        is_held = torch.zeros(len(labels), dtype=torch.bool)
+        is_held[torch.cat(held)] = True
+        return (~is_held).nonzero().flatten(), is_held.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images (N, C, H, W) float32 in the transformed space and their classes (N,) int64, on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def by_class(self) -> list[Tensor]:
+        """Indices of every class, ascending."""
+        return [(self.labels == c).nonzero().flatten() for c in range(int(self.labels.max()) + 1)]
+
+    def draw(self, label: int, num: int, generator: torch.Generator) -> Tensor:
+        """``num`` images of a class without replacement; all of them, shuffled, where it has fewer."""
+        members = self.by_class[label]
+        order = torch.randperm(len(members), generator=generator)[:num]
+        return self.images[members[order.to(members.device)]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A data set to distil, as methods and builders see it."""
+
+    name: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+    """Of the whole training split, before validation is carved from it."""
+    train: Labelled
+    val: Labelled | None
+    transform: Transform
+    split: Split
+    augment: Augment
+    """The augmentation that the recipe names, resolved for this data set."""
+    network: Functional
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def dataset(self) -> dict[str, Any]:
+        """What files say of the data."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "classes": list(self.classes),
+            "image_shape": list(self.image_shape),
+        }
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides a network trained on this task, apart from how it is trained."""
+        return {
+            "dataset": self.fingerprint,
+            "split": {"val_fraction": self.split.val_fraction, "seed": self.split.seed},
+            "transform": {k: v for k, v in self.transform.describe().items() if k not in _ROUNDING},
+            **self.network.identity(),
+        }
+
+
+def make_task(
+    arrays: Arrays,
+    *,
+    transform: str,
+    split: Split,
+    network: Functional,
+    augment: Augment,
+    device: torch.device,
+    cache: Path | None = None,
+) -> Task:
+    """Carve validation, fit the transform on what is left of the training data, move it to ``device``."""
+    labels = torch.from_numpy(arrays.y_train)
+    train_index, val_index = split.indices(labels)
+    images = to_float(arrays.x_train)
+    key = f"{arrays.fingerprint['train']}-{split.val_fraction}-{split.seed}"
+    fitted = fit(transform, images[train_index], known=arrays.known, key=key, cache=cache)
+
+    def part(index: Tensor) -> Labelled:
+        return Labelled(fitted(images[index].to(device)), labels[index].to(device))
+
+    return Task(
+        name=arrays.name,
+        classes=arrays.classes,
+        image_shape=arrays.image_shape,
+        fingerprint=arrays.fingerprint["train"],
+        train=part(train_index),
+        val=part(val_index) if len(val_index) else None,
+        transform=fitted,
+        split=split,
+        augment=augment,
+        network=network,
+        device=device,
+    )

@@ -1,0 +1,155 @@
+"""Where numbers go: ``log.jsonl`` always, other trackers on request, progress bars on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from condense.names import suggest
+
+
+class Sink(Protocol):
+    """A tracker that mirrors the log."""
+
+    def log(self, step: int, record: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """An append-only JSON-lines file, one line a step, and the sinks that mirror it."""
+
+    def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
+        self._file = open(path, "a", encoding="utf-8")
+        self._sinks = sinks
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line as it is; for events."""
+        self._file.write(json.dumps(record) + "\n")
+
+    def step(self, step: int, record: Mapping[str, float]) -> None:
+        """The numbers of one step, to the file and to every sink."""
+        self.write({"step": step, **record})
+        for sink in self._sinks:
+            sink.log(step, record)
+
+    def sync(self) -> None:
+        """Everything written so far is on disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of steps after the first ``step`` steps, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def check_sinks(names: tuple[str, ...]) -> None:
+    """Raise ValueError for a tracker that is unknown or not installed, before anything is written."""
+    for name in names:
+        if name not in _SINKS:
+            raise ValueError(f"unknown tracker {name!r}: {suggest(name, _SINKS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"tracker {name!r} is not installed; run: pip install 'condense-dd[{name}]'")
+
+
+def open_sinks(names: tuple[str, ...], folder: Path, recipe: Mapping[str, Any]) -> tuple[Sink, ...]:
+    """The trackers of these names; they write below ``folder``."""
+    check_sinks(names)
+    return tuple(_SINKS[name](folder, recipe) for name in names)
+
+
+class _Wandb:
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "condense"),
+            dir=folder,
+            name=folder.name,
+            config=dict(recipe),
+            resume="allow",
+            id=os.environ.get("WANDB_RUN_ID", folder.resolve().name),
+        )
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        self._run.log(dict(record), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("recipe", json.dumps(recipe, indent=1, default=str))
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+_SINKS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
+
+
+class Bar(Protocol):
+    """One line of progress: how many are done, and a few words on the latest."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Bar]:
+    """A bar with the time left on standard error; nothing where that is not a terminal (``show`` overrides)."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    visible = console.is_terminal if show is None else show
+    with Progress(*columns, console=console, disable=not visible, transient=False) as bars:
+        task = bars.add_task(title, total=total, note="")
+
+        def update(done: int, note: str = "") -> None:
+            bars.update(task, completed=done, note=note)
+
+        yield update

@@ -1,0 +1,142 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from condense import engine
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.data.datasets import Arrays
+from condense.files import write_tensors
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.networks import Functional
+from condense.rng import Rng
+from condense.synthetic import Hard, Origin, Pixels, SyntheticSet
+from condense.task import Split, make_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink(GradientMethod):
+    """Pulls the images to zero; diverges from step ``bad`` on."""
+
+    num_steps: int = 12
+    optim: Optim = Optim(lr=0.1)
+    bad: int = 10**9
+
+    def init(self, ctx: Context) -> GradientState:
+        syn = ctx.new_set(*ctx.initial("real"))
+        return GradientState(syn=syn, optimisers=self.optimisers(syn))
+
+    def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
+        loss: Tensor = state.syn()[0].square().sum()
+        return loss * float("nan") if step >= self.bad else loss
+
+
+@pytest.fixture
+def ctx(tiny: Arrays) -> Context:
+    task = make_task(
+        tiny,
+        transform="channel",
+        split=Split(val_fraction=0.0),
+        network=Functional("mlp", tiny.image_shape, 3, "cpu"),
+        augment=Augment(),
+        device=torch.device("cpu"),
+    )
+    return Context(
+        task=task,
+        rng=Rng(0),
+        ipc=2,
+        decode=Pixels(),
+        labels=Hard(),
+        compute=Compute(),
+        origin=Origin(dataset=task.dataset(), transform=task.transform.describe(), recipe_hash="h"),
+    )
+
+
+def run(method: Shrink, ctx: Context, folder: Path, **fields: Any) -> SyntheticSet:
+    return engine.run(method, ctx, method.init(ctx), folder, **fields)
+
+
+def test_every_step_is_logged_and_ten_snapshots_are_kept(ctx: Context, tmp_path: Path) -> None:
+    run(Shrink(num_steps=300), ctx, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 301))
+    assert {"loss", "grad_latents", "image_mean", "image_std"} <= set(records[0])
+    assert records[-1]["loss"] < records[0]["loss"]
+    steps = sorted(int(file.stem[-7:]) for file in (tmp_path / "snapshots").iterdir())
+    assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 300
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(ctx: Context, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"step 8 is not finite \(loss=nan.*last good checkpoint.*learning rate"):
+        run(Shrink(bad=7), ctx, tmp_path, cadence=engine.Cadence(steps=5))
+    assert not (tmp_path / "synthetic.safetensors").exists()
+    whole = run(Shrink(), ctx, tmp_path / "whole") if (tmp_path / "whole").mkdir() is None else None
+    resumed = run(Shrink(), ctx, tmp_path, resume=True)
+    assert whole is not None and torch.equal(whole.latents, resumed.latents)
+    assert '{"event": "resume", "step": 5}' in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(ctx: Context, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        run(Shrink(bad=7), ctx, tmp_path, cadence=engine.Cadence(steps=2))
+    newest = tmp_path / "checkpoint.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    run(Shrink(), ctx, tmp_path, resume=True)
+    assert '{"event": "resume", "step": 4}' in (tmp_path / "log.jsonl").read_text()
+
+
+def test_resume_without_a_checkpoint_starts_afresh(ctx: Context, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 5}\n')
+    run(Shrink(), ctx, tmp_path, resume=True)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(ctx: Context, tmp_path: Path) -> None:
+    header = {"kind": "checkpoint", "format": 1, "step": 3, "recipe_hash": "other", "state": {}}
+    write_tensors(tmp_path / "checkpoint.safetensors", {"x": torch.zeros(1)}, header)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another recipe"):
+        run(Shrink(), ctx, tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_validation_is_called_when_due_and_at_the_end(ctx: Context, tmp_path: Path) -> None:
+    calls = []
+
+    def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
+        calls.append(step)
+        return {"val_accuracy": 0.5}
+
+    run(Shrink(num_steps=7), ctx, tmp_path, eval_every=3, validate=validate)
+    assert calls == [3, 6, 7]
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["val_accuracy"] == 0.5
+
+
+def test_the_norm_of_a_gradient_is_bounded_by_clip(ctx: Context) -> None:
+    method = Shrink(clip=0.5, optim=Optim(lr=1.0, momentum=0.0))
+    state = method.init(ctx)
+    before = state.syn.latents.detach().clone()
+    record = method.step(ctx, state, 0)
+    assert record["grad_latents"] > 0.5
+    assert torch.isclose((state.syn.latents - before).norm(), torch.tensor(0.5), rtol=1e-4)
+
+
+def test_parts_add_up(ctx: Context) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Halves(Shrink):
+        def parts(self, ctx: Context) -> tuple[int, ...]:
+            return (0, 1)
+
+        def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
+            return super().loss(ctx, state, step, part) / 2
+
+    one, two = Shrink().init(ctx), Halves().init(ctx)
+    records = Shrink().step(ctx, one, 0), Halves().step(ctx, two, 0)
+    assert torch.allclose(one.syn.latents, two.syn.latents)
+    assert records[0]["loss"] == pytest.approx(records[1]["loss"])
