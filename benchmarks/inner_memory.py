@@ -1,0 +1,183 @@
+"""Peak memory and time of the Exact adjoint against full unrolling; and how far off TESLA's gradient is.
+
+    python benchmarks/inner_memory.py                    # the table; Full at 40 steps needs about 15 GB
+    python benchmarks/inner_memory.py --adjoints exact   # the half that needs one
+    python benchmarks/inner_memory.py --error            # the error of TESLA
+
+The job is one step of trajectory matching: ConvNet-D3-W128, 100 images of 3x32x32 (handwritten digits),
+gradients with respect to the images and the learning rate. Each configuration runs in a process of its own,
+after a warm-up of one step on four images. Peak is the growth of the resident set (ru_maxrss) over what the
+process held before the roll-out: interpreter, libraries, network and data, which are listed as base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from condense.inner import ADJOINTS, Adjoint, Exact, Full, Tesla, unroll
+from condense.networks import Functional
+from condense.rng import Rng
+
+Theta = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--adjoints", nargs="+", default=["exact", "full"], choices=ADJOINTS)
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 40])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--error", action="store_true", help="measure the error of TESLA instead")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one:
+        adjoint, num_steps = options.one
+        print(json.dumps(measure(ADJOINTS[adjoint](), int(num_steps))))
+        return
+    print(f"{cpu()}, {options.threads} threads, torch {torch.__version__}, {datetime.date.today()}\n")
+    if options.error:
+        print_errors()
+    else:
+        print_table(options.adjoints, options.steps, options.threads)
+
+
+def print_table(adjoints: list[str], steps: list[int], threads: int) -> None:
+    print("| adjoint | steps | base, MB | peak over base, MB | seconds |\n|---|---|---|---|---|")
+    peaks: dict[tuple[str, int], float] = {}
+    for adjoint in adjoints:
+        for n in steps:
+            command = [sys.executable, __file__, "--threads", str(threads), "--one", adjoint, str(n)]
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            peaks[adjoint, n] = found["peak"]
+            row = f"{found['base']:.0f} | {found['peak']:.0f} | {found['seconds']:.1f}"
+            print(f"| {adjoint} | {n} | {row} |", flush=True)
+    few, many = min(steps), max(steps)
+    if "exact" in adjoints and few < many:
+        peak, vectors = peaks["exact", many], many * ConvNet().net.num_params * 4 / 1e6
+        bound = 1.2 * peaks["exact", few] + vectors
+        print(f"\nexact at {many} steps: {peak:.0f} MB, {'within' if peak <= bound else 'OUTSIDE'} the bound of")
+        print(f"1.2 x its peak at {few} steps + {many} parameter vectors ({vectors:.0f} MB) = {bound:.0f} MB")
+
+
+def measure(adjoint: Adjoint, num_steps: int) -> dict[str, float]:
+    """One matching step in this process; megabytes and seconds."""
+    problem = ConvNet()
+    target = {name: torch.zeros_like(p) for name, p in problem.start.items()}
+    problem.gradient(adjoint, 1, 0.01, target, num_images=4)
+    base, start = resident(), time.perf_counter()
+    problem.gradient(adjoint, num_steps, 0.01, target)
+    return {"seconds": time.perf_counter() - start, "base": base, "peak": resident() - base}
+
+
+def resident() -> float:
+    """The largest resident set so far, in megabytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def print_errors() -> None:
+    print("Relative error of the images' gradient against Full, and cosine with it.\n")
+    print("| network | steps | lr | Exact | TESLA | cosine of TESLA |\n|---|---|---|---|---|---|")
+    adjoints = Exact(), Full(), Tesla()
+    mlp = MLP()
+    for n, lr in ((1, 0.05), (5, 0.05), (20, 0.05), (50, 0.05), (20, 0.5), (50, 0.5)):
+        print(f"| MLP | {n} | {lr} | {errors(*(mlp.gradient(a, n, lr) for a in adjoints))} |")
+    convnet = ConvNet()
+    target = convnet.target()
+    for n, lr in ((1, 0.01), (10, 0.01), (10, 0.05)):
+        row = errors(*(convnet.gradient(a, n, lr, target) for a in adjoints))
+        print(f"| ConvNet-D3-W128 | {n} | {lr} | {row} |", flush=True)
+
+
+def errors(exact: Tensor, full: Tensor, tesla: Tensor) -> str:
+    of_exact, of_tesla = ((found - full).norm() / full.norm() for found in (exact, tesla))
+    cosine = F.cosine_similarity(tesla.flatten(), full.flatten(), dim=0)
+    return f"{of_exact:.0e} | {of_tesla:.3f} | {cosine:.3f}"
+
+
+class ConvNet:
+    """A hundred digits, ten a class; the expert took 50 steps on batches of the others."""
+
+    def __init__(self) -> None:
+        pixels, labels = load_digits(return_X_y=True)
+        x = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+        x = F.interpolate((x - x.mean()) / x.std(), size=(32, 32), mode="bilinear").repeat(1, 3, 1, 1)
+        y = torch.tensor(labels)
+        chosen = torch.cat([(y == c).nonzero()[:10, 0] for c in range(10)])
+        rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, chosen, False)
+        self.images, self.labels, self.others = x[chosen], y[chosen], (x[rest], y[rest])
+        self.net = Functional("convnet", (3, 32, 32), 10)
+        self.start, self.buffers = self.net.init(Rng(0), "weights")
+
+    def loss_fn(self, theta: Theta, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.net.logits(theta, self.buffers, batch[0]), batch[1])
+
+    def target(self) -> Theta:
+        x, y = self.others
+        drawn = [torch.randint(len(y), (100,), generator=Rng(0)("expert", step)) for step in range(50)]
+        return unroll(self.loss_fn, self.start, [(x[index], y[index]) for index in drawn], lr=0.01)
+
+    def gradient(self, adjoint: Adjoint, num_steps: int, lr: float, target: Theta, num_images: int = 100) -> Tensor:
+        images = self.images[:num_images].clone().requires_grad_()
+        rate = torch.tensor(lr, requires_grad=True)
+        batches = [(images, self.labels[:num_images])] * num_steps
+        end = unroll(self.loss_fn, self.start, batches, lr=rate, adjoint=adjoint)
+        return torch.autograd.grad(matching(self.start, end, target), (images, rate))[0]
+
+
+class MLP:
+    """Two layers in float64, 16 random inputs with random targets; the expert had another 16."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        self.start = {"w1": draw(10, 32) / 10**0.5, "b1": draw(32), "w2": draw(32, 5) / 32**0.5}
+        self.images, self.labels, others = draw(16, 10), draw(16, 5).softmax(1), draw(16, 10)
+        self.target = unroll(self.loss_fn, self.start, [(others, draw(16, 5).softmax(1))] * 50, lr=0.1)
+
+    @staticmethod
+    def loss_fn(theta: Theta, batch: Batch) -> Tensor:
+        hidden = torch.tanh(batch[0] @ theta["w1"] + theta["b1"])
+        return F.cross_entropy(hidden @ theta["w2"], batch[1])
+
+    def gradient(self, adjoint: Adjoint, num_steps: int, lr: float) -> Tensor:
+        images = self.images.clone().requires_grad_()
+        end = unroll(self.loss_fn, self.start, [(images, self.labels)] * num_steps, lr=lr, adjoint=adjoint)
+        return torch.autograd.grad(matching(self.start, end, self.target), images)[0]
+
+
+def matching(start: Theta, end: Theta, target: Theta) -> Tensor:
+    """|end - target|^2 / |start - target|^2, the loss of trajectory matching."""
+
+    def distance(theta: Theta) -> Tensor:
+        return torch.stack([(theta[name] - target[name]).square().sum() for name in target]).sum()
+
+    return distance(end) / distance(start)
+
+
+if __name__ == "__main__":
+    main()

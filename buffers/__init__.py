@@ -1,0 +1,1 @@
+"""Builders of costly artifacts: expert trajectories, trained here or imported."""

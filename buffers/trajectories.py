@@ -1,0 +1,183 @@
+"""Expert trajectories: networks trained on the real data, with a snapshot of their weights after every epoch.
+
+Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022: experts are ConvNets
+trained with plain SGD (rate 0.01, batches of 256, no momentum) under DSA with one draw per image. A snapshot
+is a copy: on a CPU ``p.detach().cpu()`` shares its memory with the live weights, and a trajectory made of it
+is its last epoch over and over.
+
+Expert e draws its initialisation, batch order and augmentation from keys of its own. So a buffer grows
+without touching what is there, an interrupted build goes on with the next expert, and an expert trained for
+longer begins with the same epochs. For this the learning rate drops at an epoch, not at a fraction of them.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condense.artifacts import TrajectoryWriter, pack
+from condense.compute import Compute
+from condense.networks import Weights
+from condense.rng import Rng
+from condense.task import Task
+from condense.train import Scorer, Trainer, Training
+
+MAX_SCORED = 5000
+"""Training images that accuracies are measured on, at most."""
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""(expert, epochs done, accuracies): called for the initialisation and after each epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """How many experts, and how each is trained."""
+
+    num_experts: int = 10
+    """Experts, each from an initialisation of its own."""
+    num_epochs: int = 20
+    """Epochs of each expert; there is one snapshot more."""
+    lr: float = 0.01
+    """Learning rate of SGD."""
+    momentum: float = 0.0
+    """Momentum of SGD."""
+    weight_decay: float = 0.0
+    """L2 penalty, added to the gradient."""
+    batch_size: int = 256
+    """Images a step; the last batch of an epoch may be smaller."""
+    decay_epoch: int | None = None
+    """Epochs done when the learning rate drops, once; None: never."""
+    decay: float = 0.1
+    """Factor of that drop; the momentum is kept."""
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1 or self.num_epochs < 1:
+            raise ValueError(
+                f"a buffer needs experts and epochs, got {self.num_experts} and {self.num_epochs}; "
+                "give --num-experts 10 --num-epochs 20"
+            )
+        self.training()
+
+    def training(self) -> Training:
+        """Raises ValueError as ``Training`` does."""
+        return Training(
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            # Half an epoch early: Training multiplies by num_epochs, and rounding must not delay the drop.
+            decay_at=None if self.decay_epoch is None else (self.decay_epoch - 0.5) / self.num_epochs,
+            decay=self.decay,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a trajectory, but not its length."""
+        apart = ("num_epochs", "decay_at", "decay")
+        training = {name: value for name, value in asdict(self.training()).items() if name not in apart}
+        schedule = {} if self.decay_epoch is None else {"decay_epoch": self.decay_epoch, "decay": self.decay}
+        return training | schedule
+
+
+def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str, Any]:
+    """What names the buffer: everything that decides its snapshots, apart from their number."""
+    return {
+        **task.identity(),
+        "training": plan.identity(),
+        "augment": asdict(task.augment) if task.augment.ops else {"ops": []},
+        "compute": asdict(compute),
+        "seed": seed,
+    }
+
+
+def build(
+    task: Task, plan: Experts, *, root: Path, seed: int, compute: Compute, progress: Progress | None = None
+) -> Path:
+    """Train what is missing of a buffer under ``root`` and return its folder.
+
+    Experts of the buffer that have fewer epochs are trained again from scratch, and a warning says so.
+
+    Raises:
+        ValueError: new experts would be shorter than the present ones; an expert diverged; the buffer is
+            damaged or cannot be written. Experts that were finished are kept.
+    """
+    network, rng = task.network, Rng(seed)
+    layout = network.init(rng, "layout")
+    writer = TrajectoryWriter(root, task.name, identity(task, plan, seed, compute), layout)
+    num_experts = max(plan.num_experts, len(writer.experts))
+    missing = [expert for expert in range(num_experts) if writer.epochs(expert) < plan.num_epochs]
+    shortest = min((expert["num_epochs"] for expert in writer.experts), default=0)
+    if missing and plan.num_epochs < shortest:
+        raise ValueError(
+            f"{writer.folder} has experts of {shortest} epochs: new ones of {plan.num_epochs} would shorten it; "
+            f"give --num-epochs {shortest}"
+        )
+    short = [expert for expert in missing if writer.epochs(expert)]
+    if short:
+        warnings.warn(
+            f"{len(short)} experts of {writer.folder} have fewer than {plan.num_epochs} epochs: they are "
+            "trained again from scratch, and each replaces its shorter self when it is done",
+            stacklevel=2,
+        )
+    trainer = Trainer(network, plan.training(), task.augment, compute)
+    measure = _measure(task, Scorer(network, compute), rng)
+    for expert in missing:
+        begun, keys = time.perf_counter(), rng.child("expert", expert)
+        initial = network.init(keys, "initial weights")
+        recorder = _Recorder(expert, plan, initial, measure, progress)
+        trainer.run(initial, task.train.images, task.train.labels, keys, on_epoch=recorder)
+        record = {
+            "origin": "trained",
+            "device": task.device.type,
+            "seconds": round(time.perf_counter() - begun, 3),
+            **recorder.accuracies,
+        }
+        writer.add(expert, recorder.params, recorder.buffers, record)
+        writer.save()
+    return writer.folder
+
+
+def _measure(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
+    """Accuracy on a fixed part of the training images and, where there is one, on the validation split."""
+    index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
+    parts = {"train_accuracy": (task.train.images[index], task.train.labels[index])}
+    if task.val is not None:
+        parts["val_accuracy"] = (task.val.images, task.val.labels)
+    return lambda weights: {name: scorer.accuracy(weights, *part) for name, part in parts.items()}
+
+
+class _Recorder:
+    """Keeps the snapshots of one expert."""
+
+    def __init__(
+        self,
+        expert: int,
+        plan: Experts,
+        initial: Weights,
+        measure: Callable[[Weights], dict[str, float]],
+        progress: Progress | None,
+    ) -> None:
+        self.expert, self.plan, self.measure, self.progress = expert, plan, measure, progress
+        widths = [len(pack(tensors)) for tensors in initial]
+        self.params, self.buffers = (torch.empty(plan.num_epochs + 1, width) for width in widths)
+        self.accuracies: dict[str, list[float]] = {}
+        self(0, initial)
+
+    def __call__(self, epoch: int, weights: Weights) -> None:
+        self.params[epoch], self.buffers[epoch] = pack(weights.params), pack(weights.buffers)
+        if not self.params[epoch].isfinite().all():
+            raise ValueError(
+                f"expert {self.expert} has weights that are not finite after {epoch} epochs: its training "
+                f"diverged; give an --lr below {self.plan.lr:g}"
+            )
+        accuracies = self.measure(weights)
+        for name, value in accuracies.items():
+            self.accuracies.setdefault(name, []).append(value)
+        if self.progress is not None:
+            self.progress(self.expert, epoch, accuracies)

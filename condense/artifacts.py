@@ -1,0 +1,346 @@
+"""Costly things that methods need from disk: what is asked for, how it is found, how it is read.
+
+An artifact is a folder with a ``manifest.json``. Its *identity* says what decided its content; the hash of it
+ends the folder's name. Its *extent* (experts, epochs) says how much of it there is, and may grow.
+
+Trajectories keep each expert in one ``.safetensors`` file: ``params`` (E + 1, P) and, where the network has
+some, ``buffers`` (E + 1, B), float32, row 0 the initialisation. The header holds a checksum of every row, so
+that a row is read and verified through the memory map without touching the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from condense.files import canonical_json, read_header, replacing, write_text
+from condense.networks import Weights
+
+FORMAT = 1
+DEFAULT_ROOT = Path("artifacts")
+MANIFEST = "manifest.json"
+
+_MEND = "restore it, or delete it and build the buffer again, which trains what is missing"
+
+
+class Artifact:
+    """What a spec finds on disk, opened for reading.
+
+    Raises:
+        ValueError: as ``read_manifest`` does.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder, self.kind)
+
+    def describe(self) -> dict[str, Any]:
+        """For the files of what was made with it: kind, name (which ends in the hash of its identity) and extent."""
+        extent = {key: self.manifest[key] for key in ("num_experts", "num_epochs") if key in self.manifest}
+        return {"kind": self.kind, "name": self.folder.resolve().name, **extent}
+
+
+@dataclass(frozen=True)
+class ArtifactSpec(ABC):
+    """What a method asks for."""
+
+    kind: ClassVar[str]
+
+    identity: Mapping[str, Any]
+    """What has to agree; keys left out, at any level, are open."""
+
+    @abstractmethod
+    def command(self, dataset: str) -> str:
+        """The command line that builds it."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Artifact:
+        """Open the folder that ``find`` returned. Raises ValueError if it is damaged."""
+
+    def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Why an artifact does not serve, in words; empty if it does."""
+        return _differences(_plain(self.identity), manifest["identity"])
+
+    def matches(self, manifest: Mapping[str, Any]) -> bool:
+        return not self.misfits(manifest)
+
+
+@dataclass(frozen=True)
+class TrajectorySpec(ArtifactSpec):
+    """Expert trajectories of at least this extent."""
+
+    kind: ClassVar[str] = "trajectories"
+
+    num_experts: int = 1
+    """Fewest experts that serve."""
+    num_epochs: int = 1
+    """Fewest epochs that serve; there is one snapshot more."""
+
+    def command(self, dataset: str) -> str:
+        words = ["condense", "buffer", "--dataset", dataset]
+        if "network" in self.identity:
+            words += ["--network", self.identity["network"]]
+        transform = self.identity.get("transform", {"kind": "channel"})
+        relative = transform.get("flavour") == "relative"
+        if relative or transform["kind"] != "channel":
+            words += ["--transform", "zca-relative" if relative else transform["kind"]]
+        split = self.identity.get("split", {})
+        if split.get("val_fraction"):
+            words += ["--split.val-fraction", str(split["val_fraction"]), "--split.seed", str(split["seed"])]
+        if self.num_experts > 1:
+            words += ["--num-experts", str(self.num_experts)]
+        return shlex.join([*words, "--num-epochs", str(self.num_epochs)])
+
+    def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
+        wanted = {"num_experts": self.num_experts, "num_epochs": self.num_epochs}
+        short = [f"{key} is {manifest[key]}, less than {n}" for key, n in wanted.items() if manifest[key] < n]
+        return super().misfits(manifest) + short
+
+    def open(self, path: Path) -> Trajectories:
+        return Trajectories(path)
+
+
+class Trajectories(Artifact):
+    """Snapshots of experts: epoch 0 is the initialisation, epoch k the weights after k epochs."""
+
+    kind = TrajectorySpec.kind
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._key = _hash(self.manifest["identity"])
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.manifest["num_experts"])
+
+    @property
+    def num_epochs(self) -> int:
+        """That every expert has."""
+        return int(self.manifest["num_epochs"])
+
+    def snapshot(self, expert: int, epoch: int) -> dict[str, Tensor]:
+        """Parameters by name, float32, on the CPU.
+
+        Raises:
+            ValueError: the expert's file is missing or damaged.
+        """
+        return self._read("params", expert, (epoch,))[0]
+
+    def pair(self, expert: int, start: int, target: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Two snapshots of one expert; raises as ``snapshot`` does."""
+        first, second = self._read("params", expert, (start, target))
+        return first, second
+
+    def buffers(self, expert: int, epoch: int) -> dict[str, Tensor]:
+        """Buffers by name (BatchNorm's statistics), float32, on the CPU; empty where the network has none."""
+        return self._read("buffers", expert, (epoch,))[0] if self.manifest["buffers"] else {}
+
+    def _read(self, table: str, expert: int, epochs: Sequence[int]) -> list[dict[str, Tensor]]:
+        assert 0 <= expert < self.num_experts, f"expert {expert} of {self.num_experts}"
+        last = self.manifest["experts"][expert]["num_epochs"]
+        assert all(0 <= epoch <= last for epoch in epochs), f"epochs {epochs} of {last}"
+        path = self.folder / expert_file(expert)
+        header = read_header(path)
+        if header.get("buffer") != self._key:
+            raise ValueError(f"{path} belongs to another buffer; {_MEND}")
+        rows = []
+        with safetensors.safe_open(path, framework="pt") as file:
+            for epoch in epochs:
+                try:
+                    row = file.get_slice(table)[epoch : epoch + 1].clone()[0]
+                    intact = _checksum(row) == header["rows"][table][epoch]
+                except (safetensors.SafetensorError, KeyError, IndexError, TypeError):
+                    intact = False
+                if not intact:
+                    raise ValueError(
+                        f"{path} is damaged: its {table} of epoch {epoch} do not fit their checksum; {_MEND}"
+                    )
+                rows.append(_unpack(row, self.manifest[table]))
+        return rows
+
+
+class TrajectoryWriter:
+    """A buffer being written: experts are added one by one, each atomically; ``save`` makes them visible.
+
+    Args:
+        root: folder of buffers.
+        dataset: its name, for the folder's name.
+        identity: everything that decided the trajectories; JSON-able, with the key ``network``.
+        weights: of the network, for names and shapes.
+
+    Raises:
+        ValueError: the folder cannot be made, or what it holds is damaged or another buffer.
+    """
+
+    def __init__(self, root: Path, dataset: str, identity: Mapping[str, Any], weights: Weights) -> None:
+        self.identity = _plain(identity)
+        self._key = _hash(self.identity)
+        self.folder = root / "-".join([_slug(dataset), _slug(self.identity["network"]), self._key[:8]])
+        self._fixed = {
+            "kind": TrajectorySpec.kind,
+            "format": FORMAT,
+            "dataset": dataset,
+            "identity": self.identity,
+            "params": [[name, list(t.shape)] for name, t in weights.params.items()],
+            "buffers": [[name, list(t.shape)] for name, t in weights.buffers.items()],
+        }
+        self.experts: list[dict[str, Any]] = []
+        """What the manifest says of each expert; ``num_epochs`` is its extent."""
+        if (self.folder / MANIFEST).exists():
+            manifest = read_manifest(self.folder, TrajectorySpec.kind)
+            changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
+            if changes:
+                raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another --out")
+            self.experts = manifest["experts"]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make {self.folder}: {error.strerror}; choose another --out") from error
+
+    def epochs(self, expert: int) -> int:
+        """The extent of an expert; 0 if it is not there."""
+        there = expert < len(self.experts) and (self.folder / expert_file(expert)).exists()
+        return int(self.experts[expert]["num_epochs"]) if there else 0
+
+    def add(self, expert: int, params: Tensor, buffers: Tensor, record: Mapping[str, Any]) -> None:
+        """Write an expert, the next one or in place of an old one.
+
+        Args:
+            params, buffers: (E + 1, P) and (E + 1, B), rows made by ``pack``.
+            record: for the manifest.
+        """
+        assert expert <= len(self.experts)
+        tables = {"params": params} | ({"buffers": buffers} if buffers.shape[1] else {})
+        header = {
+            "kind": "expert",
+            "format": FORMAT,
+            "buffer": self._key,
+            "rows": {name: [_checksum(row) for row in table] for name, table in tables.items()},
+        }
+        with replacing(self.folder / expert_file(expert)) as temporary:
+            try:
+                safetensors.torch.save_file(tables, temporary, {"condense": canonical_json(header)})
+            except safetensors.SafetensorError as error:
+                raise OSError(str(error)) from error
+        self.experts[expert : expert + 1] = [{"num_epochs": len(params) - 1, **record}]
+
+    def save(self) -> None:
+        """Write the manifest."""
+        extent = {
+            "num_experts": len(self.experts),
+            "num_epochs": min(expert["num_epochs"] for expert in self.experts),
+            "experts": self.experts,
+        }
+        manifest = self._fixed | extent
+        text = json.dumps(manifest | {"checksum": _hash(manifest)}, indent=1, allow_nan=False)
+        write_text(self.folder / MANIFEST, text + "\n")
+
+
+def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
+    """The one folder under ``root`` that serves; ``root`` may itself be that folder.
+
+    Raises:
+        ValueError: none serves (the line says how the nearest one differs, and the command that builds one);
+            several do; a manifest is damaged.
+    """
+    is_artifact = (root / MANIFEST).is_file()
+    folders = [root] if is_artifact else sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    misfits = {f: spec.misfits(found) for f, found in manifests.items() if found["kind"] == spec.kind}
+    fitting = [folder for folder, reasons in misfits.items() if not reasons]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(folder.name for folder in fitting)
+        raise ValueError(f"several buffers in {root} serve {dataset}: {names}; choose with --buffers PATH")
+    why = "there are none"
+    if misfits:
+        nearest = min(misfits, key=lambda folder: len(misfits[folder]))
+        why = f"the nearest is {nearest.name}, where {', '.join(misfits[nearest][:3])}"
+    out = "" if is_artifact or root == DEFAULT_ROOT else f" --out {shlex.quote(str(root))}"
+    command = f"`{spec.command(dataset)}{out}`"
+    raise ValueError(f"no {spec.kind} for {dataset} in {root}: {why}; build them with {command}")
+
+
+def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises:
+        ValueError: missing, changed since it was written, of another format, or not of this kind.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        checksum = manifest.pop("checksum")
+        intact = checksum == _hash(manifest)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give the folder of a buffer") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged: its checksum does not fit; restore it, or remove {folder}")
+    if manifest["format"] != FORMAT or kind not in (None, manifest["kind"]):
+        found, wanted = f"{manifest['kind']} of format {manifest['format']}", f"{kind or 'format'} {FORMAT}"
+        raise ValueError(f"{folder} holds {found}, not {wanted}; give another folder")
+    return dict(manifest)
+
+
+def expert_file(expert: int) -> str:
+    return f"expert_{expert:04d}.safetensors"
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Parameters or buffers as one row: a float32 vector on the CPU that shares no memory with them."""
+    parts = [tensor.detach().reshape(-1).to("cpu", torch.float32) for tensor in tensors.values()]
+    return torch.cat([torch.empty(0), *parts])
+
+
+def _unpack(row: Tensor, layout: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Tensor]:
+    parts = row.split([math.prod(shape) for _, shape in layout])
+    return {name: part.view(tuple(shape)) for (name, shape), part in zip(layout, parts, strict=True)}
+
+
+def _checksum(row: Tensor) -> str:
+    digest = hashlib.blake2b(f"{row.dtype} {tuple(row.shape)}\n".encode(), digest_size=16)
+    digest.update(row.numpy().data)
+    return digest.hexdigest()
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    return dict(json.loads(canonical_json(value)))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.]+", "-", text).strip("-.")
+
+
+def _differences(wanted: Any, found: Any, where: str = "") -> list[str]:
+    """Where ``found`` disagrees with ``wanted``; what ``wanted`` leaves out is open."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        pairs = [(f"{where}.{key}".lstrip("."), value, found.get(key)) for key, value in wanted.items()]
+        return [line for name, ours, theirs in pairs for line in _differences(ours, theirs, name)]
+    return [] if wanted == found else [f"{where} is {_brief(found)}, not {_brief(wanted)}"]
+
+
+def _brief(value: Any) -> str:
+    text = canonical_json(value)
+    return text if len(text) <= 40 else f"{text[:36]}..."

@@ -1,0 +1,280 @@
+"""Finding and reading artifacts; what a damaged one does."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from condense.artifacts import (
+    Trajectories,
+    TrajectorySpec,
+    TrajectoryWriter,
+    expert_file,
+    find,
+    pack,
+    read_manifest,
+)
+from condense.networks import Weights
+
+IDENTITY = {
+    "dataset": "f00d",
+    "split": {"val_fraction": 0.1, "seed": 0},
+    "transform": {"kind": "channel", "mean": (0.1307,), "std": (1 / 3,)},
+    "network": "convnet:depth=1,width=4",
+    "seed": 0,
+}
+NUM_EPOCHS = 3
+
+
+def snapshots(expert: int) -> list[Weights]:
+    gen = torch.Generator().manual_seed(expert)
+    return [
+        Weights(
+            {"conv.weight": torch.randn(2, 3, generator=gen), "conv.bias": torch.randn(2, generator=gen)},
+            {"norm.running_mean": torch.randn(2, generator=gen), "norm.num_batches": torch.tensor(epoch)},
+        )
+        for epoch in range(NUM_EPOCHS + 1)
+    ]
+
+
+def write(root: Path, num_experts: int = 2, **changes: Any) -> Path:
+    writer = TrajectoryWriter(root, "digits", IDENTITY | changes, snapshots(0)[0])
+    for expert in range(num_experts):
+        params, buffers = (
+            torch.stack([pack(part) for part in parts]) for parts in zip(*snapshots(expert), strict=True)
+        )
+        writer.add(expert, params, buffers, {"origin": "trained"})
+        writer.save()
+    return writer.folder
+
+
+def wanted(num_experts: int = 1, num_epochs: int = 1, **changes: Any) -> TrajectorySpec:
+    open_seed = {key: value for key, value in IDENTITY.items() if key != "seed"}
+    return TrajectorySpec(open_seed | changes, num_experts=num_experts, num_epochs=num_epochs)
+
+
+def opened(folder: Path) -> Trajectories:
+    return Trajectories(folder)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def one_line(action: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message and "; " in message, "what is wrong: why; what mends it, in one line"
+    return message
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    buffer = opened(write(tmp_path))
+    assert (buffer.num_experts, buffer.num_epochs) == (2, NUM_EPOCHS)
+    for expert in range(2):
+        for epoch, weights in enumerate(snapshots(expert)):
+            assert same(buffer.snapshot(expert, epoch), weights.params)
+            floats = {name: tensor.float() for name, tensor in weights.buffers.items()}
+            assert same(buffer.buffers(expert, epoch), floats)
+    start, target = buffer.pair(1, 0, 2)
+    assert same(start, snapshots(1)[0].params) and same(target, snapshots(1)[2].params)
+
+
+def test_equal_buffers_are_equal_bytes(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    assert first.name == second.name
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_name_of_the_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    assert folder.name.startswith("digits-convnet-depth-1-width-4-")
+    assert write(tmp_path, seed=1) != folder
+    assert write(tmp_path, num_experts=1) == folder, "the extent is no part of the identity"
+
+
+def test_find(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    assert find(tmp_path, wanted(num_experts=2, num_epochs=NUM_EPOCHS), "digits") == folder
+    assert find(folder, wanted(), "digits") == folder, "the root may be the buffer"
+    other = write(tmp_path, dataset="beef")
+    assert find(tmp_path, wanted(), "digits") == folder
+    assert find(tmp_path, wanted(dataset="beef"), "digits") == other
+
+
+def test_open_keys(tmp_path: Path) -> None:
+    folder = write(tmp_path, training={"lr": 0.01, "momentum": 0.0})
+    assert find(tmp_path, wanted(training={"lr": 0.01}), "digits") == folder
+    assert "training.lr is 0.01, not 0.1" in one_line(lambda: find(tmp_path, wanted(training={"lr": 0.1}), "digits"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "difference"),
+    [
+        (wanted(dataset="beef"), 'dataset is "f00d", not "beef"'),
+        (wanted(network="mlp"), 'network is "convnet:depth=1,width=4", not "mlp"'),
+        (wanted(split={"val_fraction": 0.0, "seed": 0}), "split.val_fraction is 0.1, not 0.0"),
+        (wanted(transform={"kind": "none"}), 'transform.kind is "channel", not "none"'),
+        (wanted(num_experts=3), "num_experts is 2, less than 3"),
+        (wanted(num_epochs=9), "num_epochs is 3, less than 9"),
+    ],
+)
+def test_nothing_serves(tmp_path: Path, spec: TrajectorySpec, difference: str) -> None:
+    write(tmp_path)
+    message = one_line(lambda: find(tmp_path, spec, "digits"))
+    assert difference in message
+    assert f"`{spec.command('digits')} --out {tmp_path}`" in message
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    message = one_line(lambda: find(tmp_path / "absent", wanted(), "digits"))
+    assert "there are none" in message and "condense buffer" in message
+
+
+def test_command() -> None:
+    zca = {"kind": "zca", "flavour": "relative"}
+    spec = wanted(num_experts=5, num_epochs=7, transform=zca)
+    assert spec.command("my data.npz").split(" --") == [
+        "condense buffer",
+        "dataset 'my data.npz'",
+        "network convnet:depth=1,width=4",
+        "transform zca-relative",
+        "split.val-fraction 0.1",
+        "split.seed 0",
+        "num-experts 5",
+        "num-epochs 7",
+    ]
+
+
+def test_several_serve(tmp_path: Path) -> None:
+    folders = [write(tmp_path), write(tmp_path, seed=1)]
+    message = one_line(lambda: find(tmp_path, wanted(), "digits"))
+    assert "--buffers" in message and all(folder.name in message for folder in folders)
+    assert find(folders[1], wanted(), "digits") == folders[1]
+
+
+def test_a_row_is_read_without_the_others(tmp_path: Path) -> None:
+    """The bytes of every other row may be garbage: only who reads them is told."""
+    folder = write(tmp_path)
+    path = folder / expert_file(0)
+    content = bytearray(path.read_bytes())
+    rows = [pack(weights.params).numpy().tobytes() for weights in snapshots(0)]
+    for row in (0, 1):
+        start = content.index(rows[row])
+        content[start : start + len(rows[row])] = bytes(len(rows[row]))
+    path.write_bytes(content)
+    buffer = opened(folder)
+    first, second = buffer.pair(0, 2, 3)
+    assert same(first, snapshots(0)[2].params) and same(second, snapshots(0)[3].params)
+    assert f"{path} is damaged" in one_line(lambda: buffer.snapshot(0, 1))
+    assert same(buffer.snapshot(1, 1), snapshots(1)[1].params)
+
+
+def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path, num_experts=1)
+    buffer, path = opened(folder), folder / expert_file(0)
+    whole = path.read_bytes()
+    expected = buffer.snapshot(0, 1)
+    noticed = 0
+    for position in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            assert same(buffer.snapshot(0, 1), expected), f"byte {position} changed the row unnoticed"
+        except ValueError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+    assert noticed >= 4 * len(pack(expected)) // 3
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_expert(tmp_path: Path, kept: int) -> None:
+    folder = write(tmp_path)
+    path = folder / expert_file(0)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert str(path) in one_line(lambda: opened(folder).snapshot(0, 0))
+
+
+def test_missing_or_foreign_expert(tmp_path: Path) -> None:
+    folder, other = write(tmp_path), write(tmp_path, seed=1)
+    shutil.copy(other / expert_file(0), folder / expert_file(0))
+    assert "another buffer" in one_line(lambda: opened(folder).snapshot(0, 0))
+    (folder / expert_file(0)).unlink()
+    assert "there is no file" in one_line(lambda: opened(folder).snapshot(0, 0))
+
+
+def test_damaged_manifest(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    path = folder / "manifest.json"
+    text = path.read_text()
+    for damaged in ("", text[: len(text) // 2], "[]", "{}", text.replace('"f00d"', '"f00e"'), "\x00"):
+        path.write_text(damaged)
+        assert "damaged" in one_line(lambda: read_manifest(folder))
+        assert "damaged" in one_line(lambda: find(tmp_path, wanted(), "digits"))
+    path.unlink()
+    assert "manifest.json" in one_line(lambda: read_manifest(folder))
+
+
+def test_another_format_or_kind(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    assert "holds trajectories of format 1" in one_line(lambda: read_manifest(folder, "teachers"))
+
+
+def test_another_layout_is_not_mixed_in(tmp_path: Path) -> None:
+    write(tmp_path)
+    reshaped = Weights({"conv.weight": torch.zeros(8)}, {})
+    assert "another buffer" in one_line(lambda: TrajectoryWriter(tmp_path, "digits", IDENTITY, reshaped))
+
+
+def test_an_added_expert_is_invisible_until_saved(tmp_path: Path) -> None:
+    folder = write(tmp_path, num_experts=1)
+    writer = TrajectoryWriter(tmp_path, "digits", IDENTITY, snapshots(0)[0])
+    writer.add(1, torch.zeros(4, 8), torch.zeros(4, 3), {})
+    assert opened(folder).num_experts == 1
+    writer.save()
+    assert opened(folder).num_experts == 2
+
+
+def test_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "--out" in one_line(lambda: write(tmp_path / "file"))
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from condense.artifacts import TrajectoryWriter
+from condense.networks import Weights
+
+identity = {"network": "mlp"}
+writer = TrajectoryWriter(Path(sys.argv[1]), "digits", identity, Weights({"w": torch.zeros(5000)}, {}))
+writer.add(0, torch.zeros(2, 5000), torch.zeros(2, 0), {})
+writer.save()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+try:
+    writer.add(0, torch.ones(9, 5000), torch.zeros(9, 0), {})
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.startswith("cannot write") and process.stdout.count("\n") == 1
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [expert_file(0), "manifest.json"]
+    assert json.loads((folder / "manifest.json").read_text())["num_epochs"] == 1
+    assert not opened(folder).snapshot(0, 1)["w"].any()
