@@ -1,0 +1,224 @@
+"""DC and DSA: dataset condensation by gradient matching.
+
+DC: Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021, algorithm 1.
+DSA: Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021.
+
+    min_S  E_theta_0  sum_t sum_c  D( grad l(A_omega(B_c); theta_t), grad l(A_omega(S_c); theta_t) )
+
+theta_t is a student: fresh weights theta_0, trained on S between one update of S and the next. DC has no A.
+
+    symbol    code
+    S_c       ``state.syn`` at the latents of class c
+    B_c       ``batch_real`` real images of class c, drawn anew at every step
+    D         ``distance``: one minus the cosine, summed over the rows of every layer
+    theta_t   ``state.params``, ``state.buffers``
+    t         ``step`` modulo ``outer_loop``; a fresh student begins at 0
+    A, omega  ``task.augment`` and one siamese draw a class and step, shared by B_c and S_c
+
+Deviations: see docs/methods/dc.md and docs/methods/dsa.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.match import LossFn, matching_loss, named_distance
+from condense.method import Context, GradientMethod, GradientState
+from condense.networks import Functional, Weights
+from condense.task import Task
+from condense.train import Trainer, Training, loss_of
+
+BATCH_STATISTICS = 16
+"""Real images a class that set the running statistics of BatchNorm before a step."""
+
+INNER_EPOCHS = {1: 1, 10: 50, 20: 25, 30: 20, 40: 15, 50: 10}
+"""Published epochs of the student between two updates of the set, by images per class."""
+
+
+def published_loops(ipc: int) -> tuple[int, int]:
+    """(outer_loop, inner_epochs) for any number of images per class.
+
+    ``outer_loop`` equals it, as published. ``inner_epochs`` is linear between the published values; beyond
+    50 images it keeps the product of the two at 500, as far as one epoch allows.
+    """
+    if ipc > 50:
+        return ipc, max(1, 500 // ipc)
+    return ipc, round(float(np.interp(ipc, list(INNER_EPOCHS), list(INNER_EPOCHS.values()))))
+
+
+@dataclass(kw_only=True)
+class StudentState(GradientState):
+    params: dict[str, Tensor]
+    """Weights of the student at the step to come, with ``buffers``."""
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMatching(GradientMethod):
+    """What DC and DSA share: everything but how they start and what their sets are trained with."""
+
+    num_steps: int = 1000
+    """Updates of the images. The published number is 1000 students of ``outer_loop`` updates each."""
+    start: Literal["real", "noise"]
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    distance: Literal["layerwise-cosine", "mse", "cosine"] = "layerwise-cosine"
+    """Distance between gradients: cosines of the rows of every layer, squared differences, or one cosine."""
+    batch_real: int = 256
+    """Real images of a class a step; all of them where a class has fewer."""
+    outer_loop: int | None = None
+    """Updates of the images a student lives through; unset: as many as images per class."""
+    inner_epochs: int | None = None
+    """Epochs of the student on the set between two updates; unset: the published table, interpolated."""
+    lr_student: float = 0.01
+    """Learning rate of the student: plain SGD."""
+    batch_student: int = 256
+    """Batch size of the student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named_distance(self.distance)
+        for name, usual in {"batch_real": 256, "batch_student": 256, "outer_loop": 10}.items():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"method.{name} must be at least 1, got {value}; a usual value is {usual}")
+        if self.inner_epochs is not None and self.inner_epochs < 0:
+            raise ValueError(f"method.inner_epochs must be at least 0, got {self.inner_epochs}; try 50")
+        if not self.lr_student > 0:
+            raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
+
+    def loops(self, ipc: int) -> tuple[int, int]:
+        """(outer_loop, inner_epochs): the fields, or where unset the published values for this budget."""
+        outer, inner = published_loops(ipc)
+        return (
+            outer if self.outer_loop is None else self.outer_loop,
+            inner if self.inner_epochs is None else self.inner_epochs,
+        )
+
+    def init(self, ctx: Context) -> StudentState:
+        syn = ctx.new_set(*ctx.initial(self.start))
+        params, buffers = fresh_student(ctx, 0)
+        return StudentState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
+
+    def parts(self, ctx: Context) -> Sequence[int]:
+        return range(ctx.task.num_classes)
+
+    def loss(self, ctx: Context, state: StudentState, step: int, part: int) -> Tensor:
+        task = ctx.task
+        drawn = task.augment.sample(ctx.rng("siamese", step, part), 1, task.image_shape, siamese=True)
+        real = task.augment.apply(task.train.draw(part, self.batch_real, ctx.rng("real", step, part)), drawn)
+        images, targets = state.syn(state.syn.index_of(part))
+        classes = torch.full((len(real),), part, device=task.device)
+        return matching_loss(
+            frozen_loss(task.network, state.buffers),
+            state.params,
+            self._compiled(ctx).real_gradient(Weights(state.params, state.buffers), real, classes),
+            named_distance(self.distance),
+            task.augment.apply(images, drawn),
+            targets,
+            compile=ctx.compute.compile,
+        )
+
+    def after(self, ctx: Context, state: StudentState, step: int) -> None:
+        """Train the student on the set as it is now, or replace it by a fresh one when its time is over."""
+        outer_loop, _ = self.loops(ctx.ipc)
+        if (step + 1) % outer_loop == 0:
+            student = fresh_student(ctx, step + 1)
+        else:
+            with torch.no_grad():
+                images, targets = state.syn()
+            trainer = self._compiled(ctx).trainer
+            weights = Weights(state.params, state.buffers)
+            student = trainer.run(weights, images, targets, ctx.rng.child("training", step))
+            set_statistics(ctx, student, step + 1)
+        state.params, state.buffers = student
+
+    def _compiled(self, ctx: Context) -> _Compiled:
+        _, inner_epochs = self.loops(ctx.ipc)
+        training = Training(
+            num_epochs=inner_epochs,
+            batch_size=self.batch_student,
+            lr=self.lr_student,
+            momentum=0.0,
+            weight_decay=0.0,
+            decay_at=None,
+        )
+        return _compile(ctx.task.network, training, ctx.task.augment, ctx.compute)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DC(GradientMatching):
+    """Gradient matching from noise; its recipes have no augmentation."""
+
+    start: Literal["real", "noise"] = "noise"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DSA(GradientMatching):
+    """Gradient matching from real images under Siamese augmentation: the recipe's ``augment``."""
+
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000)
+
+
+def fresh_student(ctx: Context, step: int) -> Weights:
+    """A student that begins at ``step``."""
+    student = ctx.task.network.init(ctx.rng, "student", step)
+    set_statistics(ctx, student, step)
+    return student
+
+
+@torch.no_grad()
+def set_statistics(ctx: Context, student: Weights, step: int) -> None:
+    """Move BatchNorm's running statistics, in place, by one forward pass of real images of all classes."""
+    if any(name.endswith("running_mean") for name in student.buffers):
+        task = ctx.task
+        draws = [task.train.draw(c, BATCH_STATISTICS, ctx.rng("statistics", step, c)) for c in range(task.num_classes)]
+        with ctx.rng.forked("layers", step):  # dropout of foreign networks
+            task.network.logits(*student, torch.cat(draws), train=True, update_buffers=True)
+
+
+def frozen_loss(network: Functional, buffers: dict[str, Tensor]) -> LossFn:
+    """Cross-entropy in evaluation mode: BatchNorm takes its statistics from ``buffers``, dropout is off."""
+
+    def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(network.logits(params, buffers, batch[0], train=False), batch[1])
+
+    return loss_fn
+
+
+class _Compiled(NamedTuple):
+    """What is compiled once for all steps."""
+
+    real_gradient: Callable[[Weights, Tensor, Tensor], dict[str, Tensor]]
+    trainer: Trainer
+
+
+@lru_cache(maxsize=1)
+def _compile(network: Functional, training: Training, augment: Augment, compute: Compute) -> _Compiled:
+    def loss(student: Weights, images: Tensor, classes: Tensor) -> Tensor:
+        return frozen_loss(network, student.buffers)(student.params, (images, classes))
+
+    first_order = compute.first_order(loss, network.device)
+
+    def real_gradient(student: Weights, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        params = {name: p.detach().requires_grad_() for name, p in student.params.items()}
+        value = first_order(Weights(params, student.buffers), images, classes)
+        grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+        return dict(zip(params, grads, strict=True))
+
+    return _Compiled(real_gradient, Trainer(network, training, augment, compute))

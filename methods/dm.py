@@ -1,0 +1,103 @@
+"""DM: Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023.
+
+    min_S  E_{theta, omega}  sum_c || mean_{x in B_c} psi(A(x)) - mean_{s in S_c} psi(A(s)) ||^2
+
+psi has fresh random weights theta at every step: nothing is trained and no gradient is of second order.
+
+    symbol  code
+    S_c     ``state.syn`` at the latents of class c
+    B_c     ``batch_real`` real images of class c, drawn anew at every step
+    psi     ``ctx.features``: what the network hands to its classifier, train mode
+    theta   ``state.params`` and ``state.buffers``, drawn for the step
+    A       ``task.augment``; its parameters omega are drawn once for both batches of a class
+
+Deviations: see docs/methods/dm.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.networks import Functional
+from condense.rng import Rng
+from condense.task import Task
+from condense.train import Training
+
+
+@dataclass(kw_only=True)
+class DMState(GradientState):
+    params: dict[str, Tensor]
+    """Weights of the step to come, with ``buffers``."""
+    buffers: dict[str, Tensor]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DM(GradientMethod):
+    """Matches the class means of features of random networks; nothing is trained while distilling."""
+
+    learns_labels: ClassVar[bool] = False
+
+    """Matches the mean features of real and synthetic images of each class under random networks."""
+
+    num_steps: int = 20000
+    """Steps of distillation, each with a network of its own."""
+    optim: Optim = Optim(lr=1.0)
+    """Optimiser of the images (latents)."""
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    batch_real: int = 256
+    """Real images of a class a step; all of them where a class has fewer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_real < 1:
+            raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; the published value is 256")
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000)
+
+    def init(self, ctx: Context) -> DMState:
+        syn = ctx.new_set(*ctx.initial(self.start))
+        params, buffers = ctx.task.network.init(ctx.rng, "network", 0)
+        return DMState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
+
+    def parts(self, ctx: Context) -> Sequence[int]:
+        """One class a part; all at once where batch statistics have to mix the classes."""
+        return (0,) if has_batch_norm(ctx.task.network) else range(ctx.task.num_classes)
+
+    def loss(self, ctx: Context, state: DMState, step: int, part: int) -> Tensor:
+        task = ctx.task
+        classes = range(task.num_classes) if has_batch_norm(task.network) else (part,)
+        real, syn = [], []
+        for c in classes:
+            drawn = task.augment.sample(ctx.rng("siamese", step, c), 1, task.image_shape, siamese=True)
+            batch = task.train.draw(c, self.batch_real, ctx.rng("real", step, c))
+            images, _ = state.syn(state.syn.index_of(c))
+            real.append(task.augment.apply(batch, drawn))
+            syn.append(task.augment.apply(images, drawn))
+        with torch.no_grad():
+            wanted = class_means(ctx, state, real)
+        return (wanted - class_means(ctx, state, syn)).square().sum()
+
+    def after(self, ctx: Context, state: DMState, step: int) -> None:
+        state.params, state.buffers = ctx.task.network.init(ctx.rng, "network", step + 1)
+
+
+@functools.lru_cache(maxsize=1)
+def has_batch_norm(network: Functional) -> bool:
+    """Whether the network keeps running statistics, so that the images of a batch influence each other."""
+    return any(name.endswith("running_mean") for name in network.init(Rng(0), "structure").buffers)
+
+
+def class_means(ctx: Context, state: DMState, images: Sequence[Tensor]) -> Tensor:
+    """Mean features (len(images), F) of groups of images (n_i, C, H, W), in one forward pass."""
+    features = ctx.features(state.params, state.buffers, torch.cat(list(images)))
+    return torch.stack([group.mean(0) for group in features.split([len(x) for x in images])])

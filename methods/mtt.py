@@ -1,0 +1,141 @@
+"""MTT: dataset distillation by matching training trajectories.
+
+Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022, equation 2 and algorithm 1.
+
+    min_{S, alpha}  E_{t, theta*}  || theta_N - theta*_{t+M} ||^2 / || theta*_t - theta*_{t+M} ||^2
+    theta_0 = theta*_t,    theta_{n+1} = theta_n - alpha grad l(A(b_n); theta_n),    b_n a minibatch of S
+
+    symbol   code
+    S        ``state.syn``
+    alpha    ``state.syn.lr``, learned as its logarithm; it begins at ``lr``
+    theta*   an expert of the buffer: weights after every epoch on real data, the initial ones included
+    t        start epoch, uniform over 0 .. ``max_start_epoch`` - 1
+    M        ``expert_epochs``
+    N        ``syn_steps``
+    b_n      ``batch_syn`` images, see ``minibatches``
+    A        ``task.augment``, drawn for every image of every inner step
+
+Deviations: see docs/methods/mtt.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, final
+
+import torch
+from torch import Tensor
+
+from condense.artifacts import ArtifactSpec, Trajectories, TrajectorySpec
+from condense.inner import SGD, Adjoint, Exact, unroll
+from condense.match import trajectory_distance
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.networks import Functional
+from condense.task import Task
+from condense.train import Training
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MTT(GradientMethod):
+    """Matches where experts arrive after epochs of real data; the student's step size is learned too."""
+
+    num_steps: int = 5000
+    """Updates of the images."""
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    syn_steps: int = 30
+    """Steps of the student on the set."""
+    batch_syn: int | None = None
+    """Images of a student's step; unset: the whole set."""
+    expert_epochs: int = 2
+    """Epochs of the expert that the student is to make up for."""
+    max_start_epoch: int = 15
+    """The student starts from one of the first so many snapshots of an expert."""
+    num_trajectories: int = 1
+    """Pieces of expert trajectories matched in one step; the loss is their mean."""
+    lr: float = 0.01
+    """Initial learning rate of the student; learned."""
+    optim: Optim = Optim(lr=100.0)
+    """Optimiser of the images (latents)."""
+    optim_lr: Optim = Optim(lr=0.1)
+    """Optimiser of the logarithm of the student's learning rate. Rates published for the learning rate itself
+    are to be divided by the square of ``lr``."""
+    adjoint: Adjoint = Exact()
+    """How to differentiate through the student's steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("syn_steps", "batch_syn", "expert_epochs", "max_start_epoch", "num_trajectories"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"method.{name} must be at least 1, got {value}; leave it at its default")
+        if not self.lr > 0:
+            raise ValueError(f"method.lr must be positive, got {self.lr}: its logarithm is learned; try 0.01")
+
+    def needs(self, task: Task) -> tuple[ArtifactSpec, ...]:
+        last_epoch = self.max_start_epoch - 1 + self.expert_epochs
+        return (TrajectorySpec(identity=task.identity(), num_epochs=last_epoch),)
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000)
+
+    def init(self, ctx: Context) -> GradientState:
+        syn = ctx.new_set(*ctx.initial(self.start), lr=self.lr)
+        return GradientState(syn=syn, optimisers=self.optimisers(syn))
+
+    def parts(self, ctx: Context) -> Sequence[int]:
+        return range(self.num_trajectories)
+
+    def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
+        start, target = self.snapshots(ctx, step, part)
+        theta = unroll(
+            ctx.loss_fn,
+            start,
+            self.batches(ctx, state, step, part),
+            rule=SGD(),
+            lr=cast(Tensor, state.syn.lr),
+            adjoint=self.adjoint.resolve(ctx.rng("adjoint", step, part)),
+            compile=ctx.compute.compile,
+        )
+        return trajectory_distance(theta, target, start) / self.num_trajectories
+
+    def snapshots(self, ctx: Context, step: int, part: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Where the student starts and what it aims at: two snapshots of an expert, drawn for this part."""
+        experts = cast(Trajectories, ctx.artifacts[TrajectorySpec])
+        generator = ctx.rng("trajectory", step, part)
+        expert = int(torch.randint(experts.num_experts, (), generator=generator))
+        epoch = int(torch.randint(self.max_start_epoch, (), generator=generator))
+        start, target = experts.pair(expert, epoch, epoch + self.expert_epochs)
+        return _onto(ctx.task.network, start), _onto(ctx.task.network, target)
+
+    def batches(self, ctx: Context, state: GradientState, step: int, part: int) -> list[tuple[Tensor, Tensor]]:
+        """(images, targets) of the student's steps, augmented, with their graph to the set."""
+        augment = ctx.task.augment
+        images, targets = state.syn()
+        generator = ctx.rng("minibatches", step, part)
+        batches = []
+        for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, generator)):
+            drawn = augment.sample(
+                ctx.rng("augment", step, f"{part}/{n}"), len(index), ctx.task.image_shape, siamese=False
+            )
+            index = index.to(images.device)
+            batches.append((augment.apply(images[index], drawn), targets[index]))
+        return batches
+
+
+def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.to(network.device, network.dtype) for name, p in snapshot.items()}
+
+
+def minibatches(num_images: int, batch: int | None, num_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices (n,) of the images of every step.
+
+    A random order is cut into pieces of ``batch`` (None: one piece) and used up from its end, where a smaller
+    piece may lie; then a new order is drawn.
+    """
+    pieces: list[Tensor] = []
+    for _ in range(num_steps):
+        pieces = pieces or list(torch.randperm(num_images, generator=generator).split(batch or num_images))
+        yield pieces.pop()

@@ -1,0 +1,62 @@
+"""Slow twin of MTT: the student's steps unrolled by plain autograd, the draws given from outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Params = dict[str, Tensor]
+
+
+def trajectory_matching(
+    start: Tensor,
+    labels: Tensor,
+    num_steps: int,
+    *,
+    network: nn.Module,
+    pairs: Callable[[int], Sequence[tuple[Params, Params]]],
+    minibatches: Callable[[int, int], Sequence[tuple[Sequence[int], Callable[[Tensor], Tensor]]]],
+    lr: float,
+    lr_images: float,
+    lr_log_lr: float,
+    momentum: float,
+) -> Iterator[tuple[float, Tensor, float]]:
+    """Loss, images and the student's learning rate after each step.
+
+    Args:
+        start: images (n, C, H, W), with their ``labels`` (n,).
+        network: any weights.
+        pairs: (theta*_t, theta*_{t+M}) of a step, one for each trajectory.
+        minibatches: of a step and trajectory: indices of images, and what is done to these.
+    """
+    images, log_lr = start.clone(), torch.tensor(math.log(lr), dtype=start.dtype)
+    image_velocity, lr_velocity = torch.zeros_like(images), torch.zeros_like(log_lr)
+    for step in range(num_steps):
+        images.requires_grad_()
+        log_lr.requires_grad_()
+        losses = []
+        for number, (first, target) in enumerate(pairs(step)):
+            theta = {name: p.clone().requires_grad_() for name, p in first.items()}
+            for index, treat in minibatches(step, number):
+                batch = torch.stack([images[i] for i in index])
+                classes = torch.stack([labels[i] for i in index])
+                loss = F.cross_entropy(functional_call(network, theta, treat(batch)), classes)
+                grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+                theta = {name: p - log_lr.exp() * g for (name, p), g in zip(theta.items(), grads, strict=True)}
+            losses.append(squared_distance(theta, target) / squared_distance(first, target))
+        total = sum(losses) / torch.tensor(len(losses))
+        image_grad, lr_grad = torch.autograd.grad(total, (images, log_lr))
+        image_velocity = momentum * image_velocity + image_grad
+        lr_velocity = momentum * lr_velocity + lr_grad
+        images = (images - lr_images * image_velocity).detach()
+        log_lr = (log_lr - lr_log_lr * lr_velocity).detach()
+        yield total.item(), images.clone(), math.exp(log_lr.item())
+
+
+def squared_distance(a: Params, b: Params) -> Tensor:
+    return sum((((a[name] - b[name]) ** 2).sum() for name in a), torch.zeros(()))

@@ -1,0 +1,50 @@
+"""Slow twins of the selection methods: from the definitions, for one class, in plain loops over float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+Features = NDArray[np.float64]
+
+
+def herding(features: Features, num: int) -> list[int]:
+    """s_i = argmin over the images not yet picked of || i mu - (s_1 + .. + s_{i-1}) - f ||."""
+    mean = features.sum(0) / len(features)
+    chosen: list[int] = []
+    for i in range(1, num + 1):
+        rest = i * mean - sum((features[j] for j in chosen), np.zeros_like(mean))
+        candidates = [j for j in range(len(features)) if j not in chosen]
+        chosen.append(min(candidates, key=lambda j: np.linalg.norm(rest - features[j])))
+    return chosen
+
+
+def k_center(features: Features, num: int) -> list[int]:
+    """s_1 is nearest to the mean; s_i is farthest from its nearest picked image."""
+    mean = features.sum(0) / len(features)
+    chosen = [min(range(len(features)), key=lambda j: np.linalg.norm(features[j] - mean))]
+    while len(chosen) < num:
+        candidates = [j for j in range(len(features)) if j not in chosen]
+        gaps = {j: min(np.linalg.norm(features[j] - features[s]) for s in chosen) for j in candidates}
+        chosen.append(max(candidates, key=lambda j: gaps[j]))
+    return chosen
+
+
+def k_means(features: Features, num: int) -> set[int]:
+    """The image nearest to each mean of the partition into ``num`` clusters of least inertia.
+
+    Tries all partitions: for a handful of points, with clusters far apart.
+    """
+    best, least = set[int](), np.inf
+    for labels in itertools.product(range(num), repeat=len(features)):
+        if len(set(labels)) < num:
+            continue
+        members = [[j for j, label in enumerate(labels) if label == k] for k in range(num)]
+        means = [features[m].mean(0) for m in members]
+        inertia = sum(np.sum((features[m] - mean) ** 2) for m, mean in zip(members, means, strict=True))
+        if inertia < least:
+            least = inertia
+            best = {min(range(len(features)), key=lambda j: np.linalg.norm(features[j] - mean)) for mean in means}
+    return best

@@ -1,0 +1,189 @@
+"""Selection against brute force, and what picking real images implies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from condense import registry
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.data.datasets import load
+from condense.method import Context, Method
+from condense.methods.selection import Herding, KCenter, KMeans, Random, Selection
+from condense.networks import Functional
+from condense.recipe import from_yaml, recipe_files
+from condense.rng import Rng
+from condense.synthetic import Decode, Factor, Hard, Origin, Pixels
+from condense.task import Split, make_task
+from condense.train import Trainer, Training
+from tests.reference import selection as reference
+
+Twin = Callable[[reference.Features, int], list[int]]
+
+COUNTS = (9, 12, 7)
+METHODS = [Random(), Herding(features="pixels"), KCenter(features="pixels"), KMeans(features="pixels")]
+
+
+def draw_images(seed: int = 0) -> tuple[Tensor, Tensor]:
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    images = torch.rand(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return images, labels
+
+
+def make_context(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    ipc: int = 3,
+    norm: str = "instance",
+    decode: Decode | None = None,
+    seed: int = 0,
+) -> Context:
+    task = make_task(
+        load((images, labels)),
+        transform="channel",
+        split=Split(),
+        network=Functional(f"convnet:depth=1,norm={norm},width=8", (1, 8, 8), 3),
+        augment=Augment.parse("none"),
+        device=torch.device("cpu"),
+    )
+    origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
+    return Context(task, Rng(seed), ipc, decode or Pixels(), Hard(), Compute(), origin)
+
+
+def select(method: Method, ctx: Context) -> Tensor:
+    """The images picked, grouped by class."""
+    state = method.init(ctx)
+    method.step(ctx, state, 0)
+    syn = method.finalize(ctx, state)
+    assert syn.classes.tolist() == [c for c in range(3) for _ in range(ctx.ipc)]
+    return syn()[0].detach()
+
+
+def same_images(a: Tensor, b: Tensor) -> bool:
+    """Whether two stacks hold the same images, in any order."""
+    return {x.numpy().tobytes() for x in a} == {x.numpy().tobytes() for x in b}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_picks_different_real_images_of_each_class(method: Method) -> None:
+    ctx = make_context(*draw_images(), ipc=5)
+    picked = select(method, ctx)
+    for c, images in enumerate(picked.split(5)):
+        members = {x.numpy().tobytes() for x in ctx.task.train.images[ctx.task.train.by_class[c]]}
+        chosen = {x.numpy().tobytes() for x in images}
+        assert len(chosen) == 5
+        assert chosen <= members
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_the_whole_class_is_picked_where_it_is_asked_for(method: Method) -> None:
+    ctx = make_context(*draw_images(), ipc=min(COUNTS))
+    small = COUNTS.index(min(COUNTS))
+    picked = select(method, ctx).split(ctx.ipc)[small]
+    assert same_images(picked, ctx.task.train.images[ctx.task.train.by_class[small]])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_more_images_than_a_class_has_are_refused(method: Method) -> None:
+    with pytest.raises(ValueError, match=r"class '2' has 7 training images, 8 are needed .* give --ipc 7"):
+        method.init(make_context(*draw_images(), ipc=8))
+
+
+@pytest.mark.parametrize(
+    ("method", "twin"),
+    [(Herding(), reference.herding), (KCenter(), reference.k_center)],
+    ids=["herding", "k-center"],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_picks_what_brute_force_picks(method: Selection, twin: Twin, seed: int) -> None:
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
+    assert method.choose(features, 15, seed=0).tolist() == twin(features.double().numpy(), 15)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k_means_picks_the_image_nearest_to_each_centre_of_the_best_partition(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.tensor([[0.0, 0.0], [20.0, 0.0], [0.0, 20.0]])
+    features = centres.repeat_interleave(torch.tensor([2, 4, 3]), 0) + torch.randn(9, 2, generator=generator)
+    expected = reference.k_means(features.double().numpy(), 3)
+    assert set(KMeans().choose(features, 3, seed=seed).tolist()) == expected
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_image_nearest_to_two_centres_is_picked_once(seed: int) -> None:
+    features = torch.tensor([[7.0, 2.0], [4.0, 3.0], [6.0, 6.0], [0.0, 5.0], [4.0, 0.0]])
+    assert len(set(KMeans().choose(features, 2, seed=seed).tolist())) == 2
+
+
+@pytest.mark.parametrize("method", [Herding(), KCenter()], ids=["herding", "k-center"])
+def test_equal_images_tie_and_the_lowest_index_wins(method: Selection) -> None:
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert method.choose(features, 4, seed=0).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", METHODS[1:3], ids=lambda m: type(m).__name__)
+def test_the_order_of_the_training_images_does_not_matter(method: Method) -> None:
+    images, labels = draw_images()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))
+    picked = select(method, make_context(images, labels))
+    shuffled = select(method, make_context(images[order], labels[order]))
+    torch.testing.assert_close(picked, shuffled, rtol=0, atol=1e-5)
+
+
+def test_herding_keeps_the_mean_closer_than_a_random_draw() -> None:
+    ctx = make_context(*draw_images(), ipc=4)
+    means = torch.stack([ctx.task.train.images[members].mean(0) for members in ctx.task.train.by_class])
+
+    def gap(picked: Tensor) -> float:
+        return (picked.unflatten(0, (3, 4)).mean(1) - means).norm().item()
+
+    assert gap(select(Herding(features="pixels"), ctx)) < gap(select(Random(), ctx))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_network_features_are_those_of_a_network_trained_on_the_real_images(norm: str) -> None:
+    ctx, method = make_context(*draw_images(), norm=norm), Herding(num_epochs=3)
+    task, rng = ctx.task, ctx.rng.child("features")
+    trainer = Trainer(task.network, Training(num_epochs=3), task.augment, ctx.compute)
+    weights = trainer.run(task.network.init(rng, "network"), task.train.images, task.train.labels, rng)
+    expected = []
+    for members in task.train.by_class:
+        features = task.network.features(*weights, task.train.images[members], train=False)
+        chosen = reference.herding(features.double().numpy(), ctx.ipc)
+        expected.append(task.train.images[members[chosen]])
+    assert torch.equal(select(method, ctx), torch.cat(expected))
+
+
+def test_features_of_many_images_are_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, method = make_context(*draw_images()), KCenter(num_epochs=1)
+    whole = select(method, ctx)
+    monkeypatch.setattr("condense.methods.selection.BATCH", 4)
+    assert torch.equal(select(method, ctx), whole)
+
+
+@pytest.mark.parametrize("method", [*METHODS[::3], Herding(num_epochs=2)], ids=lambda m: type(m).__name__)
+def test_the_seed_decides_and_the_global_generator_is_left_alone(method: Method) -> None:
+    before = torch.get_rng_state()
+    first, again, other = (select(method, make_context(*draw_images(), seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not same_images(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["random", "herding", "k-center", "k-means"])
+def test_the_recipe_says_what_the_method_does_by_default(name: str) -> None:
+    method = from_yaml(recipe_files()[name]).method
+    assert method == registry.load(name)()
+
+
+def test_a_decoder_gets_as_many_images_as_it_stores() -> None:
+    ctx = make_context(*draw_images(), ipc=1, decode=Factor(factor=2))
+    state = (method := Herding(features="pixels")).init(ctx)
+    method.step(ctx, state, 0)
+    assert state.syn.latents.shape == (3, 1, 8, 8)
+    assert state.syn()[0].shape == (12, 1, 8, 8)
