@@ -1,0 +1,353 @@
+"""What a labelled set is worth to networks that never saw it being made: networks x seeds -> results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condense import __version__, tracking
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.data.datasets import Arrays, to_float
+from condense.data.transform import Transform
+from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
+from condense.files import checksum, write_text
+from condense.networks import Functional, ImageShape, Weights
+from condense.rng import Rng
+from condense.synthetic.set import SyntheticSet
+from condense.task import Labelled, Split
+from condense.tracking import Bar
+from condense.train import Scorer, Trainer, Training
+
+Network = str | Callable[[ImageShape, int], torch.nn.Module]
+"""A network string, or a callable (image_shape, num_classes) -> module."""
+
+BRIEF = dataclasses.replace(PROTOCOLS["canonical"], name="brief", num_epochs=100)
+"""For a look at the validation split while distilling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Networks of one architecture, trained on one labelled set under one protocol, and what decided it."""
+
+    method: str
+    """What made the set; ``full`` for all training data, empty where the set does not say."""
+    network: str
+    num_params: int
+    accuracies: tuple[float, ...]
+    """On the test split, at the last epoch, one per seed; fractions."""
+    protocol: str
+    """Its name; with a star where fields differ from the protocol that owns the name."""
+    protocol_hash: str
+    protocol_fields: Mapping[str, Any]
+    augment: str
+    """The operations that the protocol's augmentation means for this data set."""
+    seed: int
+    num_images: int
+    """Images trained on, decoded."""
+    synthetic_sha256: str | None
+    """Of the tensors of the set, as in its file; None: real training data."""
+    dataset: str
+    train_fingerprint: str
+    test_fingerprint: str
+    compute: Mapping[str, Any]
+    device: str
+    threads: int
+    seconds: float
+    """Wall time of training and scoring all of them."""
+    code: str
+    """Version of this package."""
+
+    @property
+    def n(self) -> int:
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the sample (n - 1 in the denominator); None of a single network."""
+        return statistics.stdev(self.accuracies) if self.n > 1 else None
+
+    def row(self) -> dict[str, Any]:
+        """For JSON: the fields, and ``mean``, ``std`` and ``n``."""
+        fields = dataclasses.asdict(self)
+        head = {"method": fields.pop("method"), "network": fields.pop("network")}
+        head["accuracies"] = list(fields.pop("accuracies"))
+        return {**head, "mean": self.mean, "std": self.std, "n": self.n, **fields}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    results: tuple[Result, ...]
+
+    def write(self, path: Path) -> None:
+        """Add the results to ``evaluation.json``; see ``merge``."""
+        merge(path, self.results)
+
+
+_KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint")
+
+
+def merge(path: Path, results: Sequence[Result]) -> None:
+    """Write the results into a JSON file, beside those already there: ``{"results": [row, ...]}``.
+
+    A row replaces the one that asked the same: network, protocol, n, seed, set and test split.
+
+    Raises:
+        ValueError: the file is there but not ours; it cannot be written.
+    """
+    rows = [result.row() for result in results]
+    asked = [[row[name] for name in _KEY] for row in rows]
+    there = read(path) if path.exists() else []
+    kept = [row for row in there if [row.get(name) for name in _KEY] not in asked]
+    write_text(path, json.dumps({"results": kept + rows}, indent=1) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that ``merge`` wrote.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        return [dict(row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results: {error!r}; move it away or give another --out") from error
+
+
+OnEpoch = Callable[[int, Weights], None]
+"""See ``Trainer.run``."""
+
+
+class SetScorer:
+    """Trains networks of one architecture and scores each at its last epoch; what it compiled is kept."""
+
+    def __init__(self, network: Functional, plan: Training, compute: Compute, augment: Augment = Augment()) -> None:
+        self.network = network
+        self._trainer, self._scorer = Trainer(network, plan, augment, compute), Scorer(network, compute)
+
+    def train(self, images: Tensor, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
+        """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
+        return self._trainer.run(
+            self.network.init(rng, "weights"), images, targets, rng.child("training"), on_epoch=on_epoch
+        )
+
+    def score(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        x: Tensor,
+        y: Tensor,
+        rng: Rng,
+        on_epoch: OnEpoch | None = None,
+    ) -> float:
+        """Accuracy on ``x`` (M, C, H, W), ``y`` (M,) of a fresh network trained on the rest; a fraction."""
+        return self._scorer.accuracy(self.train(images, targets, rng, on_epoch), x, y)
+
+
+def score_set(
+    images: Tensor,
+    targets: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    network: Functional,
+    plan: Training,
+    augment: Augment,
+    num_seeds: int,
+    rng: Rng,
+    compute: Compute,
+    progress: Bar | None = None,
+) -> list[float]:
+    """Accuracy on ``x`` (M, C, H, W), ``y`` (M,) of each of ``num_seeds`` networks trained on ``images``
+    (N, C, H, W) and ``targets`` (N,) or (N, C).
+
+    Network k draws its weights, batch order and augmentation from ``rng.child("network", k)`` alone, so sets
+    scored with the same ``rng`` are compared on the same networks. ``progress`` counts epochs.
+    """
+    scorer = SetScorer(network, plan, compute, augment)
+    accuracies: list[float] = []
+
+    def on_epoch(done: int, weights: Weights) -> None:
+        if progress is not None:
+            so_far = f"mean {statistics.fmean(accuracies):.4f} of {len(accuracies)}" if accuracies else ""
+            progress(len(accuracies) * plan.num_epochs + done, so_far)
+
+    for unit in range(num_seeds):
+        accuracies.append(scorer.score(images, targets, x, y, rng.child("network", unit), on_epoch))
+    return accuracies
+
+
+Progress = Callable[[str, int], AbstractContextManager[Bar]]
+"""``progress(title, total)``: a bar that is shown while its context lasts."""
+
+
+def measure(
+    images: Tensor,
+    targets: Tensor,
+    test: Labelled,
+    *,
+    arrays: Arrays,
+    syn: SyntheticSet | None,
+    network: Functional,
+    protocol: Protocol,
+    num_seeds: int,
+    seed: int,
+    compute: Compute,
+    progress: Progress,
+) -> Result:
+    """One cell: ``score_set`` under a protocol, with the record of what decided it.
+
+    ``images`` and ``targets`` are those of ``syn``, or real ones where that is None.
+    """
+    name = recorded_name(protocol, syn)
+    augment = Augment.parse(protocol.augment, own=arrays.strategy)
+    device = network.device
+    begun = time.perf_counter()
+    with progress(f"{name} {network.name}", num_seeds * protocol.num_epochs) as bar:
+        accuracies = score_set(
+            images,
+            targets,
+            test.images,
+            test.labels,
+            network=network,
+            plan=protocol,
+            augment=augment,
+            num_seeds=num_seeds,
+            rng=Rng(seed).child("evaluate", network.name),
+            compute=compute,
+            progress=bar,
+        )
+    return Result(
+        method="full" if syn is None else syn.origin.recipe.get("method", {}).get("name", ""),
+        network=network.name,
+        num_params=network.num_params,
+        accuracies=tuple(accuracies),
+        protocol=name,
+        protocol_hash=protocol.hash,
+        protocol_fields=protocol.content(),
+        augment=str(augment),
+        seed=seed,
+        num_images=len(images),
+        synthetic_sha256=None if syn is None else checksum(syn.state_dict()),
+        dataset=arrays.name,
+        train_fingerprint=arrays.fingerprint["train"],
+        test_fingerprint=arrays.fingerprint["test"],
+        compute=dataclasses.asdict(compute),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        threads=torch.get_num_threads(),
+        seconds=round(time.perf_counter() - begun, 3),
+        code=__version__,
+    )
+
+
+def evaluate(
+    syn: SyntheticSet,
+    arrays: Arrays,
+    *,
+    networks: Sequence[Network],
+    num_seeds: int,
+    protocol: Protocol,
+    seed: int = 0,
+    compute: Compute,
+    device: torch.device,
+    cache: Path | None = None,
+    progress: Progress = tracking.progress,
+    on_result: Callable[[Result], None] | None = None,
+) -> Evaluation:
+    """Train ``num_seeds`` fresh networks per architecture on the set and score each once, at its last epoch.
+
+    The test split goes through the transform that the set describes; only the scoring of a trained network
+    sees it.
+
+    Args:
+        networks: network strings or callables.
+        protocol: of ``condense.eval.protocol.named``, or with fields replaced.
+        cache: folder of whitening matrices.
+        on_result: called with each result as soon as it is there.
+
+    Raises:
+        ValueError: the set was not made from this data set; there are no test images; a network cannot take
+            images of this size.
+    """
+    _check(syn, arrays, num_seeds)
+    skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
+    images, targets = decoded(syn, soft=protocol.labels == "own")
+    images, targets = images.to(device), targets.to(device)
+    test = load_test(arrays, _transform(syn, arrays, cache), device)
+    results = []
+    for network in skeletons:
+        result = measure(
+            images,
+            targets,
+            test,
+            arrays=arrays,
+            syn=syn,
+            network=network,
+            protocol=protocol,
+            num_seeds=num_seeds,
+            seed=seed,
+            compute=compute,
+            progress=progress,
+        )
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+    return Evaluation(tuple(results))
+
+
+@torch.no_grad()
+def decoded(syn: SyntheticSet, *, soft: bool) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) and classes (n,); soft targets (n, C) where the set has them and ``soft``."""
+    images, targets = syn()
+    return images, targets if soft or targets.dim() == 1 else targets.argmax(1)
+
+
+def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Labelled:
+    """The test images in the transformed space.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(arrays.x_test):
+        raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
+    return Labelled(transform(to_float(arrays.x_test).to(device)), torch.from_numpy(arrays.y_test).to(device))
+
+
+def _check(syn: SyntheticSet, arrays: Arrays, num_seeds: int) -> None:
+    if num_seeds < 1:
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give --num-seeds 5")
+    origin = syn.origin
+    for what, ours, theirs in (
+        ("fingerprint", origin.dataset["fingerprint"][:12], arrays.fingerprint["train"][:12]),
+        ("image shape", origin.image_shape, arrays.image_shape),
+        ("number of classes", origin.num_classes, arrays.num_classes),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the set belongs to {origin.dataset['name']} ({what} {ours}), not {arrays.name} ({theirs}): "
+                "its score there would mean nothing; give --dataset with the data that it was made from"
+            )
+
+
+def _transform(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transform:
+    """The transform of the set; whitening may have to be fitted again, to the same training images."""
+    description, images = syn.origin.transform, None
+    if description.get("kind") == "zca":
+        split = Split(**syn.origin.recipe.get("split", {}))
+        images = to_float(arrays.x_train)[split.indices(torch.from_numpy(arrays.y_train))[0]]
+    return Transform.from_description(description, images, cache)

@@ -1,0 +1,420 @@
+"""The evaluator: what the protocols mean, what a result says, and what it can never have seen."""
+
+import dataclasses
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.data.datasets import Arrays, load, to_float
+from condense.data.transform import fit
+from condense.eval import baselines, crossarch
+from condense.eval.crossarch import Evaluation, SetScorer, decoded, evaluate, read, score_set
+from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_name
+from condense.files import read_header
+from condense.networks import Functional
+from condense.rng import Rng
+from condense.synthetic import Factor, Logits, Origin, SyntheticSet, save
+from condense.task import Split
+from condense.train import Scorer, Training
+
+CPU = torch.device("cpu")
+CLASSES = 3
+SHAPE = (1, 8, 8)
+CANONICAL = PROTOCOLS["canonical"]
+TINY = "convnet:depth=1,width=8"
+SHORT = dataclasses.replace(CANONICAL, num_epochs=30)
+
+
+def stripes(num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images of classes that a bright row tells apart, with noise; in [0, 1]."""
+    labels = torch.arange(num) % CLASSES
+    images = 0.2 * torch.rand(num, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    images[torch.arange(num), 0, 2 * labels] += 0.7
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Arrays:
+    return load((*stripes(36, 0), *stripes(60, 1)))
+
+
+def make_set(arrays: Arrays, *, labels: Tensor | None = None, **options: Any) -> SyntheticSet:
+    """One training image a class, or as many as there are ``labels``."""
+    origin = Origin(
+        dataset={
+            "name": arrays.name,
+            "fingerprint": arrays.fingerprint["train"],
+            "classes": list(arrays.classes),
+            "image_shape": list(arrays.image_shape),
+        },
+        transform=options.pop("transform", {"kind": "none"}),
+        training=options.pop("training", {}),
+        recipe=options.pop("recipe", {}),
+    )
+    labels = torch.from_numpy(arrays.y_train[:CLASSES]) if labels is None else labels
+    return SyntheticSet(to_float(arrays.x_train[: len(labels)]), labels, origin, **options)
+
+
+def run(syn: SyntheticSet, arrays: Arrays, **options: Any) -> Evaluation:
+    given: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "protocol": SHORT}
+    return evaluate(syn, arrays, compute=Compute(), device=CPU, **given | options)
+
+
+def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestProtocols:
+    def test_the_names_and_hashes_are_frozen(self) -> None:
+        """A change here makes every number measured before incomparable: add a protocol, never alter one."""
+        assert {name: protocol.hash for name, protocol in PROTOCOLS.items()} == {
+            "canonical": "b22de2fbeb64392fc586a2c02a92093bcbf25eccf4b4231a3575d31444094567",
+            "canonical-dsa": "ee47dffdd6a79389d4123ba8f147ac9fc96009f8c438d71d11337688a45f75e7",
+            "full-data": "fb22739fc945c1aa04ab3cdb20a10afc0217229dfc72fcd2c155c3242b2d579e",
+        }
+
+    def test_the_hash_is_of_the_content(self) -> None:
+        assert dataclasses.replace(CANONICAL, name="mine").hash == CANONICAL.hash
+        changes: list[dict[str, Any]] = [{}, {"lr": 1.0}, {"decay_at": None}, {"labels": "own"}]
+        assert len({dataclasses.replace(CANONICAL, **change).hash for change in changes}) == 4
+
+    def test_canonical_drops_the_rate_exactly_once_at_half(self) -> None:
+        rates = [CANONICAL.lr_of(epoch) for epoch in range(CANONICAL.num_epochs)]
+        assert rates == [0.01] * 150 + [pytest.approx(0.001)] * 150
+
+    def test_canonical_is_the_training_of_torch(self) -> None:
+        """300 epochs by hand, the momentum kept, give the same bits; a rebuilt optimiser gives others."""
+        images, labels = torch.randn(24, *SHAPE, generator=Rng(0)("images")) / 4, torch.arange(24) % CLASSES
+        network, rng = Functional("mlp", SHAPE, CLASSES), Rng(5)
+        start = SetScorer(network, Training(num_epochs=0), Compute()).train(images, labels, rng).params
+        trained = SetScorer(network, CANONICAL, Compute()).train(images, labels, rng).params
+
+        def by_hand(keep_momentum: bool) -> Tensor:
+            params = {name: p.clone().requires_grad_() for name, p in start.items()}
+            options: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4}
+            optimiser = torch.optim.SGD(params.values(), lr=0.01, **options)
+            for epoch in range(300):
+                if epoch == 150 and keep_momentum:
+                    optimiser.param_groups[0]["lr"] = 0.01 * 0.1
+                elif epoch == 150:
+                    optimiser = torch.optim.SGD(params.values(), lr=0.01 * 0.1, **options)
+                order = torch.randperm(24, generator=rng.child("training")("order", epoch))
+                loss = F.cross_entropy(network.logits(params, {}, images[order]), labels[order])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            return network.flatten(params).detach()
+
+        result = network.flatten(trained)
+        assert torch.equal(result, by_hand(keep_momentum=True))
+        assert (result - by_hand(keep_momentum=False)).abs().max() > 1e-3
+
+    def test_canonical_dsa_augments_every_image_by_the_strategy_of_the_data(self) -> None:
+        strategy = Augment.parse(PROTOCOLS["canonical-dsa"].augment, own="color_crop_flip")
+        assert strategy == Augment(("color", "crop", "flip"), mode="S", align_corners=False)
+
+    def test_changed_fields_show_in_the_name(self, arrays: Arrays) -> None:
+        assert recorded_name(CANONICAL) == "canonical"
+        assert recorded_name(dataclasses.replace(CANONICAL, num_epochs=299)) == "canonical*"
+        assert recorded_name(Protocol(name="mine", num_epochs=7)) == "mine"
+        syn = make_set(arrays, training={"num_epochs": 5})
+        assert recorded_name(own(syn), syn) == "own"
+        assert recorded_name(dataclasses.replace(own(syn), num_epochs=6), syn) == "own*"
+
+    def test_unknown_name(self, arrays: Arrays) -> None:
+        with pytest.raises(ValueError, match="unknown protocol 'cannonical': did you mean 'canonical'"):
+            named("cannonical", make_set(arrays))
+
+
+class TestOwn:
+    def test_it_is_the_record_of_the_set_with_the_learned_rate(self, arrays: Arrays) -> None:
+        record = dataclasses.asdict(Training(num_epochs=7, loss="mse", momentum=0.0)) | {"augment": "flip"}
+        protocol = named("own", make_set(arrays, training=record, lr=0.25))
+        assert protocol.content() == record | {"lr": pytest.approx(0.25), "labels": "own"}
+        assert named("own", make_set(arrays, training=record)).lr == record["lr"]
+
+    def test_without_a_record(self, arrays: Arrays) -> None:
+        with pytest.raises(ValueError, match="does not say how it is meant to be trained on"):
+            own(make_set(arrays))
+
+    def test_a_record_that_this_version_cannot_follow(self, arrays: Arrays) -> None:
+        with pytest.raises(ValueError, match="teacher"):
+            own(make_set(arrays, training={"teacher": "resnet18"}))
+        with pytest.raises(ValueError, match="a step size for every step"):
+            own(make_set(arrays, training={"num_epochs": 5}, lr=torch.tensor([0.1, 0.2])))
+
+    def test_soft_labels_and_learned_rate_act_only_here(self, arrays: Arrays) -> None:
+        soft = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.9], [0.0, 1.0, 2.0]])
+        record = dataclasses.asdict(Training(num_epochs=20))
+        syn = make_set(arrays, labels=soft, label_kind=Logits(), training=record, lr=0.05)
+        by_canonical, by_own = (run(syn, arrays, protocol=plan).results[0] for plan in (SHORT, own(syn)))
+        assert by_canonical.accuracies == run(make_set(arrays), arrays).results[0].accuracies
+        lr = by_own.protocol_fields["lr"]
+        assert lr == pytest.approx(0.05)
+        hard_score, soft_score = (
+            score_set(
+                to_float(arrays.x_train[:CLASSES]),
+                targets,
+                to_float(arrays.x_test),
+                torch.from_numpy(arrays.y_test),
+                network=Functional("mlp", SHAPE, CLASSES),
+                plan=Training(num_epochs=20, lr=lr),
+                augment=Augment(),
+                num_seeds=2,
+                rng=Rng(0).child("evaluate", "mlp"),
+                compute=Compute(),
+            )
+            for targets in (soft.argmax(1), soft.softmax(1))
+        )
+        assert list(by_own.accuracies) == soft_score != hard_score
+
+
+class TestEvaluate:
+    def test_separable_classes_are_learned_from_one_image_each(self, arrays: Arrays) -> None:
+        evaluation = run(make_set(arrays), arrays, networks=["mlp", TINY], protocol=CANONICAL)
+        assert [result.accuracies for result in evaluation.results] == [(1.0, 1.0), (1.0, 1.0)]
+
+    def test_accuracies_are_fractions_of_the_test_images(self, arrays: Arrays) -> None:
+        plan = dataclasses.replace(SHORT, num_epochs=20)
+        (result,) = run(make_set(arrays), arrays, num_seeds=3, protocol=plan).results
+        hits = [accuracy * len(arrays.y_test) for accuracy in result.accuracies]
+        assert hits == pytest.approx([round(h) for h in hits])
+        assert all(0 <= accuracy <= 1 for accuracy in result.accuracies)
+        assert len(set(result.accuracies)) > 1
+        assert result.mean == pytest.approx(sum(result.accuracies) / 3)
+        assert result.std == pytest.approx(statistics.stdev(result.accuracies))
+
+    def test_the_last_epoch_counts_not_the_best(self) -> None:
+        """Networks are taught the wrong classes, so they are best at the start."""
+        images, labels = stripes(12, 0)
+        x, y = stripes(60, 1)
+        network, rng = Functional("mlp", SHAPE, CLASSES), Rng(0)
+        seen: list[float] = []
+        scorer = Scorer(network, Compute())
+        last = SetScorer(network, SHORT, Compute()).score(
+            images,
+            (labels + 1) % CLASSES,
+            x,
+            y,
+            rng,
+            lambda _, weights: seen.append(scorer.accuracy(weights, x, y)),
+        )
+        assert max(seen) > 0.1
+        assert last == seen[-1] == 0.0
+
+    def test_training_never_sees_test_data(self, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Other test images and labels: the networks that are scored stay the same to the bit."""
+        scored: list[dict[str, Tensor]] = []
+        accuracy = Scorer.accuracy
+
+        def spy(self: Scorer, weights: Any, images: Tensor, labels: Tensor) -> float:
+            scored.append(weights.params)
+            return accuracy(self, weights, images, labels)
+
+        monkeypatch.setattr(Scorer, "accuracy", spy)
+        other = dataclasses.replace(arrays, x_test=1 - arrays.x_test, y_test=(arrays.y_test + 1) % CLASSES)
+        syn = make_set(arrays)
+        first, second = run(syn, arrays).results[0], run(syn, other).results[0]
+        assert len(scored) == 4
+        assert identical(scored[0], scored[2]) and identical(scored[1], scored[3])
+        assert first.accuracies != second.accuracies
+
+    def test_equal_seeds_give_equal_results_and_the_global_generators_rest(self, arrays: Arrays) -> None:
+        syn, dsa = make_set(arrays), dataclasses.replace(PROTOCOLS["canonical-dsa"], num_epochs=20)
+        before = torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+        options: dict[str, Any] = {"protocol": dsa, "num_seeds": 3}
+        one, two = run(syn, arrays, **options).results[0], run(syn, arrays, **options).results[0]
+        other = run(syn, arrays, seed=1, **options).results[0]
+        assert before == (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())  # noqa: NPY002
+        assert one.accuracies == two.accuracies != other.accuracies
+        assert one.augment == arrays.strategy
+
+    def test_a_network_does_not_depend_on_its_company(self, arrays: Arrays) -> None:
+        syn, plan = make_set(arrays), dataclasses.replace(SHORT, num_epochs=1)
+        alone = run(syn, arrays, protocol=plan, num_seeds=1).results[0]
+        among = run(syn, arrays, protocol=plan, networks=[TINY, "mlp"]).results[1]
+        assert among.accuracies[0] == alone.accuracies[0]
+
+    def test_images_are_decoded_and_labels_follow(self, arrays: Arrays) -> None:
+        syn = make_set(arrays, decode=Factor(factor=2))
+        images, labels = decoded(syn, soft=False)
+        assert images.shape == (12, *SHAPE) and not images.requires_grad
+        assert labels.tolist() == [0, 1, 2] * 4
+        assert run(syn, arrays).results[0].num_images == 12
+
+    @pytest.mark.parametrize("spec", ["channel", "zca"])
+    def test_test_images_go_through_the_transform_of_the_set(
+        self, arrays: Arrays, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        split = Split(val_fraction=0.25, seed=3)
+        index, _ = split.indices(torch.from_numpy(arrays.y_train))
+        transform = fit(spec, to_float(arrays.x_train)[index], known=None, key="stripes", cache=None)
+        syn = make_set(arrays, transform=transform.describe(), recipe={"split": dataclasses.asdict(split)})
+        scored: list[Tensor] = []
+
+        def spy(self: Scorer, weights: Any, images: Tensor, labels: Tensor) -> float:
+            scored.append(images)
+            return 0.5
+
+        monkeypatch.setattr(Scorer, "accuracy", spy)
+        run(syn, arrays, num_seeds=1, protocol=dataclasses.replace(SHORT, num_epochs=0), cache=tmp_path)
+        torch.testing.assert_close(scored[0], transform(to_float(arrays.x_test)))
+
+    def test_callables_are_networks_too(self, arrays: Arrays) -> None:
+        def linear(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+            return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+
+        (result,) = run(make_set(arrays), arrays, networks=[linear]).results
+        assert "linear" in result.network and result.num_params == 64 * 3 + 3
+
+    def test_a_wrong_network_is_refused_before_any_training(self, arrays: Arrays) -> None:
+        done: list[crossarch.Result] = []
+        with pytest.raises(ValueError, match="convnot"):
+            run(make_set(arrays), arrays, networks=["mlp", "convnot"], on_result=done.append)
+        assert not done
+
+    @pytest.mark.parametrize(
+        ("spoil", "complaint"),
+        [
+            (lambda a: load((*stripes(39, 7), *stripes(60, 1))), "fingerprint"),
+            (lambda a: dataclasses.replace(a, classes=("a", "b", "c", "d")), "number of classes 3"),
+            (lambda a: dataclasses.replace(a, x_train=a.x_train[:, :, :6]), "image shape"),
+            (lambda a: dataclasses.replace(a, x_test=a.x_test[:0], y_test=a.y_test[:0]), "no test images"),
+        ],
+    )
+    def test_data_of_another_set(self, arrays: Arrays, spoil: Callable[[Arrays], Arrays], complaint: str) -> None:
+        with pytest.raises(ValueError, match=complaint) as caught:
+            run(make_set(arrays), spoil(arrays))
+        assert "\n" not in str(caught.value) and "give" in str(caught.value)
+
+    def test_no_seeds(self, arrays: Arrays) -> None:
+        with pytest.raises(ValueError, match="num_seeds must be at least 1"):
+            run(make_set(arrays), arrays, num_seeds=0)
+
+    def test_progress_counts_epochs(self) -> None:
+        images, labels = stripes(6, 0)
+        seen: list[int] = []
+        score_set(
+            images,
+            labels,
+            images,
+            labels,
+            network=Functional("mlp", SHAPE, CLASSES),
+            plan=Training(num_epochs=3),
+            augment=Augment(),
+            num_seeds=2,
+            rng=Rng(0),
+            compute=Compute(),
+            progress=lambda done, note="": seen.append(done),
+        )
+        assert seen == [1, 2, 3, 4, 5, 6]
+
+
+class TestFile:
+    def test_a_row_says_what_decided_it(self, arrays: Arrays, tmp_path: Path) -> None:
+        syn = make_set(arrays, recipe={"method": {"name": "dm"}})
+        save(syn, tmp_path / "synthetic.safetensors")
+        run(syn, arrays, protocol=SHORT, seed=4).write(tmp_path / "evaluation.json")
+        (row,) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+        assert row == {
+            "method": "dm",
+            "network": "mlp",
+            "num_params": Functional("mlp", SHAPE, CLASSES).num_params,
+            "accuracies": row["accuracies"],
+            "mean": pytest.approx(statistics.fmean(row["accuracies"])),
+            "std": pytest.approx(statistics.stdev(row["accuracies"])),
+            "n": 2,
+            "protocol": "canonical*",
+            "protocol_hash": SHORT.hash,
+            "protocol_fields": SHORT.content(),
+            "augment": "none",
+            "seed": 4,
+            "num_images": 3,
+            "synthetic_sha256": read_header(tmp_path / "synthetic.safetensors")["sha256"],
+            "dataset": arrays.name,
+            "train_fingerprint": arrays.fingerprint["train"],
+            "test_fingerprint": arrays.fingerprint["test"],
+            "compute": {"compile": False, "autocast": "none"},
+            "device": "cpu",
+            "threads": torch.get_num_threads(),
+            "seconds": row["seconds"],
+            "code": row["code"],
+        }
+        assert row["seconds"] > 0
+
+    def test_one_network_has_no_deviation(self, arrays: Arrays) -> None:
+        assert run(make_set(arrays), arrays, num_seeds=1).results[0].row()["std"] is None
+
+    def test_the_same_question_replaces_its_row(self, arrays: Arrays, tmp_path: Path) -> None:
+        file, syn = tmp_path / "evaluation.json", make_set(arrays)
+        plan = dataclasses.replace(SHORT, num_epochs=1)
+        run(syn, arrays, protocol=plan, networks=["mlp", TINY]).write(file)
+        first = read(file)
+        assert [row["network"] for row in first] == ["mlp", TINY]
+        again = run(syn, arrays, protocol=plan)
+        Evaluation((dataclasses.replace(again.results[0], seconds=99.0),)).write(file)
+        assert [(row["network"], row["seconds"]) for row in read(file)] == [
+            (TINY, first[1]["seconds"]),
+            ("mlp", 99.0),
+        ]
+        changes: list[dict[str, Any]] = [{"num_seeds": 1}, {"seed": 1}, {"protocol": SHORT}]
+        for change in changes:
+            run(syn, arrays, **{"protocol": plan} | change).write(file)
+        run(make_set(arrays, labels=torch.tensor([0, 1, 2, 0])), arrays, protocol=plan).write(file)
+        assert len(read(file)) == 6
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"results": 3}', '{"other": []}'])
+    def test_a_foreign_file_is_left_alone(self, tmp_path: Path, content: str) -> None:
+        file = tmp_path / "evaluation.json"
+        file.write_text(content)
+        with pytest.raises(ValueError, match="holds no results"):
+            Evaluation(()).write(file)
+        assert file.read_text() == content
+
+
+class TestFullData:
+    def full(self, arrays: Arrays, cache: Path | None, **options: Any) -> crossarch.Result:
+        plan = dataclasses.replace(PROTOCOLS["full-data"], num_epochs=12, batch_size=8)
+        given: dict[str, Any] = {"network": "mlp", "num_seeds": 2, "protocol": plan, "transform": "none"}
+        return baselines.full_data(arrays, compute=Compute(), device=CPU, cache=cache, **given | options)
+
+    def test_all_training_images_are_used(self, arrays: Arrays) -> None:
+        result = self.full(arrays, None)
+        assert result.num_images == len(arrays.y_train) and result.method == "full"
+        assert result.protocol == "full-data*" and result.mean > 0.9
+
+    def test_trained_once(self, arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = self.full(arrays, tmp_path)
+        trained: list[int] = []
+        measure = crossarch.measure
+
+        def spy(*tensors: Any, **options: Any) -> crossarch.Result:
+            trained.append(1)
+            return measure(*tensors, **options)
+
+        monkeypatch.setattr(baselines, "measure", spy)
+        assert self.full(arrays, tmp_path) == first and not trained
+        other_test = load((*stripes(36, 0), *stripes(60, 2)))
+        others: list[dict[str, Any]] = [{"seed": 1}, {"num_seeds": 1}, {"network": TINY}]
+        for other in [*others, {"transform": "channel"}]:
+            self.full(arrays, tmp_path, **other)
+        self.full(other_test, tmp_path)
+        assert len(trained) == 5
+
+    def test_a_damaged_cache_is_trained_again(self, arrays: Arrays, tmp_path: Path) -> None:
+        first = self.full(arrays, tmp_path)
+        (file,) = (tmp_path / "full-data").iterdir()
+        file.write_text("{")
+        assert self.full(arrays, tmp_path).accuracies == first.accuracies
