@@ -1,0 +1,46 @@
+"""Condense: a dataset-distillation engine.
+
+Public names are loaded when they are first used, so that ``import condense`` stays fast.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from condense.api import RunOptions as RunOptions
+    from condense.api import distill as distill
+    from condense.api import evaluate as evaluate
+    from condense.api import load as load
+    from condense.api import make_buffer as make_buffer
+    from condense.recipe import Recipe as Recipe
+    from condense.synthetic.files import save as save
+    from condense.synthetic.set import SyntheticSet as SyntheticSet
+
+_HOMES = {
+    "RunOptions": "condense.api",
+    "distill": "condense.api",
+    "evaluate": "condense.api",
+    "load": "condense.api",
+    "make_buffer": "condense.api",
+    "Recipe": "condense.recipe",
+    "save": "condense.synthetic.files",
+    "SyntheticSet": "condense.synthetic.set",
+}
+
+__all__ = ["Recipe", "RunOptions", "SyntheticSet", "distill", "evaluate", "load", "make_buffer", "save"]
+
+try:
+    __version__ = version("condense-dd")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'condense' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,62 @@
+"""The command line's front door: it knows the commands' names; torch is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from condense.names import suggest
+
+USAGE = """\
+usage: condense COMMAND ...
+
+Distil a data set into a few images a class, and measure what they are worth.
+
+  demo                         the whole job on embedded data, in a few minutes
+  buffer    --dataset D ...    train expert trajectories
+  distill   METHOD|RECIPE ...  distil a data set
+  evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
+  show      RUN|FILE|BUFFER    what a file says of itself
+  list      methods|datasets|networks|recipes|protocols
+  import    SRC DST ...        published expert buffers into ours
+
+`condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
+"""
+
+COMMANDS = ("buffer", "demo", "distill", "evaluate", "import", "list", "show")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; bad input ends in one line on standard error and exit status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if words in (["--version"], ["-V"]):
+        from condense import __version__
+
+        print(f"condense {__version__}")
+        return
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    try:
+        if words[0] not in COMMANDS:
+            raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
+        from condense import commands
+
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            commands.TABLE[words[0]](words[1:])
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"condense: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("condense: interrupted; the same command with --resume continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _say_warning(message: Warning | str, *_: object) -> None:
+    print(f"condense: warning: {' '.join(str(message).split())}", file=sys.stderr)

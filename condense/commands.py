@@ -1,0 +1,290 @@
+"""The commands behind the command line: each parses its flags, calls ``condense.api`` and prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from condense import api, artifacts, networks, recipe, registry
+from condense.api import RunOptions
+from condense.buffers.imported import import_replay_buffers
+from condense.buffers.trajectories import Experts
+from condense.compute import Compute
+from condense.data import datasets
+from condense.eval import protocol
+from condense.eval.protocol import PROTOCOLS, Protocol
+from condense.files import read_header
+from condense.recipe import Recipe
+from condense.table import print_results
+from condense.task import Split
+
+Flat = tyro.conf.arg(name="")
+Switch = tyro.conf.FlagConversionOff
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    recipe: Annotated[Switch[Recipe], Flat]
+    options: Annotated[RunOptions, Flat] = RunOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffer:
+    dataset: str = "digits"
+    """Name of a data set, an .npz file or an image folder."""
+    network: str = "convnet"
+    """Network to train, e.g. convnet:depth=3."""
+    experts: Annotated[Experts, Flat] = Experts()
+    transform: str = "channel"
+    """none, channel, zca or zca-relative."""
+    augment: str = "dsa"
+    """none, dsa or a strategy; options as in dsa:mode=M,align_corners=true."""
+    split: Split = Split(val_fraction=0.0)
+    """The validation part, held out of training."""
+    compute: Switch[Compute] = Compute()
+    """Exactness against speed."""
+    out: Path = Path("artifacts")
+    """Root under which the buffer's folder is made."""
+    seed: int = 0
+    """Root of every random draw."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a data set that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    networks: tuple[str, ...] = ("convnet",)
+    """Architectures to train, e.g. convnet mlp torchvision:resnet50."""
+    num_seeds: int = 5
+    """Fresh networks of each."""
+    protocol: Protocol = PROTOCOLS["canonical"]
+    """How they are trained."""
+    baselines: tuple[str, ...] = ()
+    """Methods to compare with at the same budget, and `full` for all training data."""
+    dataset: str | None = None
+    """Where the data lie; default: as the run recorded it, else by the name in the file."""
+    out: Path | None = None
+    """Result file; default evaluation.json in the run, or FILE.evaluation.json."""
+    seed: int = 0
+    """Root of every random draw."""
+    compute: Switch[Compute] = Compute()
+    """Exactness against speed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a data set that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    dataset: str = "cifar10"
+    """Data set the experts were trained on."""
+    network: str = "convnet"
+    """Their network."""
+    transform: str = "channel"
+    """Their transform: published MTT buffers used zca unless their folder says NO_ZCA."""
+    split: Split = Split(val_fraction=0.0)
+    """Their validation split."""
+    download: Switch[bool] = False
+    """Let torchvision download the data set if it is missing."""
+
+
+def distill(words: list[str]) -> None:
+    name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
+    flags = words[1:]
+    source, ipc = recipe.take(flags, "--dataset")[1], recipe.take(flags, "--ipc")[1]
+    asked_help = "-h" in flags or "--help" in flags
+    arrays = None
+    if source is not None and not asked_help:
+        arrays = datasets.load(source, download=recipe.take(flags, "--download")[1] == "True")
+    budget = int(ipc) if ipc is not None and ipc.isdigit() else None
+    base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
+    command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
+    arrays = arrays or datasets.load(command.recipe.dataset, download=command.options.download)
+    _say_unknown(arrays)
+    say(f"recipe: {origin}")
+    folder = api.run_folder(command.recipe, command.options, arrays)
+    api.run(command.recipe, command.options, arrays=arrays)
+    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense evaluate {folder}")
+
+
+def buffer(words: list[str]) -> None:
+    command = recipe.parse(Buffer, words, Buffer(), prog="condense buffer")
+    arrays = datasets.load(command.dataset, download=command.download)
+    _say_unknown(arrays)
+    folder = api.make_buffer(**_fields(command) | {"dataset": arrays})
+    say(f"{folder}")
+
+
+def evaluate(words: list[str]) -> None:
+    target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
+    flags, name = recipe.take(words[1:], "--protocol")
+    if "-h" in flags or "--help" in flags:
+        plan = PROTOCOLS["canonical"]
+    else:
+        plan = protocol.named(name or "canonical", api.load(target))
+    command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
+    found = api.evaluate(target, **_fields(command))
+    print_results([result.row() for result in found.results])
+
+
+def show(words: list[str]) -> None:
+    target = Path(_positional(words, "show RUN|FILE|BUFFER", "give what `condense distill` or `buffer` wrote"))
+    if not target.exists():
+        raise ValueError(f"there is nothing at {target}; check the path")
+    if target.is_dir() and (target / "manifest.json").exists():
+        _show_buffer(target)
+    elif target.is_dir() and (target / "recipe.yaml").exists():
+        _show_run(target)
+    elif target.is_file():
+        _show_file(target)
+    else:
+        raise ValueError(f"{target} is neither a run, a buffer nor a Condense file; give one of these")
+
+
+def list_(words: list[str]) -> None:
+    as_json = "--json" in words
+    kinds = [word for word in words if word != "--json"]
+    tables: dict[str, Callable[[], dict[str, str]]] = {
+        "methods": lambda: {name: _summary(registry.load(name)) for name in registry.table()},
+        "datasets": lambda: {name: datasets.describe(name) for name in datasets.names()},
+        "networks": lambda: {name: networks.describe(name) for name in networks.names()},
+        "recipes": lambda: {name: _source(path) for name, path in recipe.recipe_files().items()},
+        "protocols": lambda: {
+            **{name: plan.describe() for name, plan in PROTOCOLS.items()},
+            "own": "the training stored in the file: its labels, its learned step size",
+        },
+    }
+    if len(kinds) != 1 or kinds[0] not in tables:
+        asked = " ".join(kinds) or "nothing"
+        raise ValueError(f"cannot list {asked}: there are {', '.join(tables)}; e.g. condense list methods")
+    found = tables[kinds[0]]()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    _print_table((kinds[0], ""), found.items())
+
+
+def import_(words: list[str]) -> None:
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        if "--help" in words or "-h" in words:
+            recipe.parse(Import, ["--help"], Import(), prog="condense import SRC DST")
+        raise ValueError("import needs SRC and DST; e.g. condense import buffers/CIFAR10/ConvNet artifacts")
+    command = recipe.parse(Import, words[2:], Import(), prog="condense import SRC DST")
+    arrays = datasets.load(command.dataset, download=command.download)
+    task = api.make_plain_task(arrays, command.network, command.transform, command.split)
+    say(str(import_replay_buffers(Path(words[0]), Path(words[1]), task)))
+
+
+def demo(words: list[str]) -> None:
+    from condense import demo as job
+
+    job.main(words)
+
+
+TABLE: dict[str, Callable[[list[str]], None]] = {
+    "buffer": buffer,
+    "demo": demo,
+    "distill": distill,
+    "evaluate": evaluate,
+    "import": import_,
+    "list": list_,
+    "show": show,
+}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stdout, flush=True)
+
+
+def _say_unknown(arrays: datasets.Arrays) -> None:
+    if arrays.known is None:
+        say(f"{arrays.name}: not a known data set, so its statistics are computed and DSA does not flip")
+
+
+def _fields(command: Any) -> dict[str, Any]:
+    return {f.name: getattr(command, f.name) for f in dataclasses.fields(command)}
+
+
+def _positional(words: list[str], usage: str, mend: str) -> str:
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"usage: condense {usage} ...: the first word is missing; {mend}")
+    return words[0]
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def _source(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip()
+
+
+def _print_table(header: tuple[str, ...], rows: Any) -> None:
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> None:
+    _print_table((title, ""), facts.items())
+
+
+def _show_file(path: Path) -> None:
+    header = read_header(path)
+    if header.get("kind") != "synthetic set":
+        _facts(str(path), {k: v for k, v in header.items() if not isinstance(v, dict | list)})
+        return
+    syn = api.load(path)
+    origin, cost = syn.origin, syn.cost()
+    images, _ = syn()
+    _facts(
+        str(path),
+        {
+            "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
+            "images": f"{len(images)} of {'x'.join(map(str, origin.image_shape))}, {origin.num_classes} classes",
+            "method": origin.recipe.get("method", {}).get("name", "unknown"),
+            "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
+            "transform": origin.transform.get("kind"),
+            "learned lr": "none" if syn.lr is None else f"{syn.lr.detach().mean().item():.5g}",
+            "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder}",
+            "recipe": origin.recipe_hash[:12],
+            "code": origin.code,
+        },
+    )
+
+
+def _show_run(folder: Path) -> None:
+    if (folder / "synthetic.safetensors").exists():
+        _show_file(folder / "synthetic.safetensors")
+    else:
+        say(f"{folder}: not finished; the command that began it with --resume continues")
+    log = folder / "log.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    steps = [record for record in steps if "event" not in record]
+    if steps:
+        _facts("last step", steps[-1])
+    if (folder / "evaluation.json").exists():
+        results = json.loads((folder / "evaluation.json").read_text())["results"]
+        print_results(results)
+
+
+def _show_buffer(folder: Path) -> None:
+    buffer = artifacts.Trajectories(folder)
+    manifest = buffer.manifest
+    identity = manifest["identity"]
+    _facts(str(folder), {k: json.dumps(v) if isinstance(v, dict) else v for k, v in identity.items()})
+    say(f"{buffer.num_experts} experts x {buffer.num_epochs} epochs, {identity.get('origin', 'trained')}")

@@ -1,0 +1,47 @@
+"""The whole job on embedded data: expert trajectories, two distillations, cross-architecture evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from condense import api
+from condense.table import print_results
+
+NETWORKS = ("convnet", "mlp", "resnet18")
+NUM_SEEDS = 3
+
+
+def main(words: Sequence[str]) -> None:
+    """Run everything into one folder; a second call continues where the first one stopped.
+
+    Raises:
+        ValueError: an argument that is not ``--out FOLDER``.
+    """
+    if words and (len(words) != 2 or words[0] != "--out"):
+        raise ValueError(f"demo takes no {' '.join(words)}; it has one flag: --out FOLDER")
+    out = Path(words[1]) if words else Path("demo")
+    begun = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begun:4.0f} s] {line}", flush=True)
+
+    say("1/3 expert trajectories: 5 ConvNets on 1,437 handwritten digits (8x8)")
+    buffer = api.make_buffer("digits", num_experts=5, num_epochs=20, lr=0.02, out=out / "artifacts")
+    say("2/3 distil 10 images a class: trajectory matching, then distribution matching")
+    common = {"dataset": "digits", "ipc": 10, "resume": True}
+    api.distill("mtt", **common, num_steps=60, syn_steps=10, max_start_epoch=10, buffers=buffer, out=out / "mtt")
+    api.distill("dm", **common, num_steps=200, out=out / "dm")
+    say(f"3/3 train {NUM_SEEDS} fresh networks of each of {', '.join(NETWORKS)} on every set")
+    rows = []
+    for run, baselines in ((out / "mtt", ()), (out / "dm", ("random", "herding", "full"))):
+        found = api.evaluate(run, networks=NETWORKS, num_seeds=NUM_SEEDS, baselines=baselines)
+        rows += [result.row() for result in found.results]
+    print_results(rows)
+    say("done; everything lies here:")
+    for name in ("mtt", "dm"):
+        print(f"  {out / name}: synthetic.png, synthetic.safetensors, evaluation.json, recipe.yaml, log.jsonl")
+    print(f"  {buffer}: the expert trajectories")
+    print(f"Next: condense show {out / 'mtt'}; condense distill --help", file=sys.stdout)

@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from condense import api
+from condense.compute import Compute
+from condense.data.datasets import Arrays, load
+
+TINY = "convnet:depth=1,width=4"
+"""A network that a test can train many times."""
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the checkout; a test that asks for it skips where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real data (../shared/data) is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of three classes of 8x8 images that differ in brightness, with 12 + 6 images a class."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, num in (("train", 36), ("test", 18)):
+        labels = np.arange(num) % 3
+        levels = (30 + 80 * labels)[:, None, None] + rng.integers(0, 40, (num, 8, 8))
+        arrays |= {f"x_{part}": levels.astype(np.uint8), f"y_{part}": labels.astype(np.uint8)}
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_file: Path) -> Arrays:
+    return load(tiny_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_buffer(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experts of four epochs on the tiny data."""
+    root = tmp_path_factory.mktemp("artifacts")
+    return api.make_buffer(tiny, TINY, num_experts=2, num_epochs=4, batch_size=12, lr=0.1, out=root, compute=Compute())

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import condense
+from condense import api
+from condense.data.datasets import Arrays
+from condense.files import checksum
+from condense.method import Method
+from condense.recipe import Recipe
+from condense.registry import load as load_method
+
+TINY = "convnet:depth=1,width=4"
+
+
+def pooled(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """A network that is not ours."""
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes)
+    )
+
+
+def tensors(num: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3 * num) % 3
+    return (labels[:, None, None, None] * 0.3 + 0.1 * torch.rand(3 * num, 1, 8, 8, generator=generator)), labels
+
+
+def test_distill_takes_data_at_hand_and_a_network_of_the_users(tmp_path: Path) -> None:
+    x, y = tensors()
+    options = {"ipc": 1, "num_steps": 2, "batch_real": 4, "device": "cpu"}
+    from_tensors = condense.distill("dm", dataset=(x, y, x, y), network=pooled, out=tmp_path / "a", **options)
+    from_dataset = condense.distill(
+        "dm", dataset=(TensorDataset(x, y), TensorDataset(x, y)), network=pooled, out=tmp_path / "b", **options
+    )
+    assert checksum(from_tensors.state_dict()) == checksum(from_dataset.state_dict())
+    assert "pooled" in from_tensors.origin.recipe["network"]
+    found = condense.evaluate(
+        from_tensors, (x, y, x, y), networks=[pooled, TINY], num_seeds=1, protocol="canonical", device="cpu"
+    )
+    assert len(found.results) == 2
+
+
+def test_a_method_or_a_recipe_serves_as_well_as_a_name(tiny: Arrays, tmp_path: Path) -> None:
+    method: Method = load_method("dm")(num_steps=2, batch_real=4)  # type: ignore[call-arg]
+    fields = {"dataset": tiny, "network": TINY, "ipc": 1, "device": "cpu"}
+    by_name = condense.distill("dm", out=tmp_path / "a", num_steps=2, batch_real=4, **fields)
+    by_value = condense.distill(method, out=tmp_path / "b", **fields)
+    by_recipe = condense.distill(
+        Recipe(method=method, network=TINY, ipc=1), dataset=tiny, out=tmp_path / "c", device="cpu"
+    )
+    (tmp_path / "mine.yaml").write_text((tmp_path / "a" / "recipe.yaml").read_text())
+    by_file = condense.distill(tmp_path / "mine.yaml", dataset=tiny, out=tmp_path / "d", device="cpu")
+    assert len({checksum(syn.state_dict()) for syn in (by_name, by_value, by_recipe, by_file)}) == 1
+
+
+def test_unknown_fields_get_a_suggestion(tiny: Arrays) -> None:
+    with pytest.raises(ValueError, match="did you mean 'num_steps'"):
+        condense.distill("dm", dataset=tiny, num_step=3)
+    with pytest.raises(ValueError, match="did you mean 'num_experts'"):
+        condense.make_buffer(tiny, num_expert=3)
+
+
+def test_a_set_is_an_ordinary_dataset(tiny: Arrays, tmp_path: Path) -> None:
+    syn = condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
+    (images, labels), *_ = DataLoader(syn.to_dataset("pixels"), batch_size=6)
+    assert images.shape == (6, 1, 8, 8) and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    real = torch.from_numpy(tiny.x_train).float() / 255
+    assert all(torch.isclose(real, image, atol=1e-5).flatten(1).all(1).any() for image in images)
+
+
+def test_validation_is_split_off_only_where_something_is_selected(tiny: Arrays, tmp_path: Path) -> None:
+    fields = {"dataset": tiny, "network": TINY, "ipc": 1, "device": "cpu", "num_steps": 2, "batch_real": 4}
+    plain = condense.distill("dm", out=tmp_path / "a", **fields)
+    watched = condense.distill("dm", out=tmp_path / "b", eval_every=1, **fields)
+    assert plain.origin.recipe["split"]["val_fraction"] == 0.0
+    assert watched.origin.recipe["split"]["val_fraction"] == 0.1
+    log = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert all(0 <= record["val_accuracy"] <= 1 for record in log)
+
+
+def test_baselines_come_from_the_table_at_the_same_budget(tiny: Arrays, tmp_path: Path) -> None:
+    condense.distill("dm", dataset=tiny, network=TINY, ipc=2, num_steps=1, out=tmp_path / "run", device="cpu")
+    found = condense.evaluate(
+        tmp_path / "run", tiny, networks=[TINY], num_seeds=2, baselines=["random", "full"], device="cpu"
+    )
+    assert [result.method for result in found.results] == ["dm", "random", "full"]
+    assert [result.num_images for result in found.results] == [6, 6, 36]
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]
+    assert [row["method"] for row in rows] == ["dm", "random", "full"]
+
+
+def test_the_public_names_are_there() -> None:
+    assert set(condense.__all__) <= set(dir(condense))
+    assert condense.load is api.load
+    with pytest.raises(AttributeError, match="nothing"):
+        condense.nothing  # noqa: B018

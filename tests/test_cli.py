@@ -1,0 +1,209 @@
+"""The command line as a user meets it: good commands end in 0, bad input in one line and 2."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from condense.cli import main
+
+TINY = "convnet:depth=1,width=4"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must fail as a user expects, and give back its one line."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("condense: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CONDENSE_DATA", str(tmp_path / "no data"))
+
+
+@pytest.fixture
+def run_folder(tiny_file: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "run"
+    main(["distill", "random", "--dataset", str(tiny_file), "--ipc", "2", "--network", TINY, "--out", str(out)])
+    return out
+
+
+def test_the_main_job(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--dataset", str(tiny_file), "--network", TINY]
+    main(["buffer", *data, "--num-experts", "2", "--num-epochs", "3", "--batch-size", "12", "--out", "artifacts"])
+    buffer = capsys.readouterr().out.splitlines()[-1]
+    words = ["distill", "mtt", *data, "--ipc", "2", "--method.num-steps", "3", "--method.syn-steps", "2"]
+    words += ["--method.max-start-epoch", "1", "--split.val-fraction", "0", "--out", "run"]
+    main(words)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {
+        "recipe.yaml", "log.jsonl", "checkpoint.safetensors", "synthetic.safetensors", "synthetic.png", "snapshots"
+    }  # fmt: skip
+    main(["evaluate", "run", "--networks", TINY, "mlp", "--num-seeds", "2", "--protocol.num-epochs", "3"])
+    rows = json.loads((run / "evaluation.json").read_text())["results"]
+    assert [row["network"] for row in rows] == [TINY, "mlp"]
+    assert all(0 <= a <= 1 for row in rows for a in row["accuracies"]) and rows[0]["n"] == 2
+    assert rows[0]["protocol"] == "canonical*"
+    for target in ("run", "run/synthetic.safetensors", buffer):
+        main(["show", target])
+    printed = capsys.readouterr().out
+    assert "mtt" in printed and "2 experts x 3 epochs" in printed
+
+
+def test_a_run_is_never_overwritten(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    again = ["distill", "random", "--dataset", (run_folder / "run.json").read_text().split('"')[3]]
+    again += ["--ipc", "2", "--network", TINY, "--out", str(run_folder)]
+    assert "--resume" in fails(capsys, *again)
+    assert "seed = 0, not 5" in fails(capsys, *again, "--seed", "5", "--resume")
+    assert "method.name = random, not herding" in fails(capsys, again[0], "herding", *again[2:], "--resume")
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+    main([*again, "--resume"])
+    assert (run_folder / "synthetic.safetensors").read_bytes() == before[run_folder / "synthetic.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["distil"], "did you mean 'distill'"),
+        (["distill"], "the first word is missing"),
+        (["distill", "mmt"], "did you mean 'mtt'"),
+        (["distill", "mine.yaml"], "there is no recipe mine.yaml"),
+        (["distill", "dm", "--dataset", "digit"], "did you mean"),
+        (["distill", "dm", "--dataset", "nowhere.npz"], "nowhere.npz"),
+        (["distill", "dm", "--dataset", "cifar10"], "--download True"),
+        (["distill", "dm", "--network", "convnets"], "convnet"),
+        (["distill", "dm", "--network", "convnet:depth=9"], "depth"),
+        (["distill", "dm", "--network", "lenet"], "lenet"),
+        (["distill", "dm", "--ipc", "5000"], "give --ipc"),
+        (["distill", "dm", "--ipc", "-1"], "ipc"),
+        (["distill", "dm", "--transform", "zcaa"], "zca"),
+        (["distill", "dm", "--augment", "dsa:mod=M"], "mod"),
+        (["distill", "dm", "--device", "gpu9"], "--device"),
+        (["distill", "dm", "--track", "wandbb"], "wandb"),
+        (["distill", "mtt"], "condense buffer --dataset digits"),
+        (["distill", "dm", "--method.num-step", "3"], "--method.num-steps"),
+        (["buffer", "--num-expert", "3"], "--num-experts"),
+        (["buffer", "--lr", "0"], "lr"),
+        (["evaluate", "nowhere"], "there is no file nowhere"),
+        (["evaluate"], "the first word is missing"),
+        (["show", "nowhere"], "nowhere"),
+        (["list", "things"], "methods"),
+        (["import", "nowhere", "there", "--dataset", "digits"], "nowhere"),
+        (["demo", "--fast"], "--out"),
+    ],
+)
+def test_bad_words(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert complaint in fails(capsys, *words)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"cache"}, "something was written"
+
+
+def write(path: Path, **changes: np.ndarray) -> str:
+    """A small good data set with some arrays exchanged."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    arrays = {"x_train": images, "y_train": np.arange(12) % 3, "x_test": images[:6], "y_test": np.arange(6) % 3}
+    np.savez(path, **arrays | changes)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"x_train": np.zeros((12, 8), np.uint8)}, "shape"),
+        ({"y_train": np.arange(11) % 3}, "11"),
+        ({"y_train": np.arange(12) % 3 - 1}, "label"),
+        ({"y_test": np.array([0, 1, 2, 7, 0, 1])}, "label"),
+        ({"x_train": np.full((12, 8, 8), np.nan, np.float32)}, "NaN"),
+        ({"x_train": np.full((12, 8, 8), 3.0, np.float32)}, "[0, 1]"),
+        ({"y_train": np.arange(12) % 3 * 2}, "class"),
+    ],
+)
+def test_bad_data(
+    changes: dict[str, np.ndarray], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = fails(capsys, "distill", "random", "--dataset", write(tmp_path / "bad.npz", **changes), "--ipc", "1")
+    assert complaint.lower() in line.lower() and not (tmp_path / "runs").exists()
+
+
+def test_damaged_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_folder / "synthetic.safetensors"
+    good = file.read_bytes()
+    for damaged in (good[:-7], good[:50], b"", good[:-3] + bytes([good[-3] ^ 4]) + good[-2:]):
+        file.write_bytes(damaged)
+        fails(capsys, "evaluate", str(run_folder))
+        fails(capsys, "show", str(file))
+    file.write_bytes(good)
+    (run_folder / "evaluation.json").write_text("{")
+    assert "evaluation.json" in fails(capsys, "evaluate", str(run_folder), "--protocol.num-epochs", "1")
+    assert (run_folder / "evaluation.json").read_text() == "{"
+
+
+def test_a_set_of_other_data_is_not_scored(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "digits" in fails(capsys, "evaluate", str(run_folder), "--dataset", "digits")
+    assert not (run_folder / "evaluation.json").exists()
+
+
+def test_a_buffer_of_another_network_is_refused_with_the_command_that_builds_one(
+    tiny_file: Path, tiny_buffer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["distill", "mtt", "--dataset", str(tiny_file), "--buffers", str(tiny_buffer), "--network", "mlp"]
+    line = fails(capsys, *words)
+    assert "network" in line and "condense buffer" in line and "--network mlp" in line
+
+
+def test_a_full_disk_leaves_earlier_results_alone(tiny_file: Path, tmp_path: Path) -> None:
+    """The process may write files of 40 kB at most, less than a checkpoint of a convnet."""
+    command = [sys.executable, "-m", "condense", "distill", "dm", "--dataset", str(tiny_file), "--ipc", "1"]
+    command += ["--method.num-steps", "2", "--method.batch-real", "4", "--network", "convnet:depth=1", "--out"]
+    subprocess.run([*command, str(tmp_path / "good")], check=True, capture_output=True)
+    earlier = {path: path.read_bytes() for path in (tmp_path / "good").rglob("*") if path.is_file()}
+
+    def limit() -> None:
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    full = subprocess.run([*command, str(tmp_path / "full")], preexec_fn=limit, capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    lines = [line for line in full.stderr.splitlines() if line.startswith("condense: ")]
+    assert len(lines) == 1 and "cannot write" in lines[0] and "Traceback" not in full.stderr
+    assert not list((tmp_path / "full").rglob("*.tmp")) and not (tmp_path / "full" / "synthetic.safetensors").exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "good").rglob("*") if path.is_file()} == earlier
+
+
+@pytest.mark.parametrize("kind", ["methods", "datasets", "networks", "recipes", "protocols"])
+def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", kind])
+    assert len(capsys.readouterr().out.splitlines()) > 3
+    main(["list", kind, "--json"])
+    entries = json.loads(capsys.readouterr().out)
+    assert all(isinstance(text, str) and 5 < len(text) < 300 for text in entries.values())
+
+
+def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "mtt", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--method.syn-steps" in text and "--method.batch-real" not in text
+    assert "--decode {pixels,factor}" in text and "--method.adjoint {exact" in text
+
+
+def test_help_is_fast_because_torch_is_not_imported() -> None:
+    script = "import sys; from condense.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert time.perf_counter() - begun < 10  # a guard against hanging; the import is what is tested

@@ -1,0 +1,54 @@
+"""Twenty steps on the embedded data, compared with the curves that were written down.
+
+A change that moves a curve is a change of numbers: ``python tests/test_golden.py`` writes them anew, and the commit
+says why.
+"""
+
+import json
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from condense import api
+from condense.recipe import Recipe
+from condense.registry import load as method
+
+GOLDEN = Path(__file__).parent / "golden" / "cpu.json"
+NETWORK = "convnet:depth=2,width=8"
+TOLERANCE = 2e-3
+"""Relative, on each loss: machines differ in rounding, and twenty steps amplify it."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dm": {"batch_real": 32},
+    "dc": {"batch_real": 32, "outer_loop": 5, "inner_epochs": 2},
+    "dsa": {"batch_real": 32, "outer_loop": 5, "inner_epochs": 2},
+    "mtt": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
+}
+
+
+def curve(name: str, folder: Path) -> list[float]:
+    """The losses of twenty steps at 2 images a class."""
+    buffer = api.make_buffer("digits", NETWORK, num_experts=1, num_epochs=1, out=folder / "artifacts", device="cpu")
+    plan = Recipe(method=method(name)(num_steps=20, **METHODS[name]), network=NETWORK, ipc=2)
+    api.run(plan, api.RunOptions(out=folder / name, buffers=buffer, device="cpu"))
+    return [json.loads(line)["loss"] for line in (folder / name / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_follow_the_golden_curve(name: str, tmp_path: Path) -> None:
+    assert curve(name, tmp_path) == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=TOLERANCE)
+
+
+def test_every_learning_method_has_a_curve() -> None:
+    from condense.registry import METHODS as TABLE
+
+    assert set(METHODS) == {name for name in TABLE if method(name).learns}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {name: curve(name, Path(folder) / name) for name in METHODS}
+    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")

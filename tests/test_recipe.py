@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+
+from condense import recipe, registry
+from condense.commands import Distill
+from condense.inner import Exact, Truncated
+from condense.recipe import Recipe
+from condense.synthetic import Factor, Hard, Logits, Pixels
+
+NAMES = sorted(registry.METHODS)
+
+
+@pytest.mark.parametrize("name", sorted(recipe.recipe_files()))
+def test_every_recipe_says_where_it_comes_from_and_round_trips(name: str, tmp_path: Path) -> None:
+    path = recipe.recipe_files()[name]
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and len(first) > 20
+    plan = recipe.from_yaml(path)
+    assert (
+        registry.name_of(plan.method)
+        == name.split("-cifar")[0].split("-mnist")[0].split("-fashion")[0].split("-svhn")[0]
+    )
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml(plan))
+    assert recipe.from_yaml(tmp_path / "again.yaml") == plan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_a_recipe_for_any_data_set(name: str) -> None:
+    assert recipe.published(name, "nobody's data", 7) == name
+
+
+def test_the_nearest_published_budget_serves() -> None:
+    assert recipe.published("dm", "cifar10", 10) == "dm-cifar10-ipc10"
+    assert recipe.published("dm", "cifar10", 8) == "dm-cifar10-ipc10"
+    assert recipe.published("dm", "cifar10", 3) == "dm-cifar10-ipc1"
+
+
+def parse(*words: str, method: str = "mtt") -> Recipe:
+    base = Recipe(method=registry.load(method)())
+    return recipe.parse(Distill, list(words), Distill(recipe=base)).recipe
+
+
+def test_flags_are_the_fields() -> None:
+    plan = parse("--ipc", "3", "--method.num-steps", "5", "--method.optim.lr", "1e3", "--split.val-fraction", "0.2")
+    assert (plan.ipc, plan.method.num_steps, plan.split.val_fraction) == (3, 5, 0.2)
+    assert plan.method.optim.lr == 1000.0  # type: ignore[attr-defined]
+
+
+def test_choices_are_swapped_first_and_then_have_their_own_flags() -> None:
+    plan = parse("--decode.factor", "3", "--decode", "factor", "--labels=logits", "--method.adjoint", "truncated")
+    assert plan.decode == Factor(factor=3) and plan.labels == Logits()
+    assert isinstance(plan.method.adjoint, Truncated)  # type: ignore[attr-defined]
+    assert parse().decode == Pixels() and parse().labels == Hard()
+    assert parse().method.adjoint == Exact()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--ipcs", "3"], r"--ipcs.*did you mean --ipc"),
+        (["--method.syn-step", "3"], r"did you mean --method\.syn-steps"),
+        (["--ipc", "many"], "many"),
+        (["--ipc", "0"], "ipc must be at least 1"),
+        (["--decode", "facto"], "unknown decode 'facto': did you mean 'factor'"),
+        (["--decode.factor", "3"], "decode.factor"),
+        (["--method.lr", "-1"], "lr must be positive"),
+    ],
+)
+def test_bad_flags_get_one_line(words: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("method: {name: dm, stepz: 3}", "stepz"),
+        ("method: {name: herdin}", "did you mean 'herding'"),
+        ("method: {name: dm}\nipcs: 3", "ipcs"),
+        ("method: {name: dm}\nipc: ten", "ten"),
+        ("ipc: 3", "names no method"),
+        ("[1, 2]", "not a mapping"),
+        ("method: {name: dm", "cannot be read"),
+    ],
+)
+def test_bad_recipe_files_get_one_line_with_their_name(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        recipe.from_yaml(path)
+    assert "mine.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: {name: dm, optim: {lr: 1e3}, clip: null}\ndecode: {name: factor, factor: 3}\n")
+    plan = recipe.from_yaml(path)
+    assert plan.method.optim.lr == 1000.0 and plan.method.clip is None  # type: ignore[attr-defined]
+    assert plan.decode == Factor(factor=3)
+
+
+def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
+    one = Recipe(method=registry.load("dm")(), dataset="here.npz")
+    other = Recipe(method=registry.load("dm")(), dataset="elsewhere/same.npz")
+    assert one.hash("f") == other.hash("f") != one.hash("g")
+    assert one.hash("f") != Recipe(method=registry.load("dm")(num_steps=3), dataset="here.npz").hash("f")
