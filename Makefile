@@ -40,9 +40,9 @@ format: .venv/dev ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 types: .venv/dev ## type-check what a user gets: the built wheel, not the editable checkout
-	rm -rf build/types && mkdir -p build/types
-	$(BIN)/python -m build --outdir build/types/dist . > build/types/build.log
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/dist/*.whl
+	rm -rf build/types/site build/types/source && mkdir -p build/types/source
+	cp -r condense methods buffers eval pyproject.toml README.md LICENSE build/types/source
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/source
 	MYPYPATH=build/types/site $(BIN)/mypy -p condense --linecount-report build/types/report --cache-dir build/types/cache
 	$(BIN)/python tests/types_seen.py build/types/report/linecount.txt
 

@@ -97,37 +97,37 @@ def cpu() -> str:
 
 
 def print_errors() -> None:
-    print("Relative error of the images' gradient against Full, and cosine with it.\n")
-    print("| network | steps | lr | Exact | TESLA | cosine of TESLA |\n|---|---|---|---|---|---|")
-    adjoints = Exact(), Full(), Tesla()
-    mlp = MLP()
-    for n, lr in ((1, 0.05), (5, 0.05), (20, 0.05), (50, 0.05), (20, 0.5), (50, 0.5)):
-        print(f"| MLP | {n} | {lr} | {errors(*(mlp.gradient(a, n, lr) for a in adjoints))} |")
-    convnet = ConvNet()
-    target = convnet.target()
-    for n, lr in ((1, 0.01), (10, 0.01), (10, 0.05)):
-        row = errors(*(convnet.gradient(a, n, lr, target) for a in adjoints))
-        print(f"| ConvNet-D3-W128 | {n} | {lr} | {row} |", flush=True)
+    print("Errors of the images' gradient relative to Full in float64, and cosine with it.\n")
+    print("| network | steps | lr | Exact | Exact, float32 | Full, float32 | TESLA | cosine |")
+    print("|---|---|---|---|---|---|---|---|")
+    print_error_rows(MLP, (1, 0.05), (5, 0.05), (20, 0.05), (50, 0.05), (20, 0.5), (50, 0.5))
+    print_error_rows(ConvNet, (1, 0.01), (10, 0.01), (10, 0.05))
 
 
-def errors(exact: Tensor, full: Tensor, tesla: Tensor) -> str:
-    of_exact, of_tesla = ((found - full).norm() / full.norm() for found in (exact, tesla))
-    cosine = F.cosine_similarity(tesla.flatten(), full.flatten(), dim=0)
-    return f"{of_exact:.0e} | {of_tesla:.3f} | {cosine:.3f}"
+def print_error_rows(kind: type[MLP] | type[ConvNet], *cases: tuple[int, float]) -> None:
+    single, double = kind(torch.float32), kind(torch.float64)
+    target = single.target()
+    wide = {name: p.double() for name, p in target.items()}
+    for n, lr in cases:
+        full, exact, tesla = (double.gradient(a, n, lr, wide).flatten() for a in (Full(), Exact(), Tesla()))
+        rounded = (single.gradient(a, n, lr, target).flatten() for a in (Exact(), Full()))
+        errors = [f"{((found - full).norm() / full.norm()).item():.2g}" for found in (exact, *rounded, tesla)]
+        cosine = F.cosine_similarity(tesla, full, dim=0).item()
+        print(f"| {kind.__name__} | {n} | {lr} | {' | '.join(errors)} | {cosine:.3f} |", flush=True)
 
 
 class ConvNet:
-    """A hundred digits, ten a class; the expert took 50 steps on batches of the others."""
+    """ConvNet-D3-W128 and a hundred digits, ten a class; the expert took 50 steps on batches of the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         pixels, labels = load_digits(return_X_y=True)
-        x = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+        x = torch.tensor(pixels, dtype=dtype).view(-1, 1, 8, 8)
         x = F.interpolate((x - x.mean()) / x.std(), size=(32, 32), mode="bilinear").repeat(1, 3, 1, 1)
         y = torch.tensor(labels)
         chosen = torch.cat([(y == c).nonzero()[:10, 0] for c in range(10)])
         rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, chosen, False)
         self.images, self.labels, self.others = x[chosen], y[chosen], (x[rest], y[rest])
-        self.net = Functional("convnet", (3, 32, 32), 10)
+        self.net = Functional("convnet", (3, 32, 32), 10, dtype=dtype)
         self.start, self.buffers = self.net.init(Rng(0), "weights")
 
     def loss_fn(self, theta: Theta, batch: Batch) -> Tensor:
@@ -147,27 +147,30 @@ class ConvNet:
 
 
 class MLP:
-    """Two layers in float64, 16 random inputs with random targets; the expert had another 16."""
+    """Two layers, 16 random inputs with random targets; the expert took 50 steps on another 16."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+            return torch.randn(*shape, generator=generator).to(dtype)
 
         self.start = {"w1": draw(10, 32) / 10**0.5, "b1": draw(32), "w2": draw(32, 5) / 32**0.5}
-        self.images, self.labels, others = draw(16, 10), draw(16, 5).softmax(1), draw(16, 10)
-        self.target = unroll(self.loss_fn, self.start, [(others, draw(16, 5).softmax(1))] * 50, lr=0.1)
+        self.images, self.labels = draw(16, 10), draw(16, 5).softmax(1)
+        self.others = draw(16, 10), draw(16, 5).softmax(1)
 
     @staticmethod
     def loss_fn(theta: Theta, batch: Batch) -> Tensor:
         hidden = torch.tanh(batch[0] @ theta["w1"] + theta["b1"])
         return F.cross_entropy(hidden @ theta["w2"], batch[1])
 
-    def gradient(self, adjoint: Adjoint, num_steps: int, lr: float) -> Tensor:
+    def target(self) -> Theta:
+        return unroll(self.loss_fn, self.start, [self.others] * 50, lr=0.1)
+
+    def gradient(self, adjoint: Adjoint, num_steps: int, lr: float, target: Theta) -> Tensor:
         images = self.images.clone().requires_grad_()
         end = unroll(self.loss_fn, self.start, [(images, self.labels)] * num_steps, lr=lr, adjoint=adjoint)
-        return torch.autograd.grad(matching(self.start, end, self.target), images)[0]
+        return torch.autograd.grad(matching(self.start, end, target), images)[0]
 
 
 def matching(start: Theta, end: Theta, target: Theta) -> Tensor:

@@ -124,9 +124,9 @@ def distill(
         ValueError: one line that names the culprit and the mend.
     """
     ours = {f.name for f in dataclasses.fields(RunOptions)}
-    options = dataclasses.replace(
-        options, **{k: Path(v) if k in ("out", "buffers") else v for k, v in fields.items() if k in ours}
-    )
+    paths = {"out", "buffers"}
+    given: dict[str, Any] = {k: Path(v) if k in paths else v for k, v in fields.items() if k in ours}
+    options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
     arrays = None if dataset is None else _arrays(dataset, options.download)
     if isinstance(method, Recipe):

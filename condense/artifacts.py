@@ -50,7 +50,7 @@ class Artifact:
 
     def describe(self) -> dict[str, Any]:
         """For the files of what was made with it: kind, name (which ends in the hash of its identity) and extent."""
-        extent = {key: self.manifest[key] for key in ("num_experts", "num_epochs") if key in self.manifest}
+        extent: dict[str, Any] = {key: self.manifest[key] for key in ("num_experts", "num_epochs") if key in self.manifest}
         return {"kind": self.kind, "name": self.folder.resolve().name, **extent}
 
 

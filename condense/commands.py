@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import FlagConversionOff as Switch
 
 from condense import api, artifacts, networks, recipe, registry
 from condense.api import RunOptions
@@ -28,7 +29,6 @@ from condense.table import print_results
 from condense.task import Split
 
 Flat = tyro.conf.arg(name="")
-Switch = tyro.conf.FlagConversionOff
 
 
 @dataclass(frozen=True, kw_only=True)

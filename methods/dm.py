@@ -41,11 +41,9 @@ class DMState(GradientState):
 @final
 @dataclass(frozen=True, kw_only=True)
 class DM(GradientMethod):
-    """Matches the class means of features of random networks; nothing is trained while distilling."""
+    """Matches the mean features of real and synthetic images of each class under random networks."""
 
     learns_labels: ClassVar[bool] = False
-
-    """Matches the mean features of real and synthetic images of each class under random networks."""
 
     num_steps: int = 20000
     """Steps of distillation, each with a network of its own."""

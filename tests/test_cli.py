@@ -164,7 +164,7 @@ def test_a_buffer_of_another_network_is_refused_with_the_command_that_builds_one
 
 
 def test_a_full_disk_leaves_earlier_results_alone(tiny_file: Path, tmp_path: Path) -> None:
-    """The process may write files of 40 kB at most, less than a checkpoint of a convnet."""
+    """The process may write files of 20 kB at most, less than a checkpoint with a convnet."""
     command = [sys.executable, "-m", "condense", "distill", "dm", "--dataset", str(tiny_file), "--ipc", "1"]
     command += ["--method.num-steps", "2", "--method.batch-real", "4", "--network", "convnet:depth=1", "--out"]
     subprocess.run([*command, str(tmp_path / "good")], check=True, capture_output=True)
