@@ -238,7 +238,8 @@ class GradientMethod(Method):
             for param in leaves["latents"]:
                 assert param.grad is not None
                 param.grad.mul_(self.clip / record["grad_latents"])
-        for optimiser in state.optimisers.values():
+        for name, optimiser in state.optimisers.items():
+            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"]
             optimiser.step()
         if state.syn.lr is not None:
             record["syn_lr"] = state.syn.lr.detach().mean().item()

@@ -65,7 +65,7 @@ def test_every_step_is_logged_and_ten_snapshots_are_kept(ctx: Context, tmp_path:
     run(Shrink(num_steps=300), ctx, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 301))
-    assert {"loss", "grad_latents", "image_mean", "image_std"} <= set(records[0])
+    assert {"loss", "grad_latents", "lr_latents", "image_mean", "image_std"} <= set(records[0])
     assert records[-1]["loss"] < records[0]["loss"]
     steps = sorted(int(file.stem[-7:]) for file in (tmp_path / "snapshots").iterdir())
     assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 300
