@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
-import resource
-import socket
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from torch import nn
 from torch.utils.data import Dataset
 from tyro.conf import FlagConversionOff
 
 import condense
-from condense import artifacts, engine, picture, recipe, registry
+from condense import artifacts, engine, picture, recipe, registry, runs
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute, resolve_device
@@ -30,6 +22,7 @@ from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
 from condense.eval import crossarch
 from condense.eval.baselines import full_data
+from condense.eval.crossarch import Network
 from condense.eval.protocol import Protocol, named
 from condense.files import write_text
 from condense.method import Context, Method
@@ -44,13 +37,12 @@ from condense.tracking import check_sinks, open_sinks, progress
 
 Data = str | Path | Arrays | Dataset[Any] | tuple[Any, ...]
 """A known name, a path, or data at hand: a Dataset, a (train, test) pair, (x_train, y_train, x_test, y_test)."""
-Network = str | Callable[[tuple[int, int, int], int], nn.Module]
-"""A network string, or a callable (image_shape, num_classes) -> module."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a distillation is run; nothing here decides its result."""
+    """How a distillation is run; nothing here decides its result, but ``eval_every`` asks for a validation split where
+    the recipe leaves that open."""
 
     out: Path | None = None
     """Run folder; default runs/METHOD-DATASET-ipcN-seedS."""
@@ -96,7 +88,9 @@ def make_buffer(
         ValueError: bad data, network or field; the disk is full.
     """
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
-    task = _task(_arrays(dataset, download), network, transform, split.resolved(False), augment, resolve_device(device))
+    arrays = _arrays(dataset, download)
+    skeleton = Functional(network, arrays.image_shape, arrays.num_classes, resolve_device(device))
+    task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     with progress(f"experts {task.name} {task.network.name}", plan.num_experts * plan.num_epochs) as bar:
 
         def report(expert: int, epoch: int, record: Mapping[str, float]) -> None:
@@ -124,8 +118,7 @@ def distill(
         ValueError: one line that names the culprit and the mend.
     """
     ours = {f.name for f in dataclasses.fields(RunOptions)}
-    paths = {"out", "buffers"}
-    given: dict[str, Any] = {k: Path(v) if k in paths else v for k, v in fields.items() if k in ours}
+    given: dict[str, Any] = {k: _option(k, v) for k, v in fields.items() if k in ours}
     options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
     arrays = None if dataset is None else _arrays(dataset, options.download)
@@ -141,10 +134,10 @@ def distill(
         changes["dataset"] = str(dataset) if isinstance(dataset, str | Path) else arrays.name
     if isinstance(network, str):
         changes["network"] = network
-    in_recipe = {f.name for f in dataclasses.fields(Recipe)} - {"method"}
-    changes |= {k: v for k, v in fields.items() if k in in_recipe}
-    of_method = {k: v for k, v in fields.items() if k not in in_recipe}
-    changes["method"] = dataclasses.replace(base.method, **_known_fields(of_method, base.method))
+    in_recipe = [f.name for f in dataclasses.fields(Recipe) if f.name != "method"]
+    changes |= {k: recipe.choice(k, v) for k, v in fields.items() if k in in_recipe}
+    of_method = {k: recipe.choice(k, v) for k, v in fields.items() if k not in in_recipe}
+    changes["method"] = dataclasses.replace(base.method, **_known_fields(of_method, base.method, [*in_recipe, *ours]))
     return run(
         dataclasses.replace(base, **changes),
         options,
@@ -181,26 +174,26 @@ def run(
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
     arrays = arrays or load_data(plan.dataset, download=options.download)
-    split = plan.split.resolved(selects=options.eval_every > 0)
     device = resolve_device(options.device)
-    task = _task(arrays, network or plan.network, plan.transform, split, plan.augment, device)
-    plan = dataclasses.replace(plan, split=split, network=task.network.name)
-    if options.eval_every and task.val is None:
+    skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
+    plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
+    if options.eval_every and not plan.split.val_fraction:
         raise ValueError(
             "--eval-every needs a validation split, the recipe holds none out; give --split.val-fraction 0.1"
         )
-    folder = run_folder(plan, options, arrays)
-    check_sinks(options.track)
-    _claim(folder, plan, options.resume)
     _check_labels(plan)
+    check_sinks(options.track)
+    folder = run_folder(plan, options, arrays)
+    runs.claim(folder, plan, options.resume)
+    task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, options.buffers)
     state = plan.method.init(ctx)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; choose another --out") from error
-    write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
     sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
+    write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
     begun = time.monotonic()
     title = f"{registry.name_of(plan.method)} {task.name} ipc {plan.ipc}"
     with progress(title, plan.method.num_steps) as bar:
@@ -216,7 +209,7 @@ def run(
             on_step=lambda done, record: bar(done, f"loss {record['loss']:.4g}" if "loss" in record else ""),
         )
     picture.draw(syn, task.transform, folder / "synthetic.png")
-    _write_run_record(folder, plan.dataset, device, time.monotonic() - begun)
+    runs.write_record(folder, plan.dataset, device, time.monotonic() - begun)
     return syn
 
 
@@ -244,17 +237,17 @@ def evaluate(
     """
     path = None if isinstance(syn, SyntheticSet) else Path(syn)
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    arrays = _arrays(_source_of(found, path) if dataset is None else dataset, download)
+    source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
+    arrays = _arrays(source, download)
     target = Path(out) if out is not None else _evaluation_path(path)
-    place = resolve_device(device)
+    networks = (networks,) if isinstance(networks, str) else networks
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
+    _check_before_training(target, baselines)
     common: dict[str, Any] = {
-        "networks": networks,
         "num_seeds": num_seeds,
-        "protocol": plan,
         "seed": seed,
         "compute": compute,
-        "device": place,
+        "device": resolve_device(device),
         "cache": cache_folder(),
     }
     results: list[crossarch.Result] = []
@@ -264,16 +257,39 @@ def evaluate(
         if target is not None:
             crossarch.merge(target, [result])
 
-    crossarch.evaluate(found, arrays, **common, on_result=keep)
+    crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, on_result=keep)
+    stored = str(found.origin.recipe.get("network", "convnet"))
     for name in baselines:
         if name == "full":
+            transform = str(found.origin.recipe.get("transform", "channel"))
             for network in networks:
-                keep(full_data(arrays, network=network, transform=_transform_name(found), **_full(common)))
+                keep(full_data(arrays, network=network, transform=transform, **common))
         else:
-            made = _baseline(name, found, arrays, seed, place)
-            theirs = {"protocol": named("own", made)} if plan.name == "own" else {}
-            crossarch.evaluate(made, arrays, **common | theirs, on_result=keep)
+            chosen = networks[0] if stored.startswith("custom:") else stored
+            skeleton = Functional(chosen, arrays.image_shape, arrays.num_classes, common["device"])
+            made = _baseline(name, found, arrays, skeleton, seed)
+            theirs = plan if plan.name != "own" else _own(made, plan, found)
+            crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep)
     return crossarch.Evaluation(tuple(results))
+
+
+def _check_before_training(target: Path | None, baselines: Sequence[str]) -> None:
+    """Raise ValueError for what would otherwise fail after hours: an unknown baseline, a place nobody can write to."""
+    for name in baselines:
+        if name != "full":
+            find_recipe(name)
+    if target is not None and not target.parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
+    if target is not None and target.exists():
+        crossarch.read(target)
+
+
+def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
+    """The protocol ``own`` of a baseline, with the fields that the user changed in that of the set."""
+    usual = named("own", found)
+    changed = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    changed = {name: value for name, value in changed.items() if value != getattr(usual, name)}
+    return dataclasses.replace(named("own", made), **changed)
 
 
 def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
@@ -286,46 +302,40 @@ def _arrays(dataset: Data, download: bool = False) -> Arrays:
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download)
 
 
-def _task(arrays: Arrays, network: Network, transform: str, split: Split, augment: str, device: torch.device) -> Task:
+def _task(arrays: Arrays, network: Functional, *, transform: str, split: Split, augment: str) -> Task:
     return make_task(
         arrays,
         transform=transform,
         split=split,
-        network=Functional(network, arrays.image_shape, arrays.num_classes, device),
+        network=network,
         augment=Augment.parse(augment, own=arrays.strategy),
-        device=device,
+        device=network.device,
         cache=cache_folder(),
     )
 
 
-def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, seed: int, device: torch.device) -> SyntheticSet:
-    """The set that another method makes with the budget, transform and split of ``syn``."""
+def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Task:
+    """A task on the CPU without augmentation, for what only needs shapes and identities."""
+    skeleton = Functional(network, arrays.image_shape, arrays.num_classes)
+    return _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment="none")
+
+
+def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional, seed: int) -> SyntheticSet:
+    """The set that another method's recipe makes with the budget, transform and split of ``syn``."""
+    ipc = len(syn) // syn.origin.num_classes
     stored = syn.origin.recipe
-    plan = Recipe(
-        method=find_recipe(name, arrays.name)[0].method,
+    plan = dataclasses.replace(
+        find_recipe(name, arrays.name, ipc)[0],
         dataset=arrays.name,
         transform=stored.get("transform", "channel"),
         split=Split(**stored.get("split", {"val_fraction": 0.0})),
-        network=stored.get("network", "convnet"),
-        ipc=len(syn) // syn.origin.num_classes,
+        network=network.name,
+        ipc=ipc,
         seed=seed,
     )
-    task = _task(arrays, plan.network, plan.transform, plan.split, plan.augment, device)
-    return engine.compute(plan.method, _context(plan, task, Path("artifacts")))
-
-
-def _full(common: Mapping[str, Any]) -> dict[str, Any]:
-    """What training on all data shares with training on a set; it has a protocol of its own."""
-    return {k: v for k, v in common.items() if k not in ("networks", "protocol")}
-
-
-def _transform_name(syn: SyntheticSet) -> str:
-    return str(syn.origin.recipe.get("transform", "channel"))
-
-
-def make_plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Task:
-    """A task on the CPU without augmentation, for what only needs shapes and identities."""
-    return _task(arrays, network, transform, split.resolved(False), "none", torch.device("cpu"))
+    task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
+    with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
+        return engine.compute(plan.method, _context(plan, task, artifacts.DEFAULT_ROOT), lambda done, record: bar(done))
 
 
 def _context(plan: Recipe, task: Task, buffers: Path) -> Context:
@@ -336,7 +346,7 @@ def _context(plan: Recipe, task: Task, buffers: Path) -> Context:
         transform=task.transform.describe(),
         training=dataclasses.asdict(plan.method.training(task)) | {"augment": str(task.augment)},
         recipe=recipe.to_mapping(plan) | {"dataset": task.name},
-        recipe_hash=plan.hash(task.fingerprint, used),
+        recipe_hash=plan.hash(dataset=task.fingerprint, network=task.network.identity(), artifacts=used),
         artifacts=used,
         code=condense.__version__,
     )
@@ -352,41 +362,12 @@ def _context(plan: Recipe, task: Task, buffers: Path) -> Context:
     )
 
 
-def _claim(folder: Path, plan: Recipe, resume: bool) -> None:
-    """Refuse a folder that holds something else, before anything is written."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    written = folder / "recipe.yaml"
-    if not written.exists():
-        raise ValueError(f"{folder} holds other files and is no run; choose another --out")
-    if not resume:
-        raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
-    there = yaml.safe_load(written.read_text(encoding="utf-8"))
-    different = _difference(there, recipe.to_mapping(plan))
-    if different is not None:
-        name, old, new = different
-        raise ValueError(
-            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another --out"
-        )
-
-
 def _check_labels(plan: Recipe) -> None:
     if plan.labels.learned and not plan.method.learns_labels:
         raise ValueError(
             f"{registry.name_of(plan.method)} gives labels no gradient: {plan.labels.name} would stay as they begin; "
             "give --labels hard"
         )
-
-
-def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two recipes differ."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*new, *(k for k in old if k not in new)]:
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (path, old, new)
 
 
 def _validator(task: Task, plan: Recipe) -> engine.Validate:
@@ -403,46 +384,23 @@ def _validator(task: Task, plan: Recipe) -> engine.Validate:
     return validate
 
 
-def _known_fields(fields: Mapping[str, Any], owner: Any) -> dict[str, Any]:
+def _known_fields(fields: Mapping[str, Any], owner: Any, others: Sequence[str] = ()) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(owner)]
     for name in fields:
         if name not in names:
             kind = type(owner).__name__
-            raise ValueError(f"{kind} has no field {name!r}: {suggest(name, names)}")
+            raise ValueError(f"{kind} has no field {name!r}: {suggest(name, [*names, *others])}")
     return dict(fields)
 
 
-def _source_of(syn: SyntheticSet, path: Path | None) -> str:
-    """Where the data of a set lie: as the run recorded it, else by the name in the file."""
-    record = path / "run.json" if path is not None and path.is_dir() else None
-    if record is not None and record.exists():
-        return str(json.loads(record.read_text(encoding="utf-8"))["dataset"])
-    return str(syn.origin.dataset["name"])
+def _option(name: str, value: Any) -> Any:
+    """A run option as people write it in Python: paths as text, one tracker by its name."""
+    if name in ("out", "buffers") and value is not None:
+        return Path(value)
+    return (value,) if name == "track" and isinstance(value, str) else value
 
 
 def _evaluation_path(path: Path | None) -> Path | None:
     if path is None:
         return None
     return path / "evaluation.json" if path.is_dir() else path.with_suffix(".evaluation.json")
-
-
-def _write_run_record(folder: Path, dataset: str, device: torch.device, seconds: float) -> None:
-    """What is true of this run and not of its result: place, time, machine."""
-    path = folder / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
-    local = Path(dataset).exists()
-    record = {
-        "dataset": str(Path(dataset).resolve()) if local else dataset,
-        "seconds": round(before + seconds, 2),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": socket.gethostname(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "condense": condense.__version__,
-    }
-    write_text(path, json.dumps(record, indent=1) + "\n")

@@ -50,7 +50,7 @@ class Artifact:
 
     def describe(self) -> dict[str, Any]:
         """For the files of what was made with it: kind, name (which ends in the hash of its identity) and extent."""
-        extent: dict[str, Any] = {key: self.manifest[key] for key in ("num_experts", "num_epochs") if key in self.manifest}
+        extent = {key: self.manifest.get(key) for key in ("num_experts", "num_epochs")}
         return {"kind": self.kind, "name": self.folder.resolve().name, **extent}
 
 
@@ -74,9 +74,6 @@ class ArtifactSpec(ABC):
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
         """Why an artifact does not serve, in words; empty if it does."""
         return _differences(_plain(self.identity), manifest["identity"])
-
-    def matches(self, manifest: Mapping[str, Any]) -> bool:
-        return not self.misfits(manifest)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,16 @@ in pixel coordinates, which is not the published definition.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from condense.names import suggest
 
 Mode = Literal["S", "M"]
 
@@ -75,7 +76,7 @@ class Augment:
             if op not in _OPERATIONS:
                 raise ValueError(
                     f"augmentation {str(self)!r}: unknown operation {op!r}; "
-                    f"{_suggest(op, [*_OPERATIONS, 'dsa', 'none'])} (operations are joined by underscores)"
+                    f"{suggest(op, [*_OPERATIONS, 'dsa', 'none'])} (operations are joined by underscores)"
                 )
         if len(set(self.ops)) < len(self.ops):
             raise ValueError(f"augmentation {str(self)!r}: an operation stands there twice; name each once")
@@ -93,7 +94,7 @@ class Augment:
         fields: dict[str, Any] = {}
         for option in options.split(",") if colon else ():
             if option.lower() not in _OPTIONS:
-                raise ValueError(f"augmentation {spec!r}: unknown option {option!r}; {_suggest(option, _OPTIONS)}")
+                raise ValueError(f"augmentation {spec!r}: unknown option {option!r}; {suggest(option, _OPTIONS)}")
             name, value = _OPTIONS[option.lower()]
             fields[name] = value
         return cls(() if strategy == "none" else tuple(strategy.split("_")), **fields)
@@ -124,11 +125,6 @@ class Augment:
             assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
             x = _OPERATIONS[name].apply(x, value, self.align_corners)
         return x
-
-
-def _suggest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    return (f"did you mean {close[0]}? " if close else "") + f"choose from {', '.join(known)}"
 
 
 def _extent(side: int, ratio: float) -> int:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"condense: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("condense: interrupted; the same command with --resume continues", file=sys.stderr)
+        print("condense: interrupted; the same command continues (distill: with --resume)", file=sys.stderr)
         raise SystemExit(130) from None
 
 

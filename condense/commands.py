@@ -21,12 +21,13 @@ from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
-from condense.eval import protocol
+from condense.eval import crossarch, protocol
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import read_header
 from condense.recipe import Recipe
 from condense.table import print_results
 from condense.task import Split
+from condense.tracking import progress, read_log
 
 Flat = tyro.conf.arg(name="")
 
@@ -102,11 +103,10 @@ class Import:
 
 def distill(words: list[str]) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
-    flags = words[1:]
+    flags = _bare(words[1:], "--resume")
     source, ipc = recipe.take(flags, "--dataset")[1], recipe.take(flags, "--ipc")[1]
-    asked_help = "-h" in flags or "--help" in flags
     arrays = None
-    if source is not None and not asked_help:
+    if source is not None and not _asks_for_help(flags):
         arrays = datasets.load(source, download=recipe.take(flags, "--download")[1] == "True")
     budget = int(ipc) if ipc is not None and ipc.isdigit() else None
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
@@ -128,12 +128,11 @@ def buffer(words: list[str]) -> None:
 
 
 def evaluate(words: list[str]) -> None:
+    if _asks_for_help(words):
+        recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
     flags, name = recipe.take(words[1:], "--protocol")
-    if "-h" in flags or "--help" in flags:
-        plan = PROTOCOLS["canonical"]
-    else:
-        plan = protocol.named(name or "canonical", api.load(target))
+    plan = protocol.named(name or "canonical", api.load(target))
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
     found = api.evaluate(target, **_fields(command))
     print_results([result.row() for result in found.results])
@@ -154,6 +153,9 @@ def show(words: list[str]) -> None:
 
 
 def list_(words: list[str]) -> None:
+    if _asks_for_help(words):
+        say("usage: condense list methods|datasets|networks|recipes|protocols [--json]")
+        return
     as_json = "--json" in words
     kinds = [word for word in words if word != "--json"]
     tables: dict[str, Callable[[], dict[str, str]]] = {
@@ -177,19 +179,27 @@ def list_(words: list[str]) -> None:
 
 
 def import_(words: list[str]) -> None:
+    if _asks_for_help(words):
+        recipe.parse(Import, ["--help"], Import(), prog="condense import SRC DST")
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
-        if "--help" in words or "-h" in words:
-            recipe.parse(Import, ["--help"], Import(), prog="condense import SRC DST")
         raise ValueError("import needs SRC and DST; e.g. condense import buffers/CIFAR10/ConvNet artifacts")
     command = recipe.parse(Import, words[2:], Import(), prog="condense import SRC DST")
     arrays = datasets.load(command.dataset, download=command.download)
-    task = api.make_plain_task(arrays, command.network, command.transform, command.split)
-    say(str(import_replay_buffers(Path(words[0]), Path(words[1]), task)))
+    task = api.plain_task(arrays, command.network, command.transform, command.split)
+    with progress("import", 100) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar(100 * done // total, f"{done} of {total} files")
+
+        say(str(import_replay_buffers(Path(words[0]), Path(words[1]), task, progress=report)))
 
 
 def demo(words: list[str]) -> None:
     from condense import demo as job
 
+    if _asks_for_help(words):
+        say("usage: condense demo [--out FOLDER]")
+        return
     job.main(words)
 
 
@@ -217,7 +227,25 @@ def _fields(command: Any) -> dict[str, Any]:
     return {f.name: getattr(command, f.name) for f in dataclasses.fields(command)}
 
 
+def _asks_for_help(words: list[str]) -> bool:
+    return "-h" in words or "--help" in words
+
+
+def _bare(words: list[str], flag: str) -> list[str]:
+    """Let a switch be spelt ``--flag``, ``--flag True`` or ``--flag False``."""
+    following = [*words[1:], ""]
+    spelt = [
+        f"{flag}=True" if word == flag and after not in ("True", "False") else word
+        for word, after in zip(words, following, strict=False)
+    ]
+    kept, value = recipe.take(spelt, flag)
+    return [*kept, flag] if value == "True" else kept
+
+
 def _positional(words: list[str], usage: str, mend: str) -> str:
+    if words and _asks_for_help(words[:1]):
+        say(f"usage: condense {usage} ...\n{mend}; `condense {usage.split()[0]} NAME --help` lists the flags")
+        raise SystemExit(0)
     if not words or words[0].startswith("-"):
         raise ValueError(f"usage: condense {usage} ...: the first word is missing; {mend}")
     return words[0]
@@ -272,14 +300,11 @@ def _show_run(folder: Path) -> None:
         _show_file(folder / "synthetic.safetensors")
     else:
         say(f"{folder}: not finished; the command that began it with --resume continues")
-    log = folder / "log.jsonl"
-    steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    steps = [record for record in steps if "event" not in record]
+    steps = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
     if steps:
         _facts("last step", steps[-1])
     if (folder / "evaluation.json").exists():
-        results = json.loads((folder / "evaluation.json").read_text())["results"]
-        print_results(results)
+        print_results(crossarch.read(folder / "evaluation.json"))
 
 
 def _show_buffer(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """The default is eager float32, bit-reproducible on one machine.
+    """The default is eager float32, on a CPU bit-reproducible with the same machine and threads.
 
     ``compile`` and ``autocast`` act on first-order work (training, feature extraction); second-order work is
     compiled too, but stays float32: a bfloat16 meta-gradient is off by more than ten percent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,29 +19,29 @@ from condense.synthetic.set import SyntheticSet
 from condense.tracking import Log, Sink, cut_back
 
 NUM_SNAPSHOTS = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cadence:
-    """How often the run is written down; changes nothing of its result."""
-
-    seconds: float = 10.0
-    """Longest time between two checkpoints."""
-    steps: int = 100
-    """Most steps between two checkpoints."""
-
-
-CADENCE = Cadence()
+CHECKPOINT_SECONDS = 10.0
+CHECKPOINT_STEPS = 100
+"""A checkpoint is due after so many seconds or steps, whichever comes first; it changes nothing of the result."""
 
 Validate = Callable[[SyntheticSet, int], Mapping[str, float]]
 """(set, steps done) -> numbers for the log; called by the engine, provided by whoever has an evaluator."""
 
 
-def compute(method: Method, ctx: Context) -> SyntheticSet:
-    """Distil in memory, without a folder; for baselines."""
+OnStep = Callable[[int, Mapping[str, float]], None]
+"""(steps done, what the step logged)."""
+
+
+def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> SyntheticSet:
+    """Distil in memory, without a folder; for baselines.
+
+    Raises:
+        ValueError: as ``run``.
+    """
     state = method.init(ctx)
-    for step in range(method.num_steps):
-        method.step(ctx, state, step)
+    for done in range(method.num_steps):
+        record = _step(method, ctx, state, done, None)
+        if on_step is not None:
+            on_step(done + 1, record)
     return method.finalize(ctx, state)
 
 
@@ -51,11 +52,10 @@ def run(
     folder: Path,
     *,
     resume: bool = False,
-    cadence: Cadence | None = None,
     eval_every: int = 0,
     validate: Validate | None = None,
     sinks: tuple[Sink, ...] = (),
-    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> SyntheticSet:
     """Distil, beginning with ``state`` as ``method.init`` made it.
 
@@ -68,7 +68,6 @@ def run(
             is not finite (the last good checkpoint is kept).
     """
     checkpoint, previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
-    cadence = cadence or CADENCE
     done = 0
     if resume and (checkpoint.exists() or previous.exists()):
         done = _restore(state, ctx, checkpoint, previous)
@@ -85,7 +84,6 @@ def run(
         while done < method.num_steps:
             record = _step(method, ctx, state, done, checkpoint)
             done += 1
-            record |= image_statistics(state.syn)
             if eval_every and validate is not None and (done % eval_every == 0 or done == method.num_steps):
                 record |= validate(state.syn, done)
             log.step(done, record)
@@ -93,7 +91,7 @@ def run(
                 on_step(done, record)
             if done in marks:
                 save(method.finalize(ctx, state), folder / "snapshots" / f"step_{done:07d}.safetensors")
-            due = done - saved_at >= cadence.steps or time.monotonic() - saved_time >= cadence.seconds
+            due = done - saved_at >= CHECKPOINT_STEPS or time.monotonic() - saved_time >= CHECKPOINT_SECONDS
             if due or done == method.num_steps:
                 log.sync()
                 _checkpoint(state, ctx, done, checkpoint, previous)
@@ -118,12 +116,18 @@ def image_statistics(syn: SyntheticSet) -> dict[str, float]:
     return {"image_mean": mean, "image_std": std, "image_max": peak}
 
 
-def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path) -> dict[str, float]:
+def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path | None) -> dict[str, float]:
+    """One step and what there is to log of it; nothing that is not finite gets past here."""
     try:
         with ctx.rng.forked("layers", done):  # dropout of foreign networks
-            return method.step(ctx, state, done)
+            record = method.step(ctx, state, done)
+        record |= image_statistics(state.syn)
+        if not all(map(math.isfinite, record.values())):
+            raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
+        return record
     except FloatingPointError as error:
-        kept = f"the last good checkpoint is kept in {checkpoint}" if checkpoint.exists() else "nothing was kept yet"
+        there = checkpoint is not None and checkpoint.exists()
+        kept = f"the last good checkpoint is kept in {checkpoint}" if there else "nothing was kept yet"
         raise ValueError(
             f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
             "lower the learning rate, e.g. --method.optim.lr"
@@ -171,7 +175,8 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The JSON skeleton of a value; its tensors go to ``tensors``, referred to by path."""
     match value:
         case Tensor():
-            tensors[path] = value
+            assert path not in tensors, f"two leaves of the state are called {path}"
+            tensors[path] = value.clone()  # a file cannot hold two views of one storage
             return {"tensor": path}
         case nn.Module():
             return {"module": _flatten(dict(value.state_dict()), path, tensors)}
@@ -183,20 +188,29 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case list() | tuple():
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [_flatten(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]}
+        case float() if not math.isfinite(value):
+            return {"float": repr(value)}
         case None | bool() | int() | float() | str():
             return value
     raise TypeError(f"state{path} is a {type(value).__name__}: not a tensor, module, optimiser, number or string")
 
 
 def _unflatten(template: Any, skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of ``_flatten``; modules and optimisers of ``template`` are filled in place."""
+    """The inverse of ``_flatten``; tensors, modules and optimisers of ``template`` are filled in place."""
     if not isinstance(skeleton, dict):
         return skeleton
     ((kind, content),) = skeleton.items()
     match kind:
         case "tensor":
-            device = template.device if isinstance(template, Tensor) else "cpu"
-            return tensors[content].to(device)
+            saved = tensors[content]
+            if not isinstance(template, Tensor):
+                return saved
+            if template.shape != saved.shape or template.dtype != saved.dtype:
+                return saved.to(template.device).requires_grad_(template.requires_grad)
+            with torch.no_grad():  # in place: an optimiser may hold this very tensor
+                return template.copy_(saved)
+        case "float":
+            return float(content)
         case "module":
             template.load_state_dict(_unflatten(dict(template.state_dict()), content, tensors))
             return template

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,25 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
-            "nothing there was changed"
-        ) from error
+        with reporting(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reporting(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another place, what was there before "
+            "is unchanged"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,6 +62,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     """Tensors and one JSON header under the metadata key ``condense``; the header gains a checksum of the bytes."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = {**header, "sha256": checksum(tensors)}
+    header["header_sha256"] = _header_checksum(header)
     data = safetensors.torch.save(tensors, {"condense": canonical_json(header)})
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -70,8 +79,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         found = f"{header.get('kind')} of format {header.get('format')}"
         raise ValueError(f"{path} holds a {found}, not a {kind} of format {FORMAT}; give the right file")
     tensors = safetensors.torch.load_file(path)
-    if checksum(tensors) != header.get("sha256"):
-        raise ValueError(f"{path} is damaged: its checksum does not fit its tensors; write it again or restore it")
+    if checksum(tensors) != header.get("sha256") or "header_sha256" not in header:
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content; write it again or restore it")
     return tensors, header
 
 
@@ -82,7 +91,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return dict(json.loads(metadata["condense"]))
+        header = dict(json.loads(metadata["condense"]))
     except KeyError:
         raise ValueError(
             f"{path} was not written by Condense: it has no `condense` header; for published files see "
@@ -90,6 +99,14 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from None
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}; it may be cut short, restore it") from error
+    if "header_sha256" in header and header["header_sha256"] != _header_checksum(header):
+        raise ValueError(f"{path} is damaged: its checksum does not fit its header; write it again or restore it")
+    return header
+
+
+def _header_checksum(header: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in header.items() if name != "header_sha256"}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:

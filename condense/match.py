@@ -5,7 +5,6 @@ Gradients and weights are mappings of tensors, compared by name, or sequences, c
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from condense.names import suggest
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 Distance = Callable[[Tensors, Tensors], Tensor]
@@ -54,9 +55,7 @@ DISTANCES: dict[str, Distance] = {
 def named_distance(name: str) -> Distance:
     """The distance between gradients that a recipe calls ``name``. Raises ValueError on an unknown name."""
     if name not in DISTANCES:
-        close = difflib.get_close_matches(name, DISTANCES, n=1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"distance {name!r}: unknown; {guess}choose from {', '.join(DISTANCES)}")
+        raise ValueError(f"unknown distance {name!r}: {suggest(name, DISTANCES)}")
     return DISTANCES[name]
 
 

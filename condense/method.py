@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,13 @@ class Optim:
     """Learning rate."""
     momentum: float = 0.5
     """Momentum of sgd; first beta of adam."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr < 1e30 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"an optimiser needs a finite lr >= 0 and 0 <= momentum < 1, got {self.lr} and {self.momentum}; "
+                "correct these fields, e.g. --method.optim.lr 0.1"
+            )
 
     def build(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         if self.kind == "adam":
@@ -229,11 +237,10 @@ class GradientMethod(Method):
             loss = self.loss(ctx, state, step, part)
             loss.backward()
             total += loss.detach()
-        norms = {name: _norm(params) for name, params in leaves.items()}
-        values = torch.stack([total, *norms.values()]).tolist()
-        record = dict(zip(["loss", *(f"grad_{name}" for name in norms)], values, strict=True))
-        if not all(v == v and abs(v) != float("inf") for v in values):
-            raise FloatingPointError(", ".join(f"{k}={v:g}" for k, v in record.items()))
+        values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
+        record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        if not all(map(math.isfinite, record.values())):
+            raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
         if self.clip is not None and record["grad_latents"] > self.clip:
             for param in leaves["latents"]:
                 assert param.grad is not None

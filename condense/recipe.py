@@ -68,10 +68,10 @@ class Recipe:
         if self.ipc < 1:
             raise ValueError(f"ipc must be at least 1, got {self.ipc}; give --ipc 10")
 
-    def hash(self, dataset: str, artifacts: Sequence[Mapping[str, Any]] = ()) -> str:
-        """Of all fields; ``dataset`` (a fingerprint) stands for the data wherever they lie, ``artifacts`` for what
-        the method reads from disk."""
-        fields = to_mapping(self) | {"dataset": dataset, "artifacts": list(artifacts)}
+    def hash(self, dataset: str, **inputs: Any) -> str:
+        """Of all fields; ``dataset`` (a fingerprint) stands for the data wherever they lie. ``inputs`` are JSON values
+        that decide the result too: the identity of the network, what the method reads from disk."""
+        fields = to_mapping(self) | {"dataset": dataset} | inputs
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
@@ -86,6 +86,20 @@ def to_mapping(value: Any) -> Any:
         if isinstance(value, base):
             return {"name": next(name for name, cls in options.items() if cls is type(value)), **fields}
     return fields
+
+
+def choice(field: str, value: Any) -> Any:
+    """The default of a choice given by its name in Python (``decode="factor"``); any other value as it is.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    options = {"decode": DECODERS, "labels": LABELS, "adjoint": ADJOINTS}.get(field)
+    if options is None or not isinstance(value, str):
+        return value
+    if value not in options:
+        raise ValueError(f"unknown {field} {value!r}: {suggest(value, options)}")
+    return options[value]()
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -181,13 +195,10 @@ def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
     for field in dataclasses.fields(value):
         current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
         if hints[field.name] in CHOICES:
-            options = CHOICES[hints[field.name]]
             argv, name = take(argv, f"--{flag}")
             if name is not None:
-                if name not in options:
-                    raise ValueError(f"unknown {field.name} {name!r}: {suggest(name, options)}")
-                if type(current) is not options[name]:
-                    current = options[name]()
+                chosen = choice(field.name, name)
+                current = current if type(current) is type(chosen) else chosen
         if dataclasses.is_dataclass(current):
             argv, current = _choose(argv, current, _nested(path, field.name))
         if current is not getattr(value, field.name):
@@ -248,9 +259,9 @@ def _one_line(box: str) -> str:
     """What tyro prints in a frame, as one line: the complaint and the nearest flags."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     lines = [line for line in lines if line]
-    complaints = [
-        line for line in lines[1:] if not line.startswith(("Perhaps", "For full", "--")) and "default:" not in line
-    ]
-    near = [line.split()[0] for line in lines if line.startswith("--")]
+    ends = ("Perhaps", "Argument helptext", "For full", "--")
+    end = next((i for i, line in enumerate(lines) if i and line.startswith(ends)), len(lines))
+    complaints = lines[1:end]
+    near = [line.split()[0] for line in lines[end:] if line.startswith("--")]
     advice = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return " ".join(complaints or lines) + advice + "; --help lists the flags"

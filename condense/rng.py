@@ -37,10 +37,11 @@ class Rng:
 
     @contextlib.contextmanager
     def forked(self, name: str, step: int = 0, unit: int | str = 0) -> Iterator[None]:
-        """Inside, the global CPU generator is seeded by the key; on leaving it is as it was before.
+        """Inside, the global generators are seeded by the key; on leaving they are as they were before.
 
         For code that cannot take a generator: the constructors of ``torch.nn`` modules, dropout.
         """
-        with torch.random.fork_rng(devices=[]):
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.key(name, step, unit))
             yield

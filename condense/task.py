@@ -127,6 +127,12 @@ def make_task(
     """Carve validation, fit the transform on what is left of the training data, move it to ``device``."""
     labels = torch.from_numpy(arrays.y_train)
     train_index, val_index = split.indices(labels)
+    left = labels[train_index].bincount(minlength=arrays.num_classes)
+    if not left.all():
+        raise ValueError(
+            f"split.val_fraction {split.val_fraction} leaves no training image of class "
+            f"{arrays.classes[int(left.argmin())]!r}; give --split.val-fraction 0.1"
+        )
     images = to_float(arrays.x_train)
     key = f"{arrays.fingerprint['train']}-{split.val_fraction}-{split.seed}"
     fitted = fit(transform, images[train_index], known=arrays.known, key=key, cache=cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from condense.files import reporting, write_text
 from condense.names import suggest
 
 
@@ -32,15 +34,21 @@ class Sink(Protocol):
 
 
 class Log:
-    """An append-only JSON-lines file, one line a step, and the sinks that mirror it."""
+    """An append-only JSON-lines file, one line a step, and the sinks that mirror it.
+
+    Raises:
+        ValueError: from every method, where the disk is full.
+    """
 
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
-        self._file = open(path, "a", encoding="utf-8")
-        self._sinks = sinks
+        self._path, self._sinks = path, sinks
+        with reporting(path):
+            self._file = open(path, "a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line as it is; for events."""
-        self._file.write(json.dumps(record) + "\n")
+        with reporting(self._path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
         """The numbers of one step, to the file and to every sink."""
@@ -50,28 +58,32 @@ class Log:
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with reporting(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        try:
+            with reporting(self._path):
+                self._file.close()
+        finally:
+            for sink in self._sinks:
+                sink.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a half-written line, as a killed run leaves one, is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of steps after the first ``step`` steps, and a half-written last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record.get("step", 0) <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    """Keep the first ``step`` steps of a log."""
+    kept = [record for record in read_log(path) if record.get("step", 0) <= step]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def check_sinks(names: tuple[str, ...]) -> None:
@@ -93,13 +105,21 @@ class _Wandb:
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(
+        try:
+            self._run = self._init(wandb, folder, recipe)
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"wandb refused: {reason}; run wandb login, or set WANDB_MODE=offline") from error
+
+    @staticmethod
+    def _init(wandb: Any, folder: Path, recipe: Mapping[str, Any]) -> Any:
+        return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "condense"),
             dir=folder,
             name=folder.name,
             config=dict(recipe),
             resume="allow",
-            id=os.environ.get("WANDB_RUN_ID", folder.resolve().name),
+            id=os.environ.get("WANDB_RUN_ID", hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]),
         )
 
     def log(self, step: int, record: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -80,8 +81,11 @@ def full_data(
         progress=progress,
     )
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(dataclasses.asdict(result)))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(dataclasses.asdict(result)))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"the full-data accuracy is not cached: {error}", stacklevel=2)
     return result
 
 

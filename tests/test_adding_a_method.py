@@ -67,7 +67,7 @@ def test_its_fields_are_flags_with_help(capsys: pytest.CaptureFixture[str]) -> N
 def test_stopping_and_resuming_changes_no_byte(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "CADENCE", engine.Cadence(steps=1))
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     distill(tiny_file, "whole")
     method = registry.load("sliced")
     loss = method.loss  # type: ignore[attr-defined]

@@ -58,6 +58,47 @@ def test_a_method_or_a_recipe_serves_as_well_as_a_name(tiny: Arrays, tmp_path: P
     assert len({checksum(syn.state_dict()) for syn in (by_name, by_value, by_recipe, by_file)}) == 1
 
 
+def test_a_network_of_the_same_name_and_another_shape_is_another_recipe(tiny: Arrays, tmp_path: Path) -> None:
+    def make(width: int) -> object:
+        def net(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+        return net
+
+    fields = {"dataset": tiny, "ipc": 1, "out": tmp_path / "run", "device": "cpu", "num_steps": 2, "batch_real": 4}
+    condense.distill("dm", network=make(4), **fields)
+    with pytest.raises(ValueError, match="another recipe"):
+        condense.distill("dm", network=make(8), resume=True, **fields)
+
+
+def test_choices_and_options_are_spelt_as_on_the_command_line(tiny: Arrays, tmp_path: Path) -> None:
+    syn = condense.distill(
+        "random", dataset=tiny, network=TINY, ipc=1, decode="factor", out=str(tmp_path / "run"), device="cpu"
+    )
+    assert syn.decode.name == "factor" and len(syn()[0]) == 12
+    with pytest.raises(ValueError, match="did you mean 'factor'"):
+        condense.distill("random", dataset=tiny, decode="facto")
+    with pytest.raises(ValueError, match="did you mean 'ipc'"):
+        condense.distill("random", dataset=tiny, ipcc=1)
+
+
+def test_a_baseline_is_what_its_own_recipe_says(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syn = condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
+    seen = []
+    compute = api.engine.compute
+
+    def spy(method: Method, ctx: object, *rest: object) -> object:
+        seen.append(ctx)
+        return compute(method, ctx, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(api.engine, "compute", spy)
+    brief = api.dataclasses.replace(api.named("canonical", syn), num_epochs=1)
+    condense.evaluate(
+        tmp_path / "run", tiny, networks="mlp", num_seeds=1, protocol=brief, baselines=["k-center"], device="cpu"
+    )
+    assert seen[0].ipc == 2 and str(seen[0].task.network.name) == TINY
+
+
 def test_unknown_fields_get_a_suggestion(tiny: Arrays) -> None:
     with pytest.raises(ValueError, match="did you mean 'num_steps'"):
         condense.distill("dm", dataset=tiny, num_step=3)

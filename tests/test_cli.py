@@ -94,6 +94,9 @@ def test_a_run_is_never_overwritten(run_folder: Path, capsys: pytest.CaptureFixt
         (["distill", "dm", "--track", "wandbb"], "wandb"),
         (["distill", "mtt"], "condense buffer --dataset digits"),
         (["distill", "dm", "--method.num-step", "3"], "--method.num-steps"),
+        (["distill", "dm", "--method.optim.lr", "1e39"], "--method.optim.lr"),
+        (["distill", "dm", "--split.val-fraction", "0.999"], "--split.val-fraction 0.1"),
+        (["distill", "dm", "--labels", "logits"], "--labels hard"),
         (["buffer", "--num-expert", "3"], "--num-experts"),
         (["buffer", "--lr", "0"], "lr"),
         (["evaluate", "nowhere"], "there is no file nowhere"),
@@ -200,6 +203,69 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "--method.syn-steps" in text and "--method.batch-real" not in text
     assert "--decode {pixels,factor}" in text and "--method.adjoint {exact" in text
+
+
+@pytest.mark.parametrize("command", ["buffer", "demo", "distill", "evaluate", "import", "list", "show"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        main([command, "--help"])
+    except SystemExit as leave:
+        assert leave.code == 0
+    assert f"usage: condense {command}" in capsys.readouterr().out
+
+
+def test_resume_is_spelt_either_way(run_folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "distill",
+        "random",
+        "--dataset",
+        str(tiny_file),
+        "--ipc",
+        "2",
+        "--network",
+        TINY,
+        "--out",
+        str(run_folder),
+    ]
+    for spelling in (["--resume"], ["--resume", "True"], ["--resume=True"]):
+        main([*words, *spelling])
+    assert "--resume" in fails(capsys, *words, "--resume", "False")
+
+
+def test_a_file_of_a_run_finds_its_data(run_folder: Path) -> None:
+    for file in ("synthetic.safetensors", "snapshots/step_0000001.safetensors"):
+        main(
+            ["evaluate", str(run_folder / file), "--num-seeds", "1", "--networks", "mlp", "--protocol.num-epochs", "1"]
+        )
+
+
+def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "distill",
+        "random",
+        "--dataset",
+        str(tiny_file),
+        "--ipc",
+        "2",
+        "--network",
+        TINY,
+        "--out",
+        str(run_folder),
+    ]
+    with open(run_folder / "log.jsonl", "a") as log:
+        log.write('{"step": 2, "lo')
+    main(["show", str(run_folder)])
+    (run_folder / "run.json").write_text("{}")
+    main([*words, "--resume"])
+    (run_folder / "recipe.yaml").write_text("a: [")
+    assert "recipe.yaml is damaged" in fails(capsys, *words, "--resume")
+
+
+def test_what_would_fail_in_the_end_fails_first(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run_folder), "--protocol.num-epochs", "1"]
+    assert "did you mean 'herding'" in fails(capsys, *words, "--baselines", "herdng")
+    assert "nowhere" in fails(capsys, *words, "--out", "nowhere/result.json")
+    assert not (run_folder / "evaluation.json").exists()
 
 
 def test_help_is_fast_because_torch_is_not_imported() -> None:

@@ -95,7 +95,7 @@ def test_stopping_and_resuming_changes_no_byte(
             raise KeyboardInterrupt
         return step(self, ctx, state, done)
 
-    monkeypatch.setattr(engine, "CADENCE", engine.Cadence(steps=1))
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     with monkeypatch.context() as patch:
         patch.setattr(method, "step", killed)
         with pytest.raises(KeyboardInterrupt):

@@ -71,9 +71,12 @@ def test_every_step_is_logged_and_ten_snapshots_are_kept(ctx: Context, tmp_path:
     assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 300
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(ctx: Context, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 5)
     with pytest.raises(ValueError, match=r"step 8 is not finite \(loss=nan.*last good checkpoint.*learning rate"):
-        run(Shrink(bad=7), ctx, tmp_path, cadence=engine.Cadence(steps=5))
+        run(Shrink(bad=7), ctx, tmp_path)
     assert not (tmp_path / "synthetic.safetensors").exists()
     whole = run(Shrink(), ctx, tmp_path / "whole") if (tmp_path / "whole").mkdir() is None else None
     resumed = run(Shrink(), ctx, tmp_path, resume=True)
@@ -81,9 +84,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     assert '{"event": "resume", "step": 5}' in (tmp_path / "log.jsonl").read_text()
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(ctx: Context, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 2)
     with pytest.raises(ValueError):
-        run(Shrink(bad=7), ctx, tmp_path, cadence=engine.Cadence(steps=2))
+        run(Shrink(bad=7), ctx, tmp_path)
     newest = tmp_path / "checkpoint.safetensors"
     newest.write_bytes(newest.read_bytes()[:-10])
     run(Shrink(), ctx, tmp_path, resume=True)
@@ -140,3 +146,60 @@ def test_parts_add_up(ctx: Context) -> None:
     records = Shrink().step(ctx, one, 0), Halves().step(ctx, two, 0)
     assert torch.allclose(one.syn.latents, two.syn.latents)
     assert records[0]["loss"] == pytest.approx(records[1]["loss"])
+
+
+def test_images_that_are_not_finite_after_the_update_are_never_kept(ctx: Context, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not finite"):
+        run(Shrink(optim=Optim(lr=1e29), num_steps=2), ctx, tmp_path)
+    assert not (tmp_path / "synthetic.safetensors").exists()
+
+
+@dataclass(kw_only=True)
+class Rich(GradientState):
+    """Leaves of every kind, with an optimiser that holds a plain tensor of the state."""
+
+    weight: Tensor
+    helper: torch.optim.Optimizer
+    best: float
+    pool: list[Any]
+    views: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carries(Shrink):
+    """Its state is richer than that of any method here."""
+
+    def init(self, ctx: Context) -> Rich:
+        state = super().init(ctx)
+        weight = torch.ones(3, requires_grad=True)
+        shared = torch.arange(4.0)
+        return Rich(
+            syn=state.syn,
+            optimisers=state.optimisers,
+            weight=weight,
+            helper=torch.optim.Adam([weight], lr=0.1),
+            best=float("inf"),
+            pool=[{"age": 0, "weights": torch.zeros(2)}, None, "name"],
+            views={"low": shared[:2], "high": shared[2:]},
+        )
+
+    def after(self, ctx: Context, state: Any, step: int) -> None:
+        state.helper.zero_grad()
+        (state.weight.square().sum() * state.syn.latents.detach().mean()).backward()
+        state.helper.step()
+        state.pool[0] = {"age": step + 1, "weights": state.pool[0]["weights"] + state.weight.detach()[:2]}
+        state.views["low"] += 1
+        with torch.no_grad():
+            state.syn.latents.add_(state.weight.mean() * 1e-2)
+
+
+def test_a_state_with_leaves_of_every_kind_is_restored(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole = run(Carries(), ctx, tmp_path / "whole")
+    with pytest.raises(ValueError):
+        run(Carries(bad=7), ctx, tmp_path / "stopped")
+    assert torch.equal(run(Carries(), ctx, tmp_path / "stopped", resume=True).latents, whole.latents)

@@ -5,7 +5,6 @@ says why.
 """
 
 import json
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -50,7 +50,8 @@ def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> Non
     script = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import condense, condense.methods, condense.buffers, condense.eval\n"
-        f"assert all(m.__file__.startswith({str(site)!r}) for n, m in sys.modules.items() if n.startswith('condense'))\n"
+        "ours = [m for name, m in sys.modules.items() if name.startswith('condense')]\n"
+        f"assert all(m.__file__.startswith({str(site)!r}) for m in ours)\n"
         "from condense.cli import main\n"
         "main(['distill', 'random', '--ipc', '1', '--out', 'run'])\n"
         "main(['list', 'recipes'])\n"

@@ -8,7 +8,6 @@ ones of cifar10); those of digits are measured here.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -24,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from condense.names import suggest
 
 Array: TypeAlias = NDArray[Any]
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
@@ -187,11 +188,8 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool) -> A
         return _load_folder(path)
     if path.is_file():
         return _load_npz(path)
-    close = difflib.get_close_matches(str(source), names(), n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
     raise ValueError(
-        f"no data set {str(source)!r}: there is no such file or folder, nor is it a known name; "
-        f"{guess}give a path or one of {', '.join(names())}"
+        f"no data set {str(source)!r}: there is no such file or folder; by name {suggest(str(source), names())}"
     )
 
 

@@ -16,11 +16,10 @@ The two ZCA definitions lead to different spaces: images distilled in one are no
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
-import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,8 @@ import torch
 from torch import Tensor
 
 from condense.data.datasets import Known
+from condense.files import replacing
+from condense.names import suggest
 
 SPECS = ("none", "channel", "zca", "zca-relative")
 
@@ -202,9 +203,7 @@ def fit(spec: str, images: Tensor, *, known: Known | None, key: str, cache: Path
         mean, std = (known.mean, known.std) if known else channel_statistics(images)
         return ChannelNorm(mean=mean, std=std)
     if spec not in _FLAVOURS:
-        close = difflib.get_close_matches(spec, SPECS, n=1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown transform {spec!r}: {guess}give one of {', '.join(SPECS)}")
+        raise ValueError(f"unknown transform {spec!r}: {suggest(spec, SPECS)}")
     flavour = _FLAVOURS[spec]
     if cache and (cached := _read_cache(cache, flavour, _EPS, key)):
         return cached
@@ -283,13 +282,12 @@ def _write_cache(cache: Path, whitening: Whitening) -> None:
     file = _cache_file(cache, whitening.flavour, whitening.eps, whitening.key)
     metadata = {"condense": json.dumps(whitening.describe(), sort_keys=True)}
     content = safetensors.torch.save({"mean": whitening.mean, "matrix": whitening.matrix}, metadata)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_bytes(content)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the whitening matrix is not cached, it will be fitted again next time: {error}", stacklevel=2)
 
 
 def _read_cache(cache: Path, flavour: str, eps: float, key: str) -> Whitening | None:

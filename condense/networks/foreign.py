@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from condense.names import suggest
 from condense.networks.base import ImageShape, Network, too_small
 
 Factory = Callable[[ImageShape, int], nn.Module]
@@ -70,12 +70,7 @@ def require_torchvision(name: str) -> None:
 
     known = models.list_models(module=models)
     if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
-        guess = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(
-            f"unknown network 'torchvision:{name}': torchvision.models has no such classifier; "
-            f"{guess}give one of {', '.join(known)}"
-        )
+        raise ValueError(f"unknown network 'torchvision:{name}': no such classifier; {suggest(name, known)}")
 
 
 def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_classes: int) -> Network:

@@ -17,10 +17,6 @@ class Provider(nn.Module, ABC):
     def forward(self, index: Tensor) -> Tensor:
         """Targets of the latents ``index`` (n,): classes (n,) or probabilities (n, C)."""
 
-    @abstractmethod
-    def hard(self) -> Tensor:
-        """The class of every latent (N,), by argmax where labels are soft."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Labels(ABC):
@@ -72,9 +68,6 @@ class _Hard(Provider):
     def forward(self, index: Tensor) -> Tensor:
         return self.classes[index]
 
-    def hard(self) -> Tensor:
-        return self.classes
-
 
 class _Logits(Provider):
     def __init__(self, logits: Tensor) -> None:
@@ -83,9 +76,6 @@ class _Logits(Provider):
 
     def forward(self, index: Tensor) -> Tensor:
         return self.logits[index].softmax(1)
-
-    def hard(self) -> Tensor:
-        return self.logits.argmax(1)
 
 
 LABELS: dict[str, type[Labels]] = {kind.name: kind for kind in (Hard, Logits)}

@@ -51,10 +51,6 @@ class Cost(NamedTuple):
     labels: int
     decoder: int
 
-    @property
-    def total(self) -> int:
-        return sum(self)
-
 
 class SyntheticSet(nn.Module):
     """``forward(index) -> (images, targets)``; learnable leaves are parameters, frozen ones buffers.

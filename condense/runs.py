@@ -1,0 +1,98 @@
+"""The run folder: whose it is, and what is true of a run and not of its result (place, time, machine)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from condense import __version__
+from condense.data import datasets
+from condense.files import write_text
+from condense.recipe import Recipe, to_mapping
+
+RECORD = "run.json"
+
+
+def claim(folder: Path, plan: Recipe, resume: bool) -> None:
+    """Refuse a folder that holds something else, before anything is written.
+
+    Raises:
+        ValueError: no run, a run that is not to be resumed, or a run of another recipe (names the field).
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    written = folder / "recipe.yaml"
+    if not written.exists():
+        raise ValueError(f"{folder} holds other files and is no run; choose another --out")
+    if not resume:
+        raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
+    try:
+        there = dict(yaml.safe_load(written.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{written} is damaged: {' '.join(str(error).split())}; choose another --out") from error
+    different = _difference(there, to_mapping(plan))
+    if different is not None:
+        name, old, new = different
+        raise ValueError(
+            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another --out"
+        )
+
+
+def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two recipes differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*new, *(k for k in old if k not in new)]:
+            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def write_record(folder: Path, dataset: str, device: torch.device, seconds: float) -> None:
+    """``run.json``; ``seconds`` add up over resumptions."""
+    local = dataset not in datasets.names() and Path(dataset).exists()
+    record = {
+        "dataset": str(Path(dataset).resolve()) if local else dataset,
+        "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "condense": __version__,
+    }
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ``write_record`` wrote; empty where there is nothing readable."""
+    try:
+        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def source_of(path: Path | None, name: str) -> str:
+    """Where the data of a set lie: as its run recorded it (``path``: the run, or a file in it), else ``name``."""
+    for folder in () if path is None else (path, *path.parents[:2]):
+        record = read_record(folder)
+        if "dataset" in record:
+            return str(record["dataset"])
+    return name
