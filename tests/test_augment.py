@@ -170,14 +170,14 @@ def test_parse_takes_the_strategy_of_the_data_set() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("color_corp", "unknown operation 'corp'; did you mean crop?"),
+        ("color_corp", "unknown operation 'corp'; did you mean 'crop'?"),
         ("none_crop", "unknown operation 'none'"),
-        ("dsaa", "did you mean dsa?"),
-        ("", "choose from color, crop"),
-        ("Flip", "did you mean flip?"),
+        ("dsaa", "did you mean 'dsa'?"),
+        ("", "there are color, crop"),
+        ("Flip", "did you mean 'flip'?"),
         ("crop_flip_crop", "an operation stands there twice"),
-        ("crop:mode=X", "unknown option 'mode=X'; did you mean mode="),
-        ("crop:align_corner=true", "did you mean align_corners=true?"),
+        ("crop:mode=X", "unknown option 'mode=X'; did you mean 'mode="),
+        ("crop:align_corner=true", "did you mean 'align_corners=true'?"),
         ("crop:", "unknown option ''"),
     ],
 )

@@ -397,7 +397,7 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("fashionmnist", "did you mean fashion-mnist"),
+        ("fashionmnist", "did you mean 'fashion-mnist'"),
         ("nowhere/data.npz", "no such file or folder"),
         (Path("nowhere"), "no such file or folder"),
         (3, r"cannot read a data set from \(int\)"),

@@ -342,7 +342,7 @@ def test_recipes_hold_the_published_values(kind: type[DC] | type[DSA], augment: 
         ({"outer_loop": 0}, "method.outer_loop"),
         ({"inner_epochs": -1}, "method.inner_epochs"),
         ({"lr_student": 0.0}, "method.lr_student"),
-        ({"distance": "cosin"}, "did you mean cosine"),
+        ({"distance": "cosin"}, "did you mean 'cosine'"),
     ],
 )
 def test_refuses_values_out_of_range(fields: dict[str, Any], message: str) -> None:

@@ -101,9 +101,9 @@ def test_other_parameters_are_refused() -> None:
         match.mse_sum([*a.values()], [*b.values()][1:])
 
 
-@pytest.mark.parametrize(("name", "guess"), [("layerwise_cosine", "did you mean layerwise-cosine?"), ("x", "mse")])
+@pytest.mark.parametrize(("name", "guess"), [("layerwise_cosine", "did you mean 'layerwise-cosine'?"), ("x", "mse")])
 def test_unknown_distance(name: str, guess: str) -> None:
-    with pytest.raises(ValueError, match=f"^distance '{name}': unknown; .*choose from") as error:
+    with pytest.raises(ValueError, match=f"^unknown distance '{name}': .*there are") as error:
         match.named_distance(name)
     assert guess in str(error.value) and "\n" not in str(error.value)
 

@@ -182,8 +182,9 @@ def test_a_cache_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mo
         raise OSError("no space left")
 
     monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(OSError, match="no space left"):
-        fitted("zca", correlated(), tmp_path)
+    with pytest.warns(UserWarning, match="no space left"):
+        transform = fitted("zca", correlated(), tmp_path)
+    assert transform(correlated()).isfinite().all()
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +239,7 @@ def test_an_unknown_description_is_refused() -> None:
 @pytest.mark.parametrize(
     ("spec", "images", "message"),
     [
-        ("chanel", correlated(), "unknown transform 'chanel': did you mean channel"),
+        ("chanel", correlated(), "unknown transform 'chanel': did you mean 'channel'"),
         ("channel", torch.zeros(5, 1, 4, 4), "channel 0 is constant: .*; give --transform none"),
         ("zca-relative", torch.zeros(5, 1, 4, 4), "channel 0 is constant"),
         ("zca", torch.zeros(2, 3, 65, 64), "too large for ZCA: .*; give --transform channel"),
