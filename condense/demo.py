@@ -11,8 +11,8 @@ from typing import Any
 from condense import api
 from condense.table import print_results
 
-NETWORK = "convnet:width=64"
-NETWORKS = (NETWORK, "mlp", "convnet:activation=swish,depth=2,norm=none,width=64")
+NETWORK = "convnet:depth=2,width=64"
+NETWORKS = (NETWORK, "mlp", "convnet:depth=2,norm=batch")
 NUM_SEEDS = 3
 
 
@@ -31,10 +31,12 @@ def main(words: Sequence[str]) -> None:
         print(f"[{time.monotonic() - begun:4.0f} s] {line}", flush=True)
 
     say("1/3 expert trajectories: 5 ConvNets on 1,442 handwritten digits (8x8)")
-    buffer = api.make_buffer("digits", NETWORK, num_experts=5, num_epochs=15, out=out / "artifacts")
+    buffer = api.make_buffer(
+        "digits", NETWORK, num_experts=5, num_epochs=10, batch_size=64, lr=0.02, out=out / "artifacts"
+    )
     say("2/3 distil 10 images a class: trajectory matching, then distribution matching")
     common: dict[str, Any] = {"dataset": "digits", "network": NETWORK, "ipc": 10, "resume": True}
-    api.distill("mtt", **common, num_steps=60, syn_steps=10, max_start_epoch=10, buffers=buffer, out=out / "mtt")
+    api.distill("mtt", **common, buffers=buffer, out=out / "mtt")
     api.distill("dm", **common, num_steps=100, batch_real=64, out=out / "dm")
     say(f"3/3 train {NUM_SEEDS} fresh networks of each of {', '.join(NETWORKS)} on every set")
     rows: list[dict[str, Any]] = []

@@ -392,7 +392,11 @@ PUBLISHED = {  # syn_steps, expert_epochs, max_start_epoch, lr of images, lr of 
 
 def test_recipes_hold_the_published_values() -> None:
     """The rate of the logarithm is converted at a learning rate of 0.01 throughout."""
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == "mtt"}
+    recipes = {
+        name: from_yaml(path)
+        for name, path in recipe_files().items()
+        if name.split("-")[0] == "mtt" and "digits" not in name
+    }
     assert recipes.keys() == {"mtt"} | {f"mtt-{name}" for name in PUBLISHED}
     assert recipes["mtt"].method == MTT()
     assert all(recipe.augment == "dsa:align_corners=true" for recipe in recipes.values())

@@ -19,7 +19,7 @@ def test_every_recipe_says_where_it_comes_from_and_round_trips(name: str, tmp_pa
     plan = recipe.from_yaml(path)
     assert (
         registry.name_of(plan.method)
-        == name.split("-cifar")[0].split("-mnist")[0].split("-fashion")[0].split("-svhn")[0]
+        == name.split("-cifar")[0].split("-mnist")[0].split("-fashion")[0].split("-svhn")[0].split("-digits")[0]
     )
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(plan))
     assert recipe.from_yaml(tmp_path / "again.yaml") == plan
