@@ -94,7 +94,8 @@ def choice(field: str, value: Any) -> Any:
     Raises:
         ValueError: a name that is not known.
     """
-    options = {"decode": DECODERS, "labels": LABELS, "adjoint": ADJOINTS}.get(field)
+    tables: dict[str, Mapping[str, type]] = {"decode": DECODERS, "labels": LABELS, "adjoint": ADJOINTS}
+    options = tables.get(field)
     if options is None or not isinstance(value, str):
         return value
     if value not in options:
