@@ -32,10 +32,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONDENSE_DATA", str(tmp_path / "no data"))
 
 
+def random_words(data: Path, out: Path) -> list[str]:
+    """The command behind ``run_folder``."""
+    return ["distill", "random", "--dataset", str(data), "--ipc", "2", "--network", TINY, "--out", str(out)]
+
+
 @pytest.fixture
 def run_folder(tiny_file: Path, tmp_path: Path) -> Path:
     out = tmp_path / "run"
-    main(["distill", "random", "--dataset", str(tiny_file), "--ipc", "2", "--network", TINY, "--out", str(out)])
+    main(random_words(tiny_file, out))
     return out
 
 
@@ -61,10 +66,9 @@ def test_the_main_job(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "mtt" in printed and "2 experts x 3 epochs" in printed
 
 
-def test_a_run_is_never_overwritten(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
-    again = ["distill", "random", "--dataset", (run_folder / "run.json").read_text().split('"')[3]]
-    again += ["--ipc", "2", "--network", TINY, "--out", str(run_folder)]
+    again = random_words(tiny_file, run_folder)
     assert "--resume" in fails(capsys, *again)
     assert "seed = 0, not 5" in fails(capsys, *again, "--seed", "5", "--resume")
     assert "method.name = random, not herding" in fails(capsys, again[0], "herding", *again[2:], "--resume")
@@ -215,18 +219,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_resume_is_spelt_either_way(run_folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "distill",
-        "random",
-        "--dataset",
-        str(tiny_file),
-        "--ipc",
-        "2",
-        "--network",
-        TINY,
-        "--out",
-        str(run_folder),
-    ]
+    words = random_words(tiny_file, run_folder)
     for spelling in (["--resume"], ["--resume", "True"], ["--resume=True"]):
         main([*words, *spelling])
     assert "--resume" in fails(capsys, *words, "--resume", "False")
@@ -240,18 +233,7 @@ def test_a_file_of_a_run_finds_its_data(run_folder: Path) -> None:
 
 
 def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "distill",
-        "random",
-        "--dataset",
-        str(tiny_file),
-        "--ipc",
-        "2",
-        "--network",
-        TINY,
-        "--out",
-        str(run_folder),
-    ]
+    words = random_words(tiny_file, run_folder)
     with open(run_folder / "log.jsonl", "a") as log:
         log.write('{"step": 2, "lo')
     main(["show", str(run_folder)])
