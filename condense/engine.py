@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from condense.files import read_tensors, write_tensors
-from condense.method import Context, Method, State
+from condense.method import Context, Method, State, require_finite
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import Log, Sink, cut_back
@@ -122,8 +122,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
         with ctx.rng.forked("layers", done):  # dropout of foreign networks
             record = method.step(ctx, state, done)
         record |= image_statistics(state.syn)
-        if not all(map(math.isfinite, record.values())):
-            raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
+        require_finite(record)
         return record
     except FloatingPointError as error:
         there = checkpoint is not None and checkpoint.exists()

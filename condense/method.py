@@ -239,8 +239,7 @@ class GradientMethod(Method):
             total += loss.detach()
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-        if not all(map(math.isfinite, record.values())):
-            raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
+        require_finite(record)
         if self.clip is not None and record["grad_latents"] > self.clip:
             for param in leaves["latents"]:
                 assert param.grad is not None
@@ -252,6 +251,12 @@ class GradientMethod(Method):
             record["syn_lr"] = state.syn.lr.detach().mean().item()
         self.after(ctx, state, step)
         return record
+
+
+def require_finite(record: Mapping[str, float]) -> None:
+    """Raise FloatingPointError, with all of the record, where a number is not finite."""
+    if not all(map(math.isfinite, record.values())):
+        raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
 
 
 def _norm(params: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from condense.match import feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
 from condense.rng import Rng
@@ -82,8 +83,9 @@ class DM(GradientMethod):
             real.append(task.augment.apply(batch, drawn))
             syn.append(task.augment.apply(images, drawn))
         with torch.no_grad():
-            wanted = class_means(ctx, state, real)
-        return (wanted - class_means(ctx, state, syn)).square().sum()
+            wanted = class_features(ctx, state, real)
+        pairs = zip(wanted, class_features(ctx, state, syn), strict=True)
+        return torch.stack([feature_mean_distance(r, s) for r, s in pairs]).sum()
 
     def after(self, ctx: Context, state: DMState, step: int) -> None:
         state.params, state.buffers = ctx.task.network.init(ctx.rng, "network", step + 1)
@@ -95,7 +97,7 @@ def has_batch_norm(network: Functional) -> bool:
     return any(name.endswith("running_mean") for name in network.init(Rng(0), "structure").buffers)
 
 
-def class_means(ctx: Context, state: DMState, images: Sequence[Tensor]) -> Tensor:
-    """Mean features (len(images), F) of groups of images (n_i, C, H, W), in one forward pass."""
+def class_features(ctx: Context, state: DMState, images: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Features (n_i, F) of groups of images (n_i, C, H, W), in one forward pass."""
     features = ctx.features(state.params, state.buffers, torch.cat(list(images)))
-    return torch.stack([group.mean(0) for group in features.split([len(x) for x in images])])
+    return features.split([len(x) for x in images])
