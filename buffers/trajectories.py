@@ -110,6 +110,7 @@ def build(
     network, rng = task.network, Rng(seed)
     layout = network.init(rng, "layout")
     writer = TrajectoryWriter(root, task.name, identity(task, plan, seed, compute), layout)
+    writer.make_folder()
     num_experts = max(plan.num_experts, len(writer.experts))
     missing = [expert for expert in range(num_experts) if writer.epochs(expert) < plan.num_epochs]
     shortest = min((expert["num_epochs"] for expert in writer.experts), default=0)

@@ -203,6 +203,13 @@ class TrajectoryWriter:
             if changes:
                 raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another --out")
             self.experts = manifest["experts"]
+
+    def make_folder(self) -> None:
+        """Called by ``add``; earlier by whoever wants to know before the work that the place can be written.
+
+        Raises:
+            ValueError: it cannot.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -221,6 +228,7 @@ class TrajectoryWriter:
             record: for the manifest.
         """
         assert expert <= len(self.experts)
+        self.make_folder()
         tables = {"params": params} | ({"buffers": buffers} if buffers.shape[1] else {})
         header = {
             "kind": "expert",
