@@ -108,7 +108,7 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["show", "nowhere"], "nowhere"),
         (["list", "things"], "methods"),
         (["import", "nowhere", "there", "--dataset", "digits"], "nowhere"),
-        (["import", __file__, "there", "--dataset", "digits"], "cannot be read"),
+        (["import", __file__, "there", "--dataset", "digits"], "test_cli.py"),
         (["demo", "--fast"], "--out"),
     ],
 )
