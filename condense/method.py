@@ -224,6 +224,14 @@ class GradientMethod(Method):
     def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
         """This part's share; the loss of the step is the sum over parts."""
 
+    def parts_at_once(self, ctx: Context) -> int:
+        """How many parts ``losses`` is given together; bounded by memory, it changes nothing but rounding."""
+        return 1
+
+    def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Tensor:
+        """The share of several parts, for methods that compute them faster together than one by one."""
+        return torch.stack([self.loss(ctx, state, step, part) for part in parts]).sum()
+
     def after(self, ctx: Context, state: Any, step: int) -> None:
         """What follows the update of the set: advance a student, age a pool."""
         return
@@ -233,8 +241,9 @@ class GradientMethod(Method):
         leaves = state.syn.leaves()
         state.syn.zero_grad(set_to_none=True)
         total = torch.zeros((), device=ctx.task.device)
-        for part in self.parts(ctx):
-            loss = self.loss(ctx, state, step, part)
+        parts, at_once = self.parts(ctx), self.parts_at_once(ctx)
+        for first in range(0, len(parts), at_once):
+            loss = self.losses(ctx, state, step, parts[first : first + at_once])
             loss.backward()
             total += loss.detach()
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
