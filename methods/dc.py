@@ -103,6 +103,10 @@ class GradientMatching(GradientMethod):
             inner if self.inner_epochs is None else self.inner_epochs,
         )
 
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        _, inner_epochs = self.loops(images_per_class)
+        return self.num_steps * num_classes * (self.batch_real + (3 + inner_epochs) * images_per_class)
+
     def init(self, ctx: Context) -> StudentState:
         syn = ctx.new_set(*ctx.initial(self.start))
         params, buffers = fresh_student(ctx, 0)

@@ -60,6 +60,9 @@ class DM(GradientMethod):
         if self.batch_real < 1:
             raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; the published value is 256")
 
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        return self.num_steps * num_classes * (self.batch_real / 3 + images_per_class)
+
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000)
 
