@@ -32,12 +32,16 @@ class Compute:
     """Memory layout of images in first-order work."""
     micro_batch: int | None = None
     """Most images of one pass where a method matches a whole class or set; bounds the memory."""
+    vmap_batch: int | None = None
+    """Most images of classes whose second-order work is done together; one class at a time where each has more."""
     adjoint_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of second-order work. bfloat16 is faster, and its meta-gradient off by more than a tenth."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"compute.micro_batch must be at least 1, got {self.micro_batch}; try 256")
+        for name in ("micro_batch", "vmap_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"compute.{name} must be at least 1, got {value}; leave it out")
         fast = {
             "compile": bool(self.compile),
             "autocast": self.autocast == "bfloat16",
@@ -64,6 +68,7 @@ class Compute:
             "autocast": "bfloat16" if fast and has_bfloat16(device) else "none",
             "channels_last": fast and row.channels_last,
             "micro_batch": row.micro_batch,
+            "vmap_batch": row.vmap_batch if fast else 1,
         }
         if earlier is not None:
             settled |= {name: earlier[name] for name in settled if earlier.get(name) is not None}
@@ -98,13 +103,15 @@ class _Row(NamedTuple):
     """Planned floating-point operations from which compilation and bfloat16 pay."""
     channels_last: bool = False
     micro_batch: int = 256
+    vmap_batch: int = 1
 
 
 _TABLE = {
-    # Two cores: compiling costs about 10 s and saves 2 s in 1e12 operations; see docs/performance.md.
-    "cpu": _Row(fast_from=2e13),
+    # Two cores: compiling costs about 10 s and saves 2 s in 1e12 operations; vmap over classes wins with one image
+    # a class and loses with ten.
+    "cpu": _Row(fast_from=2e13, vmap_batch=16),
     # Not measured yet.
-    "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048),
+    "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048, vmap_batch=2048),
 }
 
 

@@ -127,10 +127,8 @@ class Context:
         def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
             return network.features(params, buffers, images, train=True).float()
 
-        return cast(
-            "Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]",
-            self.compute.first_order(features, network.device),
-        )
+        compiled = self.compute.first_order(features, network.device)
+        return lambda params, buffers, images: cast(Tensor, compiled(params, buffers, self.compute.layout(images)))
 
 
 @dataclass
