@@ -213,8 +213,8 @@ def _slope_gradients(
     """Gradients in the ``wanted`` inputs of the derivative of the loss along a direction in ``params``."""
 
     def slope(images: Tensor, targets: Tensor) -> Tensor:
-        derivative: Tensor = torch.func.jvp(lambda p: loss_fn(p, (images, targets)), (params,), (dict(along),))[1]
-        return derivative
+        grads = torch.func.grad(loss_fn)(params, (images, targets))
+        return torch.stack([(grads[name] * along[name]).sum() for name in grads]).sum()
 
     gradients: tuple[Tensor, ...] = torch.func.grad(slope, argnums=wanted)(*inputs) if wanted else ()
     return gradients

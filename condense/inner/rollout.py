@@ -119,7 +119,8 @@ class Rollout:
         if not self.compile or self.loss_fn in _uncompilable:
             return eager(*args)
         try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
                 return _compiled(function)(*args)
         except Exception as error:
             output = eager(*args)  # an error of loss_fn's own is raised again here, undisguised
