@@ -63,7 +63,7 @@ def write(entry: Path, source: str, arrays: Mapping[str, NDArray[Any]], facts: M
                 file.flush()
                 os.fsync(file.fileno())
         content = {"format": FORMAT, "source": source, "arrays": _arrays(new), "facts": facts}
-        (new / _FACTS).write_text(canonical_json({**content, "sha256": _digest(content)}), encoding="utf-8")
+        (new / _FACTS).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
         if entry.exists():
             entry.rename(Path(scratch, "old"))
         new.rename(entry)
