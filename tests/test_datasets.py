@@ -437,7 +437,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "deleted": lambda content: None,
     "empty": lambda content: b"",
     "cut short": lambda content: content[:-1],
-    "a flipped byte": lambda content: flipped(content, len(content) // 2),
+    "a flipped byte": lambda content: flipped(content, len(content) * 3 // 4),
     "something else": lambda content: b"[]",
 }
 
