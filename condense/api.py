@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from tyro.conf import FlagConversionOff
 
 import condense
 from condense import artifacts, engine, picture, recipe, registry, runs
+from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
-from condense.compute import Compute, resolve_device
+from condense.compute import Compute, keep_compiled, resolve_device
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
 from condense.eval import crossarch
@@ -89,7 +91,7 @@ def make_buffer(
     """
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
     arrays = _arrays(dataset, download)
-    skeleton = Functional(network, arrays.image_shape, arrays.num_classes, resolve_device(device))
+    skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
     task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     with progress(f"experts {task.name} {task.network.name}", plan.num_experts * plan.num_epochs) as bar:
 
@@ -174,7 +176,7 @@ def run(
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
     arrays = arrays or _arrays(plan.dataset, options.download)
-    device = resolve_device(options.device)
+    device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
     if options.eval_every and not plan.split.val_fraction:
@@ -184,6 +186,8 @@ def run(
     _check_labels(plan)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
+    settled = runs.settled(folder) if options.resume else None
+    plan = dataclasses.replace(plan, compute=_settle(plan, arrays, skeleton, settled))
     runs.claim(folder, plan, options.resume)
     task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, options.buffers)
@@ -247,7 +251,7 @@ def evaluate(
         "num_seeds": num_seeds,
         "seed": seed,
         "compute": compute,
-        "device": resolve_device(device),
+        "device": _prepare(device),
         "cache": cache_folder(),
     }
     results: list[crossarch.Result] = []
@@ -292,6 +296,22 @@ def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
     return dataclasses.replace(named("own", made), **changed)
 
 
+def _prepare(device: str) -> torch.device:
+    """The device of this name, and the process made ready for work on it."""
+    chosen = resolve_device(device)
+    keep_compiled(str(cache_folder() / "compiled"))
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    return chosen
+
+
+def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None = None) -> Compute:
+    """The recipe's ``compute`` with nothing left open: a function of its planned work, or of what is settled."""
+    per_class = plan.ipc * plan.decode.expansion
+    passes = plan.method.passes(len(arrays.x_train), arrays.num_classes, per_class)
+    return plan.compute.resolved(network.flops * passes, network.device, earlier)
+
+
 def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     """Where a recipe is run: ``options.out``, or a name made of method, data set, budget and seed."""
     method = registry.name_of(plan.method).replace(":", ".")
@@ -333,6 +353,7 @@ def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional,
         ipc=ipc,
         seed=seed,
     )
+    plan = dataclasses.replace(plan, compute=_settle(plan, arrays, network))
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
         return engine.compute(plan.method, _context(plan, task, artifacts.DEFAULT_ROOT), lambda done, record: bar(done))

@@ -14,7 +14,7 @@ from condense import __version__, tracking
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.eval.crossarch import Network, Progress, Result, load_test, measure
+from condense.eval.crossarch import Network, Progress, Result, load_test, measure, settled
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import canonical_json, write_text
 from condense.networks import Functional
@@ -50,6 +50,7 @@ def full_data(
         device=device,
         cache=cache,
     )
+    compute = settled(compute, task.network, protocol, len(task.train))
     file = None
     if cache is not None:
         identity = {
@@ -58,7 +59,7 @@ def full_data(
             "protocol": [recorded_name(protocol), protocol.hash],
             "num_seeds": num_seeds,
             "seed": seed,
-            "compute": dataclasses.asdict(compute),
+            "compute": compute.first_order_identity(),
             "device": device.type,
             "code": __version__,
         }

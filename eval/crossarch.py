@@ -193,6 +193,15 @@ def score_set(
     return accuracies
 
 
+USUAL_SEEDS = 5
+"""Networks of a usual evaluation: the policy is settled for so many, or asking for more would change the first."""
+
+
+def settled(compute: Compute, network: Functional, plan: Training, num_images: int) -> Compute:
+    """``compute`` with nothing left open, for training on so many images."""
+    return compute.resolved(network.flops * num_images * plan.num_epochs * USUAL_SEEDS, network.device)
+
+
 Progress = Callable[[str, int], AbstractContextManager[Bar]]
 """``progress(title, total)``: a bar that is shown while its context lasts."""
 
@@ -218,6 +227,7 @@ def measure(
     name = recorded_name(protocol, syn)
     augment = Augment.parse(protocol.augment, own=arrays.strategy)
     device = network.device
+    compute = settled(compute, network, protocol, len(images))
     begun = time.perf_counter()
     with progress(f"{name} {network.name}", num_seeds * protocol.num_epochs) as bar:
         accuracies = score_set(
@@ -248,7 +258,7 @@ def measure(
         dataset=arrays.name,
         train_fingerprint=arrays.fingerprint["train"],
         test_fingerprint=arrays.fingerprint["test"],
-        compute=dataclasses.asdict(compute),
+        compute=compute.first_order_identity(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         threads=torch.get_num_threads(),
         seconds=round(time.perf_counter() - begun, 3),
