@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pack
 from condense.compute import Compute
+from condense.data.images import Images
 from condense.networks import Weights
 from condense.rng import Rng
 from condense.task import Task
@@ -161,7 +163,8 @@ def build(
 def _measure(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
     """Accuracy on a fixed part of the training images and, where there is one, on the validation split."""
     index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
-    parts = {"train_accuracy": (task.train.images[index], task.train.labels[index])}
+    parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
+    parts["train_accuracy"] = (task.train.images[index], task.train.labels[index])
     if task.val is not None:
         parts["val_accuracy"] = (task.val.images, task.val.labels)
     return lambda weights: {name: scorer.accuracy(weights, *part) for name, part in parts.items()}

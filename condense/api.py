@@ -175,7 +175,7 @@ def run(
     Raises:
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
-    arrays = arrays or load_data(plan.dataset, download=options.download)
+    arrays = arrays or _arrays(plan.dataset, options.download)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
@@ -319,7 +319,7 @@ def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
 
 
 def _arrays(dataset: Data, download: bool = False) -> Arrays:
-    return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download)
+    return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
 
 
 def _task(arrays: Arrays, network: Functional, *, transform: str, split: Split, augment: str) -> Task:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.data.images import Images
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 
@@ -73,7 +74,7 @@ class Trainer:
     def run(
         self,
         weights: Weights,
-        images: Tensor,
+        images: Tensor | Images,
         targets: Tensor,
         rng: Rng,
         *,
@@ -120,7 +121,7 @@ class Scorer:
         self._correct = compute.first_order(correct, network.device)
 
     @torch.no_grad()
-    def accuracy(self, weights: Weights, images: Tensor, labels: Tensor) -> float:
+    def accuracy(self, weights: Weights, images: Tensor | Images, labels: Tensor) -> float:
         hits = [
             self._correct(weights.params, weights.buffers, self.compute.layout(x), y)
             for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 from condense import __version__, tracking
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.data.datasets import Arrays, to_float
+from condense.data.datasets import Arrays
+from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, write_text
@@ -140,7 +141,7 @@ class SetScorer:
         self.network = network
         self._trainer, self._scorer = Trainer(network, plan, augment, compute), Scorer(network, compute)
 
-    def train(self, images: Tensor, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
+    def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
         """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
         return self._trainer.run(
             self.network.init(rng, "weights"), images, targets, rng.child("training"), on_epoch=on_epoch
@@ -148,9 +149,9 @@ class SetScorer:
 
     def score(
         self,
-        images: Tensor,
+        images: Tensor | Images,
         targets: Tensor,
-        x: Tensor,
+        x: Tensor | Images,
         y: Tensor,
         rng: Rng,
         on_epoch: OnEpoch | None = None,
@@ -160,9 +161,9 @@ class SetScorer:
 
 
 def score_set(
-    images: Tensor,
+    images: Tensor | Images,
     targets: Tensor,
-    x: Tensor,
+    x: Tensor | Images,
     y: Tensor,
     *,
     network: Functional,
@@ -206,7 +207,7 @@ Progress = Callable[[str, int], AbstractContextManager[Bar]]
 
 
 def measure(
-    images: Tensor,
+    images: Tensor | Images,
     targets: Tensor,
     test: Labelled,
     *,
@@ -335,7 +336,7 @@ def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Lab
     """
     if not len(arrays.x_test):
         raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
-    return Labelled(transform(to_float(arrays.x_test).to(device)), torch.from_numpy(arrays.y_test).to(device))
+    return Labelled(Images.of(arrays.x_test, device).through(transform), torch.from_numpy(arrays.y_test).to(device))
 
 
 def _check(syn: SyntheticSet, arrays: Arrays, num_seeds: int) -> None:
@@ -359,5 +360,6 @@ def _transform(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transfo
     description, images = syn.origin.transform, None
     if description.get("kind") == "zca":
         split = Split(**syn.origin.recipe.get("split", {}))
-        images = to_float(arrays.x_train)[split.indices(torch.from_numpy(arrays.y_train))[0]]
+        train_index, _ = split.indices(torch.from_numpy(arrays.y_train))
+        images = Images.of(arrays.x_train, torch.device("cpu")).part(train_index)
     return Transform.from_description(description, images, cache)

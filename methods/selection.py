@@ -73,7 +73,7 @@ class Selection(Method):
         train, embed, chosen = ctx.task.train, self.embedding(ctx), []
         for c, members in enumerate(train.by_class):
             seed = ctx.rng.key("select", 0, c)
-            chosen.append(members[self.choose(embed(train.images[members]), ctx.images_per_class, seed)])
+            chosen.append(members[self.choose(embed(train.images[members]), ctx.images_per_class, seed).cpu()])
         index = torch.cat(chosen)
         state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
         return {}

@@ -49,7 +49,7 @@ def make_context(
         augment=Augment.parse(augment),
         device=torch.device("cpu"),
     )
-    task = dataclasses.replace(task, train=Labelled(task.train.images.to(dtype), task.train.labels))
+    task = dataclasses.replace(task, train=Labelled(task.train.images[:].to(dtype), task.train.labels))
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
     return Context(task, Rng(seed), ipc, decode or Pixels(), labels or Hard(), compute or Compute(), origin)
 

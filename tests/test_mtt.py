@@ -42,7 +42,7 @@ def make_task_of_three(augment: str, dtype: torch.dtype, network: str = "convnet
         augment=Augment.parse(augment),
         device=torch.device("cpu"),
     )
-    return dataclasses.replace(task, train=Labelled(task.train.images.to(dtype), task.train.labels))
+    return dataclasses.replace(task, train=Labelled(task.train.images[:].to(dtype), task.train.labels))
 
 
 def write_buffer(root: Path, task: Task, num_experts: int = 2, num_epochs: int = NUM_EPOCHS) -> None:
