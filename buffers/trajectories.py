@@ -25,6 +25,7 @@ from torch import Tensor
 from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pack
 from condense.compute import Compute
 from condense.data.images import Images
+from condense.distributed import Ranks
 from condense.networks import Weights
 from condense.rng import Rng
 from condense.task import Task
@@ -112,24 +113,32 @@ def settled(task: Task, plan: Experts, root: Path, seed: int, compute: Compute) 
 
 
 def build(
-    task: Task, plan: Experts, *, root: Path, seed: int, compute: Compute, progress: Progress | None = None
+    task: Task,
+    plan: Experts,
+    *,
+    root: Path,
+    seed: int,
+    compute: Compute,
+    progress: Progress | None = None,
+    ranks: Ranks = Ranks(),
 ) -> Path:
     """Train what is missing of a buffer under ``root`` and return its folder.
 
-    Experts of the buffer that have fewer epochs are trained again from scratch, and a warning says so.
+    Several processes deal the missing experts out; each returns when all are there. Experts of the buffer that have
+    fewer epochs are trained again from scratch, and a warning says so.
 
     Raises:
         ValueError: new experts would be shorter than the present ones; an expert diverged; the buffer is
-            damaged or cannot be written. Experts that were finished are kept.
+            damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
     network, rng = task.network, Rng(seed)
     compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
     writer = TrajectoryWriter(root, task.name, identity(task, plan, seed, compute), layout)
     writer.make_folder()
-    num_experts = max(plan.num_experts, len(writer.experts))
+    num_experts = max(plan.num_experts, len(writer.complete))
     missing = [expert for expert in range(num_experts) if writer.epochs(expert) < plan.num_epochs]
-    shortest = min((expert["num_epochs"] for expert in writer.experts), default=0)
+    shortest = min((expert["num_epochs"] for expert in writer.complete), default=0)
     if missing and plan.num_epochs < shortest:
         raise ValueError(
             f"{writer.folder} has experts of {shortest} epochs: new ones of {plan.num_epochs} would shorten it; "
@@ -142,9 +151,10 @@ def build(
             "trained again from scratch, and each replaces its shorter self when it is done",
             stacklevel=2,
         )
+    ranks.barrier()  # all have seen what is missing, before one adds to it
     trainer = Trainer(network, plan.training(), task.augment, compute)
     measure = _measure(task, Scorer(network, compute), rng)
-    for expert in missing:
+    for expert in ranks.deal(missing):
         begun, keys = time.perf_counter(), rng.child("expert", expert)
         initial = network.init(keys, "initial weights")
         recorder = _Recorder(expert, plan, initial, measure, progress)
@@ -157,6 +167,7 @@ def build(
         }
         writer.add(expert, recorder.params, recorder.buffers, record)
         writer.save()
+    ranks.barrier()
     return writer.folder
 
 

@@ -22,9 +22,11 @@ from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute, keep_compiled, resolve_device
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
+from condense.distributed import Ranks
 from condense.eval import crossarch
 from condense.eval.baselines import full_data
 from condense.eval.crossarch import Network
+from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named
 from condense.files import write_text
 from condense.method import Context, Method
@@ -35,7 +37,7 @@ from condense.rng import Rng
 from condense.synthetic.files import load as load
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
-from condense.tracking import check_sinks, open_sinks, progress
+from condense.tracking import Sink, check_sinks, open_sinks, progress
 
 Data = str | Path | Arrays | Dataset[Any] | tuple[Any, ...]
 """A known name, a path, or data at hand: a Dataset, a (train, test) pair, (x_train, y_train, x_test, y_test)."""
@@ -80,26 +82,29 @@ def make_buffer(
     seed: int = 0,
     device: str = "auto",
     download: bool = False,
+    ranks: Ranks = Ranks(),
     **fields: Any,
 ) -> Path:
     """Train expert trajectories, or the ones still missing, and return the buffer's folder.
 
-    ``fields`` are fields of ``Experts``: ``make_buffer("digits", num_experts=5, num_epochs=10)``.
+    ``fields`` are fields of ``Experts``: ``make_buffer("digits", num_experts=5, num_epochs=10)``. ``ranks``, of
+    ``condense.distributed.joined``, deal the experts out among the processes of torchrun.
 
     Raises:
         ValueError: bad data, network or field; the disk is full.
     """
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
-    arrays = _arrays(dataset, download)
-    skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
-    task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
+    with ranks.first_ahead():
+        arrays = _arrays(dataset, download)
+        skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
+        task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     with progress(f"experts {task.name} {task.network.name}", plan.num_experts * plan.num_epochs) as bar:
 
         def report(expert: int, epoch: int, record: Mapping[str, float]) -> None:
             note = " ".join(f"{name} {value:.3f}" for name, value in record.items() if isinstance(value, float))
             bar(expert * plan.num_epochs + epoch, f"expert {expert} {note}")
 
-        return build(task, plan, root=Path(out), seed=seed, compute=compute, progress=report)
+        return build(task, plan, root=Path(out), seed=seed, compute=compute, progress=report, ranks=ranks)
 
 
 def distill(
@@ -108,13 +113,15 @@ def distill(
     dataset: Data | None = None,
     network: Network | None = None,
     options: RunOptions = RunOptions(),
+    ranks: Ranks = Ranks(),
     **fields: Any,
 ) -> SyntheticSet:
     """Distil a data set and return the synthetic set; the run folder holds everything else.
 
     ``method`` is a name (with its published recipe for this data set and budget, where there is one), the name or
     path of a recipe, a ``Method`` or a ``Recipe``. ``fields`` are, by name, fields of ``RunOptions`` (out, resume,
-    ...), of the recipe (ipc, seed, ...) or of the method (num_steps, ...).
+    ...), of the recipe (ipc, seed, ...) or of the method (num_steps, ...). ``ranks``, of
+    ``condense.distributed.joined``, deal the parts of a step out among the processes of torchrun.
 
     Raises:
         ValueError: one line that names the culprit and the mend.
@@ -123,7 +130,8 @@ def distill(
     given: dict[str, Any] = {k: _option(k, v) for k, v in fields.items() if k in ours}
     options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
-    arrays = None if dataset is None else _arrays(dataset, options.download)
+    with ranks.first_ahead():
+        arrays = None if dataset is None else _arrays(dataset, options.download)
     if isinstance(method, Recipe):
         base = method
     elif isinstance(method, Method):
@@ -145,6 +153,7 @@ def distill(
         options,
         arrays=arrays,
         network=network if network is not None and not isinstance(network, str) else None,
+        ranks=ranks,
     )
 
 
@@ -168,14 +177,22 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
 
 
 def run(
-    plan: Recipe, options: RunOptions, *, arrays: Arrays | None = None, network: Network | None = None
+    plan: Recipe,
+    options: RunOptions,
+    *,
+    arrays: Arrays | None = None,
+    network: Network | None = None,
+    ranks: Ranks = Ranks(),
 ) -> SyntheticSet:
     """Run one recipe in one folder. ``arrays`` and ``network`` stand in for data and networks without a name.
+
+    Of several processes the first one writes. Processes that the launcher started again resume.
 
     Raises:
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
-    arrays = arrays or _arrays(plan.dataset, options.download)
+    with ranks.first_ahead():
+        arrays = arrays or _arrays(plan.dataset, options.download)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
@@ -186,18 +203,24 @@ def run(
     _check_labels(plan)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
-    settled = runs.settled(folder) if options.resume else None
-    plan = dataclasses.replace(plan, compute=_settle(plan, arrays, skeleton, settled))
-    runs.claim(folder, plan, options.resume)
-    task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
-    ctx = _context(plan, task, options.buffers)
+    resume = options.resume or ranks.restarted
+    with ranks.first_ahead():
+        plan = dataclasses.replace(
+            plan, compute=_settle(plan, arrays, skeleton, runs.settled(folder) if resume else None)
+        )
+        if ranks.first:
+            runs.claim(folder, plan, resume)
+        task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
+    ctx = _context(plan, task, options.buffers, ranks)
     state = plan.method.init(ctx)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; choose another --out") from error
-    sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
-    write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
+    sinks: tuple[Sink, ...] = ()
+    if ranks.first:
+        sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
+        write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
     begun = time.monotonic()
     title = f"{registry.name_of(plan.method)} {task.name} ipc {plan.ipc}"
     with progress(title, plan.method.num_steps) as bar:
@@ -206,14 +229,16 @@ def run(
             ctx,
             state,
             folder,
-            resume=options.resume,
+            resume=resume,
             eval_every=options.eval_every,
             validate=_validator(task, plan) if options.eval_every else None,
             sinks=sinks,
             on_step=lambda done, record: bar(done, f"loss {record['loss']:.4g}" if "loss" in record else ""),
         )
-    picture.draw(syn, task.transform, folder / "synthetic.png")
-    runs.write_record(folder, plan.dataset, device, time.monotonic() - begun)
+    if ranks.first:
+        picture.draw(syn, task.transform, folder / "synthetic.png")
+        runs.write_record(folder, plan.dataset, device, time.monotonic() - begun, ranks.size)
+    ranks.barrier()
     return syn
 
 
@@ -230,11 +255,15 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     download: bool = False,
+    ranks: Ranks = Ranks(),
 ) -> crossarch.Evaluation:
     """Train fresh networks on a set and score each once, at its last epoch, on the test split.
 
     ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``baselines`` are
-    methods run at the same budget, and ``full`` for all training data.
+    methods run at the same budget, and ``full`` for all training data. ``ranks``, of
+    ``condense.distributed.joined``, deal the networks out among the processes of torchrun.
+
+    An evaluation that was stopped goes on with the networks that are missing.
 
     Raises:
         ValueError: the set does not belong to this data set; bad network or protocol.
@@ -242,7 +271,8 @@ def evaluate(
     path = None if isinstance(syn, SyntheticSet) else Path(syn)
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
     source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
-    arrays = _arrays(source, download)
+    with ranks.first_ahead():
+        arrays = _arrays(source, download)
     target = Path(out) if out is not None else _evaluation_path(path)
     networks = (networks,) if isinstance(networks, str) else networks
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
@@ -253,12 +283,14 @@ def evaluate(
         "compute": compute,
         "device": _prepare(device),
         "cache": cache_folder(),
+        "ranks": ranks,
+        "journal": None if target is None else Journal(target, ranks.rank),
     }
     results: list[crossarch.Result] = []
 
     def keep(result: crossarch.Result) -> None:
         results.append(result)
-        if target is not None:
+        if target is not None and ranks.first:
             crossarch.merge(target, [result])
 
     crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, on_result=keep)
@@ -272,8 +304,12 @@ def evaluate(
             chosen = networks[0] if stored.startswith("custom:") else stored
             skeleton = Functional(chosen, arrays.image_shape, arrays.num_classes, common["device"])
             made = _baseline(name, found, arrays, skeleton, seed)
+            ranks.same(list(made.state_dict().values()))
             theirs = plan if plan.name != "own" else _own(made, plan, found)
             crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep)
+    ranks.barrier()
+    if common["journal"] is not None:
+        common["journal"].remove()
     return crossarch.Evaluation(tuple(results))
 
 
@@ -359,7 +395,7 @@ def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional,
         return engine.compute(plan.method, _context(plan, task, artifacts.DEFAULT_ROOT), lambda done, record: bar(done))
 
 
-def _context(plan: Recipe, task: Task, buffers: Path) -> Context:
+def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) -> Context:
     found = {type(spec): spec.open(artifacts.find(buffers, spec, plan.dataset)) for spec in plan.method.needs(task)}
     used = [artifact.describe() for artifact in found.values()]
     origin = Origin(
@@ -380,6 +416,7 @@ def _context(plan: Recipe, task: Task, buffers: Path) -> Context:
         compute=plan.compute,
         origin=origin,
         artifacts=found,
+        ranks=ranks,
     )
 
 

@@ -10,13 +10,15 @@ that a row is read and verified through the memory map without touching the othe
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,12 +28,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from condense.files import canonical_json, read_header, replacing, write_text
+from condense.files import canonical_json, read_header, replacing, reporting, write_text
 from condense.networks import Weights
 
 FORMAT = 1
 DEFAULT_ROOT = Path("artifacts")
 MANIFEST = "manifest.json"
+LOCK = ".manifest.lock"
 
 _MEND = "restore it, or delete it and build the buffer again, which trains what is missing"
 
@@ -171,7 +174,10 @@ class Trajectories(Artifact):
 
 
 class TrajectoryWriter:
-    """A buffer being written: experts are added one by one, each atomically; ``save`` makes them visible.
+    """A buffer being written: experts are added in any order, each atomically; ``save`` makes them visible.
+
+    Several processes may write one buffer: ``save`` adds to what the others saved. Readers see the experts that come
+    before the first one missing.
 
     Args:
         root: folder of buffers.
@@ -195,14 +201,19 @@ class TrajectoryWriter:
             "params": [[name, list(t.shape)] for name, t in weights.params.items()],
             "buffers": [[name, list(t.shape)] for name, t in weights.buffers.items()],
         }
-        self.experts: list[dict[str, Any]] = []
-        """What the manifest says of each expert; ``num_epochs`` is its extent."""
-        if (self.folder / MANIFEST).exists():
-            manifest = read_manifest(self.folder, TrajectorySpec.kind)
-            changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
-            if changes:
-                raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another --out")
-            self.experts = manifest["experts"]
+        self.experts: list[dict[str, Any] | None] = self._saved()
+        """What is known of each expert, None of one that is missing; ``num_epochs`` is its extent."""
+        self._added: dict[int, dict[str, Any]] = {}
+
+    @property
+    def complete(self) -> list[dict[str, Any]]:
+        """The experts before the first one missing."""
+        found = []
+        for expert in self.experts:
+            if expert is None:
+                break
+            found.append(expert)
+        return found
 
     def make_folder(self) -> None:
         """Called by ``add``; earlier by whoever wants to know before the work that the place can be written.
@@ -217,17 +228,18 @@ class TrajectoryWriter:
 
     def epochs(self, expert: int) -> int:
         """The extent of an expert; 0 if it is not there."""
-        there = expert < len(self.experts) and (self.folder / expert_file(expert)).exists()
-        return int(self.experts[expert]["num_epochs"]) if there else 0
+        record = self.experts[expert] if expert < len(self.experts) else None
+        if record is None or not (self.folder / expert_file(expert)).exists():
+            return 0
+        return int(record["num_epochs"])
 
     def add(self, expert: int, params: Tensor, buffers: Tensor, record: Mapping[str, Any]) -> None:
-        """Write an expert, the next one or in place of an old one.
+        """Write an expert, a new one or in place of an old one.
 
         Args:
             params, buffers: (E + 1, P) and (E + 1, B), rows made by ``pack``.
             record: for the manifest.
         """
-        assert expert <= len(self.experts)
         self.make_folder()
         tables = {"params": params} | ({"buffers": buffers} if buffers.shape[1] else {})
         header = {
@@ -241,18 +253,46 @@ class TrajectoryWriter:
                 safetensors.torch.save_file(tables, temporary, {"condense": canonical_json(header)})
             except safetensors.SafetensorError as error:
                 raise OSError(str(error)) from error
-        self.experts[expert : expert + 1] = [{"num_epochs": len(params) - 1, **record}]
+        self._added[expert] = {"num_epochs": len(params) - 1, **record}
+        self._place(self._added)
 
     def save(self) -> None:
-        """Write the manifest."""
-        extent = {
-            "num_experts": len(self.experts),
-            "num_epochs": min(expert["num_epochs"] for expert in self.experts),
-            "experts": self.experts,
-        }
-        manifest = self._fixed | extent
-        text = json.dumps(manifest | {"checksum": _hash(manifest)}, indent=1, allow_nan=False)
-        write_text(self.folder / MANIFEST, text + "\n")
+        """Write the manifest: what was added here since the last time, and what others saved meanwhile."""
+        with _locked(self.folder / LOCK):
+            self.experts = self._saved()
+            self._place(self._added)
+            extent = {
+                "num_experts": len(self.complete),
+                "num_epochs": min((expert["num_epochs"] for expert in self.complete), default=0),
+                "experts": self.experts,
+            }
+            manifest = self._fixed | extent
+            text = json.dumps(manifest | {"checksum": _hash(manifest)}, indent=1, allow_nan=False)
+            write_text(self.folder / MANIFEST, text + "\n")
+        self._added = {}
+
+    def _saved(self) -> list[dict[str, Any] | None]:
+        """The experts of the manifest. Raises ValueError where it is of another buffer."""
+        if not (self.folder / MANIFEST).exists():
+            return []
+        manifest = read_manifest(self.folder, TrajectorySpec.kind)
+        changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
+        if changes:
+            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another --out")
+        return list(manifest["experts"])
+
+    def _place(self, records: Mapping[int, dict[str, Any]]) -> None:
+        for expert, record in records.items():
+            self.experts += [None] * (expert + 1 - len(self.experts))
+            self.experts[expert] = record
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this name among all processes, on a shared disk among all machines; it goes with its holder."""
+    with reporting(path), open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
+from condense.distributed import rank_of_environment
 from condense.names import suggest
 
 USAGE = """\
@@ -52,11 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"condense: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"condense: {_rank()}{' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("condense: interrupted; the same command continues (distill: with --resume)", file=sys.stderr)
+        print(f"condense: {_rank()}interrupted; the same command continues (distill: with --resume)", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _rank() -> str:
+    """Which process of torchrun speaks, where it is not the first."""
+    rank = rank_of_environment()
+    return f"rank {rank}: " if rank else ""
 
 
 def _say_warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -21,6 +22,7 @@ from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
+from condense.distributed import Ranks, joined
 from condense.eval import crossarch, protocol
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import read_header
@@ -101,40 +103,43 @@ class Import:
     """Let torchvision download the data set if it is missing."""
 
 
-def distill(words: list[str]) -> None:
+def distill(words: list[str], ranks: Ranks) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
     flags = _bare(words[1:], "--resume")
     source, ipc = recipe.take(flags, "--dataset")[1], recipe.take(flags, "--ipc")[1]
     arrays = None
     if source is not None and not _asks_for_help(flags):
-        arrays = datasets.load(source, download=recipe.take(flags, "--download")[1] == "True")
+        with ranks.first_ahead():
+            arrays = datasets.load(source, download=recipe.take(flags, "--download")[1] == "True")
     budget = int(ipc) if ipc is not None and ipc.isdigit() else None
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
-    arrays = arrays or datasets.load(command.recipe.dataset, download=command.options.download)
+    with ranks.first_ahead():
+        arrays = arrays or datasets.load(command.recipe.dataset, download=command.options.download)
     _say_unknown(arrays)
     say(f"recipe: {origin}")
     folder = api.run_folder(command.recipe, command.options, arrays)
-    api.run(command.recipe, command.options, arrays=arrays)
+    api.run(command.recipe, command.options, arrays=arrays, ranks=ranks)
     say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense evaluate {folder}")
 
 
-def buffer(words: list[str]) -> None:
+def buffer(words: list[str], ranks: Ranks) -> None:
     command = recipe.parse(Buffer, words, Buffer(), prog="condense buffer")
-    arrays = datasets.load(command.dataset, download=command.download)
+    with ranks.first_ahead():
+        arrays = datasets.load(command.dataset, download=command.download)
     _say_unknown(arrays)
-    folder = api.make_buffer(**_fields(command) | {"dataset": arrays})
+    folder = api.make_buffer(**_fields(command) | {"dataset": arrays}, ranks=ranks)
     say(f"{folder}")
 
 
-def evaluate(words: list[str]) -> None:
+def evaluate(words: list[str], ranks: Ranks) -> None:
     if _asks_for_help(words):
         recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
     flags, name = recipe.take(words[1:], "--protocol")
     plan = protocol.named(name or "canonical", api.load(target))
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
-    found = api.evaluate(target, **_fields(command))
+    found = api.evaluate(target, **_fields(command), ranks=ranks)
     print_results([result.row() for result in found.results])
 
 
@@ -203,11 +208,22 @@ def demo(words: list[str]) -> None:
     job.main(words)
 
 
+def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]], None]:
+    """A command that the processes of torchrun share; only the first one prints."""
+
+    def run(words: list[str]) -> None:
+        with joined(recipe.take(words, "--device")[1] or "auto") as ranks:
+            with contextlib.redirect_stdout(sys.stdout if ranks.first else None):
+                command(words, ranks)
+
+    return run
+
+
 TABLE: dict[str, Callable[[list[str]], None]] = {
-    "buffer": buffer,
+    "buffer": _divided(buffer),
     "demo": demo,
-    "distill": distill,
-    "evaluate": evaluate,
+    "distill": _divided(distill),
+    "evaluate": _divided(evaluate),
     "import": import_,
     "list": list_,
     "show": show,

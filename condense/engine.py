@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from condense.distributed import Ranks
 from condense.files import read_tensors, write_tensors
 from condense.method import Context, Method, State, require_finite
 from condense.synthetic.files import save
@@ -62,34 +66,46 @@ def run(
     Leaves ``log.jsonl``, ``checkpoint.safetensors``, ``snapshots/`` and ``synthetic.safetensors`` in ``folder``.
 
     Stopped at any moment and called again with ``resume``, it gives the same bytes as a run that was not stopped.
+    Of several processes (``ctx.ranks``) the first one writes all of this and the others read the checkpoint, so the
+    folder is shared; process k keeps the parts of its steps in ``log.rank<k>.jsonl``.
 
     Raises:
         ValueError: the checkpoint belongs to another recipe or is damaged; the disk is full; a loss or gradient
-            is not finite (the last good checkpoint is kept).
+            is not finite (the last good checkpoint is kept); another process ended.
     """
+    ranks, parts = ctx.ranks, method.parts(ctx)
     checkpoint, previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
     done = 0
     if resume and (checkpoint.exists() or previous.exists()):
         done = _restore(state, ctx, checkpoint, previous)
-        cut_back(folder / "log.jsonl", done)
-    else:
-        (folder / "log.jsonl").unlink(missing_ok=True)
+    if ranks.first:
+        for file in folder.glob("log*.jsonl"):
+            cut_back(file, done)
+        if 0 < len(parts) < ranks.size:
+            warnings.warn(_idle(method, ctx), stacklevel=2)
+    _agree(ranks, done, folder)
     marks = snapshot_steps(method.num_steps)
-    (folder / "snapshots").mkdir(exist_ok=True)
-    log = Log(folder / "log.jsonl", sinks)
-    try:
-        if done:
+    with contextlib.ExitStack() as logs:
+        log = logs.enter_context(closing(Log(folder / "log.jsonl", sinks))) if ranks.first else None
+        shared = ranks.size > 1 and parts
+        shares = logs.enter_context(closing(Log(folder / f"log.rank{ranks.rank}.jsonl"))) if shared else None
+        if log is not None and done:
             log.write({"event": "resume", "step": done})
         saved_at, saved_time = done, time.monotonic()
         while done < method.num_steps:
+            if shares is not None:  # before the step, so that no checkpoint is ahead of it
+                shares.write({"step": done + 1, "parts": list(ranks.deal(parts))})
             record = _step(method, ctx, state, done, checkpoint)
             done += 1
+            if log is None:
+                continue
             if eval_every and validate is not None and (done % eval_every == 0 or done == method.num_steps):
                 record |= validate(state.syn, done)
             log.step(done, record)
             if on_step is not None:
                 on_step(done, record)
             if done in marks:
+                (folder / "snapshots").mkdir(exist_ok=True)
                 save(method.finalize(ctx, state), folder / "snapshots" / f"step_{done:07d}.safetensors")
             due = done - saved_at >= CHECKPOINT_STEPS or time.monotonic() - saved_time >= CHECKPOINT_SECONDS
             if due or done == method.num_steps:
@@ -97,10 +113,9 @@ def run(
                 _checkpoint(state, ctx, done, checkpoint, previous)
                 saved_at, saved_time = done, time.monotonic()
         syn = method.finalize(ctx, state)
-        save(syn, folder / "synthetic.safetensors")
+        if log is not None:
+            save(syn, folder / "synthetic.safetensors")
         return syn
-    finally:
-        log.close()
 
 
 def snapshot_steps(num_steps: int) -> set[int]:
@@ -121,6 +136,10 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
     try:
         with ctx.rng.forked("layers", done):  # dropout of foreign networks
             record = method.step(ctx, state, done)
+        if ctx.task.device.type == "cuda":  # kernels that add up in no fixed order would lead the processes apart
+            live: dict[str, Tensor] = {}
+            _flatten(_fields(state), "", live)
+            ctx.ranks.same([tensor for tensor in live.values() if tensor.is_floating_point()])
         record |= image_statistics(state.syn)
         require_finite(record)
         return record
@@ -131,6 +150,30 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
             f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
             "lower the learning rate, e.g. --method.optim.lr"
         ) from error
+
+
+def _agree(ranks: Ranks, done: int, folder: Path) -> None:
+    """Raise ValueError where the processes would go on from different steps; returns when all are here."""
+    total = torch.tensor([done])
+    ranks.sum_([total])
+    if total.item() != done * ranks.size:
+        raise ValueError(
+            f"the processes found checkpoints of different steps in {folder}, this one {done}: every machine has to "
+            "see the same folder; give --out on a shared disk"
+        )
+
+
+def _idle(method: Method, ctx: Context) -> str:
+    """The warning of processes without a share, with the field that makes more parts, if there is one."""
+    parts, size = method.parts(ctx), ctx.ranks.size
+    mend = f"start {len(parts)}"
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if type(value) is int:
+            with contextlib.suppress(ValueError):
+                if len(dataclasses.replace(method, **{field.name: value + 1}).parts(ctx)) > len(parts):
+                    mend += f", or divide further with --method.{field.name.replace('_', '-')} {size}, another recipe"
+    return f"{size - len(parts)} of {size} processes idle: a step of this recipe has {len(parts)} parts; {mend}"
 
 
 def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previous: Path) -> None:
@@ -144,7 +187,8 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previou
         "state": skeleton,
     }
     fresh = checkpoint.with_name(".checkpoint.next.safetensors")
-    write_tensors(fresh, tensors, header)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a file cannot hold two views of one storage
+    write_tensors(fresh, copies, header)
     if checkpoint.exists():
         checkpoint.replace(previous)
     fresh.replace(checkpoint)
@@ -171,11 +215,11 @@ def _fields(state: State) -> dict[str, Any]:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON skeleton of a value; its tensors go to ``tensors``, referred to by path."""
+    """The JSON skeleton of a value; its tensors go to ``tensors``, by path, and share memory with the value."""
     match value:
         case Tensor():
             assert path not in tensors, f"two leaves of the state are called {path}"
-            tensors[path] = value.clone()  # a file cannot hold two views of one storage
+            tensors[path] = value
             return {"tensor": path}
         case nn.Module():
             return {"module": _flatten(dict(value.state_dict()), path, tensors)}

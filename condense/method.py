@@ -14,6 +14,7 @@ from torch import Tensor
 
 from condense.artifacts import Artifact, ArtifactSpec
 from condense.compute import Compute
+from condense.distributed import Ranks
 from condense.rng import Rng
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
@@ -48,7 +49,10 @@ class Optim:
 
 @dataclass(frozen=True)
 class Context:
-    """What the engine hands to a method: the task, keyed randomness, and the fields of the recipe that compose."""
+    """What the engine hands to a method: the task, keyed randomness, and the fields of the recipe that compose.
+
+    ``ranks`` are the processes that share the parts of a step; no result depends on their number.
+    """
 
     task: Task
     rng: Rng
@@ -58,6 +62,7 @@ class Context:
     compute: Compute
     origin: Origin
     artifacts: Mapping[type[ArtifactSpec], Artifact] = field(default_factory=dict)
+    ranks: Ranks = Ranks()
 
     @property
     def images_per_class(self) -> int:
@@ -179,6 +184,10 @@ class Method(ABC):
         """How its sets are meant to be trained on; stored in the file for the protocol ``own``."""
         return Training()
 
+    def parts(self, ctx: Context) -> Sequence[int]:
+        """How the work of one step divides (classes, trajectories), fixed by the recipe; empty if it does not."""
+        return ()
+
     @abstractmethod
     def init(self, ctx: Context) -> State: ...
 
@@ -226,7 +235,7 @@ class GradientMethod(Method):
         return {leaf: plans[leaf].build(params) for leaf, params in syn.leaves().items()}
 
     def parts(self, ctx: Context) -> Sequence[int]:
-        """How the work of one step divides (classes, trajectories); fixed by the recipe."""
+        """What the processes of a step deal out among themselves."""
         return (0,)
 
     @abstractmethod
@@ -248,13 +257,16 @@ class GradientMethod(Method):
     @final
     def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
         leaves = state.syn.leaves()
-        state.syn.zero_grad(set_to_none=True)
+        params = [param for group in leaves.values() for param in group]
+        for param in params:
+            param.grad = torch.zeros_like(param)
         total = torch.zeros((), device=ctx.task.device)
-        parts, at_once = self.parts(ctx), self.parts_at_once(ctx)
+        parts, at_once = ctx.ranks.deal(self.parts(ctx)), self.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
             loss = self.losses(ctx, state, step, parts[first : first + at_once])
             loss.backward()
             total += loss.detach()
+        ctx.ranks.sum_([*(cast(Tensor, param.grad) for param in params), total])
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
         require_finite(record)
@@ -278,5 +290,4 @@ def require_finite(record: Mapping[str, float]) -> None:
 
 
 def _norm(params: Sequence[Tensor]) -> Tensor:
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    return torch.stack([g.norm() for g in grads]).norm()
+    return torch.stack([cast(Tensor, p.grad).norm() for p in params]).norm()

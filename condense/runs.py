@@ -70,7 +70,7 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
     return None if old == new else (path, old, new)
 
 
-def write_record(folder: Path, dataset: str, device: torch.device, seconds: float) -> None:
+def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
     """``run.json``; ``seconds`` add up over resumptions."""
     local = dataset not in datasets.names() and Path(dataset).exists()
     record = {
@@ -79,6 +79,7 @@ def write_record(folder: Path, dataset: str, device: torch.device, seconds: floa
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "machine": platform.machine(),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from condense.distributed import rank_of_environment
 from condense.files import reporting, write_text
 from condense.names import suggest
 
@@ -43,7 +44,7 @@ class Log:
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
         self._path, self._sinks = path, sinks
         with reporting(path):
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process leaves every line
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line as it is; for events."""
@@ -155,7 +156,8 @@ class Bar(Protocol):
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Bar]:
-    """A bar with the time left on standard error; nothing where that is not a terminal (``show`` overrides)."""
+    """A bar with the time left on standard error; nothing where that is not a terminal, or another process of torchrun
+    shows its own (``show`` overrides)."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -165,7 +167,7 @@ def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Ba
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    visible = console.is_terminal if show is None else show
+    visible = console.is_terminal and not rank_of_environment() if show is None else show
     with Progress(*columns, console=console, disable=not visible, transient=False) as bars:
         task = bars.add_task(title, total=total, note="")
 

@@ -14,7 +14,9 @@ from condense import __version__, tracking
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
+from condense.distributed import Ranks
 from condense.eval.crossarch import Network, Progress, Result, load_test, measure, settled
+from condense.eval.journal import Journal
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import canonical_json, write_text
 from condense.networks import Functional
@@ -33,10 +35,13 @@ def full_data(
     device: torch.device,
     cache: Path | None = None,
     progress: Progress = tracking.progress,
+    ranks: Ranks = Ranks(),
+    journal: Journal | None = None,
 ) -> Result:
     """Accuracy of networks trained on all training images under ``protocol``.
 
-    Kept in the folder ``cache`` under a hash of everything that decides it; then nothing is trained again.
+    Kept in the folder ``cache`` under a hash of everything that decides it; then nothing is trained again, if every
+    process finds it.
 
     Raises:
         ValueError: no test images; see also ``make_task`` and ``Functional``.
@@ -66,20 +71,25 @@ def full_data(
         digest = hashlib.sha256(canonical_json(identity).encode()).hexdigest()
         file = cache / "full-data" / f"{digest}.json"
         kept = _read(file)
-        if kept is not None:
+        num_found = torch.tensor([kept is not None], dtype=torch.int64)
+        ranks.sum_([num_found])
+        if kept is not None and num_found.item() == ranks.size:
             return kept
-    result = measure(
+    (result,) = measure(
         task.train.images,
         task.train.labels,
         load_test(arrays, task.transform, device),
         arrays=arrays,
+        transform=task.transform,
         syn=None,
-        network=task.network,
+        networks=[task.network],
         protocol=protocol,
         num_seeds=num_seeds,
         seed=seed,
         compute=compute,
         progress=progress,
+        ranks=ranks,
+        journal=journal,
     )
     if file is not None:
         try:

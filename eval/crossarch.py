@@ -21,6 +21,8 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
+from condense.distributed import Ranks
+from condense.eval.journal import Cell, Journal
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, write_text
 from condense.networks import Functional, ImageShape, Weights
@@ -65,7 +67,7 @@ class Result:
     device: str
     threads: int
     seconds: float
-    """Wall time of training and scoring all of them."""
+    """Time of training and scoring all of them, one after the other."""
     code: str
     """Version of this package."""
 
@@ -160,39 +162,6 @@ class SetScorer:
         return self._scorer.accuracy(self.train(images, targets, rng, on_epoch), x, y)
 
 
-def score_set(
-    images: Tensor | Images,
-    targets: Tensor,
-    x: Tensor | Images,
-    y: Tensor,
-    *,
-    network: Functional,
-    plan: Training,
-    augment: Augment,
-    num_seeds: int,
-    rng: Rng,
-    compute: Compute,
-    progress: Bar | None = None,
-) -> list[float]:
-    """Accuracy on ``x`` (M, C, H, W), ``y`` (M,) of each of ``num_seeds`` networks trained on ``images``
-    (N, C, H, W) and ``targets`` (N,) or (N, C).
-
-    Network k draws its weights, batch order and augmentation from ``rng.child("network", k)`` alone, so sets
-    scored with the same ``rng`` are compared on the same networks. ``progress`` counts epochs.
-    """
-    scorer = SetScorer(network, plan, compute, augment)
-    accuracies: list[float] = []
-
-    def on_epoch(done: int, weights: Weights) -> None:
-        if progress is not None:
-            so_far = f"mean {statistics.fmean(accuracies):.4f} of {len(accuracies)}" if accuracies else ""
-            progress(len(accuracies) * plan.num_epochs + done, so_far)
-
-    for unit in range(num_seeds):
-        accuracies.append(scorer.score(images, targets, x, y, rng.child("network", unit), on_epoch))
-    return accuracies
-
-
 USUAL_SEEDS = 5
 """Networks of a usual evaluation: the policy is settled for so many, or asking for more would change the first."""
 
@@ -212,58 +181,107 @@ def measure(
     test: Labelled,
     *,
     arrays: Arrays,
+    transform: Transform,
     syn: SyntheticSet | None,
-    network: Functional,
+    networks: Sequence[Functional],
     protocol: Protocol,
     num_seeds: int,
     seed: int,
     compute: Compute,
     progress: Progress,
-) -> Result:
-    """One cell: ``score_set`` under a protocol, with the record of what decided it.
+    ranks: Ranks = Ranks(),
+    journal: Journal | None = None,
+) -> list[Result]:
+    """Train and score ``num_seeds`` networks of each architecture under a protocol; a result for each architecture,
+    with the record of what decided it.
 
-    ``images`` and ``targets`` are those of ``syn``, or real ones where that is None.
+    ``images`` and ``targets`` are those of ``syn``, or real ones where that is None. Network k draws its weights,
+    batch order and augmentation from (seed, architecture, k) alone, so different sets are compared on the same
+    networks, and several processes deal the networks out. What the journal holds is not trained again.
+
+    Raises:
+        ValueError: another process ended; the journal cannot be written. What was trained is in it.
     """
     name = recorded_name(protocol, syn)
     augment = Augment.parse(protocol.augment, own=arrays.strategy)
-    device = network.device
-    compute = settled(compute, network, protocol, len(images))
-    begun = time.perf_counter()
-    with progress(f"{name} {network.name}", num_seeds * protocol.num_epochs) as bar:
-        accuracies = score_set(
-            images,
-            targets,
-            test.images,
-            test.labels,
-            network=network,
-            plan=protocol,
-            augment=augment,
-            num_seeds=num_seeds,
-            rng=Rng(seed).child("evaluate", network.name),
-            compute=compute,
-            progress=bar,
+    device = networks[0].device
+    common: dict[str, Any] = {
+        "protocol_hash": protocol.hash,
+        "augment": str(augment),
+        "seed": seed,
+        "num_images": len(images),
+        "synthetic_sha256": None if syn is None else checksum(syn.state_dict()),
+        "train_fingerprint": arrays.fingerprint["train"],
+        "test_fingerprint": arrays.fingerprint["test"],
+        "code": __version__,
+    }
+    policies = [settled(compute, network, protocol, len(images)) for network in networks]
+    decided_by = [
+        {
+            **common,
+            "compute": policy.first_order_identity(),
+            **network.identity(),
+            "num_params": network.num_params,
+            "transform": transform.describe(),
+            "device": device.type,
+        }
+        for network, policy in zip(networks, policies, strict=True)
+    ]
+    cells = _found(decided_by, num_seeds, journal, ranks)
+    trained = torch.zeros_like(cells)
+    mine = ranks.deal(cells[:, :, 0].isnan().nonzero().tolist())
+    for i, network in enumerate(networks):
+        units = [k for of, k in mine if of == i]
+        if not units:
+            continue
+        scorer, rng = SetScorer(network, protocol, policies[i], augment), Rng(seed).child("evaluate", network.name)
+        with progress(f"{name} {network.name}", len(units) * protocol.num_epochs) as bar:
+            for number, k in enumerate(units):
+                begun = time.perf_counter()
+                on_epoch = _reporter(bar, number * protocol.num_epochs, trained[i, units[:number], 0])
+                accuracy = scorer.score(images, targets, test.images, test.labels, rng.child("network", k), on_epoch)
+                cell = Cell(accuracy, time.perf_counter() - begun)
+                trained[i, k] = torch.tensor(cell, dtype=torch.float64)
+                if journal is not None:
+                    journal.add(decided_by[i], k, cell)
+    ranks.sum_([trained])
+    cells = torch.where(cells.isnan(), trained, cells)
+    return [
+        Result(
+            method="full" if syn is None else syn.origin.recipe.get("method", {}).get("name", ""),
+            network=network.name,
+            num_params=network.num_params,
+            accuracies=tuple(accuracies.tolist()),
+            protocol=name,
+            protocol_fields=protocol.content(),
+            dataset=arrays.name,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            threads=torch.get_num_threads(),
+            seconds=round(float(seconds.sum()), 3),
+            compute=policy.first_order_identity(),
+            **common,
         )
-    return Result(
-        method="full" if syn is None else syn.origin.recipe.get("method", {}).get("name", ""),
-        network=network.name,
-        num_params=network.num_params,
-        accuracies=tuple(accuracies),
-        protocol=name,
-        protocol_hash=protocol.hash,
-        protocol_fields=protocol.content(),
-        augment=str(augment),
-        seed=seed,
-        num_images=len(images),
-        synthetic_sha256=None if syn is None else checksum(syn.state_dict()),
-        dataset=arrays.name,
-        train_fingerprint=arrays.fingerprint["train"],
-        test_fingerprint=arrays.fingerprint["test"],
-        compute=compute.first_order_identity(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        threads=torch.get_num_threads(),
-        seconds=round(time.perf_counter() - begun, 3),
-        code=__version__,
-    )
+        for network, policy, (accuracies, seconds) in zip(networks, policies, cells.transpose(1, 2), strict=True)
+    ]
+
+
+def _found(decided_by: Sequence[Mapping[str, Any]], num_seeds: int, journal: Journal | None, ranks: Ranks) -> Tensor:
+    """Accuracy and seconds (networks, num_seeds, 2), as the journal has them in the eyes of the first process; else
+    not a number."""
+    cells = torch.full((len(decided_by), num_seeds, 2), torch.nan, dtype=torch.float64)
+    if journal is not None and ranks.first:
+        for row, key in zip(cells, decided_by, strict=True):
+            for k, cell in journal.find(key).items():
+                if k < num_seeds:
+                    row[k] = torch.tensor(cell, dtype=torch.float64)
+    ranks.same([cells])
+    return cells
+
+
+def _reporter(bar: Bar, before: int, accuracies: Tensor) -> OnEpoch:
+    """Shows the epochs done, and the mean of the accuracies so far."""
+    note = f"mean {float(accuracies.mean()):.4f} of {len(accuracies)}" if len(accuracies) else ""
+    return lambda done, weights: bar(before + done, note)
 
 
 def evaluate(
@@ -279,6 +297,8 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress = tracking.progress,
     on_result: Callable[[Result], None] | None = None,
+    ranks: Ranks = Ranks(),
+    journal: Journal | None = None,
 ) -> Evaluation:
     """Train ``num_seeds`` fresh networks per architecture on the set and score each once, at its last epoch.
 
@@ -289,7 +309,9 @@ def evaluate(
         networks: network strings or callables.
         protocol: of ``condense.eval.protocol.named``, or with fields replaced.
         cache: folder of whitening matrices.
-        on_result: called with each result as soon as it is there.
+        on_result: called with each result as soon as it is there; with several processes, when all are.
+        ranks: processes that deal the networks out.
+        journal: where trained networks are kept until the results are there.
 
     Raises:
         ValueError: the set was not made from this data set; there are no test images; a network cannot take
@@ -299,25 +321,29 @@ def evaluate(
     skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
     images, targets = images.to(device), targets.to(device)
-    test = load_test(arrays, _transform(syn, arrays, cache), device)
+    transform = _transform(syn, arrays, cache)
+    test = load_test(arrays, transform, device)
     results = []
-    for network in skeletons:
-        result = measure(
+    for group in [[network] for network in skeletons] if ranks.size == 1 else [skeletons]:
+        for result in measure(
             images,
             targets,
             test,
             arrays=arrays,
+            transform=transform,
             syn=syn,
-            network=network,
+            networks=group,
             protocol=protocol,
             num_seeds=num_seeds,
             seed=seed,
             compute=compute,
             progress=progress,
-        )
-        results.append(result)
-        if on_result is not None:
-            on_result(result)
+            ranks=ranks,
+            journal=journal,
+        ):
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
     return Evaluation(tuple(results))
 
 

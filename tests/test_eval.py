@@ -1,11 +1,12 @@
 """The evaluator: what the protocols mean, what a result says, and what it can never have seen."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from condense.data.datasets import Arrays, load, to_float
 from condense.data.images import Images
 from condense.data.transform import fit
 from condense.eval import baselines, crossarch
-from condense.eval.crossarch import Evaluation, SetScorer, decoded, evaluate, read, score_set
+from condense.eval.crossarch import Evaluation, SetScorer, decoded, evaluate, read
 from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_name
 from condense.files import read_header
 from condense.networks import Functional
@@ -164,19 +165,15 @@ class TestOwn:
         assert by_canonical.accuracies == run(make_set(arrays), arrays).results[0].accuracies
         lr = by_own.protocol_fields["lr"]
         assert lr == pytest.approx(0.05)
+        scorer = SetScorer(Functional("mlp", SHAPE, CLASSES), Training(num_epochs=20, lr=lr), Compute())
+        images, x, y = (
+            to_float(arrays.x_train[:CLASSES]),
+            to_float(arrays.x_test),
+            torch.from_numpy(arrays.y_test),
+        )
+        rng = Rng(0).child("evaluate", "mlp")
         hard_score, soft_score = (
-            score_set(
-                to_float(arrays.x_train[:CLASSES]),
-                targets,
-                to_float(arrays.x_test),
-                torch.from_numpy(arrays.y_test),
-                network=Functional("mlp", SHAPE, CLASSES),
-                plan=Training(num_epochs=20, lr=lr),
-                augment=Augment(),
-                num_seeds=2,
-                rng=Rng(0).child("evaluate", "mlp"),
-                compute=Compute(),
-            )
+            [scorer.score(images, targets, x, y, rng.child("network", k)) for k in range(2)]
             for targets in (soft.argmax(1), soft.softmax(1))
         )
         assert list(by_own.accuracies) == soft_score != hard_score
@@ -304,23 +301,16 @@ class TestEvaluate:
         with pytest.raises(ValueError, match="num_seeds must be at least 1"):
             run(make_set(arrays), arrays, num_seeds=0)
 
-    def test_progress_counts_epochs(self) -> None:
-        images, labels = stripes(6, 0)
-        seen: list[int] = []
-        score_set(
-            images,
-            labels,
-            images,
-            labels,
-            network=Functional("mlp", SHAPE, CLASSES),
-            plan=Training(num_epochs=3),
-            augment=Augment(),
-            num_seeds=2,
-            rng=Rng(0),
-            compute=Compute(),
-            progress=lambda done, note="": seen.append(done),
-        )
-        assert seen == [1, 2, 3, 4, 5, 6]
+    def test_progress_counts_epochs(self, arrays: Arrays) -> None:
+        seen: list[Any] = []
+
+        @contextlib.contextmanager
+        def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+            seen.append((title, total))
+            yield lambda done, note="": seen.append(done)
+
+        run(make_set(arrays), arrays, protocol=dataclasses.replace(SHORT, num_epochs=3), progress=progress)
+        assert seen == [("canonical* mlp", 6), 1, 2, 3, 4, 5, 6]
 
 
 class TestFile:

@@ -1,0 +1,52 @@
+"""The trained networks of an evaluation that is not done yet: one line each, so that a stopped one goes on."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from condense.files import canonical_json
+from condense.tracking import Log, read_log
+
+
+class Cell(NamedTuple):
+    """One trained network."""
+
+    accuracy: float
+    seconds: float
+
+
+class Journal:
+    """``NAME.cells.rank<k>.jsonl`` beside the result file; each process appends to its own."""
+
+    def __init__(self, target: Path, rank: int) -> None:
+        self._target, self._rank = target, rank
+
+    def find(self, decided_by: Mapping[str, Any]) -> dict[int, Cell]:
+        """The networks there are, by number, of those that all of ``decided_by`` decided."""
+        key = _key(decided_by)
+        lines = [line for file in self._files() for line in read_log(file) if line.get("key") == key]
+        return {line["k"]: Cell(line["accuracy"], line["seconds"]) for line in lines}
+
+    def add(self, decided_by: Mapping[str, Any], k: int, cell: Cell) -> None:
+        """Keep network ``k``; it is on disk when this returns. Raises ValueError where the disk is full."""
+        line = {"key": _key(decided_by), "network": decided_by["network"], "k": k, **cell._asdict()}
+        with closing(Log(self._target.with_suffix(f".cells.rank{self._rank}.jsonl"))) as log:
+            log.write(line)
+            log.sync()
+
+    def remove(self) -> None:
+        """All of it, once the results are written."""
+        for file in self._files():
+            file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self._target.parent.glob(f"{glob.escape(self._target.stem)}.cells.rank*.jsonl"))
+
+
+def _key(decided_by: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(decided_by).encode()).hexdigest()
