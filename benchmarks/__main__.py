@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import buffer_read, measure, report, startup
 from benchmarks.harness import alone, cores, machine
-from benchmarks.jobs import FULL, JOBS, QUICK, Job, MatchingSteps, Scale, with_narrow_adjoint
+from benchmarks.jobs import FULL, JOBS, QUICK, Job, Scale, matching_engine, with_narrow_adjoint
 from benchmarks.report import Row, row
 from condense.compute import resolve_device
 
@@ -58,14 +58,16 @@ def compare(path: str, job: Job, session: Session) -> None:
     session.add(path, "time", job.unit, ours, n, textbook=theirs, same=same, at_least=job.ask)
     session.add(path, "compilation", "s", times.compilation, 1)
     if job.ask_memory is not None:
-        peaks = [alone(measure.memory, build, build is job.engine, scale, device) for build in (job.textbook, job.engine)]
+        peaks = [
+            alone(measure.memory, build, build is job.engine, scale, device) for build in (job.textbook, job.engine)
+        ]
         session.add(path, "memory", "MB", peaks[1], 1, textbook=peaks[0], at_least=job.ask_memory)
 
 
 def long_roll_out(session: Session) -> None:
     """The engine's memory at 40 steps over that at 10."""
     few, many = (
-        alone(measure.memory, partial(MatchingSteps, n), True, session.scale, session.device) for n in (10, 40)
+        alone(measure.memory, partial(matching_engine, n), True, session.scale, session.device) for n in (10, 40)
     )
     session.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, at_most=1.2)
 
@@ -75,8 +77,12 @@ def narrow_adjoint(session: Session) -> None:
     compute = with_narrow_adjoint(session.scale.compute)
     if compute is None:
         return
-    scale, path, n = dataclasses.replace(session.scale, compute=compute), "trajectory matching, 10 steps", session.repeats
-    seconds = alone(measure.engine_seconds, partial(MatchingSteps, 10), scale, session.device, n)
+    scale, path, n = (
+        dataclasses.replace(session.scale, compute=compute),
+        "trajectory matching, 10 steps",
+        session.repeats,
+    )
+    seconds = alone(measure.engine_seconds, partial(matching_engine, 10), scale, session.device, n)
     found = session.found(path, "time")
     session.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=found and found.textbook)
     error = alone(measure.narrow_error, scale, session.device)
@@ -150,7 +156,9 @@ def head(session: Session) -> dict[str, Any]:
 def main(words: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="paths whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="paths whose name contains one of these"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns of which the median is taken")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
     parser.add_argument("--out", type=Path, help="folder of performance.json and .md; default docs, for a full run")

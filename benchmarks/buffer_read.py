@@ -91,9 +91,7 @@ def published_mapped(folder: Path) -> Callable[[int, int], Tensor]:
     return published(folder, mmap=True)
 
 
-def measure(
-    way: Callable[[Path], Callable[[int, int], Tensor]], folder: Path, layout: Layout, num_reads: int
-) -> Cost:
+def measure(way: Callable[[Path], Callable[[int, int], Tensor]], folder: Path, layout: Layout, num_reads: int) -> Cost:
     draw = random.Random(0)
     for path in [*folder.iterdir(), folder.parent / PUBLISHED]:
         with open(path, "rb") as file:

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from benchmarks import buffer_read, textbook
-from benchmarks.harness import Run, allocator, alone, median_seconds, peak_mb
+from benchmarks.harness import Run, allocator, alone, median_seconds, peak_mb, scratch
 from benchmarks.jobs import (
     EXACT,
     STRATEGY,
-    MatchingSteps,
     Scale,
     fresh,
     gradient_engine,
     make,
+    matching_engine,
     matching_textbook,
     sweep,
 )
@@ -59,7 +59,7 @@ def matching(engine: bool, field: str, size: int) -> Run:
     """A step of trajectory matching: through ten steps of the student, or through ``size``."""
     scale = SMALL if field == "steps" else dataclasses.replace(SMALL, **{field: size})
     num_steps = size if field == "steps" else 10
-    return (MatchingSteps if engine else matching_textbook)(num_steps, scale, CPU)
+    return (matching_engine if engine else matching_textbook)(num_steps, scale, CPU)
 
 
 def gradients(engine: bool, num_classes: int) -> Run:
@@ -96,14 +96,8 @@ def experts(engine: bool, num_experts: int) -> Run:
 def reading(engine: bool, num_experts: int) -> Run:
     """Opening a buffer of so many experts of 50 epochs and reading one pair."""
     layout = buffer_read.Layout(network="convnet:depth=2,width=32", image_shape=(3, 16, 16), num_experts=num_experts)
-    held = tempfile.TemporaryDirectory()
-    folder = buffer_read.write(Path(held.name), layout)
-
-    def run() -> None:
-        assert held
-        (buffer_read.ours if engine else buffer_read.published)(folder)(num_experts - 1, 0)
-
-    return run
+    folder = buffer_read.write(scratch(), layout)
+    return lambda: (buffer_read.ours if engine else buffer_read.published)(folder)(num_experts - 1, 0)
 
 
 PANELS = (
@@ -164,6 +158,9 @@ def measure(curve: Curve, engine: bool, sizes: Sequence[int], repeats: int) -> P
     return found
 
 
+LABELS = {"seconds": "time, s", "memory": "peak memory, MB"}
+
+
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
@@ -171,26 +168,27 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 def plot(found: dict[Panel, tuple[Points, Points]], path: Path) -> None:
     """Small multiples: time above, memory below, a column for each panel."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(3.4 * len(found), 6.4), layout="constrained", facecolor="white")
     axes = figure.subplots(2, len(found), squeeze=False)
     for column, (panel, sides) in enumerate(found.items()):
-        for axis, quantity, unit in zip(axes[:, column], ("seconds", "memory"), ("time, s", "peak memory, MB"), strict=True):
+        for axis, (quantity, label) in zip(axes[:, column], LABELS.items(), strict=True):
             exponents = []
-            for side, points, colour, marker in zip(
-                ("engine", "textbook"), sides, ("tab:blue", "tab:orange"), ("o", "s"), strict=True
-            ):
+            for side, points, style in zip(("engine", "textbook"), sides, ("o-", "s--"), strict=True):
                 values = getattr(points, quantity)
-                axis.loglog(panel.sizes, values, marker=marker, color=colour, label=side)
+                axis.loglog(panel.sizes, values, style, label=side)
                 exponents.append(f"{side} {exponent(panel.sizes, values):.2f}")
             axis.set_title(f"{panel.title}\n{', '.join(exponents)}", fontsize=10)
             axis.set_xlabel(panel.label)
-            axis.set_ylabel(unit)
+            axis.set_ylabel(label)
             axis.set_xticks(panel.sizes, [str(size) for size in panel.sizes])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -200,14 +198,10 @@ def table(found: dict[Panel, tuple[Points, Points]]) -> str:
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for panel, sides in found.items():
-        slopes = [exponent(panel.sizes, values) for q in ("seconds", "memory") for values in _of(sides, q)]
+        slopes = [exponent(panel.sizes, getattr(points, quantity)) for quantity in LABELS for points in sides]
         cells = [panel.title, panel.label, f"{panel.sizes[0]}, {panel.sizes[-1]}", *(f"{s:.2f}" for s in slopes)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _of(sides: tuple[Points, Points], quantity: str) -> list[list[float]]:
-    return [getattr(points, quantity) for points in sides]
 
 
 def main(words: list[str] | None = None) -> None:

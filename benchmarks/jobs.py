@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from benchmarks import textbook
-from benchmarks.harness import Run
+from benchmarks.harness import Run, scratch
 from condense.artifacts import Trajectories, TrajectorySpec
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
@@ -224,17 +223,16 @@ def evaluation_engine(scale: Scale, device: torch.device) -> Run:
 # Trajectory matching: one update of the images through a number of the student's steps.
 
 
-def expert_buffer(task: Task, folder: Path) -> Path:
+def expert_buffer(task: Task) -> Path:
     """One expert of two short epochs."""
     few = Labelled(*(part[torch.arange(128) * 37 % len(task.train)] for part in (task.train.images, task.train.labels)))
     plan = Experts(num_experts=1, num_epochs=2, batch_size=32)
-    return build(dataclasses.replace(task, train=few), plan, root=folder, seed=0, compute=EXACT)
+    return build(dataclasses.replace(task, train=few), plan, root=scratch(), seed=0, compute=EXACT)
 
 
 def matching_textbook(num_steps: int, scale: Scale, device: torch.device) -> Run:
     task, net = make(scale, device), fresh(scale, device)
-    with tempfile.TemporaryDirectory() as folder:
-        snapshots = Trajectories(expert_buffer(task, Path(folder))).pair(0, 0, 2)
+    snapshots = Trajectories(expert_buffer(task)).pair(0, 0, 2)
     start, target = ({name: p.to(device) for name, p in snapshot.items()} for snapshot in snapshots)
     images, labels = synthetic(scale, task)
     images.requires_grad_()
@@ -244,20 +242,16 @@ def matching_textbook(num_steps: int, scale: Scale, device: torch.device) -> Run
     return lambda: textbook.mtt_step(net, start, target, images, labels, lr, optimisers, num_steps, STRATEGY)
 
 
-class MatchingSteps(Steps):
-    """Steps of MTT, with the buffer that they read."""
-
-    def __init__(self, num_steps: int, scale: Scale, device: torch.device) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        task = make(scale, device)
-        method = MTT(syn_steps=num_steps // scale.shorten, expert_epochs=2, max_start_epoch=1)
-        super().__init__(method, context(scale, task, expert_buffer(task, Path(self.folder.name))))
+def matching_engine(num_steps: int, scale: Scale, device: torch.device) -> Steps:
+    task = make(scale, device)
+    method = MTT(syn_steps=num_steps // scale.shorten, expert_epochs=2, max_start_epoch=1)
+    return Steps(method, context(scale, task, expert_buffer(task)))
 
 
 def matching(num_steps: int, ask: float, ask_memory: float) -> Job:
     return Job(
         textbook=partial(matching_textbook, num_steps),
-        engine=partial(MatchingSteps, num_steps),
+        engine=partial(matching_engine, num_steps),
         ask=ask,
         ask_memory=ask_memory,
     )
@@ -296,6 +290,10 @@ JOBS: dict[str, Job] = {
     ),
     "trajectory matching, 10 steps": matching(10, ask=3.0, ask_memory=3.0),
     "trajectory matching, 20 steps": matching(20, ask=4.0, ask_memory=5.0),
-    "gradient matching, a sweep of the classes": Job(textbook=partial(sweep, textbook.dc_step, 0.1), engine=gradient_engine, ask=3.0),
-    "distribution matching, a step": Job(textbook=partial(sweep, textbook.dm_step, 1.0), engine=distribution_engine, ask=3.5),
+    "gradient matching, a sweep of the classes": Job(
+        textbook=partial(sweep, textbook.dc_step, 0.1), engine=gradient_engine, ask=3.0
+    ),
+    "distribution matching, a step": Job(
+        textbook=partial(sweep, textbook.dm_step, 1.0), engine=distribution_engine, ask=3.5
+    ),
 }

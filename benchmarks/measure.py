@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Run, allocator, median_seconds, peak_mb, seconds
-from benchmarks.jobs import EXACT, STRATEGY, MatchingSteps, Scale, fresh, make
+from benchmarks.jobs import EXACT, STRATEGY, Scale, fresh, make, matching_engine
 from benchmarks.textbook import dsa
 
 Build = Callable[[Scale, torch.device], Run]
@@ -70,7 +70,7 @@ def narrow_error(scale: Scale, device: torch.device) -> float:
     """Error of the images' gradient in one step of trajectory matching, relative to eager float32."""
 
     def gradient(scale: Scale) -> torch.Tensor:
-        steps = MatchingSteps(10, scale, device)
+        steps = matching_engine(10, scale, device)
         steps()
         grad = steps.state.syn.latents.grad
         assert grad is not None

@@ -48,13 +48,13 @@ def row(
     """A row with its ratios, and whether it meets its ask: a ratio of ``at_least``, or a value of ``at_most``."""
 
     def gain(theirs: float | None) -> float | None:
-        if theirs is None:
+        if theirs is None or 0 in (theirs, engine):
             return None
         return engine / theirs if unit.endswith("/s") else theirs / engine
 
     ratio, ask, met = gain(textbook), None, None
-    if at_least is not None and ratio is not None:
-        ask, met = f">= {at_least:g} x", ratio >= at_least
+    if at_least is not None:
+        ask, met = f">= {at_least:g} x", ratio is not None and ratio >= at_least
     elif at_most is not None:
         ask, met = f"<= {at_most:g} {unit}", engine <= at_most
     return Row(

@@ -1,6 +1,6 @@
 """How long the command line takes to answer, and to begin with its work.
 
-    python -m benchmarks.startup RUN [FLAGS]      # `condense evaluate` until the end of the first epoch
+python -m benchmarks.startup RUN [FLAGS]      # `condense evaluate` until the end of the first epoch
 """
 
 from __future__ import annotations
