@@ -64,7 +64,6 @@ def write(folder: Path, layout: Layout) -> Path:
         published.append([[p.clone() for p in network.unflatten(row).values()] for row in rows])
     writer.save()
     torch.save(published, folder / PUBLISHED)
-    os.sync()
     return writer.folder
 
 
@@ -93,6 +92,7 @@ def published_mapped(folder: Path) -> Callable[[int, int], Tensor]:
 
 def measure(way: Callable[[Path], Callable[[int, int], Tensor]], folder: Path, layout: Layout, num_reads: int) -> Cost:
     draw = random.Random(0)
+    os.sync()  # only what is on the disk can be dropped
     for path in [*folder.iterdir(), folder.parent / PUBLISHED]:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

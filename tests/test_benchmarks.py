@@ -64,8 +64,9 @@ def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
 
 
 @linux
-def test_growth_is_drawn(here: None, tmp_path: Path) -> None:
+def test_growth_is_drawn(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(growth, "SMALL", jobs.QUICK)
     growth.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
     assert (tmp_path / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")
 
