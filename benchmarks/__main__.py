@@ -58,17 +58,19 @@ def compare(path: str, job: Job, session: Session) -> None:
     session.add(path, "time", job.unit, ours, n, textbook=theirs, same=same, at_least=job.ask)
     session.add(path, "compilation", "s", times.compilation, 1)
     if job.ask_memory is not None:
-        peaks = [
-            alone(measure.memory, build, build is job.engine, scale, device) for build in (job.textbook, job.engine)
-        ]
-        session.add(path, "memory", "MB", peaks[1], 1, textbook=peaks[0], at_least=job.ask_memory)
+        theirs = alone(measure.memory, job.textbook, False, scale, device)
+        ours = alone(measure.memory, job.engine, True, scale, device)
+        session.add(path, "memory", "MB", ours, 1, textbook=theirs, at_least=job.ask_memory)
 
 
 def long_roll_out(session: Session) -> None:
     """The engine's memory at 40 steps over that at 10."""
-    few, many = (
-        alone(measure.memory, partial(matching_engine, n), True, session.scale, session.device) for n in (10, 40)
-    )
+
+    def peak(num_steps: int) -> float:
+        return alone(measure.memory, partial(matching_engine, num_steps), True, session.scale, session.device)
+
+    found = session.found("trajectory matching, 10 steps", "memory")
+    few, many = peak(10) if found is None else found.engine, peak(40)
     session.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, at_most=1.2)
 
 
@@ -77,11 +79,8 @@ def narrow_adjoint(session: Session) -> None:
     compute = with_narrow_adjoint(session.scale.compute)
     if compute is None:
         return
-    scale, path, n = (
-        dataclasses.replace(session.scale, compute=compute),
-        "trajectory matching, 10 steps",
-        session.repeats,
-    )
+    path, n = "trajectory matching, 10 steps", session.repeats
+    scale = dataclasses.replace(session.scale, compute=compute)
     seconds = alone(measure.engine_seconds, partial(matching_engine, 10), scale, session.device, n)
     found = session.found(path, "time")
     session.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=found and found.textbook)
@@ -122,7 +121,8 @@ def reading(session: Session) -> None:
 
 def command_line(session: Session) -> None:
     n = session.repeats
-    session.add("import condense", "time", "s", startup.median_wall(["-c", "import condense"], n), n)
+    for name in ("condense", "condense.api"):
+        session.add(f"import {name}", "time", "s", startup.median_wall(["-c", f"import {name}"], n), n)
     session.add("condense --help", "time", "s", startup.median_wall(["-m", "condense", "--help"], n), n)
     cold, warm = startup.first_epoch(session.scale, str(session.device), n)
     session.add("condense evaluate, until the first epoch", "time, compiling anew", "s", cold, 1)

@@ -223,7 +223,8 @@ def main(words: list[str] | None = None) -> None:
         found[panel] = ours, theirs
         print(f"{panel.title}, {panel.label}: {ours} {theirs}", flush=True)
     plot(found, options.out / "images" / "growth.png")
-    replace_part(options.out / "performance.md", "growth", table(found))
+    page = f"![Time and peak memory against size](images/growth.png)\n\n{table(found)}"
+    replace_part(options.out / "performance.md", "growth", page)
     print(table(found))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Run, allocator, median_seconds, peak_mb, seconds
-from benchmarks.jobs import EXACT, STRATEGY, Scale, fresh, make, matching_engine
+from benchmarks.jobs import EXACT, QUICK, STRATEGY, Scale, fresh, make, matching_engine
 from benchmarks.textbook import dsa
 
 Build = Callable[[Scale, torch.device], Run]
@@ -32,19 +32,20 @@ class Times(NamedTuple):
 
 
 def times(textbook: Build, engine: Build, scale: Scale, device: torch.device, repeats: int) -> Times:
-    """The two sides in turn, ``repeats`` times after one run of each; the textbook under both allocators, under that of
-    the engine in the first half of the turns."""
+    """The two sides in turn, ``repeats`` times after a run of each; of the textbook, which compiles nothing, a tiny one.
+
+    The textbook runs under both allocators; under that of the engine in the first half of the turns.
+    """
+    textbook(QUICK, device)()
     theirs, ours = textbook(scale, device), engine(scale, device)
     allocator(engine=True)
     first = seconds(ours, device)
-    allocator(engine=False)
-    seconds(theirs, device)
     default, same, found = [], [], []
     for turn in range(repeats):
         allocator(engine=False)
         default.append(seconds(theirs, device))
         allocator(engine=True)
-        if turn < (repeats + 1) // 2:
+        if turn < max(repeats // 2, 1):
             same.append(seconds(theirs, device))
         found.append(seconds(ours, device))
     median = statistics.median(found)
@@ -59,10 +60,11 @@ def engine_seconds(engine: Build, scale: Scale, device: torch.device, repeats: i
 
 
 def memory(build: Build, engine: bool, scale: Scale, device: torch.device) -> float:
-    """Peak of the second run over what the process held before it, in MB, each side under its own allocator."""
+    """Peak of a run over what the process held before it, in MB, each side under its own allocator and after a run
+    like those of ``times``."""
     allocator(engine)
     run = build(scale, device)
-    run()
+    (run if engine else build(QUICK, device))()
     return peak_mb(run, device)
 
 

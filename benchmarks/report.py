@@ -50,7 +50,7 @@ def row(
     def gain(theirs: float | None) -> float | None:
         if theirs is None or 0 in (theirs, engine):
             return None
-        return engine / theirs if unit.endswith("/s") else theirs / engine
+        return engine / theirs if unit.endswith(("/s", "%")) else theirs / engine
 
     ratio, ask, met = gain(textbook), None, None
     if at_least is not None:
