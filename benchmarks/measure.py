@@ -32,7 +32,7 @@ class Times(NamedTuple):
 
 
 def times(textbook: Build, engine: Build, scale: Scale, device: torch.device, repeats: int) -> Times:
-    """The two sides in turn, ``repeats`` times after a run of each; of the textbook, which compiles nothing, a tiny one.
+    """The two sides in turn, ``repeats`` times after a run of each; a tiny one of the textbook: it compiles nothing.
 
     The textbook runs under both allocators; under that of the engine in the first half of the turns.
     """
