@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from condense.files import canonical_json, read_header, replacing, reporting, write_text
+from condense.files import canonical_json, read_header, read_row, replacing, reporting, write_text
 from condense.networks import Weights
 
 FORMAT = 1
@@ -158,18 +158,15 @@ class Trajectories(Artifact):
         if header.get("buffer") != self._key:
             raise ValueError(f"{path} belongs to another buffer; {_MEND}")
         rows = []
-        with safetensors.safe_open(path, framework="pt") as file:
-            for epoch in epochs:
-                try:
-                    row = file.get_slice(table)[epoch : epoch + 1].clone()[0]
-                    intact = _checksum(row) == header["rows"][table][epoch]
-                except (safetensors.SafetensorError, KeyError, IndexError, TypeError):
-                    intact = False
-                if not intact:
-                    raise ValueError(
-                        f"{path} is damaged: its {table} of epoch {epoch} do not fit their checksum; {_MEND}"
-                    )
-                rows.append(_unpack(row, self.manifest[table]))
+        for epoch in epochs:
+            try:
+                row = read_row(path, table, epoch)
+                intact = _checksum(row) == header["rows"][table][epoch]
+            except (OSError, ValueError, KeyError, IndexError, TypeError):
+                intact = False
+            if not intact:
+                raise ValueError(f"{path} is damaged: its {table} of epoch {epoch} do not fit their checksum; {_MEND}")
+            rows.append(_unpack(row, self.manifest[table]))
         return rows
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+_LONGEST_HEADER = 100 << 20  # bytes, as of the format
 
 
 def canonical_json(value: Any) -> str:
@@ -79,7 +81,10 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     if header.get("kind") != kind or header.get("format") != FORMAT:
         found = f"{header.get('kind')} of format {header.get('format')}"
         raise ValueError(f"{path} holds a {found}, not a {kind} of format {FORMAT}; give the right file")
-    tensors = safetensors.torch.load_file(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}; restore it") from error
     if checksum(tensors) != header.get("sha256") or "header_sha256" not in header:
         raise ValueError(f"{path} is damaged: its checksum does not fit its content; write it again or restore it")
     return tensors, header
@@ -90,19 +95,56 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; check the path")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        header = dict(json.loads(metadata["condense"]))
+        with _unbuffered(path) as file:
+            layout, start = _layout(file)
+        ends = [entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__"]
+        if path.stat().st_size != start + max(ends, default=0):
+            raise ValueError("its size is not what it says")
+        header = dict(json.loads(layout.get("__metadata__", {})["condense"]))
     except KeyError:
         raise ValueError(
             f"{path} was not written by Condense: it has no `condense` header; for published files see "
             "`condense import --help`"
         ) from None
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}; it may be cut short, restore it") from error
     if "header_sha256" in header and header["header_sha256"] != _header_checksum(header):
         raise ValueError(f"{path} is damaged: its checksum does not fit its header; write it again or restore it")
     return header
+
+
+def read_row(path: Path, name: str, index: int) -> Tensor:
+    """One row of a float32 table in a safetensors file, and no other byte of it.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the file is not of this form.
+    """
+    with _unbuffered(path) as file:
+        layout, start = _layout(file)
+        num_rows, width = layout[name]["shape"]
+        if layout[name]["dtype"] != "F32" or not 0 <= index < num_rows:
+            raise ValueError(f"{path} has no float32 row {index} in {name}")
+        file.seek(start + layout[name]["data_offsets"][0] + 4 * width * index)
+        row = torch.empty(width)
+        if file.readinto(row.numpy().data.cast("B")) != 4 * width:
+            raise ValueError(f"{path} is cut short")
+        return row
+
+
+def _unbuffered(path: Path) -> FileIO:
+    """For reading what is asked for: a memory map, or a buffer, reads ahead."""
+    file = open(path, "rb", buffering=0)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
+
+
+def _layout(file: FileIO) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file: its entries, and where the data begin."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > _LONGEST_HEADER:
+        raise ValueError("its header is longer than any")
+    return dict(json.loads(file.read(length))), 8 + length
 
 
 def _header_checksum(header: Mapping[str, Any]) -> str:
