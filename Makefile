@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint format types bench clean
+.PHONY: help demo test test-slow check lint format types bench bench-growth clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -46,9 +46,11 @@ types: .venv/dev ## type-check what a user gets: the built wheel, not the editab
 	MYPYPATH=build/types/site $(BIN)/mypy -p condense --linecount-report build/types/report --cache-dir build/types/cache
 	$(BIN)/python tests/types_seen.py build/types/report/linecount.txt
 
-bench: .venv/user ## inner-loop memory and buffer reading, against the textbook way
-	$(BIN)/python benchmarks/inner_memory.py
-	$(BIN)/python benchmarks/buffer_read.py
+bench: .venv/user ## the engine against a textbook implementation, path by path (under 15 minutes on two cores)
+	$(BIN)/python -m benchmarks
+
+bench-growth: .venv/dev ## how time and memory grow with images, classes, steps and experts (under 10 minutes)
+	$(BIN)/python -m benchmarks.growth
 
 clean: ## remove what can be made again
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,7 @@ reading gets a process of its own. `cold` is the first read after the files were
 with the bytes that came from the disk and the growth of the peak memory; `warm` is the median of later ones.
 Linux only.
 
-    python benchmarks/buffer_read.py
+    python -m benchmarks.buffer_read
 """
 
 from __future__ import annotations
@@ -16,20 +16,33 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import alone, reset_peak, status_bytes
 from condense.artifacts import Trajectories, TrajectoryWriter
-from condense.networks import Functional
+from condense.networks import Functional, ImageShape
 from condense.rng import Rng
 
-NUM_EXPERTS, NUM_EPOCHS, EXPERT_EPOCHS = 10, 50, 2
+EXPERT_EPOCHS = 2
 PUBLISHED = "replay_buffer_0.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a buffer holds."""
+
+    network: str = "convnet"
+    image_shape: ImageShape = (3, 32, 32)
+    num_experts: int = 10
+    num_epochs: int = 50
+
+
+FULL = Layout()
+QUICK = Layout(network="convnet:depth=1,width=4", image_shape=(3, 8, 8), num_experts=2, num_epochs=4)
 
 
 @dataclass(frozen=True)
@@ -40,19 +53,17 @@ class Cost:
     memory_mb: float
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, layout: Layout) -> Path:
     """Both formats, with the same weights; returns the folder of ours."""
-    network, rng = Functional("convnet", (3, 32, 32), 10), Rng(0)
-    assert network.num_params == 320_010
+    network, rng = Functional(layout.network, layout.image_shape, 10), Rng(0)
     writer = TrajectoryWriter(folder, "cifar10", {"network": network.name}, network.init(rng, "layout"))
     published = []
-    for expert in range(NUM_EXPERTS):
-        rows = torch.randn(NUM_EPOCHS + 1, network.num_params, generator=rng("weights", unit=expert))
+    for expert in range(layout.num_experts):
+        rows = torch.randn(layout.num_epochs + 1, network.num_params, generator=rng("weights", unit=expert))
         writer.add(expert, rows, rows[:, :0], {})
         published.append([[p.clone() for p in network.unflatten(row).values()] for row in rows])
     writer.save()
     torch.save(published, folder / PUBLISHED)
-    os.sync()
     return writer.folder
 
 
@@ -79,29 +90,25 @@ def published_mapped(folder: Path) -> Callable[[int, int], Tensor]:
     return published(folder, mmap=True)
 
 
-def measure(way: Callable[[Path], Callable[[int, int], Tensor]], folder: Path, num_reads: int) -> Cost:
+def measure(way: Callable[[Path], Callable[[int, int], Tensor]], folder: Path, layout: Layout, num_reads: int) -> Cost:
     draw = random.Random(0)
+    os.sync()  # only what is on the disk can be dropped
     for path in [*folder.iterdir(), folder.parent / PUBLISHED]:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    memory, disk = _status("VmRSS"), _disk_bytes()
+    reset_peak()
+    memory, disk = status_bytes("VmRSS"), _disk_bytes()
     times = []
     read = way(folder)
     for number in range(num_reads + 1):
-        expert, start = draw.randrange(NUM_EXPERTS), draw.randrange(NUM_EPOCHS - EXPERT_EPOCHS + 1)
+        expert, start = draw.randrange(layout.num_experts), draw.randrange(layout.num_epochs - EXPERT_EPOCHS + 1)
         begun = time.perf_counter()
         pair = read(expert, start)
         times.append(1e3 * (time.perf_counter() - begun))
-        assert pair.shape == (2, 320_010)
+        assert len(pair) == 2
         if number == 0:
-            memory, disk = _status("VmHWM") - memory, _disk_bytes() - disk
+            memory, disk = status_bytes("VmHWM") - memory, _disk_bytes() - disk
     return Cost(times[0], statistics.median(times[1:]), disk / 1e6, memory / 1e6)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def _disk_bytes() -> int:
@@ -116,11 +123,8 @@ def main() -> None:
         "torch.load, mmap=True": (published_mapped, 20),
     }
     with tempfile.TemporaryDirectory() as name:
-        folder = write(Path(name))
-        costs = {}
-        for label, (way, num_reads) in ways.items():
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                costs[label] = process.submit(measure, way, folder, num_reads).result()
+        folder = write(Path(name), FULL)
+        costs = {label: alone(measure, way, folder, FULL, num_reads) for label, (way, num_reads) in ways.items()}
     base = costs["condense"]
     print(f"| {'one pair from':<21} | cold ms | warm ms | disk MB | memory MB | times slower, warm |")
     print(f"|{'-' * 23}|--------:|--------:|--------:|----------:|-------------------:|")

@@ -1,32 +1,27 @@
 """Peak memory and time of the Exact adjoint against full unrolling; and how far off TESLA's gradient is.
 
-    python benchmarks/inner_memory.py                    # the table; Full at 40 steps needs about 15 GB
-    python benchmarks/inner_memory.py --adjoints exact   # the half that needs one
-    python benchmarks/inner_memory.py --error            # the error of TESLA
+    python -m benchmarks.inner_memory                    # the table; Full at 40 steps needs about 15 GB
+    python -m benchmarks.inner_memory --adjoints exact   # the half that needs one
+    python -m benchmarks.inner_memory --error            # the error of TESLA
 
 The job is one step of trajectory matching: ConvNet-D3-W128, 100 images of 3x32x32 (handwritten digits),
 gradients with respect to the images and the learning rate. Each configuration runs in a process of its own,
-after a warm-up of one step on four images. Peak is the growth of the resident set (ru_maxrss) over what the
-process held before the roll-out: interpreter, libraries, network and data, which are listed as base.
+after a warm-up of one step on four images. Peak is the growth of the resident set over what the process held
+before the roll-out: interpreter, libraries, network and data, which are listed as base. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import resource
-import subprocess
-import sys
 import time
-from pathlib import Path
+from datetime import date
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from benchmarks.harness import alone, machine, peak_mb, status_bytes
 from condense.inner import ADJOINTS, Adjoint, Exact, Full, Tesla, unroll
 from condense.networks import Functional
 from condense.rng import Rng
@@ -42,30 +37,22 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 40])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--error", action="store_true", help="measure the error of TESLA instead")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.one:
-        adjoint, num_steps = options.one
-        print(json.dumps(measure(ADJOINTS[adjoint](), int(num_steps))))
-        return
-    print(f"{cpu()}, {options.threads} threads, torch {torch.__version__}, {datetime.date.today()}\n")
+    print(f"{machine(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}, {date.today()}\n")
     if options.error:
         print_errors()
     else:
-        print_table(options.adjoints, options.steps, options.threads)
+        print_table(options.adjoints, options.steps)
 
 
-def print_table(adjoints: list[str], steps: list[int], threads: int) -> None:
+def print_table(adjoints: list[str], steps: list[int]) -> None:
     print("| adjoint | steps | base, MB | peak over base, MB | seconds |\n|---|---|---|---|---|")
     peaks: dict[tuple[str, int], float] = {}
     for adjoint in adjoints:
         for n in steps:
-            command = [sys.executable, __file__, "--threads", str(threads), "--one", adjoint, str(n)]
-            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-            peaks[adjoint, n] = found["peak"]
-            row = f"{found['base']:.0f} | {found['peak']:.0f} | {found['seconds']:.1f}"
-            print(f"| {adjoint} | {n} | {row} |", flush=True)
+            base, peaks[adjoint, n], took = alone(measure, ADJOINTS[adjoint](), n)
+            print(f"| {adjoint} | {n} | {base:.0f} | {peaks[adjoint, n]:.0f} | {took:.1f} |", flush=True)
     few, many = min(steps), max(steps)
     if "exact" in adjoints and few < many:
         peak, vectors = peaks["exact", many], many * ConvNet().net.num_params * 4 / 1e6
@@ -74,26 +61,14 @@ def print_table(adjoints: list[str], steps: list[int], threads: int) -> None:
         print(f"1.2 x its peak at {few} steps + {many} parameter vectors ({vectors:.0f} MB) = {bound:.0f} MB")
 
 
-def measure(adjoint: Adjoint, num_steps: int) -> dict[str, float]:
-    """One matching step in this process; megabytes and seconds."""
+def measure(adjoint: Adjoint, num_steps: int) -> tuple[float, float, float]:
+    """Base, peak over base (megabytes) and seconds of one matching step."""
     problem = ConvNet()
     target = {name: torch.zeros_like(p) for name, p in problem.start.items()}
     problem.gradient(adjoint, 1, 0.01, target, num_images=4)
-    base, start = resident(), time.perf_counter()
-    problem.gradient(adjoint, num_steps, 0.01, target)
-    return {"seconds": time.perf_counter() - start, "base": base, "peak": resident() - base}
-
-
-def resident() -> float:
-    """The largest resident set so far, in megabytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    base, begun = status_bytes("VmRSS") / 1e6, time.perf_counter()
+    peak = peak_mb(lambda: problem.gradient(adjoint, num_steps, 0.01, target), torch.device("cpu"))
+    return base, peak, time.perf_counter() - begun
 
 
 def print_errors() -> None:

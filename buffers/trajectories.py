@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from condense.artifacts import TrajectoryWriter, pack
+from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pack
 from condense.compute import Compute
+from condense.data.images import Images
 from condense.distributed import Ranks
 from condense.networks import Weights
 from condense.rng import Rng
@@ -92,9 +94,22 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
         **task.identity(),
         "training": plan.identity(),
         "augment": asdict(task.augment) if task.augment.ops else {"ops": []},
-        "compute": asdict(compute),
+        "compute": compute.first_order_identity(),
         "seed": seed,
     }
+
+
+USUAL_EPOCHS = 200
+"""Epochs of a usual buffer: ten experts of twenty. How far a buffer grows is no part of its identity, how it is
+computed is: so the policy is settled for this much work, whatever was asked for."""
+
+
+def settled(task: Task, plan: Experts, root: Path, seed: int, compute: Compute) -> Compute:
+    """``compute`` with nothing left open; where a buffer of this kind is there already, as that was built."""
+    like = {k: v for k, v in identity(task, plan, seed, compute).items() if k != "compute"}
+    there = identities(root, TrajectorySpec.kind, like)
+    earlier = there[0]["compute"] if len(there) == 1 else None
+    return compute.resolved(task.network.flops * len(task.train) * USUAL_EPOCHS, task.device, earlier)
 
 
 def build(
@@ -117,6 +132,7 @@ def build(
             damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
     network, rng = task.network, Rng(seed)
+    compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
     writer = TrajectoryWriter(root, task.name, identity(task, plan, seed, compute), layout)
     writer.make_folder()
@@ -158,7 +174,8 @@ def build(
 def _measure(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
     """Accuracy on a fixed part of the training images and, where there is one, on the validation split."""
     index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
-    parts = {"train_accuracy": (task.train.images[index], task.train.labels[index])}
+    parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
+    parts["train_accuracy"] = (task.train.images[index], task.train.labels[index])
     if task.val is not None:
         parts["val_accuracy"] = (task.val.images, task.val.labels)
     return lambda weights: {name: scorer.accuracy(weights, *part) for name, part in parts.items()}

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from tyro.conf import FlagConversionOff
 
 import condense
 from condense import artifacts, engine, picture, recipe, registry, runs
+from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
-from condense.compute import Compute, resolve_device
+from condense.compute import Compute, keep_compiled, resolve_device
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
 from condense.distributed import Ranks
@@ -94,7 +96,7 @@ def make_buffer(
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
     with ranks.first_ahead():
         arrays = _arrays(dataset, download)
-        skeleton = Functional(network, arrays.image_shape, arrays.num_classes, resolve_device(device))
+        skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     with progress(f"experts {task.name} {task.network.name}", plan.num_experts * plan.num_epochs) as bar:
 
@@ -190,8 +192,8 @@ def run(
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
     with ranks.first_ahead():
-        arrays = arrays or load_data(plan.dataset, download=options.download)
-    device = resolve_device(options.device)
+        arrays = arrays or _arrays(plan.dataset, options.download)
+    device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
     if options.eval_every and not plan.split.val_fraction:
@@ -203,6 +205,9 @@ def run(
     folder = run_folder(plan, options, arrays)
     resume = options.resume or ranks.restarted
     with ranks.first_ahead():
+        plan = dataclasses.replace(
+            plan, compute=_settle(plan, arrays, skeleton, runs.settled(folder) if resume else None)
+        )
         if ranks.first:
             runs.claim(folder, plan, resume)
         task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
@@ -276,7 +281,7 @@ def evaluate(
         "num_seeds": num_seeds,
         "seed": seed,
         "compute": compute,
-        "device": resolve_device(device),
+        "device": _prepare(device),
         "cache": cache_folder(),
         "ranks": ranks,
         "journal": None if target is None else Journal(target, ranks.rank),
@@ -327,6 +332,22 @@ def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
     return dataclasses.replace(named("own", made), **changed)
 
 
+def _prepare(device: str) -> torch.device:
+    """The device of this name, and the process made ready for work on it."""
+    chosen = resolve_device(device)
+    keep_compiled(str(cache_folder() / "compiled"))
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    return chosen
+
+
+def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None = None) -> Compute:
+    """The recipe's ``compute`` with nothing left open: a function of its planned work, or of what is settled."""
+    per_class = plan.ipc * plan.decode.expansion
+    passes = plan.method.passes(len(arrays.x_train), arrays.num_classes, per_class)
+    return plan.compute.resolved(network.flops * passes, network.device, earlier)
+
+
 def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     """Where a recipe is run: ``options.out``, or a name made of method, data set, budget and seed."""
     method = registry.name_of(plan.method).replace(":", ".")
@@ -334,7 +355,7 @@ def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
 
 
 def _arrays(dataset: Data, download: bool = False) -> Arrays:
-    return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download)
+    return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
 
 
 def _task(arrays: Arrays, network: Functional, *, transform: str, split: Split, augment: str) -> Task:
@@ -368,6 +389,7 @@ def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional,
         ipc=ipc,
         seed=seed,
     )
+    plan = dataclasses.replace(plan, compute=_settle(plan, arrays, network))
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
         return engine.compute(plan.method, _context(plan, task, artifacts.DEFAULT_ROOT), lambda done, record: bar(done))

@@ -321,6 +321,13 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
     raise ValueError(f"no {spec.kind} for {dataset} in {root}: {why}; build them with {command}")
 
 
+def identities(root: Path, kind: str, like: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The identities of the artifacts under ``root`` that agree with ``like``; what that leaves out is open."""
+    manifests = [read_manifest(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
+    found = [dict(manifest["identity"]) for manifest in manifests if manifest["kind"] == kind]
+    return [identity for identity in found if not _differences(_plain(like), identity)]
+
+
 def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
     """The manifest of an artifact.
 

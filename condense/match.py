@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from condense.compute import compiled_or_eager
 from condense.names import suggest
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
@@ -83,6 +84,7 @@ def matching_loss(
     images: Tensor,
     targets: Tensor,
     compile: bool = False,  # noqa: A002
+    micro_batch: int | None = None,
 ) -> Tensor:
     """``distance(real_grads, g)``, g = gradient in ``params`` of ``loss_fn(params, (images, targets))``.
 
@@ -90,13 +92,47 @@ def matching_loss(
     constant. The gradients are computed with the value, so that no second-order graph outlives this call.
     ``compile`` sends value and gradients through torch.compile as one function, since a compiled ``loss_fn``
     could not be differentiated twice; a new architecture, distance or shape compiles anew.
+
+    Args:
+        images, targets: (N, C, H, W) and (N, ...); or of K sets at once, (K, N, C, H, W) and (K, N, ...). Then
+            ``real_grads`` have K rows each, and the value is the sum over the sets.
+        micro_batch: most images of one pass; more are gone through in pieces, for which ``loss_fn`` has to be a
+            mean over them. It changes nothing but rounding. One set only.
     """
     inputs = (images, targets)
     wanted = tuple(i for i, x in enumerate(inputs) if x.requires_grad)
-    evaluate = _compiled() if compile else _value_and_gradients
+    fixed = (images.detach(), targets.detach())
+    sets = images.dim() == 5
+    evaluate = _of_sets if sets else _value_and_gradients
+    run = _compiled(evaluate) if compile else evaluate
     with torch.no_grad():
-        value, gradients = evaluate(wanted, loss_fn, params, real_grads, distance, (images.detach(), targets.detach()))
+        if micro_batch is None or sets or len(images) <= micro_batch:
+            value, gradients = run(wanted, loss_fn, params, real_grads, distance, fixed)
+        else:
+            value, gradients = _in_pieces(wanted, loss_fn, params, real_grads, distance, fixed, micro_batch, compile)
     return _Differentiated.apply(value, gradients, *(inputs[i] for i in wanted)) if wanted else value
+
+
+def feature_matching_loss(
+    features: Callable[[Tensor], Tensor], real_mean: Tensor, images: Tensor, micro_batch: int
+) -> Tensor:
+    """``|real_mean - mean of features(images)|^2``, going through the images (N, C, H, W) in pieces.
+
+    A scalar, differentiable once, in ``images`` only. The features of one piece at a time have a graph: the first
+    pass finds the mean, the second the gradients.
+    """
+    pieces = images.detach().split(micro_batch)
+    with torch.no_grad():
+        mean = torch.stack([features(piece).sum(0) for piece in pieces]).sum(0) / len(images)
+    slope = 2 * (mean - real_mean) / len(images)
+    gradients = []
+    for piece in pieces:
+        piece = piece.clone().requires_grad_()
+        with torch.enable_grad():
+            product = (features(piece) * slope).sum()
+        gradients += torch.autograd.grad(product, piece)
+    value = (real_mean - mean).square().sum()
+    return _Differentiated.apply(value, (torch.cat(gradients),), images)
 
 
 def _value_and_gradients(
@@ -118,9 +154,75 @@ def _value_and_gradients(
     return loss, gradients
 
 
+def _of_sets(
+    wanted: tuple[int, ...],
+    loss_fn: LossFn,
+    params: dict[str, Tensor],
+    real_grads: Mapping[str, Tensor],
+    distance: Distance,
+    inputs: tuple[Tensor, Tensor],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``_value_and_gradients`` of several sets at once, summed."""
+
+    def one(real_grads: Mapping[str, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return _value_and_gradients(wanted, loss_fn, params, real_grads, distance, inputs)
+
+    values, gradients = torch.func.vmap(one)(real_grads, inputs)
+    return values.sum(), gradients
+
+
+def _in_pieces(
+    wanted: tuple[int, ...],
+    loss_fn: LossFn,
+    params: dict[str, Tensor],
+    real_grads: Mapping[str, Tensor],
+    distance: Distance,
+    inputs: tuple[Tensor, Tensor],
+    micro_batch: int,
+    compile: bool,  # noqa: A002
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``_value_and_gradients``: the gradient g first, then with c = dD/dg the gradients of <g, c>, by pieces."""
+    gradient = _compiled(_gradient) if compile else _gradient
+    along = _compiled(_slope_gradients) if compile else _slope_gradients
+    pieces = list(zip(*(x.split(micro_batch) for x in inputs), strict=True))
+    shares = [len(images) / len(inputs[0]) for images, _ in pieces]
+    found = [gradient(loss_fn, params, piece) for piece in pieces]
+    grads = {
+        name: torch.stack([share * g[name] for share, g in zip(shares, found, strict=True)]).sum(0) for name in params
+    }
+    into_grads, value = torch.func.grad_and_value(lambda g: distance(real_grads, g))(grads)
+    parts = [along(wanted, loss_fn, params, into_grads, piece) for piece in pieces]
+    gradients = tuple(
+        torch.cat([share * part[k] for share, part in zip(shares, parts, strict=True)]) for k in range(len(wanted))
+    )
+    return value, gradients
+
+
+def _gradient(loss_fn: LossFn, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.func.grad(loss_fn)(params, batch)
+    return found
+
+
+def _slope_gradients(
+    wanted: tuple[int, ...],
+    loss_fn: LossFn,
+    params: dict[str, Tensor],
+    along: Mapping[str, Tensor],
+    inputs: tuple[Tensor, Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients in the ``wanted`` inputs of the derivative of the loss along a direction in ``params``."""
+
+    def slope(images: Tensor, targets: Tensor) -> Tensor:
+        grads = torch.func.grad(loss_fn)(params, (images, targets))
+        return torch.stack([(grads[name] * along[name]).sum() for name in grads]).sum()
+
+    gradients: tuple[Tensor, ...] = torch.func.grad(slope, argnums=wanted)(*inputs) if wanted else ()
+    return gradients
+
+
 @functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_value_and_gradients, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled_or_eager(function)
 
 
 class _Differentiated(torch.autograd.Function):

@@ -120,9 +120,9 @@ class Context:
         network, buffers = self.task.network, self.task.network.init(Rng(0), "buffers").buffers
 
         def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-            return loss_of(network.logits(params, buffers, batch[0], train=True), batch[1])
+            return loss_of(network.logits(params, buffers, batch[0], train=True).to(batch[0].dtype), batch[1])
 
-        return loss_fn
+        return self.compute.second_order(loss_fn, network.device)
 
     @cached_property
     def features(self) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]:
@@ -132,10 +132,8 @@ class Context:
         def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
             return network.features(params, buffers, images, train=True).float()
 
-        return cast(
-            "Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]",
-            self.compute.first_order(features, network.device),
-        )
+        compiled = self.compute.first_order(features, network.device)
+        return lambda params, buffers, images: cast(Tensor, compiled(params, buffers, self.compute.layout(images)))
 
 
 @dataclass
@@ -170,6 +168,17 @@ class Method(ABC):
     def needs(self, task: Task) -> tuple[ArtifactSpec, ...]:
         """The artifacts to be found on disk before the run begins."""
         return ()
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        """Planned work of all steps: images times passes forth and back through the network. A forward pass alone
+        is a third, a step that is differentiated twice about four. What is small is not compiled.
+
+        Args:
+            num_images: of the training data.
+            num_classes: of the same.
+            images_per_class: of the set, decoded.
+        """
+        return 0.0
 
     def training(self, task: Task) -> Training:
         """How its sets are meant to be trained on; stored in the file for the protocol ``own``."""

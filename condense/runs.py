@@ -38,16 +38,25 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
         raise ValueError(f"{folder} holds other files and is no run; choose another --out")
     if not resume:
         raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
-    try:
-        there = dict(yaml.safe_load(written.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{written} is damaged: {' '.join(str(error).split())}; choose another --out") from error
-    different = _difference(there, to_mapping(plan))
+    different = _difference(_read(written), to_mapping(plan))
     if different is not None:
         name, old, new = different
         raise ValueError(
             f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another --out"
         )
+
+
+def settled(folder: Path) -> Mapping[str, Any] | None:
+    """What a run that began in ``folder`` settled of its ``compute``; None where there is none."""
+    written = folder / "recipe.yaml"
+    return _read(written).get("compute") if written.exists() else None
+
+
+def _read(written: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(written.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{written} is damaged: {' '.join(str(error).split())}; choose another --out") from error
 
 
 def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

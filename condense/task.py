@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from condense.augment import Augment
-from condense.data.datasets import Arrays, to_float
+from condense.data.datasets import Arrays
+from condense.data.images import Images
 from condense.data.transform import Transform, fit
 from condense.networks import Functional
 from condense.rng import Rng
@@ -53,9 +54,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images (N, C, H, W) float32 in the transformed space and their classes (N,) int64, on one device."""
+    """Images (N, C, H, W), float32 in the transformed space as they are taken out, and their classes (N,) int64, on
+    one device."""
 
-    images: Tensor
+    images: Tensor | Images
     labels: Tensor
 
     def __len__(self) -> int:
@@ -63,14 +65,15 @@ class Labelled:
 
     @cached_property
     def by_class(self) -> list[Tensor]:
-        """Indices of every class, ascending."""
-        return [(self.labels == c).nonzero().flatten() for c in range(int(self.labels.max()) + 1)]
+        """Indices of every class, ascending; on the CPU, where draws are made."""
+        labels = self.labels.cpu()
+        return list(labels.argsort(stable=True).split(labels.bincount().tolist()))
 
     def draw(self, label: int, num: int, generator: torch.Generator) -> Tensor:
         """``num`` images of a class without replacement; all of them, shuffled, where it has fewer."""
         members = self.by_class[label]
-        order = torch.randperm(len(members), generator=generator)[:num]
-        return self.images[members[order.to(members.device)]]
+        index = members[torch.randperm(len(members), generator=generator)[:num]]
+        return self.images[index.to(self.images.device, non_blocking=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,10 @@ def make_task(
     device: torch.device,
     cache: Path | None = None,
 ) -> Task:
-    """Carve validation, fit the transform on what is left of the training data, move it to ``device``."""
+    """Carve validation and fit the transform on what is left of the training data.
+
+    Both parts are views of one array: on a CPU the memory of ``arrays``, else a copy on ``device``.
+    """
     labels = torch.from_numpy(arrays.y_train)
     train_index, val_index = split.indices(labels)
     left = labels[train_index].bincount(minlength=arrays.num_classes)
@@ -133,12 +139,13 @@ def make_task(
             f"split.val_fraction {split.val_fraction} leaves no training image of class "
             f"{arrays.classes[int(left.argmin())]!r}; give --split.val-fraction 0.1"
         )
-    images = to_float(arrays.x_train)
+    pixels = Images.of(arrays.x_train, device)
     key = f"{arrays.fingerprint['train']}-{split.val_fraction}-{split.seed}"
-    fitted = fit(transform, images[train_index], known=arrays.known, key=key, cache=cache)
+    fitted = fit(transform, pixels.part(train_index), known=arrays.known, key=key, cache=cache)
+    images = pixels.through(fitted)
 
     def part(index: Tensor) -> Labelled:
-        return Labelled(fitted(images[index].to(device)), labels[index].to(device))
+        return Labelled(images.part(index), labels[index].to(device))
 
     return Task(
         name=arrays.name,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.data.images import Images
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 
@@ -62,7 +63,7 @@ class Trainer:
     """Trains networks of one architecture; what it compiled is reused from one network to the next."""
 
     def __init__(self, network: Functional, training: Training, augment: Augment, compute: Compute) -> None:
-        self.network, self.training, self.augment = network, training, augment
+        self.network, self.training, self.augment, self.compute = network, training, augment, compute
 
         def loss_fn(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
             logits = network.logits(params, buffers, images, train=True, update_buffers=True)
@@ -73,7 +74,7 @@ class Trainer:
     def run(
         self,
         weights: Weights,
-        images: Tensor,
+        images: Tensor | Images,
         targets: Tensor,
         rng: Rng,
         *,
@@ -98,7 +99,8 @@ class Trainer:
                     drawn = self.augment.sample(
                         rng("augment", epoch, batch), len(index), tuple(x.shape[1:]), siamese=False
                     )
-                    loss = self._loss(params, buffers, self.augment.apply(x, drawn), targets[index])
+                    x = self.compute.layout(self.augment.apply(x, drawn))
+                    loss = self._loss(params, buffers, x, targets[index])
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
                     optimiser.step()
@@ -111,7 +113,7 @@ class Scorer:
     """Accuracy of networks of one architecture, as a fraction."""
 
     def __init__(self, network: Functional, compute: Compute, batch_size: int = 1000) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.compute = batch_size, compute
 
         def correct(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
             return (network.logits(params, buffers, images, train=False).argmax(1) == labels).sum()
@@ -119,9 +121,9 @@ class Scorer:
         self._correct = compute.first_order(correct, network.device)
 
     @torch.no_grad()
-    def accuracy(self, weights: Weights, images: Tensor, labels: Tensor) -> float:
+    def accuracy(self, weights: Weights, images: Tensor | Images, labels: Tensor) -> float:
         hits = [
-            self._correct(weights.params, weights.buffers, x, y)
+            self._correct(weights.params, weights.buffers, self.compute.layout(x), y)
             for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
         ]
         return float(torch.stack(hits).sum()) / len(labels)

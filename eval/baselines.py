@@ -15,7 +15,7 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.distributed import Ranks
-from condense.eval.crossarch import Network, Progress, Result, load_test, measure
+from condense.eval.crossarch import Network, Progress, Result, load_test, measure, settled
 from condense.eval.journal import Journal
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import canonical_json, write_text
@@ -55,6 +55,7 @@ def full_data(
         device=device,
         cache=cache,
     )
+    compute = settled(compute, task.network, protocol, len(task.train))
     file = None
     if cache is not None:
         identity = {
@@ -63,7 +64,7 @@ def full_data(
             "protocol": [recorded_name(protocol), protocol.hash],
             "num_seeds": num_seeds,
             "seed": seed,
-            "compute": dataclasses.asdict(compute),
+            "compute": compute.first_order_identity(),
             "device": device.type,
             "code": __version__,
         }

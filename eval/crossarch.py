@@ -18,7 +18,8 @@ from torch import Tensor
 from condense import __version__, tracking
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.data.datasets import Arrays, to_float
+from condense.data.datasets import Arrays
+from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.distributed import Ranks
 from condense.eval.journal import Cell, Journal
@@ -142,7 +143,7 @@ class SetScorer:
         self.network = network
         self._trainer, self._scorer = Trainer(network, plan, augment, compute), Scorer(network, compute)
 
-    def train(self, images: Tensor, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
+    def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
         """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
         return self._trainer.run(
             self.network.init(rng, "weights"), images, targets, rng.child("training"), on_epoch=on_epoch
@@ -150,9 +151,9 @@ class SetScorer:
 
     def score(
         self,
-        images: Tensor,
+        images: Tensor | Images,
         targets: Tensor,
-        x: Tensor,
+        x: Tensor | Images,
         y: Tensor,
         rng: Rng,
         on_epoch: OnEpoch | None = None,
@@ -161,12 +162,21 @@ class SetScorer:
         return self._scorer.accuracy(self.train(images, targets, rng, on_epoch), x, y)
 
 
+USUAL_SEEDS = 5
+"""Networks of a usual evaluation: the policy is settled for so many, or asking for more would change the first."""
+
+
+def settled(compute: Compute, network: Functional, plan: Training, num_images: int) -> Compute:
+    """``compute`` with nothing left open, for training on so many images."""
+    return compute.resolved(network.flops * num_images * plan.num_epochs * USUAL_SEEDS, network.device)
+
+
 Progress = Callable[[str, int], AbstractContextManager[Bar]]
 """``progress(title, total)``: a bar that is shown while its context lasts."""
 
 
 def measure(
-    images: Tensor,
+    images: Tensor | Images,
     targets: Tensor,
     test: Labelled,
     *,
@@ -203,18 +213,19 @@ def measure(
         "synthetic_sha256": None if syn is None else checksum(syn.state_dict()),
         "train_fingerprint": arrays.fingerprint["train"],
         "test_fingerprint": arrays.fingerprint["test"],
-        "compute": dataclasses.asdict(compute),
         "code": __version__,
     }
+    policies = [settled(compute, network, protocol, len(images)) for network in networks]
     decided_by = [
         {
             **common,
+            "compute": policy.first_order_identity(),
             **network.identity(),
             "num_params": network.num_params,
             "transform": transform.describe(),
             "device": device.type,
         }
-        for network in networks
+        for network, policy in zip(networks, policies, strict=True)
     ]
     cells = _found(decided_by, num_seeds, journal, ranks)
     trained = torch.zeros_like(cells)
@@ -223,7 +234,7 @@ def measure(
         units = [k for of, k in mine if of == i]
         if not units:
             continue
-        scorer, rng = SetScorer(network, protocol, compute, augment), Rng(seed).child("evaluate", network.name)
+        scorer, rng = SetScorer(network, protocol, policies[i], augment), Rng(seed).child("evaluate", network.name)
         with progress(f"{name} {network.name}", len(units) * protocol.num_epochs) as bar:
             for number, k in enumerate(units):
                 begun = time.perf_counter()
@@ -247,9 +258,10 @@ def measure(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             threads=torch.get_num_threads(),
             seconds=round(float(seconds.sum()), 3),
+            compute=policy.first_order_identity(),
             **common,
         )
-        for network, (accuracies, seconds) in zip(networks, cells.transpose(1, 2), strict=True)
+        for network, policy, (accuracies, seconds) in zip(networks, policies, cells.transpose(1, 2), strict=True)
     ]
 
 
@@ -350,7 +362,7 @@ def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Lab
     """
     if not len(arrays.x_test):
         raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
-    return Labelled(transform(to_float(arrays.x_test).to(device)), torch.from_numpy(arrays.y_test).to(device))
+    return Labelled(Images.of(arrays.x_test, device).through(transform), torch.from_numpy(arrays.y_test).to(device))
 
 
 def _check(syn: SyntheticSet, arrays: Arrays, num_seeds: int) -> None:
@@ -374,5 +386,6 @@ def _transform(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transfo
     description, images = syn.origin.transform, None
     if description.get("kind") == "zca":
         split = Split(**syn.origin.recipe.get("split", {}))
-        images = to_float(arrays.x_train)[split.indices(torch.from_numpy(arrays.y_train))[0]]
+        train_index, _ = split.indices(torch.from_numpy(arrays.y_train))
+        images = Images.of(arrays.x_train, torch.device("cpu")).part(train_index)
     return Transform.from_description(description, images, cache)

@@ -103,6 +103,10 @@ class GradientMatching(GradientMethod):
             inner if self.inner_epochs is None else self.inner_epochs,
         )
 
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        _, inner_epochs = self.loops(images_per_class)
+        return self.num_steps * num_classes * (self.batch_real + (3 + inner_epochs) * images_per_class)
+
     def init(self, ctx: Context) -> StudentState:
         syn = ctx.new_set(*ctx.initial(self.start))
         params, buffers = fresh_student(ctx, 0)
@@ -111,21 +115,44 @@ class GradientMatching(GradientMethod):
     def parts(self, ctx: Context) -> Sequence[int]:
         return range(ctx.task.num_classes)
 
+    def parts_at_once(self, ctx: Context) -> int:
+        return max(1, (ctx.compute.vmap_batch or 1) // ctx.images_per_class)
+
     def loss(self, ctx: Context, state: StudentState, step: int, part: int) -> Tensor:
-        task = ctx.task
-        drawn = task.augment.sample(ctx.rng("siamese", step, part), 1, task.image_shape, siamese=True)
-        real = task.augment.apply(task.train.draw(part, self.batch_real, ctx.rng("real", step, part)), drawn)
-        images, targets = state.syn(state.syn.index_of(part))
-        classes = torch.full((len(real),), part, device=task.device)
+        return self.losses(ctx, state, step, (part,))
+
+    def losses(self, ctx: Context, state: StudentState, step: int, parts: Sequence[int]) -> Tensor:
+        batches = [self.batches(ctx, state, step, part) for part in parts]
+        student = Weights(state.params, state.buffers)
+        real_gradient = self._compiled(ctx).real_gradient
+        real_grads = [
+            real_gradient(student, batch.real, torch.full((len(batch.real),), part, device=ctx.task.device))
+            for part, batch in zip(parts, batches, strict=True)
+        ]
+        if len(parts) == 1:
+            grads, images, targets = real_grads[0], batches[0].images, batches[0].targets
+        else:
+            grads = {name: torch.stack([g[name] for g in real_grads]) for name in state.params}
+            images = torch.stack([batch.images for batch in batches])
+            targets = torch.stack([batch.targets for batch in batches])
         return matching_loss(
-            frozen_loss(task.network, state.buffers),
+            ctx.compute.second_order(frozen_loss(ctx.task.network, state.buffers), ctx.task.device),
             state.params,
-            self._compiled(ctx).real_gradient(Weights(state.params, state.buffers), real, classes),
+            grads,
             named_distance(self.distance),
-            task.augment.apply(images, drawn),
+            images,
             targets,
-            compile=ctx.compute.compile,
+            compile=bool(ctx.compute.compile),
+            micro_batch=ctx.compute.micro_batch,
         )
+
+    def batches(self, ctx: Context, state: StudentState, step: int, part: int) -> Batches:
+        """What is compared for one class, under the same augmentation."""
+        augment, shape = ctx.task.augment, ctx.task.image_shape
+        drawn = augment.sample(ctx.rng("siamese", step, part), 1, shape, siamese=True)
+        real = ctx.task.train.draw(part, self.batch_real, ctx.rng("real", step, part))
+        images, targets = state.syn(state.syn.index_of(part))
+        return Batches(augment.apply(real, drawn), augment.apply(images, drawn), targets)
 
     def after(self, ctx: Context, state: StudentState, step: int) -> None:
         """Train the student on the set as it is now, or replace it by a fresh one when its time is over."""
@@ -152,6 +179,15 @@ class GradientMatching(GradientMethod):
             decay_at=None,
         )
         return _compile(ctx.task.network, training, ctx.task.augment, ctx.compute)
+
+
+class Batches(NamedTuple):
+    real: Tensor
+    """(n, C, H, W)"""
+    images: Tensor
+    """(m, C, H, W), with their graph to the set."""
+    targets: Tensor
+    """Of the synthetic images: (m,) or (m, num_classes)."""
 
 
 @final
@@ -217,8 +253,13 @@ def _compile(network: Functional, training: Training, augment: Augment, compute:
 
     def real_gradient(student: Weights, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         params = {name: p.detach().requires_grad_() for name, p in student.params.items()}
-        value = first_order(Weights(params, student.buffers), images, classes)
-        grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
-        return dict(zip(params, grads, strict=True))
+        size = compute.micro_batch or len(images)
+        total = {name: torch.zeros_like(p) for name, p in params.items()}
+        for x, y in zip(images.split(size), classes.split(size), strict=True):
+            value = first_order(Weights(params, student.buffers), compute.layout(x), y)
+            grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+            for name, grad in zip(params, grads, strict=True):
+                total[name].add_(grad, alpha=len(x) / len(images))
+        return total
 
     return _Compiled(real_gradient, Trainer(network, training, augment, compute))

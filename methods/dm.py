@@ -17,14 +17,14 @@ Deviations: see docs/methods/dm.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from condense.match import feature_mean_distance
+from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
 from condense.rng import Rng
@@ -60,6 +60,9 @@ class DM(GradientMethod):
         if self.batch_real < 1:
             raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; the published value is 256")
 
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        return self.num_steps * num_classes * (self.batch_real / 3 + images_per_class)
+
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000)
 
@@ -72,19 +75,30 @@ class DM(GradientMethod):
         """One class a part; all at once where batch statistics have to mix the classes."""
         return (0,) if has_batch_norm(ctx.task.network) else range(ctx.task.num_classes)
 
+    def parts_at_once(self, ctx: Context) -> int:
+        return max(1, (ctx.compute.micro_batch or 1) // ctx.images_per_class)
+
     def loss(self, ctx: Context, state: DMState, step: int, part: int) -> Tensor:
-        task = ctx.task
-        classes = range(task.num_classes) if has_batch_norm(task.network) else (part,)
+        return self.losses(ctx, state, step, (part,))
+
+    def losses(self, ctx: Context, state: DMState, step: int, parts: Sequence[int]) -> Tensor:
+        task, mixed = ctx.task, has_batch_norm(ctx.task.network)
         real, syn = [], []
-        for c in classes:
+        for c in range(task.num_classes) if mixed else parts:
             drawn = task.augment.sample(ctx.rng("siamese", step, c), 1, task.image_shape, siamese=True)
             batch = task.train.draw(c, self.batch_real, ctx.rng("real", step, c))
             images, _ = state.syn(state.syn.index_of(c))
             real.append(task.augment.apply(batch, drawn))
             syn.append(task.augment.apply(images, drawn))
+
+        features = functools.partial(ctx.features, state.params, state.buffers)
         with torch.no_grad():
-            wanted = class_features(ctx, state, real)
-        pairs = zip(wanted, class_features(ctx, state, syn), strict=True)
+            wanted = _groups_features(features, real) if mixed else [_mean_features(ctx, features, x) for x in real]
+
+        most = ctx.compute.micro_batch
+        if most is not None and not mixed and len(parts) == 1 and len(syn[0]) > most:
+            return feature_matching_loss(features, wanted[0].mean(0), syn[0], most)
+        pairs = zip(wanted, _groups_features(features, syn), strict=True)
         return torch.stack([feature_mean_distance(r, s) for r, s in pairs]).sum()
 
     def after(self, ctx: Context, state: DMState, step: int) -> None:
@@ -97,7 +111,15 @@ def has_batch_norm(network: Functional) -> bool:
     return any(name.endswith("running_mean") for name in network.init(Rng(0), "structure").buffers)
 
 
-def class_features(ctx: Context, state: DMState, images: Sequence[Tensor]) -> Sequence[Tensor]:
+Features = Callable[[Tensor], Tensor]
+
+
+def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """Features (n_i, F) of groups of images (n_i, C, H, W), in one forward pass."""
-    features = ctx.features(state.params, state.buffers, torch.cat(list(images)))
-    return features.split([len(x) for x in images])
+    return features(torch.cat(list(groups))).split([len(x) for x in groups])
+
+
+def _mean_features(ctx: Context, features: Features, images: Tensor) -> Tensor:
+    """The mean feature (1, F) of images (n, C, H, W)."""
+    pieces = images.split(ctx.compute.micro_batch or len(images))
+    return torch.stack([features(x).sum(0) for x in pieces]).sum(0, keepdim=True) / len(images)

@@ -20,14 +20,16 @@ Deviations: see docs/methods/mtt.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, final
+from typing import Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, Trajectories, TrajectorySpec
+from condense.augment import Augment, Params
 from condense.inner import SGD, Adjoint, Exact, unroll
 from condense.match import trajectory_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
@@ -78,6 +80,10 @@ class MTT(GradientMethod):
         last_epoch = self.max_start_epoch - 1 + self.expert_epochs
         return (TrajectorySpec(identity=task.identity(), num_epochs=last_epoch),)
 
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        batch = self.batch_syn or num_classes * images_per_class
+        return 4 * self.num_steps * self.num_trajectories * self.syn_steps * batch
+
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000)
 
@@ -94,10 +100,11 @@ class MTT(GradientMethod):
             ctx.loss_fn,
             start,
             self.batches(ctx, state, step, part),
+            prepare=functools.partial(prepared, ctx.task.augment),
             rule=SGD(),
             lr=cast(Tensor, state.syn.lr),
             adjoint=self.adjoint.resolve(ctx.rng("adjoint", step, part)),
-            compile=ctx.compute.compile,
+            compile=bool(ctx.compute.compile),
         )
         return trajectory_distance(theta, target, start) / self.num_trajectories
 
@@ -110,19 +117,32 @@ class MTT(GradientMethod):
         start, target = experts.pair(expert, epoch, epoch + self.expert_epochs)
         return _onto(ctx.task.network, start), _onto(ctx.task.network, target)
 
-    def batches(self, ctx: Context, state: GradientState, step: int, part: int) -> list[tuple[Tensor, Tensor]]:
-        """(images, targets) of the student's steps, augmented, with their graph to the set."""
-        augment = ctx.task.augment
+    def batches(self, ctx: Context, state: GradientState, step: int, part: int) -> list[Minibatch]:
+        """What the student's steps are made of; all share the images and targets, with their graph to the set."""
         images, targets = state.syn()
         generator = ctx.rng("minibatches", step, part)
         batches = []
         for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, generator)):
-            drawn = augment.sample(
+            drawn = ctx.task.augment.sample(
                 ctx.rng("augment", step, f"{part}/{n}"), len(index), ctx.task.image_shape, siamese=False
             )
-            index = index.to(images.device)
-            batches.append((augment.apply(images[index], drawn), targets[index]))
+            batches.append(Minibatch(images, targets, index.to(images.device), drawn))
         return batches
+
+
+class Minibatch(NamedTuple):
+    images: Tensor
+    """All of the set, (n, C, H, W)."""
+    targets: Tensor
+    index: Tensor
+    """Of the images that the step sees."""
+    drawn: Params
+
+
+def prepared(augment: Augment, batch: Minibatch) -> tuple[Tensor, Tensor]:
+    """What the student sees of a minibatch: augmented images (n, C, H, W) and their targets."""
+    images, targets, index, drawn = batch
+    return augment.apply(images[index], drawn), targets[index]
 
 
 def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -62,6 +62,9 @@ class Selection(Method):
     """Epochs of training of that network. Few: ordering the images of a class needs no converged network, and
     a baseline should cost less than what it is compared with."""
 
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        return num_images * (self.num_epochs + 1 / 3) if self.features == "network" else 0.0
+
     def init(self, ctx: Context) -> State:
         return State(syn=ctx.new_set(*ctx.initial("real")))
 
@@ -70,7 +73,7 @@ class Selection(Method):
         train, embed, chosen = ctx.task.train, self.embedding(ctx), []
         for c, members in enumerate(train.by_class):
             seed = ctx.rng.key("select", 0, c)
-            chosen.append(members[self.choose(embed(train.images[members]), ctx.images_per_class, seed)])
+            chosen.append(members[self.choose(embed(train.images[members]), ctx.images_per_class, seed).cpu()])
         index = torch.cat(chosen)
         state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
         return {}

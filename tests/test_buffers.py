@@ -92,7 +92,7 @@ def test_trajectory_is_the_training(task: Task, tmp_path: Path) -> None:
     buffer = opened(made(plain, tmp_path, plan))
     for epoch in range(2):
         params = {name: p.requires_grad_() for name, p in buffer.snapshot(0, epoch).items()}
-        logits = task.network.logits(params, {}, task.train.images)
+        logits = task.network.logits(params, {}, task.train.images[:])
         loss = torch.nn.functional.cross_entropy(logits, task.train.labels)
         grads = torch.autograd.grad(loss, list(params.values()))
         expected = {name: p - 0.1 * g for (name, p), g in zip(params.items(), grads, strict=True)}
@@ -232,7 +232,7 @@ def test_batchnorm_statistics(tmp_path: Path) -> None:
     statistics = [buffer.buffers(0, epoch) for epoch in range(4)]
     assert list(statistics[0]) == list(task.network.init(Rng(0), "any").buffers)
     assert not torch.equal(flat(statistics[0]), flat(statistics[3]))
-    logits = task.network.logits(buffer.snapshot(0, 3), statistics[3], task.train.images, train=False)
+    logits = task.network.logits(buffer.snapshot(0, 3), statistics[3], task.train.images[:], train=False)
     assert (logits.argmax(1) == task.train.labels).float().mean() > 0.9
 
 

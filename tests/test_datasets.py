@@ -1,8 +1,12 @@
 """Reading, checking and fingerprinting data."""
 
+import dataclasses
+import mmap
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +19,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from condense.data import fingerprint, load, names, to_float
+from condense.data import Arrays, fingerprint, load, names, to_float
 
 Split = dict[str, Any]
 
@@ -308,6 +312,190 @@ def test_fingerprint_is_per_split() -> None:
     assert changed["train"] == reference["train"] and changed["test"] != reference["test"]
 
 
+# The cache of decoded arrays
+
+
+def gray(data: Split) -> Split:
+    return {key: value[..., 0] if key[0] == "x" else value for key, value in data.items()}
+
+
+def save_as(kind: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A source of this kind and the options to load it with."""
+    match kind:
+        case "file":
+            return save(folder / "mine.npz", **colour(), classes=["ant", "bee", "cat"]), {}
+        case "floats":
+            data = colour()
+            return save(folder / "mine.npz", **data | {"x_train": data["x_train"] / 256}), {}
+        case "folder":
+            return save_folder(folder / "pets", colour()), {}
+        case _:
+            save_idx(folder / "FashionMNIST" / "raw", {**gray(colour()), "y_train": np.arange(12) % 10})
+            return "fashion-mnist", {"root": folder}
+
+
+def same(one: Arrays, other: Arrays) -> bool:
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(Arrays)]
+    arrays = [(a, b) for a, b in pairs if isinstance(a, np.ndarray)]
+    assert len(arrays) == 4
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in arrays) and all(
+        a == b for a, b in pairs if not isinstance(a, np.ndarray)
+    )
+
+
+def is_mapped(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("decoded again")
+
+    for place in ("zipfile.ZipFile", "PIL.Image.open", "torchvision.datasets.FashionMNIST"):
+        monkeypatch.setattr(place, refuse)
+
+
+@pytest.mark.parametrize("kind", ["file", "floats", "folder", "torchvision"])
+def test_a_later_load_maps_what_the_first_decoded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, options = save_as(kind, tmp_path)
+    reference = load(source, **options)
+    first = load(source, **options, cache=tmp_path / "deep" / "cache")
+    no_decoding(monkeypatch)
+    with pytest.raises(ValueError, match="decoded again"):
+        load(source, **options)
+    later = load(source, **options, cache=tmp_path / "deep" / "cache")
+    assert same(first, reference) and same(later, reference)
+    assert is_mapped(first.x_train) and is_mapped(later.x_train) and not is_mapped(reference.x_train)
+
+
+def test_a_write_into_mapped_arrays_stays_in_the_process(tmp_path: Path) -> None:
+    source, _ = save_as("file", tmp_path)
+    ours, theirs = (load(source, cache=tmp_path / "cache") for _ in range(2))
+    ours.x_train[:] = 0
+    assert same(theirs, load(source)) and same(load(source, cache=tmp_path / "cache"), theirs)
+
+
+def test_what_is_at_hand_is_not_cached(tmp_path: Path) -> None:
+    for source in ("digits", tuple(colour().values()), pairs(colour()["x_train"], colour()["y_train"])):
+        load(source, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    cache, path = tmp_path / "cache", tmp_path / "mine.npz"
+    load(save(path, **colour()), cache=cache)
+    before = path.stat()
+    time.sleep(0.05)  # clocks of file systems are coarse
+    other = load(save(path, **colour(seed=1)), cache=cache)
+    assert same(other, load(path)) and path.stat().st_size == before.st_size
+    before = path.stat()
+    time.sleep(0.05)
+    save(path, **colour(seed=2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert same(load(path, cache=cache), load(path))
+    assert len(list((cache / "decoded").iterdir())) == 1
+
+
+def change_folder(folder: Path, case: str) -> None:
+    image = folder / "train" / "b" / "001.png"
+    match case:
+        case "a new image":
+            image.with_name("new.png").write_bytes(image.read_bytes())
+        case "one image less":
+            image.unlink()
+        case "another image":
+            image.write_bytes((folder / "test" / "b" / "001.png").read_bytes())
+        case "another name":
+            (folder / "train" / "b").rename(folder / "train" / "bb")
+            (folder / "test" / "b").rename(folder / "test" / "bb")
+
+
+@pytest.mark.parametrize("case", ["a new image", "one image less", "another image", "another name"])
+def test_a_changed_folder_is_read_again(case: str, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    before = load(folder, cache=tmp_path / "cache")
+    time.sleep(0.05)
+    change_folder(folder, case)
+    after = load(folder, cache=tmp_path / "cache")
+    assert same(after, load(folder)) and not same(after, before)
+
+
+def test_names_come_from_the_path_as_it_was_given(tmp_path: Path) -> None:
+    path = save(tmp_path / "mine.npz", **colour())
+    (tmp_path / "yours.npz").symlink_to(path)
+    assert load(path, cache=tmp_path / "cache").name == "mine"
+    assert load(tmp_path / "yours.npz", cache=tmp_path / "cache").name == "yours"
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "deleted": lambda content: None,
+    "empty": lambda content: b"",
+    "cut short": lambda content: content[:-1],
+    "a flipped byte": lambda content: flipped(content, len(content) * 3 // 4),
+    "something else": lambda content: b"[]",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("name", ["entry.json", "x_train.npy", "y_test.npy"])
+def test_damage_is_healed(name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    source, _ = save_as("file", tmp_path)
+    reference = load(source, cache=cache)
+    (file,) = cache.rglob(name)
+    content = DAMAGE[case](file.read_bytes())
+    time.sleep(0.02)
+    if content is None:
+        file.unlink()
+    else:
+        damaged = tmp_path / "damaged"  # not in place: `reference` maps the old bytes
+        damaged.write_bytes(content)
+        damaged.replace(file)
+    assert same(load(source, cache=cache), reference)
+    no_decoding(monkeypatch)
+    assert same(load(source, cache=cache), reference)
+    assert [path.name[0] for path in (cache / "decoded").iterdir()] != ["."]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = save_as("file", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="mine.npz is not cached"):
+        assert same(load(source, cache=tmp_path / "file"), load(source))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("numpy.save", refuse)
+    with pytest.warns(UserWarning, match="no space left"):
+        assert same(load(source, cache=tmp_path / "cache"), load(source))
+    assert not list((tmp_path / "cache" / "decoded").iterdir())
+
+
+def test_processes_that_load_at_once_agree(tmp_path: Path) -> None:
+    source = save(tmp_path / "mine.npz", **colour(n=3000, size=32))
+    code = (
+        "import sys; from pathlib import Path; from condense.data import load, fingerprint\n"
+        "for _ in range(5):\n"
+        "    a = load(sys.argv[1], cache=Path(sys.argv[2]))\n"
+        "    assert fingerprint(a.x_train, a.y_train) == a.fingerprint['train']\n"
+        "print(a.fingerprint)"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(source), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs == [f"{load(source).fingerprint}\n"] * 2
+    (entry,) = (tmp_path / "cache" / "decoded").iterdir()
+    assert len(list(entry.iterdir())) == 5
+
+
 # Bad input
 
 
@@ -467,3 +655,16 @@ def test_bad_folders_are_refused_in_one_line(case: str, message: str, tmp_path: 
     folder = save_folder(tmp_path / "pets", colour())
     break_folder(folder, case)
     fails(folder, message)
+
+
+def test_what_was_refused_is_not_cached_and_what_breaks_later_is_refused(tmp_path: Path) -> None:
+    cache, folder = tmp_path / "cache", save_folder(tmp_path / "pets", colour())
+    load(folder, cache=cache)
+    time.sleep(0.05)
+    break_folder(folder, "an empty class")
+    for _ in range(2):
+        fails(folder, "no image of class 2", cache=cache)
+    bad = save(tmp_path / "bad.npz", **colour() | {"y_train": np.zeros(12, np.int64)})
+    for _ in range(2):
+        fails(bad, "has one class", cache=cache)
+    assert len(list((cache / "decoded").iterdir())) == 1

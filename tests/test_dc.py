@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -49,7 +49,7 @@ def make_context(
         augment=Augment.parse(augment),
         device=torch.device("cpu"),
     )
-    task = dataclasses.replace(task, train=Labelled(task.train.images.to(dtype), task.train.labels))
+    task = dataclasses.replace(task, train=Labelled(task.train.images[:].to(dtype), task.train.labels))
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
     return Context(task, Rng(seed), ipc, decode or Pixels(), labels or Hard(), compute or Compute(), origin)
 
@@ -302,6 +302,35 @@ def test_learns_soft_labels_and_through_a_decoder() -> None:
     assert images.shape == (12, 1, 8, 8)
     assert record["grad_latents"] > 0
     assert record["grad_labels"] > 0
+
+
+@pytest.mark.parametrize("network", ["convnet:depth=1,width=8", "convnet:depth=1,width=8,norm=batch"])
+@pytest.mark.parametrize("compute", [Compute(vmap_batch=4), Compute(vmap_batch=99), Compute(micro_batch=1)], ids=str)
+def test_classes_together_or_in_pieces_change_nothing(compute: Compute, network: str) -> None:
+    method = DSA(num_steps=3, batch_real=5, outer_loop=2, inner_epochs=1)
+    usual, other = (
+        list(run(method, make_context(network, augment=STRATEGY, compute=c, dtype=torch.float64)))
+        for c in (Compute(), compute)
+    )
+    for (record, a), (expected, b) in zip(other, usual, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("vmap_batch", "calls"), [(None, 3), (4, 2), (6, 1)])
+def test_classes_share_a_call_as_far_as_the_batch_allows(
+    vmap_batch: int | None, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[int]] = []
+    losses = DSA.losses
+
+    def spy(self: DSA, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Tensor:
+        seen.append(parts)
+        return losses(self, ctx, state, step, parts)
+
+    monkeypatch.setattr(DSA, "losses", spy)
+    list(run(DSA(num_steps=1, batch_real=5), make_context(ipc=2, compute=Compute(vmap_batch=vmap_batch))))
+    assert len(seen) == calls and [c for parts in seen for c in parts] == [0, 1, 2]
 
 
 def test_autocast_acts_on_first_order_work_alone() -> None:

@@ -159,6 +159,16 @@ def test_learns_through_a_decoder() -> None:
     assert record["grad_latents"] > 0
 
 
+@pytest.mark.parametrize("compute", [Compute(micro_batch=n) for n in (1, 3, 99)], ids=str)
+def test_micro_batches_change_nothing(compute: Compute) -> None:
+    """Fewer images than a class has, classes one by one with real images in pieces, or all classes together."""
+    method = DM(num_steps=3, batch_real=5)
+    usual, other = (list(run(method, make_context(compute=c))) for c in (Compute(), compute))
+    for (record, a), (expected, b) in zip(other, usual, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_autocast_acts_on_the_features() -> None:
     method = DM(num_steps=1, batch_real=6)
     exact, rough = (

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
+from condense.data.images import Images
 from condense.data.transform import fit
 from condense.eval import baselines, crossarch
 from condense.eval.crossarch import Evaluation, SetScorer, decoded, evaluate, read
@@ -216,7 +217,7 @@ class TestEvaluate:
         scored: list[dict[str, Tensor]] = []
         accuracy = Scorer.accuracy
 
-        def spy(self: Scorer, weights: Any, images: Tensor, labels: Tensor) -> float:
+        def spy(self: Scorer, weights: Any, images: Images, labels: Tensor) -> float:
             scored.append(weights.params)
             return accuracy(self, weights, images, labels)
 
@@ -259,15 +260,15 @@ class TestEvaluate:
         index, _ = split.indices(torch.from_numpy(arrays.y_train))
         transform = fit(spec, to_float(arrays.x_train)[index], known=None, key="stripes", cache=None)
         syn = make_set(arrays, transform=transform.describe(), recipe={"split": dataclasses.asdict(split)})
-        scored: list[Tensor] = []
+        scored: list[Images] = []
 
-        def spy(self: Scorer, weights: Any, images: Tensor, labels: Tensor) -> float:
+        def spy(self: Scorer, weights: Any, images: Images, labels: Tensor) -> float:
             scored.append(images)
             return 0.5
 
         monkeypatch.setattr(Scorer, "accuracy", spy)
         run(syn, arrays, num_seeds=1, protocol=dataclasses.replace(SHORT, num_epochs=0), cache=tmp_path)
-        torch.testing.assert_close(scored[0], transform(to_float(arrays.x_test)))
+        torch.testing.assert_close(scored[0][:], transform(to_float(arrays.x_test)))
 
     def test_callables_are_networks_too(self, arrays: Arrays) -> None:
         def linear(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

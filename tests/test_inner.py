@@ -159,6 +159,51 @@ def flat_problem() -> tuple[twin.Loss, tuple[Tensor, list[Tensor], list[Tensor]]
     return loss, (draw(18, seed=9), list(xs), list(ys))
 
 
+@pytest.mark.parametrize("adjoint", [Exact(), Checkpointed(2), Full(), Higher()], ids=lambda a: a.name)
+def test_preparing_outside_the_loss_is_the_same(adjoint: Adjoint) -> None:
+    """Indexing and augmentation in ``prepare`` instead of ``loss_fn``: equal gradients, in all inputs."""
+    problem = Convolutional("convnet:depth=1,width=4", 4)
+    augment, theta = Augment.parse("color_crop_cutout_flip_scale_rotate"), problem.theta
+    network = Functional("convnet:depth=1,width=4", (3, 8, 8), 4, dtype=torch.float64)
+
+    def prepare(item: Any) -> tuple[Tensor, Tensor]:
+        images, labels, index, params = item
+        return augment.apply(images[index], params), labels[index]
+
+    def loss_fn(theta: Theta, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return soft_cross_entropy(network.logits(theta, {}, batch[0]), batch[1])
+
+    end = unroll(loss_fn, theta, problem.batches, prepare=prepare, lr=problem.lr, adjoint=adjoint)
+    expected = gradients(problem.unroll(adjoint, SGD()), *problem.inputs)
+    torch.testing.assert_close(gradients(end, *problem.inputs), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_preparation_that_hides_an_input_is_refused() -> None:
+    scale = draw(1, grad=True)
+    with pytest.raises(ValueError, match="prepare uses scale from outside"):
+        unroll(mlp, mlp_theta(), mlp_batches(2), prepare=lambda b: (b[0] * scale, b[1]), lr=0.1)
+
+
+def test_a_preparation_may_leave_an_input_unused() -> None:
+    batches = mlp_batches(2, grad=True)
+    end = unroll(mlp, mlp_theta(), batches, prepare=lambda b: (b[0].detach(), b[1]), lr=0.1)
+    grads = torch.autograd.grad(total(end), [batches[0][0], batches[0][1]])
+    assert grads[0].count_nonzero() == 0 and grads[1].count_nonzero() == grads[1].numel()
+    only_x = [(x, y.detach()) for x, y in batches]
+    end = unroll(mlp, mlp_theta(grad=True), only_x, prepare=lambda b: (b[0].detach(), b[1]), lr=0.1)
+    assert torch.autograd.grad(total(end), batches[0][0])[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("snapshots", "tolerance"), [("host", 0.0), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("rule", [SGD(momentum=0.9), Adam()], ids=str)
+def test_points_kept_elsewhere_or_rounded(snapshots: Any, tolerance: float, rule: Rule) -> None:
+    problem = Convolutional("convnet:depth=1,width=4")
+    adjoints = Exact(snapshots=snapshots), Exact()
+    found, expected = (gradients(problem.unroll(adjoint, rule), *problem.inputs) for adjoint in adjoints)
+    difference = error(found, expected)
+    assert difference <= tolerance and (tolerance == 0 or difference > 0)
+
+
 def test_a_tensor_of_many_batches_gets_the_sum() -> None:
     x, y = mlp_batches(1)[0]
     shared, apart = x.clone().requires_grad_(), [x.clone().requires_grad_() for _ in range(3)]

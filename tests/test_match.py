@@ -195,6 +195,56 @@ def test_matching_loss_equals_double_backward(name: str, soft: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_matching_loss_in_pieces_is_the_same(name: str, micro_batch: int, soft: bool) -> None:
+    problem, distance = Problem(soft), match.DISTANCES[name]
+    whole = evaluate(partial(problem.loss, distance), problem.images, problem.targets)
+    pieces = evaluate(partial(problem.loss, distance, micro_batch=micro_batch), problem.images, problem.targets)
+    for a, b in zip(pieces, whole, strict=True):
+        assert b.abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_matching_loss_of_several_sets_is_their_sum(name: str, soft: bool) -> None:
+    distance, problems = match.DISTANCES[name], [Problem(soft), Problem(soft, seed=1)]
+    stacked = {key: torch.stack([p.real_grads[key] for p in problems]) for key in problems[0].params}
+    images = torch.stack([p.images for p in problems]).requires_grad_()
+    targets = torch.stack([p.targets for p in problems]).requires_grad_(soft)
+    first = problems[0]
+    value = match.matching_loss(first.loss_fn, first.params, stacked, distance, images, targets)
+    inputs = (images, targets) if soft else (images,)
+    together = torch.autograd.grad(value, inputs)
+    total = torch.zeros(())
+    for k, problem in enumerate(problems):
+        x, y = images[k].detach().requires_grad_(), targets[k].detach().requires_grad_(soft)
+        alone = match.matching_loss(first.loss_fn, first.params, problem.real_grads, distance, x, y)
+        total = total + alone.detach()
+        for a, b in zip(together, torch.autograd.grad(alone, (x, y) if soft else (x,)), strict=True):
+            torch.testing.assert_close(a[k], b, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(value.detach(), total.to(value.dtype))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+def test_feature_matching_in_pieces_is_the_same(micro_batch: int) -> None:
+    gen = Rng(0)("features")
+    weights = torch.randn(12, 7, generator=gen, dtype=torch.float64)
+    images = torch.randn(5, 3, 2, 2, generator=gen, dtype=torch.float64).requires_grad_()
+    real = torch.randn(1, 7, generator=gen, dtype=torch.float64)
+
+    def features(x: Tensor) -> Tensor:
+        return (x.flatten(1) @ weights).tanh()
+
+    whole = match.feature_mean_distance(real, features(images))
+    pieces = match.feature_matching_loss(features, real[0], images, micro_batch)
+    torch.testing.assert_close(pieces, whole)
+    expected = torch.autograd.grad(-2 * whole, images)
+    torch.testing.assert_close(torch.autograd.grad(-2 * pieces, images), expected)
+
+
 def test_matching_loss_differentiates_what_requires_it_and_nothing_else() -> None:
     problem = Problem(soft=True)
     targets = problem.targets.clone().requires_grad_()

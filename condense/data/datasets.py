@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,18 +25,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from condense.data import store
 from condense.names import suggest
 
 Array: TypeAlias = NDArray[Any]
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
 
 _TORCHVISION = {
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
-    "svhn": "SVHN",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
+    "mnist": ("MNIST", "MNIST/raw/*"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/*"),
+    "svhn": ("SVHN", "*_32x32.mat"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py/*"),
+    "cifar100": ("CIFAR100", "cifar-100-python/*"),
 }
+"""By name: torchvision's class, and the files that it reads under its root."""
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,8 @@ class Arrays:
 
     Images are NCHW with one or three channels: uint8 (0..255), or float32 in [0, 1] where the source holds
     values other than k/255. Labels are int64, 0..C-1, each with at least one training image. The test arrays
-    are empty where only training data were given. ``known`` is None for data that the table does not list.
+    are empty where only training data were given. ``known`` is None for data that the table does not list. Arrays
+    that were found in a cache are mapped from its files.
     """
 
     name: str
@@ -99,8 +105,13 @@ def describe(name: str) -> str:
     return f"{len(known.classes)} classes ({classes}, ...); DSA by {known.augment.replace('_', ', ')}"
 
 
-def load(source: Source, *, root: str | Path | None = None, download: bool = False) -> Arrays:
+def load(
+    source: Source, *, root: str | Path | None = None, download: bool = False, cache: Path | None = None
+) -> Arrays:
     """Read, check and fingerprint a data set.
+
+    What is read through torchvision, from a file or from a folder is kept decoded in the folder ``cache``, if one is
+    given: as long as the source does not change, later calls map those arrays and share the memory.
 
     ``source`` is one of
 
@@ -124,7 +135,7 @@ def load(source: Source, *, root: str | Path | None = None, download: bool = Fal
         ValueError: in one line, for anything that is missing, damaged or not of this form.
     """
     if isinstance(source, str | Path):
-        return _load_path(source, root, download)
+        return _load_path(source, root, download, cache)
     parts = list(source) if isinstance(source, tuple | list) else [source]
     datasets = [part for part in parts if isinstance(part, Dataset)]
     arrays = [part for part in parts if isinstance(part, Tensor | np.ndarray)]
@@ -139,10 +150,16 @@ def load(source: Source, *, root: str | Path | None = None, download: bool = Fal
     return _assemble("custom", *arrays, channels_first=isinstance(arrays[0], Tensor))
 
 
-def to_float(images: Array) -> Tensor:
-    """Images as a new float32 tensor in [0, 1]: uint8 is divided by 255."""
-    tensor = torch.tensor(images, dtype=torch.float32)
-    return tensor.div_(255) if images.dtype == np.uint8 else tensor
+def to_float(images: Array | Tensor) -> Tensor:
+    """Images as float32 in [0, 1], on the device where they are: uint8 is divided by 255.
+
+    New memory, except that a float32 tensor is returned as it is.
+    """
+    if isinstance(images, np.ndarray):
+        images = torch.tensor(images)
+    if images.dtype != torch.uint8:
+        return images.float()
+    return images.float().div_(torch.full((), 255.0, device=images.device))  # a number would be inverted on a GPU
 
 
 def fingerprint(images: Array, labels: Array) -> str:
@@ -177,19 +194,63 @@ def _table() -> dict[str, Known]:
     }
 
 
-def _load_path(source: str | Path, root: str | Path | None, download: bool) -> Arrays:
+def _load_path(source: str | Path, root: str | Path | None, download: bool, cache: Path | None) -> Arrays:
     if source == "digits":
         return _load_digits()
     if source in _TORCHVISION:
-        default = os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data"
-        return _load_torchvision(str(source), Path(root or default).expanduser(), download)
+        name, files = str(source), _TORCHVISION[str(source)][1]
+        place = Path(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data").expanduser()
+        return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load_folder(path)
+        return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
     if path.is_file():
-        return _load_npz(path)
+        return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
     raise ValueError(
         f"no data set {str(source)!r}: there is no such file or folder; by name {suggest(str(source), names())}"
+    )
+
+
+def _kept(
+    cache: Path | None, kind: str, path: Path, files: Callable[[], Iterable[Path]], read: Callable[[], Arrays]
+) -> Arrays:
+    """What ``read`` returns, from the cache where that was made from the ``files`` as they are now."""
+    before = store.stamp(path, files()) if cache else None
+    if cache is None or before is None:
+        return read()
+    digest = hashlib.sha256(f"{kind}/{path.resolve()}".encode()).hexdigest()
+    entry = cache / "decoded" / digest[:16]
+    if found := _from_store(entry, before):
+        return found
+    arrays = read()
+    if store.stamp(path, files()) != before:
+        return arrays
+    content = {name: getattr(arrays, name) for name in _ARRAYS}
+    facts = {
+        "name": arrays.name,
+        "classes": arrays.classes,
+        "fingerprint": arrays.fingerprint,
+        "known": arrays.known.name if arrays.known else None,
+    }
+    try:
+        store.write(entry, before, content, facts)
+    except OSError as error:
+        if _from_store(entry, before) is None:  # else another process was faster
+            warnings.warn(f"{path} is not cached, it will be decoded again next time: {error}", stacklevel=2)
+    return _from_store(entry, before) or arrays
+
+
+def _from_store(entry: Path, source: str) -> Arrays | None:
+    found = store.read(entry, source)
+    if found is None:
+        return None
+    arrays, facts = found
+    return Arrays(
+        **{name: arrays[name] for name in _ARRAYS},
+        name=facts["name"],
+        classes=tuple(facts["classes"]),
+        fingerprint=facts["fingerprint"],
+        known=_table().get(facts["known"]),
     )
 
 
@@ -213,7 +274,7 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
         if name == "svhn":
             split = datasets.SVHN(str(root), split="train" if train else "test", download=download)
             return split.data, split.labels
-        split = getattr(datasets, _TORCHVISION[name])(str(root), train=train, download=download)
+        split = getattr(datasets, _TORCHVISION[name][0])(str(root), train=train, download=download)
         return np.asarray(split.data), np.asarray(split.targets)
 
     try:
@@ -227,19 +288,18 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
 
 
 def _load_npz(path: Path) -> Arrays:
-    keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {key: file[key] for key in keys if key in file.files}
+            found = {key: file[key] for key in _ARRAYS if key in file.files}
             classes = file["classes"].astype(str).ravel().tolist() if "classes" in file.files else None
     except Exception as error:  # a damaged zip raises nearly anything
         raise ValueError(
-            f"cannot read {path}: {_first_line(error)}; give an .npz file of plain arrays ({', '.join(keys)})"
+            f"cannot read {path}: {_first_line(error)}; give an .npz file of plain arrays ({', '.join(_ARRAYS)})"
         ) from error
-    missing = [key for key in keys if key not in found]
+    missing = [key for key in _ARRAYS if key not in found]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: all of {', '.join(keys)} are needed; add them")
-    return _assemble(path.stem, *(found[key] for key in keys), classes=classes, where=f" of {path}")
+        raise ValueError(f"{path} has no {', '.join(missing)}: all of {', '.join(_ARRAYS)} are needed; add them")
+    return _assemble(path.stem, *(found[key] for key in _ARRAYS), classes=classes, where=f" of {path}")
 
 
 def _load_folder(folder: Path) -> Arrays:
@@ -273,6 +333,11 @@ def _load_folder(folder: Path) -> Arrays:
         for array in (np.array(images, dtype=np.uint8), np.array(labels[split], dtype=np.int64))
     )
     return _assemble(folder.resolve().name, *arrays, classes=classes, where=f" of {folder}")
+
+
+def _in_folder(folder: Path) -> Iterable[Path]:
+    """All that ``_load_folder`` looks at."""
+    return (file for split in ("train", "test") for depth in ("", "/*", "/*/*") for file in folder.glob(split + depth))
 
 
 def _visible(folder: Path) -> list[Path]:

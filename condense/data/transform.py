@@ -19,12 +19,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import safetensors
 import safetensors.torch
@@ -34,6 +35,9 @@ from torch import Tensor
 from condense.data.datasets import Known
 from condense.files import replacing
 from condense.names import suggest
+
+if TYPE_CHECKING:
+    from condense.data.images import Images
 
 SPECS = ("none", "channel", "zca", "zca-relative")
 
@@ -45,6 +49,9 @@ _CHUNK = 4096
 
 class Transform(ABC):
     """A differentiable map of images (N, C, H, W) on any device and in any floating dtype."""
+
+    pointwise: ClassVar[bool] = True
+    """A value depends on one pixel, so that mapping a batch costs next to nothing."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ class Transform(ABC):
 
     @staticmethod
     def from_description(
-        description: Mapping[str, Any], images: Tensor | None = None, cache: Path | None = None
+        description: Mapping[str, Any], images: Tensor | Images | None = None, cache: Path | None = None
     ) -> Transform:
         """The transform that ``describe`` described.
 
@@ -126,7 +133,7 @@ class ChannelNorm(Transform):
 
     def __call__(self, x: Tensor) -> Tensor:
         mean, std = self._constants.like(x)
-        return (x - mean) / std
+        return (x - mean).div_(std)
 
     def inverse(self, x: Tensor) -> Tensor:
         mean, std = self._constants.like(x)
@@ -143,6 +150,8 @@ class Whitening(Transform):
     ``mean`` (d,) is the mean training image and ``matrix`` (d, d) its whitening, both float32. The channel
     normalisation of the relative flavour is part of them: the mean absorbs its centring, the rows its scale.
     """
+
+    pointwise: ClassVar[bool] = False
 
     flavour: str
     eps: float
@@ -186,8 +195,8 @@ class Whitening(Transform):
         }
 
 
-def fit(spec: str, images: Tensor, *, known: Known | None, key: str, cache: Path | None) -> Transform:
-    """Fit a transform to training images (N, C, H, W) in [0, 1].
+def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, cache: Path | None) -> Transform:
+    """Fit a transform to training images (N, C, H, W) in [0, 1], read a chunk at a time.
 
     ``channel`` takes the published constants of a known data set, else the measured ones
                 (``channel_statistics``). A ZCA matrix is fitted on the CPU in float64 and kept in the folder
@@ -213,21 +222,25 @@ def fit(spec: str, images: Tensor, *, known: Known | None, key: str, cache: Path
     return whitening
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation of each channel of (N, C, H, W), to six decimals.
 
     Raises:
         ValueError: a channel is constant.
     """
-    count = images[:, 0].numel()
-    chunks = images.cpu().split(_CHUNK)
-    mean = torch.stack([chunk.double().sum((0, 2, 3)) for chunk in chunks]).sum(0) / count
-    centred = (chunk.double() - mean[:, None, None] for chunk in chunks)
+    count = len(images) * math.prod(images.shape[2:])
+    mean = torch.stack([chunk.sum((0, 2, 3)) for chunk in _chunks(images)]).sum(0) / count
+    centred = (chunk - mean[:, None, None] for chunk in _chunks(images))
     std = (torch.stack([chunk.square().sum((0, 2, 3)) for chunk in centred]).sum(0) / count).sqrt()
     rounded = [round(value, 6) for value in std.tolist()]
     if 0 in rounded:
         raise ValueError(f"channel {rounded.index(0)} is constant: it cannot be normalised; give --transform none")
     return tuple(round(value, 6) for value in mean.tolist()), tuple(rounded)
+
+
+def _chunks(images: Tensor | Images) -> Iterator[Tensor]:
+    """In float64 on the CPU."""
+    return (chunk.cpu().double() for chunk in images.split(_CHUNK))
 
 
 class _Constants:
@@ -245,18 +258,17 @@ class _Constants:
         return self.copies[place]
 
 
-def _fit_zca(images: Tensor, flavour: str, eps: float, key: str) -> Whitening:
-    flat = images.cpu().flatten(1)
-    n, d = flat.shape
+def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whitening:
+    n, d = len(images), math.prod(images.shape[1:])
     if d > _MAX_SIZE:
         raise ValueError(
             f"images of {d} values are too large for ZCA: at most {_MAX_SIZE} (3x64x64) are whitened; "
             "give --transform channel"
         )
-    mean = torch.stack([chunk.double().sum(0) for chunk in flat.split(_CHUNK)]).sum(0) / n
+    mean = torch.stack([chunk.flatten(1).sum(0) for chunk in _chunks(images)]).sum(0) / n
     scatter = torch.zeros(d, d, dtype=torch.float64)
-    for chunk in flat.split(_CHUNK):
-        centred = chunk.double() - mean
+    for chunk in _chunks(images):
+        centred = chunk.flatten(1) - mean
         scatter.addmm_(centred.T, centred)
     if flavour == "absolute":
         scale = torch.ones(d, dtype=torch.float64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -42,15 +42,19 @@ class Adjoint(ABC):
 class Exact(Adjoint):
     """The gradient of the full unroll, to rounding, at a fraction of its memory.
 
-    The way forth keeps the parameters (and the state of the rule) of every step and no graph. The way back
-    builds the graph of one step at a time. Memory: N points and the graph of one step. (Wang et al., 2018.)
+    The way forth keeps the parameters (and the state of the rule) of every step and no graph; compiled, also its
+    gradient. The way back builds the graph of one step at a time. Memory: N points, or two, and the graph of one
+    step. (Wang et al., 2018.)
     """
 
     name: ClassVar[str] = "exact"
     exact: ClassVar[bool] = True
+    snapshots: Literal["full", "host", "bfloat16"] = "full"
+    """How points are kept: as they are, in the memory of the host, or rounded: then the way back is that of points
+    nearby, and no longer exact."""
 
     def run(self, rollout: Rollout) -> Params:
-        return _run_adjoint(rollout, every=1, propagate=True)
+        return _run_adjoint(rollout, every=1, propagate=True, snapshots=self.snapshots)
 
 
 @dataclass(frozen=True)
@@ -194,13 +198,13 @@ class Higher(Adjoint):
                 raise ValueError(f"higher does not know {rule}: it has SGD and Adam(eps_root=0.0); take Exact()")
         diff_optimizer = get_diff_optim(optimizer, reference)
         params = [p if p.requires_grad else p.detach().requires_grad_() for p in theta.values()]
-        for t, (batch, lr) in enumerate(zip(rollout.batches, rollout.lrs, strict=True)):
+        for t, (item, lr) in enumerate(zip(rollout.batches, rollout.lrs, strict=True)):
             override: dict[str, list[Any]] = {"lr": [lr]}
             if isinstance(rule, Adam):
                 # higher adds eps before the bias correction of the root, torch.optim after it
                 override["eps"] = [rule.eps * (1 - rule.betas[1] ** (t + 1)) ** 0.5]
             with torch.enable_grad():
-                loss = rollout.loss_fn(dict(zip(theta, params, strict=True)), batch)
+                loss = rollout.loss_fn(dict(zip(theta, params, strict=True)), rollout.prepare(item))
                 params = diff_optimizer.step(loss, params=params, override=override)
         return dict(zip(theta, params if rollout.recorded else [p.detach() for p in params], strict=True))
 
@@ -220,10 +224,10 @@ def _require_eager(owner: str, rollout: Rollout) -> None:
         raise ValueError(f"{owner} is not compiled: it is an oracle for the others; take Exact(), or compile=False")
 
 
-def _run_adjoint(rollout: Rollout, every: int, propagate: bool) -> Params:
+def _run_adjoint(rollout: Rollout, every: int, propagate: bool, snapshots: str = "full") -> Params:
     if not rollout.recorded:
         return rollout.after(len(rollout)).start[0]
-    outputs = _Unrolled.apply(rollout, every, propagate, *rollout.sources)
+    outputs = _Unrolled.apply(rollout, every, propagate, snapshots, *rollout.sources)
     return dict(zip(rollout.start[0], outputs, strict=True))
 
 
@@ -234,14 +238,18 @@ class _Unrolled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rollout: Rollout, every: int, propagate: bool, *sources: Tensor) -> Any:
-        ctx.rollout, ctx.every, ctx.propagate = rollout, every, propagate
+    def forward(ctx: Any, rollout: Rollout, every: int, propagate: bool, snapshots: str, *sources: Tensor) -> Any:
+        ctx.rollout, ctx.every, ctx.propagate, ctx.snapshots = rollout, every, propagate, snapshots
         kept: list[Tensor] = []
+        ctx.specs = []
         point = rollout.start
         for t in range(len(rollout)):
+            before = point
+            point, grads = rollout.advance(t, before)
             if t % every == 0:
-                kept += tree_leaves(point)
-            point = rollout.advance(t, point)
+                leaves, spec = tree_flatten((before, grads if every == 1 else {}))
+                kept += [_stored(x, snapshots) for x in leaves]
+                ctx.specs.append((spec, len(leaves)))
         # autograd refuses the way back if a source was changed in place meanwhile
         ctx.save_for_backward(*sources, *kept)
         return tuple(point[0].values())
@@ -251,9 +259,8 @@ class _Unrolled(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         rollout = cast(Rollout, ctx.rollout)
         theta, state = rollout.start
-        width, spec = len(tree_leaves(rollout.start)), tree_flatten(rollout.start)[1]
         sources = rollout.sources
-        kept = ctx.saved_tensors[len(sources) :]
+        kept = list(ctx.saved_tensors[len(sources) :])
 
         totals: dict[int, Tensor] = {}
 
@@ -264,16 +271,41 @@ class _Unrolled(torch.autograd.Function):
         lam = (dict(zip(theta, cotangents, strict=True)), tree_map(torch.zeros_like, state))
         for start in reversed(range(0, len(rollout), ctx.every)):
             stop = min(start + ctx.every, len(rollout))
-            index = start // ctx.every * width
-            points = [tree_unflatten(kept[index : index + width], spec)]
-            for t in range(start, stop - 1):
-                points.append(rollout.advance(t, points[-1]))
+            spec, width = ctx.specs[start // ctx.every]
+            leaves = [_restored(x, ctx.snapshots, cotangents[0]) for x in kept[len(kept) - width :]]
+            del kept[len(kept) - width :]
+            point, grads = tree_unflatten(leaves, spec)
+            segment = [(point, grads)]
+            if ctx.every > 1:
+                segment = []
+                for t in range(start, stop):
+                    after, grads = rollout.advance(t, point)
+                    segment.append((point, grads))
+                    point = after
             for t in reversed(range(start, stop)):
-                before, grads = rollout.pullback(t, points.pop(), lam)
-                for source, grad in grads:
+                lam_before, found = rollout.pullback(t, *segment.pop(), lam)
+                for source, grad in found:
                     add(source, grad)
                 if ctx.propagate:
-                    lam = before
+                    lam = lam_before
         for p, grad in zip(tree_leaves(rollout.start), tree_leaves(lam), strict=True):
             add(p, grad)
-        return (None, None, None, *(totals[id(source)] for source in sources))
+        return (None, None, None, None, *(totals[id(source)] for source in sources))
+
+
+def _stored(x: Tensor, how: str) -> Tensor:
+    match how:
+        case "host":
+            return x.cpu()
+        case "bfloat16" if x.dim():
+            return x.to(torch.bfloat16)
+    return x
+
+
+def _restored(x: Tensor, how: str, like: Tensor) -> Tensor:
+    match how:
+        case "host":
+            return x.to(like.device)
+        case "bfloat16" if x.dim():
+            return x.to(like.dtype)
+    return x

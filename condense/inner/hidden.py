@@ -11,32 +11,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def refuse_hidden_inputs(loss_fn: Callable[[Any, Any], Tensor], theta: dict[str, Tensor], batch: Any) -> None:
-    """Refuse a loss that depends on a tensor that requires grad and is not in its arguments.
+def refuse_hidden_inputs(
+    loss_fn: Callable[[Any, Any], Tensor], prepare: Callable[[Any], Any], theta: dict[str, Tensor], item: Any
+) -> None:
+    """Refuse a computation that depends on a tensor that requires grad and is not in its arguments.
 
     An adjoint returns gradients of declared inputs only: such a tensor would silently lose its own. A loss_fn
-    is checked once.
+    is checked once, ``prepare`` at every call.
 
     Raises:
         ValueError: naming the tensors.
     """
+    item, theta = tree_map_only(Tensor, Tensor.detach, (item, theta))
+    with torch.enable_grad():
+        batch = prepare(item)
+    for made in tree_leaves(batch):
+        if isinstance(made, Tensor) and made.requires_grad:
+            _refuse("prepare", made, {"": prepare, "batch": item})
     if loss_fn in _checked:
         return
     with torch.enable_grad():
-        loss = loss_fn(*tree_map_only(Tensor, Tensor.detach, (theta, batch)))
+        loss = loss_fn(theta, batch)
     if loss.requires_grad:
-        names = ", ".join(_names(loss, {"": loss_fn, "batch": batch}))
-        raise ValueError(
-            f"loss_fn uses {names} from outside: only theta0, batches and lr are differentiated, the "
-            "gradient would be lost; pass it through batches, or detach it"
-        )
+        _refuse("loss_fn", loss, {"": loss_fn, "batch": batch})
     _checked[loss_fn] = True
+
+
+def _refuse(owner: str, result: Tensor, roots: Mapping[str, Any]) -> None:
+    raise ValueError(
+        f"{owner} uses {', '.join(_names(result, roots))} from outside: only theta0, batches and lr are "
+        "differentiated, the gradient would be lost; pass it through batches, or detach it"
+    )
 
 
 def _names(loss: Tensor, roots: Mapping[str, Any]) -> list[str]:

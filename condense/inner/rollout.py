@@ -1,7 +1,9 @@
 """The steps of an inner training run as pure functions: forward, forward with graph, and backward.
 
-Each exists twice. Eager, on plain autograd, which holds about a third less memory than nested ``torch.func``
-transforms; and on ``torch.func``, which ``torch.compile`` can trace where it refuses double backward.
+Each exists twice. Eager, on plain autograd, which holds less memory than nested ``torch.func`` transforms; and on
+``torch.func``, which ``torch.compile`` can trace where it refuses double backward. There the way back through a
+step differentiates backwards what is a derivative forwards: with c the cotangent of the gradient g, the slope
+<g, c> of the loss along c has the gradients that are needed, and costs no product that the roll-out did already.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from condense.compute import MAX_VARIANTS
 from condense.inner.rules import Params, Rule, State
 
 Batch = tuple[Any, ...]
@@ -25,6 +28,8 @@ LossFn = Callable[[Params, Any], Tensor]
 """``loss_fn(theta, batch) -> scalar``, pure."""
 Point = tuple[Params, State]
 """Where a run stands: parameters and the state of the rule."""
+Prepare = Callable[[Any], Batch]
+"""From an item of the batches to what ``loss_fn`` sees: differentiable, draws nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,10 @@ class Rollout:
     """An inner training run that has not happened yet: what an adjoint runs, and then goes back through."""
 
     loss_fn: LossFn
+    prepare: Prepare
     rule: Rule
     start: Point
-    batches: Sequence[Batch]
+    batches: Sequence[Any]
     lrs: Sequence[Tensor]
     compile: bool
 
@@ -54,40 +60,55 @@ class Rollout:
 
     def step(self, t: int, point: Point) -> Point:
         """Step ``t`` as autograd sees it: differentiable in the point, the batch and the learning rate."""
-        return _eager_step(self.loss_fn, self.rule, point, self.batches[t], self.lrs[t])
+        return _eager_step(self.loss_fn, self.rule, point, self.prepare(self.batches[t]), self.lrs[t])
 
-    def advance(self, t: int, point: Point) -> Point:
-        """Step ``t`` to first order: no graph outlives the gradient."""
-        args = _detached((point, self.batches[t], self.lrs[t]))
+    def advance(self, t: int, point: Point) -> tuple[Point, Params]:
+        """Step ``t`` to first order, and the gradient it took: no graph outlives it.
+
+        An eager step gives no gradient (an empty dict): its way back has one anyway.
+        """
         with torch.no_grad():
-            return self._call(_step, _eager_advance, self.loss_fn, self.rule, *args)
+            args = _detached((point, self.prepare(self.batches[t]), self.lrs[t]))
+            stepped: tuple[Point, Params] = self._call(_step, _eager_advance, self.loss_fn, self.rule, *args)
+        return stepped
 
-    def pullback(self, t: int, point: Point, lam: Point) -> tuple[Point, list[tuple[Tensor, Tensor]]]:
+    def pullback(self, t: int, point: Point, grads: Params, lam: Point) -> tuple[Point, list[tuple[Tensor, Tensor]]]:
         """The adjoint of step ``t``: one vector-Jacobian product.
 
         Args:
             t: the step.
             point: where the run stood before it.
+            grads: the gradient that ``advance`` took there.
             lam: gradient of the outer loss with respect to the point after it.
 
         Returns:
             The gradient with respect to the point before it, and for each tensor of the batch that requires
             grad and the learning rate the pair (tensor, gradient that came through this step).
         """
-        leaves, spec = tree_flatten(self.batches[t])
-        where = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad)
-        inputs, lr = [leaves[i] for i in where], self.lrs[t]
-        point, fixed, rate, lam = _detached((point, leaves, lr, lam))
-        args = (self.loss_fn, self.rule, point, fixed, where, spec, rate, lam)
+        items, item_spec = tree_flatten(self.batches[t])
+        asked = _require_grad(items)
+        sources = [items[i] for i in asked]
+        inputs = [x.detach().requires_grad_() for x in sources]
+        with torch.enable_grad():
+            batch = self.prepare(_merged(items, asked, inputs, item_spec))
+        leaves, spec = tree_flatten(batch)
+        where = _require_grad(leaves)
+        point, grads, fixed, rate, lam = _detached((point, grads, leaves, self.lrs[t], lam))
+        args = (self.loss_fn, self.rule, point, grads, fixed, where, spec, rate, lam)
         with torch.no_grad():
             before, into_batch, into_lr = self._call(_pullback, _eager_pullback, *args)
-        return before, [*zip(inputs, into_batch, strict=True), (lr, into_lr)]
+        if where:
+            outputs = [leaves[i] for i in where]
+            into_items = torch.autograd.grad(outputs, inputs, into_batch, allow_unused=True, materialize_grads=True)
+        else:
+            into_items = tuple(torch.zeros_like(x) for x in inputs)
+        return before, [*zip(sources, into_items, strict=True), (self.lrs[t], into_lr)]
 
     def after(self, num_steps: int) -> Rollout:
         """The rest of the run, entered at the point that ``num_steps`` first-order steps lead to."""
         point = self.start
         for t in range(num_steps):
-            point = self.advance(t, point)
+            point, _ = self.advance(t, point)
         return replace(self, start=point, batches=self.batches[num_steps:], lrs=self.lrs[num_steps:])
 
     def until(self, num_steps: int) -> Rollout:
@@ -98,7 +119,8 @@ class Rollout:
         if not self.compile or self.loss_fn in _uncompilable:
             return eager(*args)
         try:
-            with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
                 return _compiled(function)(*args)
         except Exception as error:
             output = eager(*args)  # an error of loss_fn's own is raised again here, undisguised
@@ -108,8 +130,6 @@ class Rollout:
             return output
 
 
-_VARIANTS = 64
-"""How many variants of a step (loss functions, batch shapes, static items) torch.compile may keep."""
 _uncompilable: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -133,12 +153,12 @@ def _eager_step(loss_fn: LossFn, rule: Rule, point: Point, batch: Batch, lr: Ten
         return rule.update(grads, state, theta, lr)
 
 
-def _eager_advance(loss_fn: LossFn, rule: Rule, point: Point, batch: Batch, lr: Tensor) -> Point:
+def _eager_advance(loss_fn: LossFn, rule: Rule, point: Point, batch: Batch, lr: Tensor) -> tuple[Point, Params]:
     theta, state = point
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
         grads = _gradient(loss_fn(leaves, batch), leaves, create_graph=False)
-    return rule.update(grads, state, theta, lr)
+    return rule.update(grads, state, theta, lr), {}
 
 
 def _gradient(loss: Tensor, theta: Params, create_graph: bool) -> Params:
@@ -152,6 +172,7 @@ def _eager_pullback(
     loss_fn: LossFn,
     rule: Rule,
     point: Point,
+    grads: Params,
     leaves: list[Any],
     where: tuple[int, ...],
     spec: TreeSpec,
@@ -164,29 +185,42 @@ def _eager_pullback(
     after = _eager_step(loss_fn, rule, point, _merged(leaves, where, chosen, spec), lr)
     pairs = [(x, c) for x, c in zip(tree_leaves(after), tree_leaves(lam), strict=True) if x.requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
-    return tree_unflatten(grads, structure)
+    found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
+    return tree_unflatten(found, structure)
 
 
-def _step(loss_fn: LossFn, rule: Rule, point: Point, batch: Batch, lr: Tensor) -> Point:
+def _step(loss_fn: LossFn, rule: Rule, point: Point, batch: Batch, lr: Tensor) -> tuple[Point, Params]:
     theta, state = point
-    return rule.update(torch.func.grad(loss_fn)(theta, batch), state, theta, lr)
+    grads = torch.func.grad(loss_fn)(theta, batch)
+    return rule.update(grads, state, theta, lr), grads
 
 
 def _pullback(
     loss_fn: LossFn,
     rule: Rule,
     point: Point,
+    grads: Params,
     leaves: list[Any],
     where: tuple[int, ...],
     spec: TreeSpec,
     lr: Tensor,
     lam: Point,
 ) -> Any:
-    def step(point: Point, chosen: list[Tensor], lr: Tensor) -> Point:
-        return _step(loss_fn, rule, point, _merged(leaves, where, chosen, spec), lr)
+    theta, state = point
+    into_grads, into_state, into_theta, into_lr = torch.func.vjp(rule.update, grads, state, theta, lr)[1](lam)
 
-    return torch.func.vjp(step, point, [leaves[i] for i in where], lr)[1](lam)
+    def slope(theta: Params, chosen: list[Tensor]) -> Tensor:
+        batch = _merged(leaves, where, chosen, spec)
+        along: Tensor = torch.func.jvp(lambda params: loss_fn(params, batch), (theta,), (into_grads,))[1]
+        return along
+
+    curvature, into_batch = torch.func.grad(slope, argnums=(0, 1))(theta, [leaves[i] for i in where])
+    before = {name: into_theta[name] + curvature[name] for name in theta}
+    return (before, into_state), into_batch, into_lr
+
+
+def _require_grad(leaves: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad)
 
 
 def _merged(leaves: list[Any], where: tuple[int, ...], chosen: list[Tensor], spec: TreeSpec) -> Any:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from condense.inner.adjoint import Adjoint, Exact
 from condense.inner.hidden import refuse_hidden_inputs
-from condense.inner.rollout import Batch, LossFn, Rollout
+from condense.inner.rollout import LossFn, Prepare, Rollout
 from condense.inner.rules import SGD, Params, Rule
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def unroll(
     loss_fn: LossFn,
     theta0: Mapping[str, Tensor],
-    batches: Sequence[Batch],
+    batches: Sequence[Any],
     *,
+    prepare: Prepare = _as_it_is,
     rule: Rule = SGD(),
     lr: Tensor | float,
     adjoint: Adjoint = Exact(),
@@ -26,14 +32,16 @@ def unroll(
     """Train from ``theta0``, one step a batch; differentiable in ``theta0``, the batches and ``lr``.
 
     Whatever wants a gradient enters through the arguments. Randomness enters drawn: augmentation parameters
-    and minibatch indices are items of a batch. Index and augment inside ``loss_fn`` where you can: then no
-    graph of the images is held for every step, and a tensor that occurs in many batches costs one gradient.
+    and minibatch indices are items of a batch. Index and augment in ``prepare``: then neither the images of
+    every step nor their graph are held, and a tensor that occurs in many batches costs one gradient.
 
     Args:
         loss_fn: ``loss_fn(theta, batch) -> scalar``, pure.
         theta0: parameters by name.
         batches: the inputs of the steps in order, pytrees (tuples, dicts, named tuples). Tensors in them may
             require grad; everything else is static: under ``compile`` each new value of it is compiled anew.
+        prepare: makes of an item of ``batches`` what ``loss_fn`` takes, at the moment of its step; differentiable,
+            pure, and not compiled, so that it may be another computation at every step.
         rule: the optimiser.
         lr: one learning rate for all steps, or a tensor (N,) with one for each of the N batches.
         adjoint: how to get the gradient back: ``Exact`` unless you know better.
@@ -45,7 +53,7 @@ def unroll(
         under ``Full`` and ``Higher`` any number of times.
 
     Raises:
-        ValueError: ``loss_fn`` uses another tensor that requires grad; ``lr`` has the wrong shape; the
+        ValueError: ``loss_fn`` or ``prepare`` uses another tensor that requires grad; ``lr`` has the wrong shape; the
             adjoint does not know the rule.
     """
     theta = dict(theta0)
@@ -58,6 +66,6 @@ def unroll(
             f"lr has shape {tuple(lr.shape)}: it is one number, or one for every batch; give shape () or "
             f"({len(batches)},)"
         )
-    refuse_hidden_inputs(loss_fn, theta, batches[0])
+    refuse_hidden_inputs(loss_fn, prepare, theta, batches[0])
     lrs = lr.unbind() if lr.dim() else (lr,) * len(batches)
-    return adjoint.run(Rollout(loss_fn, rule, (theta, rule.init(theta)), tuple(batches), lrs, compile))
+    return adjoint.run(Rollout(loss_fn, prepare, rule, (theta, rule.init(theta)), tuple(batches), lrs, compile))

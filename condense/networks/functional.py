@@ -6,11 +6,13 @@ import copy
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from condense.files import canonical_json
 from condense.networks.base import ImageShape, Network
@@ -66,6 +68,13 @@ class Functional:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 # Statistics of the batch alone: vmap refuses the update of running ones.
                 module.track_running_stats = False
+
+    @cached_property
+    def flops(self) -> float:
+        """Floating-point operations of one image's forward and backward pass, in matrix products and convolutions."""
+        with FlopCounterMode(display=False) as counter:
+            self._eval(torch.empty(2, *self.image_shape, device="meta"), False)
+        return 3 * counter.get_total_flops() / 2
 
     def identity(self) -> dict[str, Any]:
         """What tells this network from others, JSON-able; for callables with a hash of parameter shapes."""

@@ -78,6 +78,7 @@ class SyntheticSet(nn.Module):
         super().__init__()
         self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
         self.latents = nn.Parameter(latents.detach().clone())
+        self._members: tuple[int, list[Tensor]] | None = None
         self.decoder = self.decode.build(origin.image_shape).to(latents.device)
         self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
         self.register_buffer("classes", labels.long() if labels.dim() == 1 else labels.argmax(1))
@@ -102,7 +103,10 @@ class SyntheticSet(nn.Module):
 
     def index_of(self, label: int) -> Tensor:
         """Indices (ipc,) of the latents made for class ``label``."""
-        return (self.classes == label).nonzero().flatten()
+        if self._members is None or self._members[0] != self.classes._version:
+            members = [(self.classes == c).nonzero().flatten() for c in range(self.origin.num_classes)]
+            self._members = (self.classes._version, members)
+        return self._members[1][label]
 
     def leaves(self) -> dict[str, list[nn.Parameter]]:
         """The learnable parts by name: latents, labels, decoder, lr; empty ones are left out."""

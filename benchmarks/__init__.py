@@ -1,0 +1,1 @@
+"""The engine against the algorithms as the papers' code runs them. ``python -m benchmarks --help``."""

@@ -1,0 +1,185 @@
+"""The engine against the textbook, path by path: time, memory and data read.
+
+    python -m benchmarks                                     # everything, into docs/performance.{json,md}
+    python -m benchmarks --only matching --repeats 3         # the paths with this word; printed, not written
+    python -m benchmarks --quick --out /tmp/somewhere        # tiny sizes: does everything run?
+
+Textbook and engine run in turn in one process; the figures are medians after one run of each. Peak memory is measured
+in a process of its own for each side. See docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import buffer_read, measure, report, startup
+from benchmarks.harness import alone, cores, machine
+from benchmarks.jobs import JOBS, QUICK, Job, Scale, fast, matching_engine
+from benchmarks.report import Row, row
+from condense.compute import resolve_device
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Session:
+    """What a benchmark is given, and what it found so far."""
+
+    scale: Scale
+    device: torch.device
+    repeats: int
+    rows: list[Row] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def add(self, *args: Any, **options: Any) -> None:
+        self.rows.append(row(*args, **options))
+        print(report.table(self.rows[-1:]).splitlines()[-1], flush=True)
+
+    def found(self, path: str, quantity: str) -> Row | None:
+        return next((r for r in self.rows if (r.path, r.quantity) == (path, quantity)), None)
+
+
+def compare(path: str, job: Job, session: Session) -> None:
+    scale, device, n = session.scale, session.device, session.repeats
+    times = alone(measure.times, job.textbook, job.engine, scale, device, n)
+    theirs, same, ours = (job.value(t, scale) for t in times[:3])
+    session.add(path, "time", job.unit, ours, n, textbook=theirs, same=same, at_least=job.ask)
+    session.add(path, "compilation", "s", times.compilation, 1)
+    if job.ask_memory is not None:
+        theirs = alone(measure.memory, job.textbook, False, scale, device)
+        ours = alone(measure.memory, job.engine, True, scale, device)
+        session.add(path, "memory", "MB", ours, 1, textbook=theirs, at_least=job.ask_memory)
+
+
+def long_roll_out(session: Session) -> None:
+    """The engine's memory at 40 steps over that at 10."""
+
+    def peak(num_steps: int) -> float:
+        return alone(measure.memory, partial(matching_engine, num_steps), True, session.scale, session.device)
+
+    found = session.found("trajectory matching, 10 steps", "memory")
+    few, many = peak(10) if found is None else found.engine, peak(40)
+    session.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, at_most=1.2)
+
+
+def narrow_adjoint(session: Session) -> None:
+    """Trajectory matching with the second-order step in bfloat16, and what that does to the gradient."""
+    compute = dataclasses.replace(session.scale.compute, exact=False, adjoint_dtype="bfloat16")
+    path, n = "trajectory matching, 10 steps", session.repeats
+    scale = dataclasses.replace(session.scale, compute=compute)
+    seconds = alone(measure.engine_seconds, partial(matching_engine, 10), scale, session.device, n)
+    found = session.found(path, "time")
+    session.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=found and found.textbook)
+    error = alone(measure.narrow_error, scale, session.device)
+    session.add(f"{path}, bfloat16 adjoint", "error of the gradient", "relative", error, 1)
+
+
+def share_of_the_machine(session: Session) -> None:
+    """How much of what this machine's matrix product does a second, expert training does."""
+    limits = alone(measure.limits, session.scale, session.device, session.repeats)
+    session.limits |= {name: value for name, value in limits._asdict().items() if name != "gflop_per_image"}
+    training = session.found("expert training", "time")
+    if training is not None and training.textbook is not None:
+        for dtype in ("float32", "bfloat16"):
+            share = 100 * limits.gflop_per_image / session.limits[f"matmul_{dtype}"]
+            session.add(
+                "expert training",
+                f"share of the {dtype} matmul limit",
+                "%",
+                share * training.engine,
+                training.n,
+                textbook=share * training.textbook,
+            )
+
+
+def reading(session: Session) -> None:
+    """A (start, target) pair from a buffer, against a pickled one that is read whole."""
+    layout = buffer_read.QUICK if session.scale is QUICK else buffer_read.FULL
+    with tempfile.TemporaryDirectory() as name:
+        folder = buffer_read.write(Path(name), layout)
+        ours = alone(buffer_read.measure, buffer_read.ours, folder, layout, 20 * session.repeats)
+        theirs = alone(buffer_read.measure, buffer_read.published, folder, layout, session.repeats)
+    path = "reading a pair from a buffer"
+    session.add(path, "data", "MB", ours.disk_mb, 1, textbook=theirs.disk_mb, at_least=100)
+    session.add(path, "memory", "MB", ours.memory_mb, 1, textbook=theirs.memory_mb)
+    session.add(path, "time, warm", "ms", ours.warm_ms, session.repeats, textbook=theirs.warm_ms)
+
+
+def command_line(session: Session) -> None:
+    n = session.repeats
+    for name in ("condense", "condense.api"):
+        session.add(f"import {name}", "time", "s", startup.median_wall(["-c", f"import {name}"], n), n)
+    session.add("condense --help", "time", "s", startup.median_wall(["-m", "condense", "--help"], n), n)
+    cold, warm = startup.first_epoch(session.scale, str(session.device), n)
+    session.add("condense evaluate, until the first epoch", "time, compiling anew", "s", cold, 1)
+    session.add("condense evaluate, until the first epoch", "time, compiled before", "s", warm, n)
+
+
+BENCHMARKS: dict[str, Callable[[Session], None]] = {
+    **{path: partial(compare, path, job) for path, job in JOBS.items()},
+    "trajectory matching, 40 steps over 10": long_roll_out,
+    "trajectory matching, bfloat16 adjoint": narrow_adjoint,
+    "expert training, share of the machine": share_of_the_machine,
+    "reading a pair from a buffer": reading,
+    "command line": command_line,
+}
+
+
+def head(session: Session) -> dict[str, Any]:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {
+        "machine": machine(session.device),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "date": str(datetime.date.today()),
+        "limits": session.limits,
+    }
+
+
+def main(words: list[str] | None = None) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="paths whose name contains one of these"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns of which the median is taken")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
+    parser.add_argument("--out", type=Path, help="folder of performance.json and .md; default docs, for a full run")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
+    chosen = [name for name in BENCHMARKS if any(word in name for word in options.only)]
+    if not chosen:
+        parser.error(f"no path contains any of {options.only}: there are {', '.join(BENCHMARKS)}")
+    device = resolve_device(options.device)
+    session = Session(QUICK if options.quick else Scale(compute=fast(device)), device, options.repeats)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for name in chosen:
+            BENCHMARKS[name](session)
+    complete = len(chosen) == len(BENCHMARKS) and not options.quick
+    out = options.out or (ROOT / "docs" if complete else None)
+    if out is None:
+        print(f"\n{report.table(session.rows)}")
+    else:
+        report.write(out, head(session), session.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""How everything here is measured: time, peak memory, the allocator, and processes of their own."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from condense.allocator import keep_freed_memory, restore_defaults
+
+T = TypeVar("T")
+Run = Callable[[], object]
+"""One unit of work, ready to be repeated."""
+
+_WARM_BYTES = 1 << 30
+
+
+def allocator(engine: bool) -> None:
+    """Set glibc's allocator for what follows: as the engine sets it at its start, or as it comes.
+
+    The engine keeps the memory that it frees. By default every block of more than 32 MB is mapped anew, zeroed by the
+    kernel at each use, and a free end of the heap beyond 64 MB is given back: these are the thresholds that glibc's
+    defaults adapt to after a few large blocks. Either way the runs that follow find the heap as a long run would: in
+    the engine's way a gigabyte is held already, by default there is nothing to spare.
+    """
+    if engine and keep_freed_memory():
+        torch.ones(_WARM_BYTES, dtype=torch.uint8)
+    elif not engine and restore_defaults():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    synchronise(device)
+    begun = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - begun
+
+
+def median_seconds(run: Run, device: torch.device, repeats: int) -> float:
+    return statistics.median(seconds(run, device) for _ in range(repeats))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mb(run: Run, device: torch.device) -> float:
+    """Growth of the memory during a run over what was held before it, in MB; of the resident set (Linux), or of what
+    the accelerator has allocated. Run it once before: what it compiles and keeps is not counted."""
+    gc.collect()
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - held) / 1e6
+    if _glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak()
+    held = status_bytes("VmRSS")
+    run()
+    return (status_bytes("VmHWM") - held) / 1e6
+
+
+def reset_peak() -> None:
+    """The largest resident set of this process is counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def alone(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)`` in a fresh process, with as many threads as this one."""
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    ) as process:
+        return process.submit(function, *args).result()
+
+
+def scratch() -> Path:
+    """A folder that lives as long as this process."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

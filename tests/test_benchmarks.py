@@ -1,0 +1,203 @@
+"""The benchmarks run, and their textbook computes what the engine computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import growth, harness, jobs, measure, report, textbook
+from condense.augment import Augment, Params
+from condense.compute import Compute
+from condense.inner import Full, unroll
+from condense.match import feature_mean_distance, layerwise_cosine, matching_loss, trajectory_distance
+from condense.methods.dc import frozen_loss
+from condense.networks import Functional
+from condense.rng import Rng
+from condense.train import Trainer, Training, loss_of
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory and disk are read from /proc")
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything in this process, and no gigabyte held."""
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    monkeypatch.setattr(benchmarks, "alone", call)
+    monkeypatch.setattr(growth, "alone", call)
+    monkeypatch.setattr(harness, "_WARM_BYTES", 1)
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    harness.allocator(engine=False)
+    torch.set_num_threads(threads)
+
+
+@linux
+def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
+    benchmarks.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "performance.json").read_text())
+    assert {"machine", "cores", "threads", "torch", "commit", "date", "limits", "rows"} == found.keys()
+    fields = {f.name for f in dataclasses.fields(report.Row)}
+    assert all(row.keys() == fields and row["engine"] >= 0 for row in found["rows"])
+    asked = [(row["path"], row["quantity"]) for row in found["rows"] if row["ask"] is not None]
+    assert len(asked) == len(set(asked)) == 10
+    assert {path for path, quantity in asked if quantity == "time"} == set(jobs.JOBS)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /table -->\nafter\n")
+    assert "old" not in text and all(f"| {path} |" in text for path in jobs.JOBS)
+
+
+@linux
+def test_growth_is_drawn(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(growth, "SMALL", jobs.QUICK)
+    growth.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
+    assert (tmp_path / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@linux
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    job = jobs.JOBS["distribution matching, a step"]
+    assert 0 <= harness.alone(measure.memory, job.engine, True, jobs.QUICK, CPU) < 100
+
+
+@linux
+def test_the_peak_is_what_a_run_adds() -> None:
+    held = torch.ones(50_000_000)
+    assert 90 < harness.peak_mb(lambda: torch.ones(25_000_000), CPU) < 120
+    del held
+
+
+def test_ratios_and_asks() -> None:
+    rate = report.row("a", "time", "images/s", 30.0, 5, textbook=10.0, same=15.0, at_least=3)
+    assert (rate.ratio, rate.ratio_same_allocator, rate.met, rate.ask) == (3.0, 2.0, True, ">= 3 x")
+    assert report.row("a", "time", "s", 5.0, 5, textbook=10.0, at_least=3).met is False
+    assert report.row("a", "memory", "x", 1.3, 1, at_most=1.2).met is False
+    assert growth.exponent([1, 10, 100], [2.0, 200.0, 20000.0]) == pytest.approx(2)
+
+
+def test_a_word_that_fits_no_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--only", "nothing"])
+    assert "no path contains" in capsys.readouterr().err
+
+
+class Twins:
+    """The same network as a function and as a module, in float64."""
+
+    def __init__(self) -> None:
+        self.network = Functional("convnet:depth=2,width=6", SHAPE, 4, dtype=torch.float64)
+        self.params, self.buffers = self.network.init(Rng(0), "weights")
+        self.net = textbook.ConvNet(SHAPE, 4, depth=2, width=6).double()
+        self.net.load_state_dict(self.params)
+        self.loss_fn = frozen_loss(self.network, self.buffers)
+
+
+@pytest.fixture
+def twins() -> Iterator[Twins]:
+    with torch.random.fork_rng():
+        yield Twins()
+
+
+def images(num: int, seed: int = 0) -> Tensor:
+    return torch.randn(num, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_textbook_network(twins: Twins) -> None:
+    x = images(5)
+    torch.testing.assert_close(twins.net(x), twins.network.logits(twins.params, twins.buffers, x))
+
+
+def test_textbook_training(twins: Twins) -> None:
+    x, y = images(12), torch.arange(12) % 4
+    plan = Training(num_epochs=3, batch_size=12, lr=0.1, momentum=0.9, weight_decay=0.01, decay_at=None)
+    trained = Trainer(twins.network, plan, Augment(), Compute()).run(
+        twins.network.init(Rng(0), "weights"), x, y, Rng(0)
+    )
+    textbook.train(twins.net, x, y, 3, lr=0.1, momentum=0.9, weight_decay=0.01, batch_size=12)
+    torch.testing.assert_close(dict(twins.net.named_parameters()), trained.params, check_dtype=True)
+
+
+def test_textbook_trajectory_matching(twins: Twins) -> None:
+    x, y, lr = images(8).requires_grad_(), torch.arange(8) % 4, torch.tensor(0.1, dtype=torch.float64).requires_grad_()
+    target = {name: p + 0.01 for name, p in twins.params.items()}
+    theirs = textbook.mtt_loss(twins.net, twins.params, target, x, y, lr, num_steps=4, strategy="")
+    theta = unroll(twins.loss_fn, twins.params, [(x, y)] * 4, lr=lr, adjoint=Full())
+    ours = trajectory_distance(theta, target, twins.params)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, (x, lr)), torch.autograd.grad(ours, (x, lr)))
+
+
+def test_textbook_gradient_matching(twins: Twins) -> None:
+    real, syn = images(9), images(3, seed=1).requires_grad_()
+    theirs = textbook.dc_loss(twins.net, real, syn, 2)
+    params = {name: p.clone().requires_grad_() for name, p in twins.params.items()}
+    loss = loss_of(twins.network.logits(params, twins.buffers, real), torch.full((9,), 2))
+    wanted = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    ours = matching_loss(twins.loss_fn, twins.params, wanted, layerwise_cosine, syn, torch.full((3,), 2))
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, syn), torch.autograd.grad(ours, syn))
+
+
+def test_textbook_distribution_matching(twins: Twins) -> None:
+    real, syn = images(9), images(3, seed=1).requires_grad_()
+    theirs = textbook.dm_loss(twins.net, real, syn)
+    features = [twins.network.features(twins.params, twins.buffers, x) for x in (real, syn)]
+    ours = feature_mean_distance(*features)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, syn), torch.autograd.grad(ours, syn))
+
+
+def drawn(operation: str, rows: int) -> Tensor:
+    """What the textbook draws from the global generator, as the engine's parameters of that operation."""
+    match operation:
+        case "color":
+            u = [torch.rand(rows, 1, 1, 1).flatten() for _ in range(3)]
+            return torch.stack([u[0] - 0.5, u[1] * 2, u[2] + 0.5], 1)
+        case "crop":
+            return torch.cat([torch.randint(-1, 2, (rows, 1, 1)).flatten(1) for _ in range(2)], 1)
+        case "cutout":
+            return torch.cat([torch.randint(0, 9, (rows, 1, 1)).flatten(1) for _ in range(2)], 1)
+        case "flip":
+            return torch.rand(rows, 1, 1, 1).flatten() < 0.5
+        case "scale":
+            return torch.stack([torch.rand(rows) * (1.2 - 1 / 1.2) + 1 / 1.2 for _ in range(2)], 1)
+        case _:
+            return (torch.rand(rows) - 0.5) * 2 * 15 / 180 * torch.pi
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("operation", textbook.AUGMENTATIONS)
+def test_textbook_augmentation(operation: str, rows: int) -> None:
+    x = images(6).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = textbook.AUGMENTATIONS[operation](x, rows)
+        torch.manual_seed(3)
+        params = Params({operation: drawn(operation, rows)})
+    torch.testing.assert_close(theirs, Augment((operation,)).apply(x, params), atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_seed_treats_two_batches_alike() -> None:
+    x = images(6).float()
+    with torch.random.fork_rng():
+        for seed in range(6):
+            both = textbook.dsa(x, jobs.STRATEGY, siamese=True, seed=seed)
+            half = textbook.dsa(x[3:], jobs.STRATEGY, siamese=True, seed=seed)
+            torch.testing.assert_close(both[3:], half)

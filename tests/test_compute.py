@@ -1,0 +1,199 @@
+"""The compute policy: settled once from planned work, the same on resumption; what does not compile runs eagerly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from condense import api, compute
+from condense.augment import Augment
+from condense.buffers import trajectories
+from condense.buffers.trajectories import Experts
+from condense.compute import Compute
+from condense.data.datasets import Arrays
+from condense.eval.crossarch import settled
+from condense.eval.protocol import PROTOCOLS
+from condense.networks import Functional
+from condense.rng import Rng
+from condense.train import Trainer, Training
+from tests.conftest import TINY
+
+CPU = torch.device("cpu")
+SMALL, LARGE = 1e9, 1e18
+
+
+def test_small_work_is_eager_float32_and_large_work_is_compiled() -> None:
+    small, large = Compute().resolved(SMALL, CPU), Compute().resolved(LARGE, CPU)
+    assert (small.compile, small.autocast, small.vmap_batch) == (False, "none", 1)
+    assert large.compile and large.autocast == ("bfloat16" if compute.has_bfloat16(CPU) else "none")
+    assert small.adjoint_dtype == large.adjoint_dtype == "float32"
+    assert None not in vars(small).values() and None not in vars(large).values()
+
+
+def test_bfloat16_is_chosen_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(compute, "has_bfloat16", lambda device, there=there: there)
+        assert Compute().resolved(LARGE, CPU).autocast == ("bfloat16" if there else "none")
+
+
+def test_what_is_given_stays_and_what_was_settled_is_kept() -> None:
+    assert Compute(compile=False).resolved(LARGE, CPU).compile is False
+    assert Compute(exact=True).resolved(LARGE, CPU).compile is False
+    earlier = vars(Compute().resolved(SMALL, CPU))
+    assert Compute().resolved(LARGE, CPU, earlier) == Compute().resolved(SMALL, CPU)
+    assert Compute(compile=True).resolved(LARGE, CPU, earlier).compile is True
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"compile": True}, {"autocast": "bfloat16"}, {"channels_last": True}, {"adjoint_dtype": "bfloat16"}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_exact_excludes_what_is_not(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"exact excludes compute.{next(iter(fields))}"):
+        Compute(exact=True, **fields)
+
+
+@pytest.mark.parametrize("name", ["micro_batch", "vmap_batch"])
+def test_batches_have_at_least_one_image(name: str) -> None:
+    with pytest.raises(ValueError, match=f"compute.{name} must be at least 1, got 0"):
+        Compute(**{name: 0})
+
+
+def test_planned_work_counts_steps_images_and_the_network() -> None:
+    small, wide = (Functional(f"convnet:depth=1,width={width}", (1, 8, 8), 3) for width in (4, 8))
+    # 3x3 convolution of 1 channel on 64 pixels, linear layer from 16 pixels; twice for a product and a sum
+    assert small.flops == 3 * 2 * (4 * 9 * 64 + 4 * 16 * 3)
+    assert wide.flops == 2 * small.flops
+    plan = api.find_recipe("dm", "digits", 10)[0].method
+    work = plan.passes(1000, 10, 10)
+    assert work == plan.num_steps * 10 * (plan.batch_real / 3 + 10)  # type: ignore[attr-defined]
+
+
+def test_a_run_is_resumed_as_it_began(tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the table has changed in between."""
+    job: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "ipc": 1, "out": tmp_path / "run", "num_steps": 2}
+    first = api.distill("dm", **job)
+    begun = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["compute"]
+    assert begun["compile"] is False and begun["autocast"] == "none"
+    monkeypatch.setitem(compute._TABLE, "cpu", compute._Row(fast_from=0.0))
+    again = api.distill("dm", **job, resume=True)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["compute"] == begun
+    assert torch.equal(first.latents, again.latents)
+    with pytest.raises(ValueError, match=r"compute.compile = False, not True"):
+        api.distill("dm", **job, resume=True, compute=Compute(compile=True))
+
+
+def test_a_buffer_grows_as_it_began(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(num_experts: int, **options: Any) -> Path:
+        plan = Experts(num_experts=num_experts, num_epochs=1, batch_size=12)
+        return api.make_buffer(tiny, TINY, experts=plan, out=tmp_path, **options)
+
+    folder = build(1)
+    monkeypatch.setitem(compute._TABLE, "cpu", compute._Row(fast_from=0.0))
+    assert build(2) == folder
+    other = build(1, compute=Compute(compile=False, autocast="bfloat16"))
+    assert other != folder
+
+
+def test_a_policy_depends_neither_on_experts_nor_on_seeds(tiny: Arrays, tmp_path: Path) -> None:
+    network = Functional("convnet", (3, 32, 32), 10)
+    assert settled(Compute(), network, PROTOCOLS["canonical"], 100).compile is True
+    assert settled(Compute(), network, PROTOCOLS["canonical"], 10).compile is False
+    assert "num_seeds" not in settled.__annotations__
+    assert trajectories.USUAL_EPOCHS == Experts().num_experts * Experts().num_epochs
+
+
+def test_micro_batches_do_not_depend_on_the_work() -> None:
+    assert Compute().resolved(SMALL, CPU).micro_batch == Compute().resolved(LARGE, CPU).micro_batch == 256
+
+
+def test_what_does_not_compile_runs_eagerly_with_one_warning() -> None:
+    def fails(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1 if torch.compiler.is_compiling() else x * 2
+
+    def refuse(fn: Any, **options: Any) -> Any:
+        def raises(*inputs: Any) -> Any:
+            raise RuntimeError("no compiler\nsecond line")
+
+        return raises
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", refuse)
+        call = Compute(compile=True).first_order(fails, CPU)
+    with pytest.warns(UserWarning, match="fails runs eagerly, it does not compile: no compiler") as seen:
+        assert call(torch.ones(2)).tolist() == [2, 2]
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_an_error_of_the_function_itself_is_raised_undisguised() -> None:
+    def wrong(x: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda fn, **options: fn)
+        call = Compute(compile=True).first_order(wrong, CPU)
+    with pytest.raises(KeyError, match="mine"):
+        call(torch.ones(1))
+
+
+def test_channels_last_changes_the_layout_and_nothing_else() -> None:
+    network = Functional("convnet:depth=2,width=8", (3, 8, 8), 3, dtype=torch.float64)
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=Rng(0)("images"))
+    plan = Training(num_epochs=2, batch_size=4)
+    assert Compute(channels_last=True).layout(images).is_contiguous(memory_format=torch.channels_last)
+    ends = [
+        Trainer(network, plan, Augment(), Compute(channels_last=on)).run(
+            network.init(Rng(0), "weights"), images, torch.arange(6) % 3, Rng(1)
+        )
+        for on in (False, True)
+    ]
+    for a, b in zip(ends[0].params.values(), ends[1].params.values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+ALLOCATE = """
+import resource, sys
+from condense import allocator
+import torch
+if {keep}:
+    assert allocator.keep_freed_memory()
+    if {restore}:
+        assert allocator.restore_defaults()
+for _ in range(12):
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the page faults of glibc")
+def test_the_allocator_keeps_what_is_freed() -> None:
+    def faults(keep: bool, restore: bool = False, **env: str) -> int:
+        code = ALLOCATE.format(keep=keep, restore=restore)
+        found = subprocess.run([sys.executable, "-c", code], env={"PATH": ""} | env, stdout=subprocess.PIPE, check=True)
+        return int(found.stdout)
+
+    kept, default, restored = faults(True), faults(False), faults(True, restore=True)
+    assert kept < 100 and default > 10_000 and restored > 10_000
+
+
+def test_the_allocator_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from condense.allocator import keep_freed_memory
+
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert keep_freed_memory() is False
