@@ -53,7 +53,7 @@ class RunOptions:
     buffers: Path = Path("artifacts")
     """Where expert buffers are looked for: a root, or one buffer."""
     resume: bool = False
-    """Continue from the checkpoint; starts afresh where there is none."""
+    """Continue from the checkpoint; starts afresh where there is none. Implied where torchrun starts a run again."""
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0: none."""
     track: tuple[str, ...] = ()

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
+import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # the command line's front door comes here, and --help must not wait for torch
     from torch import Tensor
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -107,15 +111,17 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         ValueError: a device that processes cannot share; fewer GPUs than processes; the others are not to be found.
     """
     rank, size = rank_of_environment(), int(os.environ.get("WORLD_SIZE", "1"))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if size == 1:
-        yield Ranks(restarted=restarted)
+        yield Ranks(restarted=restarts > 0)
         return
+    import torch
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if _take_gpu(device) else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
+        store = _fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot meet the other processes: {reason}; start all of them with torchrun") from error
@@ -123,7 +129,9 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         with warnings.catch_warnings():
             if rank:
                 warnings.simplefilter("ignore")
-            yield Ranks(rank, size, restarted)
+            total = torch.tensor([restarts])  # each machine's launcher counts for itself
+            Ranks(rank, size).sum_([total])
+            yield Ranks(rank, size, restarted=bool(total))
     finally:
         dist.destroy_process_group()
 
@@ -131,6 +139,32 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 def rank_of_environment() -> int:
     """Number of this process as torchrun says it; 0 outside torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _fresh_store(rank: int) -> Store:
+    """Where the processes of this attempt find each other.
+
+    The launcher's store outlives them: after a restart it still holds the addresses of those that are gone. So the
+    first process opens a store of its own, and only its port, with a name to know it by, goes to the launcher's.
+    """
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launchers = dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
+    if rank == 0:
+        store, name = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE), uuid.uuid4().hex
+        store.set(name, "")
+        launchers.set("condense", f"{store.port} {name}")
+        return store
+    while True:
+        left, name = launchers.get("condense").decode().split()
+        with contextlib.suppress(OSError, RuntimeError):  # of an earlier attempt: nobody answers there, or a stranger
+            socket.create_connection((host, int(left)), timeout=5).close()  # refused at once; a store tries for long
+            store = dist.TCPStore(host, int(left), is_master=False, timeout=datetime.timedelta(seconds=5))
+            if store.check([name]):
+                store.set_timeout(PATIENCE)
+                return store
+        time.sleep(0.1)
 
 
 def _take_gpu(device: str) -> bool:

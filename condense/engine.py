@@ -166,14 +166,15 @@ def _agree(ranks: Ranks, done: int, folder: Path) -> None:
 def _idle(method: Method, ctx: Context) -> str:
     """The warning of processes without a share, with the field that makes more parts, if there is one."""
     parts, size = method.parts(ctx), ctx.ranks.size
-    mend = f"start {len(parts)}"
+    mend = "start fewer"
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
         if type(value) is int:
             with contextlib.suppress(ValueError):
                 if len(dataclasses.replace(method, **{field.name: value + 1}).parts(ctx)) > len(parts):
-                    mend += f", or divide further with --method.{field.name.replace('_', '-')} {size}, another recipe"
-    return f"{size - len(parts)} of {size} processes idle: a step of this recipe has {len(parts)} parts; {mend}"
+                    mend += f", or give --method.{field.name.replace('_', '-')} {size}, which is another recipe"
+    idle = f"{size - len(parts)} of {size} processes idle"
+    return f"{idle}: a step of this recipe divides among {len(parts)} at most; {mend}"
 
 
 def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previous: Path) -> None:
