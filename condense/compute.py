@@ -63,7 +63,7 @@ class Compute:
         """
         row = _TABLE.get(device.type, _Row())
         fast = not self.exact and work >= row.fast_from
-        settled = {
+        settled: dict[str, Any] = {
             "compile": fast,
             "autocast": "bfloat16" if fast and has_bfloat16(device) else "none",
             "channels_last": fast and row.channels_last,
@@ -72,7 +72,7 @@ class Compute:
         }
         if earlier is not None:
             settled |= {name: earlier[name] for name in settled if earlier.get(name) is not None}
-        unset = {name: value for name, value in settled.items() if getattr(self, name) is None}
+        unset: dict[str, Any] = {name: value for name, value in settled.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
     def first_order_identity(self) -> dict[str, Any]:

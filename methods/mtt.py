@@ -134,15 +134,15 @@ class Minibatch(NamedTuple):
     images: Tensor
     """All of the set, (n, C, H, W)."""
     targets: Tensor
-    index: Tensor
-    """Of the images that the step sees."""
+    chosen: Tensor
+    """Indices (m,) of the images that the step sees."""
     drawn: Params
 
 
 def prepared(augment: Augment, batch: Minibatch) -> tuple[Tensor, Tensor]:
     """What the student sees of a minibatch: augmented images (n, C, H, W) and their targets."""
-    images, targets, index, drawn = batch
-    return augment.apply(images[index], drawn), targets[index]
+    images, targets, chosen, drawn = batch
+    return augment.apply(images[chosen], drawn), targets[chosen]
 
 
 def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:
