@@ -81,7 +81,7 @@ def experts(engine: bool, num_experts: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             textbook.expert_buffer(
                 partial(fresh, SMALL, CPU),
-                task.train.images,
+                task.train.images[:],
                 task.train.labels,
                 num_experts,
                 num_epochs,

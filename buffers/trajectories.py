@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,18 +154,21 @@ def build(
     ranks.barrier()  # all have seen what is missing, before one adds to it
     trainer = Trainer(network, plan.training(), task.augment, compute)
     measure = _measure(task, Scorer(network, compute), rng)
-    for expert in ranks.deal(missing):
-        begun, keys = time.perf_counter(), rng.child("expert", expert)
-        initial = network.init(keys, "initial weights")
-        recorder = _Recorder(expert, plan, initial, measure, progress)
-        trainer.run(initial, task.train.images, task.train.labels, keys, on_epoch=recorder)
-        record = {
-            "origin": "trained",
-            "device": task.device.type,
-            "seconds": round(time.perf_counter() - begun, 3),
-            **recorder.accuracies,
-        }
-        writer.add(expert, recorder.params, recorder.buffers, record)
+    mine, at_once = ranks.deal(missing), compute.networks or 1
+    for group in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
+        begun, keys = time.perf_counter(), [rng.child("expert", expert) for expert in group]
+        initial = [network.init(key, "initial weights") for key in keys]
+        recorders = [_Recorder(*pair, plan, measure, progress) for pair in zip(group, initial, strict=True)]
+
+        def record(epoch: int, weights: Sequence[Weights], recorders: Sequence[_Recorder] = recorders) -> None:
+            for recorder, one in zip(recorders, weights, strict=True):
+                recorder(epoch, one)
+
+        trainer.run_together(initial, task.train.images, task.train.labels, keys, on_epoch=record)
+        seconds = round((time.perf_counter() - begun) / len(group), 3)
+        for expert, recorder in zip(group, recorders, strict=True):
+            about = {"origin": "trained", "device": task.device.type, "seconds": seconds, **recorder.accuracies}
+            writer.add(expert, recorder.params, recorder.buffers, about)
         writer.save()
     ranks.barrier()
     return writer.folder
@@ -187,8 +190,8 @@ class _Recorder:
     def __init__(
         self,
         expert: int,
-        plan: Experts,
         initial: Weights,
+        plan: Experts,
         measure: Callable[[Weights], dict[str, float]],
         progress: Progress | None,
     ) -> None:

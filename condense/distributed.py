@@ -131,7 +131,9 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
                 warnings.simplefilter("ignore")
             total = torch.tensor([restarts])  # each machine's launcher counts for itself
             Ranks(rank, size).sum_([total])
-            yield Ranks(rank, size, restarted=bool(total))
+            ranks = Ranks(rank, size, restarted=bool(total))
+            yield ranks
+            ranks.barrier()  # nobody hangs up on another one that is still speaking
     finally:
         dist.destroy_process_group()
 

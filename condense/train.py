@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ from condense.compute import Compute
 from condense.data.images import Images
 from condense.networks import Functional, Weights
 from condense.rng import Rng
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,19 @@ class Trainer:
     def __init__(self, network: Functional, training: Training, augment: Augment, compute: Compute) -> None:
         self.network, self.training, self.augment, self.compute = network, training, augment, compute
 
-        def loss_fn(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
+        def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             logits = network.logits(params, buffers, images, train=True, update_buffers=True)
             return loss_of(logits.float(), targets, training.loss)
 
+        def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
+            def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
+                return loss_of(network.logits(params, {}, images, train=True).float(), targets, training.loss)
+
+            losses: Tensor = torch.func.vmap(one, randomness="different")(params, images, targets)
+            return losses.sum()
+
         self._loss = compute.first_order(loss_fn, network.device)
+        self._losses = compute.first_order(losses_fn, network.device)
 
     def run(
         self,
@@ -85,28 +95,92 @@ class Trainer:
         Batch order and augmentation are keyed by ``rng``, epoch and batch. ``on_epoch(epochs_done, weights)``
         sees the live weights after each epoch: clone what you keep.
         """
-        plan = self.training
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
-        buffers = {name: b.detach().clone() for name, b in weights.buffers.items()}
-        live = Weights(params, buffers)
+        live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
+
+        def step(epoch: int, batch: int, index: Tensor) -> Tensor:
+            x, y = self._batch(images, targets, rng, epoch, batch, index)
+            loss: Tensor = self._loss(*live, self.compute.layout(x), y)
+            return loss
+
+        def after(epochs: int) -> None:
+            if on_epoch is not None:
+                on_epoch(epochs, live)
+
+        self._epochs(params, len(images), [rng], lambda e, b, indices: step(e, b, indices[0]), after)
+        return Weights({name: p.detach() for name, p in params.items()}, live.buffers)
+
+    def run_together(
+        self,
+        weights: Sequence[Weights],
+        images: Tensor | Images,
+        targets: Tensor,
+        rngs: Sequence[Rng],
+        *,
+        on_epoch: Callable[[int, Sequence[Weights]], None] | None = None,
+    ) -> list[Weights]:
+        """``run`` of several networks at once, each with its own ``rng``: equal to rounding, dropout excepted.
+
+        Raises:
+            ValueError: the architecture has buffers, as BatchNorm's running statistics are.
+        """
+        if len(weights) == 1:
+            single = None if on_epoch is None else lambda epochs, live: on_epoch(epochs, [live])
+            return [self.run(weights[0], images, targets, rngs[0], on_epoch=single)]
+        if weights[0].buffers:
+            raise ValueError(
+                f"networks of {self.network.name} cannot be trained together: they keep running statistics; "
+                "give --compute.networks 1"
+            )
+        names = list(weights[0].params)
+        params = {name: torch.stack([w.params[name].detach() for w in weights]).requires_grad_() for name in names}
+
+        def live() -> list[Weights]:
+            return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
+
+        def step(epoch: int, batch: int, indices: Sequence[Tensor]) -> Tensor:
+            pairs = zip(rngs, indices, strict=True)
+            xs, ys = zip(*(self._batch(images, targets, *(rng, epoch, batch, i)) for rng, i in pairs), strict=True)
+            loss: Tensor = self._losses(params, torch.stack(xs), torch.stack(ys))
+            return loss
+
+        def after(epochs: int) -> None:
+            if on_epoch is not None:
+                on_epoch(epochs, live())
+
+        self._epochs(params, len(images), rngs, step, after)
+        return live()
+
+    def _epochs(
+        self,
+        params: Tensors,
+        num_images: int,
+        rngs: Sequence[Rng],
+        step: Callable[[int, int, Sequence[Tensor]], Tensor],
+        after: Callable[[int], None],
+    ) -> None:
+        """``step(epoch, batch, indices)`` gives the loss; ``indices`` has those of every network."""
+        plan = self.training
         optimiser = torch.optim.SGD(params.values(), lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
-        with rng.forked("layers"):  # dropout of foreign networks
+        with rngs[0].forked("layers"):  # dropout of foreign networks
             for epoch in range(plan.num_epochs):
                 optimiser.param_groups[0]["lr"] = plan.lr_of(epoch)
-                order = torch.randperm(len(images), generator=rng("order", epoch)).to(images.device)
-                for batch, index in enumerate(order.split(plan.batch_size)):
-                    x = images[index]
-                    drawn = self.augment.sample(
-                        rng("augment", epoch, batch), len(index), tuple(x.shape[1:]), siamese=False
-                    )
-                    x = self.compute.layout(self.augment.apply(x, drawn))
-                    loss = self._loss(params, buffers, x, targets[index])
+                orders = [torch.randperm(num_images, generator=rng("order", epoch)) for rng in rngs]
+                orders = [order.to(self.network.device) for order in orders]
+                for batch, indices in enumerate(zip(*(order.split(plan.batch_size) for order in orders), strict=True)):
+                    loss = step(epoch, batch, indices)
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
                     optimiser.step()
-                if on_epoch is not None:
-                    on_epoch(epoch + 1, live)
-        return Weights({k: p.detach() for k, p in params.items()}, buffers)
+                after(epoch + 1)
+
+    def _batch(
+        self, images: Tensor | Images, targets: Tensor, rng: Rng, epoch: int, batch: int, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Augmented images and targets."""
+        x = images[index]
+        drawn = self.augment.sample(rng("augment", epoch, batch), len(index), tuple(x.shape[1:]), siamese=False)
+        return self.augment.apply(x, drawn), targets[index]
 
 
 class Scorer:

@@ -145,9 +145,7 @@ class SetScorer:
 
     def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
         """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
-        return self._trainer.run(
-            self.network.init(rng, "weights"), images, targets, rng.child("training"), on_epoch=on_epoch
-        )
+        return self._train(images, targets, [rng], on_epoch)[0]
 
     def score(
         self,
@@ -155,11 +153,20 @@ class SetScorer:
         targets: Tensor,
         x: Tensor | Images,
         y: Tensor,
-        rng: Rng,
+        rngs: Sequence[Rng],
         on_epoch: OnEpoch | None = None,
-    ) -> float:
-        """Accuracy on ``x`` (M, C, H, W), ``y`` (M,) of a fresh network trained on the rest; a fraction."""
-        return self._scorer.accuracy(self.train(images, targets, rng, on_epoch), x, y)
+    ) -> list[float]:
+        """Accuracy on ``x`` (M, C, H, W), ``y`` (M,) of fresh networks, one for each ``rng``, trained together on the
+        rest; fractions."""
+        return [self._scorer.accuracy(weights, x, y) for weights in self._train(images, targets, rngs, on_epoch)]
+
+    def _train(
+        self, images: Tensor | Images, targets: Tensor, rngs: Sequence[Rng], on_epoch: OnEpoch | None
+    ) -> list[Weights]:
+        weights = [self.network.init(rng, "weights") for rng in rngs]
+        keys = [rng.child("training") for rng in rngs]
+        each = None if on_epoch is None else lambda done, live: on_epoch(done, live[0])
+        return self._trainer.run_together(weights, images, targets, keys, on_epoch=each)
 
 
 USUAL_SEEDS = 5
@@ -236,14 +243,18 @@ def measure(
             continue
         scorer, rng = SetScorer(network, protocol, policies[i], augment), Rng(seed).child("evaluate", network.name)
         with progress(f"{name} {network.name}", len(units) * protocol.num_epochs) as bar:
-            for number, k in enumerate(units):
-                begun = time.perf_counter()
-                on_epoch = _reporter(bar, number * protocol.num_epochs, trained[i, units[:number], 0])
-                accuracy = scorer.score(images, targets, test.images, test.labels, rng.child("network", k), on_epoch)
-                cell = Cell(accuracy, time.perf_counter() - begun)
-                trained[i, k] = torch.tensor(cell, dtype=torch.float64)
-                if journal is not None:
-                    journal.add(decided_by[i], k, cell)
+            at_once = policies[i].networks or 1
+            for first in range(0, len(units), at_once):
+                begun, group = time.perf_counter(), units[first : first + at_once]
+                on_epoch = _reporter(bar, first * protocol.num_epochs, len(group), trained[i, units[:first], 0])
+                rngs = [rng.child("network", k) for k in group]
+                accuracies = scorer.score(images, targets, test.images, test.labels, rngs, on_epoch)
+                share = (time.perf_counter() - begun) / len(group)
+                for k, accuracy in zip(group, accuracies, strict=True):
+                    cell = Cell(accuracy, share)
+                    trained[i, k] = torch.tensor(cell, dtype=torch.float64)
+                    if journal is not None:
+                        journal.add(decided_by[i], k, cell)
     ranks.sum_([trained])
     cells = torch.where(cells.isnan(), trained, cells)
     return [
@@ -251,17 +262,17 @@ def measure(
             method="full" if syn is None else syn.origin.recipe.get("method", {}).get("name", ""),
             network=network.name,
             num_params=network.num_params,
-            accuracies=tuple(accuracies.tolist()),
+            accuracies=tuple(found.tolist()),
             protocol=name,
             protocol_fields=protocol.content(),
             dataset=arrays.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             threads=torch.get_num_threads(),
-            seconds=round(float(seconds.sum()), 3),
+            seconds=round(float(times.sum()), 3),
             compute=policy.first_order_identity(),
             **common,
         )
-        for network, policy, (accuracies, seconds) in zip(networks, policies, cells.transpose(1, 2), strict=True)
+        for network, policy, (found, times) in zip(networks, policies, cells.transpose(1, 2), strict=True)
     ]
 
 
@@ -278,10 +289,10 @@ def _found(decided_by: Sequence[Mapping[str, Any]], num_seeds: int, journal: Jou
     return cells
 
 
-def _reporter(bar: Bar, before: int, accuracies: Tensor) -> OnEpoch:
+def _reporter(bar: Bar, before: int, at_once: int, accuracies: Tensor) -> OnEpoch:
     """Shows the epochs done, and the mean of the accuracies so far."""
     note = f"mean {float(accuracies.mean()):.4f} of {len(accuracies)}" if len(accuracies) else ""
-    return lambda done, weights: bar(before + done, note)
+    return lambda done, weights: bar(before + done * at_once, note)
 
 
 def evaluate(

@@ -173,7 +173,7 @@ class TestOwn:
         )
         rng = Rng(0).child("evaluate", "mlp")
         hard_score, soft_score = (
-            [scorer.score(images, targets, x, y, rng.child("network", k)) for k in range(2)]
+            [scorer.score(images, targets, x, y, [rng.child("network", k)])[0] for k in range(2)]
             for targets in (soft.argmax(1), soft.softmax(1))
         )
         assert list(by_own.accuracies) == soft_score != hard_score
@@ -201,12 +201,12 @@ class TestEvaluate:
         network, rng = Functional("mlp", SHAPE, CLASSES), Rng(0)
         seen: list[float] = []
         scorer = Scorer(network, Compute())
-        last = SetScorer(network, SHORT, Compute()).score(
+        (last,) = SetScorer(network, SHORT, Compute()).score(
             images,
             (labels + 1) % CLASSES,
             x,
             y,
-            rng,
+            [rng],
             lambda _, weights: seen.append(scorer.accuracy(weights, x, y)),
         )
         assert max(seen) > 0.1
