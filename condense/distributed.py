@@ -98,6 +98,11 @@ class Ranks:
             self.barrier()
 
 
+_last: list[Tensor] = []
+"""What the processes exchange when they part. A thread of gloo may let go of it as late as the interpreter ends; of a
+tensor that is still held here it can, without the interpreter, and of another it would abort the process."""
+
+
 @contextlib.contextmanager
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """Meet the other processes of torchrun, for the work inside; only the first one passes warnings on.
@@ -133,7 +138,9 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             Ranks(rank, size).sum_([total])
             ranks = Ranks(rank, size, restarted=bool(total))
             yield ranks
-            ranks.barrier()  # nobody hangs up on another one that is still speaking
+            _last.append(torch.zeros(1))
+            with _meeting():
+                dist.all_reduce(_last[-1])
     finally:
         dist.destroy_process_group()
 

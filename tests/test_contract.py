@@ -1,5 +1,6 @@
 """What every method promises; a method joins by being in the table of names."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from condense import api, engine, registry
+from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.files import checksum
 from condense.method import GradientMethod, Method
@@ -18,6 +20,8 @@ from condense.synthetic.labels import Labels
 
 TINY = "convnet:depth=1,width=4"
 
+EXACT: dict[str, Any] = {"compute": Compute(exact=True)}
+FAST: dict[str, Any] = {"compute": Compute().resolved(math.inf, torch.device("cpu"))}
 NUM_STEPS = 4
 SMALL: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 6},
@@ -45,7 +49,7 @@ def run(tiny: Arrays, tiny_buffer: Path, tmp_path: Path) -> Run:
     """Distil a small method into a folder of its own."""
 
     def run(name: str, out: str = "run", resume: bool = False, **fields: Any) -> SyntheticSet:
-        plan = Recipe(**{"method": small(name), "dataset": "tiny", "network": TINY, "ipc": 2} | fields)
+        plan = Recipe(**{"method": small(name), "dataset": "tiny", "network": TINY, "ipc": 2} | EXACT | fields)
         options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffer, resume=resume, device="cpu")
         return api.run(plan, options, arrays=tiny)
 
@@ -86,7 +90,22 @@ def test_the_file_gives_back_the_set(name: str, run: Run, tmp_path: Path) -> Non
 def test_stopping_and_resuming_changes_no_byte(
     name: str, stop: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(name, "whole")
+    stop_and_resume(name, stop, run, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", LEARNING)
+def test_nor_does_it_where_the_work_is_compiled(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_and_resume(name, 2, run, tmp_path, monkeypatch, **FAST)
+
+
+def stop_and_resume(
+    name: str, stop: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any
+) -> None:
+    run(name, "whole", **fields)
     method = type(small(name))
     step = GradientMethod.step
 
@@ -99,8 +118,9 @@ def test_stopping_and_resuming_changes_no_byte(
     with monkeypatch.context() as patch:
         patch.setattr(method, "step", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(name, "stopped")
-    run(name, "stopped", resume=True)
+            run(name, "stopped", **fields)
+    torch.compiler.reset()  # as in a new process
+    run(name, "stopped", resume=True, **fields)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for file in ("synthetic.safetensors", f"snapshots/step_{NUM_STEPS:07d}.safetensors"):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()

@@ -116,7 +116,8 @@ class Rollout:
         return replace(self, batches=self.batches[:num_steps], lrs=self.lrs[:num_steps])
 
     def _call(self, function: Callable[..., Any], eager: Callable[..., Any], *args: Any) -> Any:
-        if not self.compile or self.loss_fn in _uncompilable:
+        failed = _uncompilable.setdefault(self.loss_fn, set())
+        if not self.compile or function in failed:
             return eager(*args)
         try:
             with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), warnings.catch_warnings():
@@ -124,13 +125,15 @@ class Rollout:
                 return _compiled(function)(*args)
         except Exception as error:
             output = eager(*args)  # an error of loss_fn's own is raised again here, undisguised
-            _uncompilable[self.loss_fn] = True
-            reason = next(iter(str(error).splitlines()), "")
-            warnings.warn(f"an inner step runs eagerly, it does not compile: {reason}", stacklevel=2)
+            if not failed:
+                reason = next(iter(str(error).splitlines()), "")
+                warnings.warn(f"an inner step runs eagerly, it does not compile: {reason}", stacklevel=2)
+            failed.add(function)  # it alone, or a resumed run would find another order of events
             return output
 
 
 _uncompilable: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What of a step does not compile, by loss function."""
 
 
 @functools.cache

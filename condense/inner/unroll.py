@@ -56,7 +56,8 @@ def unroll(
         ValueError: ``loss_fn`` or ``prepare`` uses another tensor that requires grad; ``lr`` has the wrong shape; the
             adjoint does not know the rule.
     """
-    theta = dict(theta0)
+    # forward derivatives, as the compiled step takes them, fail on views of a part of a tensor
+    theta = {name: p.clone() if compile else p for name, p in theta0.items()}
     if not batches:
         return theta
     like = next(iter(theta.values()))
