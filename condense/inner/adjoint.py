@@ -8,7 +8,9 @@ pair of theta_t and the state of the rule.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -239,19 +241,16 @@ class _Unrolled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rollout: Rollout, every: int, propagate: bool, snapshots: str, *sources: Tensor) -> Any:
-        ctx.rollout, ctx.every, ctx.propagate, ctx.snapshots = rollout, every, propagate, snapshots
-        kept: list[Tensor] = []
-        ctx.specs = []
+        ctx.rollout, ctx.every, ctx.propagate = rollout, every, propagate
+        ctx.kept = _Kept(len(range(0, len(rollout), every)), snapshots)
         point = rollout.start
         for t in range(len(rollout)):
             before = point
             point, grads = rollout.advance(t, before)
             if t % every == 0:
-                leaves, spec = tree_flatten((before, grads if every == 1 else {}))
-                kept += [_stored(x, snapshots) for x in leaves]
-                ctx.specs.append((spec, len(leaves)))
+                ctx.kept.put(t // every, (before, grads if every == 1 else {}))
         # autograd refuses the way back if a source was changed in place meanwhile
-        ctx.save_for_backward(*sources, *kept)
+        ctx.save_for_backward(*sources, *ctx.kept.release())
         return tuple(point[0].values())
 
     @staticmethod
@@ -260,7 +259,7 @@ class _Unrolled(torch.autograd.Function):
         rollout = cast(Rollout, ctx.rollout)
         theta, state = rollout.start
         sources = rollout.sources
-        kept = list(ctx.saved_tensors[len(sources) :])
+        kept = ctx.kept.holding(ctx.saved_tensors[len(sources) :])
 
         totals: dict[int, Tensor] = {}
 
@@ -271,10 +270,7 @@ class _Unrolled(torch.autograd.Function):
         lam = (dict(zip(theta, cotangents, strict=True)), tree_map(torch.zeros_like, state))
         for start in reversed(range(0, len(rollout), ctx.every)):
             stop = min(start + ctx.every, len(rollout))
-            spec, width = ctx.specs[start // ctx.every]
-            leaves = [_restored(x, ctx.snapshots, cotangents[0]) for x in kept[len(kept) - width :]]
-            del kept[len(kept) - width :]
-            point, grads = tree_unflatten(leaves, spec)
+            point, grads = kept.get(start // ctx.every)
             segment = [(point, grads)]
             if ctx.every > 1:
                 segment = []
@@ -293,19 +289,38 @@ class _Unrolled(torch.autograd.Function):
         return (None, None, None, None, *(totals[id(source)] for source in sources))
 
 
-def _stored(x: Tensor, how: str) -> Tensor:
-    match how:
-        case "host":
-            return x.cpu()
-        case "bfloat16" if x.dim():
-            return x.to(torch.bfloat16)
-    return x
+class _Kept:
+    """Trees of tensors, alike and as many as said at first: one table for each leaf, made before the work begins, so
+    that no small tensor that has to stay lies between large ones that go."""
 
+    def __init__(self, num: int, how: str) -> None:
+        self._num, self._how = num, how
+        self._tables: tuple[Tensor, ...] = ()
 
-def _restored(x: Tensor, how: str, like: Tensor) -> Tensor:
-    match how:
-        case "host":
-            return x.to(like.device)
-        case "bfloat16" if x.dim():
-            return x.to(like.dtype)
-    return x
+    def put(self, row: int, tree: Any) -> None:
+        leaves, self._spec = tree_flatten(tree)
+        if not self._tables:
+            self._like = [(x.dtype, x.device) for x in leaves]
+            self._tables = tuple(self._table(x) for x in leaves)
+        for table, x in zip(self._tables, leaves, strict=True):
+            table[row].copy_(x)
+
+    def get(self, row: int) -> Any:
+        leaves = [table[row].to(device, dtype) for table, (dtype, device) in zip(self._tables, self._like, strict=True)]
+        return tree_unflatten(leaves, self._spec)
+
+    def release(self) -> tuple[Tensor, ...]:
+        """The tables, which are no longer held here."""
+        tables, self._tables = self._tables, ()
+        return tables
+
+    def holding(self, tables: Sequence[Tensor]) -> _Kept:
+        """These, which holds what ``release`` gave."""
+        kept = copy.copy(self)
+        kept._tables = tuple(tables)
+        return kept
+
+    def _table(self, x: Tensor) -> Tensor:
+        rounded = self._how == "bfloat16" and x.dim()
+        device = "cpu" if self._how == "host" else x.device
+        return torch.empty(self._num, *x.shape, dtype=torch.bfloat16 if rounded else x.dtype, device=device)
