@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import os
@@ -11,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -92,10 +93,17 @@ def status_bytes(field: str) -> int:
 
 def alone(function: Callable[..., T], *args: Any) -> T:
     """``function(*args)`` in a fresh process, with as many threads as this one."""
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-    ) as process:
+    with processes(1) as (process,):
         return process.submit(function, *args).result()
+
+
+@contextlib.contextmanager
+def processes(num: int) -> Iterator[list[ProcessPoolExecutor]]:
+    """Fresh processes that stay, one task at a time each, with as many threads as this one."""
+    options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
+    with contextlib.ExitStack() as stack:
+        pools = [ProcessPoolExecutor(1, initargs=(torch.get_num_threads(),), **options) for _ in range(num)]
+        yield [stack.enter_context(pool) for pool in pools]
 
 
 def scratch() -> Path:

@@ -52,6 +52,21 @@ def times(textbook: Build, engine: Build, scale: Scale, device: torch.device, re
     return Times(statistics.median(default), statistics.median(same), median, max(0.0, first - median))
 
 
+_side: list[Run] = []
+
+
+def take_side(build: Build, engine: bool, scale: Scale, device: torch.device) -> None:
+    """Set this process up for ``turn``: the engine's with its allocator, the textbook's untouched."""
+    if engine:
+        allocator(engine=True)
+    _side[:] = [build(scale, device)]
+    _side[0]()
+
+
+def turn(device: torch.device) -> float:
+    return seconds(_side[0], device)
+
+
 def engine_seconds(engine: Build, scale: Scale, device: torch.device, repeats: int) -> float:
     run = engine(scale, device)
     allocator(engine=True)

@@ -16,7 +16,9 @@ _CONVOLUTIONS = (
     "104 GFLOP in the two large layers, 0.20 s at 510 GFLOP/s; the rest is bound by memory; see docs/performance.md"
 )
 BOUNDS: dict[tuple[str, str], str] = {
-    (f"trajectory matching, {steps} steps", "time"): _CONVOLUTIONS for steps in (10, 20)
+    (f"trajectory matching, {steps} steps", quantity): _CONVOLUTIONS
+    for steps in (10, 20)
+    for quantity in ("time", "time, a process each")
 }
 """Why an ask cannot be met, by path and quantity."""
 
