@@ -6,6 +6,7 @@ draws are keyed, so the number of processes changes nothing but the order in whi
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import os
@@ -60,6 +61,7 @@ class Ranks:
 
         with torch.no_grad():
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            _exchanged.append(flat)
             with _meeting():
                 dist.all_reduce(flat)
             _scatter(flat, tensors)
@@ -77,6 +79,7 @@ class Ranks:
         with torch.no_grad():
             for group in alike.values():
                 flat = torch.cat([tensor.reshape(-1) for tensor in group])
+                _exchanged.append(flat)
                 with _meeting():
                     dist.broadcast(flat, 0)
                 _scatter(flat, group)
@@ -98,9 +101,9 @@ class Ranks:
             self.barrier()
 
 
-_last: list[Tensor] = []
-"""What the processes exchange when they part. A thread of gloo may let go of it as late as the interpreter ends; of a
-tensor that is still held here it can, without the interpreter, and of another it would abort the process."""
+_exchanged: collections.deque[Tensor] = collections.deque(maxlen=4)
+"""What the processes exchanged last. A thread of gloo may let go of it as late as the interpreter ends: of tensors that
+are held here it can, of others it would ask the interpreter, and abort the process."""
 
 
 @contextlib.contextmanager
@@ -138,9 +141,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             Ranks(rank, size).sum_([total])
             ranks = Ranks(rank, size, restarted=bool(total))
             yield ranks
-            _last.append(torch.zeros(1))
-            with _meeting():
-                dist.all_reduce(_last[-1])
+            ranks.barrier()
+            time.sleep(0.1)  # for these threads
     finally:
         dist.destroy_process_group()
 
