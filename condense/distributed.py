@@ -102,8 +102,8 @@ class Ranks:
 
 
 _exchanged: collections.deque[Tensor] = collections.deque(maxlen=4)
-"""What the processes exchanged last. A thread of gloo may let go of it as late as the interpreter ends: of tensors that
-are held here it can, of others it would ask the interpreter, and abort the process."""
+"""What the processes exchanged last. A thread of gloo may let go of it as late as the group ends: of tensors that are
+held here it can, of others it would ask the interpreter, which waits for this thread or has ended."""
 
 
 @contextlib.contextmanager
@@ -124,6 +124,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         yield Ranks(restarted=restarts > 0)
         return
     import torch
+    import torch._dynamo  # optimisers import it; if it comes after the group, the group's threads outlive the group
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if _take_gpu(device) else "gloo"
@@ -142,7 +143,6 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             ranks = Ranks(rank, size, restarted=bool(total))
             yield ranks
             ranks.barrier()
-            time.sleep(0.1)  # for these threads
     finally:
         dist.destroy_process_group()
 
