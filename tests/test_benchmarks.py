@@ -65,11 +65,18 @@ def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
     fields = {f.name for f in dataclasses.fields(report.Row)}
     assert all(row.keys() == fields and row["engine"] >= 0 for row in found["rows"])
     asked = [(row["path"], row["quantity"]) for row in found["rows"] if row["ask"] is not None]
-    assert len(asked) == len(set(asked)) == 12
+    assert len(asked) == len(set(asked)) == 10
     assert {path for path, quantity in asked if quantity == "time"} == set(jobs.JOBS)
     text = page.read_text()
     assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /table -->\nafter\n")
     assert "old" not in text and all(f"| {path} |" in text for path in jobs.JOBS)
+
+
+@linux
+def test_a_process_each_is_run_where_it_is_named(here: None, tmp_path: Path) -> None:
+    benchmarks.main(["--quick", "--repeats", "1", "--only", "10 steps, a process each", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "performance.json").read_text())["rows"]
+    assert row["quantity"] == "time, a process each" and row["textbook"] > 0
 
 
 @linux
