@@ -1,0 +1,27 @@
+"""Where a step of trajectory matching spends its time: convolutions against everything else, in percent.
+
+python -m benchmarks.profile_matching
+"""
+
+from __future__ import annotations
+
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness import allocator
+from benchmarks.jobs import CPU, Scale, fast, matching_engine
+
+
+def main() -> None:
+    allocator(engine=True)
+    step = matching_engine(10, Scale(compute=fast(CPU)), CPU)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    convolutions = sum(event.self_cpu_time_total for event in events if "convolution" in event.key.split("::")[-1])
+    print(f"{total / 1e6:.2f} s; convolutions {100 * convolutions / total:.0f} %")
+
+
+if __name__ == "__main__":
+    main()
