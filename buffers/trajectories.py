@@ -83,7 +83,7 @@ class Experts:
     def identity(self) -> dict[str, Any]:
         """What decides a trajectory, but not its length."""
         apart = ("num_epochs", "decay_at", "decay")
-        training = {name: value for name, value in asdict(self.training()).items() if name not in apart}
+        training = {name: value for name, value in self.training().content().items() if name not in apart}
         schedule = {} if self.decay_epoch is None else {"decay_epoch": self.decay_epoch, "decay": self.decay}
         return training | schedule
 
@@ -93,7 +93,7 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
     return {
         **task.identity(),
         "training": plan.identity(),
-        "augment": asdict(task.augment) if task.augment.ops else {"ops": []},
+        "augment": {k: v for k, v in asdict(task.augment).items() if k != "flips"} if task.augment.ops else {"ops": []},
         "compute": compute.first_order_identity(),
         "seed": seed,
     }
@@ -131,6 +131,8 @@ def build(
         ValueError: new experts would be shorter than the present ones; an expert diverged; the buffer is
             damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
+    if task.augment.flips:
+        raise ValueError("experts see real images, which flips=true does not concern; leave it out of --augment")
     network, rng = task.network, Rng(seed)
     compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")

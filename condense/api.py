@@ -200,7 +200,7 @@ def run(
         raise ValueError(
             "--eval-every needs a validation split, the recipe holds none out; give --split.val-fraction 0.1"
         )
-    _check_labels(plan)
+    _check_composition(plan)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
     resume = options.resume or ranks.restarted
@@ -343,7 +343,8 @@ def _prepare(device: str) -> torch.device:
 
 def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None = None) -> Compute:
     """The recipe's ``compute`` with nothing left open: a function of its planned work, or of what is settled."""
-    per_class = plan.ipc * plan.decode.expansion
+    latents = plan.decode.latents_per_class(plan.ipc, arrays.image_shape, arrays.num_classes)
+    per_class = latents * plan.decode.expansion
     passes = plan.method.passes(len(arrays.x_train), arrays.num_classes, per_class)
     return plan.compute.resolved(network.flops * passes, network.device, earlier)
 
@@ -378,8 +379,8 @@ def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Ta
 
 def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional, seed: int) -> SyntheticSet:
     """The set that another method's recipe makes with the budget, transform and split of ``syn``."""
-    ipc = len(syn) // syn.origin.num_classes
     stored = syn.origin.recipe
+    ipc = int(stored.get("ipc", len(syn) // syn.origin.num_classes))
     plan = dataclasses.replace(
         find_recipe(name, arrays.name, ipc)[0],
         dataset=arrays.name,
@@ -398,10 +399,11 @@ def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional,
 def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) -> Context:
     found = {type(spec): spec.open(artifacts.find(buffers, spec, plan.dataset)) for spec in plan.method.needs(task)}
     used = [artifact.describe() for artifact in found.values()]
+    training = plan.method.training(task).content() | {"augment": str(plan.method.training_augment(task))}
     origin = Origin(
         dataset=task.dataset(),
         transform=task.transform.describe(),
-        training=dataclasses.asdict(plan.method.training(task)) | {"augment": str(task.augment)},
+        training=training,
         recipe=recipe.to_mapping(plan) | {"dataset": task.name},
         recipe_hash=plan.hash(dataset=task.fingerprint, network=task.network.identity(), artifacts=used),
         artifacts=used,
@@ -420,12 +422,10 @@ def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) ->
     )
 
 
-def _check_labels(plan: Recipe) -> None:
-    if plan.labels.learned and not plan.method.learns_labels:
-        raise ValueError(
-            f"{registry.name_of(plan.method)} gives labels no gradient: {plan.labels.name} would stay as they begin; "
-            "give --labels hard"
-        )
+def _check_composition(plan: Recipe) -> None:
+    reason = plan.method.conflict(plan.decode, plan.labels, plan.transform)
+    if reason is not None:
+        raise ValueError(f"{registry.name_of(plan.method)} {reason}")
 
 
 def _validator(task: Task, plan: Recipe) -> engine.Validate:

@@ -31,13 +31,16 @@ from torch import Tensor
 
 from condense.names import suggest
 
-Mode = Literal["S", "M"]
+Mode = Literal["S", "M", "D"]
 
 _OPTIONS: dict[str, tuple[str, Any]] = {
     "mode=s": ("mode", "S"),
     "mode=m": ("mode", "M"),
+    "mode=d": ("mode", "D"),
     "align_corners=true": ("align_corners", True),
     "align_corners=false": ("align_corners", False),
+    "flips=true": ("flips", True),
+    "flips=false": ("flips", False),
 }
 
 
@@ -66,10 +69,14 @@ class Augment:
     ops: tuple[str, ...] = ()
     """Operations of this module, each at most once; none is the identity."""
     mode: Mode = "S"
-    """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order."""
+    """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order. D: flip, color,
+    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC)."""
     align_corners: bool = False
     """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
     DATM) or for their outer edges (False: DC, DSA, DM)."""
+    flips: bool = False
+    """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
+    FYI). It concerns distillation only: neither real images nor evaluation."""
 
     def __post_init__(self) -> None:
         for op in self.ops:
@@ -101,10 +108,22 @@ class Augment:
 
     def __str__(self) -> str:
         """What ``parse`` reads back to an equal value."""
-        options = ["mode=M"] if self.mode == "M" else []
+        options = [f"mode={self.mode}"] if self.mode != "S" else []
         options += ["align_corners=true"] if self.align_corners else []
+        options += ["flips=true"] if self.flips else []
         strategy = "_".join(self.ops) or "none"
         return f"{strategy}:{','.join(options)}" if options else strategy
+
+    @property
+    def copies(self) -> int:
+        """How many images ``mirrored`` makes of one."""
+        return 2 if self.flips else 1
+
+    def mirrored(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Synthetic images (n, C, H, W) and targets (n, ...); with ``flips`` also mirrored, behind the others."""
+        if not self.flips:
+            return images, targets
+        return torch.cat([images, images.flip(3)]), torch.cat([targets, targets])
 
     def sample(self, gen: torch.Generator, num: int, image_shape: Sequence[int], siamese: bool) -> Params:
         """Draw for ``num`` images of shape (C, H, W) from a CPU generator.
@@ -114,7 +133,10 @@ class Augment:
         """
         ops = self.ops
         if ops and self.mode == "S":
-            ops = (ops[int(torch.randint(len(ops), (), generator=gen))],)
+            ops = _one_of(ops, gen)
+        elif self.mode == "D":
+            geometric = _one_of([op for op in ops if op in ("crop", "scale", "rotate")], gen)
+            ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
         _, height, width = image_shape
         rows = 1 if siamese else num
         return Params({op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops})
@@ -125,6 +147,11 @@ class Augment:
             assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
             x = _OPERATIONS[name].apply(x, value, self.align_corners)
         return x
+
+
+def _one_of(ops: Sequence[str], gen: torch.Generator) -> tuple[str, ...]:
+    """One operation, or none where there is none."""
+    return (ops[int(torch.randint(len(ops), (), generator=gen))],) if ops else ()
 
 
 def _extent(side: int, ratio: float) -> int:

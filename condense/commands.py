@@ -26,6 +26,7 @@ from condense.distributed import Ranks, joined
 from condense.eval import crossarch, protocol
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import read_header
+from condense.method import Method
 from condense.recipe import Recipe
 from condense.table import print_results
 from condense.task import Split
@@ -164,7 +165,7 @@ def list_(words: list[str]) -> None:
     as_json = "--json" in words
     kinds = [word for word in words if word != "--json"]
     tables: dict[str, Callable[[], dict[str, str]]] = {
-        "methods": lambda: {name: _summary(registry.load(name)) for name in registry.table()},
+        "methods": lambda: {name: _summary(cls) for name, cls in _methods().items()},
         "datasets": lambda: {name: datasets.describe(name) for name in datasets.names()},
         "networks": lambda: {name: networks.describe(name) for name in networks.names()},
         "recipes": lambda: {name: _source(path) for name, path in recipe.recipe_files().items()},
@@ -180,7 +181,20 @@ def list_(words: list[str]) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    _print_table((kinds[0], ""), found.items())
+    if kinds[0] != "methods":
+        _print_table((kinds[0], ""), found.items())
+        return
+    families: dict[str, dict[str, str]] = {}
+    for name, cls in _methods().items():
+        families.setdefault(cls.family, {})[name] = found[name]
+    for family, rows in families.items():
+        say(f"{family}:")
+        for name, line in rows.items():
+            say(f"  {name:<10}{line}")
+
+
+def _methods() -> dict[str, type[Method]]:
+    return {name: registry.load(name) for name in registry.table()}
 
 
 def import_(words: list[str]) -> None:

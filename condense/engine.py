@@ -46,7 +46,7 @@ def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> Synt
         record = _step(method, ctx, state, done, None)
         if on_step is not None:
             on_step(done + 1, record)
-    return method.finalize(ctx, state)
+    return method.finalize(ctx, state, method.num_steps)
 
 
 def run(
@@ -100,19 +100,19 @@ def run(
             if log is None:
                 continue
             if eval_every and validate is not None and (done % eval_every == 0 or done == method.num_steps):
-                record |= validate(state.syn, done)
+                record |= validate(method.finalize(ctx, state, done), done)
             log.step(done, record)
             if on_step is not None:
                 on_step(done, record)
             if done in marks:
                 (folder / "snapshots").mkdir(exist_ok=True)
-                save(method.finalize(ctx, state), folder / "snapshots" / f"step_{done:07d}.safetensors")
+                save(method.finalize(ctx, state, done), folder / "snapshots" / f"step_{done:07d}.safetensors")
             due = done - saved_at >= CHECKPOINT_STEPS or time.monotonic() - saved_time >= CHECKPOINT_SECONDS
             if due or done == method.num_steps:
                 log.sync()
                 _checkpoint(state, ctx, done, checkpoint, previous)
                 saved_at, saved_time = done, time.monotonic()
-        syn = method.finalize(ctx, state)
+        syn = method.finalize(ctx, state, done)
         if log is not None:
             save(syn, folder / "synthetic.safetensors")
         return syn

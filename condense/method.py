@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condense.artifacts import Artifact, ArtifactSpec
+from condense.augment import Augment
 from condense.compute import Compute
 from condense.distributed import Ranks
 from condense.rng import Rng
@@ -27,12 +29,16 @@ from condense.train import Training, loss_of
 class Optim:
     """An optimiser of one learnable leaf of the set."""
 
-    kind: Literal["sgd", "adam"] = "sgd"
-    """sgd or adam."""
+    kind: Literal["sgd", "adam", "lamb", "adabelief"] = "sgd"
+    """sgd, adam, lamb (without a bound of the trust ratio) or adabelief."""
     lr: float = 0.1
     """Learning rate."""
     momentum: float = 0.5
-    """Momentum of sgd; first beta of adam."""
+    """Momentum of sgd; first beta of the others."""
+    cosine_to: float | None = None
+    """Share of lr at the end of the run, reached along a cosine; unset: lr stays."""
+    halve_at: tuple[float, ...] = ()
+    """Fractions of the run at which lr is halved."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < 1e30 or not 0 <= self.momentum < 1:
@@ -40,11 +46,38 @@ class Optim:
                 f"an optimiser needs a finite lr >= 0 and 0 <= momentum < 1, got {self.lr} and {self.momentum}; "
                 "correct these fields, e.g. --method.optim.lr 0.1"
             )
+        if self.cosine_to is not None and not 0 <= self.cosine_to <= 1:
+            raise ValueError(f"an optimiser's cosine_to must lie in [0, 1], got {self.cosine_to}; try 0.1")
 
     def build(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-        if self.kind == "adam":
-            return torch.optim.Adam(params, lr=self.lr, betas=(self.momentum, 0.999))
-        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum)
+        betas = (self.momentum, 0.999)
+        match self.kind:
+            case "sgd":
+                return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum)
+            case "adam":
+                return torch.optim.Adam(params, lr=self.lr, betas=betas)
+            case "lamb":
+                return _lamb(params, self.lr, betas)
+            case "adabelief":
+                from pytorch_optimizer import AdaBelief
+
+                return AdaBelief(params, lr=self.lr, betas=betas, eps=1e-16, foreach=False)
+
+    def lr_at(self, done: float) -> float:
+        """The learning rate when the fraction ``done`` of the run lies behind."""
+        lr = self.lr * 0.5 ** sum(done >= at for at in self.halve_at)
+        if self.cosine_to is None:
+            return lr
+        return lr * (self.cosine_to + (1 - self.cosine_to) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def _lamb(params: Sequence[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """You et al. (2020), with the trust ratio |w| / |u| as it is, where the library bounds |w| at 10."""
+    from pytorch_optimizer import Lamb
+
+    optimiser = Lamb(params, lr=lr, betas=betas, foreach=False, adam_debias=True)
+    optimiser.clamp = math.inf
+    return optimiser
 
 
 @dataclass(frozen=True)
@@ -65,28 +98,41 @@ class Context:
     ranks: Ranks = Ranks()
 
     @property
-    def images_per_class(self) -> int:
-        """Decoded images a class: ipc times what the decoder makes of one latent."""
-        return self.ipc * self.decode.expansion
+    def latents_per_class(self) -> int:
+        """Latents a class that the budget of ``ipc`` images buys."""
+        return self.decode.latents_per_class(self.ipc, self.task.image_shape, self.task.num_classes)
 
-    def new_set(self, images: Tensor, labels: Tensor, *, lr: float | Tensor | None = None) -> SyntheticSet:
+    @property
+    def images_per_class(self) -> int:
+        """Decoded images a class: the latents times what the decoder makes of one."""
+        return self.latents_per_class * self.decode.expansion
+
+    def new_set(
+        self, images: Tensor, labels: Tensor, *, lr: float | Tensor | None = None, interleave: bool = False
+    ) -> SyntheticSet:
         """A set with the recipe's decoder and labels.
 
         Args:
             images: (images_per_class * C, c, h, w) in the transformed space, grouped by class.
             labels: of these images; classes (n,) or logits (n, C).
             lr: initial learned step size, if the method learns one.
+            interleave: let each C latents in a row be one of every class, instead of grouping them by class.
         """
-        copies, num = self.decode.expansion, self.ipc * self.task.num_classes
-        grouped = images.unflatten(0, (self.task.num_classes, self.ipc, copies))
-        latents = self.decode.encode(grouped.flatten(0, 1).transpose(0, 1).flatten(0, 1))
+        copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
+        grouped = images.unflatten(0, (classes, each, copies)).flatten(0, 1)
+        labels = labels.unflatten(0, (classes * each, copies))[:, 0]
+        decoder = self.decode.build(self.task.image_shape, classes).to(images.device)
+        latents = self.decode.encode(
+            grouped.transpose(0, 1).flatten(0, 1),
+            labels if labels.dim() == 1 else labels.argmax(1),
+            decoder,
+            self.rng("decoder"),
+        )
+        if interleave:
+            order = torch.arange(classes * each, device=images.device).view(classes, each).T.flatten()
+            latents, labels = latents[order], labels[order]
         return SyntheticSet(
-            latents,
-            labels.unflatten(0, (num, copies))[:, 0],
-            self.origin,
-            decode=self.decode,
-            label_kind=self.labels,
-            lr=lr,
+            latents, labels, self.origin, decode=self.decode, decoder=decoder, label_kind=self.labels, lr=lr
         )
 
     def initial(self, kind: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
@@ -108,10 +154,10 @@ class Context:
         """Raise ValueError where a class has too few real images to pick from."""
         for c, members in enumerate(self.task.train.by_class):
             if len(members) < self.images_per_class:
+                most = self.ipc * len(members) // self.images_per_class
                 raise ValueError(
                     f"class {self.task.classes[c]!r} has {len(members)} training images, {self.images_per_class} "
-                    f"are needed for {self.ipc} images a class; give --ipc {len(members) // self.decode.expansion} "
-                    "or less"
+                    f"are needed for --ipc {self.ipc}; give --ipc {most} or less"
                 )
 
     @cached_property
@@ -161,6 +207,15 @@ class Method(ABC):
     learns_labels: ClassVar[bool] = False
     """Its objective depends on the targets, so that soft labels receive gradient."""
 
+    regresses: ClassVar[bool] = False
+    """Its objective is a squared error, so that targets need not be probabilities."""
+
+    has_teacher: ClassVar[bool] = False
+    """It has trained networks at hand that can label the images: it makes ``teacher`` labels."""
+
+    family: ClassVar[str] = "other"
+    """What it is listed under."""
+
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"method.num_steps must be at least 1, got {self.num_steps}; give --method.num-steps 1")
@@ -184,6 +239,20 @@ class Method(ABC):
         """How its sets are meant to be trained on; stored in the file for the protocol ``own``."""
         return Training()
 
+    def training_augment(self, task: Task) -> Augment:
+        """The augmentation of that training: the one it was distilled with."""
+        return replace(task.augment, flips=False)
+
+    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+        """Why a set with this decoder and these labels makes no sense here, and what to give instead; None: it does."""
+        if labels.learned and not self.learns_labels:
+            return f"gives labels no gradient: {labels.name} would stay as they begin; give --labels hard"
+        if labels.space == "values" and not self.regresses:
+            return f"trains by cross-entropy, which {labels.name} are not made for; give --labels logits"
+        if labels.name == "teacher" and not self.has_teacher:
+            return "has no trained network that could label the images; give --labels hard"
+        return None
+
     def parts(self, ctx: Context) -> Sequence[int]:
         """How the work of one step divides (classes, trajectories), fixed by the recipe; empty if it does not."""
         return ()
@@ -195,14 +264,23 @@ class Method(ABC):
     def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
         """Advance ``state`` by one step (counted from 0) and return what is worth logging."""
 
-    def finalize(self, ctx: Context, state: Any) -> SyntheticSet:
+    def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
+        """The set that is stored after so many ``steps``; leaves the state as it is."""
         return cast(SyntheticSet, state.syn)
 
 
 @dataclass(kw_only=True)
 class GradientState(State):
     optimisers: dict[str, torch.optim.Optimizer]
-    """By leaf of the set."""
+    """By leaf."""
+    learned: nn.ParameterDict = field(default_factory=nn.ParameterDict)
+    """What the method learns beside the set, each a leaf of its own."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The running average of the set's leaves, where one is kept; not yet divided by its weight."""
+
+    def leaves(self) -> dict[str, list[nn.Parameter]]:
+        """The learnable leaves of the set, and what is learned beside it."""
+        return self.syn.leaves() | {name: [param] for name, param in self.learned.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,16 +301,39 @@ class GradientMethod(Method):
     """Optimiser of the logarithm of a learned step size."""
     clip: float | None = None
     """Largest norm of the gradient of the images; longer ones are scaled down."""
+    ema: float | None = None
+    """Decay of a running average of the set, which is then what is stored; unset: the set as it is."""
+    clamp: bool = False
+    """After each step, move pixels that left [0, 1] back to the border."""
 
-    def optimisers(self, syn: SyntheticSet) -> dict[str, torch.optim.Optimizer]:
-        """One optimiser per learnable leaf."""
-        plans = {
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"method.ema must lie between 0 and 1, got {self.ema}; try 0.999")
+
+    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+        if self.clamp and not decode.stores_pixels:
+            return f"cannot clamp pixels that {decode.name} does not store; give --method.clamp False"
+        if self.clamp and transform not in ("none", "channel"):
+            return f"cannot clamp pixels whitened by {transform}; give --method.clamp False"
+        return super().conflict(decode, labels, transform)
+
+    def optims(self) -> dict[str, Optim]:
+        """The optimiser of each leaf."""
+        return {
             "latents": self.optim,
             "labels": self.optim_labels,
             "decoder": self.optim_decoder,
             "lr": self.optim_lr,
         }
-        return {leaf: plans[leaf].build(params) for leaf, params in syn.leaves().items()}
+
+    def optimisers(
+        self, syn: SyntheticSet, learned: nn.ParameterDict | None = None
+    ) -> dict[str, torch.optim.Optimizer]:
+        """One optimiser per leaf: those of the set, and what is learned beside it."""
+        plans, leaves = self.optims(), syn.leaves()
+        leaves |= {name: [param] for name, param in (learned or {}).items()}
+        return {leaf: plans[leaf].build(params) for leaf, params in leaves.items()}
 
     def parts(self, ctx: Context) -> Sequence[int]:
         """What the processes of a step deal out among themselves."""
@@ -250,13 +351,17 @@ class GradientMethod(Method):
         """The share of several parts, for methods that compute them faster together than one by one."""
         return torch.stack([self.loss(ctx, state, step, part) for part in parts]).sum()
 
+    def longest(self, state: Any, norm: float) -> float | None:
+        """The largest norm allowed of the images' gradient, which has ``norm``; None: any."""
+        return self.clip
+
     def after(self, ctx: Context, state: Any, step: int) -> None:
         """What follows the update of the set: advance a student, age a pool."""
         return
 
     @final
     def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
-        leaves = state.syn.leaves()
+        leaves = state.leaves()
         params = [param for group in leaves.values() for param in group]
         for param in params:
             param.grad = torch.zeros_like(param)
@@ -270,17 +375,36 @@ class GradientMethod(Method):
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
         require_finite(record)
-        if self.clip is not None and record["grad_latents"] > self.clip:
+        longest = self.longest(state, record["grad_latents"])
+        if longest is not None and record["grad_latents"] > longest:
             for param in leaves["latents"]:
                 assert param.grad is not None
-                param.grad.mul_(self.clip / record["grad_latents"])
+                param.grad.mul_(longest / record["grad_latents"])
+        plans = self.optims()
         for name, optimiser in state.optimisers.items():
-            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"]
+            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step / self.num_steps)
             optimiser.step()
+        with torch.no_grad():
+            if self.clamp:
+                latents = state.syn.latents
+                low, high = (ctx.task.transform(torch.full_like(latents[:1], end)) for end in (0.0, 1.0))
+                latents.clamp_(low, high)
+            if self.ema is not None:
+                for name, param in state.syn.named_parameters():
+                    mean = state.average.get(name, torch.zeros_like(param)).to(param.device)
+                    state.average[name] = torch.lerp(param, mean, self.ema)
         if state.syn.lr is not None:
             record["syn_lr"] = state.syn.lr.detach().mean().item()
         self.after(ctx, state, step)
         return record
+
+    def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
+        if self.ema is None:
+            return cast(SyntheticSet, state.syn)
+        averaged: SyntheticSet = copy.deepcopy(state.syn)
+        weight = 1 - self.ema**steps
+        averaged.load_state_dict({name: mean / weight for name, mean in state.average.items()}, strict=False)
+        return averaged
 
 
 def require_finite(record: Mapping[str, float]) -> None:

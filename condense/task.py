@@ -75,6 +75,12 @@ class Labelled:
         index = members[torch.randperm(len(members), generator=generator)[:num]]
         return self.images[index.to(self.images.device, non_blocking=True)]
 
+    def sample(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``num`` images (num, C, H, W) of any class, without replacement, and their classes; all, shuffled, where
+        there are fewer."""
+        index = torch.randperm(len(self), generator=generator)[:num].to(self.images.device, non_blocking=True)
+        return self.images[index], self.labels[index]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +30,30 @@ class Training:
     batch_size: int = 256
     """Images a step; the last batch of an epoch may be smaller."""
     lr: float = 0.01
-    """Learning rate of SGD."""
+    """Learning rate."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of sgd; first beta of adam."""
     weight_decay: float = 5e-4
     """L2 penalty, added to the gradient."""
-    decay_at: float | None = 0.5
-    """Fraction of the epochs after which the learning rate drops once; None: never."""
+    decay_at: float | tuple[float, ...] | None = 0.5
+    """Fraction of the epochs after which the learning rate drops, or several; None: never."""
     decay: float = 0.1
-    """Factor of that drop; the momentum is kept."""
+    """Factor of a drop; the momentum is kept."""
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
     """mse: half the squared distance to the targets, summed over classes, averaged over images."""
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    """sgd or adam."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate first rises from nothing, linearly."""
+    cosine_to: float | None = None
+    """Share of lr at the last step, reached along a cosine, in place of drops; None: no cosine."""
+    rates: tuple[float, ...] = ()
+    """A learning rate for every step, in place of lr and all schedules."""
+    order: Literal["shuffled", "stored"] = "shuffled"
+    """shuffled: a new order in each epoch. stored: the batches are pieces of the set as it is, in their order."""
+    cutmix: float = 0.0
+    """Probability that a batch is mixed: of each image a rectangle is that of another, and its label in proportion
+    (Yun et al. 2019, beta 1)."""
 
     def __post_init__(self) -> None:
         if self.num_epochs < 0 or self.batch_size < 1 or not self.lr > 0:
@@ -47,9 +62,36 @@ class Training:
                 f"{self.batch_size} and {self.lr}; correct these fields"
             )
 
-    def lr_of(self, epoch: int) -> float:
-        dropped = self.decay_at is not None and epoch >= self.decay_at * self.num_epochs
-        return self.lr * (self.decay if dropped else 1.0)
+        if not 0 <= self.cutmix <= 1:
+            raise ValueError(f"training needs a cutmix between 0 and 1, got {self.cutmix}; a usual value is 0.5")
+
+    def content(self) -> dict[str, Any]:
+        """The fields, for hashes and files. Fields that came after the first results were written stay out of it while
+        they have their default, or those results would lose their companions."""
+        later = ("optimiser", "warmup_steps", "cosine_to", "rates", "order", "cutmix")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in later}
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in later or value != defaults[name]}
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0 through all epochs."""
+        if self.rates:
+            return self.rates[min(step, len(self.rates) - 1)]
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.cosine_to is not None:
+            done = (step - self.warmup_steps) / max(self.num_epochs * steps_per_epoch - self.warmup_steps, 1)
+            return self.lr * (self.cosine_to + (1 - self.cosine_to) * (1 + math.cos(math.pi * done)) / 2)
+        drops = (self.decay_at,) if isinstance(self.decay_at, float | int) else self.decay_at or ()
+        epoch = step // steps_per_epoch
+        return self.lr * self.decay ** sum(epoch >= at * self.num_epochs for at in drops)
+
+    def optimise(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser of these parameters."""
+        if self.optimiser == "adam":
+            betas = (self.momentum, 0.999)
+            return torch.optim.Adam(params, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 def loss_of(logits: Tensor, targets: Tensor, kind: str = "cross-entropy") -> Tensor:
@@ -161,26 +203,60 @@ class Trainer:
     ) -> None:
         """``step(epoch, batch, indices)`` gives the loss; ``indices`` has those of every network."""
         plan = self.training
-        optimiser = torch.optim.SGD(params.values(), lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+        optimiser = plan.optimise(params.values())
+        num_batches = -(-num_images // plan.batch_size)
         with rngs[0].forked("layers"):  # dropout of foreign networks
             for epoch in range(plan.num_epochs):
-                optimiser.param_groups[0]["lr"] = plan.lr_of(epoch)
-                orders = [torch.randperm(num_images, generator=rng("order", epoch)) for rng in rngs]
-                orders = [order.to(self.network.device) for order in orders]
+                orders = [self._order(num_images, rng, epoch) for rng in rngs]
                 for batch, indices in enumerate(zip(*(order.split(plan.batch_size) for order in orders), strict=True)):
+                    optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + batch, num_batches)
                     loss = step(epoch, batch, indices)
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
                     optimiser.step()
                 after(epoch + 1)
 
+    def _order(self, num_images: int, rng: Rng, epoch: int) -> Tensor:
+        if self.training.order == "stored":
+            return torch.arange(num_images, device=self.network.device)
+        return torch.randperm(num_images, generator=rng("order", epoch)).to(self.network.device)
+
     def _batch(
         self, images: Tensor | Images, targets: Tensor, rng: Rng, epoch: int, batch: int, index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Augmented images and targets."""
-        x = images[index]
-        drawn = self.augment.sample(rng("augment", epoch, batch), len(index), tuple(x.shape[1:]), siamese=False)
-        return self.augment.apply(x, drawn), targets[index]
+        x, y = self.augment.mirrored(images[index], targets[index])
+        drawn = self.augment.sample(rng("augment", epoch, batch), len(x), tuple(x.shape[1:]), siamese=False)
+        x = self.augment.apply(x, drawn)
+        if self.training.cutmix:
+            y = F.one_hot(y, self.network.num_classes).to(x.dtype) if y.dim() == 1 else y
+            x, y = cutmix(x, y, self.training.cutmix, rng("cutmix", epoch, batch))
+        return x, y
+
+
+def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) of which a rectangle comes from another image, and targets (N, C) mixed by its area.
+
+    Yun et al. (2019): the area kept is uniform over (0, 1), before the rectangle is cut at the border; it is the same
+    for the whole batch, which stays as it is with one minus the ``probability``.
+    """
+    u = torch.rand(4, generator=generator).tolist()
+    other = torch.randperm(len(x), generator=generator).to(x.device)
+    if u[0] >= probability:
+        return x, y
+    height, width = x.shape[2:]
+    side = math.sqrt(u[1])
+    top, bottom = _cut(u[2], side, height)
+    left, right = _cut(u[3], side, width)
+    mixed = x.clone()
+    mixed[:, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
+    share = (bottom - top) * (right - left) / (height * width)
+    return mixed, y * (1 - share) + y[other] * share
+
+
+def _cut(centre: float, side: float, size: int) -> tuple[int, int]:
+    middle, half = int(centre * size), int(side * size) // 2
+    return max(middle - half, 0), min(middle + half, size)
 
 
 class Scorer:

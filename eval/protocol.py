@@ -26,26 +26,22 @@ class Protocol(Training):
 
     def describe(self) -> str:
         """One line."""
-        drop = "" if self.decay_at is None else f" (x {self.decay:g} at {self.decay_at:g} of them)"
+        drop = "" if self.decay_at is None else f" (x {self.decay:g} at {self.decay_at} of them)"
         return (
-            f"{self.num_epochs} epochs, batch {self.batch_size}, SGD lr {self.lr:g}{drop}, "
+            f"{self.num_epochs} epochs, batch {self.batch_size}, {self.optimiser} lr {self.lr:g}{drop}, "
             f"momentum {self.momentum:g}, weight decay {self.weight_decay:g}, {self.loss}, "
             f"augmentation {self.augment}, labels {self.labels}"
         )
 
     def content(self) -> dict[str, Any]:
         """Every field but the name."""
-        fields = dataclasses.asdict(self)
+        fields = super().content()
         del fields["name"]
         return fields
 
     @property
     def hash(self) -> str:
-        """sha256 of the content; two accuracies compare only where it agrees.
-
-        A field that is added to this class or to ``Training`` has to stay out of the content while it has its
-        default, or earlier results lose their companions.
-        """
+        """sha256 of the content; two accuracies compare only where it agrees."""
         return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
 
 
@@ -100,12 +96,9 @@ def own(syn: SyntheticSet) -> Protocol:
     if not record:
         raise ValueError("the set does not say how it is meant to be trained on: give --protocol canonical")
     if syn.lr is not None:
-        if syn.lr.dim():
-            raise ValueError(
-                "the set has a step size for every step: `own` cannot follow that; give --protocol canonical"
-            )
-        record["lr"] = syn.lr.item()
+        record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
     try:
+        record |= {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
         return Protocol(name="own", labels="own", **record)
     except TypeError as error:
         raise ValueError(

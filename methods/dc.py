@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ class StudentState(GradientState):
 @dataclass(frozen=True, kw_only=True)
 class GradientMatching(GradientMethod):
     """What DC and DSA share: everything but how they start and what their sets are trained with."""
+
+    family: ClassVar[str] = "gradient matching"
 
     num_steps: int = 1000
     """Updates of the images. The published number is 1000 students of ``outer_loop`` updates each."""
@@ -151,7 +153,7 @@ class GradientMatching(GradientMethod):
         augment, shape = ctx.task.augment, ctx.task.image_shape
         drawn = augment.sample(ctx.rng("siamese", step, part), 1, shape, siamese=True)
         real = ctx.task.train.draw(part, self.batch_real, ctx.rng("real", step, part))
-        images, targets = state.syn(state.syn.index_of(part))
+        images, targets = augment.mirrored(*state.syn(state.syn.index_of(part)))
         return Batches(augment.apply(real, drawn), augment.apply(images, drawn), targets)
 
     def after(self, ctx: Context, state: StudentState, step: int) -> None:
@@ -162,7 +164,7 @@ class GradientMatching(GradientMethod):
         else:
             with torch.no_grad():
                 images, targets = state.syn()
-            trainer = self._compiled(ctx).trainer
+            trainer = self._compiled(ctx).trainer  # it mirrors each minibatch, where the augmentation asks for it
             weights = Weights(state.params, state.buffers)
             student = trainer.run(weights, images, targets, ctx.rng.child("training", step))
             set_statistics(ctx, student, step + 1)

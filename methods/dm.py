@@ -44,6 +44,8 @@ class DMState(GradientState):
 class DM(GradientMethod):
     """Matches the mean features of real and synthetic images of each class under random networks."""
 
+    family: ClassVar[str] = "distribution and attention matching"
+
     learns_labels: ClassVar[bool] = False
 
     num_steps: int = 20000
@@ -87,7 +89,7 @@ class DM(GradientMethod):
         for c in range(task.num_classes) if mixed else parts:
             drawn = task.augment.sample(ctx.rng("siamese", step, c), 1, task.image_shape, siamese=True)
             batch = task.train.draw(c, self.batch_real, ctx.rng("real", step, c))
-            images, _ = state.syn(state.syn.index_of(c))
+            images, _ = task.augment.mirrored(*state.syn(state.syn.index_of(c)))
             real.append(task.augment.apply(batch, drawn))
             syn.append(task.augment.apply(images, drawn))
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast, final
+from typing import ClassVar, Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from condense.train import Training
 @dataclass(frozen=True, kw_only=True)
 class MTT(GradientMethod):
     """Matches where experts arrive after epochs of real data; the student's step size is learned too."""
+
+    family: ClassVar[str] = "trajectory matching"
 
     num_steps: int = 5000
     """Updates of the images."""
@@ -124,7 +126,10 @@ class MTT(GradientMethod):
         batches = []
         for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, generator)):
             drawn = ctx.task.augment.sample(
-                ctx.rng("augment", step, f"{part}/{n}"), len(index), ctx.task.image_shape, siamese=False
+                ctx.rng("augment", step, f"{part}/{n}"),
+                len(index) * ctx.task.augment.copies,
+                ctx.task.image_shape,
+                siamese=False,
             )
             batches.append(Minibatch(images, targets, index.to(images.device), drawn))
         return batches
@@ -141,8 +146,8 @@ class Minibatch(NamedTuple):
 
 def prepared(augment: Augment, batch: Minibatch) -> tuple[Tensor, Tensor]:
     """What the student sees of a minibatch: augmented images (n, C, H, W) and their targets."""
-    images, targets, chosen, drawn = batch
-    return augment.apply(images[chosen], drawn), targets[chosen]
+    images, targets = augment.mirrored(batch.images[batch.chosen], batch.targets[batch.chosen])
+    return augment.apply(images, batch.drawn), targets
 
 
 def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import sklearn.cluster
 import torch
@@ -44,6 +44,8 @@ BATCH = 1000
 class Random(Method):
     """Images drawn uniformly from each class, without replacement."""
 
+    family: ClassVar[str] = "selection"
+
     def init(self, ctx: Context) -> State:
         return State(syn=ctx.new_set(*ctx.initial("real")))
 
@@ -54,6 +56,8 @@ class Random(Method):
 @dataclass(frozen=True, kw_only=True)
 class Selection(Method):
     """Picks the images of each class by their features; a subclass says which."""
+
+    family: ClassVar[str] = "selection"
 
     features: Literal["network", "pixels"] = "network"
     """network: what the recipe's network, trained on the real images, hands to its classifier; pixels: the

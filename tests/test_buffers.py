@@ -186,7 +186,7 @@ def test_decay_epoch_does_not_depend_on_the_extent(task: Task, tmp_path: Path) -
     for epoch in range(1, 30):
         for num_epochs in range(1, 60):
             training = Experts(decay_epoch=epoch, num_epochs=num_epochs, lr=1.0).training()
-            lrs = [training.lr_of(done) for done in range(num_epochs)]
+            lrs = [training.lr_at(done, 1) for done in range(num_epochs)]
             assert lrs == [1.0 if done < epoch else 0.1 for done in range(num_epochs)]
     plan = replace(PLAN, decay_epoch=2)
     assert made(task, tmp_path, plan) != made(task, tmp_path)

@@ -93,7 +93,7 @@ class TestProtocols:
         assert len({dataclasses.replace(CANONICAL, **change).hash for change in changes}) == 4
 
     def test_canonical_drops_the_rate_exactly_once_at_half(self) -> None:
-        rates = [CANONICAL.lr_of(epoch) for epoch in range(CANONICAL.num_epochs)]
+        rates = [CANONICAL.lr_at(epoch, 1) for epoch in range(CANONICAL.num_epochs)]
         assert rates == [0.01] * 150 + [pytest.approx(0.001)] * 150
 
     def test_canonical_is_the_training_of_torch(self) -> None:
@@ -142,7 +142,7 @@ class TestProtocols:
 
 class TestOwn:
     def test_it_is_the_record_of_the_set_with_the_learned_rate(self, arrays: Arrays) -> None:
-        record = dataclasses.asdict(Training(num_epochs=7, loss="mse", momentum=0.0)) | {"augment": "flip"}
+        record = Training(num_epochs=7, loss="mse", momentum=0.0).content() | {"augment": "flip"}
         protocol = named("own", make_set(arrays, training=record, lr=0.25))
         assert protocol.content() == record | {"lr": pytest.approx(0.25), "labels": "own"}
         assert named("own", make_set(arrays, training=record)).lr == record["lr"]
@@ -154,8 +154,23 @@ class TestOwn:
     def test_a_record_that_this_version_cannot_follow(self, arrays: Arrays) -> None:
         with pytest.raises(ValueError, match="teacher"):
             own(make_set(arrays, training={"teacher": "resnet18"}))
-        with pytest.raises(ValueError, match="a step size for every step"):
-            own(make_set(arrays, training={"num_epochs": 5}, lr=torch.tensor([0.1, 0.2])))
+
+    def test_a_step_size_for_every_step_is_followed_in_order(self, arrays: Arrays) -> None:
+        record = Training(num_epochs=2, batch_size=2, order="stored", momentum=0.0, weight_decay=0.0).content()
+        syn = make_set(arrays, training=record, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        plan, (images, labels) = own(syn), decoded(syn, soft=True)
+        assert plan.rates == pytest.approx((0.1, 0.2, 0.3, 0.4))
+        network, rng = Functional("mlp", SHAPE, CLASSES), Rng(1)
+        found = SetScorer(network, plan, Compute()).train(images, labels, rng).params
+        params = SetScorer(network, Training(num_epochs=0), Compute()).train(images, labels, rng).params
+        for step, batch in enumerate([[0, 1], [2], [0, 1], [2]]):
+
+            def loss(params: dict[str, Tensor], batch: list[int] = batch) -> Tensor:
+                return torch.nn.functional.cross_entropy(network.logits(params, {}, images[batch]), labels[batch])
+
+            grads = torch.func.grad(loss)(params)
+            params = {name: p - plan.rates[step] * grads[name] for name, p in params.items()}
+        torch.testing.assert_close(found, params)
 
     def test_soft_labels_and_learned_rate_act_only_here(self, arrays: Arrays) -> None:
         soft = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.9], [0.0, 1.0, 2.0]])

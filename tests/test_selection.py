@@ -59,7 +59,7 @@ def select(method: Method, ctx: Context) -> Tensor:
     """The images picked, grouped by class."""
     state = method.init(ctx)
     method.step(ctx, state, 0)
-    syn = method.finalize(ctx, state)
+    syn = method.finalize(ctx, state, 1)
     assert syn.classes.tolist() == [c for c in range(3) for _ in range(ctx.ipc)]
     return syn()[0].detach()
 

@@ -46,9 +46,10 @@ def test_soft_labels_begin_at_the_class_and_receive_gradient() -> None:
 def test_factor_holds_several_images_in_the_room_of_one() -> None:
     images = torch.stack([torch.full((1, 8, 8), float(value)) for value in range(4)])
     decode = Factor(factor=2)
-    latents = decode.encode(images)
+    decoder = decode.build((1, 8, 8), 3)
+    latents = decode.encode(images, torch.tensor([0]), decoder, torch.Generator())
     assert latents.shape == (1, 1, 8, 8)
-    assert torch.equal(decode.build((1, 8, 8))(latents), images)
+    assert torch.equal(decoder(latents, torch.tensor([0])), images)
     syn = make(decode=decode)
     decoded, targets = syn(torch.tensor([0, 4]))
     assert decoded.shape == (8, 1, 8, 8) and targets.tolist() == [0, 2] * 4
@@ -59,9 +60,10 @@ def test_factor_holds_several_images_in_the_room_of_one() -> None:
 def test_factor_takes_sizes_that_do_not_divide(size: tuple[int, int]) -> None:
     decode = Factor(factor=3)
     images = torch.randn(9 * 2, 3, *size)
-    latents = decode.encode(images)
+    decoder, classes = decode.build((3, *size), 2), torch.tensor([0, 1])
+    latents = decode.encode(images, classes, decoder, torch.Generator())
     assert latents.shape == (2, 3, *size)
-    assert decode.build((3, *size))(latents).shape == images.shape
+    assert decoder(latents, classes).shape == images.shape
 
 
 @pytest.mark.parametrize("labels", [Hard(), Logits()])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from condense.networks.base import ImageShape, Network, extra_padding, make_norm, too_small
 
-Activation = Literal["relu", "sigmoid", "leakyrelu", "swish"]
+Activation = Literal["relu", "sigmoid", "leakyrelu", "swish", "softplus"]
 Norm = Literal["instance", "batch", "layer", "group", "none"]
 Pooling = Literal["avg", "max", "none"]
 
@@ -17,7 +17,8 @@ class ConvNet(Network):
     """Blocks of 3x3 convolution, norm, activation and 2x2 pooling, then a linear layer on the flattened maps.
 
     Gidaris and Komodakis (2018) as used by Zhao et al. (2021). 64 pixels usually go with depth 4, 128 with 5:
-    the flattened features then number 16 * width as for 32 pixels at depth 3.
+    the flattened features then number 16 * width as for 32 pixels at depth 3. With ``widen`` each block has twice the
+    channels of the one before (Zhou et al. 2022, FRePo); softplus is sharp, beta 60 (Loo et al. 2023, RCIG).
 
     Raises:
         ValueError: the poolings leave no pixel, or norm=group does not divide the width.
@@ -33,6 +34,7 @@ class ConvNet(Network):
         activation: Activation = "relu",
         norm: Norm = "instance",
         pooling: Pooling = "avg",
+        widen: bool = False,
     ) -> None:
         super().__init__()
         extra = extra_padding(image_shape)
@@ -52,6 +54,7 @@ class ConvNet(Network):
             )
         layers: list[nn.Module] = []
         for block in range(depth):
+            width = width * 2 if widen and block else width
             padding = 1 if block else 1 + extra
             layers += [nn.Conv2d(channels, width, 3, padding=padding)]
             layers += [_norm(norm, width, height, breadth), _activation(activation)]
@@ -88,3 +91,5 @@ def _activation(kind: Activation) -> nn.Module:
             return nn.LeakyReLU(0.01)
         case "swish":
             return nn.SiLU()
+        case "softplus":
+            return nn.Softplus(beta=60)

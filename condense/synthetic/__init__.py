@@ -10,6 +10,8 @@ from condense.synthetic.labels import LABELS as LABELS
 from condense.synthetic.labels import Hard as Hard
 from condense.synthetic.labels import Labels as Labels
 from condense.synthetic.labels import Logits as Logits
+from condense.synthetic.labels import Targets as Targets
+from condense.synthetic.labels import Teacher as Teacher
 from condense.synthetic.set import Cost as Cost
 from condense.synthetic.set import Origin as Origin
 from condense.synthetic.set import SyntheticSet as SyntheticSet

@@ -10,26 +10,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ImageShape = tuple[int, int, int]
+"""(channels, height, width)"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(ABC):
     """How many images a latent holds, how images are stored and how they are read back."""
 
     name: ClassVar[str]
+    stores_pixels: ClassVar[bool] = False
+    """An entry of a latent is a pixel value of an image."""
 
     @property
     def expansion(self) -> int:
         """Images decoded from one latent."""
         return 1
 
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Initial latents (N, ...) from ``images`` (expansion * N, C, H, W), copy-major: image ``k * N + i``
-        is copy k of latent i."""
+    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
+        """Latents of a class that the floats of ``ipc`` images buy.
+
+        Raises:
+            ValueError: they buy none.
+        """
+        return ipc
 
     @abstractmethod
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
-        """The decoder: latents (N, ...) -> images (expansion * N, C, H, W), copy-major as in ``encode``."""
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        """The decoder: ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, C, H, W)``, copy-major:
+        image ``k * N + i`` is copy k of latent i.
+
+        What it learns are parameters, what it has to remember buffers; their shapes follow from the arguments and
+        the fields, so that a file can be read back."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        """Initial latents (N, ...) that ``decoder`` turns into something like ``images``; what of the decoder
+        depends on these, or is random, is set in place.
+
+        Args:
+            images: (expansion * N, C, H, W), copy-major.
+            classes: of the latents, (N,).
+            decoder: as ``build`` made it.
+            generator: on the CPU.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +61,18 @@ class Pixels(Decode):
     """The latents are the images."""
 
     name: ClassVar[str] = "pixels"
+    stores_pixels: ClassVar[bool] = True
 
-    def encode(self, images: Tensor) -> Tensor:
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        return _AsTheyAre()
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         return images.clone()
 
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
-        return nn.Identity()
+
+class _AsTheyAre(nn.Module):
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        return latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +82,7 @@ class Factor(Decode):
     (the data mean) instead of grey 0.5 in pixel space."""
 
     name: ClassVar[str] = "factor"
+    stores_pixels: ClassVar[bool] = True
     factor: int = 2
     """Images along each side of a stored image."""
 
@@ -63,14 +94,14 @@ class Factor(Decode):
     def expansion(self) -> int:
         return self.factor**2
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         f, (h, w) = self.factor, images.shape[-2:]
         small = F.interpolate(images, size=(-(-h // f), -(-w // f)), mode="nearest")
         grid = small.unflatten(0, (f, f, -1))  # (row, column, N, C, h, w)
         rows = torch.cat(list(torch.cat(list(grid.unbind(1)), dim=-1).unbind(0)), dim=-2)
         return rows[..., :h, :w].contiguous()
 
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
         return _Crops(self.factor, image_shape[-2:])
 
 
@@ -79,7 +110,7 @@ class _Crops(nn.Module):
         super().__init__()
         self.factor, self.size = factor, size
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
         f, (h, w) = self.factor, self.size
         ch, cw = -(-h // f), -(-w // f)
         padded = F.pad(latents, (0, cw * f - w, 0, ch * f - h))

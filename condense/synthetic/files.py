@@ -55,7 +55,7 @@ def load(path: Path | str) -> SyntheticSet:
         syn = SyntheticSet(latents, classes, origin, decode=decode, label_kind=label_kind, lr=lr)
         syn.load_state_dict(tensors)
         with torch.no_grad():
-            shape = tuple(syn.decoder(latents[:1]).shape[1:])
+            shape = tuple(syn.decoder(latents[:1], classes[:1]).shape[1:])
         if shape != origin.image_shape:
             raise ValueError(f"images of shape {shape}, the data set has {origin.image_shape}")
     except (KeyError, TypeError, RuntimeError, ValueError, IndexError) as error:

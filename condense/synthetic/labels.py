@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,13 +16,15 @@ class Provider(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, index: Tensor) -> Tensor:
-        """Targets of the latents ``index`` (n,): classes (n,) or probabilities (n, C)."""
+        """Targets of the latents ``index`` (n,): classes (n,), or probabilities or other values (n, C)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels(ABC):
     name: ClassVar[str]
     learned: ClassVar[bool] = False
+    space: ClassVar[Literal["classes", "probabilities", "values"]]
+    """What a target is: a class, probabilities of the classes, or any value for each of them."""
 
     @abstractmethod
     def build(self, labels: Tensor, num_classes: int) -> Provider:
@@ -33,6 +36,7 @@ class Hard(Labels):
     """One fixed class per image."""
 
     name: ClassVar[str] = "hard"
+    space: ClassVar[Literal["classes", "probabilities", "values"]] = "classes"
 
     def build(self, labels: Tensor, num_classes: int) -> Provider:
         return _Hard(labels if labels.dim() == 1 else labels.argmax(1))
@@ -44,6 +48,7 @@ class Logits(Labels):
 
     name: ClassVar[str] = "logits"
     learned: ClassVar[bool] = True
+    space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"
     confidence: float = 0.9
     """Initial probability of the image's class; the rest is shared evenly."""
 
@@ -56,6 +61,41 @@ class Logits(Labels):
             rest = (1 - self.confidence) / (num_classes - 1)
             labels = (F.one_hot(labels, num_classes) * (self.confidence - rest) + rest).log()
         return _Logits(labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets(Labels):
+    """Learned regression targets, for methods with a squared loss (Zhou et al. 2022, FRePo)."""
+
+    name: ClassVar[str] = "targets"
+    learned: ClassVar[bool] = True
+    space: ClassVar[Literal["classes", "probabilities", "values"]] = "values"
+    scale: float = 1.0
+    """Of the initial targets: a one-hot vector less 1/C, times this."""
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"labels.scale must be positive, got {self.scale}; try 1.0")
+
+    def build(self, labels: Tensor, num_classes: int) -> Provider:
+        return _Targets(self.scale * (_probabilities(labels, num_classes) - 1 / num_classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(Labels):
+    """What trained networks say of the images as they are, not learned: soft label assignment (Cui et al. 2023,
+    TESLA). The method at work has the networks and assigns the labels; the file keeps the last ones."""
+
+    name: ClassVar[str] = "teacher"
+    space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"
+
+    def build(self, labels: Tensor, num_classes: int) -> Provider:
+        return Assigned(_probabilities(labels, num_classes))
+
+
+def _probabilities(labels: Tensor, num_classes: int) -> Tensor:
+    """Classes (N,) or logits (N, C) as probabilities (N, C)."""
+    return F.one_hot(labels, num_classes).float() if labels.dim() == 1 else labels.float().softmax(1)
 
 
 class _Hard(Provider):
@@ -78,4 +118,31 @@ class _Logits(Provider):
         return self.logits[index].softmax(1)
 
 
-LABELS: dict[str, type[Labels]] = {kind.name: kind for kind in (Hard, Logits)}
+class _Targets(Provider):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values.clone())
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.values[index]
+
+
+class Assigned(Provider):
+    """Probabilities that are set from outside."""
+
+    probabilities: Tensor
+
+    def __init__(self, probabilities: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("probabilities", probabilities.clone())
+
+    @torch.no_grad()
+    def assign(self, probabilities: Tensor) -> None:
+        """Of all latents, (N, C)."""
+        self.probabilities.copy_(probabilities)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.probabilities[index]
+
+
+LABELS: dict[str, type[Labels]] = {kind.name: kind for kind in (Hard, Logits, Targets, Teacher)}

@@ -59,6 +59,7 @@ class SyntheticSet(nn.Module):
         latents: (N, ...), in the transformed space.
         labels: classes (N,) or logits (N, C).
         decode, label_kind: how latents become images and what the targets are.
+        decoder: of ``decode``, on the device of the latents; None: as it is built.
         lr: initial step size, scalar or one per inner step (T,); learned as its logarithm, hence positive.
     """
 
@@ -72,6 +73,7 @@ class SyntheticSet(nn.Module):
         origin: Origin,
         *,
         decode: Decode | None = None,
+        decoder: nn.Module | None = None,
         label_kind: Labels | None = None,
         lr: float | Tensor | None = None,
     ) -> None:
@@ -79,7 +81,9 @@ class SyntheticSet(nn.Module):
         self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
         self.latents = nn.Parameter(latents.detach().clone())
         self._members: tuple[int, list[Tensor]] | None = None
-        self.decoder = self.decode.build(origin.image_shape).to(latents.device)
+        if decoder is None:
+            decoder = self.decode.build(origin.image_shape, origin.num_classes).to(latents.device)
+        self.decoder = decoder
         self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
         self.register_buffer("classes", labels.long() if labels.dim() == 1 else labels.argmax(1))
         log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
@@ -93,7 +97,7 @@ class SyntheticSet(nn.Module):
         """Images (n', C, H, W) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
-        images = self.decoder(self.latents[index])
+        images = self.decoder(self.latents[index], self.classes[index])
         return images, self.provider(index.repeat(len(images) // max(len(index), 1)))
 
     @property
