@@ -437,7 +437,7 @@ def _validator(task: Task, plan: Recipe) -> engine.Validate:
     def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
         images, labels = crossarch.decoded(syn, soft=False)
         rng = Rng(plan.seed).child("validation", step)
-        return {"val_accuracy": scorer.score(images, labels, val.images, val.labels, [rng])[0]}
+        return {"val_accuracy": scorer.score(images, labels, val.images, val.labels, [rng])[0].accuracy}
 
     return validate
 

@@ -265,15 +265,16 @@ class Scorer:
     def __init__(self, network: Functional, compute: Compute, batch_size: int = 1000) -> None:
         self.batch_size, self.compute = batch_size, compute
 
-        def correct(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-            return (network.logits(params, buffers, images, train=False).argmax(1) == labels).sum()
+        def logits(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+            return network.logits(params, buffers, images, train=False).float()
 
-        self._correct = compute.first_order(correct, network.device)
+        self._logits = compute.first_order(logits, network.device)
 
     @torch.no_grad()
+    def logits(self, weights: Weights, images: Tensor | Images) -> Tensor:
+        """Images (N, C, H, W) to logits (N, num_classes), float32."""
+        batches = images.split(self.batch_size)
+        return torch.cat([self._logits(*weights, self.compute.layout(x)) for x in batches])
+
     def accuracy(self, weights: Weights, images: Tensor | Images, labels: Tensor) -> float:
-        hits = [
-            self._correct(weights.params, weights.buffers, self.compute.layout(x), y)
-            for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
-        ]
-        return float(torch.stack(hits).sum()) / len(labels)
+        return float((self.logits(weights, images).argmax(1) == labels).sum()) / len(labels)

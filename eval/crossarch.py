@@ -23,6 +23,7 @@ from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.distributed import Ranks
 from condense.eval.journal import Cell, Journal
+from condense.eval.metrics import Scores, width
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, write_text
 from condense.networks import Functional, ImageShape, Weights
@@ -49,6 +50,8 @@ class Result:
     num_params: int
     accuracies: tuple[float, ...]
     """On the test split, at the last epoch, one per seed; fractions."""
+    metrics: Mapping[str, Sequence[Any]]
+    """The rest of ``condense.eval.metrics.Scores``, by name, one entry per seed."""
     protocol: str
     """Its name; with a star where fields differ from the protocol that owns the name."""
     protocol_hash: str
@@ -155,10 +158,11 @@ class SetScorer:
         y: Tensor,
         rngs: Sequence[Rng],
         on_epoch: OnEpoch | None = None,
-    ) -> list[float]:
-        """Accuracy on ``x`` (M, C, H, W), ``y`` (M,) of fresh networks, one for each ``rng``, trained together on the
-        rest; fractions."""
-        return [self._scorer.accuracy(weights, x, y) for weights in self._train(images, targets, rngs, on_epoch)]
+    ) -> list[Scores]:
+        """Scores on ``x`` (M, C, H, W), ``y`` (M,) of fresh networks, one for each ``rng``, trained together on the
+        rest."""
+        trained = self._train(images, targets, rngs, on_epoch)
+        return [Scores.of(self._scorer.logits(weights, x), y) for weights in trained]
 
     def _train(
         self, images: Tensor | Images, targets: Tensor, rngs: Sequence[Rng], on_epoch: OnEpoch | None
@@ -234,7 +238,7 @@ def measure(
         }
         for network, policy in zip(networks, policies, strict=True)
     ]
-    cells = _found(decided_by, num_seeds, journal, ranks)
+    cells = _found(decided_by, num_seeds, width(arrays.num_classes) + 1, journal, ranks)
     trained = torch.zeros_like(cells)
     mine = ranks.deal(cells[:, :, 0].isnan().nonzero().tolist())
     for i, network in enumerate(networks):
@@ -248,43 +252,53 @@ def measure(
                 begun, group = time.perf_counter(), units[first : first + at_once]
                 on_epoch = _reporter(bar, first * protocol.num_epochs, len(group), trained[i, units[:first], 0])
                 rngs = [rng.child("network", k) for k in group]
-                accuracies = scorer.score(images, targets, test.images, test.labels, rngs, on_epoch)
+                scores = scorer.score(images, targets, test.images, test.labels, rngs, on_epoch)
                 share = (time.perf_counter() - begun) / len(group)
-                for k, accuracy in zip(group, accuracies, strict=True):
-                    cell = Cell(accuracy, share)
-                    trained[i, k] = torch.tensor(cell, dtype=torch.float64)
+                for k, found in zip(group, scores, strict=True):
+                    cell = Cell(found, share)
+                    trained[i, k] = cell.pack()
                     if journal is not None:
                         journal.add(decided_by[i], k, cell)
     ranks.sum_([trained])
-    cells = torch.where(cells.isnan(), trained, cells)
+    cells = torch.where(cells[:, :, :1].isnan(), trained, cells)
+    unpacked = [[Cell.unpack(cell) for cell in row] for row in cells]
     return [
         Result(
             method="full" if syn is None else syn.origin.recipe.get("method", {}).get("name", ""),
             network=network.name,
             num_params=network.num_params,
-            accuracies=tuple(found.tolist()),
+            accuracies=tuple(cell.scores.accuracy for cell in row),
+            metrics=_by_metric([cell.scores for cell in row]),
             protocol=name,
             protocol_fields=protocol.content(),
             dataset=arrays.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             threads=torch.get_num_threads(),
-            seconds=round(float(times.sum()), 3),
+            seconds=round(sum(cell.seconds for cell in row), 3),
             compute=policy.first_order_identity(),
             **common,
         )
-        for network, policy, (found, times) in zip(networks, policies, cells.transpose(1, 2), strict=True)
+        for network, policy, row in zip(networks, policies, unpacked, strict=True)
     ]
 
 
-def _found(decided_by: Sequence[Mapping[str, Any]], num_seeds: int, journal: Journal | None, ranks: Ranks) -> Tensor:
-    """Accuracy and seconds (networks, num_seeds, 2), as the journal has them in the eyes of the first process; else
-    not a number."""
-    cells = torch.full((len(decided_by), num_seeds, 2), torch.nan, dtype=torch.float64)
+def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
+    """Name -> one entry for each of the networks; all but the accuracy, which a result has apart."""
+    rows = [json.loads(json.dumps(dataclasses.asdict(found))) for found in scores]
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "accuracy"}
+
+
+def _found(
+    decided_by: Sequence[Mapping[str, Any]], num_seeds: int, size: int, journal: Journal | None, ranks: Ranks
+) -> Tensor:
+    """Packed cells (networks, num_seeds, size), as the journal has them in the eyes of the first process; else not a
+    number."""
+    cells = torch.full((len(decided_by), num_seeds, size), torch.nan, dtype=torch.float64)
     if journal is not None and ranks.first:
         for row, key in zip(cells, decided_by, strict=True):
             for k, cell in journal.find(key).items():
                 if k < num_seeds:
-                    row[k] = torch.tensor(cell, dtype=torch.float64)
+                    row[k] = cell.pack()
     ranks.same([cells])
     return cells
 

@@ -9,6 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from condense.eval.metrics import Scores
 from condense.files import canonical_json
 from condense.tracking import Log, read_log
 
@@ -16,8 +20,17 @@ from condense.tracking import Log, read_log
 class Cell(NamedTuple):
     """One trained network."""
 
-    accuracy: float
+    scores: Scores
     seconds: float
+
+    def pack(self) -> Tensor:
+        """One float64 vector: the scores, then the seconds."""
+        return torch.cat([self.scores.pack(), torch.tensor([self.seconds], dtype=torch.float64)])
+
+    @classmethod
+    def unpack(cls, vector: Tensor) -> Cell:
+        """The inverse of ``pack``."""
+        return cls(Scores.unpack(vector[:-1]), float(vector[-1]))
 
 
 class Journal:
@@ -30,11 +43,11 @@ class Journal:
         """The networks there are, by number, of those that all of ``decided_by`` decided."""
         key = _key(decided_by)
         lines = [line for file in self._files() for line in read_log(file) if line.get("key") == key]
-        return {line["k"]: Cell(line["accuracy"], line["seconds"]) for line in lines}
+        return {line["k"]: Cell.unpack(torch.tensor(line["cell"], dtype=torch.float64)) for line in lines}
 
     def add(self, decided_by: Mapping[str, Any], k: int, cell: Cell) -> None:
         """Keep network ``k``; it is on disk when this returns. Raises ValueError where the disk is full."""
-        line = {"key": _key(decided_by), "network": decided_by["network"], "k": k, **cell._asdict()}
+        line = {"key": _key(decided_by), "network": decided_by["network"], "k": k, "cell": cell.pack().tolist()}
         with closing(Log(self._target.with_suffix(f".cells.rank{self._rank}.jsonl"))) as log:
             log.write(line)
             log.sync()

@@ -188,7 +188,7 @@ class TestOwn:
         )
         rng = Rng(0).child("evaluate", "mlp")
         hard_score, soft_score = (
-            [scorer.score(images, targets, x, y, [rng.child("network", k)])[0] for k in range(2)]
+            [scorer.score(images, targets, x, y, [rng.child("network", k)])[0].accuracy for k in range(2)]
             for targets in (soft.argmax(1), soft.softmax(1))
         )
         assert list(by_own.accuracies) == soft_score != hard_score
@@ -225,18 +225,18 @@ class TestEvaluate:
             lambda _, weights: seen.append(scorer.accuracy(weights, x, y)),
         )
         assert max(seen) > 0.1
-        assert last == seen[-1] == 0.0
+        assert last.accuracy == seen[-1] == 0.0
 
     def test_training_never_sees_test_data(self, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
         """Other test images and labels: the networks that are scored stay the same to the bit."""
         scored: list[dict[str, Tensor]] = []
-        accuracy = Scorer.accuracy
+        logits = Scorer.logits
 
-        def spy(self: Scorer, weights: Any, images: Images, labels: Tensor) -> float:
+        def spy(self: Scorer, weights: Any, images: Images) -> Tensor:
             scored.append(weights.params)
-            return accuracy(self, weights, images, labels)
+            return logits(self, weights, images)
 
-        monkeypatch.setattr(Scorer, "accuracy", spy)
+        monkeypatch.setattr(Scorer, "logits", spy)
         other = dataclasses.replace(arrays, x_test=1 - arrays.x_test, y_test=(arrays.y_test + 1) % CLASSES)
         syn = make_set(arrays)
         first, second = run(syn, arrays).results[0], run(syn, other).results[0]
@@ -277,11 +277,11 @@ class TestEvaluate:
         syn = make_set(arrays, transform=transform.describe(), recipe={"split": dataclasses.asdict(split)})
         scored: list[Images] = []
 
-        def spy(self: Scorer, weights: Any, images: Images, labels: Tensor) -> float:
+        def spy(self: Scorer, weights: Any, images: Images) -> Tensor:
             scored.append(images)
-            return 0.5
+            return torch.zeros(len(images), CLASSES)
 
-        monkeypatch.setattr(Scorer, "accuracy", spy)
+        monkeypatch.setattr(Scorer, "logits", spy)
         run(syn, arrays, num_seeds=1, protocol=dataclasses.replace(SHORT, num_epochs=0), cache=tmp_path)
         torch.testing.assert_close(scored[0][:], transform(to_float(arrays.x_test)))
 
@@ -339,6 +339,7 @@ class TestFile:
             "network": "mlp",
             "num_params": Functional("mlp", SHAPE, CLASSES).num_params,
             "accuracies": row["accuracies"],
+            "metrics": row["metrics"],
             "mean": pytest.approx(statistics.fmean(row["accuracies"])),
             "std": pytest.approx(statistics.stdev(row["accuracies"])),
             "n": 2,
@@ -359,6 +360,7 @@ class TestFile:
             "code": row["code"],
         }
         assert row["seconds"] > 0
+        assert {len(values) for values in row["metrics"].values()} == {2} and "ece" in row["metrics"]
 
     def test_one_network_has_no_deviation(self, arrays: Arrays) -> None:
         assert run(make_set(arrays), arrays, num_seeds=1).results[0].row()["std"] is None

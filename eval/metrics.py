@@ -1,0 +1,104 @@
+"""What the predictions of a trained network are worth: how often they are right, and whether their confidence is true.
+
+    accuracy        share of images whose most probable class is theirs; ``per_class`` within each class
+    macro_f1        mean over classes of 2 TP / (2 TP + FP + FN), 0 of a class that is neither there nor predicted
+    nll             mean of -log p_y
+    brier           mean of sum_c (p_c - [c = y])^2, in [0, 2] (Brier, 1950)
+    ece             sum_b share_b |accuracy_b - confidence_b| over 15 bins of equal width of max_c p_c (Guo et al., 2017)
+    ece_adaptive    the same over 15 bins that hold equally many images (Nguyen and O'Connor, 2015)
+    ece_classwise   mean over c of the same sum for p_c against [c = y] (Kull et al., 2019)
+
+All are fractions, computed in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one network on one labelled set of images."""
+
+    accuracy: float
+    macro_f1: float
+    nll: float
+    brier: float
+    ece: float
+    ece_adaptive: float
+    ece_classwise: float
+    per_class: tuple[float, ...]
+    """Accuracy within each class; 0 where a class has no image."""
+    reliability: tuple[tuple[float, float, float], ...]
+    """Of each bin of the ECE: share of the images, their mean confidence, their accuracy (0 where it is empty)."""
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Scores:
+        """Of logits (N, C) and classes (N,)."""
+        logits, labels = logits.double().cpu(), labels.cpu()
+        num, classes = logits.shape
+        log_p = logits.log_softmax(1)
+        p, onehot = log_p.exp(), F.one_hot(labels, classes).double()
+        confidence, predicted = p.max(1)
+        right = (predicted == labels).double()
+        counts, hits = onehot.sum(0), onehot[right.bool()].sum(0)
+        found = torch.bincount(predicted, minlength=classes)
+        bins = _bins(confidence, right)
+        order = confidence.argsort(stable=True)
+        pieces = [piece for piece in order.tensor_split(NUM_BINS) if len(piece)]
+        adaptive = sum(len(i) / num * abs(float(right[i].mean() - confidence[i].mean())) for i in pieces)
+        return cls(
+            accuracy=float(right.mean()),
+            macro_f1=float((2 * hits / (counts + found).clamp(min=1)).mean()),
+            nll=float(-log_p.gather(1, labels[:, None]).mean()),
+            brier=float((p - onehot).square().sum(1).mean()),
+            ece=_gap(bins),
+            ece_adaptive=adaptive,
+            ece_classwise=sum(_gap(_bins(p[:, c], onehot[:, c])) for c in range(classes)) / classes,
+            per_class=tuple((hits / counts.clamp(min=1)).tolist()),
+            reliability=tuple(tuple(row) for row in bins.tolist()),
+        )
+
+    def pack(self) -> Tensor:
+        """One float64 vector, for exchange among processes; its length is that of ``width``."""
+        values = dataclasses.asdict(self)
+        flat = [*values.pop("per_class"), *(x for row in values.pop("reliability") for x in row)]
+        return torch.tensor([*values.values(), *flat], dtype=torch.float64)
+
+    @classmethod
+    def unpack(cls, vector: Tensor) -> Scores:
+        """The inverse of ``pack``."""
+        numbers = vector.tolist()
+        scalars, rest = numbers[:NUM_SCALARS], numbers[NUM_SCALARS:]
+        per_class, flat = rest[: -3 * NUM_BINS], rest[-3 * NUM_BINS :]
+        rows = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+        return cls(*scalars, tuple(per_class), tuple(rows))
+
+
+SCALARS = tuple(f.name for f in dataclasses.fields(Scores) if f.type == "float")
+NUM_SCALARS = len(SCALARS)
+
+
+def width(num_classes: int) -> int:
+    """Numbers in a packed ``Scores``."""
+    return NUM_SCALARS + num_classes + 3 * NUM_BINS
+
+
+def _bins(confidence: Tensor, right: Tensor) -> Tensor:
+    """(NUM_BINS, 3): share, mean confidence and mean of ``right`` of bins of equal width, (low, high]."""
+    index = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
+    sums = torch.zeros(NUM_BINS, 3, dtype=torch.float64)
+    sums.index_add_(0, index, torch.stack([torch.ones_like(confidence), confidence, right], 1))
+    counts = sums[:, :1]
+    return torch.cat([counts / len(confidence), sums[:, 1:] / counts.clamp(min=1)], 1)
+
+
+def _gap(bins: Tensor) -> float:
+    return float((bins[:, 0] * (bins[:, 1] - bins[:, 2]).abs()).sum())
