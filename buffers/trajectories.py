@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
     return {
         **task.identity(),
         "training": plan.identity(),
-        "augment": {k: v for k, v in asdict(task.augment).items() if k != "flips"} if task.augment.ops else {"ops": []},
+        "augment": task.augment.content(),
         "compute": compute.first_order_identity(),
         "seed": seed,
     }

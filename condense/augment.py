@@ -31,12 +31,13 @@ from torch import Tensor
 
 from condense.names import suggest
 
-Mode = Literal["S", "M", "D"]
+Mode = Literal["S", "M", "D", "P"]
 
 _OPTIONS: dict[str, tuple[str, Any]] = {
     "mode=s": ("mode", "S"),
     "mode=m": ("mode", "M"),
     "mode=d": ("mode", "D"),
+    "mode=p": ("mode", "P"),
     "align_corners=true": ("align_corners", True),
     "align_corners=false": ("align_corners", False),
     "flips=true": ("flips", True),
@@ -70,13 +71,16 @@ class Augment:
     """Operations of this module, each at most once; none is the identity."""
     mode: Mode = "S"
     """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order. D: flip, color,
-    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC)."""
+    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
+    image has one operation of its own (DC's evaluation, RCIG's)."""
     align_corners: bool = False
     """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
     DATM) or for their outer edges (False: DC, DSA, DM)."""
     flips: bool = False
     """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
     FYI). It concerns distillation only: neither real images nor evaluation."""
+    degrees: int = 15
+    """Largest angle of rotate."""
 
     def __post_init__(self) -> None:
         for op in self.ops:
@@ -100,6 +104,9 @@ class Augment:
         strategy = own if strategy == "dsa" else strategy
         fields: dict[str, Any] = {}
         for option in options.split(",") if colon else ():
+            if option.lower().startswith("degrees=") and option[8:].isdecimal() and int(option[8:]) <= 180:
+                fields["degrees"] = int(option[8:])
+                continue
             if option.lower() not in _OPTIONS:
                 raise ValueError(f"augmentation {spec!r}: unknown option {option!r}; {suggest(option, _OPTIONS)}")
             name, value = _OPTIONS[option.lower()]
@@ -111,8 +118,17 @@ class Augment:
         options = [f"mode={self.mode}"] if self.mode != "S" else []
         options += ["align_corners=true"] if self.align_corners else []
         options += ["flips=true"] if self.flips else []
+        options += [f"degrees={self.degrees}"] if self.degrees != 15 else []
         strategy = "_".join(self.ops) or "none"
         return f"{strategy}:{','.join(options)}" if options else strategy
+
+    def content(self) -> dict[str, Any]:
+        """What decides what is done to real images, for hashes."""
+        fields: dict[str, Any] = {"ops": list(self.ops)}
+        if self.ops:
+            fields |= {"mode": self.mode, "align_corners": self.align_corners}
+            fields |= {"degrees": self.degrees} if self.degrees != 15 else {}
+        return fields
 
     @property
     def copies(self) -> int:
@@ -139,7 +155,14 @@ class Augment:
             ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
         _, height, width = image_shape
         rows = 1 if siamese else num
-        return Params({op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops})
+        values = {op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops}
+        if "rotate" in values:
+            values["rotate"] = values["rotate"] * (self.degrees / 15)
+        if self.mode == "P" and ops:
+            chosen = torch.randint(len(ops), (rows,), generator=gen)
+            for i, (op, value) in enumerate(values.items()):
+                value[chosen != i] = torch.tensor(_OPERATIONS[op].nothing, dtype=value.dtype)
+        return Params(values)
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
         """Images (N, C, H, W) under ``params``: draws nothing, differentiable in ``x``, keeps its dtype."""
@@ -259,13 +282,15 @@ def _warp(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor, Tensor], align_corner
 class _Operation(NamedTuple):
     draw: Callable[[torch.Generator, int, int, int], Tensor]
     apply: Callable[[Tensor, Tensor, bool], Tensor]
+    nothing: Any
+    """The parameters under which an image stays as it is."""
 
 
 _OPERATIONS = {
-    "color": _Operation(_draw_color, _color),
-    "crop": _Operation(_draw_crop, _crop),
-    "cutout": _Operation(_draw_cutout, _cutout),
-    "flip": _Operation(_draw_flip, _flip),
-    "scale": _Operation(_draw_scale, _scale),
-    "rotate": _Operation(_draw_rotate, _rotate),
+    "color": _Operation(_draw_color, _color, [0.0, 1.0, 1.0]),
+    "crop": _Operation(_draw_crop, _crop, [0, 0]),
+    "cutout": _Operation(_draw_cutout, _cutout, [-(2**30), 0]),
+    "flip": _Operation(_draw_flip, _flip, False),
+    "scale": _Operation(_draw_scale, _scale, [1.0, 1.0]),
+    "rotate": _Operation(_draw_rotate, _rotate, 0.0),
 }

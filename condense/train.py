@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,21 +33,24 @@ class Training:
     lr: float = 0.01
     """Learning rate."""
     momentum: float = 0.9
-    """Momentum of sgd; first beta of adam."""
+    """Momentum of sgd; first beta of the others."""
     weight_decay: float = 5e-4
-    """L2 penalty, added to the gradient."""
+    """L2 penalty, added to the gradient; of adamw, taken from the weights."""
     decay_at: float | tuple[float, ...] | None = 0.5
     """Fraction of the epochs after which the learning rate drops, or several; None: never."""
     decay: float = 0.1
     """Factor of a drop; the momentum is kept."""
-    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
-    """mse: half the squared distance to the targets, summed over classes, averaged over images."""
-    optimiser: Literal["sgd", "adam"] = "sgd"
-    """sgd or adam."""
+    loss: Literal["cross-entropy", "mse", "kl"] = "cross-entropy"
+    """mse: half the squared distance to the targets, summed over classes, averaged over images. kl: the divergence of
+    the softmax at ``temperature`` from the targets."""
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    """sgd, adam or adamw."""
     warmup_steps: int = 0
     """Steps in which the learning rate first rises from nothing, linearly."""
     cosine_to: float | None = None
-    """Share of lr at the last step, reached along a cosine, in place of drops; None: no cosine."""
+    """Share of lr at the end of a half wave of a cosine, in place of drops; None: no cosine."""
+    cosine_span: float = 1.0
+    """How much of that half wave the training goes through."""
     rates: tuple[float, ...] = ()
     """A learning rate for every step, in place of lr and all schedules."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -54,6 +58,12 @@ class Training:
     cutmix: float = 0.0
     """Probability that a batch is mixed: of each image a rectangle is that of another, and its label in proportion
     (Yun et al. 2019, beta 1)."""
+    mixup: float = 0.0
+    """Alpha of the beta distribution by which pairs of images and labels are blended (Zhang et al. 2018); 0: none."""
+    label_smoothing: float = 0.0
+    """Share of a target that goes to all classes evenly, under cross-entropy."""
+    temperature: float = 1.0
+    """What logits are divided by under kl, those of a teacher too."""
 
     def __post_init__(self) -> None:
         if self.num_epochs < 0 or self.batch_size < 1 or not self.lr > 0:
@@ -62,16 +72,25 @@ class Training:
                 f"{self.batch_size} and {self.lr}; correct these fields"
             )
 
-        if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"training needs a cutmix between 0 and 1, got {self.cutmix}; a usual value is 0.5")
+        for name, usual in {"cutmix": 0.5, "label_smoothing": 0.1}.items():
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise ValueError(f"training needs a {name} between 0 and 1, got {value}; a usual value is {usual}")
+        if self.mixup < 0 or not self.temperature > 0:
+            raise ValueError(
+                f"training needs mixup >= 0 and temperature > 0, got {self.mixup} and {self.temperature}; "
+                "usual values are 0.2 and 20"
+            )
 
     def content(self) -> dict[str, Any]:
-        """The fields, for hashes and files. Fields that came after the first results were written stay out of it while
+        """The fields, for hashes and files. Those that came after the first results were written stay out of it while
         they have their default, or those results would lose their companions."""
-        later = ("optimiser", "warmup_steps", "cosine_to", "rates", "order", "cutmix")
-        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in later}
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in later or value != defaults[name]}
+        values = dataclasses.asdict(self)
+        return {
+            f.name: values[f.name]
+            for f in dataclasses.fields(self)
+            if f.name in _FIRST_FIELDS or values[f.name] != f.default
+        }
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 through all epochs."""
@@ -81,6 +100,7 @@ class Training:
             return self.lr * step / self.warmup_steps
         if self.cosine_to is not None:
             done = (step - self.warmup_steps) / max(self.num_epochs * steps_per_epoch - self.warmup_steps, 1)
+            done *= self.cosine_span
             return self.lr * (self.cosine_to + (1 - self.cosine_to) * (1 + math.cos(math.pi * done)) / 2)
         drops = (self.decay_at,) if isinstance(self.decay_at, float | int) else self.decay_at or ()
         epoch = step // steps_per_epoch
@@ -88,34 +108,58 @@ class Training:
 
     def optimise(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of these parameters."""
-        if self.optimiser == "adam":
-            betas = (self.momentum, 0.999)
-            return torch.optim.Adam(params, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
-        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.optimiser == "sgd":
+            return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
+        return kind(params, lr=self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+
+    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over a batch. ``targets``: classes (N,), or probabilities or values (N, C)."""
+        if self.loss == "cross-entropy":
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        targets = one_hot(targets, logits.shape[1]).to(logits.dtype)
+        if self.loss == "mse":
+            return 0.5 * (logits - targets).square().sum(1).mean()
+        return F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
 
 
-def loss_of(logits: Tensor, targets: Tensor, kind: str = "cross-entropy") -> Tensor:
-    """Mean loss over a batch. ``targets``: classes (N,) or, for soft labels, probabilities or values (N, C)."""
-    if kind == "mse":
-        if targets.dim() == 1:
-            targets = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
-        return 0.5 * (logits - targets).square().sum(1).mean()
+_FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay decay_at decay loss name augment labels".split()
+"""Of ``Training``, and of the protocols made of it."""
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch; ``targets``: classes (N,) or probabilities (N, C)."""
     return F.cross_entropy(logits, targets)
+
+
+def one_hot(targets: Tensor, num_classes: int) -> Tensor:
+    """Classes (N,) as rows (N, num_classes), float32; what has rows already stays as it is."""
+    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
 
 
 class Trainer:
     """Trains networks of one architecture; what it compiled is reused from one network to the next."""
 
-    def __init__(self, network: Functional, training: Training, augment: Augment, compute: Compute) -> None:
+    def __init__(
+        self,
+        network: Functional,
+        training: Training,
+        augment: Augment,
+        compute: Compute,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``teacher``: images to logits; where there is one, its softmax at ``training.temperature`` on each batch as
+        the network sees it takes the place of the targets."""
         self.network, self.training, self.augment, self.compute = network, training, augment, compute
+        self.teacher = teacher
 
         def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             logits = network.logits(params, buffers, images, train=True, update_buffers=True)
-            return loss_of(logits.float(), targets, training.loss)
+            return training.loss_of(logits.float(), targets)
 
         def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
-                return loss_of(network.logits(params, {}, images, train=True).float(), targets, training.loss)
+                return training.loss_of(network.logits(params, {}, images, train=True).float(), targets)
 
             losses: Tensor = torch.func.vmap(one, randomness="different")(params, images, targets)
             return losses.sum()
@@ -228,9 +272,15 @@ class Trainer:
         x, y = self.augment.mirrored(images[index], targets[index])
         drawn = self.augment.sample(rng("augment", epoch, batch), len(x), tuple(x.shape[1:]), siamese=False)
         x = self.augment.apply(x, drawn)
+        if self.training.cutmix or self.training.mixup:
+            y = one_hot(y, self.network.num_classes)
         if self.training.cutmix:
-            y = F.one_hot(y, self.network.num_classes).to(x.dtype) if y.dim() == 1 else y
             x, y = cutmix(x, y, self.training.cutmix, rng("cutmix", epoch, batch))
+        if self.training.mixup:
+            x, y = mixup(x, y, self.training.mixup, rng("mixup", epoch, batch))
+        if self.teacher is not None:
+            with torch.no_grad():
+                y = (self.teacher(x) / self.training.temperature).softmax(1)
         return x, y
 
 
@@ -252,6 +302,15 @@ def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator)
     mixed[:, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
     share = (bottom - top) * (right - left) / (height * width)
     return mixed, y * (1 - share) + y[other] * share
+
+
+def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) and targets (N, C), each blended with another of the batch by one weight from
+    Beta(alpha, alpha) for all."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    weight = float(np.random.default_rng(seed).beta(alpha, alpha))
+    other = torch.randperm(len(x), generator=generator).to(x.device)
+    return weight * x + (1 - weight) * x[other], weight * y + (1 - weight) * y[other]
 
 
 def _cut(centre: float, side: float, size: int) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.distributed import Ranks
+from condense.eval import teachers
+from condense.eval.calibration import Calibration, temperature
 from condense.eval.journal import Cell, Journal
 from condense.eval.metrics import Scores, width
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
@@ -29,9 +31,9 @@ from condense.files import checksum, write_text
 from condense.networks import Functional, ImageShape, Weights
 from condense.rng import Rng
 from condense.synthetic.set import SyntheticSet
-from condense.task import Labelled, Split
+from condense.task import Labelled, Split, make_task
 from condense.tracking import Bar
-from condense.train import Scorer, Trainer, Training
+from condense.train import Scorer, Trainer, Training, one_hot
 
 Network = str | Callable[[ImageShape, int], torch.nn.Module]
 """A network string, or a callable (image_shape, num_classes) -> module."""
@@ -142,9 +144,16 @@ OnEpoch = Callable[[int, Weights], None]
 class SetScorer:
     """Trains networks of one architecture and scores each at its last epoch; what it compiled is kept."""
 
-    def __init__(self, network: Functional, plan: Training, compute: Compute, augment: Augment = Augment()) -> None:
+    def __init__(
+        self,
+        network: Functional,
+        plan: Training,
+        compute: Compute,
+        augment: Augment = Augment(),
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.network = network
-        self._trainer, self._scorer = Trainer(network, plan, augment, compute), Scorer(network, compute)
+        self._trainer, self._scorer = Trainer(network, plan, augment, compute, teacher), Scorer(network, compute)
 
     def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
         """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
@@ -158,11 +167,20 @@ class SetScorer:
         y: Tensor,
         rngs: Sequence[Rng],
         on_epoch: OnEpoch | None = None,
+        *,
+        calibration: Calibration = "none",
+        held_out: Labelled | None = None,
     ) -> list[Scores]:
         """Scores on ``x`` (M, C, H, W), ``y`` (M,) of fresh networks, one for each ``rng``, trained together on the
-        rest."""
-        trained = self._train(images, targets, rngs, on_epoch)
-        return [Scores.of(self._scorer.logits(weights, x), y) for weights in trained]
+        rest, and calibrated on ``held_out``."""
+        scores = []
+        for weights, rng in zip(self._train(images, targets, rngs, on_epoch), rngs, strict=True):
+            divisor = 1.0
+            if held_out is not None and calibration != "none":
+                logits = self._scorer.logits(weights, held_out.images)
+                divisor = temperature(calibration, logits, held_out.labels, rng("calibration"))
+            scores.append(Scores.of(self._scorer.logits(weights, x) / divisor, y))
+        return scores
 
     def _train(
         self, images: Tensor | Images, targets: Tensor, rngs: Sequence[Rng], on_epoch: OnEpoch | None
@@ -202,6 +220,8 @@ def measure(
     progress: Progress,
     ranks: Ranks = Ranks(),
     journal: Journal | None = None,
+    held_out: Labelled | None = None,
+    teachers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> list[Result]:
     """Train and score ``num_seeds`` networks of each architecture under a protocol; a result for each architecture,
     with the record of what decided it.
@@ -209,6 +229,9 @@ def measure(
     ``images`` and ``targets`` are those of ``syn``, or real ones where that is None. Network k draws its weights,
     batch order and augmentation from (seed, architecture, k) alone, so different sets are compared on the same
     networks, and several processes deal the networks out. What the journal holds is not trained again.
+
+    ``held_out`` are real images for what is chosen or fitted after distillation, ``teachers`` label batches, by the
+    name of the architecture that is trained.
 
     Raises:
         ValueError: another process ended; the journal cannot be written. What was trained is in it.
@@ -226,17 +249,23 @@ def measure(
         "test_fingerprint": arrays.fingerprint["test"],
         "code": __version__,
     }
-    policies = [settled(compute, network, protocol, len(images)) for network in networks]
+    plan = protocol.resolved(len(images), None if syn is None else syn.lr)
+    policies = [settled(compute, network, plan, len(images)) for network in networks]
+    plans = [
+        _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed))
+        for network, policy in zip(networks, policies, strict=True)
+    ]
     decided_by = [
         {
             **common,
+            "training": training.content(),
             "compute": policy.first_order_identity(),
             **network.identity(),
             "num_params": network.num_params,
             "transform": transform.describe(),
             "device": device.type,
         }
-        for network, policy in zip(networks, policies, strict=True)
+        for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
     cells = _found(decided_by, num_seeds, width(arrays.num_classes) + 1, journal, ranks)
     trained = torch.zeros_like(cells)
@@ -245,14 +274,25 @@ def measure(
         units = [k for of, k in mine if of == i]
         if not units:
             continue
-        scorer, rng = SetScorer(network, protocol, policies[i], augment), Rng(seed).child("evaluate", network.name)
-        with progress(f"{name} {network.name}", len(units) * protocol.num_epochs) as bar:
+        teacher = None if teachers is None else teachers[network.name]
+        scorer = SetScorer(network, plans[i], policies[i], augment, teacher)
+        rng, num_epochs = Rng(seed).child("evaluate", network.name), plans[i].num_epochs
+        with progress(f"{name} {network.name}", len(units) * num_epochs) as bar:
             at_once = policies[i].networks or 1
             for first in range(0, len(units), at_once):
                 begun, group = time.perf_counter(), units[first : first + at_once]
-                on_epoch = _reporter(bar, first * protocol.num_epochs, len(group), trained[i, units[:first], 0])
+                on_epoch = _reporter(bar, first * num_epochs, len(group), trained[i, units[:first], 0])
                 rngs = [rng.child("network", k) for k in group]
-                scores = scorer.score(images, targets, test.images, test.labels, rngs, on_epoch)
+                scores = scorer.score(
+                    images,
+                    targets,
+                    test.images,
+                    test.labels,
+                    rngs,
+                    on_epoch,
+                    calibration=protocol.calibration,
+                    held_out=held_out,
+                )
                 share = (time.perf_counter() - begun) / len(group)
                 for k, found in zip(group, scores, strict=True):
                     cell = Cell(found, share)
@@ -270,7 +310,7 @@ def measure(
             accuracies=tuple(cell.scores.accuracy for cell in row),
             metrics=_by_metric([cell.scores for cell in row]),
             protocol=name,
-            protocol_fields=protocol.content(),
+            protocol_fields=training.content(),
             dataset=arrays.name,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             threads=torch.get_num_threads(),
@@ -278,8 +318,32 @@ def measure(
             compute=policy.first_order_identity(),
             **common,
         )
-        for network, policy, row in zip(networks, policies, unpacked, strict=True)
+        for network, policy, training, row in zip(networks, policies, plans, unpacked, strict=True)
     ]
+
+
+def _with_best_rate(
+    plan: Protocol,
+    network: Functional,
+    compute: Compute,
+    augment: Augment,
+    images: Tensor | Images,
+    targets: Tensor,
+    held_out: Labelled | None,
+    rng: Rng,
+) -> Protocol:
+    """The plan with the learning rate of its grid at which one network is best on the held-out real images; the smaller
+    of equally good ones."""
+    if not plan.lr_grid:
+        return plan
+    assert held_out is not None
+    keys, accuracies = [rng.child("learning rate", network.name)], []
+    for lr in sorted(plan.lr_grid):
+        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment)
+        (found,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)
+        accuracies.append(found.accuracy)
+    best = sorted(plan.lr_grid)[accuracies.index(max(accuracies))]
+    return dataclasses.replace(plan, lr=best, lr_grid=())
 
 
 def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
@@ -345,9 +409,13 @@ def evaluate(
     _check(syn, arrays, num_seeds)
     skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
+    if protocol.loss == "mse" and syn.label_kind.space != "values":
+        targets = one_hot(targets, arrays.num_classes) - 1 / arrays.num_classes
     images, targets = images.to(device), targets.to(device)
     transform = _transform(syn, arrays, cache)
     test = load_test(arrays, transform, device)
+    held_out = load_held_out(syn, arrays, transform, device) if protocol.holds_out else None
+    labellers = _teachers(protocol, syn, arrays, skeletons, seed, compute, cache) if protocol.teacher else None
     results = []
     for group in [[network] for network in skeletons] if ranks.size == 1 else [skeletons]:
         for result in measure(
@@ -365,6 +433,8 @@ def evaluate(
             progress=progress,
             ranks=ranks,
             journal=journal,
+            held_out=held_out,
+            teachers=labellers,
         ):
             results.append(result)
             if on_result is not None:
@@ -388,6 +458,53 @@ def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Lab
     if not len(arrays.x_test):
         raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
     return Labelled(Images.of(arrays.x_test, device).through(transform), torch.from_numpy(arrays.y_test).to(device))
+
+
+def load_held_out(syn: SyntheticSet, arrays: Arrays, transform: Transform, device: torch.device) -> Labelled:
+    """The validation part of the real training images, which the set was not made from.
+
+    Raises:
+        ValueError: there is none.
+    """
+    split = Split(**syn.origin.recipe.get("split", {}))
+    if not split.val_fraction:
+        raise ValueError(
+            "this protocol chooses on held-out real images, and the set was made from all of them; distil it with "
+            "--split.val-fraction 0.1"
+        )
+    labels = torch.from_numpy(arrays.y_train)
+    _, index = split.indices(labels)
+    images = Images.of(arrays.x_train, device).part(index).through(transform)
+    return Labelled(images, labels[index].to(device))
+
+
+def _teachers(
+    protocol: Protocol,
+    syn: SyntheticSet,
+    arrays: Arrays,
+    networks: Sequence[Functional],
+    seed: int,
+    compute: Compute,
+    cache: Path | None,
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By the architecture that is evaluated: what labels its batches."""
+    recipe, found = syn.origin.recipe, {}
+    for network in networks:
+        labeller = network
+        if protocol.teacher != "same":
+            labeller = Functional(protocol.teacher, arrays.image_shape, arrays.num_classes, network.device)
+        task = make_task(
+            arrays,
+            transform=recipe.get("transform", "channel"),
+            split=Split(**recipe.get("split", {"val_fraction": 0.0})),
+            network=labeller,
+            augment=Augment(),
+            device=network.device,
+            cache=cache,
+        )
+        weights = teachers.trained(task, seed=seed, compute=compute, cache=cache)
+        found[network.name] = teachers.labeller(labeller, weights, compute)
+    return found
 
 
 def _check(syn: SyntheticSet, arrays: Arrays, num_seeds: int) -> None:

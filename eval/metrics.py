@@ -4,7 +4,7 @@
     macro_f1        mean over classes of 2 TP / (2 TP + FP + FN), 0 of a class that is neither there nor predicted
     nll             mean of -log p_y
     brier           mean of sum_c (p_c - [c = y])^2, in [0, 2] (Brier, 1950)
-    ece             sum_b share_b |accuracy_b - confidence_b| over 15 bins of equal width of max_c p_c (Guo et al., 2017)
+    ece             sum_b share_b |accuracy_b - confidence_b| over 15 equally wide bins of max_c p_c (Guo et al., 2017)
     ece_adaptive    the same over 15 bins that hold equally many images (Nguyen and O'Connor, 2015)
     ece_classwise   mean over c of the same sum for p_c against [c = y] (Kull et al., 2019)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
+from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import suggest
 from condense.synthetic.set import SyntheticSet
@@ -23,14 +27,44 @@ class Protocol(Training):
     """none, dsa (the data set's own strategy) or a strategy; every image draws its own parameters."""
     labels: Literal["hard", "own"] = "hard"
     """hard: one class per image, by argmax where the set has soft labels. own: the targets of the set."""
+    steps_for: tuple[tuple[int, int], ...] = ()
+    """Pairs (images, steps): the steps of the pair nearest to the size of the set, in place of num_epochs."""
+    learned_lr: bool = False
+    """Whether the set's learned step size, where it has one, takes the place of lr."""
+    lr_grid: tuple[float, ...] = ()
+    """Learning rates of which the best on held-out real images takes the place of lr; no test image takes part."""
+    teacher: str = ""
+    """A network that is trained on the real images and labels each batch as it is seen; ``same``: of the architecture
+    that is evaluated."""
+    calibration: Calibration = "none"
+    """How the confidence of the trained network is mended on held-out real images before it is scored."""
+
+    def resolved(self, num_images: int, lr: Tensor | None = None) -> Protocol:
+        """The training of a set of so many images whose learned step size is ``lr``."""
+        changes: dict[str, Any] = {}
+        if self.steps_for:
+            _, steps = min(self.steps_for, key=lambda pair: abs(math.log(pair[0] / num_images)))
+            changes |= {"num_epochs": -(-steps // -(-num_images // self.batch_size)), "steps_for": ()}
+        if self.learned_lr and lr is not None and not lr.dim():
+            changes |= {"lr": lr.item(), "learned_lr": False}
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether it needs real images that the set was not made from."""
+        return bool(self.lr_grid) or self.calibration != "none"
 
     def describe(self) -> str:
         """One line."""
         drop = "" if self.decay_at is None else f" (x {self.decay:g} at {self.decay_at} of them)"
+        drop = drop if self.cosine_to is None else f" (cosine to {self.cosine_to:g})"
+        length = "steps by size" if self.steps_for else f"{self.num_epochs} epochs"
+        lr = "learned" if self.learned_lr else "by validation" if self.lr_grid else f"{self.lr:g}"
+        labels = f"by a teacher ({self.teacher})" if self.teacher else self.labels
         return (
-            f"{self.num_epochs} epochs, batch {self.batch_size}, {self.optimiser} lr {self.lr:g}{drop}, "
+            f"{length}, batch {self.batch_size}, {self.optimiser} lr {lr}{drop}, "
             f"momentum {self.momentum:g}, weight decay {self.weight_decay:g}, {self.loss}, "
-            f"augmentation {self.augment}, labels {self.labels}"
+            f"augmentation {self.augment}, labels {labels}"
         )
 
     def content(self) -> dict[str, Any]:
@@ -59,18 +93,78 @@ _CANONICAL = Protocol(
     labels="hard",
 )
 
+_REGRESSION = dataclasses.replace(
+    _CANONICAL,
+    optimiser="adam",
+    weight_decay=0.0,
+    decay_at=None,
+    warmup_steps=500,
+    cosine_to=0.01,
+    loss="mse",
+    labels="own",
+)
+
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         _CANONICAL,
         dataclasses.replace(_CANONICAL, name="canonical-dsa", num_epochs=1000, augment="dsa"),
         dataclasses.replace(_CANONICAL, name="full-data", num_epochs=20, batch_size=64),
+        dataclasses.replace(_CANONICAL, name="dc", num_epochs=1000, augment="crop_scale_rotate:mode=P,degrees=45"),
+        dataclasses.replace(
+            _REGRESSION,
+            name="frepo",
+            lr=3e-4,
+            batch_size=500,
+            augment="color_crop_rotate_cutout",
+            steps_for=((10, 1000), (100, 2000), (200, 20000), (500, 5000), (1000, 10000), (5000, 40000)),
+        ),
+        dataclasses.replace(
+            _REGRESSION,
+            name="rcig",
+            lr=1e-4,
+            batch_size=256,
+            augment="crop_rotate_cutout:mode=P",
+            steps_for=((10, 1000), (100, 2000)),
+        ),
+        dataclasses.replace(
+            _CANONICAL,
+            name="datm",
+            num_epochs=1000,
+            batch_size=128,
+            augment="dsa:align_corners=true",
+            labels="own",
+            learned_lr=True,
+        ),
+        dataclasses.replace(
+            _CANONICAL,
+            name="soft-teacher",
+            batch_size=100,
+            optimiser="adamw",
+            lr=1e-3,
+            weight_decay=0.01,
+            decay_at=None,
+            cosine_to=0.0,
+            cosine_span=0.5,
+            loss="kl",
+            temperature=20.0,
+            cutmix=1.0,
+            augment="dsa",
+            teacher="same",
+        ),
+        dataclasses.replace(_CANONICAL, name="dd-ranking", num_epochs=1000, lr_grid=(0.001, 0.005, 0.01, 0.05, 0.1)),
     )
 }
 """``canonical``: the published tables without augmentation (Zhao, Mopuri and Bilen, "Dataset Condensation
 with Gradient Matching", ICLR 2021). Deviations from the published code: it runs one epoch more, drops the
 learning rate a little after half, and loses the momentum there. ``canonical-dsa``: the tables with
-augmentation (DSA, DM, MTT); the same with 1000 epochs. ``full-data``: for the whole training set."""
+augmentation (DSA, DM, MTT); the same with 1000 epochs. ``full-data``: for the whole training set. ``dc``: DC's own
+on MNIST, with its augmentation there; on other data its own is ``canonical``. ``frepo``, ``rcig``: regression on the
+labels of the set (Zhou et al. 2022, Loo et al. 2023). ``datm``: soft labels and the learned step size (Guo et al.
+2024). ``soft-teacher``: a network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024).
+``dd-ranking``: hard labels, with the learning rate chosen on held-out real images (Li et al. 2024). Deviations of each:
+docs/evaluation.md.
+"""
 
 
 def named(name: str, syn: SyntheticSet) -> Protocol:

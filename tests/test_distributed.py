@@ -386,11 +386,11 @@ def test_a_stopped_evaluation_trains_what_is_missing(
     scores = api.crossarch.SetScorer.score
     stop = 4
 
-    def score(self: Any, *given: Any) -> float:
+    def score(self: Any, *given: Any, **more: Any) -> Any:
         if len(trained) == stop:
             raise KeyboardInterrupt
         trained.append(self.network.name)
-        return scores(self, *given)
+        return scores(self, *given, **more)
 
     monkeypatch.setattr(api.crossarch.SetScorer, "score", score)
     with pytest.raises(KeyboardInterrupt):

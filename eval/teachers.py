@@ -1,0 +1,79 @@
+"""Networks trained on the real images that label a synthetic set batch by batch, kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from condense import __version__
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.eval.protocol import PROTOCOLS, Protocol
+from condense.files import canonical_json, read_tensors, write_tensors
+from condense.networks import Functional, Weights
+from condense.rng import Rng
+from condense.task import Task
+from condense.train import Trainer
+
+
+def trained(task: Task, *, seed: int, compute: Compute, cache: Path | None) -> Weights:
+    """The task's network after the training ``full-data`` on its training images, never on validation or test images.
+
+    Kept in the folder ``cache`` under a hash of everything that decides it.
+    """
+    plan: Protocol = PROTOCOLS["full-data"]
+    compute = compute.resolved(task.network.flops * len(task.train) * plan.num_epochs, task.device)
+    identity = {
+        **task.identity(),
+        "protocol": plan.hash,
+        "seed": seed,
+        "compute": compute.first_order_identity(),
+        "device": task.device.type,
+        "code": __version__,
+    }
+    digest = hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+    file = None if cache is None else cache / "teachers" / f"{digest}.safetensors"
+    rng = Rng(seed).child("teacher", task.network.name)
+    weights = task.network.init(rng, "weights")
+    kept = None if file is None else _read(file, weights)
+    if kept is not None:
+        return kept
+    trainer = Trainer(task.network, plan, Augment(), compute)
+    weights = trainer.run(weights, task.train.images, task.train.labels, rng.child("training"))
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {f"params.{k}": v for k, v in weights.params.items()}
+            tensors |= {f"buffers.{k}": v for k, v in weights.buffers.items()}
+            write_tensors(file, tensors, {"kind": "teacher", "format": 1, "identity": identity})
+        except (OSError, ValueError) as error:
+            warnings.warn(f"the teacher is not cached: {error}", stacklevel=2)
+    return weights
+
+
+def labeller(network: Functional, weights: Weights, compute: Compute) -> Callable[[Tensor], Tensor]:
+    """Images (N, C, H, W) to the logits of a trained network in evaluation mode."""
+
+    def logits(images: Tensor) -> Tensor:
+        return network.logits(*weights, images, train=False).float()
+
+    run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
+    return lambda images: run(compute.layout(images))
+
+
+def _read(file: Path, like: Weights) -> Weights | None:
+    """The kept weights, or None: a missing file and a damaged one are alike."""
+    try:
+        tensors, _ = read_tensors(file, "teacher")
+        read: list[dict[str, Any]] = [
+            {name: tensors[f"{table}.{name}"].to(value.device) for name, value in values.items()}
+            for table, values in zip(("params", "buffers"), like, strict=True)
+        ]
+    except (OSError, ValueError, KeyError):
+        return None
+    return Weights(*read)

@@ -1,0 +1,176 @@
+"""What the named protocols do: choices on held-out images, labels by a teacher, length by size, learned rates."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense.compute import Compute
+from condense.data.datasets import Arrays, load, to_float
+from condense.eval import crossarch, teachers
+from condense.eval.crossarch import Result, evaluate
+from condense.eval.protocol import PROTOCOLS, Protocol, named
+from condense.networks import Functional
+from condense.rng import Rng
+from condense.synthetic import Labels, Logits, Origin, SyntheticSet, Targets
+from condense.train import Scorer, Trainer, Training
+
+CPU = torch.device("cpu")
+SHORT = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=20)
+
+
+def stripes(num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images of three classes that a faint row tells apart."""
+    labels = torch.arange(num) % 3
+    images = 0.4 * torch.rand(num, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images[torch.arange(num), 0, 2 * labels] += 0.25
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Arrays:
+    return load((*stripes(90, 0), *stripes(60, 1)))
+
+
+def make_set(arrays: Arrays, *, val_fraction: float = 0.25, lr: Any = None, kind: Labels | None = None) -> SyntheticSet:
+    origin = Origin(
+        dataset={
+            "name": arrays.name,
+            "fingerprint": arrays.fingerprint["train"],
+            "classes": list(arrays.classes),
+            "image_shape": list(arrays.image_shape),
+        },
+        transform={"kind": "none"},
+        recipe={"split": {"val_fraction": val_fraction, "seed": 0}, "transform": "none"},
+    )
+    images, labels = to_float(arrays.x_train[:6]), torch.from_numpy(arrays.y_train[:6])
+    return SyntheticSet(images, labels, origin, lr=lr, label_kind=kind)
+
+
+def run(syn: SyntheticSet, arrays: Arrays, plan: Protocol, **options: Any) -> Result:
+    given: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "compute": Compute(), "device": CPU}
+    return evaluate(syn, arrays, protocol=plan, **given | options).results[0]
+
+
+GRID = dataclasses.replace(PROTOCOLS["dd-ranking"], num_epochs=15, lr_grid=(1e-5, 0.05, 0.01))
+
+
+def test_the_rate_is_the_best_one_on_held_out_images(arrays: Arrays) -> None:
+    syn = make_set(arrays)
+    chosen = run(syn, arrays, GRID).protocol_fields["lr"]
+    held_out = crossarch.load_held_out(syn, arrays, crossarch.Transform.from_description({"kind": "none"}), CPU)
+    assert len(held_out) == 24
+    images, labels = crossarch.decoded(syn, soft=False)
+    found = {}
+    for lr in GRID.lr_grid:
+        scorer = crossarch.SetScorer(Functional("mlp", (1, 8, 8), 3), dataclasses.replace(GRID, lr=lr), Compute())
+        keys = [Rng(0).child("learning rate", "mlp")]
+        found[lr] = scorer.score(images, labels, held_out.images, held_out.labels, keys)[0].accuracy
+    assert found[chosen] == max(found.values()) > found[1e-5]
+
+
+def test_no_choice_and_no_training_reads_test_data(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other test images and labels the chosen rate, the temperatures and the trained networks stay the same, and
+    the test images are looked at once for each network, after everything else."""
+    plan = dataclasses.replace(GRID, calibration="temperature", teacher="mlp", loss="kl", temperature=4.0)
+    logits, temperature = Scorer.logits, crossarch.temperature
+    seen: list[tuple[str, Any]] = []
+
+    def spy_logits(self: Scorer, weights: Any, images: Any) -> Tensor:
+        seen.append((f"{len(images)} images", weights.params["classifier.weight"].clone()))
+        return logits(self, weights, images)
+
+    def spy_temperature(*given: Any) -> float:
+        seen.append(("temperature", temperature(*given)))
+        return seen[-1][1]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Scorer, "logits", spy_logits)
+    monkeypatch.setattr(crossarch, "temperature", spy_temperature)
+    other = dataclasses.replace(arrays, x_test=1 - arrays.x_test, y_test=(arrays.y_test + 1) % 3)
+    syn = make_set(arrays)
+    first, second = (run(syn, data, plan) for data in (arrays, other))
+    half = len(seen) // 2
+    assert [what for what, _ in seen[:half]] == ["24 images"] * 3 + ["24 images", "temperature", "60 images"] * 2
+    for (what, a), (_, b) in zip(seen[:half], seen[half:], strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), what
+    assert first.protocol_fields == second.protocol_fields and first.metrics != second.metrics
+
+
+def test_without_held_out_images_a_choice_is_refused(arrays: Arrays) -> None:
+    for plan in (GRID, dataclasses.replace(SHORT, calibration="temperature")):
+        with pytest.raises(ValueError, match=r"held-out real images.+--split.val-fraction 0.1"):
+            run(make_set(arrays, val_fraction=0.0), arrays, plan)
+
+
+def test_calibration_changes_the_confidence_and_not_the_accuracy(arrays: Arrays) -> None:
+    syn = make_set(arrays)
+    plain, scaled = (
+        run(syn, arrays, dataclasses.replace(SHORT, num_epochs=200, calibration=kind))
+        for kind in ("none", "temperature")
+    )
+    assert plain.accuracies == scaled.accuracies and plain.protocol_hash != scaled.protocol_hash
+    assert sum(scaled.metrics["nll"]) < sum(plain.metrics["nll"])
+
+
+def test_a_teacher_labels_each_batch_as_the_network_sees_it() -> None:
+    network, rng = Functional("mlp", (1, 8, 8), 3), Rng(0)
+    images, labels = stripes(12, 0)
+    teacher = network.init(rng, "teacher")
+    plan = Training(num_epochs=1, batch_size=12, lr=0.5, momentum=0.0, weight_decay=0.0, loss="kl", temperature=3.0)
+    trainer = Trainer(network, plan, crossarch.Augment(), Compute(), teachers.labeller(network, teacher, Compute()))
+    start = network.init(rng, "weights")
+    found = trainer.run(start, images, labels, rng).params
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        wanted = (network.logits(teacher.params, {}, images, train=False) / 3).softmax(1)
+        log_p = (network.logits(params, {}, images) / 3).log_softmax(1)
+        return F.kl_div(log_p, wanted, reduction="sum") / 12
+
+    grads = torch.func.grad(loss)(start.params)
+    torch.testing.assert_close(found, {name: p - 0.5 * grads[name] for name, p in start.params.items()})
+
+
+def test_a_teacher_is_trained_once_and_kept(arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dataclasses.replace(PROTOCOLS["soft-teacher"], num_epochs=30, teacher="mlp")
+    first = run(make_set(arrays), arrays, plan, cache=tmp_path)
+    (file,) = (tmp_path / "teachers").glob("*.safetensors")
+    trained: list[int] = []
+    monkeypatch.setattr(teachers, "Trainer", lambda *_: trained.append(1))
+    assert run(make_set(arrays), arrays, plan, cache=tmp_path).accuracies == first.accuracies and not trained
+    monkeypatch.undo()
+    file.write_bytes(file.read_bytes()[:-5])
+    assert run(make_set(arrays), arrays, plan, cache=tmp_path).accuracies == first.accuracies
+
+
+@pytest.mark.parametrize(("num_images", "epochs"), [(10, 1000), (40, 2000), (100, 2000), (1000, 5000)])
+def test_length_follows_the_size_of_the_set(num_images: int, epochs: int) -> None:
+    assert PROTOCOLS["frepo"].resolved(num_images).num_epochs == epochs
+
+
+def test_a_learned_rate_acts_where_the_protocol_says_so(arrays: Arrays) -> None:
+    short = dataclasses.replace(PROTOCOLS["datm"], num_epochs=3)
+    assert run(make_set(arrays, lr=0.03), arrays, short).protocol_fields["lr"] == pytest.approx(0.03)
+    assert run(make_set(arrays), arrays, short).protocol_fields["lr"] == 0.01
+    assert run(make_set(arrays, lr=0.03), arrays, SHORT).protocol_fields["lr"] == 0.01
+
+
+@pytest.mark.parametrize(("kind", "mean"), [(None, 0.0), (Logits(), 0.0), (Targets(), 0.0)])
+def test_regression_targets_are_centred(
+    kind: Labels | None, mean: float, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    run_together = Trainer.run_together
+
+    def spy(self: Trainer, weights: Any, images: Any, targets: Tensor, *rest: Any, **more: Any) -> Any:
+        seen.append(targets)
+        return run_together(self, weights, images, targets, *rest, **more)
+
+    monkeypatch.setattr(Trainer, "run_together", spy)
+    plan = dataclasses.replace(named("frepo", make_set(arrays)), num_epochs=1, steps_for=())
+    run(make_set(arrays, kind=kind), arrays, plan)
+    assert torch.allclose(seen[0].sum(1), torch.tensor(mean), atol=1e-6)
+    assert seen[0].argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
