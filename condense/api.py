@@ -15,13 +15,15 @@ from torch.utils.data import Dataset
 from tyro.conf import FlagConversionOff
 
 import condense
-from condense import artifacts, engine, picture, recipe, registry, runs
+from condense import artifacts, engine, exchange, picture, recipe, registry, runs
 from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute, keep_compiled, resolve_device
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
+from condense.data.images import Images
+from condense.data.transform import Transform, fit
 from condense.distributed import Ranks
 from condense.eval import crossarch
 from condense.eval.baselines import full_data
@@ -34,6 +36,7 @@ from condense.names import suggest
 from condense.networks import Functional
 from condense.recipe import Recipe
 from condense.rng import Rng
+from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.files import load as load
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
@@ -269,10 +272,8 @@ def evaluate(
         ValueError: the set does not belong to this data set; bad network or protocol.
     """
     path = None if isinstance(syn, SyntheticSet) else Path(syn)
-    found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
     with ranks.first_ahead():
-        arrays = _arrays(source, download)
+        found, arrays = open_set(syn, dataset, download=download)
     target = Path(out) if out is not None else _evaluation_path(path)
     networks = (networks,) if isinstance(networks, str) else networks
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
@@ -311,6 +312,74 @@ def evaluate(
     if common["journal"] is not None:
         common["journal"].remove()
     return crossarch.Evaluation(tuple(results))
+
+
+def open_set(
+    syn: SyntheticSet | Path | str, dataset: Data | None = None, *, download: bool = False
+) -> tuple[SyntheticSet, Arrays]:
+    """A set, its file or run folder, or labelled pixels of any origin (``.npz``, a folder of images); and the data.
+
+    ``dataset`` is where the data lie: by default as the run recorded it, else by the name in the file.
+
+    Raises:
+        ValueError: it cannot be read; pixels of any origin without ``dataset``.
+    """
+    if isinstance(syn, SyntheticSet):
+        source = str(syn.origin.dataset["name"]) if dataset is None else dataset
+        return syn, _arrays(source, download)
+    path = Path(syn)
+    if not exchange.is_foreign(path):
+        found = load(path)
+        source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
+        return found, _arrays(source, download)
+    read = exchange.read(path)
+    if dataset is None:
+        raise ValueError(f"{path} does not say which data it was made from; give e.g. --dataset fashion-mnist")
+    if read.space == "transformed":
+        raise ValueError(
+            f"{path} does not say through which transform its images went; first `condense import {path} "
+            "set.safetensors --dataset NAME --transform channel` (or zca)"
+        )
+    arrays = _arrays(dataset, download)
+    return _adopt(read, arrays, "channel", Pixels()), arrays
+
+
+def import_set(
+    path: Path | str,
+    dataset: Data,
+    *,
+    transform: str = "channel",
+    decode: Decode | str = Pixels(),
+    download: bool = False,
+) -> SyntheticSet:
+    """A published set (see ``condense.exchange.published``) as one of ours, by the caller's word on data and transform.
+
+    Raises:
+        ValueError: it cannot be read, or does not fit the data.
+    """
+    chosen = recipe.choice("decode", decode)
+    return _adopt(exchange.read(Path(path)), _arrays(dataset, download), transform, chosen)
+
+
+def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, dataset: Data | None = None) -> None:
+    """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``.
+
+    Raises:
+        ValueError: unknown format, something is at ``out``, or it cannot be written.
+    """
+    found = syn if isinstance(syn, SyntheticSet) else load(syn)
+    fitted = Transform.from_description(found.origin.transform) if found.origin.transform.get("kind") != "zca" else None
+    if fitted is None:
+        found, arrays = open_set(syn, dataset)
+        fitted = crossarch.transform_of(found, arrays, cache_folder())
+    exchange.export(found, fitted, Path(out), kind)
+
+
+def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decode) -> SyntheticSet:
+    pixels = Images.of(arrays.x_train, torch.device("cpu"))
+    key = f"{arrays.fingerprint['train']}-0.0-0"
+    fitted = fit(transform, pixels, known=arrays.known, key=key, cache=cache_folder())
+    return exchange.as_set(read, arrays, fitted, transform, decode=decode)
 
 
 def _check_before_training(target: Path | None, baselines: Sequence[str]) -> None:

@@ -21,12 +21,13 @@ Distil a data set into a few images a class, and measure what they are worth.
   evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
   show      RUN|FILE|BUFFER    what a file says of itself
   list      methods|datasets|networks|recipes|protocols
-  import    SRC DST ...        published expert buffers into ours
+  import    SRC DST ...        published sets and expert buffers into ours
+  export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set
 
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
 """
 
-COMMANDS = ("buffer", "demo", "distill", "evaluate", "import", "list", "show")
+COMMANDS = ("buffer", "demo", "distill", "evaluate", "export", "import", "list", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

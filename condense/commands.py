@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, artifacts, networks, recipe, registry
+from condense import api, artifacts, exchange, networks, recipe, registry
 from condense.api import RunOptions
 from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
@@ -28,6 +28,8 @@ from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import read_header
 from condense.method import Method
 from condense.recipe import Recipe
+from condense.synthetic import Decode, save
+from condense.synthetic.decode import Pixels
 from condense.table import print_results
 from condense.task import Split
 from condense.tracking import progress, read_log
@@ -93,15 +95,25 @@ class Evaluate:
 @dataclass(frozen=True, kw_only=True)
 class Import:
     dataset: str = "cifar10"
-    """Data set the experts were trained on."""
+    """Data set that the experts were trained on, or the images made from."""
     network: str = "convnet"
-    """Their network."""
+    """The experts' network."""
     transform: str = "channel"
-    """Their transform: published MTT buffers used zca unless their folder says NO_ZCA."""
+    """Their transform: published MTT buffers and sets used zca unless their folder says NO_ZCA."""
+    decode: Decode = Pixels()
+    """How the images of a set are stored: factor where one holds several (IDC)."""
     split: Split = Split(val_fraction=0.0)
     """Their validation split."""
     download: Switch[bool] = False
     """Let torchvision download the data set if it is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    format: str = ""
+    """npz, folder (PNG and labels.csv) or huggingface; default: npz for a name that ends so, else folder."""
+    dataset: str | None = None
+    """Where the data lie, for a set that is whitened; default: as the run recorded it."""
 
 
 def distill(words: list[str], ranks: Ranks) -> None:
@@ -138,7 +150,10 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
         recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
     flags, name = recipe.take(words[1:], "--protocol")
-    plan = protocol.named(name or "canonical", api.load(target))
+    source = recipe.take(flags, "--dataset")[1]
+    with ranks.first_ahead():
+        found, _ = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
+    plan = protocol.named(name or "canonical", found)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
     found = api.evaluate(target, **_fields(command), ranks=ranks)
     print_results([result.row() for result in found.results])
@@ -203,6 +218,13 @@ def import_(words: list[str]) -> None:
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         raise ValueError("import needs SRC and DST; e.g. condense import buffers/CIFAR10/ConvNet artifacts")
     command = recipe.parse(Import, words[2:], Import(), prog="condense import SRC DST")
+    if words[1].endswith(".safetensors"):
+        _import_set(Path(words[0]), Path(words[1]), command)
+        return
+    if exchange.is_foreign(Path(words[0])) and not _holds_experts(Path(words[0])):
+        raise ValueError(
+            f"{words[0]} looks like a set; name a file for it, e.g. condense import {words[0]} set.safetensors"
+        )
     arrays = datasets.load(command.dataset, download=command.download)
     task = api.plain_task(arrays, command.network, command.transform, command.split)
     with progress("import", 100) as bar:
@@ -211,6 +233,34 @@ def import_(words: list[str]) -> None:
             bar(100 * done // total, f"{done} of {total} files")
 
         say(str(import_replay_buffers(Path(words[0]), Path(words[1]), task, progress=report)))
+
+
+def _holds_experts(path: Path) -> bool:
+    return path.name.startswith("replay_buffer") or (path.is_dir() and any(path.glob("replay_buffer_*.pt")))
+
+
+def _import_set(source: Path, target: Path, command: Import) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or give another name")
+    syn = api.import_set(
+        source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
+    )
+    save(syn, target)
+    cost = syn.cost()
+    say(f"{target}: {len(syn)} images ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
+    say(f"that they belong to {command.dataset} and went through {command.transform} is your word, no file says it")
+
+
+def export(words: list[str]) -> None:
+    if _asks_for_help(words):
+        recipe.parse(Export, ["--help"], Export(), prog="condense export RUN_OR_FILE DST")
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise ValueError("export needs RUN|FILE and DST; e.g. condense export runs/dm dm.npz")
+    command = recipe.parse(Export, words[2:], Export(), prog="condense export RUN_OR_FILE DST")
+    target = Path(words[1])
+    kind = command.format or ("npz" if target.suffix == ".npz" else "folder")
+    api.export_set(words[0], target, kind, command.dataset)
+    say(f"{target}: {kind}")
 
 
 def demo(words: list[str]) -> None:
@@ -238,6 +288,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "distill": _divided(distill),
     "evaluate": _divided(evaluate),
+    "export": export,
     "import": import_,
     "list": list_,
     "show": show,

@@ -412,7 +412,7 @@ def evaluate(
     if protocol.loss == "mse" and syn.label_kind.space != "values":
         targets = one_hot(targets, arrays.num_classes) - 1 / arrays.num_classes
     images, targets = images.to(device), targets.to(device)
-    transform = _transform(syn, arrays, cache)
+    transform = transform_of(syn, arrays, cache)
     test = load_test(arrays, transform, device)
     held_out = load_held_out(syn, arrays, transform, device) if protocol.holds_out else None
     labellers = _teachers(protocol, syn, arrays, skeletons, seed, compute, cache) if protocol.teacher else None
@@ -523,7 +523,7 @@ def _check(syn: SyntheticSet, arrays: Arrays, num_seeds: int) -> None:
             )
 
 
-def _transform(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transform:
+def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transform:
     """The transform of the set; whitening may have to be fitted again, to the same training images."""
     description, images = syn.origin.transform, None
     if description.get("kind") == "zca":

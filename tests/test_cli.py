@@ -207,7 +207,7 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "--method.syn-steps" in text and "--method.batch-real" not in text
-    assert "--decode {pixels,factor}" in text and "--method.adjoint {exact" in text
+    assert "--decode {pixels,factor," in text and "--method.adjoint {exact" in text
 
 
 @pytest.mark.parametrize("command", ["buffer", "demo", "distill", "evaluate", "import", "list", "show"])

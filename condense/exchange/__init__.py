@@ -1,0 +1,9 @@
+"""Sets that others made, into ours; and ours into formats that others read."""
+
+from condense.exchange.export import FORMATS as FORMATS
+from condense.exchange.export import export as export
+from condense.exchange.published import LAYOUTS as LAYOUTS
+from condense.exchange.published import Foreign as Foreign
+from condense.exchange.published import as_set as as_set
+from condense.exchange.published import is_foreign as is_foreign
+from condense.exchange.published import read as read

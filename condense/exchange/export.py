@@ -1,0 +1,173 @@
+"""A set in formats that others read: arrays, a folder of images, a Hugging Face data set."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condense.data.transform import Transform
+from condense.files import canonical_json, replacing, reporting, write_text
+from condense.synthetic.set import SyntheticSet
+
+
+def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> None:
+    """Write the decoded images in [0, 1] with their labels.
+
+    Args:
+        syn: the set.
+        transform: of the set, for the way back to pixels.
+        path: a file for ``npz``, else a folder that does not exist yet.
+        kind: one of ``FORMATS``.
+
+    Raises:
+        ValueError: something is there already; it cannot be written; a library for this format is missing.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
+    if path.exists():
+        raise ValueError(f"{path} exists already; remove it or give another place")
+    with torch.no_grad():
+        images, targets = syn()
+        pixels = transform.inverse(images).clamp(0, 1).cpu()
+    targets = targets.cpu()
+    with reporting(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FORMATS[kind](syn, pixels, targets, path)
+
+
+def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
+    """Arrays ``images`` (N, C, H, W) float32 in [0, 1], ``labels`` (N,), ``soft_labels`` (N, C) where there are any,
+    ``classes``, and ``origin``, the JSON that the set says of itself."""
+    arrays = {
+        "images": pixels.numpy(),
+        "labels": _classes(targets).numpy(),
+        "classes": np.array(syn.origin.dataset["classes"]),
+        "origin": np.array(_origin(syn)),
+    }
+    if targets.dim() == 2:
+        arrays["soft_labels"] = targets.numpy()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
+    """``CLASS/NNNN.png``, ``labels.csv`` (file, label, class) and, where labels are soft, ``soft_labels.parquet``."""
+    staged = path.with_name(f".{path.name}.next")
+    shutil.rmtree(staged, ignore_errors=True)
+    names = _write_images(syn, pixels, targets, staged)
+    with open(staged / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "label", "class"])
+        classes = syn.origin.dataset["classes"]
+        rows.writerows(
+            [name, label, classes[label]] for name, label in zip(names, _classes(targets).tolist(), strict=True)
+        )
+    if targets.dim() == 2:
+        arrow, parquet = _arrow()
+        soft = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
+        parquet.write_table(arrow.table({"file": names, "soft_label": soft}), staged / "soft_labels.parquet")
+    write_text(staged / "origin.json", _origin(syn) + "\n")
+    staged.rename(path)
+
+
+def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
+    """A folder that ``datasets.load_dataset`` reads: ``data/train.parquet`` with images as PNG, classes and, where
+    labels are soft, their probabilities; and a card."""
+    arrow, parquet = _arrow()
+    staged = path.with_name(f".{path.name}.next")
+    shutil.rmtree(staged, ignore_errors=True)
+    names = _write_images(syn, pixels, targets, staged / "images")
+    rows = [{"bytes": (staged / "images" / name).read_bytes(), "path": name} for name in names]
+    shutil.rmtree(staged / "images")
+    classes = list(syn.origin.dataset["classes"])
+    features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+    columns = {"image": arrow.array(rows), "label": arrow.array(_classes(targets).tolist(), type=arrow.int64())}
+    if targets.dim() == 2:
+        columns["soft_label"] = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
+        features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
+    table = arrow.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    (staged / "data").mkdir()
+    parquet.write_table(table, staged / "data" / "train.parquet")
+    write_text(staged / "README.md", _card(syn, len(names)))
+    staged.rename(path)
+
+
+FORMATS: dict[str, Callable[[SyntheticSet, Tensor, Tensor, Path], None]] = {
+    "npz": _npz,
+    "folder": _folder,
+    "huggingface": _huggingface,
+}
+
+
+def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Path) -> list[str]:
+    """PNG files below ``folder``, a folder a class; their names."""
+    classes, names = syn.origin.dataset["classes"], []
+    for i, (image, label) in enumerate(zip((pixels * 255).round().byte(), _classes(targets).tolist(), strict=True)):
+        safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(classes[label]))
+        name = f"{label:03d}-{safe}/{i:05d}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        array = image.permute(1, 2, 0).numpy()
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(folder / name)
+        names.append(name)
+    return names
+
+
+def _card(syn: SyntheticSet, num_images: int) -> str:
+    origin, recipe = syn.origin, syn.origin.recipe
+    method = recipe.get("method", {}).get("name", "unknown")
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train.parquet
+task_categories:
+- image-classification
+tags:
+- dataset-distillation
+---
+
+# {origin.dataset["name"]}, distilled
+
+{num_images} synthetic images of {origin.num_classes} classes, made by `{method}` with condense {origin.code} from the
+training images of {origin.dataset["name"]} (fingerprint `{origin.dataset["fingerprint"]}`).
+Labels: {syn.label_kind.name}. Pixels are 8-bit; networks were meant to see them through the transform
+`{canonical_json(dict(origin.transform))}`.
+
+Images are synthetic and may still resemble training images: making them gives no privacy guarantee. The licence is that
+of the original data.
+
+Recipe (hash `{origin.recipe_hash or "none"}`):
+
+```json
+{json.dumps(dict(recipe), indent=1)}
+```
+"""
+
+
+def _origin(syn: SyntheticSet) -> str:
+    origin = syn.origin
+    return canonical_json(
+        {"dataset": dict(origin.dataset), "transform": dict(origin.transform), "recipe": dict(origin.recipe)}
+    )
+
+
+def _classes(targets: Tensor) -> Tensor:
+    return targets if targets.dim() == 1 else targets.argmax(1)
+
+
+def _arrow():  # type: ignore[no-untyped-def]
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("this needs pyarrow; run: pip install 'condense-dd[export]'") from error
+    return pyarrow, pyarrow.parquet
