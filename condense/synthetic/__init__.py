@@ -1,8 +1,11 @@
 """The synthetic set: what is learned, stored and evaluated."""
 
+from condense.synthetic.decode import DCT as DCT
 from condense.synthetic.decode import DECODERS as DECODERS
+from condense.synthetic.decode import Bases as Bases
 from condense.synthetic.decode import Decode as Decode
 from condense.synthetic.decode import Factor as Factor
+from condense.synthetic.decode import Hallucinator as Hallucinator
 from condense.synthetic.decode import Pixels as Pixels
 from condense.synthetic.files import load as load
 from condense.synthetic.files import save as save

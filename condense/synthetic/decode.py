@@ -1,10 +1,15 @@
-"""Parameterisations: how stored latents become images. A value of the recipe that composes with any method."""
+"""Parameterisations: how stored latents become images. A value of the recipe that composes with any method.
+
+Deviations from the papers: see docs/composition.md.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +82,10 @@ class _AsTheyAre(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Factor(Decode):
-    """Uniform multi-formation (Kim et al. 2022, IDC): a stored image holds factor x factor smaller ones, each
-    upsampled to full size. Deviation: sizes that do not divide are padded with 0 in the transformed space
-    (the data mean) instead of grey 0.5 in pixel space."""
+    """A stored image holds factor x factor small ones.
+
+    Uniform multi-formation (Kim et al. 2022, IDC): each is upsampled to full size. Where the factor does not divide
+    the sides the stored image is padded with zeros."""
 
     name: ClassVar[str] = "factor"
     stores_pixels: ClassVar[bool] = True
@@ -118,4 +124,215 @@ class _Crops(nn.Module):
         return F.interpolate(crops.flatten(0, 2), size=(h, w), mode="bilinear", align_corners=False)
 
 
-DECODERS: dict[str, type[Decode]] = {d.name: d for d in (Pixels, Factor)}
+@dataclass(frozen=True, kw_only=True)
+class DCT(Decode):
+    """Some frequencies of each image, chosen for its class.
+
+    FreD (Shin et al. 2023): kept are the positions of the discrete cosine transform where the initial images of the
+    class vary most; all other coefficients are zero."""
+
+    name: ClassVar[str] = "dct"
+    coefficients: int | None = None
+    """Coefficients kept of each channel; unset: a sixteenth of the pixels."""
+
+    def __post_init__(self) -> None:
+        if self.coefficients is not None and self.coefficients < 1:
+            raise ValueError(f"decode.coefficients must be at least 1, got {self.coefficients}; try 64")
+
+    def kept(self, image_shape: ImageShape) -> int:
+        """``coefficients`` for images of this shape.
+
+        Raises:
+            ValueError: more than there are pixels.
+        """
+        pixels = math.prod(image_shape[1:])
+        if self.coefficients is None:
+            return max(1, pixels // 16)
+        if self.coefficients > pixels:
+            raise ValueError(
+                f"decode.coefficients is {self.coefficients}, an image has {pixels} pixels a channel; "
+                f"give --decode.coefficients {pixels} or less"
+            )
+        return self.coefficients
+
+    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
+        return ipc * math.prod(image_shape[1:]) // self.kept(image_shape)
+
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        return _Frequencies(image_shape[1:], num_classes, self.kept(image_shape))
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, _Frequencies)
+        spectra = dct(images).flatten(2)
+        for c in classes.unique().tolist():
+            of_class = spectra[classes == c].mean(1)
+            spread = of_class.var(0) if len(of_class) > 1 else of_class[0].square()
+            order = spread.argsort(descending=True, stable=True)
+            decoder.positions[c] = order[: decoder.positions.shape[1]].sort().values
+        return spectra.gather(2, decoder.index(classes, images.shape[1]))
+
+
+class _Frequencies(nn.Module):
+    positions: Tensor
+    """Of the coefficients of each class in a flattened spectrum, (num_classes, k), ascending."""
+
+    def __init__(self, size: tuple[int, int], num_classes: int, kept: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("positions", torch.arange(kept, dtype=torch.int32).repeat(num_classes, 1))
+
+    def index(self, classes: Tensor, channels: int) -> Tensor:
+        """Positions (N, channels, k) of these latents."""
+        return self.positions[classes].long()[:, None].expand(-1, channels, -1)
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        spectra = latents.new_zeros(*latents.shape[:2], math.prod(self.size))
+        spectra = spectra.scatter(2, self.index(classes, latents.shape[1]), latents)
+        return inverse_dct(spectra.unflatten(2, self.size))
+
+
+def dct(images: Tensor) -> Tensor:
+    """The DCT-II of images (..., H, W), not normalised: scipy's ``dctn``."""
+    rows, columns = (_matrices(side, images.dtype, images.device)[0] for side in images.shape[-2:])
+    return torch.einsum("ka,lb,...ab->...kl", rows, columns, images)
+
+
+def inverse_dct(spectra: Tensor) -> Tensor:
+    """The images (..., H, W) whose ``dct`` is ``spectra``."""
+    rows, columns = (_matrices(side, spectra.dtype, spectra.device)[1] for side in spectra.shape[-2:])
+    return torch.einsum("ka,lb,...kl->...ab", rows, columns, spectra)
+
+
+@functools.lru_cache(maxsize=16)
+def _matrices(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The factors (k, n) of coefficient k and entry n in the DCT-II and in its inverse."""
+    k = torch.arange(size, dtype=torch.float64)[:, None]
+    cosines = torch.cos(math.pi * k * (k.T + 0.5) / size)
+    share = torch.full_like(k, 1 / size)
+    share[0] /= 2
+    return (2 * cosines).to(device, dtype), (share * cosines).to(device, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bases(Decode):
+    """Weighted sums of basis images that all classes share.
+
+    Addressing (Deng and Russakovsky 2022, RTP): the bases are stored at half resolution and learned, an image is a row
+    of coefficients."""
+
+    name: ClassVar[str] = "bases"
+    num_bases: int = 16
+    """Basis images."""
+    start: Literal["images", "xavier"] = "images"
+    """images: the best fit of as many bases to the initial images. xavier: Xavier-uniform, as published."""
+
+    def __post_init__(self) -> None:
+        if self.num_bases < 1:
+            raise ValueError(f"decode.num_bases must be at least 1, got {self.num_bases}; try 16")
+
+    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
+        basis, budget = math.prod(_halved(image_shape)), ipc * num_classes * math.prod(image_shape)
+        rows = (budget - self.num_bases * basis) // (num_classes * self.num_bases)
+        if rows < 1:
+            raise ValueError(
+                f"{self.num_bases} bases of {basis} numbers leave too few of the {budget} that --ipc {ipc} buys for an "
+                f"image of each class; give --decode.num-bases {budget // (basis + num_classes)} or less"
+            )
+        return rows
+
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        return _Bases(self.num_bases, image_shape)
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, _Bases)
+        bases = decoder.bases.data
+        random = torch.empty(len(bases), bases[0].numel())
+        bases.copy_(nn.init.xavier_uniform_(random, generator=generator).view_as(bases))
+        coefficients = images.new_empty(len(images), len(bases), device="cpu")
+        if self.start == "xavier":
+            return nn.init.xavier_uniform_(coefficients, generator=generator).to(images.device)
+        small = F.interpolate(images, size=bases.shape[2:], mode="area").flatten(1)
+        u, s, v = torch.linalg.svd(small, full_matrices=False)
+        rank = min(len(s), len(bases))
+        root = s[:rank].sqrt()
+        bases[:rank] = (root[:, None] * v[:rank]).unflatten(1, bases.shape[1:])
+        return F.pad(u[:, :rank] * root, (0, len(bases) - rank))
+
+
+class _Bases(nn.Module):
+    def __init__(self, num_bases: int, image_shape: ImageShape) -> None:
+        super().__init__()
+        self.size = image_shape[1:]
+        self.bases = nn.Parameter(torch.zeros(num_bases, *_halved(image_shape)))
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        bases = F.interpolate(self.bases, size=self.size, mode="bilinear", align_corners=False)
+        return torch.einsum("nk,kchw->nchw", latents, bases)
+
+
+def _halved(image_shape: ImageShape) -> ImageShape:
+    """Half the resolution, rounded up."""
+    channels, height, width = image_shape
+    return channels, -(-height // 2), -(-width // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hallucinator(Decode):
+    """Every latent in every style, each a small network that learns.
+
+    HaBa (Liu et al. 2022): all latents share the networks, a convolution, an affine map of each entry, and a
+    transposed convolution."""
+
+    name: ClassVar[str] = "hallucinator"
+    num_styles: int = 5
+    """Networks, and so images made of a latent."""
+
+    def __post_init__(self) -> None:
+        if self.num_styles < 1:
+            raise ValueError(f"decode.num_styles must be at least 1, got {self.num_styles}; the published value is 5")
+
+    @property
+    def expansion(self) -> int:
+        return self.num_styles
+
+    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
+        if min(image_shape[1:]) < 3:
+            raise ValueError(f"{self.name} needs images of at least 3 x 3 pixels; give --decode pixels")
+        return ipc
+
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        return _Styles(self.num_styles, image_shape)
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, _Styles)
+        channels = images.shape[1]
+        for kernels in (decoder.kernels, decoder.kernels_back):
+            noise = torch.randn(kernels.shape, generator=generator) * _DIFFERENCE / math.sqrt(9 * channels)
+            kernels.data.add_(noise.to(kernels))
+        return images[: len(classes)].clone()
+
+
+_DIFFERENCE = 0.2
+"""Norm of the noise in which the kernels of the styles differ at first; that of the kernel that does nothing is 1."""
+
+
+class _Styles(nn.Module):
+    """All styles at once: as groups of channels."""
+
+    def __init__(self, num_styles: int, image_shape: ImageShape) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.num_styles, rows = num_styles, num_styles * channels
+        nothing = nn.init.dirac_(torch.empty(channels, channels, 3, 3)).repeat(num_styles, 1, 1, 1)
+        self.kernels, self.bias = nn.Parameter(nothing.clone()), nn.Parameter(torch.zeros(rows))
+        self.scale = nn.Parameter(torch.ones(rows, height - 2, width - 2))
+        self.shift = nn.Parameter(torch.zeros(rows, height - 2, width - 2))
+        self.kernels_back, self.bias_back = nn.Parameter(nothing.clone()), nn.Parameter(torch.zeros(rows))
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        x = self.scale * F.conv2d(latents, self.kernels, self.bias) + self.shift
+        x = F.conv_transpose2d(x, self.kernels_back, self.bias_back, groups=self.num_styles)
+        return x.unflatten(1, (self.num_styles, -1)).transpose(0, 1).flatten(0, 1)
+
+
+DECODERS: dict[str, type[Decode]] = {d.name: d for d in (Pixels, Factor, DCT, Bases, Hallucinator)}

@@ -65,7 +65,9 @@ class Logits(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Targets(Labels):
-    """Learned regression targets, for methods with a squared loss (Zhou et al. 2022, FRePo)."""
+    """Learned regression targets, for methods with a squared loss.
+
+    Zhou et al. (2022), FRePo."""
 
     name: ClassVar[str] = "targets"
     learned: ClassVar[bool] = True
@@ -83,8 +85,10 @@ class Targets(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Labels):
-    """What trained networks say of the images as they are, not learned: soft label assignment (Cui et al. 2023,
-    TESLA). The method at work has the networks and assigns the labels; the file keeps the last ones."""
+    """What trained networks say of the images as they are; not learned.
+
+    Soft label assignment (Cui et al. 2023, TESLA): the method at work has the networks and assigns the labels; the file
+    keeps the last ones."""
 
     name: ClassVar[str] = "teacher"
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"

@@ -1,0 +1,318 @@
+"""Decoders: what all promise, and each against its definition written out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense import api, recipe
+from condense.data.datasets import Arrays
+from condense.recipe import Recipe
+from condense.registry import load as method
+from condense.synthetic import (
+    DCT,
+    DECODERS,
+    Bases,
+    Decode,
+    Factor,
+    Hallucinator,
+    Origin,
+    Pixels,
+    SyntheticSet,
+    load,
+    save,
+)
+from condense.synthetic.decode import ImageShape, dct, inverse_dct
+from tests.conftest import TINY
+
+NUM_CLASSES = 3
+SHAPES: list[ImageShape] = [(1, 8, 8), (3, 7, 9)]
+EVERY = [
+    Pixels(),
+    Factor(factor=2),
+    DCT(coefficients=16),
+    Bases(num_bases=5),
+    Bases(num_bases=5, start="xavier"),
+    Hallucinator(num_styles=3),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(decode: Decode, shape: ImageShape, ipc: int = 2) -> tuple[Tensor, Tensor]:
+    """Initial images (expansion * N, C, H, W) and the classes (N,) of their latents."""
+    each = decode.latents_per_class(ipc, shape, NUM_CLASSES)
+    classes = torch.arange(NUM_CLASSES).repeat_interleave(each)
+    return torch.randn(decode.expansion * len(classes), *shape, generator=generator()), classes
+
+
+def encoded(decode: Decode, shape: ImageShape, ipc: int = 2, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """decoder, latents, classes."""
+    images, classes = draw(decode, shape, ipc)
+    decoder = decode.build(shape, NUM_CLASSES)
+    return decoder, decode.encode(images, classes, decoder, generator(seed)), classes
+
+
+def synthetic(decode: Decode, shape: ImageShape, ipc: int = 2) -> SyntheticSet:
+    decoder, latents, classes = encoded(decode, shape, ipc)
+    dataset = {"name": "made up", "fingerprint": "f", "classes": list("abc"), "image_shape": list(shape)}
+    return SyntheticSet(
+        latents, classes, Origin(dataset=dataset, transform={"kind": "none"}), decode=decode, decoder=decoder
+    )
+
+
+def test_every_decoder_is_held_to_this() -> None:
+    assert {type(decode) for decode in EVERY} == set(DECODERS.values())
+
+
+@shapes
+@pytest.mark.parametrize("decode", EVERY, ids=str)
+def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decode, shape: ImageShape) -> None:
+    decoder, latents, classes = encoded(decode, shape)
+    images = decoder(latents, classes)
+    assert images.shape == (decode.expansion * len(latents), *shape) and images.isfinite().all()
+    order = torch.tensor([4, 0, 5])
+    copies = images.unflatten(0, (decode.expansion, -1))[:, order].flatten(0, 1)
+    torch.testing.assert_close(decoder(latents[order], classes[order]), copies)
+
+
+@shapes
+@pytest.mark.parametrize("decode", EVERY, ids=str)
+def test_latents_are_within_the_budget(decode: Decode, shape: ImageShape) -> None:
+    syn = synthetic(decode, shape)
+    shared = sum(p.numel() for p in syn.decoder.parameters()) if isinstance(decode, Bases) else 0
+    assert syn.latents.numel() + shared <= 2 * NUM_CLASSES * math.prod(shape)
+
+
+@shapes
+@pytest.mark.parametrize("decode", EVERY, ids=str)
+def test_gradient_reaches_every_latent_and_all_of_the_decoder(decode: Decode, shape: ImageShape) -> None:
+    syn = synthetic(decode, shape)
+    images, _ = syn()
+    (images * torch.randn(images.shape, generator=generator(1))).sum().backward()
+    for leaf, params in syn.leaves().items():
+        for param in params:
+            assert param.grad is not None and param.grad.flatten(1 if param.dim() > 1 else 0).abs().sum(-1).all(), leaf
+
+
+@pytest.mark.parametrize("decode", EVERY, ids=str)
+def test_the_generator_alone_decides(decode: Decode) -> None:
+    before = torch.get_rng_state()
+    states = []
+    for seed in (0, 0, 1):
+        decoder, latents, _ = encoded(decode, (1, 8, 8), seed=seed)
+        states.append([latents, *decoder.state_dict().values()])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
+    assert same == (not isinstance(decode, Hallucinator) and getattr(decode, "start", "images") == "images")
+
+
+@shapes
+@pytest.mark.parametrize("decode", EVERY, ids=str)
+def test_a_loaded_set_decodes_to_the_bit(decode: Decode, shape: ImageShape, tmp_path: Path) -> None:
+    syn = synthetic(decode, shape)
+    with torch.no_grad():
+        for param in syn.parameters():
+            param.add_(torch.randn(param.shape, generator=generator(2)))
+    save(syn, tmp_path / "set.safetensors")
+    again = load(tmp_path / "set.safetensors")
+    assert again.decode == decode and again.cost() == syn.cost()
+    assert torch.equal(again()[0], syn()[0])
+
+
+@pytest.mark.parametrize("decode", EVERY, ids=str)
+def test_the_recipe_holds_it(decode: Decode) -> None:
+    plan = Recipe(method=method("dm")(), decode=decode)
+    assert recipe.from_mapping(recipe.to_mapping(plan), "test") == plan
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_method_makes_such_a_set(name: str, tiny: Arrays, tmp_path: Path) -> None:
+    decode = {"dct": DCT(coefficients=24)}.get(name, DECODERS[name]())
+    syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, decode=decode, out=tmp_path / "run")
+    each = decode.latents_per_class(2, (1, 8, 8), 3) * decode.expansion
+    assert torch.equal(syn()[1].bincount(), torch.full((3,), each))
+    assert torch.equal(load(tmp_path / "run")()[0], syn()[0])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 4)])
+def test_dct_is_the_one_of_scipy_and_its_inverse_is_exact(size: tuple[int, int]) -> None:
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=generator())
+    spectra = dct(images)
+    np.testing.assert_allclose(spectra, scipy.fft.dctn(images, axes=(2, 3)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(inverse_dct(spectra), images, rtol=0, atol=1e-13)
+    assert dct(images.float()).dtype == torch.float32
+
+
+def test_dct_keeps_the_positions_that_vary_most_in_the_class() -> None:
+    """The twin: loops and scipy."""
+    decode, shape = DCT(coefficients=11), (3, 6, 5)
+    images, classes = draw(decode, shape, ipc=1)
+    decoder, latents, _ = encoded(decode, shape, ipc=1)
+    for c in range(NUM_CLASSES):
+        members = (classes == c).nonzero().flatten().tolist()
+        spectra = [np.mean([scipy.fft.dctn(channel) for channel in images[i].numpy()], 0) for i in members]
+        kept = sorted(np.argsort(-np.var(spectra, 0).flatten())[:11])
+        assert decoder.positions[c].tolist() == kept
+        for i in members:
+            for channel in range(3):
+                spectrum = scipy.fft.dctn(images[i, channel].numpy())
+                masked = np.zeros(30, np.float32)
+                masked[kept] = spectrum.flatten()[kept]
+                np.testing.assert_allclose(latents[i, channel], masked[kept], rtol=1e-4, atol=1e-4)
+                expected = scipy.fft.idctn(masked.reshape(6, 5))
+                np.testing.assert_allclose(decoder(latents, classes)[i, channel], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dct_with_all_coefficients_gives_the_images_back() -> None:
+    images, classes = draw(DCT(coefficients=64), (1, 8, 8))
+    decoder, latents, _ = encoded(DCT(coefficients=64), (1, 8, 8))
+    torch.testing.assert_close(decoder(latents, classes), images)
+
+
+def test_dct_of_a_single_image_keeps_its_largest_coefficients() -> None:
+    decode = DCT(coefficients=40)
+    images, _ = draw(decode, (1, 8, 8), ipc=1)
+    _, latents, _ = encoded(decode, (1, 8, 8), ipc=1)
+    assert len(images) == NUM_CLASSES
+    for c in range(NUM_CLASSES):
+        largest = np.sort(np.abs(scipy.fft.dctn(images[c, 0].numpy())).flatten())[-40:]
+        np.testing.assert_allclose(latents[c].abs().sort().values[0], largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kept", "images"), [(None, 32), (4, 32), (64, 2), (63, 2), (33, 3)])
+def test_dct_buys_as_many_images_as_its_floats(kept: int | None, images: int) -> None:
+    decode = DCT(coefficients=kept)
+    assert decode.latents_per_class(2, (1, 8, 8), 10) == images
+    assert DCT().kept((3, 2, 2)) == 1
+
+
+@shapes
+def test_bases_are_upsampled_and_summed(shape: ImageShape) -> None:
+    decoder, latents, classes = encoded(Bases(num_bases=5), shape)
+    small = (shape[0], math.ceil(shape[1] / 2), math.ceil(shape[2] / 2))
+    assert decoder.bases.shape == (5, *small)
+    for i, row in enumerate(latents):
+        half = sum(value * basis for value, basis in zip(row, decoder.bases, strict=True))
+        assert isinstance(half, Tensor)
+        expected = F.interpolate(half[None], size=shape[1:], mode="bilinear")[0]
+        torch.testing.assert_close(decoder(latents, classes)[i], expected)
+
+
+def test_bases_begin_at_the_best_fit() -> None:
+    """Eckart and Young: what is left over are the singular values that were not kept."""
+    images, _ = draw(Bases(num_bases=5), (1, 8, 8))
+    decoder, latents, _ = encoded(Bases(num_bases=5), (1, 8, 8))
+    small = F.avg_pool2d(images, 2).flatten(1)
+    left = (latents @ decoder.bases.flatten(1) - small).square().sum()
+    torch.testing.assert_close(left, torch.linalg.svdvals(small)[5:].square().sum())
+
+
+def test_bases_that_the_fit_does_not_need_can_still_learn() -> None:
+    decode = Bases(num_bases=20)
+    images, classes = torch.randn(3, 1, 8, 8, generator=generator()), torch.arange(3)
+    decoder = decode.build((1, 8, 8), NUM_CLASSES)
+    latents = decode.encode(images, classes, decoder, generator()).requires_grad_()
+    torch.testing.assert_close(latents @ decoder.bases.flatten(1), F.avg_pool2d(images, 2).flatten(1))
+    decoder(latents, classes).square().sum().backward()
+    assert latents.grad is not None and latents.grad.count_nonzero() == latents.numel()
+
+
+def test_bases_as_published_begin_xavier_uniform() -> None:
+    decode = Bases(num_bases=40, start="xavier")
+    decoder, latents, _ = encoded(decode, (1, 16, 16), ipc=20)
+    for matrix in (decoder.bases.detach().flatten(1), latents):
+        bound = math.sqrt(6 / sum(matrix.shape))
+        assert 0.98 * bound < matrix.abs().max() <= bound and matrix.mean().abs() < 0.05 * bound
+        torch.testing.assert_close(matrix.std(), torch.tensor(bound / math.sqrt(3)), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_classes", "ipc", "rows"),
+    [((3, 32, 32), 10, 1, 115), ((3, 32, 32), 10, 10, 1843), ((1, 8, 8), 10, 1, 2), ((1, 7, 7), 3, 2, 0)],
+)
+def test_bases_leave_the_rest_of_the_budget_to_coefficients(
+    shape: ImageShape, num_classes: int, ipc: int, rows: int
+) -> None:
+    """Of a budget of ipc * C images: 16 bases at half resolution, then rows of 16 coefficients."""
+    if rows:
+        assert Bases(num_bases=16).latents_per_class(ipc, shape, num_classes) == rows
+        return
+    with pytest.raises(ValueError, match=r"16 bases of 16 numbers .* give --decode.num-bases 15 or less$"):
+        Bases(num_bases=16).latents_per_class(ipc, shape, num_classes)
+    assert Bases(num_bases=15).latents_per_class(ipc, shape, num_classes) == 1
+
+
+@shapes
+def test_styles_at_once_are_styles_one_by_one(shape: ImageShape) -> None:
+    """The twin: the layers of torch, style after style."""
+    syn = synthetic(Hallucinator(num_styles=3), shape)
+    channels, decoder = shape[0], syn.decoder
+    with torch.no_grad():
+        for param in syn.parameters():
+            param.add_(torch.randn(param.shape, generator=generator(3)))
+        expected = []
+        for k in range(3):
+            part = slice(k * channels, (k + 1) * channels)
+            first, last = nn.Conv2d(channels, channels, 3), nn.ConvTranspose2d(channels, channels, 3)
+            first.weight.copy_(decoder.kernels[part])
+            first.bias.copy_(decoder.bias[part])  # type: ignore[union-attr]
+            last.weight.copy_(decoder.kernels_back[part])
+            last.bias.copy_(decoder.bias_back[part])  # type: ignore[union-attr]
+            expected.append(last(decoder.scale[part] * first(syn.latents) + decoder.shift[part]))
+    torch.testing.assert_close(syn()[0], torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_styles_begin_near_the_first_copy_and_differ() -> None:
+    decode = Hallucinator(num_styles=4)
+    images, classes = draw(decode, (3, 12, 12))
+    decoder, latents, _ = encoded(decode, (3, 12, 12))
+    assert torch.equal(latents, images[: len(classes)])
+    inside = decoder(latents, classes).unflatten(0, (4, -1))[..., 1:-1, 1:-1].detach()
+    wanted = latents[..., 1:-1, 1:-1]
+    assert (inside - wanted).std() < 0.5 * wanted.std()
+    assert all((inside[a] - inside[b]).std() > 0.1 for a in range(4) for b in range(a))
+
+
+def test_costs_are_told_apart() -> None:
+    """Bytes; the five published hallucinators of 32 x 32 colour images have 5568 numbers each."""
+    ipc, pixels = 4, 3 * 32 * 32
+    images = NUM_CLASSES * ipc * pixels * 4
+    costs: dict[str, Any] = {}
+    for decode in (Pixels(), Factor(), DCT(coefficients=64), Bases(num_bases=16), Hallucinator()):
+        costs[decode.name] = synthetic(decode, (3, 32, 32), ipc).cost()
+    assert [costs[name].images for name in ("pixels", "factor", "dct", "hallucinator")] == [images] * 4
+    assert costs["pixels"].decoder == costs["factor"].decoder == 0
+    assert costs["dct"].decoder == NUM_CLASSES * 64 * 4
+    assert costs["hallucinator"].decoder == 5 * 5568 * 4
+    assert costs["bases"].decoder == 16 * pixels // 4 * 4
+    assert images - NUM_CLASSES * 16 * 4 < costs["bases"].images + costs["bases"].decoder <= images
+
+
+@pytest.mark.parametrize(
+    ("make", "mend"),
+    [
+        (lambda: Factor(factor=0), "the published value is 2"),
+        (lambda: DCT(coefficients=0), "try 64"),
+        (lambda: DCT(coefficients=65).latents_per_class(1, (1, 8, 8), 10), "give --decode.coefficients 64 or less"),
+        (lambda: Bases(num_bases=0), "try 16"),
+        (lambda: Hallucinator(num_styles=0), "the published value is 5"),
+        (lambda: Hallucinator().latents_per_class(1, (1, 2, 8), 10), "give --decode pixels"),
+    ],
+)
+def test_bad_fields_are_refused_with_the_mend(make: Any, mend: str) -> None:
+    with pytest.raises(ValueError, match=mend) as error:
+        make()
+    assert "\n" not in str(error.value)
