@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -46,10 +47,25 @@ def global_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
     return _cosine_distance(flat_a, flat_b)
 
 
+def convolution_mse_sum(a: Tensors, b: Tensors) -> Tensor:
+    """``mse_sum`` of convolution weights, which are the parameters with four axes; the others count nothing.
+
+    Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
+    """
+    return _over_convolutions(lambda x, y: (x - y).square().sum(), a, b)
+
+
+def convolution_l1_sum(a: Tensors, b: Tensors) -> Tensor:
+    """Sum of absolute differences of convolution weights; otherwise as ``convolution_mse_sum``."""
+    return _over_convolutions(lambda x, y: (x - y).abs().sum(), a, b)
+
+
 DISTANCES: dict[str, Distance] = {
     "layerwise-cosine": layerwise_cosine,
     "mse": mse_sum,
     "cosine": global_cosine,
+    "mse-conv": convolution_mse_sum,
+    "l1-conv": convolution_l1_sum,
 }
 
 
@@ -74,6 +90,14 @@ def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor
     Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023.
     """
     return (real_features.mean(0) - syn_features.mean(0)).square().sum()
+
+
+def attention_map(maps: Tensor, power: float) -> Tensor:
+    """Where feature maps (N, C, H, W) are strong, (N, H W): sums over channels of |x|^power, of norm 1 for each image.
+
+    Sajedi et al., "DataDAM: Efficient Dataset Distillation with Attention Matching", ICCV 2023.
+    """
+    return F.normalize(maps.abs().pow(power).sum(1).flatten(1), dim=1)
 
 
 def matching_loss(
@@ -110,7 +134,7 @@ def matching_loss(
             value, gradients = run(wanted, loss_fn, params, real_grads, distance, fixed)
         else:
             value, gradients = _in_pieces(wanted, loss_fn, params, real_grads, distance, fixed, micro_batch, compile)
-    return _Differentiated.apply(value, gradients, *(inputs[i] for i in wanted)) if wanted else value
+    return differentiated(value, gradients, [inputs[i] for i in wanted]) if wanted else value
 
 
 def feature_matching_loss(
@@ -132,7 +156,13 @@ def feature_matching_loss(
             product = (features(piece) * slope).sum()
         gradients += torch.autograd.grad(product, piece)
     value = (real_mean - mean).square().sum()
-    return _Differentiated.apply(value, (torch.cat(gradients),), images)
+    return differentiated(value, (torch.cat(gradients),), (images,))
+
+
+def differentiated(value: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """``value`` as a function of ``inputs``, differentiable once, whose gradients there are known already."""
+    output: Tensor = _Differentiated.apply(value, tuple(gradients), *inputs)
+    return output
 
 
 def _value_and_gradients(
@@ -245,6 +275,12 @@ def _pairs(a: Tensors, b: Tensors) -> list[tuple[Tensor, Tensor]]:
         return [(a[name], b[name]) for name in a]
     assert not isinstance(b, Mapping), "names on one side only"
     return list(zip(a, b, strict=True))
+
+
+def _over_convolutions(distance: Callable[[Tensor, Tensor], Tensor], a: Tensors, b: Tensors) -> Tensor:
+    pairs = [(x, y) for x, y in _pairs(a, b) if x.ndim == 4]
+    assert pairs, "no convolution among the parameters"
+    return torch.stack([distance(x, y) for x, y in pairs]).sum()
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -156,8 +156,8 @@ class Context:
             if len(members) < self.images_per_class:
                 most = self.ipc * len(members) // self.images_per_class
                 raise ValueError(
-                    f"class {self.task.classes[c]!r} has {len(members)} training images, {self.images_per_class} "
-                    f"are needed for --ipc {self.ipc}; give --ipc {most} or less"
+                    f"class {self.task.classes[c]!r} has {len(members)} training images, {self.images_per_class} are "
+                    f"needed for --ipc {self.ipc}; give {f'--ipc {most} or less' if most else 'another --decode'}"
                 )
 
     @cached_property
@@ -180,6 +180,24 @@ class Context:
 
         compiled = self.compute.first_order(features, network.device)
         return lambda params, buffers, images: cast(Tensor, compiled(params, buffers, self.compute.layout(images)))
+
+    @cached_property
+    def maps(self) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], tuple[list[Tensor], Tensor]]:
+        """``maps(params, buffers, images)``: what each activation puts out, (N, c, h, w), and the features (N, F);
+        otherwise as ``features``.
+
+        Raises:
+            ValueError: the network has no such maps.
+        """
+        network = self.task.network
+        network.require_maps()
+
+        def maps(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor], Tensor]:
+            seen, features = network.maps(params, buffers, images, train=True)
+            return [m.float() for m in seen], features.float()
+
+        compiled = self.compute.first_order(maps, network.device)
+        return lambda params, buffers, images: compiled(params, buffers, self.compute.layout(images))
 
 
 @dataclass
@@ -359,6 +377,10 @@ class GradientMethod(Method):
         """What follows the update of the set: advance a student, age a pool."""
         return
 
+    def monitor(self, ctx: Context, state: Any, step: int) -> Mapping[str, float]:
+        """What else the log says of a step that is done."""
+        return {}
+
     @final
     def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
         leaves = state.leaves()
@@ -396,7 +418,7 @@ class GradientMethod(Method):
         if state.syn.lr is not None:
             record["syn_lr"] = state.syn.lr.detach().mean().item()
         self.after(ctx, state, step)
-        return record
+        return record | dict(self.monitor(ctx, state, step))
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
         if self.ema is None:

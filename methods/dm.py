@@ -17,6 +17,7 @@ Deviations: see docs/methods/dm.md.
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
@@ -28,8 +29,11 @@ from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.synthetic import SyntheticSet
 from condense.task import Task
 from condense.train import Training
+
+Features = Callable[[Tensor], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -39,10 +43,9 @@ class DMState(GradientState):
     buffers: dict[str, Tensor]
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class DM(GradientMethod):
-    """Matches the mean features of real and synthetic images of each class under random networks."""
+class DistributionMatching(GradientMethod):
+    """What DM and DataDAM share: everything but what is taken the mean of."""
 
     family: ClassVar[str] = "distribution and attention matching"
 
@@ -62,11 +65,12 @@ class DM(GradientMethod):
         if self.batch_real < 1:
             raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; the published value is 256")
 
+    @abstractmethod
+    def features(self, ctx: Context, state: DMState) -> Features:
+        """psi of the step: images (N, C, H, W) to what their class means are compared in, (N, F)."""
+
     def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return self.num_steps * num_classes * (self.batch_real / 3 + images_per_class)
-
-    def training(self, task: Task) -> Training:
-        return Training(num_epochs=1000)
 
     def init(self, ctx: Context) -> DMState:
         syn = ctx.new_set(*ctx.initial(self.start))
@@ -84,27 +88,44 @@ class DM(GradientMethod):
         return self.losses(ctx, state, step, (part,))
 
     def losses(self, ctx: Context, state: DMState, step: int, parts: Sequence[int]) -> Tensor:
-        task, mixed = ctx.task, has_batch_norm(ctx.task.network)
-        real, syn = [], []
-        for c in range(task.num_classes) if mixed else parts:
-            drawn = task.augment.sample(ctx.rng("siamese", step, c), 1, task.image_shape, siamese=True)
-            batch = task.train.draw(c, self.batch_real, ctx.rng("real", step, c))
-            images, _ = task.augment.mirrored(*state.syn(state.syn.index_of(c)))
-            real.append(task.augment.apply(batch, drawn))
-            syn.append(task.augment.apply(images, drawn))
-
-        features = functools.partial(ctx.features, state.params, state.buffers)
+        mixed = has_batch_norm(ctx.task.network)
+        classes = range(ctx.task.num_classes) if mixed else parts
+        real, syn = pairs(ctx, state.syn, step, classes, self.batch_real)
+        features, most = self.features(ctx, state), ctx.compute.micro_batch
         with torch.no_grad():
-            wanted = _groups_features(features, real) if mixed else [_mean_features(ctx, features, x) for x in real]
-
-        most = ctx.compute.micro_batch
+            wanted = _groups_features(features, real) if mixed else [_mean_features(features, x, most) for x in real]
         if most is not None and not mixed and len(parts) == 1 and len(syn[0]) > most:
             return feature_matching_loss(features, wanted[0].mean(0), syn[0], most)
-        pairs = zip(wanted, _groups_features(features, syn), strict=True)
-        return torch.stack([feature_mean_distance(r, s) for r, s in pairs]).sum()
+        both = zip(wanted, _groups_features(features, syn), strict=True)
+        return torch.stack([feature_mean_distance(r, s) for r, s in both]).sum()
 
     def after(self, ctx: Context, state: DMState, step: int) -> None:
         state.params, state.buffers = ctx.task.network.init(ctx.rng, "network", step + 1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DM(DistributionMatching):
+    """Matches the mean features of real and synthetic images of each class under random networks."""
+
+    def features(self, ctx: Context, state: DMState) -> Features:
+        return functools.partial(ctx.features, state.params, state.buffers)
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000)
+
+
+def pairs(
+    ctx: Context, syn: SyntheticSet, step: int, classes: Sequence[int], batch_real: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Real and synthetic images (n, C, H, W) of each class, both under the same augmentation."""
+    augment, found = ctx.task.augment, []
+    for c in classes:
+        drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.image_shape, siamese=True)
+        real = ctx.task.train.draw(c, batch_real, ctx.rng("real", step, c))
+        images, _ = augment.mirrored(*syn(syn.index_of(c)))
+        found.append((augment.apply(real, drawn), augment.apply(images, drawn)))
+    return [real for real, _ in found], [images for _, images in found]
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,15 +134,12 @@ def has_batch_norm(network: Functional) -> bool:
     return any(name.endswith("running_mean") for name in network.init(Rng(0), "structure").buffers)
 
 
-Features = Callable[[Tensor], Tensor]
-
-
 def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """Features (n_i, F) of groups of images (n_i, C, H, W), in one forward pass."""
     return features(torch.cat(list(groups))).split([len(x) for x in groups])
 
 
-def _mean_features(ctx: Context, features: Features, images: Tensor) -> Tensor:
+def _mean_features(features: Features, images: Tensor, micro_batch: int | None) -> Tensor:
     """The mean feature (1, F) of images (n, C, H, W)."""
-    pieces = images.split(ctx.compute.micro_batch or len(images))
+    pieces = images.split(micro_batch or len(images))
     return torch.stack([features(x).sum(0) for x in pieces]).sum(0, keepdim=True) / len(images)

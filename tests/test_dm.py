@@ -13,7 +13,7 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
 from condense.method import Context, Optim
-from condense.methods.dm import DM
+from condense.methods.dm import DM, DistributionMatching
 from condense.networks import Functional, Network, build
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
@@ -47,7 +47,7 @@ def make_context(
     return Context(task, Rng(0), ipc, decode or Pixels(), Hard(), compute or Compute(), origin)
 
 
-def run(method: DM, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
+def run(method: DistributionMatching, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
     state = method.init(ctx)
     for step in range(method.num_steps):
         record = method.step(ctx, state, step)

@@ -359,6 +359,97 @@ def test_calls_equal_the_module(spec: str, train: bool) -> None:
     assert torch.equal(logits, network(x)) and torch.equal(features, network.embed(x))
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch,activation=swish"])
+def test_maps_are_what_the_activations_put_out(spec: str, train: bool) -> None:
+    functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+    weights = functional.init(Rng(0), "network")
+    for buffer in weights.buffers.values():
+        buffer.add_(1)  # statistics that are not the initial ones
+    with Rng(0).forked("network"):
+        network = build(spec, DIGITS, 3).train(train)
+    network.load_state_dict({**weights.params, **weights.buffers})
+    maps, features = functional.maps(*weights, x, train=train)
+    blocks = network.get_submodule("features")
+    assert isinstance(blocks, nn.Sequential) and len(maps) == 3
+    for block, found in enumerate(maps):
+        network.load_state_dict({**weights.params, **weights.buffers})
+        assert torch.equal(found, blocks[: 4 * block + 3](x))
+    assert torch.equal(features, functional.features(*weights, x, train=train))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "sizes"),
+    [
+        ("convnet", MNIST, [32, 16, 8]),
+        ("alexnet", CIFAR, [32, 16, 8, 8, 8]),
+        ("lenet", CIFAR, [28, 10]),
+        ("resnet18:norm=batch", CIFAR, [32] * 5 + [16] * 4 + [8] * 4 + [4] * 4),
+        ("torchvision:resnet18", CIFAR, [16] + [8] * 4 + [4] * 4 + [2] * 4 + [1] * 4),
+        (tiny, DIGITS, [6]),
+    ],
+)
+def test_every_network_with_activations_of_images_has_maps(spec: str, shape: ImageShape, sizes: list[int]) -> None:
+    functional = Functional(spec, shape, 3)
+    functional.require_maps()
+    with Rng(0).forked("dropout"):
+        maps, features = functional.maps(*functional.init(Rng(0), "network"), images(shape))
+    assert [tuple(m.shape[2:]) for m in maps] == [(size, size) for size in sizes]
+    assert features.dim() == 2
+
+
+@pytest.mark.parametrize("spec", ["mlp", "vit:depth=1", counting])
+def test_a_network_without_maps_says_so(spec: str) -> None:
+    functional = Functional(spec, DIGITS, 3)
+    for call in (functional.require_maps, lambda: functional.maps(*functional.init(Rng(0), "n"), images(DIGITS))):
+        with pytest.raises(ValueError, match=r"has no feature maps: .*; give --network convnet") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", "resnet18:norm=batch"])
+def test_maps_under_transforms(spec: str) -> None:
+    functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+    params, buffers = functional.init(Rng(0), "network")
+
+    def loss(x: Tensor) -> Tensor:
+        maps, features = functional.maps(params, buffers, x)
+        return torch.stack([m.square().mean() for m in maps]).sum() + features.mean()
+
+    gradient = torch.func.grad(loss)(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf), leaf)[0])
+    assert gradient.flatten(1).any(1).all()
+    traced = torch.compile(functional.maps, backend="eager", fullgraph=True)
+    for _ in range(2):  # nothing is left over from the call before
+        maps, features = traced(params, buffers, x)
+        expected, others = functional.maps(params, buffers, x)
+        for one, other in zip([*maps, features], [*expected, others], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_call_that_fails_leaves_no_maps_behind() -> None:
+    functional = Functional("lenet", CIFAR, 3)
+    weights = functional.init(Rng(0), "network")
+    with pytest.raises(RuntimeError, match="shapes"):
+        functional.maps(*weights, images((3, 40, 40)))
+    assert len(functional.maps(*weights, images(CIFAR))[0]) == 2
+
+
+def counting_maps(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    layers = [nn.Conv2d(image_shape[0], 2, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return Counting(*layers, nn.Linear(2, num_classes))
+
+
+@pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", "torchvision:resnet18", counting_maps])
+def test_maps_leave_the_buffers_alone(spec: str) -> None:
+    functional = Functional(spec, CIFAR, 3)
+    params, buffers = functional.init(Rng(0), "network")
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    functional.maps(params, buffers, images(CIFAR))
+    assert all(torch.equal(buffers[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", tiny])
 def test_buffers_change_only_on_demand(spec: str) -> None:
     functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)

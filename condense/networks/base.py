@@ -13,6 +13,12 @@ ImageShape = tuple[int, int, int]
 
 Norm = Literal["instance", "batch", "none"]
 
+ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardtanh),
+)
+"""Modules whose outputs are a network's feature maps: nonlinear, element by element."""
+
 
 class Network(nn.Module, ABC):
     """A classifier whose last layer is ``classifier``; subclasses set it and say ``embed``.

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from condense.files import canonical_json
-from condense.networks.base import ImageShape, Network
+from condense.networks.base import ACTIVATIONS, ImageShape, Network
 from condense.networks.foreign import Factory
 from condense.networks.registry import NetworkSpec, build, name_of, parse
 from condense.rng import Rng
@@ -122,6 +122,36 @@ class Functional:
         """Images (N, C, H, W) to the input of the final linear layer (N, F); arguments as for ``logits``."""
         return self._call(True, params, buffers, x, train, update_buffers)
 
+    def maps(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor, train: bool = True
+    ) -> tuple[list[Tensor], Tensor]:
+        """Images (N, C, H, W) to what each activation puts out, before any pooling, and the features (N, F).
+
+        The maps (N, c, h, w) come in the order of the forward pass; activations of other shapes have none.
+
+        Raises:
+            ValueError: the network has no such maps.
+        """
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        weights = {f"network.{name}": value for name, value in {**params, **copies}.items()}
+        seen, features = functional_call(self._mapped[train], weights, (x,))
+        if not seen:
+            raise ValueError(
+                f"{self.name} has no feature maps: none of its activations is a module that puts out (N, C, H, W); "
+                "give --network convnet"
+            )
+        return seen, features
+
+    def require_maps(self) -> None:
+        """Raise ValueError where ``maps`` would."""
+        self.maps({}, {}, torch.empty(2, *self.image_shape, device="meta"), train=False)
+
+    @cached_property
+    def _mapped(self) -> dict[bool, _Mapped]:
+        """By ``train``."""
+        skeletons = {True: self._train, False: self._eval}
+        return {train: _Mapped(copy.deepcopy(skeleton.network)) for train, skeleton in skeletons.items()}
+
     def _call(
         self,
         embed: bool,
@@ -159,3 +189,25 @@ class _Skeleton(nn.Module):
     def forward(self, x: Tensor, embed: bool) -> Tensor:
         output: Tensor = self.network.embed(x) if embed else self.network(x)
         return output
+
+
+class _Mapped(nn.Module):
+    """``embed``, with the maps that activations put out on the way."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+        self.seen: list[Tensor] = []
+        for module in network.modules():
+            if isinstance(module, ACTIVATIONS):
+                module.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.dim() == 4:
+            self.seen.append(output)
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        self.seen = []
+        features = self.network.embed(x)
+        seen, self.seen = self.seen, []
+        return seen, features

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense.networks.base import ImageShape, Network, Norm, make_norm, too_small
@@ -79,6 +78,8 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), pool, make_norm(norm, outputs)
             )
+        self.activation = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.main(x) + self.shortcut(x))
+        output: Tensor = self.activation(self.main(x) + self.shortcut(x))
+        return output

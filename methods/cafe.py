@@ -1,0 +1,242 @@
+"""CAFE: Wang et al., "CAFE: Learning to Condense Dataset by Aligning Features", CVPR 2022.
+
+    min_S  E_theta  sum_l w_l sum_c || mean_{x in B_c} f_l(A(x)) - mean_{s in S_c} f_l(A(s)) ||^2
+                    + beta sum_c sum_{x in B_c} -log softmax_c( <psi(A(x)), m_1>, ..., <psi(A(x)), m_C> )
+
+    m_k = mean_{s in S_k} psi(A(s))
+
+The means of S are those of B in every layer l, and as a classifier they tell real images apart. theta is a student,
+trained on S between one update of S and the next until its accuracy on real images has moved, and replaced by a fresh
+one when from update to update its accuracy hardly moves any more.
+
+    symbol  code
+    S_c     ``state.syn`` at the latents of class c
+    B_c     ``batch_real`` real images of class c, drawn anew at every step
+    f_l     ``ctx.maps``: what activation l puts out before pooling; the last level is psi
+    psi     what the network hands to its classifier
+    w_l     ``weight_early``, ``weight_last``, ``weight_features``
+    beta    ``discrimination``
+    theta   ``state.params``, ``state.buffers``
+    A       ``task.augment``; its parameters are drawn once for both batches of a class
+
+Deviations: see docs/methods/cafe.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import ClassVar, Literal, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.methods.dm import has_batch_norm, pairs
+from condense.networks import Functional, Weights
+from condense.task import Task
+from condense.train import Scorer, Trainer, Training
+
+
+@dataclass(kw_only=True)
+class CAFEState(GradientState):
+    params: dict[str, Tensor]
+    """Weights of the student at the step to come, with ``buffers``."""
+    buffers: dict[str, Tensor]
+    updates: int = 0
+    """Updates of the set that the student has lived through."""
+    accuracies: list[float] = field(default_factory=list)
+    """Its accuracy on real images after each of the last of these."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CAFE(GradientMethod):
+    """Aligns features layer by layer and classifies real images by synthetic class means."""
+
+    family: ClassVar[str] = "distribution and attention matching"
+
+    learns_labels: ClassVar[bool] = False
+
+    num_steps: int = 20000
+    """Updates of the images. The published number is 2000 students, of ``window`` updates each or more."""
+    optim: Optim = Optim(lr=0.1, momentum=0.5, halve_at=(0.6, 0.8, 0.9))
+    """Optimiser of the images (latents)."""
+    start: Literal["real", "noise"] = "noise"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    batch_real: int = 256
+    """Real images of a class a step; all of them where a class has fewer."""
+    weight_early: float = 0.1
+    """Weight of every feature map but the last."""
+    weight_last: float = 1.0
+    """Weight of the last feature map."""
+    weight_features: float = 2.0
+    """Weight of the features."""
+    discrimination: float = 0.01
+    """Weight of the cross-entropy of real images, which is a sum over them."""
+    lr_student: float = 0.01
+    """Learning rate of the student: plain SGD."""
+    batch_student: int = 256
+    """Batch size of the student."""
+    batch_probe: int = 128
+    """Real training images of a class on which the student's accuracy is measured, drawn anew each time."""
+    window: int = 10
+    """Accuracies that are compared: the last so many."""
+    moved: float = 0.03
+    """The student is trained until its accuracies differ by more than this."""
+    settled: float = 0.04
+    """The student is replaced when a full window of accuracies, one an update, differs by less than this."""
+    max_epochs: int = 50
+    """Epochs of the student between two updates, at most."""
+    max_updates: int = 50
+    """Updates of the images that a student lives through, at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {
+            **{"batch_real": (1, 256), "batch_student": (1, 256), "batch_probe": (1, 128)},
+            **{"weight_early": (0, 0.1), "weight_last": (0, 1.0), "weight_features": (0, 2.0)},
+            **{"discrimination": (0, 0.01), "window": (1, 10), "max_epochs": (0, 50), "max_updates": (1, 50)},
+        }
+        for name, (bound, usual) in least.items():
+            value = getattr(self, name)
+            if not value >= bound:
+                raise ValueError(f"method.{name} must be at least {bound}, got {value}; a usual value is {usual}")
+        if not self.lr_student > 0:
+            raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        forward = self.batch_real + 2 * self.batch_probe
+        return self.num_steps * num_classes * (forward / 3 + 2 * images_per_class)
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000 if task.augment.ops else 600)
+
+    def init(self, ctx: Context) -> CAFEState:
+        ctx.task.network.require_maps()
+        syn = ctx.new_set(*ctx.initial(self.start))
+        params, buffers = ctx.task.network.init(ctx.rng, "student", 0)
+        return CAFEState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
+
+    def loss(self, ctx: Context, state: CAFEState, step: int, part: int) -> Tensor:
+        real, syn = pairs(ctx, state.syn, step, range(ctx.task.num_classes), self.batch_real)
+        levels = partial(_levels, ctx, state)
+        with torch.no_grad():
+            if has_batch_norm(ctx.task.network):
+                wanted = _together(levels, real)
+            else:
+                wanted = [_in_pieces(levels, images, ctx.compute.micro_batch) for images in real]
+        found = _together(levels, syn)
+        return self.alignment(wanted, found) + self.discrimination * discrimination(wanted, found)
+
+    def alignment(self, real: Sequence[Levels], syn: Sequence[Levels]) -> Tensor:
+        """Squared distances of the class means at every level, weighted and summed."""
+        weights = [self.weight_early] * (len(real[0].means) - 2) + [self.weight_last, self.weight_features]
+        distances = [
+            weight * (r - s).square().sum()
+            for a, b in zip(real, syn, strict=True)
+            for weight, r, s in zip(weights, a.means, b.means, strict=True)
+        ]
+        return torch.stack(distances).sum()
+
+    def after(self, ctx: Context, state: CAFEState, step: int) -> None:
+        """Train the student on the set until its accuracy has moved; replace it where that does not help any more."""
+        student = Weights(state.params, state.buffers)
+        accuracy = self.accuracy(ctx, student, step, 0)
+        state.accuracies = [*state.accuracies, accuracy][-self.window :]
+        state.updates += 1
+        settled = len(state.accuracies) == self.window and _spread(state.accuracies) < self.settled
+        if settled or state.updates == self.max_updates:
+            state.params, state.buffers = ctx.task.network.init(ctx.rng, "student", step + 1)
+            state.updates, state.accuracies = 0, []
+            return
+        with torch.no_grad():
+            images, targets = state.syn()
+        trainer, recent = self._compiled(ctx).trainer, [accuracy]
+        for epoch in range(1, self.max_epochs + 1):
+            student = trainer.run(student, images, targets, ctx.rng.child("training", f"{step}/{epoch}"))
+            recent = [*recent, self.accuracy(ctx, student, step, epoch)][-self.window :]
+            if _spread(recent) > self.moved:
+                break
+        state.params, state.buffers = student
+
+    def accuracy(self, ctx: Context, student: Weights, step: int, epoch: int) -> float:
+        """Of a student after so many epochs that follow a step, on real training images drawn for it."""
+        train, classes = ctx.task.train, range(ctx.task.num_classes)
+        batches = [train.draw(c, self.batch_probe, ctx.rng("probe", step, f"{epoch}/{c}")) for c in classes]
+        return self._compiled(ctx).scorer.accuracy(student, torch.cat(batches), _classes(batches))
+
+    def _compiled(self, ctx: Context) -> _Compiled:
+        training = Training(
+            num_epochs=1,
+            batch_size=self.batch_student,
+            lr=self.lr_student,
+            momentum=0.0,
+            weight_decay=0.0,
+            decay_at=None,
+        )
+        return _compile(ctx.task.network, training, ctx.task.augment, ctx.compute)
+
+
+class Levels(NamedTuple):
+    """What a network makes of the images of one class."""
+
+    means: list[Tensor]
+    """Of every feature map (c, h, w), and of the features (F,)."""
+    features: Tensor
+    """(n, F)"""
+
+
+def discrimination(real: Sequence[Levels], syn: Sequence[Levels]) -> Tensor:
+    """Cross-entropy of all real images, summed, where the classifier's rows are the synthetic class means."""
+    centres = torch.stack([levels.features.mean(0) for levels in syn])
+    features = [levels.features for levels in real]
+    return F.cross_entropy(torch.cat(features) @ centres.T, _classes(features), reduction="sum")
+
+
+def _levels(ctx: Context, state: CAFEState, images: Tensor) -> list[Tensor]:
+    maps, features = ctx.maps(state.params, state.buffers, images)
+    return [*maps, features]
+
+
+def _together(levels: Callable[[Tensor], list[Tensor]], groups: Sequence[Tensor]) -> list[Levels]:
+    """Of groups of images (n_i, C, H, W), in one forward pass."""
+    split = [level.split([len(images) for images in groups]) for level in levels(torch.cat(list(groups)))]
+    return [Levels([level.mean(0) for level in group], group[-1]) for group in zip(*split, strict=True)]
+
+
+def _in_pieces(levels: Callable[[Tensor], list[Tensor]], images: Tensor, micro_batch: int | None) -> Levels:
+    """Of images (n, C, H, W), so many a forward pass."""
+    sums, features = [], []
+    for piece in images.split(micro_batch or len(images)):
+        outputs = levels(piece)
+        sums.append([level.sum(0) for level in outputs])
+        features.append(outputs[-1])
+    means = [torch.stack(level).sum(0) / len(images) for level in zip(*sums, strict=True)]
+    return Levels(means, torch.cat(features))
+
+
+def _classes(groups: Sequence[Tensor]) -> Tensor:
+    """The class of every row of one group a class."""
+    counts = torch.tensor([len(group) for group in groups])
+    return torch.arange(len(groups)).repeat_interleave(counts).to(groups[0].device)
+
+
+def _spread(accuracies: Sequence[float]) -> float:
+    return max(accuracies) - min(accuracies)
+
+
+class _Compiled(NamedTuple):
+    """What is compiled once for all steps."""
+
+    trainer: Trainer
+    scorer: Scorer
+
+
+@lru_cache(maxsize=1)
+def _compile(network: Functional, training: Training, augment: Augment, compute: Compute) -> _Compiled:
+    return _Compiled(Trainer(network, training, augment, compute), Scorer(network, compute))
