@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from condense.data.images import Images
 from condense.data.transform import Transform, fit
 from condense.distributed import Ranks
 from condense.eval import crossarch
+from condense.eval.applications import APPLICATIONS, Application, Setting
+from condense.eval.applications.application import Findings
 from condense.eval.baselines import full_data
 from condense.eval.crossarch import Network
 from condense.eval.journal import Journal
@@ -314,6 +317,55 @@ def evaluate(
     return crossarch.Evaluation(tuple(results))
 
 
+def apply(
+    application: str | Application,
+    syn: SyntheticSet | Path | str,
+    dataset: Data | None = None,
+    *,
+    baselines: Sequence[str] = (),
+    compute: Compute = Compute(),
+    out: Path | str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    download: bool = False,
+    **fields: Any,
+) -> Findings:
+    """What a set is worth in use: ``continual``, ``nas`` or ``privacy``, beside baselines of the same budget.
+
+    ``fields`` are those of the application. The findings land in ``apply-NAME.json`` in the run folder, or in ``out``.
+
+    Raises:
+        ValueError: unknown application or field; the set does not belong to the data.
+    """
+    if isinstance(application, str):
+        if application not in APPLICATIONS:
+            raise ValueError(f"unknown application {application!r}: {suggest(application, APPLICATIONS)}")
+        application = APPLICATIONS[application]()
+    application = dataclasses.replace(application, **_known_fields(fields, application))
+    name = next(name for name, kind in APPLICATIONS.items() if kind is type(application))
+    path = None if isinstance(syn, SyntheticSet) else Path(syn)
+    target = Path(out) if out is not None else path / f"apply-{name}.json" if path and path.is_dir() else None
+    _check_before_training(target, baselines)
+    found, arrays = open_set(syn, dataset, download=download)
+    crossarch.check(found, arrays)
+    chosen = _prepare(device)
+    setting = Setting(syn=found, arrays=arrays, device=chosen, compute=compute, seed=seed, cache=cache_folder())
+    skeleton = Functional(_own_network(found), arrays.image_shape, arrays.num_classes, chosen)
+    others = {other: _baseline(other, found, arrays, skeleton, seed) for other in baselines}
+    findings = application.run(setting, others)
+    if target is not None:
+        record = {"application": name, **dataclasses.asdict(application), "seed": seed, **findings.record}
+        about = {"set": found.origin.recipe_hash, "dataset": arrays.name, "code": condense.__version__}
+        write_text(target, json.dumps({**about, **record}, indent=1) + "\n")
+    return findings
+
+
+def _own_network(syn: SyntheticSet) -> str:
+    """The network a set was distilled with, as far as it has a name."""
+    stored = str(syn.origin.recipe.get("network", "convnet"))
+    return "convnet" if stored.startswith("custom:") else stored
+
+
 def open_set(
     syn: SyntheticSet | Path | str, dataset: Data | None = None, *, download: bool = False
 ) -> tuple[SyntheticSet, Arrays]:
@@ -389,7 +441,7 @@ def _check_before_training(target: Path | None, baselines: Sequence[str]) -> Non
             find_recipe(name)
     if target is not None and not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
-    if target is not None and target.exists():
+    if target is not None and target.exists() and target.name.endswith("evaluation.json"):
         crossarch.read(target)
 
 

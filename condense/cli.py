@@ -19,15 +19,16 @@ Distil a data set into a few images a class, and measure what they are worth.
   buffer    --dataset D ...    train expert trajectories
   distill   METHOD|RECIPE ...  distil a data set
   evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
+  apply     NAME RUN|FILE ...  continual, nas, privacy: what a set is worth in use
   show      RUN|FILE|BUFFER    what a file says of itself
-  list      methods|datasets|networks|recipes|protocols
+  list      methods|decoders|labels|datasets|networks|recipes|protocols
   import    SRC DST ...        published sets and expert buffers into ours
   export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set
 
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
 """
 
-COMMANDS = ("buffer", "demo", "distill", "evaluate", "export", "import", "list", "show")
+COMMANDS = ("apply", "buffer", "demo", "distill", "evaluate", "export", "import", "list", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

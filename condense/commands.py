@@ -24,11 +24,13 @@ from condense.compute import Compute
 from condense.data import datasets
 from condense.distributed import Ranks, joined
 from condense.eval import crossarch, protocol
+from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import read_header
 from condense.method import Method
+from condense.names import suggest
 from condense.recipe import Recipe
-from condense.synthetic import Decode, save
+from condense.synthetic import DECODERS, LABELS, Decode, save
 from condense.synthetic.decode import Pixels
 from condense.table import print_results
 from condense.task import Split
@@ -109,6 +111,25 @@ class Import:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Apply:
+    choices: Annotated[Application, Flat]
+    baselines: tuple[str, ...] = ("random", "herding")
+    """Methods to compare with at the same budget."""
+    dataset: str | None = None
+    """Where the data lie; default: as the run recorded it, else by the name in the file."""
+    out: Path | None = None
+    """Result file; default apply-NAME.json in the run."""
+    seed: int = 0
+    """Root of every random draw."""
+    compute: Switch[Compute] = Compute()
+    """Exactness against speed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a data set that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     format: str = ""
     """npz, folder (PNG and labels.csv) or huggingface; default: npz for a name that ends so, else folder."""
@@ -175,12 +196,14 @@ def show(words: list[str]) -> None:
 
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
-        say("usage: condense list methods|datasets|networks|recipes|protocols [--json]")
+        say("usage: condense list methods|decoders|labels|datasets|networks|recipes|protocols [--json]")
         return
     as_json = "--json" in words
     kinds = [word for word in words if word != "--json"]
     tables: dict[str, Callable[[], dict[str, str]]] = {
         "methods": lambda: {name: _summary(cls) for name, cls in _methods().items()},
+        "decoders": lambda: {name: _summary(cls) for name, cls in DECODERS.items()},
+        "labels": lambda: {name: _summary(cls) for name, cls in LABELS.items()},
         "datasets": lambda: {name: datasets.describe(name) for name in datasets.names()},
         "networks": lambda: {name: networks.describe(name) for name in networks.names()},
         "recipes": lambda: {name: _source(path) for name, path in recipe.recipe_files().items()},
@@ -235,6 +258,28 @@ def import_(words: list[str]) -> None:
         say(str(import_replay_buffers(Path(words[0]), Path(words[1]), task, progress=report)))
 
 
+def apply(words: list[str]) -> None:
+    usage = "apply continual|nas|privacy RUN_OR_FILE"
+    name = _positional(words, usage, "e.g. condense apply continual runs/dm")
+    if name not in APPLICATIONS:
+        raise ValueError(f"unknown application {name!r}: {suggest(name, APPLICATIONS)}")
+    usual = Apply(choices=APPLICATIONS[name]())
+    kind = dataclasses.make_dataclass(
+        "Apply", [("choices", Annotated[APPLICATIONS[name], Flat])], bases=(Apply,), frozen=True, kw_only=True
+    )
+    prog = f"condense apply {name} RUN_OR_FILE"
+    if _asks_for_help(words):
+        recipe.parse(kind, ["--help"], kind(choices=usual.choices), prog=prog)
+    target = _positional(words[1:], usage, "give a run folder or a synthetic.safetensors")
+    command = recipe.parse(kind, words[2:], kind(choices=usual.choices), prog=prog)
+    fields = _fields(command)
+    findings = api.apply(fields.pop("choices"), target, **fields)
+    table = Table(*findings.columns, title=findings.title, box=None)
+    for row in findings.rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def _holds_experts(path: Path) -> bool:
     return path.name.startswith("replay_buffer") or (path.is_dir() and any(path.glob("replay_buffer_*.pt")))
 
@@ -284,6 +329,7 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
 
 
 TABLE: dict[str, Callable[[list[str]], None]] = {
+    "apply": apply,
     "buffer": _divided(buffer),
     "demo": demo,
     "distill": _divided(distill),

@@ -406,7 +406,9 @@ def evaluate(
         ValueError: the set was not made from this data set; there are no test images; a network cannot take
             images of this size.
     """
-    _check(syn, arrays, num_seeds)
+    check(syn, arrays)
+    if num_seeds < 1:
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give --num-seeds 5")
     skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
@@ -507,9 +509,8 @@ def _teachers(
     return found
 
 
-def _check(syn: SyntheticSet, arrays: Arrays, num_seeds: int) -> None:
-    if num_seeds < 1:
-        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give --num-seeds 5")
+def check(syn: SyntheticSet, arrays: Arrays) -> None:
+    """Raise ValueError where a set was not made from these data."""
     origin = syn.origin
     for what, ours, theirs in (
         ("fingerprint", origin.dataset["fingerprint"][:12], arrays.fingerprint["train"][:12]),

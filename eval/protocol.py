@@ -173,8 +173,11 @@ def named(name: str, syn: SyntheticSet) -> Protocol:
     Raises:
         ValueError: unknown name; ``own`` of a set without a record of its training.
     """
-    if name == "own":
-        return own(syn)
+    return own(syn) if name == "own" else fixed(name)
+
+
+def fixed(name: str) -> Protocol:
+    """The protocol of that name that does not depend on a set. Raises ValueError on an unknown name."""
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}: {suggest(name, [*PROTOCOLS, 'own'])}")
     return PROTOCOLS[name]

@@ -91,6 +91,12 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["distill", "dm", "--network", "convnet:depth=9"], "depth"),
         (["distill", "dm", "--network", "lenet"], "lenet"),
         (["distill", "dm", "--ipc", "5000"], "give --ipc"),
+        (["distill", "dm", "--decode", "factor", "--decode.factor", "13", "--ipc", "1"], "give another --decode"),
+        (["distill", "dm", "--decode", "dct", "--decode.coefficients", "65"], "--decode.coefficients 64"),
+        (["distill", "dm", "--decode", "bases", "--decode.num-bases", "50", "--ipc", "1"], "--decode.num-bases 24"),
+        (["distill", "dm", "--decode", "hallucinator", "--method.clamp", "True"], "--method.clamp False"),
+        (["distill", "dm", "--labels", "targets"], "--labels hard"),
+        (["buffer", "--augment", "dsa:flips=true"], "leave it out of --augment"),
         (["distill", "dm", "--ipc", "-1"], "ipc"),
         (["distill", "dm", "--transform", "zcaa"], "zca"),
         (["distill", "dm", "--augment", "dsa:mod=M"], "mod"),
@@ -192,7 +198,7 @@ def test_a_full_disk_leaves_earlier_results_alone(tiny_file: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in (tmp_path / "good").rglob("*") if path.is_file()} == earlier
 
 
-@pytest.mark.parametrize("kind", ["methods", "datasets", "networks", "recipes", "protocols"])
+@pytest.mark.parametrize("kind", ["methods", "decoders", "labels", "datasets", "networks", "recipes", "protocols"])
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", kind])
     assert len(capsys.readouterr().out.splitlines()) > 3

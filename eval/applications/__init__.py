@@ -1,0 +1,13 @@
+"""What a synthetic set is used for, measured: continual learning, architecture search, privacy.
+
+Each application is a frozen value of its choices whose ``run`` takes a set and its data and returns numbers for a table
+and a file.
+"""
+
+from condense.eval.applications.application import Application as Application
+from condense.eval.applications.application import Setting as Setting
+from condense.eval.applications.continual import Continual
+from condense.eval.applications.nas import NAS
+from condense.eval.applications.privacy import Privacy
+
+APPLICATIONS: dict[str, type[Application]] = {"continual": Continual, "nas": NAS, "privacy": Privacy}

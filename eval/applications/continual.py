@@ -1,0 +1,82 @@
+"""Class-incremental learning from a memory of synthetic images.
+
+Prabhu et al., "GDumb: a simple approach that questions our progress in continual learning", ECCV 2020, as used for
+condensed sets by Zhao and Bilen (DM, WACV 2023). Classes arrive in groups. After each group a fresh network is trained
+on the images of all classes seen so far, and tested on the test images of these classes.
+
+Deviation: the set was distilled once, from all classes; the images of a class are taken out of it when the class
+arrives. For methods that treat classes apart this is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
+from condense.eval.crossarch import decoded
+from condense.eval.protocol import fixed
+from condense.synthetic.set import SyntheticSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continual(Application):
+    """Classes arrive in groups; networks learn from the images kept of them."""
+
+    num_groups: int = 5
+    """Groups in which the classes arrive."""
+    num_seeds: int = 3
+    """Orders of the classes, each with a fresh network after each group."""
+    network: str = "convnet"
+    """Architecture."""
+    protocol: str = "canonical"
+    """How networks are trained."""
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 1 or self.num_seeds < 1:
+            raise ValueError(f"num_groups and num_seeds must be at least 1, got {self.num_groups} and {self.num_seeds}")
+
+    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
+        num_classes = setting.arrays.num_classes
+        if self.num_groups > num_classes:
+            raise ValueError(
+                f"{num_classes} classes cannot arrive in {self.num_groups} groups; give --num-groups {num_classes}"
+            )
+        plan, network = fixed(self.protocol), setting.network(self.network)
+        sets = {setting.syn.origin.recipe.get("method", {}).get("name", "set"): setting.syn, **baselines}
+        accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in sets}
+        for name, syn in sets.items():
+            images, labels = (x.to(setting.device) for x in decoded(syn, soft=False))
+            scorer = setting.scorer(network, plan, len(images))
+            for seed in range(self.num_seeds):
+                rng = setting.rng("continual", seed)
+                order = torch.randperm(num_classes, generator=rng("classes"))
+                for group, seen in enumerate(_seen(order, self.num_groups)):
+                    kept = torch.isin(labels, seen.to(labels.device))
+                    tested = torch.isin(setting.test.labels, seen.to(labels.device)).nonzero().flatten()
+                    (found,) = scorer.score(
+                        images[kept],
+                        labels[kept],
+                        setting.test.images[tested],
+                        setting.test.labels[tested],
+                        [rng.child("network", group)],
+                    )
+                    accuracies[name][group, seed] = found.accuracy
+        sizes = [len(seen) for seen in _seen(torch.arange(num_classes), self.num_groups)]
+        rows = [(name, *(mean_and_spread(row) for row in found)) for name, found in accuracies.items()]
+        return Findings(
+            ("memory", *(f"{size} classes" for size in sizes)),
+            rows,
+            f"test accuracy on the classes seen, %: {setting.ipc} images a class, {self.protocol}, "
+            f"n = {self.num_seeds} orders",
+            {"classes_seen": sizes, "accuracies": {name: found.tolist() for name, found in accuracies.items()}},
+        )
+
+
+def _seen(order: Tensor, num_groups: int) -> list[Tensor]:
+    """After each group: the classes that have arrived."""
+    ends = [round(len(order) * (group + 1) / num_groups) for group in range(num_groups)]
+    return [order[:end] for end in ends]

@@ -1,0 +1,105 @@
+"""How much of single training images a set gives away: membership inference, and nearest real images.
+
+An attacker sees the losses of a network and says of the images with small losses that the network was trained on them
+(Yeom et al., "Privacy risk in machine learning", CSF 2018). Its AUC is the chance that a member has a smaller loss than
+an image that is none; 0.5 gives nothing away. Members are images that the set was made from. For comparison a network
+is trained on these real members themselves.
+
+A synthetic image that is closer to a training image than other real images ever are may be a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from condense.eval.applications.application import Application, Findings, Setting
+from condense.eval.crossarch import decoded
+from condense.eval.protocol import PROTOCOLS, fixed
+from condense.networks import Weights
+from condense.synthetic.set import SyntheticSet
+from condense.task import Labelled
+from condense.train import Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy(Application):
+    """Membership inference by loss, and distances to the nearest real image."""
+
+    num_members: int = 2000
+    """Images attacked: so many members, and as many that are none."""
+    num_seeds: int = 3
+    """Networks attacked, each from an initialisation of its own."""
+    network: str = "convnet"
+    """Architecture."""
+    protocol: str = "canonical"
+    """How networks are trained on a set."""
+    num_epochs: int = 50
+    """Epochs of the network that is trained on the members themselves."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_members, self.num_seeds, self.num_epochs) < 1:
+            raise ValueError("num_members, num_seeds and num_epochs must be at least 1; leave them at their defaults")
+
+    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
+        strangers_from, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
+        rng = setting.rng("privacy")
+        num = min(self.num_members, len(setting.train), len(strangers_from))
+        members = Labelled(*setting.train.sample(num, rng("members")))
+        strangers = Labelled(*strangers_from.sample(num, rng("strangers")))
+        network, plan = setting.network(self.network), fixed(self.protocol)
+        real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
+        judge = Scorer(network, setting.compute)
+        sets = {setting.syn.origin.recipe.get("method", {}).get("name", "set"): setting.syn, **baselines}
+        jobs = {name: (plan, *(x.to(setting.device) for x in decoded(syn, soft=False))) for name, syn in sets.items()}
+        jobs["the members themselves"] = (real_plan, members.images, members.labels)  # type: ignore[assignment]
+        nearest = {name: _nearest(setting, pixels) for name, (_, pixels, _) in jobs.items() if name in sets}
+        usual = _nearest(setting, strangers.images)
+        rows, record = [], {}
+        for name, (training, images, labels) in jobs.items():
+            scorer, aucs = setting.scorer(network, training, len(images)), []
+            for seed in range(self.num_seeds):
+                weights = scorer.train(images, labels, setting.rng("privacy", seed))
+                aucs.append(membership_auc(_losses(judge, weights, members), _losses(judge, weights, strangers)))
+            found = torch.tensor(aucs)
+            spread = f" ± {found.std().item():.3f}" if len(aucs) > 1 else ""
+            record[name] = {"auc": aucs}
+            distances = ("-", "-")
+            if name in nearest:
+                record[name]["nearest"] = nearest[name].tolist()
+                closer = (nearest[name] < usual.quantile(0.01)).float().mean().item()
+                distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
+            rows.append((name, f"{found.mean().item():.3f}{spread}", *distances))
+        return Findings(
+            ("trained on", "attack AUC", "median distance to the nearest member", "closer than real ever is, %"),
+            rows,
+            f"{num} members against {num} {where} images, n = {self.num_seeds}; real images that are no members lie "
+            f"{usual.median().item():.2f} from the nearest (first percentile {usual.quantile(0.01).item():.2f})",
+            {"num_members": num, "strangers": where, "usual_nearest": usual.tolist(), "found": record},
+        )
+
+
+def membership_auc(members: Tensor, strangers: Tensor) -> float:
+    """Area under the ROC curve of the attack that a smaller loss is a member's; losses (N,) and (M,)."""
+    truth = torch.cat([torch.ones_like(members), torch.zeros_like(strangers)])
+    return float(roc_auc_score(truth.numpy(), -torch.cat([members, strangers]).numpy()))
+
+
+def _losses(judge: Scorer, weights: Weights, real: Labelled) -> Tensor:
+    logits = judge.logits(weights, real.images)
+    return F.cross_entropy(logits, real.labels, reduction="none").cpu()
+
+
+def _nearest(setting: Setting, images: Tensor) -> Tensor:
+    """Distance (N,) in pixel space of each image to the nearest training image."""
+    pixels = setting.transform.inverse(images[:]).clamp(0, 1).flatten(1)
+    best = torch.full((len(pixels),), torch.inf, device=pixels.device)
+    for batch in setting.train.images.split(1000):
+        real = setting.transform.inverse(batch).clamp(0, 1).flatten(1)
+        best = best.minimum(torch.cdist(pixels, real).min(1).values)
+    return best.cpu()

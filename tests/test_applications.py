@@ -1,0 +1,99 @@
+"""Continual learning, architecture search and privacy, on data where the answer is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+
+from condense import api, cli
+from condense.data.datasets import Arrays
+from condense.eval.applications import APPLICATIONS
+from condense.eval.applications.privacy import membership_auc
+
+TINY = "convnet:depth=1,width=4"
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four real images a class of the tiny data, a quarter of which is held out."""
+    out = tmp_path_factory.mktemp("run") / "random"
+    split = api.Split(val_fraction=0.25)
+    api.distill("random", dataset=tiny, network=TINY, ipc=4, split=split, out=out, device="cpu")
+    return out
+
+
+def test_continual_tests_the_classes_seen_on_what_was_kept_of_them(run: Path, tiny: Arrays) -> None:
+    found = api.apply("continual", run, tiny, num_groups=3, num_seeds=2, network="mlp", baselines=["herding"])
+    assert found.record["classes_seen"] == [1, 2, 3]
+    accuracies = torch.tensor(found.record["accuracies"]["random"])
+    assert accuracies.shape == (3, 2) and (accuracies[0] == 1).all(), "one class is always right"
+    whole = api.evaluate(run, tiny, networks=["mlp"], num_seeds=2, out=run / "evaluation.json")
+    assert accuracies[2].mean() == pytest.approx(whole.results[0].mean, abs=0.2)
+    assert [row[0] for row in found.rows] == ["random", "herding"]
+    written = json.loads((run / "apply-continual.json").read_text())
+    assert written["application"] == "continual" and written["num_groups"] == 3
+    assert written["accuracies"] == found.record["accuracies"]
+
+
+def test_nas_correlates_a_ranking_with_the_truth_on_held_out_images(run: Path, tiny: Arrays) -> None:
+    found = api.apply("nas", run, tiny, widths=(2, 6), depths=(1, 2), norms=("none",), poolings=("avg",), num_epochs=2)
+    assert len(found.record["architectures"]) == 4 and "held-out" in found.title
+    accuracies = found.record["accuracies"]
+    if len(set(accuracies["random"])) > 1 and len(set(accuracies["real"])) > 1:
+        expected = scipy.stats.kendalltau(accuracies["random"], accuracies["real"]).statistic
+        assert found.record["rankings"]["random"]["kendall"] == pytest.approx(expected)
+
+
+def test_an_attack_on_the_members_themselves_finds_them_better(tiny: Arrays, tmp_path: Path) -> None:
+    """Random labels can only be learned by heart."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (240, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    y = torch.arange(240) % 3
+    data = (x[:120], y[:120], x[120:], y[120:])
+    syn = api.distill("random", dataset=data, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    found = api.apply("privacy", syn, data, num_members=100, num_seeds=1, network="mlp", num_epochs=150)
+    aucs = {name: values["auc"][0] for name, values in found.record["found"].items()}
+    assert aucs["the members themselves"] > 0.9 and 0.35 < aucs["random"] < 0.65
+    assert max(found.record["found"]["random"]["nearest"]) < 1e-2, "these are real images"
+    assert min(found.record["usual_nearest"]) > 1
+
+
+def test_the_area_under_the_curve() -> None:
+    members, strangers = torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.5, 1.0])
+    assert membership_auc(members, strangers) == pytest.approx(5 / 6)
+    assert membership_auc(members, members) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "complaint"),
+    [
+        ("continual", {"num_groups": 9}, "3 classes cannot arrive in 9 groups"),
+        ("continual", {"num_groups": 0}, "at least 1"),
+        ("nas", {"widths": (2,), "depths": (1,), "norms": ("none",), "poolings": ("avg",)}, "three architectures"),
+        ("privacy", {"num_members": 0}, "at least 1"),
+        ("privacy", {"protocol": "canon"}, "unknown protocol"),
+        ("continuous", {}, "did you mean 'continual'"),
+        ("nas", {"width": 3}, "no field 'width'"),
+    ],
+)
+def test_bad_choices_are_refused(name: str, fields: dict[str, Any], complaint: str, run: Path, tiny: Arrays) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        api.apply(name, run, tiny, **fields)
+
+
+def test_the_command(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    api.distill("random", dataset=tiny_file, network=TINY, ipc=2, out=out, device="cpu")
+    words = ["--num-groups", "3", "--num-seeds", "1", "--network", "mlp", "--baselines", "random", "--device", "cpu"]
+    cli.main(["apply", "continual", str(out), *words])
+    assert "3 classes" in capsys.readouterr().out and (out / "apply-continual.json").exists()
+    with pytest.raises(SystemExit) as leave:
+        cli.main(["apply", "nas", str(out), "--num-epoch", "1"])
+    assert leave.value.code == 2 and "--num-epochs" in capsys.readouterr().err
+    for name in APPLICATIONS:
+        with pytest.raises(SystemExit) as leave:
+            cli.main(["apply", name, "--help"])
+        assert leave.value.code == 0
