@@ -1,0 +1,81 @@
+"""What methods share that train a network on the set and descend its loss on real images: the bilevel problem
+
+min_S  E_theta_0  l(R; theta_N(S)),    theta_{n+1} = rule(theta_n, grad l(b_n; theta_n)),   b_n a minibatch of S.
+
+symbol   code
+R        a batch of real images, drawn for each step
+theta_0  fresh weights, drawn for each step
+theta_N  what ``unroll`` returns; its adjoint says how the gradient goes back
+b_n      ``minibatches``
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from condense.inner import Adjoint, Exact, Params, Rule, unroll
+from condense.method import Context, GradientMethod
+from condense.methods.mtt import Minibatch, prepared
+from condense.synthetic.set import SyntheticSet
+from condense.train import loss_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bilevel(GradientMethod):
+    """Back-propagates a loss on real images through training on the set."""
+
+    family: ClassVar[str] = "bilevel"
+
+    adjoint: Adjoint = Exact()
+    """How to differentiate through the steps of the network."""
+
+    def positive(self, *names: str) -> None:
+        """Raise ValueError where one of these fields is not positive."""
+        for name in names:
+            value = getattr(self, name)
+            if not value > 0:
+                usual = next(f.default for f in self.__dataclass_fields__.values() if f.name == name)
+                raise ValueError(f"method.{name} must be positive, got {value}; a usual value is {usual}")
+
+    def train(
+        self,
+        ctx: Context,
+        theta: Params,
+        batches: Sequence[Minibatch],
+        *,
+        rule: Rule,
+        lr: Tensor | float,
+        adjoint: Adjoint,
+    ) -> Params:
+        """Weights after training on the batches, augmented as they say."""
+        return unroll(
+            ctx.loss_fn,
+            theta,
+            batches,
+            prepare=functools.partial(prepared, ctx.task.augment),
+            rule=rule,
+            lr=lr,
+            adjoint=adjoint,
+            compile=bool(ctx.compute.compile),
+        )
+
+    def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy on real images (N, C, H, W) in evaluation mode."""
+        return loss_of(ctx.task.network.logits(theta, buffers, images, train=False), labels)
+
+
+def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:
+    """Indices of the decoded images of each of these classes, on the CPU; ``num_images`` are decoded in all."""
+    source = syn.classes.cpu().repeat(num_images // len(syn))
+    return [(source == c).nonzero().flatten() for c in classes]
+
+
+def draw_per_class(members: Sequence[Tensor], num: int, generator: torch.Generator) -> Tensor:
+    """``num`` images of each class without replacement, or all of them."""
+    return torch.cat([index[torch.randperm(len(index), generator=generator)[:num]] for index in members])

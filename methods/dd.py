@@ -1,0 +1,110 @@
+"""DD: Wang, Zhu, Torralba and Efros, "Dataset distillation", 2018, algorithm 1.
+
+    min_{S, eta}  E_theta_0  l(R; theta_T),    theta_{t+1} = theta_t - eta_t grad l(S_t; theta_t)
+
+    symbol   code
+    S_t      piece t of the decoded set in its stored order, ``images_per_step`` images of every class; the pieces
+             follow each other in a fixed order, and again in each of ``inner_epochs``
+    eta_t    ``state.syn.lr`` (T,), one for each step of all epochs, learned as its logarithm; all begin at ``lr``
+    theta_0  ``num_networks`` fresh networks a step, or the same ones at every step: ``networks``
+    R        ``batch_real`` real images
+
+Deviations: see docs/methods/dd.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, final
+
+import torch
+from torch import Tensor
+
+from condense.augment import Augment
+from condense.inner import SGD, unroll
+from condense.method import Context, GradientState, Optim
+from condense.methods.bilevel import Bilevel
+from condense.task import Task
+from condense.train import Training
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DD(Bilevel):
+    """Learns a few batches, applied in order, each with a rate of its own."""
+
+    num_steps: int = 23600
+    """Updates of the images."""
+    start: Literal["real", "noise"] = "noise"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    images_per_step: int = 1
+    """Images of a class in each of the network's batches."""
+    inner_epochs: int = 3
+    """Times the network goes through all batches; its step sizes are apart in each."""
+    lr: float = 0.02
+    """Initial step sizes; learned."""
+    networks: Literal["random", "fixed"] = "random"
+    """random: fresh networks at every update. fixed: always the same ones, which the set then fits alone."""
+    num_networks: int = 1
+    """Networks of an update; the loss is their mean."""
+    batch_real: int = 1024
+    """Real images that a network is scored on."""
+    optim: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, halve_at=tuple(k / 10 for k in range(1, 10)))
+    """Optimiser of the images (latents)."""
+    optim_lr: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, halve_at=tuple(k / 10 for k in range(1, 10)))
+    """Optimiser of the logarithms of the step sizes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("images_per_step", "inner_epochs", "lr", "num_networks", "batch_real")
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        inner = 4 * self.inner_epochs * num_classes * images_per_class
+        return self.num_steps * self.num_networks * (inner + self.batch_real)
+
+    def training(self, task: Task) -> Training:
+        """The learned steps in their order."""
+        return Training(
+            num_epochs=self.inner_epochs,
+            batch_size=self.images_per_step * task.num_classes,
+            lr=self.lr,
+            momentum=0.0,
+            weight_decay=0.0,
+            decay_at=None,
+            order="stored",
+        )
+
+    def training_augment(self, task: Task) -> Augment:
+        return Augment()
+
+    def init(self, ctx: Context) -> GradientState:
+        if ctx.images_per_class % self.images_per_step:
+            raise ValueError(
+                f"{ctx.images_per_class} images a class are no whole number of batches of {self.images_per_step}; give "
+                "--method.images-per-step 1"
+            )
+        num_batches = self.inner_epochs * (ctx.images_per_class // self.images_per_step)
+        images, labels = ctx.initial(self.start)
+        syn = ctx.new_set(images, labels, lr=torch.full((num_batches,), self.lr), interleave=True)
+        return GradientState(syn=syn, optimisers=self.optimisers(syn))
+
+    def parts(self, ctx: Context) -> Sequence[int]:
+        return range(self.num_networks)
+
+    def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
+        theta, buffers = ctx.task.network.init(ctx.rng, "network", step if self.networks == "random" else 0, part)
+        images, targets = state.syn()
+        size = self.images_per_step * ctx.task.num_classes
+        batches = list(zip(images.split(size), targets.split(size), strict=True)) * self.inner_epochs
+        theta = unroll(
+            ctx.loss_fn,
+            theta,
+            batches,
+            rule=SGD(),
+            lr=cast(Tensor, state.syn.lr),
+            adjoint=self.adjoint.resolve(ctx.rng("adjoint", step, part)),
+            compile=bool(ctx.compute.compile),
+        )
+        real = ctx.task.train.sample(self.batch_real, ctx.rng("real", step, part))
+        return self.real_loss(ctx, theta, buffers, *real) / self.num_networks

@@ -1,0 +1,119 @@
+"""RaT-BPTT: Feng, Vedantam and Kempe, "Embarrassingly simple dataset distillation", ICLR 2024.
+
+    min_S  E_{theta_0, k}  l(A(R); theta_{k+W}),    theta_{n+1} = Adam(theta_n, grad l(A(b_n); theta_n))
+
+The gradient goes back through the last W steps only, k random steps after the beginning.
+
+    symbol   code
+    k, W     ``adjoint``: burn-in from ``lo`` to ``hi`` and ``window``; k is drawn anew every ``same_burn_in`` updates
+    b_n      ``batch_per_class`` images of every class, drawn for each step
+    A        ``task.augment``, drawn for every image of every step, and for the real ones
+    R        ``batch_real`` real images
+    clip     the images' gradient is cut to ``clip_factor`` times a running mean of its norm, of decay ``clip_decay``
+
+Deviations: see docs/methods/rat-bptt.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from condense.augment import Params
+from condense.inner import Adam, Adjoint, RandomTruncated, Truncated
+from condense.method import Context, GradientState, Optim
+from condense.methods.bilevel import Bilevel, class_members, draw_per_class
+from condense.methods.mtt import Minibatch
+from condense.task import Task
+from condense.train import Training
+
+
+@dataclass(kw_only=True)
+class RaTState(GradientState):
+    norm: float = 0.0
+    """Running mean of the norm of the images' gradient; 0 before the first."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RaTBPTT(Bilevel):
+    """Back-propagates through a window at a random place of training."""
+
+    num_steps: int = 60000
+    """Updates of the images."""
+    adjoint: Adjoint = RandomTruncated()
+    """How to differentiate through the steps of the network."""
+    inner_steps: int = 200
+    """Steps of the network under an adjoint that does not say how many there are."""
+    same_burn_in: int = 10
+    """Updates for which the window stays at its place."""
+    lr: float = 1e-3
+    """Learning rate of the network: Adam."""
+    batch_per_class: int = 10
+    """Images of a class in each step of the network; all where there are fewer."""
+    batch_real: int = 5000
+    """Real images that the network is scored on."""
+    optim: Optim = Optim(kind="adam", lr=1e-3, momentum=0.9)
+    """Optimiser of the images (latents)."""
+    optim_labels: Optim = Optim(kind="adam", lr=1e-3, momentum=0.9)
+    """Optimiser of learned labels."""
+    clip_factor: float = 2.0
+    """Largest norm of the images' gradient, in running means of it."""
+    clip_decay: float = 0.9
+    """Decay of that mean."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("inner_steps", "same_burn_in", "lr", "batch_per_class", "batch_real", "clip_factor")
+        if not 0 <= self.clip_decay < 1:
+            raise ValueError(f"method.clip_decay must lie in [0, 1), got {self.clip_decay}; a usual value is 0.9")
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        batch = num_classes * min(self.batch_per_class, images_per_class)
+        return self.num_steps * (self.batch_real + 2.5 * self.inner_steps * batch)
+
+    def training(self, task: Task) -> Training:
+        batch = self.batch_per_class * task.num_classes
+        return Training(
+            num_epochs=1000, batch_size=batch, optimiser="adam", lr=self.lr, weight_decay=0.0, decay_at=None
+        )
+
+    def init(self, ctx: Context) -> RaTState:
+        images, labels = ctx.initial("noise")
+        syn = ctx.new_set(images / images.flatten(1).norm(dim=1)[:, None, None, None], labels)
+        return RaTState(syn=syn, optimisers=self.optimisers(syn))
+
+    def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:
+        task = ctx.task
+        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
+        num_steps = self.inner_steps
+        if isinstance(adjoint, Truncated) and adjoint.burn_in is not None:
+            num_steps = adjoint.burn_in + adjoint.window
+        theta, buffers = task.network.init(ctx.rng, "network", step)
+        batches = self.batches(ctx, state, step, num_steps)
+        theta = self.train(ctx, theta, batches, rule=Adam(), lr=self.lr, adjoint=adjoint)
+        images, labels = task.train.sample(self.batch_real, ctx.rng("real", step))
+        drawn = self.drawn(ctx, len(images), step, "real")
+        return self.real_loss(ctx, theta, buffers, task.augment.apply(images, drawn), labels)
+
+    def batches(self, ctx: Context, state: RaTState, step: int, num_steps: int) -> list[Minibatch]:
+        """What the network's steps are made of."""
+        images, targets = state.syn()
+        members = class_members(state.syn, len(images), range(ctx.task.num_classes))
+        batches = []
+        for n in range(num_steps):
+            index = draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n))
+            drawn = self.drawn(ctx, len(index) * ctx.task.augment.copies, step, n)
+            batches.append(Minibatch(images, targets, index.to(images.device), drawn))
+        return batches
+
+    def drawn(self, ctx: Context, num: int, step: int, unit: int | str) -> Params:
+        """Parameters of the augmentation of so many images."""
+        return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.image_shape, siamese=False)
+
+    def longest(self, state: RaTState, norm: float) -> float:
+        """As published, the mean takes the new norm in before it bounds it."""
+        state.norm = self.clip_decay * state.norm + (1 - self.clip_decay) * norm if state.norm else norm
+        return self.clip_factor * state.norm

@@ -1,0 +1,107 @@
+"""RTP: Deng and Russakovsky, "Remember the past: distilling datasets into addressable memories for neural networks",
+NeurIPS 2022.
+
+    min_S  E_{theta_0, C'}  l(R_{C'}; theta_N)
+    v_{n+1} = m v_n + grad l(A(b_n); theta_n),    theta_{n+1} = theta_n - lr v_{n+1}
+
+Back-propagation through all N steps of training with momentum, over tasks of some of the classes; with the decoder
+``bases`` an image is a combination of memories that all classes share.
+
+    symbol   code
+    N        ``inner_steps``
+    m        ``momentum``
+    C'       the classes of the task: as many as drawn between ``min_ways`` and all, at random
+    b_n      ``batch_per_class`` images of each of them, drawn for each step
+    A        ``task.augment``; its parameters are drawn once for all steps of an update
+    R_{C'}   ``batch_real`` real images of each
+
+Deviations: see docs/methods/rtp.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from condense.inner import SGD
+from condense.method import Context, GradientState
+from condense.methods.bilevel import Bilevel, class_members, draw_per_class
+from condense.methods.mtt import Minibatch
+from condense.task import Task
+from condense.train import Training
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RTP(Bilevel):
+    """Back-propagates through all of training, with momentum."""
+
+    num_steps: int = 50000
+    """Updates of the images."""
+    start: Literal["real", "noise"] = "noise"
+    """Images to start from: real ones drawn per class, or standard normal noise; some decoders draw for themselves."""
+    inner_steps: int = 150
+    """Steps of the network."""
+    lr: float = 0.01
+    """Learning rate of the network: SGD."""
+    momentum: float = 0.9
+    """Its momentum."""
+    batch_per_class: int = 10
+    """Images of a class in each step of the network; all where there are fewer."""
+    min_ways: int | None = 2
+    """Fewest classes of a task, which has a random number of them; unset: every task has all."""
+    batch_real: int = 64
+    """Real images of a class that the network is scored on."""
+    clip: float | None = 2.0
+    """Largest norm of the gradient of the images; longer ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("inner_steps", "lr", "batch_per_class", "batch_real")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")
+        if self.min_ways is not None and self.min_ways < 2:
+            raise ValueError(f"method.min_ways must be at least 2, got {self.min_ways}: one class is no task; give 2")
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        batch = num_classes * min(self.batch_per_class, images_per_class)
+        return self.num_steps * (4 * self.inner_steps * batch + num_classes * self.batch_real)
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=300)
+
+    def init(self, ctx: Context) -> GradientState:
+        syn = ctx.new_set(*ctx.initial(self.start))
+        return GradientState(syn=syn, optimisers=self.optimisers(syn))
+
+    def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
+        task, classes = ctx.task, self.classes(ctx, step)
+        theta, buffers = task.network.init(ctx.rng, "network", step)
+        batches = self.batches(ctx, state, step, classes)
+        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step))
+        theta = self.train(ctx, theta, batches, rule=SGD(momentum=self.momentum), lr=self.lr, adjoint=adjoint)
+        drawn = [task.train.draw(c, self.batch_real, ctx.rng("real", step, c)) for c in classes]
+        labels = torch.cat([torch.full((len(x),), c, device=x.device) for c, x in zip(classes, drawn, strict=True)])
+        return self.real_loss(ctx, theta, buffers, torch.cat(drawn), labels)
+
+    def classes(self, ctx: Context, step: int) -> list[int]:
+        """The classes of the task of a step, ascending."""
+        num, generator = ctx.task.num_classes, ctx.rng("task", step)
+        fewest = num if self.min_ways is None else min(self.min_ways, num)
+        ways = int(torch.randint(fewest, num + 1, (), generator=generator))
+        return sorted(torch.randperm(num, generator=generator)[:ways].tolist())
+
+    def batches(self, ctx: Context, state: GradientState, step: int, classes: list[int]) -> list[Minibatch]:
+        """What the network's steps are made of; all share one draw of the augmentation."""
+        images, targets = state.syn()
+        members = class_members(state.syn, len(images), classes)
+        size = sum(min(self.batch_per_class, len(index)) for index in members) * ctx.task.augment.copies
+        drawn = ctx.task.augment.sample(ctx.rng("augment", step), size, ctx.task.image_shape, siamese=False)
+        indices = (
+            draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n)).to(images.device)
+            for n in range(self.inner_steps)
+        )
+        return [Minibatch(images, targets, index, drawn) for index in indices]

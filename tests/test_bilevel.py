@@ -1,0 +1,329 @@
+"""DD, RaT-BPTT and RTP against their slow twins, and what their objectives and draws imply."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.data.datasets import load
+from condense.inner import Adam, Full, RandomTruncated, Truncated
+from condense.method import Context, Optim
+from condense.methods.bilevel import Bilevel
+from condense.methods.dd import DD
+from condense.methods.rat_bptt import RaTBPTT
+from condense.methods.rtp import RTP
+from condense.networks import Functional
+from condense.recipe import from_yaml, recipe_files
+from condense.rng import Rng
+from condense.synthetic import Bases, Decode, Factor, Hard, Labels, Logits, Origin, Pixels
+from condense.task import Labelled, Split, make_task
+from tests.reference import bilevel as twin
+
+SGD = Optim(lr=5.0, momentum=0.5)
+DD_TINY = DD(num_steps=3, images_per_step=1, inner_epochs=2, lr=0.1, batch_real=9, optim=SGD, optim_lr=Optim(lr=0.5))
+RAT_TINY = RaTBPTT(
+    num_steps=4, adjoint=RandomTruncated(0, 3, 2), same_burn_in=2, lr=0.01, batch_per_class=1, batch_real=9, optim=SGD
+)
+RTP_TINY = RTP(num_steps=3, inner_steps=4, lr=0.05, batch_per_class=1, min_ways=2, batch_real=4, optim=SGD, clip=None)
+
+
+def context(
+    augment: str = "none",
+    ipc: int = 2,
+    decode: Decode | None = None,
+    labels: Labels | None = None,
+    compute: Compute | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Context:
+    classes = torch.arange(21) % 3
+    images = torch.rand(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    task = make_task(
+        load((images, classes)),
+        transform="channel",
+        split=Split(),
+        network=Functional("convnet:depth=1,width=4", (1, 8, 8), 3, dtype=dtype),
+        augment=Augment.parse(augment),
+        device=torch.device("cpu"),
+    )
+    task = dataclasses.replace(task, train=Labelled(task.train.images[:].to(dtype), task.train.labels))
+    return Context(
+        task,
+        Rng(seed),
+        ipc,
+        decode or Pixels(),
+        labels or Hard(),
+        compute or Compute(),
+        Origin(dataset=task.dataset(), transform=task.transform.describe()),
+    )
+
+
+def begin(method: Bilevel, ctx: Context) -> Any:
+    state = method.init(ctx)
+    state.syn.to(ctx.task.network.dtype)
+    return state
+
+
+def run(method: Bilevel, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
+    state = begin(method, ctx)
+    for step in range(method.num_steps):
+        record = method.step(ctx, state, step)
+        yield record, state.syn()[0].detach().clone()
+
+
+def seen(ctx: Context, batch: Any) -> tuple[Tensor, Tensor]:
+    """What a step of the network sees, taken apart by hand."""
+    images = torch.stack([batch.images[i] for i in batch.chosen.tolist()])
+    targets = torch.stack([batch.targets[i] for i in batch.chosen.tolist()])
+    return ctx.task.augment.apply(images, batch.drawn), targets
+
+
+def real(ctx: Context, method: Any, step: int, part: int = 0) -> tuple[Tensor, Tensor]:
+    return ctx.task.train.sample(method.batch_real, ctx.rng("real", step, part))
+
+
+def losses(method: Bilevel, ctx: Context, state: Any, step: int) -> Tensor:
+    """The loss of a step as the twin has it, with a graph to the set."""
+    task = ctx.task
+    images, targets = state.syn()
+
+    def logits(theta: dict[str, Tensor], x: Tensor) -> Tensor:
+        return task.network.logits(theta, {}, x)
+
+    match method:
+        case DD():
+            size = 3 * method.images_per_step
+            pieces = [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
+            batches = [piece for _ in range(method.inner_epochs) for piece in pieces]
+            found = [
+                twin.dd(
+                    logits,
+                    task.network.init(ctx.rng, "network", step if method.networks == "random" else 0, k).params,
+                    batches,
+                    state.syn.lr,
+                    real(ctx, method, step, k),
+                )
+                for k in range(method.num_networks)
+            ]
+            return torch.stack(found).mean()
+        case RaTBPTT():
+            adjoint: Any = method.adjoint.resolve(ctx.rng("adjoint", step // method.same_burn_in))
+            batches = [seen(ctx, b) for b in method.batches(ctx, state, step, adjoint.burn_in + adjoint.window)]
+            x, y = real(ctx, method, step)
+            x = task.augment.apply(x, method.drawn(ctx, len(x), step, "real"))
+            theta = task.network.init(ctx.rng, "network", step).params
+            return twin.rat_bptt(logits, theta, batches, adjoint.burn_in, method.lr, (x, y), Adam().eps_root)
+        case RTP():
+            classes = method.classes(ctx, step)
+            batches = [seen(ctx, b) for b in method.batches(ctx, state, step, classes)]
+            x = torch.cat([task.train.draw(c, method.batch_real, ctx.rng("real", step, c)) for c in classes])
+            y = torch.tensor([c for c in classes for _ in range(method.batch_real)])
+            theta = task.network.init(ctx.rng, "network", step).params
+            return twin.rtp(logits, theta, batches, method.lr, method.momentum, (x, y))
+    raise AssertionError
+
+
+CASES: dict[str, tuple[Bilevel, dict[str, Any]]] = {
+    "dd": (DD_TINY, {}),
+    "dd, two networks that stay": (dataclasses.replace(DD_TINY, num_networks=2, networks="fixed"), {}),
+    "dd, soft labels": (DD_TINY, {"labels": Logits()}),
+    "dd, through a decoder": (DD_TINY, {"decode": Factor()}),
+    "rat-bptt": (RAT_TINY, {}),
+    "rat-bptt, augmented, soft labels": (RAT_TINY, {"augment": "flip_rotate", "labels": Logits()}),
+    "rtp": (RTP_TINY, {}),
+    "rtp, augmented, through bases": (
+        RTP_TINY,
+        {"augment": "color_crop", "decode": Bases(num_bases=2, start="xavier")},
+    ),
+    "rtp, clipped": (dataclasses.replace(RTP_TINY, clip=1e-3), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_follows_its_twin_step_by_step(case: str) -> None:
+    method, fields = CASES[case]
+    ctx = context(**fields)
+    ours, theirs = begin(method, ctx), begin(method, ctx)
+    norm = 0.0
+    for step in range(method.num_steps):
+        record = method.step(ctx, ours, step)
+        params = [p for group in theirs.leaves().values() for p in group]
+        loss = losses(method, ctx, theirs, step)
+        for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+            p.grad = grad
+        latents = theirs.syn.latents
+        found = float(latents.grad.norm())
+        longest = method.clip
+        if isinstance(method, RaTBPTT):
+            norm = found if step == 0 else 0.9 * norm + 0.1 * found
+            longest = 2 * norm
+        if longest is not None and found > longest:
+            latents.grad *= longest / found
+        for optimiser in theirs.optimisers.values():
+            optimiser.step()
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        for a, b in zip(ours.syn.parameters(), theirs.syn.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [DD_TINY, RTP_TINY])
+def test_exact_and_full_adjoints_agree(method: Bilevel) -> None:
+    for (a, x), (b, y) in zip(
+        run(method, context()), run(dataclasses.replace(method, adjoint=Full()), context()), strict=True
+    ):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+        torch.testing.assert_close(x, y)
+
+
+class TestDD:
+    def test_one_step_is_a_product_with_a_mixed_derivative(self) -> None:
+        """dL/dx = -eta d/dx <grad l(theta; x), grad L(theta')>, by finite differences."""
+        method, ctx = dataclasses.replace(DD_TINY, inner_epochs=1), context(ipc=1)
+        state = begin(method, ctx)
+        method.loss(ctx, state, 0, 0).backward()
+        grad = state.syn.latents.grad
+        step = torch.zeros_like(grad)
+        step[1, 0, 3, 4] = 1e-5
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                state.syn.latents.add_(sign * step)
+                values.append(method.loss(ctx, state, 0, 0).item())
+                state.syn.latents.sub_(sign * step)
+        assert grad[1, 0, 3, 4].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+    def test_each_step_has_a_rate_of_its_own_that_is_learned(self) -> None:
+        *_, (record, _) = run(DD_TINY, context(ipc=2))
+        state = begin(DD_TINY, context(ipc=2))
+        assert state.syn.lr.shape == (4,)
+        DD_TINY.step(context(ipc=2), state, 0)
+        assert len(set(state.syn.lr.tolist())) == 4 and "syn_lr" in record
+
+    def test_batches_hold_every_class_and_are_what_the_evaluator_trains_on(self) -> None:
+        method, ctx = dataclasses.replace(DD_TINY, images_per_step=2), context(ipc=4)
+        state = begin(method, ctx)
+        plan = method.training(ctx.task)
+        assert (plan.batch_size, plan.num_epochs, plan.order) == (6, 2, "stored")
+        for piece in state.syn()[1].split(plan.batch_size):
+            assert sorted(piece.tolist()) == [0, 0, 1, 1, 2, 2]
+        assert len(state.syn.lr) == plan.num_epochs * len(state.syn) // plan.batch_size
+
+    def test_batches_that_do_not_divide_the_budget_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="no whole number of batches of 2"):
+            dataclasses.replace(DD_TINY, images_per_step=2).init(context(ipc=3))
+
+    def test_a_fixed_network_is_learned_better_than_a_fresh_one(self) -> None:
+        """After training for one initialisation, its loss is below that of others under the same steps."""
+        method = dataclasses.replace(
+            DD_TINY, networks="fixed", num_steps=60, batch_real=21, optim=Optim(kind="adam", lr=0.1), inner_epochs=3
+        )
+        ctx = context(ipc=1)
+        state = begin(method, ctx)
+        for step in range(method.num_steps):
+            method.step(ctx, state, step)
+        random = dataclasses.replace(method, networks="random")
+        known = method.loss(ctx, state, 0, 0).item()
+        others = [random.loss(ctx, state, step, 0).item() for step in range(1, 6)]
+        assert known < min(others)
+
+
+class TestRaT:
+    def test_images_seen_in_the_burn_in_alone_get_no_gradient(self) -> None:
+        method = dataclasses.replace(RAT_TINY, adjoint=Truncated(1, 3), batch_per_class=1)
+        ctx = context(ipc=6)
+        state = begin(method, ctx)
+        method.loss(ctx, state, 0, 0).backward()
+        moved = state.syn.latents.grad.flatten(1).norm(dim=1) > 0
+        last = method.batches(ctx, state, 0, 4)[-1].chosen
+        assert moved.nonzero().flatten().tolist() == sorted(last.tolist())
+
+    def test_the_window_moves_every_few_updates(self) -> None:
+        method = dataclasses.replace(RAT_TINY, adjoint=RandomTruncated(0, 50, 2), same_burn_in=10)
+        ctx = context()
+        places = [method.adjoint.resolve(ctx.rng("adjoint", step // 10)).burn_in for step in range(100)]
+        assert all(len(set(places[i : i + 10])) == 1 for i in range(0, 100, 10)) and len(set(places)) > 5
+
+    def test_a_sudden_gradient_is_cut_to_twice_the_running_mean(self) -> None:
+        method, state = RAT_TINY, begin(RAT_TINY, context())
+        assert method.longest(state, 1.0) == 2.0 and state.norm == 1.0
+        assert method.longest(state, 11.0) == pytest.approx(4.0) and state.norm == pytest.approx(2.0)
+
+    def test_images_begin_as_noise_of_unit_length(self) -> None:
+        state = RAT_TINY.init(context())
+        torch.testing.assert_close(state.syn.latents.flatten(1).norm(dim=1), torch.ones(6))
+
+
+class TestRTP:
+    def test_tasks_have_two_classes_to_all(self) -> None:
+        ctx, method = context(), dataclasses.replace(RTP_TINY, min_ways=2)
+        tasks = [method.classes(ctx, step) for step in range(60)]
+        assert {len(task) for task in tasks} == {2, 3} and all(task == sorted(set(task)) for task in tasks)
+        assert {c for task in tasks if len(task) == 2 for c in task} == {0, 1, 2}
+        assert dataclasses.replace(method, min_ways=None).classes(ctx, 5) == [0, 1, 2]
+
+    def test_classes_that_are_not_in_the_task_get_no_gradient(self) -> None:
+        ctx = context(ipc=1)
+        state = begin(RTP_TINY, ctx)
+        step = next(s for s in range(50) if len(RTP_TINY.classes(ctx, s)) == 2)
+        RTP_TINY.loss(ctx, state, step, 0).backward()
+        moved = state.syn.latents.grad.flatten(1).norm(dim=1) > 0
+        assert moved.nonzero().flatten().tolist() == RTP_TINY.classes(ctx, step)
+
+    def test_the_augmentation_stays_through_the_steps_of_an_update(self) -> None:
+        ctx = context(augment="color_crop:mode=M")
+        first, *rest = RTP_TINY.batches(ctx, begin(RTP_TINY, ctx), 0, [0, 1, 2])
+        for batch in rest:
+            for name, value in batch.drawn.values.items():
+                assert torch.equal(value, first.drawn.values[name])
+
+
+@pytest.mark.parametrize("method", [DD_TINY, RAT_TINY, RTP_TINY])
+class TestAll:
+    def test_a_step_depends_on_the_state_and_its_number_alone(self, method: Bilevel) -> None:
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        (a, x), (b, y) = (list(run(method, context()))[-1] for _ in range(2))
+        assert a == b and torch.equal(x, y) and torch.equal(torch.get_rng_state(), before)
+        other = list(run(method, context(seed=1)))[-1][1]
+        assert not torch.equal(x, other)
+
+    def test_the_loss_falls(self, method: Bilevel) -> None:
+        long = dataclasses.replace(method, num_steps=80, optim=Optim(kind="adam", lr=0.05), batch_real=21)
+        found = [record["loss"] for record, _ in run(long, context(ipc=1))]
+        assert sum(found[-10:]) < 0.95 * sum(found[:10])
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: DD(images_per_step=0), "images_per_step must be positive, got 0; a usual value is 1"),
+        (lambda: DD(lr=-1.0), "lr must be positive"),
+        (lambda: RaTBPTT(clip_decay=1.0), "clip_decay must lie in"),
+        (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
+        (lambda: RTP(momentum=1.5), "momentum must lie in"),
+        (lambda: RTP(min_ways=1), "one class is no task"),
+    ],
+)
+def test_bad_fields_are_refused(make: Callable[[], Bilevel], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        make()
+
+
+def test_the_recipes_hold_the_published_values() -> None:
+    files = recipe_files()
+    dd: Any = from_yaml(files["dd-mnist-ipc10"]).method
+    assert (dd.inner_epochs, dd.images_per_step, dd.lr, dd.batch_real) == (3, 1, 0.02, 1024)
+    assert (dd.optim.kind, dd.optim.lr, dd.optim.momentum, len(dd.optim.halve_at)) == ("adam", 0.01, 0.5, 9)
+    rat: Any = from_yaml(files["rat-bptt-cifar10-ipc10"]).method
+    assert rat.adjoint == RandomTruncated(0, 140, 60) and (rat.lr, rat.batch_real) == (1e-3, 5000)
+    rtp = from_yaml(files["rtp"])
+    method: Any = rtp.method
+    assert (method.inner_steps, method.lr, method.momentum, method.clip, method.batch_real) == (150, 0.01, 0.9, 2.0, 64)
+    assert rtp.decode == Bases(start="xavier")
