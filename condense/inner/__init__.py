@@ -1,4 +1,5 @@
-"""Differentiable inner loops: ``unroll`` trains, a rule says how, an adjoint says how to differentiate it."""
+"""Differentiable inner loops: ``unroll`` trains, a rule says how, an adjoint says how to differentiate it; what solves
+an inner problem in another way is differentiated by ``implicit_gradient``."""
 
 from condense.inner.adjoint import (
     ADJOINTS,
@@ -11,6 +12,17 @@ from condense.inner.adjoint import (
     Tesla,
     Truncated,
 )
+from condense.inner.implicit import (
+    ConjugateGradients,
+    Descent,
+    Minimum,
+    Solver,
+    hessian_product,
+    implicit_gradient,
+    minimise,
+    mixed_gradient,
+    pushforward,
+)
 from condense.inner.rules import SGD, Adam, Params, Rule
 from condense.inner.unroll import unroll
 
@@ -20,13 +32,22 @@ __all__ = [
     "Adam",
     "Adjoint",
     "Checkpointed",
+    "ConjugateGradients",
+    "Descent",
     "Exact",
     "Full",
     "Higher",
+    "Minimum",
     "Params",
     "RandomTruncated",
     "Rule",
+    "Solver",
     "Tesla",
     "Truncated",
+    "hessian_product",
+    "implicit_gradient",
+    "minimise",
+    "mixed_gradient",
+    "pushforward",
     "unroll",
 ]
