@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from condense.inner import Adjoint, Exact, Params, Rule, unroll
+from condense.inner import Adjoint, Exact, Params, RandomTruncated, Rule, unroll
 from condense.method import Context, GradientMethod
 from condense.methods.mtt import Minibatch, prepared
 from condense.synthetic.set import SyntheticSet
@@ -42,6 +42,15 @@ class Bilevel(GradientMethod):
             if not value > 0:
                 usual = next(f.default for f in self.__dataclass_fields__.values() if f.name == name)
                 raise ValueError(f"method.{name} must be positive, got {value}; a usual value is {usual}")
+
+    def require_room(self, num_steps: int) -> None:
+        """Raise ValueError where the adjoint may ask for more steps than the network takes."""
+        if isinstance(self.adjoint, RandomTruncated) and self.adjoint.hi + self.adjoint.window > num_steps:
+            most = max(num_steps - self.adjoint.window, 0)
+            raise ValueError(
+                f"method.adjoint has a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, the "
+                f"network takes {num_steps} steps; give --method.adjoint.hi {most} and a window that fits"
+            )
 
     def train(
         self,
@@ -66,8 +75,9 @@ class Bilevel(GradientMethod):
         )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy on real images (N, C, H, W) in evaluation mode."""
-        return loss_of(ctx.task.network.logits(theta, buffers, images, train=False), labels)
+        """Cross-entropy on real images (N, C, H, W) in evaluation mode. BatchNorm alone takes their statistics: the
+        pure steps of the network leave its running ones as they began."""
+        return loss_of(ctx.task.network.logits(theta, buffers, images, train=bool(buffers)), labels)
 
 
 def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:

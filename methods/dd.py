@@ -3,8 +3,8 @@
     min_{S, eta}  E_theta_0  l(R; theta_T),    theta_{t+1} = theta_t - eta_t grad l(S_t; theta_t)
 
     symbol   code
-    S_t      piece t of the decoded set in its stored order, ``images_per_step`` images of every class; the pieces
-             follow each other in a fixed order, and again in each of ``inner_epochs``
+    S_t      piece t of the decoded set in its stored order, ``images_per_step`` images of every class, augmented as the
+             recipe says; the pieces follow each other in a fixed order, and again in each of ``inner_epochs``
     eta_t    ``state.syn.lr`` (T,), one for each step of all epochs, learned as its logarithm; all begin at ``lr``
     theta_0  ``num_networks`` fresh networks a step, or the same ones at every step: ``networks``
     R        ``batch_real`` real images
@@ -21,10 +21,10 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor
 
-from condense.augment import Augment
-from condense.inner import SGD, unroll
+from condense.inner import SGD
 from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel
+from condense.methods.mtt import Minibatch
 from condense.task import Task
 from condense.train import Training
 
@@ -75,18 +75,15 @@ class DD(Bilevel):
             order="stored",
         )
 
-    def training_augment(self, task: Task) -> Augment:
-        return Augment()
-
     def init(self, ctx: Context) -> GradientState:
         if ctx.images_per_class % self.images_per_step:
             raise ValueError(
                 f"{ctx.images_per_class} images a class are no whole number of batches of {self.images_per_step}; give "
                 "--method.images-per-step 1"
             )
-        num_batches = self.inner_epochs * (ctx.images_per_class // self.images_per_step)
-        images, labels = ctx.initial(self.start)
-        syn = ctx.new_set(images, labels, lr=torch.full((num_batches,), self.lr), interleave=True)
+        num_steps = self.inner_epochs * (ctx.images_per_class // self.images_per_step)
+        self.require_room(num_steps)
+        syn = ctx.new_set(*ctx.initial(self.start), lr=torch.full((num_steps,), self.lr), interleave=True)
         return GradientState(syn=syn, optimisers=self.optimisers(syn))
 
     def parts(self, ctx: Context) -> Sequence[int]:
@@ -94,17 +91,16 @@ class DD(Bilevel):
 
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         theta, buffers = ctx.task.network.init(ctx.rng, "network", step if self.networks == "random" else 0, part)
-        images, targets = state.syn()
-        size = self.images_per_step * ctx.task.num_classes
-        batches = list(zip(images.split(size), targets.split(size), strict=True)) * self.inner_epochs
-        theta = unroll(
-            ctx.loss_fn,
-            theta,
-            batches,
-            rule=SGD(),
-            lr=cast(Tensor, state.syn.lr),
-            adjoint=self.adjoint.resolve(ctx.rng("adjoint", step, part)),
-            compile=bool(ctx.compute.compile),
-        )
+        batches, adjoint = self.batches(ctx, state, step, part), self.adjoint.resolve(ctx.rng("adjoint", step, part))
+        theta = self.train(ctx, theta, batches, rule=SGD(), lr=cast(Tensor, state.syn.lr), adjoint=adjoint)
         real = ctx.task.train.sample(self.batch_real, ctx.rng("real", step, part))
         return self.real_loss(ctx, theta, buffers, *real) / self.num_networks
+
+    def batches(self, ctx: Context, state: GradientState, step: int, part: int) -> list[Minibatch]:
+        """The pieces of the set, once in each epoch."""
+        task, (images, targets) = ctx.task, state.syn()
+        size = self.images_per_step * task.num_classes
+        pieces = torch.arange(len(images), device=images.device).split(size) * self.inner_epochs
+        rngs = (ctx.rng("augment", step, f"{part}/{t}") for t in range(len(pieces)))
+        draws = (task.augment.sample(rng, size * task.augment.copies, task.image_shape, siamese=False) for rng in rngs)
+        return [Minibatch(images, targets, index, drawn) for index, drawn in zip(pieces, draws, strict=True)]

@@ -9,7 +9,7 @@ The gradient goes back through the last W steps only, k random steps after the b
     b_n      ``batch_per_class`` images of every class, drawn for each step
     A        ``task.augment``, drawn for every image of every step, and for the real ones
     R        ``batch_real`` real images
-    clip     the images' gradient is cut to ``clip_factor`` times a running mean of its norm, of decay ``clip_decay``
+    clip     the images' gradient is cut to ``clip`` times a running mean of its norm, of decay ``clip_decay``
 
 Deviations: see docs/methods/rat-bptt.md.
 """
@@ -41,7 +41,7 @@ class RaTState(GradientState):
 class RaTBPTT(Bilevel):
     """Back-propagates through a window at a random place of training."""
 
-    num_steps: int = 60000
+    num_steps: int = 600000
     """Updates of the images."""
     adjoint: Adjoint = RandomTruncated()
     """How to differentiate through the steps of the network."""
@@ -59,14 +59,14 @@ class RaTBPTT(Bilevel):
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="adam", lr=1e-3, momentum=0.9)
     """Optimiser of learned labels."""
-    clip_factor: float = 2.0
-    """Largest norm of the images' gradient, in running means of it."""
+    clip: float | None = 2.0
+    """Largest norm of the gradient of the images, in running means of it; unset: any."""
     clip_decay: float = 0.9
     """Decay of that mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("inner_steps", "same_burn_in", "lr", "batch_per_class", "batch_real", "clip_factor")
+        self.positive("inner_steps", "same_burn_in", "lr", "batch_per_class", "batch_real")
         if not 0 <= self.clip_decay < 1:
             raise ValueError(f"method.clip_decay must lie in [0, 1), got {self.clip_decay}; a usual value is 0.9")
 
@@ -113,7 +113,7 @@ class RaTBPTT(Bilevel):
         """Parameters of the augmentation of so many images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.image_shape, siamese=False)
 
-    def longest(self, state: RaTState, norm: float) -> float:
+    def longest(self, state: RaTState, norm: float) -> float | None:
         """As published, the mean takes the new norm in before it bounds it."""
         state.norm = self.clip_decay * state.norm + (1 - self.clip_decay) * norm if state.norm else norm
-        return self.clip_factor * state.norm
+        return None if self.clip is None else self.clip * state.norm

@@ -61,6 +61,7 @@ class RTP(Bilevel):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("inner_steps", "lr", "batch_per_class", "batch_real")
+        self.require_room(self.inner_steps)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")
         if self.min_ways is not None and self.min_ways < 2:
@@ -71,7 +72,10 @@ class RTP(Bilevel):
         return self.num_steps * (4 * self.inner_steps * batch + num_classes * self.batch_real)
 
     def training(self, task: Task) -> Training:
-        return Training(num_epochs=300)
+        batch = self.batch_per_class * task.num_classes
+        return Training(
+            num_epochs=300, batch_size=batch, lr=self.lr, momentum=self.momentum, weight_decay=0.0, decay_at=None
+        )
 
     def init(self, ctx: Context) -> GradientState:
         syn = ctx.new_set(*ctx.initial(self.start))

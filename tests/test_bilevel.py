@@ -13,10 +13,12 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
+from condense.inner import SGD as Descent
 from condense.inner import Adam, Full, RandomTruncated, Truncated
 from condense.method import Context, Optim
 from condense.methods.bilevel import Bilevel
 from condense.methods.dd import DD
+from condense.methods.mtt import Minibatch
 from condense.methods.rat_bptt import RaTBPTT
 from condense.methods.rtp import RTP
 from condense.networks import Functional
@@ -24,6 +26,7 @@ from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
 from condense.synthetic import Bases, Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
+from condense.train import Trainer
 from tests.reference import bilevel as twin
 
 SGD = Optim(lr=5.0, momentum=0.5)
@@ -42,6 +45,7 @@ def context(
     compute: Compute | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    network: str = "convnet:depth=1,width=4",
 ) -> Context:
     classes = torch.arange(21) % 3
     images = torch.rand(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,7 +53,7 @@ def context(
         load((images, classes)),
         transform="channel",
         split=Split(),
-        network=Functional("convnet:depth=1,width=4", (1, 8, 8), 3, dtype=dtype),
+        network=Functional(network, (1, 8, 8), 3, dtype=dtype),
         augment=Augment.parse(augment),
         device=torch.device("cpu"),
     )
@@ -82,6 +86,8 @@ def seen(ctx: Context, batch: Any) -> tuple[Tensor, Tensor]:
     """What a step of the network sees, taken apart by hand."""
     images = torch.stack([batch.images[i] for i in batch.chosen.tolist()])
     targets = torch.stack([batch.targets[i] for i in batch.chosen.tolist()])
+    if ctx.task.augment.flips:
+        images, targets = torch.cat([images, images.flip(3)]), torch.cat([targets, targets])
     return ctx.task.augment.apply(images, batch.drawn), targets
 
 
@@ -100,13 +106,22 @@ def losses(method: Bilevel, ctx: Context, state: Any, step: int) -> Tensor:
     match method:
         case DD():
             size = 3 * method.images_per_step
-            pieces = [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
-            batches = [piece for _ in range(method.inner_epochs) for piece in pieces]
+
+            def pieces(k: int) -> list[tuple[Tensor, Tensor]]:
+                batches = []
+                for t in range(method.inner_epochs * len(images) // size):
+                    first = t * size % len(images)
+                    num, key = size * (2 if task.augment.flips else 1), ctx.rng("augment", step, f"{k}/{t}")
+                    drawn = task.augment.sample(key, num, task.image_shape, siamese=False)
+                    index = torch.arange(first, first + size)
+                    batches.append(seen(ctx, Minibatch(images, targets, index, drawn)))
+                return batches
+
             found = [
                 twin.dd(
                     logits,
                     task.network.init(ctx.rng, "network", step if method.networks == "random" else 0, k).params,
-                    batches,
+                    pieces(k),
                     state.syn.lr,
                     real(ctx, method, step, k),
                 )
@@ -135,6 +150,7 @@ CASES: dict[str, tuple[Bilevel, dict[str, Any]]] = {
     "dd, two networks that stay": (dataclasses.replace(DD_TINY, num_networks=2, networks="fixed"), {}),
     "dd, soft labels": (DD_TINY, {"labels": Logits()}),
     "dd, through a decoder": (DD_TINY, {"decode": Factor()}),
+    "dd, augmented pairs": (DD_TINY, {"augment": "color_crop:flips=true"}),
     "rat-bptt": (RAT_TINY, {}),
     "rat-bptt, augmented, soft labels": (RAT_TINY, {"augment": "flip_rotate", "labels": Logits()}),
     "rtp": (RTP_TINY, {}),
@@ -142,6 +158,7 @@ CASES: dict[str, tuple[Bilevel, dict[str, Any]]] = {
         RTP_TINY,
         {"augment": "color_crop", "decode": Bases(num_bases=2, start="xavier")},
     ),
+    "rtp, augmented pairs": (RTP_TINY, {"augment": "color_crop:flips=true"}),
     "rtp, clipped": (dataclasses.replace(RTP_TINY, clip=1e-3), {}),
 }
 
@@ -215,6 +232,21 @@ class TestDD:
             assert sorted(piece.tolist()) == [0, 0, 1, 1, 2, 2]
         assert len(state.syn.lr) == plan.num_epochs * len(state.syn) // plan.batch_size
 
+    @pytest.mark.parametrize("decode", [Pixels(), Factor()])
+    def test_the_evaluator_takes_the_steps_that_were_learned(self, decode: Decode) -> None:
+        """Its trainer, by the stored training and the learned rates, arrives where the unrolled network does."""
+        method, ctx = dataclasses.replace(DD_TINY, images_per_step=2), context(ipc=4, decode=decode)
+        state = begin(method, ctx)
+        method.step(ctx, state, 0)
+        weights = ctx.task.network.init(ctx.rng, "any")
+        expected = method.train(
+            ctx, weights.params, method.batches(ctx, state, 1, 0), rule=Descent(), lr=state.syn.lr, adjoint=Full()
+        )
+        plan = dataclasses.replace(method.training(ctx.task), rates=tuple(state.syn.lr.tolist()))
+        trainer = Trainer(ctx.task.network, plan, method.training_augment(ctx.task), Compute())
+        images, targets = (x.detach() for x in state.syn())
+        torch.testing.assert_close(trainer.run(weights, images, targets, Rng(5)).params, dict(expected))
+
     def test_batches_that_do_not_divide_the_budget_are_refused(self) -> None:
         with pytest.raises(ValueError, match="no whole number of batches of 2"):
             dataclasses.replace(DD_TINY, images_per_step=2).init(context(ipc=3))
@@ -255,6 +287,11 @@ class TestRaT:
         assert method.longest(state, 1.0) == 2.0 and state.norm == 1.0
         assert method.longest(state, 11.0) == pytest.approx(4.0) and state.norm == pytest.approx(2.0)
 
+    def test_a_gradient_may_stay_as_it_is(self) -> None:
+        method = dataclasses.replace(RAT_TINY, clip=None)
+        state = begin(method, context())
+        assert method.longest(state, 1.0) is None and method.longest(state, 1e9) is None
+
     def test_images_begin_as_noise_of_unit_length(self) -> None:
         state = RAT_TINY.init(context())
         torch.testing.assert_close(state.syn.latents.flatten(1).norm(dim=1), torch.ones(6))
@@ -282,6 +319,17 @@ class TestRTP:
         for batch in rest:
             for name, value in batch.drawn.values.items():
                 assert torch.equal(value, first.drawn.values[name])
+        second = RTP_TINY.batches(ctx, begin(RTP_TINY, ctx), 1, [0, 1, 2])[0]
+        assert not torch.equal(first.drawn.values["color"], second.drawn.values["color"])
+
+
+def test_batch_norm_takes_the_statistics_of_the_real_images() -> None:
+    """Its running ones never saw an image."""
+    ctx = context(network="convnet:depth=1,width=4,norm=batch")
+    theta, buffers = ctx.task.network.init(ctx.rng, "any")
+    x, y = ctx.task.train.images[:] * 2 + 3, ctx.task.train.labels
+    expected = torch.nn.functional.cross_entropy(ctx.task.network.logits(theta, buffers, x, train=True), y)
+    assert DD_TINY.real_loss(ctx, theta, buffers, x, y).item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("method", [DD_TINY, RAT_TINY, RTP_TINY])
@@ -309,6 +357,11 @@ class TestAll:
         (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
         (lambda: RTP(momentum=1.5), "momentum must lie in"),
         (lambda: RTP(min_ways=1), "one class is no task"),
+        (
+            lambda: RTP(adjoint=RandomTruncated()),
+            "burn-in of up to 140 and a window of 60, the network takes 150 steps",
+        ),
+        (lambda: dataclasses.replace(DD_TINY, adjoint=RandomTruncated(0, 9, 2)).init(context()), "takes 4 steps"),
     ],
 )
 def test_bad_fields_are_refused(make: Callable[[], Bilevel], complaint: str) -> None:
@@ -322,7 +375,8 @@ def test_the_recipes_hold_the_published_values() -> None:
     assert (dd.inner_epochs, dd.images_per_step, dd.lr, dd.batch_real) == (3, 1, 0.02, 1024)
     assert (dd.optim.kind, dd.optim.lr, dd.optim.momentum, len(dd.optim.halve_at)) == ("adam", 0.01, 0.5, 9)
     rat: Any = from_yaml(files["rat-bptt-cifar10-ipc10"]).method
-    assert rat.adjoint == RandomTruncated(0, 140, 60) and (rat.lr, rat.batch_real) == (1e-3, 5000)
+    assert rat.adjoint == RandomTruncated(0, 140, 60) and (rat.lr, rat.batch_real, rat.clip) == (1e-3, 5000, 2.0)
+    assert rat.num_steps == 10 * 60000 and (rat.optim.kind, rat.optim.lr) == ("adam", 1e-3)
     rtp = from_yaml(files["rtp"])
     method: Any = rtp.method
     assert (method.inner_steps, method.lr, method.momentum, method.clip, method.batch_real) == (150, 0.01, 0.9, 2.0, 64)
