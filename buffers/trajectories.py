@@ -58,6 +58,10 @@ class Experts:
     """Epochs done when the learning rate drops, once; None: never."""
     decay: float = 0.1
     """Factor of that drop; the momentum is kept."""
+    rho: float = 0.0
+    """How far adaptive GSAM goes uphill for its gradient: 0.01 for FTD and DATM; 0: plain gradients."""
+    alpha: float = 0.0
+    """How much GSAM counts the plain gradient's part across that one: 0.4 for FTD, 0.3 for DATM."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.num_epochs < 1:
@@ -78,6 +82,8 @@ class Experts:
             # Half an epoch early: Training multiplies by num_epochs, and rounding must not delay the drop.
             decay_at=None if self.decay_epoch is None else (self.decay_epoch - 0.5) / self.num_epochs,
             decay=self.decay,
+            rho=self.rho,
+            alpha=self.alpha,
         )
 
     def identity(self) -> dict[str, Any]:

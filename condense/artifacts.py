@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import safetensors
 import safetensors.torch
@@ -89,6 +89,8 @@ class TrajectorySpec(ArtifactSpec):
     """Fewest experts that serve."""
     num_epochs: int = 1
     """Fewest epochs that serve; there is one snapshot more."""
+    experts: Literal["any", "sgd", "gsam"] = "any"
+    """How they were trained. Of imported experts it is not known, and not asked."""
 
     def command(self, dataset: str) -> str:
         words = ["condense", "buffer", "--dataset", dataset]
@@ -101,6 +103,8 @@ class TrajectorySpec(ArtifactSpec):
         split = self.identity.get("split", {})
         if split.get("val_fraction"):
             words += ["--split.val-fraction", str(split["val_fraction"]), "--split.seed", str(split["seed"])]
+        if self.experts == "gsam":
+            words += ["--rho", "0.01", "--alpha", "0.3"]
         if self.num_experts > 1:
             words += ["--num-experts", str(self.num_experts)]
         return shlex.join([*words, "--num-epochs", str(self.num_epochs)])
@@ -108,6 +112,10 @@ class TrajectorySpec(ArtifactSpec):
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
         wanted = {"num_experts": self.num_experts, "num_epochs": self.num_epochs}
         short = [f"{key} is {manifest[key]}, less than {n}" for key, n in wanted.items() if manifest[key] < n]
+        training = manifest["identity"].get("training", {})
+        found = "gsam" if training.get("rho") else "sgd"
+        if training and self.experts not in ("any", found):
+            short.append(f"experts are trained by {found}, not {self.experts}")
         return super().misfits(manifest) + short
 
     def open(self, path: Path) -> Trajectories:

@@ -373,6 +373,10 @@ class GradientMethod(Method):
         """The largest norm allowed of the images' gradient, which has ``norm``; None: any."""
         return self.clip
 
+    def skips(self, loss: float) -> bool:
+        """Whether nothing is updated in a step with this loss."""
+        return False
+
     def after(self, ctx: Context, state: Any, step: int) -> None:
         """What follows the update of the set: advance a student, age a pool."""
         return
@@ -405,7 +409,8 @@ class GradientMethod(Method):
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
             record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step / self.num_steps)
-            optimiser.step()
+            if not self.skips(record["loss"]):
+                optimiser.step()
         with torch.no_grad():
             if self.clamp:
                 latents = state.syn.latents

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from condense.networks import Functional, Weights
 from condense.rng import Rng
 
 Tensors = dict[str, Tensor]
+Objective = Callable[[bool], Tensor]
+"""The loss of a batch at the weights as they are; whether running statistics are updated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,10 @@ class Training:
     """Share of a target that goes to all classes evenly, under cross-entropy."""
     temperature: float = 1.0
     """What logits are divided by under kl, those of a teacher too."""
+    rho: float = 0.0
+    """How far adaptive GSAM goes uphill for its gradient, see ``sharpness_aware``; 0: plain gradients."""
+    alpha: float = 0.0
+    """How much GSAM counts the part of the plain gradient that lies across that one."""
 
     def __post_init__(self) -> None:
         if self.num_epochs < 0 or self.batch_size < 1 or not self.lr > 0:
@@ -80,6 +87,11 @@ class Training:
             raise ValueError(
                 f"training needs mixup >= 0 and temperature > 0, got {self.mixup} and {self.temperature}; "
                 "usual values are 0.2 and 20"
+            )
+        if self.rho < 0 or (self.alpha and not self.rho):
+            raise ValueError(
+                f"training needs rho >= 0, and rho > 0 where alpha is given, got {self.rho} and {self.alpha}; "
+                "the values of FTD's experts are 0.01 and 0.4"
             )
 
     def content(self) -> dict[str, Any]:
@@ -153,8 +165,8 @@ class Trainer:
         self.network, self.training, self.augment, self.compute = network, training, augment, compute
         self.teacher = teacher
 
-        def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor) -> Tensor:
-            logits = network.logits(params, buffers, images, train=True, update_buffers=True)
+        def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor, update: bool) -> Tensor:
+            logits = network.logits(params, buffers, images, train=True, update_buffers=update)
             return training.loss_of(logits.float(), targets)
 
         def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
@@ -174,26 +186,30 @@ class Trainer:
         targets: Tensor,
         rng: Rng,
         *,
+        velocity: Tensors | None = None,
         on_epoch: Callable[[int, Weights], None] | None = None,
     ) -> Weights:
         """Train a copy of ``weights`` on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C).
 
-        Batch order and augmentation are keyed by ``rng``, epoch and batch. ``on_epoch(epochs_done, weights)``
-        sees the live weights after each epoch: clone what you keep.
+        Batch order and augmentation are keyed by ``rng``, epoch and batch. ``velocity``, one tensor a parameter, is
+        sgd's momentum where a training goes on; it is changed in place. ``on_epoch(epochs_done, weights)`` sees the
+        live weights after each epoch: clone what you keep.
         """
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
         live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
 
-        def step(epoch: int, batch: int, index: Tensor) -> Tensor:
-            x, y = self._batch(images, targets, rng, epoch, batch, index)
-            loss: Tensor = self._loss(*live, self.compute.layout(x), y)
-            return loss
+        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> Objective:
+            x, y = self._batch(images, targets, rng, epoch, batch, indices[0])
+            return functools.partial(self._loss, *live, self.compute.layout(x), y)
 
         def after(epochs: int) -> None:
             if on_epoch is not None:
                 on_epoch(epochs, live)
 
-        self._epochs(params, len(images), [rng], lambda e, b, indices: step(e, b, indices[0]), after)
+        optimiser = self.training.optimise(params.values())
+        for name, buffer in (velocity or {}).items():
+            optimiser.state[params[name]]["momentum_buffer"] = buffer
+        self._epochs(optimiser, len(images), [rng], prepare, after)
         return Weights({name: p.detach() for name, p in params.items()}, live.buffers)
 
     def run_together(
@@ -224,39 +240,41 @@ class Trainer:
         def live() -> list[Weights]:
             return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
 
-        def step(epoch: int, batch: int, indices: Sequence[Tensor]) -> Tensor:
+        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> Objective:
             pairs = zip(rngs, indices, strict=True)
             xs, ys = zip(*(self._batch(images, targets, *(rng, epoch, batch, i)) for rng, i in pairs), strict=True)
-            loss: Tensor = self._losses(params, torch.stack(xs), torch.stack(ys))
-            return loss
+            x, y = torch.stack(xs), torch.stack(ys)
+            return lambda update: cast(Tensor, self._losses(params, x, y))
 
         def after(epochs: int) -> None:
             if on_epoch is not None:
                 on_epoch(epochs, live())
 
-        self._epochs(params, len(images), rngs, step, after)
+        self._epochs(self.training.optimise(params.values()), len(images), rngs, prepare, after)
         return live()
 
     def _epochs(
         self,
-        params: Tensors,
+        optimiser: torch.optim.Optimizer,
         num_images: int,
         rngs: Sequence[Rng],
-        step: Callable[[int, int, Sequence[Tensor]], Tensor],
+        prepare: Callable[[int, int, Sequence[Tensor]], Objective],
         after: Callable[[int], None],
     ) -> None:
-        """``step(epoch, batch, indices)`` gives the loss; ``indices`` has those of every network."""
+        """``prepare(epoch, batch, indices)`` gives the loss of a batch; ``indices`` has those of every network."""
         plan = self.training
-        optimiser = plan.optimise(params.values())
         num_batches = -(-num_images // plan.batch_size)
         with rngs[0].forked("layers"):  # dropout of foreign networks
             for epoch in range(plan.num_epochs):
                 orders = [self._order(num_images, rng, epoch) for rng in rngs]
                 for batch, indices in enumerate(zip(*(order.split(plan.batch_size) for order in orders), strict=True)):
                     optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + batch, num_batches)
-                    loss = step(epoch, batch, indices)
+                    objective = prepare(epoch, batch, indices)
                     optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
+                    objective(True).backward()
+                    if plan.rho:
+                        params = optimiser.param_groups[0]["params"]
+                        sharpness_aware(params, objective, plan.rho, plan.alpha, len(rngs))
                     optimiser.step()
                 after(epoch + 1)
 
@@ -282,6 +300,45 @@ class Trainer:
             with torch.no_grad():
                 y = (self.teacher(x) / self.training.temperature).softmax(1)
         return x, y
+
+
+def sharpness_aware(
+    params: Sequence[Tensor], objective: Objective, rho: float, alpha: float, num_networks: int = 1
+) -> None:
+    """Replace the gradient g of a batch at the weights w by that of adaptive GSAM.
+
+    Zhuang et al. (2022), "Surrogate Gap Minimization Improves Sharpness-Aware Training", with the adaptive ascent of
+    Kwon et al. (2021), as FTD trains its experts. With h the gradient of the same batch at ``w + rho w^2 g / |w g|``
+    (squares and products by element, norms over all weights of a network) it is ``h - alpha (g - (g.h / h.h) h)``.
+
+    Args:
+        params: with g as their gradients. They come back as they are.
+        objective: the loss of the batch.
+        rho, alpha: as in ``Training``.
+        num_networks: how many the first axis of ``params`` holds, if there are several.
+    """
+
+    def rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.reshape(num_networks, -1) for t in tensors]
+
+    def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(x * y).sum(1) for x, y in zip(a, b, strict=True)]).sum(0)[:, None]
+
+    with torch.no_grad():
+        before = [p.clone() for p in params]
+        w, g = rows(before), rows([cast(Tensor, p.grad) for p in params])
+        adapted = [x * y for x, y in zip(w, g, strict=True)]
+        far = rho / (inner(adapted, adapted).sqrt() + 1e-12)
+        for p, x, y in zip(params, w, adapted, strict=True):
+            p.add_((far * x * y).view_as(p))
+            p.grad = None
+    objective(False).backward()
+    with torch.no_grad():
+        h = rows([cast(Tensor, p.grad) for p in params])
+        along = inner(g, h) / inner(h, h).clamp(min=torch.finfo(h[0].dtype).tiny)
+        for p, old, x, y in zip(params, before, g, h, strict=True):
+            p.copy_(old)
+            p.grad = (y - alpha * (x - along * y)).view_as(p)
 
 
 def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ Deviations: see docs/methods/mtt.md.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,16 +35,21 @@ from condense.inner import SGD, Adjoint, Exact, unroll
 from condense.match import trajectory_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
+from condense.synthetic.labels import Assigned
+from condense.synthetic.set import SyntheticSet
 from condense.task import Task
 from condense.train import Training
 
+MAX_JUDGED = 1000
+"""Images that an expert is shown at once."""
 
-@final
+
 @dataclass(frozen=True, kw_only=True)
-class MTT(GradientMethod):
-    """Matches where experts arrive after epochs of real data; the student's step size is learned too."""
+class TrajectoryMatching(GradientMethod):
+    """What MTT, TESLA and DATM share: the student, its target and the loss."""
 
     family: ClassVar[str] = "trajectory matching"
+    has_teacher: ClassVar[bool] = True
 
     num_steps: int = 5000
     """Updates of the images."""
@@ -68,6 +74,8 @@ class MTT(GradientMethod):
     are to be divided by the square of ``lr``."""
     adjoint: Adjoint = Exact()
     """How to differentiate through the student's steps."""
+    experts: Literal["any", "sgd", "gsam"] = "any"
+    """The training that the experts of a buffer must have had: plain, or sharpness-aware as in FTD."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +88,7 @@ class MTT(GradientMethod):
 
     def needs(self, task: Task) -> tuple[ArtifactSpec, ...]:
         last_epoch = self.max_start_epoch - 1 + self.expert_epochs
-        return (TrajectorySpec(identity=task.identity(), num_epochs=last_epoch),)
+        return (TrajectorySpec(identity=task.identity(), num_epochs=last_epoch, experts=self.experts),)
 
     def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = self.batch_syn or num_classes * images_per_class
@@ -98,10 +106,14 @@ class MTT(GradientMethod):
 
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         start, target = self.snapshots(ctx, step, part)
+        images, targets = state.syn()
+        if ctx.labels.name == "teacher":
+            expert, epoch = self.piece(ctx, step, part)
+            targets = judged(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
         theta = unroll(
             ctx.loss_fn,
             start,
-            self.batches(ctx, state, step, part),
+            self.batches(ctx, images, targets, step, part),
             prepare=functools.partial(prepared, ctx.task.augment),
             rule=SGD(),
             lr=cast(Tensor, state.syn.lr),
@@ -111,17 +123,23 @@ class MTT(GradientMethod):
         return trajectory_distance(theta, target, start) / self.num_trajectories
 
     def snapshots(self, ctx: Context, step: int, part: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Where the student starts and what it aims at: two snapshots of an expert, drawn for this part."""
-        experts = cast(Trajectories, ctx.artifacts[TrajectorySpec])
-        generator = ctx.rng("trajectory", step, part)
-        expert = int(torch.randint(experts.num_experts, (), generator=generator))
-        epoch = int(torch.randint(self.max_start_epoch, (), generator=generator))
-        start, target = experts.pair(expert, epoch, epoch + self.expert_epochs)
+        """Where the student starts and what it aims at."""
+        expert, epoch = self.piece(ctx, step, part)
+        start, target = experts_of(ctx).pair(expert, epoch, epoch + self.expert_epochs)
         return _onto(ctx.task.network, start), _onto(ctx.task.network, target)
 
-    def batches(self, ctx: Context, state: GradientState, step: int, part: int) -> list[Minibatch]:
+    def piece(self, ctx: Context, step: int, part: int) -> tuple[int, int]:
+        """Which piece of a trajectory is matched: an expert and a start epoch, drawn for this part."""
+        generator, epochs = ctx.rng("trajectory", step, part), self.start_epochs(step)
+        expert = int(torch.randint(experts_of(ctx).num_experts, (), generator=generator))
+        return expert, int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
+
+    def start_epochs(self, step: int) -> range:
+        """The epochs of an expert at which a student may start."""
+        return range(self.max_start_epoch)
+
+    def batches(self, ctx: Context, images: Tensor, targets: Tensor, step: int, part: int) -> list[Minibatch]:
         """What the student's steps are made of; all share the images and targets, with their graph to the set."""
-        images, targets = state.syn()
         generator = ctx.rng("minibatches", step, part)
         batches = []
         for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, generator)):
@@ -133,6 +151,52 @@ class MTT(GradientMethod):
             )
             batches.append(Minibatch(images, targets, index.to(images.device), drawn))
         return batches
+
+    def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
+        """With labels by a teacher, those that are stored are the mean of what all experts say in the end."""
+        syn = super().finalize(ctx, state, steps)
+        if ctx.labels.name != "teacher":
+            return syn
+        labelled = copy.deepcopy(syn)
+        with torch.no_grad():
+            images, _ = labelled()
+            found = torch.stack([logits.softmax(1) for logits in judged_by_all(ctx, images)]).mean(0)
+            cast(Assigned, labelled.provider).assign(found.unflatten(0, (-1, len(labelled))).mean(0))
+        return labelled
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MTT(TrajectoryMatching):
+    """Matches where experts arrive; the student's rate is learned too."""
+
+
+def experts_of(ctx: Context) -> Trajectories:
+    """The buffer."""
+    return cast(Trajectories, ctx.artifacts[TrajectorySpec])
+
+
+@torch.no_grad()
+def judged(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
+    """Logits (N, C) that an expert has for images as they are, after so many epochs.
+
+    Raises:
+        ValueError: it has BatchNorm, and the buffer no statistics of it.
+    """
+    network, experts = ctx.task.network, experts_of(ctx)
+    params, buffers = (_onto(network, table(expert, epoch)) for table in (experts.snapshot, experts.buffers))
+    if buffers.keys() != network.init(ctx.rng, "structure").buffers.keys():
+        raise ValueError(
+            f"experts of {experts.folder} cannot judge images: they came without the running statistics of "
+            f"{network.name}; train experts with `condense buffer`, or give --labels hard"
+        )
+    return torch.cat([network.logits(params, buffers, x, train=False) for x in images.detach().split(MAX_JUDGED)])
+
+
+def judged_by_all(ctx: Context, images: Tensor) -> Iterator[Tensor]:
+    """The logits (N, C) of every expert at the end of its training."""
+    experts = experts_of(ctx)
+    return (judged(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
 
 
 class Minibatch(NamedTuple):

@@ -253,7 +253,7 @@ def test_every_image_of_every_inner_step_is_augmented_by_itself(make_context: Ca
     state = begin(method, ctx)
     with torch.no_grad():
         state.syn.latents.copy_(torch.arange(64.0).view(1, 8, 8).expand(6, 1, 8, 8))
-    first, second = (prepared(ctx.task.augment, batch) for batch in method.batches(ctx, state, 0, 0))
+    first, second = (prepared(ctx.task.augment, batch) for batch in method.batches(ctx, *state.syn(), 0, 0))
     assert len(first[0].flatten(1).unique(dim=0)) > 1
     assert not torch.equal(first[0], second[0])
 
@@ -263,7 +263,7 @@ def test_targets_follow_their_images(make_context: Callable[..., Context]) -> No
     state = begin(method, ctx)
     with torch.no_grad():
         state.syn.latents.copy_(state.syn.classes.view(-1, 1, 1, 1).expand(-1, 1, 8, 8))
-    for batch in method.batches(ctx, state, 0, 0):
+    for batch in method.batches(ctx, *state.syn(), 0, 0):
         images, targets = prepared(ctx.task.augment, batch)
         assert torch.equal(images[:, 0, 0, 0], targets.float())
 

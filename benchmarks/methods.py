@@ -1,0 +1,99 @@
+"""Every learning method on the embedded digits against random real images, each under the method's own protocol.
+
+    python -m benchmarks.methods [--only NAME ...] [--num-seeds N]
+
+A method runs its recipe for the digits (``methods/recipes/NAME-digits-ipcK.yaml``); methods that need experts get a
+buffer made for that recipe. Then N fresh networks are trained on its set, and N on as many random images a class, with
+the training that the set brings along (``own``): same networks, same steps, same augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from condense import api, recipe, registry
+from condense.artifacts import ArtifactSpec, TrajectorySpec
+from condense.buffers.trajectories import Experts
+from condense.data import datasets
+from condense.eval.crossarch import Result
+from condense.eval.protocol import own
+
+EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
+"""Of the buffer for methods that match trajectories."""
+
+
+class Row(NamedTuple):
+    method: str
+    ipc: int
+    learned: Result
+    random: Result
+    seconds: float
+    """Time of the distillation, without experts."""
+
+    def __str__(self) -> str:
+        accuracies = [f"{100 * r.mean:.1f} ± {100 * (r.std or 0):.1f}" for r in (self.learned, self.random)]
+        name, seconds = f"`{self.method}`", f"{self.seconds:.0f}"
+        return f"| {name} | {self.ipc} | {accuracies[0]} | {accuracies[1]} | {self.learned.n} | {seconds} |"
+
+
+HEADER = "| method | images a class | accuracy, % | random, % | n | seconds |\n|---|---|---|---|---|---|"
+
+
+def names() -> list[str]:
+    """The learning methods, and recipes of theirs that go by another name."""
+    recipes = {key.split("-digits-ipc")[0] for key in recipe.recipe_files() if "-digits-ipc" in key}
+    return [key for key in registry.METHODS if registry.load(key).learns] + sorted(recipes - registry.METHODS.keys())
+
+
+def digits_recipe(name: str) -> recipe.Recipe:
+    """The recipe for the digits with the smallest budget. Raises ValueError where a method has none."""
+    prefix = f"{name}-digits-ipc"
+    budgets = [int(key.removeprefix(prefix)) for key in recipe.recipe_files() if key.startswith(prefix)]
+    if not budgets:
+        raise ValueError(f"{name} has no recipe for the digits; add methods/recipes/{prefix}10.yaml")
+    return recipe.from_yaml(recipe.recipe_files()[f"{prefix}{min(budgets)}"])
+
+
+def experts_for(spec: ArtifactSpec) -> Experts:
+    """Experts that serve a method."""
+    assert isinstance(spec, TrajectorySpec)
+    uphill = {"rho": 0.01, "alpha": 0.3} if spec.experts == "gsam" else {}
+    return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **uphill)
+
+
+def measure(name: str, folder: Path, num_seeds: int) -> Row:
+    """Distil by the digits recipe of a method below ``folder``, and score its set and random images."""
+    plan = digits_recipe(name)
+    options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
+    for spec in plan.method.needs(api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)):
+        common = {"experts": experts_for(spec), "transform": plan.transform, "augment": plan.augment}
+        api.make_buffer("digits", plan.network, out=options.buffers, **common)
+    begun = time.monotonic()
+    syn = api.run(plan, options)
+    seconds = time.monotonic() - begun
+    images = api.distill("random", dataset="digits", network=plan.network, ipc=plan.ipc, out=folder / f"{name}-random")
+    results = [
+        api.evaluate(made, "digits", networks=[plan.network], num_seeds=num_seeds, protocol=own(syn)).results[0]
+        for made in (syn, images)
+    ]
+    return Row(name, plan.ipc, *results, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=names())
+    parser.add_argument("--num-seeds", type=int, default=5)
+    chosen = parser.parse_args()
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen.only:
+            print(measure(name, Path(folder), chosen.num_seeds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
