@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ESCALATIONS = 6
@@ -12,10 +17,11 @@ MAX_ESCALATIONS = 6
 def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
     """``(K + ridge I)^-1 y`` by a Cholesky factorisation; differentiable.
 
-    A ridge that leaves the matrix indefinite to rounding is multiplied by ten until it does not.
+    A ridge that leaves the matrix indefinite to rounding is multiplied by ten until it does not; no ridge at all
+    becomes one of that size first.
 
     Args:
-        k_ss: (n, n), symmetric.
+        k_ss: (n, n), symmetric; the lower triangle is read.
         y: (n, C).
         ridge: absolute; see ``relative_ridge``.
 
@@ -23,16 +29,13 @@ def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
         FloatingPointError: the matrix is not finite, or far from positive definite.
     """
     identity = torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device)
-    with torch.no_grad():
-        for _ in range(MAX_ESCALATIONS):
-            _, failed = torch.linalg.cholesky_ex(k_ss + ridge * identity)
-            if not failed:
-                break
-            ridge = ridge * 10
-        else:
-            raise FloatingPointError(f"a kernel matrix of {len(k_ss)} images is not positive definite")
-    factor = torch.linalg.cholesky(k_ss + ridge * identity)
-    return torch.cholesky_solve(y, factor)
+    for _ in range(MAX_ESCALATIONS):
+        factor, failed = torch.linalg.cholesky_ex(k_ss + ridge * identity)
+        if not failed:
+            return torch.cholesky_solve(y, factor)
+        rounding = relative_ridge(k_ss, torch.finfo(k_ss.dtype).eps)
+        ridge = torch.maximum(torch.as_tensor(ridge).to(rounding) * 10, rounding)
+    raise FloatingPointError(f"a kernel matrix of {len(k_ss)} images is not positive definite")
 
 
 def relative_ridge(k_ss: Tensor, ridge: float) -> Tensor:
@@ -40,6 +43,148 @@ def relative_ridge(k_ss: Tensor, ridge: float) -> Tensor:
     return ridge * k_ss.detach().diagonal().mean().abs()
 
 
+def regression(k_ts: Tensor, k_ss: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """Predictions (m, C) of the ridge regression on ``y`` (n, C): ``K_ts (K_ss + ridge mean(diag K_ss) I)^-1 y``."""
+    return k_ts @ ridge_solve(k_ss, y, relative_ridge(k_ss, ridge))
+
+
+def centred(targets: Tensor, space: Literal["classes", "probabilities", "values"], num_classes: int) -> Tensor:
+    """What a regression is fitted to, float64 (n, C): one-hot vectors or probabilities less 1/C, values as they are."""
+    if space == "classes":
+        targets = F.one_hot(targets, num_classes)
+    return targets.double() if space == "values" else targets.double() - 1 / num_classes
+
+
 def feature_kernel(a: Tensor, b: Tensor) -> Tensor:
     """Inner products (n, m) of features (n, F) and (m, F)."""
     return a @ b.T
+
+
+class Kernels(NamedTuple):
+    """Of an infinitely wide network, both (n, m)."""
+
+    nngp: Tensor
+    """Covariance of its outputs under random weights: only the last layer is fitted."""
+    ntk: Tensor
+    """Inner products of its gradients: all layers are trained, by small steps."""
+
+
+def fully_connected(
+    a: Tensor, b: Tensor | None = None, *, depth: int = 1, w_std: float = math.sqrt(2), b_std: float = 0.1
+) -> Kernels:
+    """Kernels of an infinitely wide ReLU network between images (n, ...) and (m, ...), in their dtype.
+
+    Layers are ``w_std / sqrt(fan_in) W x + b_std b`` with standard normal W and b, the parameterisation of Jacot,
+    Gabriel and Hongler (2018). What a ReLU does to the kernels are the arc-cosine functions of Cho and Saul (2009).
+
+    The gradient is finite everywhere. Where two images are equal the NTK has the tip of a cone, whose directional
+    derivatives cancel: the gradient there is zero, up to rounding.
+
+    Args:
+        a: images, or anything that ``flatten(1)`` makes vectors.
+        b: others; None: ``a`` itself, where the diagonal is then exact.
+        depth: hidden layers.
+        w_std, b_std: of all layers.
+    """
+    x = a.flatten(1)
+    y = x if b is None else b.flatten(1)
+    same = torch.eye(len(x), dtype=torch.bool, device=x.device) if b is None else None
+
+    def linear(kernel: Tensor) -> Tensor:
+        return w_std**2 * kernel + b_std**2
+
+    nngp = linear(x @ y.T / x.shape[1])
+    var_x, var_y = (linear(v.square().mean(1)) for v in (x, y))
+    ntk = nngp
+    for _ in range(depth):
+        norms = torch.outer(var_x, var_y).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+        cos = nngp / norms
+        if same is not None:
+            cos = cos.masked_fill(same, 1)
+        nngp = linear(norms * arc_cosine_1(cos) / 2)
+        ntk = nngp + w_std**2 * ntk * arc_cosine_0(cos) / 2
+        var_x, var_y = linear(var_x / 2), linear(var_y / 2)
+    return Kernels(nngp, ntk)
+
+
+def empirical_ntk(
+    logits: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    params: Mapping[str, Tensor],
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    chunk: int = 32,
+) -> Tensor:
+    """Inner products (n, m) of the gradients of a finite network's outputs, averaged over the outputs.
+
+    Args:
+        logits: ``logits(params, images (N, ...)) -> (N, C)``; an output may depend on its own image only.
+        params: of the network; all of them count.
+        a, b: images (n, ...) and (m, ...); None: ``a`` itself.
+        chunk: images whose Jacobians are alive at a time, on either side.
+    """
+
+    def of_one(params: Mapping[str, Tensor], image: Tensor) -> Tensor:
+        return logits(params, image[None])[0]
+
+    jacobian = torch.func.vmap(torch.func.jacrev(of_one), (None, 0))
+
+    def gradients(images: Tensor) -> Tensor:
+        """(N, C P)"""
+        found = jacobian(params, images)
+        return torch.cat([g.flatten(1) / math.sqrt(g.shape[1]) for g in found.values()], 1)
+
+    def rows(images: Tensor) -> Tensor:
+        left = gradients(images)
+        return torch.cat([left @ gradients(others).T for others in (a if b is None else b).split(chunk)], 1)
+
+    return torch.cat([rows(images) for images in a.split(chunk)])
+
+
+def arc_cosine_0(cos: Tensor) -> Tensor:
+    """``(pi - theta) / pi`` of cos theta, elementwise: twice the expectation of step(u) step(v)."""
+    value: Tensor = _ArcCosine0.apply(cos)
+    return value
+
+
+def arc_cosine_1(cos: Tensor) -> Tensor:
+    """``(sin theta + (pi - theta) cos theta) / pi``, elementwise: twice the expectation of relu(u) relu(v)."""
+    value: Tensor = _ArcCosine1.apply(cos)
+    return value
+
+
+class _ArcCosine0(torch.autograd.Function):
+    """Its derivative 1 / (pi sin theta) grows without bound towards cos = +-1, while what it is multiplied with, the
+    derivative of the cosine in the images, shrinks like sin theta. sin theta is bounded by what the dtype resolves."""
+
+    @staticmethod
+    def forward(cos: Tensor) -> Tensor:
+        return 1 - cos.clamp(-1, 1).acos() / math.pi
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (cos,) = ctx.saved_tensors
+        return grad / (math.pi * ((1 - cos) * (1 + cos)).clamp_min(torch.finfo(cos.dtype).eps).sqrt())
+
+
+class _ArcCosine1(torch.autograd.Function):
+    """Its derivative is the function of order 0, finite everywhere, where autograd would subtract infinities."""
+
+    @staticmethod
+    def forward(cos: Tensor) -> Tensor:
+        cos = cos.clamp(-1, 1)
+        theta = cos.acos()
+        return (theta.sin() + (math.pi - theta) * cos) / math.pi
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (cos,) = ctx.saved_tensors
+        return grad * arc_cosine_0(cos)

@@ -20,8 +20,9 @@ Deviations: see docs/methods/dc.md and docs/methods/dsa.md.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple, final
 
@@ -55,16 +56,22 @@ def published_loops(ipc: int) -> tuple[int, int]:
     return ipc, round(float(np.interp(ipc, list(INNER_EPOCHS), list(INNER_EPOCHS.values()))))
 
 
+DistanceName = Literal["layerwise-cosine", "mse", "cosine", "mse-conv", "l1-conv"]
+"""Of ``condense.match.DISTANCES``."""
+
+
 @dataclass(kw_only=True)
 class StudentState(GradientState):
     params: dict[str, Tensor]
     """Weights of the student at the step to come, with ``buffers``."""
     buffers: dict[str, Tensor]
+    velocity: dict[str, Tensor] = field(default_factory=dict)
+    """Momentum of the student's training, where that has any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientMatching(GradientMethod):
-    """What DC and DSA share: everything but how they start and what their sets are trained with."""
+    """What DC, DSA and IDC share: everything but the life of the student."""
 
     family: ClassVar[str] = "gradient matching"
 
@@ -72,46 +79,49 @@ class GradientMatching(GradientMethod):
     """Updates of the images. The published number is 1000 students of ``outer_loop`` updates each."""
     start: Literal["real", "noise"]
     """Images to start from: real ones drawn per class, or standard normal noise."""
-    distance: Literal["layerwise-cosine", "mse", "cosine"] = "layerwise-cosine"
-    """Distance between gradients: cosines of the rows of every layer, squared differences, or one cosine."""
+    distance: DistanceName = "layerwise-cosine"
+    """Distance between gradients: cosines of the rows of every layer, squared differences or one cosine; of
+    convolutions alone, squared or absolute differences."""
     batch_real: int = 256
     """Real images of a class a step; all of them where a class has fewer."""
-    outer_loop: int | None = None
-    """Updates of the images a student lives through; unset: as many as images per class."""
-    inner_epochs: int | None = None
-    """Epochs of the student on the set between two updates; unset: the published table, interpolated."""
     lr_student: float = 0.01
-    """Learning rate of the student: plain SGD."""
+    """Learning rate of the student's SGD."""
     batch_student: int = 256
     """Batch size of the student."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         named_distance(self.distance)
-        for name, usual in {"batch_real": 256, "batch_student": 256, "outer_loop": 10}.items():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"method.{name} must be at least 1, got {value}; a usual value is {usual}")
-        if self.inner_epochs is not None and self.inner_epochs < 0:
-            raise ValueError(f"method.inner_epochs must be at least 0, got {self.inner_epochs}; try 50")
+        for name in ("batch_real", "batch_student"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"method.{name} must be at least 1, got {value}; a usual value is 256")
         if not self.lr_student > 0:
             raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
 
-    def loops(self, ipc: int) -> tuple[int, int]:
-        """(outer_loop, inner_epochs): the fields, or where unset the published values for this budget."""
-        outer, inner = published_loops(ipc)
-        return (
-            outer if self.outer_loop is None else self.outer_loop,
-            inner if self.inner_epochs is None else self.inner_epochs,
-        )
+    @abstractmethod
+    def lifetime(self, ctx: Context) -> int:
+        """Updates of the images a student lives through."""
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
-        _, inner_epochs = self.loops(images_per_class)
-        return self.num_steps * num_classes * (self.batch_real + (3 + inner_epochs) * images_per_class)
+    @abstractmethod
+    def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
+        """The student, trained between this update of the images and the next."""
+
+    def augment(self, ctx: Context) -> Augment:
+        """What both sides of a comparison undergo."""
+        return ctx.task.augment
+
+    def synthetic(self, ctx: Context, state: StudentState, step: int, part: int) -> tuple[Tensor, Tensor]:
+        """The images (m, C, H, W) and targets of a class that take part in a step."""
+        return state.syn(state.syn.index_of(part))
 
     def init(self, ctx: Context) -> StudentState:
-        syn = ctx.new_set(*ctx.initial(self.start))
         params, buffers = fresh_student(ctx, 0)
+        if self.distance.endswith("-conv") and all(p.ndim != 4 for p in params.values()):
+            raise ValueError(
+                f"{ctx.task.network.name} has no convolutions, which {self.distance} compares; "
+                "give --network convnet or --method.distance mse"
+            )
+        syn = ctx.new_set(*ctx.initial(self.start))
         return StudentState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
 
     def parts(self, ctx: Context) -> Sequence[int]:
@@ -126,7 +136,7 @@ class GradientMatching(GradientMethod):
     def losses(self, ctx: Context, state: StudentState, step: int, parts: Sequence[int]) -> Tensor:
         batches = [self.batches(ctx, state, step, part) for part in parts]
         student = Weights(state.params, state.buffers)
-        real_gradient = self._compiled(ctx).real_gradient
+        real_gradient = _real_gradient(ctx.task.network, ctx.compute)
         real_grads = [
             real_gradient(student, batch.real, torch.full((len(batch.real),), part, device=ctx.task.device))
             for part, batch in zip(parts, batches, strict=True)
@@ -150,37 +160,20 @@ class GradientMatching(GradientMethod):
 
     def batches(self, ctx: Context, state: StudentState, step: int, part: int) -> Batches:
         """What is compared for one class, under the same augmentation."""
-        augment, shape = ctx.task.augment, ctx.task.image_shape
+        augment, shape = self.augment(ctx), ctx.task.image_shape
         drawn = augment.sample(ctx.rng("siamese", step, part), 1, shape, siamese=True)
         real = ctx.task.train.draw(part, self.batch_real, ctx.rng("real", step, part))
-        images, targets = augment.mirrored(*state.syn(state.syn.index_of(part)))
+        images, targets = augment.mirrored(*self.synthetic(ctx, state, step, part))
         return Batches(augment.apply(real, drawn), augment.apply(images, drawn), targets)
 
     def after(self, ctx: Context, state: StudentState, step: int) -> None:
-        """Train the student on the set as it is now, or replace it by a fresh one when its time is over."""
-        outer_loop, _ = self.loops(ctx.ipc)
-        if (step + 1) % outer_loop == 0:
-            student = fresh_student(ctx, step + 1)
+        """Train the student, or replace it by a fresh one when its time is over."""
+        if (step + 1) % self.lifetime(ctx) == 0:
+            state.params, state.buffers = fresh_student(ctx, step + 1)
+            for velocity in state.velocity.values():
+                velocity.zero_()
         else:
-            with torch.no_grad():
-                images, targets = state.syn()
-            trainer = self._compiled(ctx).trainer  # it mirrors each minibatch, where the augmentation asks for it
-            weights = Weights(state.params, state.buffers)
-            student = trainer.run(weights, images, targets, ctx.rng.child("training", step))
-            set_statistics(ctx, student, step + 1)
-        state.params, state.buffers = student
-
-    def _compiled(self, ctx: Context) -> _Compiled:
-        _, inner_epochs = self.loops(ctx.ipc)
-        training = Training(
-            num_epochs=inner_epochs,
-            batch_size=self.batch_student,
-            lr=self.lr_student,
-            momentum=0.0,
-            weight_decay=0.0,
-            decay_at=None,
-        )
-        return _compile(ctx.task.network, training, ctx.task.augment, ctx.compute)
+            state.params, state.buffers = self.trained(ctx, state, step)
 
 
 class Batches(NamedTuple):
@@ -192,9 +185,61 @@ class Batches(NamedTuple):
     """Of the synthetic images: (m,) or (m, num_classes)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Condensation(GradientMatching):
+    """What DC and DSA share: everything but how they start and what their sets are trained with."""
+
+    outer_loop: int | None = None
+    """Updates of the images a student lives through; unset: as many as images per class."""
+    inner_epochs: int | None = None
+    """Epochs of the student on the set between two updates; unset: the published table, interpolated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outer_loop is not None and self.outer_loop < 1:
+            raise ValueError(f"method.outer_loop must be at least 1, got {self.outer_loop}; a usual value is 10")
+        if self.inner_epochs is not None and self.inner_epochs < 0:
+            raise ValueError(f"method.inner_epochs must be at least 0, got {self.inner_epochs}; try 50")
+
+    def loops(self, ipc: int) -> tuple[int, int]:
+        """(outer_loop, inner_epochs): the fields, or where unset the published values for this budget."""
+        outer, inner = published_loops(ipc)
+        return (
+            outer if self.outer_loop is None else self.outer_loop,
+            inner if self.inner_epochs is None else self.inner_epochs,
+        )
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        _, inner_epochs = self.loops(images_per_class)
+        return self.num_steps * num_classes * (self.batch_real + (3 + inner_epochs) * images_per_class)
+
+    def lifetime(self, ctx: Context) -> int:
+        return self.loops(ctx.ipc)[0]
+
+    def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
+        """By plain SGD on the set as it is now."""
+        task, (_, inner_epochs) = ctx.task, self.loops(ctx.ipc)
+        training = Training(
+            num_epochs=inner_epochs,
+            batch_size=self.batch_student,
+            lr=self.lr_student,
+            momentum=0.0,
+            weight_decay=0.0,
+            decay_at=None,
+        )
+        with torch.no_grad():
+            images, targets = state.syn()
+        # it mirrors each minibatch, where the augmentation asks for it
+        trainer = student_trainer(task.network, training, task.augment, ctx.compute)
+        weights = Weights(state.params, state.buffers)
+        student = trainer.run(weights, images, targets, ctx.rng.child("training", step))
+        set_statistics(ctx, student, step + 1)
+        return student
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
-class DC(GradientMatching):
+class DC(Condensation):
     """Gradient matching from noise; its recipes have no augmentation."""
 
     start: Literal["real", "noise"] = "noise"
@@ -203,7 +248,7 @@ class DC(GradientMatching):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DSA(GradientMatching):
+class DSA(Condensation):
     """Gradient matching from real images under Siamese augmentation: the recipe's ``augment``."""
 
     start: Literal["real", "noise"] = "real"
@@ -239,15 +284,14 @@ def frozen_loss(network: Functional, buffers: dict[str, Tensor]) -> LossFn:
     return loss_fn
 
 
-class _Compiled(NamedTuple):
-    """What is compiled once for all steps."""
-
-    real_gradient: Callable[[Weights, Tensor, Tensor], dict[str, Tensor]]
-    trainer: Trainer
+student_trainer = lru_cache(maxsize=1)(Trainer)
+"""A trainer with what it compiled, for all steps of a run."""
 
 
 @lru_cache(maxsize=1)
-def _compile(network: Functional, training: Training, augment: Augment, compute: Compute) -> _Compiled:
+def _real_gradient(network: Functional, compute: Compute) -> Callable[[Weights, Tensor, Tensor], dict[str, Tensor]]:
+    """The gradient of ``frozen_loss`` at a student, compiled once for all steps."""
+
     def loss(student: Weights, images: Tensor, classes: Tensor) -> Tensor:
         return frozen_loss(network, student.buffers)(student.params, (images, classes))
 
@@ -264,4 +308,4 @@ def _compile(network: Functional, training: Training, augment: Augment, compute:
                 total[name].add_(grad, alpha=len(x) / len(images))
         return total
 
-    return _Compiled(real_gradient, Trainer(network, training, augment, compute))
+    return real_gradient

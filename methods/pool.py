@@ -37,8 +37,11 @@ class Member(TypedDict):
 
 def regression_targets(ctx: Context, targets: Tensor) -> Tensor:
     """What a set's targets say as (n, C) values around zero: classes and probabilities less 1/C, values as they are."""
-    if ctx.labels.space == "values":
-        return targets
+    return targets if ctx.labels.space == "values" else centred(ctx, targets)
+
+
+def centred(ctx: Context, targets: Tensor) -> Tensor:
+    """Classes (n,), as one-hot vectors, or probabilities (n, C), less 1/C."""
     if targets.dim() == 1:
         targets = F.one_hot(targets, ctx.task.num_classes).to(ctx.task.network.dtype)
     return targets - 1 / ctx.task.num_classes

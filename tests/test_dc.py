@@ -15,7 +15,7 @@ from condense.compute import Compute
 from condense.data.datasets import load
 from condense.method import Context, Optim
 from condense.methods import dc
-from condense.methods.dc import DC, DSA, GradientMatching, StudentState
+from condense.methods.dc import DC, DSA, Condensation, StudentState
 from condense.networks import Functional, build
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
@@ -54,20 +54,20 @@ def make_context(
     return Context(task, Rng(seed), ipc, decode or Pixels(), labels or Hard(), compute or Compute(), origin)
 
 
-def begin(method: GradientMatching, ctx: Context) -> StudentState:
+def begin(method: Condensation, ctx: Context) -> StudentState:
     state = method.init(ctx)
     state.syn.to(ctx.task.network.dtype)
     return state
 
 
-def run(method: GradientMatching, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
+def run(method: Condensation, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
     state = begin(method, ctx)
     for step in range(method.num_steps):
         record = method.step(ctx, state, step)
         yield record, state.syn()[0].detach().clone()
 
 
-def twin(method: GradientMatching, ctx: Context) -> Iterator[tuple[float, Tensor]]:
+def twin(method: Condensation, ctx: Context) -> Iterator[tuple[float, Tensor]]:
     task, augment, draws = ctx.task, ctx.task.augment, ctx.rng
     outer_loop, inner_epochs = method.loops(ctx.ipc)
 

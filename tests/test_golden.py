@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from condense import api
+from condense.inner import RandomTruncated
 from condense.recipe import Recipe
 from condense.registry import load as method
 
@@ -22,8 +23,21 @@ TOLERANCE = 2e-3
 
 METHODS: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 32},
+    "datadam": {"batch_real": 32},
+    "cafe": {"batch_real": 32, "batch_probe": 32, "max_epochs": 1, "max_updates": 5},
     "dc": {"batch_real": 32, "outer_loop": 5, "inner_epochs": 2},
     "dsa": {"batch_real": 32, "outer_loop": 5, "inner_epochs": 2},
+    "kip": {"batch_real": 200},
+    "rfad": {"num_networks": 2, "num_batches": 2, "batch_real": 64},
+    "rcig": {"batch_real": 200, "inner_steps": 5, "adjoint_steps": 5, "pool_size": 2, "max_train_steps": 2},
+    "idc": {"batch_real": 32, "outer_loop": 5, "num_student": 100},
+    "idc-i": {"batch_real": 32, "outer_loop": 5, "num_student": 100},
+    "frepo": {"batch_real": 200, "pool_size": 2, "max_age": 3},
+    "dd": {"inner_epochs": 2, "batch_real": 200},
+    "rat-bptt": {"adjoint": RandomTruncated(0, 3, 3), "batch_real": 200},
+    "rtp": {"inner_steps": 5, "batch_real": 16},
+    "tesla": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
+    "datm": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
     "mtt": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
 }
 

@@ -43,6 +43,8 @@ def test_distances_agree_with_the_twin(name: str) -> None:
         "layerwise-cosine": distances.layerwise_cosine,
         "mse": distances.mse_sum,
         "cosine": distances.global_cosine,
+        "mse-conv": distances.convolution_mse_sum,
+        "l1-conv": distances.convolution_l1_sum,
     }[name]
     distance = match.named_distance(name)
     assert distance(a, b).item() == pytest.approx(twin(arrays(a), arrays(b)), rel=1e-12)
@@ -81,6 +83,17 @@ def test_layerwise_cosine_counts_two_for_an_opposite_row_and_nothing_for_biases(
     b["bias"] *= -1
     b["norm"] += 5
     assert match.layerwise_cosine(a, b).item() == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mse-conv", "l1-conv"])
+def test_convolutions_alone_count(name: str) -> None:
+    distance, a = match.DISTANCES[name], weights(0)
+    b = {key: value + 2 * (key != "conv") for key, value in a.items()}
+    assert distance(a, b) == 0
+    b["conv"] = a["conv"] + 2
+    assert distance(a, b).item() == pytest.approx({"mse-conv": 4, "l1-conv": 2}[name] * a["conv"].numel())
+    with pytest.raises(AssertionError, match="no convolution"):
+        distance([a["bias"]], [a["bias"]])
 
 
 @pytest.mark.parametrize("name", match.DISTANCES)

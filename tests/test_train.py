@@ -47,6 +47,25 @@ def test_together_or_one_by_one(num: int) -> None:
             assert not torch.equal(epochs[0][k].params[name], expected)
 
 
+def test_a_training_that_goes_on_keeps_its_velocity() -> None:
+    network = Functional("convnet:depth=1,width=4", (3, 8, 8), 3, dtype=torch.float64)
+    initial = network.init(Rng(0), "weights")
+    whole, half = (
+        Trainer(
+            network, Training(num_epochs=n, batch_size=4, lr=0.1, decay_at=None, order="stored"), Augment(), Compute()
+        )
+        for n in (4, 2)
+    )
+    expected = whole.run(initial, *data(), Rng(0)).params
+    velocity = {name: torch.zeros_like(p) for name, p in initial.params.items()}
+    weights = half.run(initial, *data(), Rng(0), velocity=velocity)
+    for name, p in half.run(weights, *data(), Rng(0), velocity=velocity).params.items():
+        assert torch.equal(p, expected[name])
+    assert not torch.equal(
+        half.run(weights, *data(), Rng(0)).params["classifier.weight"], expected["classifier.weight"]
+    )
+
+
 def test_running_statistics_are_not_shared() -> None:
     network = Functional("convnet:depth=1,width=4,norm=batch", (3, 8, 8), 3)
     trainer = Trainer(network, Training(), Augment(), Compute())

@@ -25,6 +25,19 @@ def mse_sum(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return sum((x - y) ** 2 for name in a for x, y in zip(a[name].ravel(), b[name].ravel(), strict=True))
 
 
+def convolution_mse_sum(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    convolutions = [name for name in a if a[name].ndim == 4]
+    return mse_sum({name: a[name] for name in convolutions}, {name: b[name] for name in convolutions})
+
+
+def convolution_l1_sum(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    total = 0.0
+    for name in a:
+        if a[name].ndim == 4:
+            total += sum(abs(x - y) for x, y in zip(a[name].ravel(), b[name].ravel(), strict=True))
+    return total
+
+
 def global_cosine(grads_a: dict[str, np.ndarray], grads_b: dict[str, np.ndarray]) -> float:
     names = list(grads_a)
     a, b = (np.concatenate([grads[name].ravel() for name in names]) for grads in (grads_a, grads_b))

@@ -1,0 +1,169 @@
+"""FRePo: dataset distillation by neural feature regression with pooling.
+
+Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022.
+
+    min_{X, Y}  E_theta  mean_i 1/2 | K_ts (K_ss + lambda I)^-1 Y - y_i |^2  -  mean_j min(top1(Y_j) - top2(Y_j), 1/C)
+    K_ss = phi_theta(X) phi_theta(X)^T,    K_ts = phi_theta(x) phi_theta(X)^T
+
+theta is a network of the pool: it was trained on the set for a while, as the set was by then. The ridge regression
+stands for what is left of its training.
+
+    symbol      code
+    X, Y        ``state.syn``; Y learned where the labels are ``targets`` (or ``logits``)
+    theta       a member of ``state.pool``, drawn at every step, in evaluation mode
+    phi         ``frozen_features``: the input of the last linear layer
+    x_i, y_i    ``batch_real`` real images of any class, and their classes as one-hot vectors less 1/C
+    lambda      ``ridge`` times the mean of the diagonal of K_ss
+
+Deviations: see docs/methods/frepo.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from condense.compute import Compute
+from condense.kernels import feature_kernel, relative_ridge, ridge_solve
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.methods import pool
+from condense.networks import Functional
+from condense.task import Task
+from condense.train import Training
+
+
+@dataclass(kw_only=True)
+class PoolState(GradientState):
+    pool: list[pool.Member]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FRePo(GradientMethod):
+    """Ridge regression on features of networks that train on the set."""
+
+    family: ClassVar[str] = "kernel"
+    regresses: ClassVar[bool] = True
+
+    num_steps: int = 500_000
+    """Updates of the set."""
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    batch_real: int = 1024
+    """Real images a step, of any class; all of them where there are fewer."""
+    ridge: float = 1e-6
+    """Of the regression, relative to the mean of the kernel's diagonal."""
+    pool_size: int = 10
+    """Networks that are trained on the set in turn."""
+    max_age: int = 100
+    """A network used with more steps of training behind it is replaced by a fresh one."""
+    lr_pool: float = 3e-4
+    """Learning rate of these networks: Adam."""
+    batch_pool: int = 1000
+    """Images of the set in a step of a network; all of them where there are fewer."""
+    training_epochs: int = 2000
+    """Epochs of the training that the set is meant for, in batches of up to 500."""
+    optim: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, cosine_to=0.1)
+    """Optimiser of the images (latents)."""
+    optim_labels: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, cosine_to=0.1)
+    """Optimiser of learned labels."""
+    optim_decoder: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, cosine_to=0.1)
+    """Optimiser of a decoder with parameters."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"batch_real": (1, 1024), "pool_size": (1, 10), "max_age": (0, 100), "batch_pool": (1, 1000)}
+        for name, (lowest, usual) in (least | {"training_epochs": (1, 2000)}).items():
+            if getattr(self, name) < lowest:
+                raise ValueError(
+                    f"method.{name} must be at least {lowest}, got {getattr(self, name)}; a usual value is {usual}"
+                )
+        for name, usual in {"ridge": 1e-6, "lr_pool": 3e-4}.items():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {usual}")
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        num_synthetic = num_classes * images_per_class
+        return self.num_steps * (self.batch_real / 3 + num_synthetic + min(num_synthetic, self.batch_pool))
+
+    def training(self, task: Task) -> Training:
+        return Training(
+            num_epochs=self.training_epochs,
+            batch_size=500,
+            lr=3e-4,
+            weight_decay=0.0,
+            decay_at=None,
+            loss="mse",
+            optimiser="adam",
+            warmup_steps=500,
+            cosine_to=0.01,
+        )
+
+    def init(self, ctx: Context) -> PoolState:
+        syn = ctx.new_set(*ctx.initial(self.start))
+        members = [pool.fresh(ctx, 0, slot, slot * self.max_age // self.pool_size) for slot in range(self.pool_size)]
+        return PoolState(syn=syn, optimisers=self.optimisers(syn), pool=members)
+
+    def loss(self, ctx: Context, state: PoolState, step: int, part: int) -> Tensor:
+        member = state.pool[pool.draw(ctx, self.pool_size, step)]
+        features = frozen_features(ctx.task.network, ctx.compute)
+        images, targets = state.syn()
+        labels = pool.regression_targets(ctx, targets)
+        real, classes = ctx.task.train.sample(self.batch_real, ctx.rng("real", step))
+        with torch.no_grad():
+            pieces = real.split(ctx.compute.micro_batch or len(real))
+            phi_t = torch.cat([features(member["params"], member["buffers"], x) for x in pieces])
+        images, values = ctx.task.augment.mirrored(images, labels)
+        phi_s = features(member["params"], member["buffers"], images)
+        k_ss, k_ts = feature_kernel(phi_s, phi_s), feature_kernel(phi_t, phi_s)
+        predictions = k_ts @ ridge_solve(k_ss, values, relative_ridge(k_ss, self.ridge))
+        regression = half_squared_error(predictions, pool.centred(ctx, classes))
+        return regression + margin_loss(labels) if ctx.labels.learned else regression
+
+    def after(self, ctx: Context, state: PoolState, step: int) -> None:
+        """The network that was used trains for a step on the updated set, or gives way to a fresh one."""
+        slot = pool.draw(ctx, self.pool_size, step)
+        if state.pool[slot]["age"] > self.max_age:
+            state.pool[slot] = pool.fresh(ctx, step + 1, slot)
+            return
+        with torch.no_grad():
+            images, targets = state.syn()
+        state.pool[slot] = pool.train(
+            ctx,
+            state.pool[slot],
+            images,
+            pool.regression_targets(ctx, targets),
+            half_squared_error,
+            ctx.rng("pool batch", step),
+            lr=self.lr_pool,
+            batch_size=self.batch_pool,
+        )
+
+
+def margin_loss(labels: Tensor) -> Tensor:
+    """Mean over labels (n, C) of how far the largest value leads the second, which counts up to 1/C; negated."""
+    first, second = labels.topk(2, 1).values.unbind(1)
+    return -(first - second).clamp(max=1 / labels.shape[1]).mean()
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared distance, summed over classes and averaged over images."""
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+@lru_cache(maxsize=1)
+def frozen_features(
+    network: Functional, compute: Compute
+) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]:
+    """``features(params, buffers, images) -> (N, F)``, evaluation mode: BatchNorm takes the running statistics."""
+
+    def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return network.features(params, buffers, images, train=False).to(images.dtype)
+
+    first_order = compute.first_order(features, network.device)
+    return lambda params, buffers, images: first_order(params, buffers, compute.layout(images))

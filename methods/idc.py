@@ -1,0 +1,147 @@
+"""IDC and IDC-I: gradient matching at students of real data.
+
+Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
+
+    min_S  E_theta_0  w sum_t sum_c  D( grad l(A_omega(B_c); theta_t), grad l(A_omega(S_c); theta_t) )
+
+As DSA, but for three things: theta_t is trained on real images, never on S; D looks at convolutions alone, and at how
+long their gradients are; a stored image is decoded into several, which is the recipe's ``decode`` (IDC: ``factor``,
+IDC-I: ``pixels``).
+
+    symbol    code
+    S_c       decoded images of class c, at most ``batch_syn`` of them, drawn anew at every step
+    B_c       ``batch_real`` real images of class c
+    D         ``distance``: squared or absolute differences of the gradients of convolution weights
+    w         ``weight``: images a class / 10, times (side / ``base_size``)^2
+    theta_t   ``state.params``, ``state.buffers``, ``state.velocity``
+    t         ``step`` modulo ``outer_loop``; between two t lies one epoch on ``num_student`` real images
+    A, omega  the ``matched`` operations of ``task.augment``; one siamese draw a class and step
+
+Deviations: see docs/methods/idc.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from condense.augment import Augment
+from condense.method import Context, Optim
+from condense.methods.dc import DistanceName, GradientMatching, StudentState, student_trainer
+from condense.networks import Weights
+from condense.task import Task
+from condense.train import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealStudents(GradientMatching):
+    """What IDC and IDC-I share, which is everything: they differ by the decoder that their recipes name."""
+
+    num_steps: int = 200000
+    """Updates of the images: 2000 students of ``outer_loop`` updates each, as published."""
+    optim: Optim = Optim(lr=0.01, momentum=0.0)
+    """Optimiser of the images (latents), for 10 images a class of side ``base_size``. In steps of all classes it stands
+    for the published learning rate 0.005 and momentum 0.5, see docs/methods/idc.md."""
+    clamp: bool = True
+    """After each step, move pixels that left [0, 1] back to the border."""
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    distance: DistanceName = "mse-conv"
+    """Distance between gradients: of convolutions alone, squared (mse-conv) or absolute (l1-conv) differences; or one
+    of those of DC."""
+    batch_real: int = 64
+    """Real images of a class a step; all of them where a class has fewer."""
+    batch_syn: int = 128
+    """Decoded images of a class a step, drawn anew; all of them where it has fewer."""
+    base_size: int = 32
+    """Side of the images for which ``optim.lr`` is meant."""
+    matched: tuple[str, ...] = ("color", "crop", "cutout")
+    """Operations of the recipe's augmentation that take part in the matching."""
+    outer_loop: int = 100
+    """Updates of the images a student lives through."""
+    num_student: int = 2000
+    """Real images on which the student is trained between two updates, for one epoch."""
+    batch_student: int = 64
+    """Batch size of the student."""
+    cutmix_student: float = 0.5
+    """Probability that a batch of the student is mixed."""
+    cutmix: float = 0.5
+    """The same for networks that are trained on the set (protocol ``own``)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_syn", "base_size", "outer_loop", "num_student"):
+            if (value := getattr(self, name)) < 1:
+                usual = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"method.{name} must be at least 1, got {value}; a usual value is {usual}")
+        for name in ("cutmix_student", "cutmix"):
+            if not 0 <= (probability := getattr(self, name)) <= 1:
+                raise ValueError(f"method.{name} must lie in [0, 1], got {probability}; the published value is 0.5")
+        Augment(self.matched)  # refuses what is no operation
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        matching = num_classes * (self.batch_real + 3 * min(self.batch_syn, images_per_class))
+        return self.num_steps * (matching + min(self.num_student, num_images))
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000, batch_size=64, decay_at=(2 / 3, 5 / 6), decay=0.2, cutmix=self.cutmix)
+
+    def weight(self, ctx: Context) -> float:
+        """Of the objective: the published factor of the learning rate, which under SGD is the same."""
+        _, height, width = ctx.task.image_shape
+        return ctx.ipc / 10 * height * width / self.base_size**2
+
+    def init(self, ctx: Context) -> StudentState:
+        state = super().init(ctx)
+        state.velocity = {name: torch.zeros_like(p) for name, p in state.params.items()}
+        return state
+
+    def losses(self, ctx: Context, state: StudentState, step: int, parts: Sequence[int]) -> Tensor:
+        return self.weight(ctx) * super().losses(ctx, state, step, parts)
+
+    def augment(self, ctx: Context) -> Augment:
+        return _only(ctx.task.augment, self.matched)
+
+    def synthetic(self, ctx: Context, state: StudentState, step: int, part: int) -> tuple[Tensor, Tensor]:
+        images, targets = super().synthetic(ctx, state, step, part)
+        if len(images) <= self.batch_syn:
+            return images, targets
+        chosen = torch.randperm(len(images), generator=ctx.rng("synthetic", step, part))[: self.batch_syn]
+        chosen = chosen.to(images.device)
+        return images[chosen], targets[chosen]
+
+    def lifetime(self, ctx: Context) -> int:
+        return self.outer_loop
+
+    def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
+        """By one epoch on real images, augmented without cutout; ``state.velocity`` goes on."""
+        task = ctx.task
+        training = Training(
+            num_epochs=1, batch_size=self.batch_student, lr=self.lr_student, decay_at=None, cutmix=self.cutmix_student
+        )
+        strategy = replace(task.augment, flips=False)
+        augment = _only(strategy, [op for op in strategy.ops if op != "cutout"])
+        trainer = student_trainer(task.network, training, augment, ctx.compute)
+        images, classes = task.train.sample(self.num_student, ctx.rng("student images", step))
+        weights = Weights(state.params, state.buffers)
+        return trainer.run(weights, images, classes, ctx.rng.child("training", step), velocity=state.velocity)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class IDC(RealStudents):
+    """Gradient matching at students of real data; stored images hold four."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class IDCI(RealStudents):
+    """IDC with its images stored as they are."""
+
+
+def _only(augment: Augment, ops: Sequence[str]) -> Augment:
+    return replace(augment, ops=tuple(op for op in augment.ops if op in ops))

@@ -1,0 +1,168 @@
+"""KIP: kernel inducing points, and Label Solve.
+
+Nguyen, Chen and Lee, "Dataset Meta-Learning from Kernel Ridge-Regression", ICLR 2021. Nguyen, Novak, Xiao and Lee,
+"Dataset Distillation with Infinitely Wide Convolutional Networks", NeurIPS 2021.
+
+    min_(X_s, y_s)  1/2 mean | K_ts (K_ss + lambda tr(K_ss)/n I)^-1 y_s - y_t |^2
+
+K is the kernel of an infinitely wide network: what is minimised is the error, on real images, of that network trained
+on the synthetic ones to the end. No weights are drawn and nothing is unrolled.
+
+    symbol    code
+    X_s, y_s  ``support``: the images of ``state.syn`` and their centred targets
+    X_t, y_t  ``batch_real`` real images, as many of every class, and their centred one-hot vectors
+    K         ``kernel`` of a fully connected ReLU network with ``depth`` hidden layers
+    lambda    ``ridge``
+
+Label Solve leaves the images alone and takes the y_s that minimise the same objective over all real images.
+
+Deviations: see docs/methods/kip.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from condense.data.images import Images
+from condense.kernels import centred, fully_connected, regression
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.synthetic.decode import Decode
+from condense.synthetic.labels import Labels
+from condense.synthetic.set import SyntheticSet
+from condense.task import Task
+from condense.train import Training
+
+CHUNK = 5000
+"""Real images whose kernel with the support is made at a time, where all of them take part."""
+
+VAL_EVERY = 10
+"""Steps between two accuracies of the regression on the validation part."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class KIP(GradientMethod):
+    """Kernel ridge regression with an infinitely wide network's kernel."""
+
+    family: ClassVar[str] = "kernel"
+    regresses: ClassVar[bool] = True
+
+    num_steps: int = 1000
+    """Updates of the images."""
+    optim: Optim = Optim(kind="adam", lr=0.04, momentum=0.9)
+    """Optimiser of the images (latents)."""
+    optim_labels: Optim = Optim(kind="adam", lr=0.04, momentum=0.9)
+    """Optimiser of learned labels."""
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    kernel: Literal["ntk", "nngp"] = "ntk"
+    """ntk: all layers of the network are trained; nngp: its last one."""
+    depth: int = 1
+    """Hidden layers of the network."""
+    w_std: float = math.sqrt(2)
+    """Standard deviation of its weights, before they are divided by the root of the fan-in."""
+    b_std: float = 0.1
+    """Standard deviation of its biases."""
+    ridge: float = 1e-6
+    """Regulariser, relative to the mean of the kernel's diagonal."""
+    batch_real: int = 5000
+    """Real images a step, as many of every class; all of a class where it has fewer."""
+    solve_labels: bool = False
+    """Label Solve: store the targets that fit all real images best, in closed form; asks for labels ``targets``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth < 0:
+            raise ValueError(f"method.depth must be at least 0, got {self.depth}; the published value is 1")
+        if self.batch_real < 1:
+            raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; try 5000")
+        for name, usual in {"w_std": 1.4142, "ridge": 1e-6}.items():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {usual:g}")
+        if not self.b_std >= 0:
+            raise ValueError(f"method.b_std must be at least 0, got {self.b_std}; try 0.1")
+
+    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+        if self.solve_labels and labels.name != "targets":
+            return f"cannot store solved targets in {labels.name} labels; give --labels targets"
+        return super().conflict(decode, labels, transform)
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000, batch_size=100, lr=0.01, weight_decay=1e-3, decay_at=None, loss="mse")
+
+    def init(self, ctx: Context) -> GradientState:
+        syn = ctx.new_set(*ctx.initial(self.start))
+        return GradientState(syn=syn, optimisers=self.optimisers(syn))
+
+    def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
+        train, classes = ctx.task.train, ctx.task.num_classes
+        each = max(1, self.batch_real // classes)
+        drawn = [train.draw(c, each, ctx.rng("real", step, c)) for c in range(classes)]
+        labels = torch.arange(classes).repeat_interleave(torch.tensor([len(x) for x in drawn]))
+        wanted = centred(labels.to(ctx.task.device), "classes", classes)
+        images, targets = state.syn()
+        images, targets = support(ctx, images, targets, step)
+        predicted = self._regression(torch.cat(drawn), images, centred(targets, ctx.labels.space, classes))
+        return 0.5 * (predicted - wanted).square().mean()
+
+    def monitor(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, float]:
+        val = ctx.task.val
+        if val is None or ((step + 1) % VAL_EVERY and step + 1 < self.num_steps):
+            return {}
+        scores = self.predict(ctx, self.finalize(ctx, state, step + 1), val.images)
+        return {"val_regression": (scores.argmax(1) == val.labels).double().mean().item()}
+
+    @torch.no_grad()
+    def predict(self, ctx: Context, syn: SyntheticSet, images: Tensor | Images) -> Tensor:
+        """What the infinitely wide network, trained on the set, says of ``images`` (N, C, H, W): (N, num_classes)."""
+        own, targets = ctx.task.augment.mirrored(*syn())
+        y = centred(targets, syn.label_kind.space, ctx.task.num_classes)
+        return torch.cat([self._regression(piece, own, y) for piece in images.split(CHUNK)])
+
+    def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
+        syn = super().finalize(ctx, state, steps)
+        if not self.solve_labels:
+            return syn
+        solved = copy.deepcopy(syn)
+        with torch.no_grad():
+            (values,) = solved.leaves()["labels"]
+            values.copy_(self._solved(ctx, solved))
+        return solved
+
+    def _solved(self, ctx: Context, syn: SyntheticSet) -> Tensor:
+        """Targets (N, num_classes) of the latents: least squares, float64.
+
+        A latent that becomes several images has one target for all of them: ``owners`` @ targets are those of the
+        images.
+        """
+        train, classes = ctx.task.train, ctx.task.num_classes
+        images, _ = syn()
+        owners = torch.eye(len(syn), dtype=torch.float64, device=images.device).repeat(len(images) // len(syn), 1)
+        images, owners = ctx.task.augment.mirrored(images, owners)
+        pieces = [self._regression(piece, images, owners) for piece in train.images.split(CHUNK)]
+        wanted = centred(train.labels, "classes", classes)
+        return torch.linalg.lstsq(torch.cat(pieces), wanted).solution
+
+    def _regression(self, real: Tensor, images: Tensor, y: Tensor) -> Tensor:
+        """Predictions for ``real`` of the regression on ``y`` at ``images``, in float64."""
+        images = images.double()
+        return regression(self._kernel(real.double(), images), self._kernel(images), y, self.ridge)
+
+    def _kernel(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        kernels = fully_connected(a, b, depth=self.depth, w_std=self.w_std, b_std=self.b_std)
+        return kernels.ntk if self.kernel == "ntk" else kernels.nngp
+
+
+def support(ctx: Context, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """The decoded set as a regression sees it in this step: mirrored and augmented, each image by its own draw."""
+    augment = ctx.task.augment
+    images, targets = augment.mirrored(images, targets)
+    drawn = augment.sample(ctx.rng("augment", step), len(images), ctx.task.image_shape, siamese=False)
+    return augment.apply(images, drawn), targets

@@ -1,0 +1,185 @@
+"""RFAD: kernel ridge regression on the features of random networks.
+
+Loo, Hasani, Amini and Rus, "Efficient Dataset Distillation using Random Feature Approximation", NeurIPS 2022.
+
+    min_X_s  E_theta_1..N  l( K_ts (K_ss + lambda tr(K_ss)/n I)^-1 y_s, y_t )
+    K(x, x') = 2 <phi(x), phi(x')> + 0.01,   phi = concat_i psi_(theta_i) / sqrt(N F)
+
+The kernel of KIP without its exact computation: where only the last layer of a wide network is fitted, the kernel is
+the expectation of products of random features, and a few random networks estimate it.
+
+    symbol      code
+    X_s, y_s    the images of ``state.syn``, through ``pixel_map`` where there is one, and their centred targets
+    X_t, y_t    ``num_batches`` times ``batch_real`` real images a step
+    theta_i     ``num_networks`` fresh networks a step: ``gaussian``
+    psi, F      the network without its last layer, and how many numbers that gives
+    lambda      ``ridge``
+    l           ``objective``: half the mean squared error, or the cross-entropy of e^k times the prediction (Platt)
+    k           ``state.learned["temperature"]``
+
+Deviations: see docs/methods/rfad.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense.kernels import centred, feature_kernel, regression
+from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.methods.kip import support
+from condense.networks import Functional, Weights
+from condense.rng import Rng
+from condense.synthetic.decode import Decode
+from condense.synthetic.labels import Labels
+from condense.synthetic.set import SyntheticSet
+from condense.task import Task
+from condense.train import Training
+
+W_STD, B_STD = math.sqrt(2), 0.1
+"""Of the random networks, and of the layer that the kernel puts on top of them."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RFAD(GradientMethod):
+    """Kernel ridge regression on features of random networks."""
+
+    family: ClassVar[str] = "kernel"
+    regresses: ClassVar[bool] = True
+
+    num_steps: int = 10000
+    """Updates of the images."""
+    optim: Optim = Optim(kind="adabelief", lr=1e-3, momentum=0.9)
+    """Optimiser of the images (latents)."""
+    optim_labels: Optim = Optim(kind="adabelief", lr=1e-3, momentum=0.9)
+    """Optimiser of learned labels."""
+    optim_temperature: Optim = Optim(kind="adabelief", lr=1e-2, momentum=0.9)
+    """Optimiser of Platt's k."""
+    optim_pixel_map: Optim = Optim(kind="adabelief", lr=5e-5, momentum=0.9)
+    """Optimiser of the linear map of pixels."""
+    start: Literal["real", "noise"] = "real"
+    """Images to start from: real ones drawn per class, or standard normal noise."""
+    objective: Literal["mse", "platt"] = "platt"
+    """mse: half the mean squared error. platt: cross-entropy, at a temperature that is learned."""
+    num_networks: int = 8
+    """Random networks a step."""
+    num_batches: int = 4
+    """Batches of real images a step."""
+    batch_real: int = 1280
+    """Real images of a batch, of any class."""
+    ridge: float = 5e-3
+    """Regulariser, relative to the mean of the kernel's diagonal."""
+    pixel_map: bool = False
+    """Learn a linear map of all pixels, shared by the images; it is applied to them before they are stored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, usual in {"num_networks": 8, "num_batches": 4, "batch_real": 1280}.items():
+            if getattr(self, name) < 1:
+                raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}; try {usual}")
+        if not self.ridge > 0:
+            raise ValueError(f"method.ridge must be positive, got {self.ridge}; the published value is 0.005")
+
+    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+        if self.pixel_map and decode.name != "pixels":
+            return f"cannot fold its map of pixels into the latents of {decode.name}; give --method.pixel-map False"
+        if self.pixel_map and self.clamp:
+            return "cannot clamp pixels that its map moves afterwards; give --method.clamp False"
+        return super().conflict(decode, labels, transform)
+
+    def optims(self) -> dict[str, Optim]:
+        return super().optims() | {"temperature": self.optim_temperature, "pixel_map": self.optim_pixel_map}
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        real = min(self.batch_real, num_images) * self.num_batches
+        return self.num_steps * self.num_networks * (real / 3 + images_per_class * num_classes)
+
+    def training(self, task: Task) -> Training:
+        return Training(num_epochs=1000, batch_size=500, lr=0.01, weight_decay=0.0, decay_at=None, loss="mse")
+
+    def init(self, ctx: Context) -> GradientState:
+        syn, device = ctx.new_set(*ctx.initial(self.start)), ctx.task.device
+        learned = nn.ParameterDict()
+        if self.objective == "platt":
+            learned["temperature"] = nn.Parameter(torch.zeros((), device=device))
+        if self.pixel_map:
+            learned["pixel_map"] = nn.Parameter(torch.eye(math.prod(ctx.task.image_shape), device=device))
+        return GradientState(syn=syn, optimisers=self.optimisers(syn, learned), learned=learned)
+
+    def parts(self, ctx: Context) -> Sequence[int]:
+        return range(self.num_batches)
+
+    def parts_at_once(self, ctx: Context) -> int:
+        return self.num_batches
+
+    def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
+        return self.losses(ctx, state, step, (part,))
+
+    def losses(self, ctx: Context, state: GradientState, step: int, parts: Sequence[int]) -> Tensor:
+        task = ctx.task
+        batches = [task.train.sample(self.batch_real, ctx.rng("real", step, part)) for part in parts]
+        real, classes = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        images, targets = state.syn()
+        images, targets = support(ctx, mapped(images, state.learned), targets, step)
+        k_ts, k_ss = self._kernels(ctx, real, images, step)
+        y = centred(targets, ctx.labels.space, task.num_classes)
+        predicted = regression(k_ts, k_ss, y, self.ridge)
+        if self.objective == "platt":
+            errors = F.cross_entropy(state.learned["temperature"].exp() * predicted, classes, reduction="none")
+        else:
+            wanted = centred(classes, "classes", task.num_classes)
+            errors = 0.5 * (predicted - wanted).square().mean(1)
+        means = [piece.mean() for piece in errors.split([len(x) for x, _ in batches])]
+        return torch.stack(means).sum() / self.num_batches
+
+    def _kernels(self, ctx: Context, real: Tensor, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """``K_ts`` (m, n) and ``K_ss`` (n, n), float64."""
+        k_ts, k_ss = (torch.zeros(len(x), len(images), dtype=torch.float64, device=real.device) for x in (real, images))
+        for k in range(self.num_networks):
+            weights = gaussian(ctx.task.network, ctx.rng, step, k)
+            with torch.no_grad():
+                pieces = real.split(ctx.compute.micro_batch or len(real))
+                phi_t = torch.cat([ctx.features(*weights, piece) for piece in pieces])
+            phi_s = ctx.features(*weights, images)
+            scale = W_STD**2 / (self.num_networks * phi_s.shape[1])
+            k_ts = k_ts + scale * feature_kernel(phi_t, phi_s)
+            k_ss = k_ss + scale * feature_kernel(phi_s, phi_s)
+        return k_ts + B_STD**2, k_ss + B_STD**2
+
+    def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
+        syn = super().finalize(ctx, state, steps)
+        if not self.pixel_map:
+            return syn
+        folded = copy.deepcopy(syn)
+        with torch.no_grad():
+            folded.latents.copy_(mapped(folded.latents, state.learned))
+        return folded
+
+
+def mapped(images: Tensor, learned: nn.ParameterDict) -> Tensor:
+    """Images (n, C, H, W) through the linear map of pixels, where one is learned."""
+    return (images.flatten(1) @ learned["pixel_map"]).view_as(images) if "pixel_map" in learned else images
+
+
+def gaussian(network: Functional, rng: Rng, step: int, unit: int) -> Weights:
+    """Fresh weights: of layers normal, with deviation sqrt(2 / fan-in), biases 0.1; what is no layer as it always is.
+
+    A layer is a weight with two or more axes, [out, ...], and the bias that goes with it.
+    """
+    weights, generator = network.init(rng, "network", step, unit), rng("gaussian", step, unit)
+    for name, shape in network.shapes.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias") or len(network.shapes.get(f"{module}.weight", ())) < 2:
+            continue
+        std = W_STD / math.sqrt(math.prod(shape[1:])) if kind == "weight" else B_STD
+        drawn = std * torch.randn(shape, generator=generator)
+        weights.params[name] = drawn.to(network.device, network.dtype)
+    return weights

@@ -1,0 +1,91 @@
+"""Slow twin of FRePo: one regression, one LAMB step and one Adam step at a time, written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def predictions(phi_t: Tensor, phi_s: Tensor, y: Tensor, ridge: float) -> Tensor:
+    k_ss, k_ts = phi_s @ phi_s.T, phi_t @ phi_s.T
+    scale = (k_ss.trace() / len(k_ss)).detach()
+    return k_ts @ torch.linalg.solve(k_ss + ridge * scale * torch.eye(len(k_ss), dtype=k_ss.dtype), y)
+
+
+def loss(phi_t: Tensor, phi_s: Tensor, y_s: Tensor, y_t: Tensor, ridge: float, copies: int) -> Tensor:
+    """``phi_s`` and the rows of ``y_s`` are repeated for mirrored images; the margin counts labels once."""
+    error = predictions(phi_t, phi_s, y_s.repeat(copies, 1), ridge) - y_t
+    regression = sum((row * row).sum() / 2 for row in error) / len(error)
+    margin = torch.zeros((), dtype=y_s.dtype)
+    for label in y_s:
+        first, second = label.sort(descending=True).values[:2]
+        margin = margin + torch.minimum(first - second, torch.tensor(1 / len(label), dtype=y_s.dtype))
+    return regression - margin / len(y_s)
+
+
+class Lamb:
+    """You et al. (2020): the direction of Adam at the length of the weights, times the rate."""
+
+    def __init__(self, beta1: float) -> None:
+        self.beta1, self.mean, self.square = beta1, torch.zeros(()), torch.zeros(())
+
+    def step(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        self.mean = self.beta1 * self.mean + (1 - self.beta1) * g
+        self.square = 0.999 * self.square + 0.001 * g**2
+        u = self.mean / (self.square.sqrt() + 1e-6)
+        return w - lr * w.norm() / (u.norm() + 1e-6) * u
+
+
+def frepo(
+    images: Tensor,
+    labels: Tensor,
+    num_steps: int,
+    *,
+    network: Callable[[int, int], nn.Module],
+    used: Callable[[int], int],
+    real: Callable[[int], tuple[Tensor, Tensor]],
+    pool_size: int,
+    max_age: int,
+    ridge: float,
+    lr: float,
+    momentum: float,
+    cosine_to: float,
+    lr_pool: float,
+    flips: bool,
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Loss, images and labels after each step.
+
+    Args:
+        network: the fresh member of a slot that a step is the first to use.
+        used: the slot of a step.
+        real: images and centred one-hot labels of a step.
+    """
+    ages = [slot * max_age // pool_size for slot in range(pool_size)]
+    members = [network(0, slot) for slot in range(pool_size)]
+    adams: list[Any] = [torch.optim.Adam(member.parameters(), lr=lr_pool) for member in members]
+    lambs = [Lamb(momentum), Lamb(momentum)]
+    for step in range(num_steps):
+        slot = used(step)
+        member = members[slot].eval()
+        x, y = images.clone().requires_grad_(), labels.clone().requires_grad_()
+        real_images, real_labels = real(step)
+        every = torch.cat([x, x.flip(3)]) if flips else x
+        value = loss(member.embed(real_images).detach(), member.embed(every), y, real_labels, ridge, 2 if flips else 1)
+        grads = torch.autograd.grad(value, (x, y))
+        rate = lr * (cosine_to + (1 - cosine_to) * (1 + math.cos(math.pi * step / num_steps)) / 2)
+        images, labels = (lamb.step(w.detach(), g, rate) for lamb, w, g in zip(lambs, (x, y), grads, strict=True))
+        if ages[slot] > max_age:
+            members[slot], ages[slot] = network(step + 1, slot), 0
+            adams[slot] = torch.optim.Adam(members[slot].parameters(), lr=lr_pool)
+        else:
+            member.train()
+            adams[slot].zero_grad()
+            output = member(images)
+            (sum(((f - t) ** 2).sum() / 2 for f, t in zip(output, labels, strict=True)) / len(labels)).backward()
+            adams[slot].step()
+            ages[slot] += 1
+        yield value.item(), images, labels

@@ -1,0 +1,46 @@
+"""Slow twins of the optimisers: the update rules written out, one parameter at a time.
+
+Each rule takes parameters w, their gradient g, what it remembers, the number of the step counted from 1, and the first
+beta (sgd: the momentum); it gives the new parameters.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+BETA_2 = 0.999
+Memory = dict[str, Tensor]
+
+
+def sgd(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
+    """v = beta v + g;  w = w - lr v."""
+    memory["v"] = beta * memory["v"] + g if memory else g
+    return w - lr * memory["v"]
+
+
+def adam(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
+    """Kingma and Ba (2015)."""
+    return w - lr * _adam_direction(g, memory, step, beta, 1e-8)
+
+
+def lamb(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
+    """You et al. (2020): the direction u of Adam, as long as w. 1 stands for a ratio with a zero in it."""
+    u = _adam_direction(g, memory, step, beta, 1e-6)
+    long_w, long_u = math.sqrt(float((w * w).sum())), math.sqrt(float((u * u).sum()))
+    return w - lr * (long_w / long_u if long_w and long_u else 1.0) * u
+
+
+def adabelief(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
+    """Zhuang et al. (2020): Adam with the variance around the running mean."""
+    mean = beta * memory.get("mean", 0 * g) + (1 - beta) * g
+    spread = BETA_2 * memory.get("spread", 0 * g) + (1 - BETA_2) * (g - mean) ** 2 + 1e-16
+    memory.update(mean=mean, spread=spread)
+    return w - lr * (mean / (1 - beta**step)) / ((spread / (1 - BETA_2**step)).sqrt() + 1e-16)
+
+
+def _adam_direction(g: Tensor, memory: Memory, step: int, beta: float, eps: float) -> Tensor:
+    memory["m"] = beta * memory.get("m", 0 * g) + (1 - beta) * g
+    memory["s"] = BETA_2 * memory.get("s", 0 * g) + (1 - BETA_2) * g * g
+    return (memory["m"] / (1 - beta**step)) / ((memory["s"] / (1 - BETA_2**step)).sqrt() + eps)

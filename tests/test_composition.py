@@ -1,0 +1,84 @@
+"""Every method that learns by gradient, with every decoder and every kind of labels: it runs, or says why not."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from condense import api, registry
+from condense.method import GradientMethod
+from condense.recipe import Recipe
+from condense.synthetic import DECODERS, LABELS, Decode, Labels, load
+from tests.test_contract import EXACT, LEARNING, small
+
+TINY = "convnet:depth=1,width=4"
+NUM_STEPS = 3
+LABELS_THAT_FIT = {
+    "dm": {"hard"},
+    "datadam": {"hard"},
+    "cafe": {"hard"},
+    "kip": {"hard", "logits", "targets"},
+    "rfad": {"hard", "logits", "targets"},
+    "frepo": {"hard", "logits", "targets"},
+    "rcig": {"hard", "logits", "targets"},
+    "mtt": {"hard", "logits", "teacher"},
+    "tesla": {"hard", "logits", "teacher"},
+    "datm": {"hard", "logits", "teacher"},
+}
+"""By method; of those that are not listed hard and logits."""
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A buffer on the embedded digits."""
+    root = tmp_path_factory.mktemp("experts")
+    yield api.make_buffer("digits", TINY, num_experts=2, num_epochs=4, batch_size=256, lr=0.1, out=root)
+
+
+def plan_of(name: str, decode: Decode, labels: Labels) -> Recipe:
+    method = dataclasses.replace(small(name), num_steps=NUM_STEPS)
+    return Recipe(method=method, network=TINY, ipc=2, decode=decode, labels=labels, **EXACT)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize("name", LEARNING)
+def test_it_learns_or_is_refused_with_the_reason(
+    name: str, decode: str, labels: str, experts: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(name, DECODERS[decode](), LABELS[labels]())
+    options = api.RunOptions(out=tmp_path / "run", buffers=experts, device="cpu")
+    if labels not in LABELS_THAT_FIT.get(name, {"hard", "logits"}):
+        with pytest.raises(ValueError, match=f"^{name} .+; give --"):
+            api.run(plan, options)
+        assert not options.out.exists()
+        return
+    api.run(plan, options)
+    syn = load(tmp_path / "run")
+    first = load(tmp_path / "run" / "snapshots" / "step_0000001.safetensors")
+    images, targets = syn()
+    assert images.shape[1:] == (1, 8, 8) and images.isfinite().all()
+    assert len(targets) == len(images) and targets.isfinite().all()
+    for leaf, params in syn.leaves().items():
+        before = first.leaves()[leaf]
+        assert any(not torch.equal(a, b) for a, b in zip(params, before, strict=True)), f"{leaf} does not learn"
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_mirrored_pairs_average_and_bounded_pixels_go_with_every_method(
+    name: str, experts: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(name, DECODERS["pixels"](), LABELS["hard"]())
+    assert isinstance(plan.method, GradientMethod)
+    method = dataclasses.replace(plan.method, ema=0.5, clamp=True)
+    plan = dataclasses.replace(plan, method=method, augment="crop_flip:flips=true")
+    syn = api.run(plan, api.RunOptions(out=tmp_path / "run", buffers=experts, device="cpu"))
+    pixels = syn.to_dataset("pixels").tensors[0]  # type: ignore[attr-defined]
+    assert pixels.isfinite().all()
+    assert "flips" not in syn.origin.training["augment"]
+
+
+def test_the_table_of_labels_names_known_methods_only() -> None:
+    assert set(LABELS_THAT_FIT) <= set(registry.METHODS)
