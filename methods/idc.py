@@ -43,9 +43,9 @@ class RealStudents(GradientMatching):
 
     num_steps: int = 200000
     """Updates of the images: 2000 students of ``outer_loop`` updates each, as published."""
-    optim: Optim = Optim(lr=0.01, momentum=0.0)
-    """Optimiser of the images (latents), for 10 images a class of side ``base_size``. In steps of all classes it stands
-    for the published learning rate 0.005 and momentum 0.5, see docs/methods/idc.md."""
+    optim: Optim = Optim(lr=0.248, momentum=0.0)
+    """Optimiser of the images (latents), for 10 images a class of side ``base_size``. On normalised pixels and in steps
+    of all classes it stands for the published learning rate 0.005 and momentum 0.5, see docs/methods/idc.md."""
     clamp: bool = True
     """After each step, move pixels that left [0, 1] back to the border."""
     start: Literal["real", "noise"] = "real"

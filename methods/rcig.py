@@ -66,7 +66,7 @@ class RCIGState(GradientState):
     lr_adjoint: float
     """Learning rate at which ``H v = g`` is solved."""
     tally: Tensor
-    """(2,): of the inner runs since the last adaptation, those that ended above their start, and those that only fell."""
+    """(2,): of the inner runs since the last adaptation, those that ended above their start and those that only fell."""
 
 
 @final
@@ -241,7 +241,7 @@ class RCIG(GradientMethod):
 
 @dataclass(frozen=True)
 class Convexified:
-    """A network about frozen weights: linear in a move of its body, its last layer solved for. All functions are pure."""
+    """A network about frozen weights: linear in a move of its body, its last layer solved for; pure functions."""
 
     network: Functional
     params: Params

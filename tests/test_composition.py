@@ -39,6 +39,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def plan_of(name: str, decode: Decode, labels: Labels) -> Recipe:
     method = dataclasses.replace(small(name), num_steps=NUM_STEPS)
+    if isinstance(method, GradientMethod) and not decode.stores_pixels:
+        method = dataclasses.replace(method, clamp=False)
     return Recipe(method=method, network=TINY, ipc=2, decode=decode, labels=labels, **EXACT)
 
 

@@ -141,7 +141,7 @@ def test_bad_optimisers_are_refused(fields: dict[str, Any], complaint: str) -> N
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -0.5])
 def test_a_bad_decay_is_refused(ema: float) -> None:
-    with pytest.raises(ValueError, match="try 0.999"):
+    with pytest.raises(ValueError, match=r"try 0\.999"):
         Pull(ema=ema)
 
 
