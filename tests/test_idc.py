@@ -24,7 +24,7 @@ from condense.task import Labelled, Split, make_task
 from condense.train import Training, cutmix, one_hot
 from tests.reference.idc import idc
 
-COUNTS = (5, 9, 7)
+COUNTS = (8, 11, 9)
 STRATEGY = "color_crop_cutout_flip_scale_rotate:mode=D"
 
 
@@ -282,6 +282,7 @@ def test_sets_are_meant_for_a_thousand_epochs_with_mixed_batches() -> None:
 
 
 LR = {"cifar10": 0.005, "svhn": 0.005, "mnist": 1e-4, "fashion-mnist": 1e-4}
+STD = {"cifar10": 0.2009, "svhn": 0.1987, "mnist": 0.3081, "fashion-mnist": 0.353}
 
 
 @pytest.mark.parametrize(("kind", "name", "decode"), [(IDC, "idc", Factor(factor=2)), (IDCI, "idc-i", Pixels())])
@@ -295,11 +296,13 @@ def test_recipes_hold_the_published_values(kind: type[RealStudents], name: str, 
         gray = "mnist" in dataset
         for ipc in (1, 10, 50):
             recipe = recipes.pop(f"{name}-{dataset}-ipc{ipc}")
+            assert isinstance(recipe.method, RealStudents)
             assert (recipe.dataset, recipe.ipc, recipe.decode) == (dataset, ipc, decode)
             assert (recipe.augment, recipe.network, recipe.transform) == ("dsa:mode=D", "convnet", "channel")
             plain = (name, dataset) == ("idc", "mnist")
+            assert recipe.method.optim.lr == pytest.approx(2 * lr / STD[dataset] ** 2, rel=5e-3)
             assert recipe.method == kind(
-                optim=Optim(lr=2 * lr, momentum=0.0),
+                optim=Optim(lr=recipe.method.optim.lr, momentum=0.0),
                 distance="l1-conv" if gray else "mse-conv",
                 base_size=28 if dataset == "mnist" else 32,
                 num_student=2000 if dataset == "cifar10" else 500,
