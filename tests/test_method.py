@@ -151,7 +151,7 @@ def composed(ctx: Context) -> Context:
 
 
 def test_the_average_is_that_of_all_leaves_corrected_for_its_beginning(ctx: Context) -> None:
-    ctx, method = composed(ctx), Pull(ema=0.7, optim=Optim(lr=0.01), optim_decoder=Optim(lr=0.001))
+    ctx, method = composed(ctx), Pull(ema=0.7, optim=Optim(lr=1e-3), optim_decoder=Optim(lr=1e-5))
     state, seen = method.init(ctx), []
     for step in range(method.num_steps):
         method.step(ctx, state, step)
@@ -180,7 +180,7 @@ def test_the_average_of_the_first_step_is_the_first_step_and_without_ema_the_set
 def test_average_and_optimisers_survive_stop_and_resume(
     kind: Any, ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ctx, few = composed(ctx), Optim(kind=kind, lr=0.001, cosine_to=0.1)
+    ctx, few = composed(ctx), Optim(kind=kind, lr=1e-5, cosine_to=0.1)
     method = Pull(ema=0.8, optim=few, optim_labels=few, optim_decoder=few, optim_lr=few)
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
