@@ -173,8 +173,8 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     flags, name = recipe.take(words[1:], "--protocol")
     source = recipe.take(flags, "--dataset")[1]
     with ranks.first_ahead():
-        found, _ = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
-    plan = protocol.named(name or "canonical", found)
+        syn, _ = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
+    plan = protocol.named(name or "canonical", syn)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
     found = api.evaluate(target, **_fields(command), ranks=ranks)
     print_results([result.row() for result in found.results])

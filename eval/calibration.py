@@ -50,5 +50,5 @@ def temperature(kind: Calibration, logits: Tensor, labels: Tensor, generator: to
         return loss
 
     with torch.enable_grad():
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
+        optimiser.step(closure)
     return float(log_t.detach().exp())

@@ -79,7 +79,8 @@ class Scores:
         scalars, rest = numbers[:NUM_SCALARS], numbers[NUM_SCALARS:]
         per_class, flat = rest[: -3 * NUM_BINS], rest[-3 * NUM_BINS :]
         rows = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
-        return cls(*scalars, tuple(per_class), tuple(rows))
+        named = dict(zip(SCALARS, scalars, strict=True))
+        return cls(**named, per_class=tuple(per_class), reliability=tuple(rows))
 
 
 SCALARS = tuple(f.name for f in dataclasses.fields(Scores) if f.type == "float")

@@ -83,9 +83,9 @@ class FRePo(GradientMethod):
                 raise ValueError(
                     f"method.{name} must be at least {lowest}, got {getattr(self, name)}; a usual value is {usual}"
                 )
-        for name, usual in {"ridge": 1e-6, "lr_pool": 3e-4}.items():
+        for name, published in {"ridge": 1e-6, "lr_pool": 3e-4}.items():
             if not getattr(self, name) > 0:
-                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {usual}")
+                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {published}")
 
     def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         num_synthetic = num_classes * images_per_class

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,6 @@ def _gradient(network: Functional, loss: Loss, compute: Compute) -> Callable[...
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         found = first_order(leaves, buffers, compute.layout(images), targets)
         grads = torch.autograd.grad(found, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, cast(tuple[Tensor, ...], grads), strict=True))
+        return dict(zip(leaves, grads, strict=True))
 
     return gradient

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
 def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """Arrays ``images`` (N, C, H, W) float32 in [0, 1], ``labels`` (N,), ``soft_labels`` (N, C) where there are any,
     ``classes``, and ``origin``, the JSON that the set says of itself."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": pixels.numpy(),
         "labels": _classes(targets).numpy(),
         "classes": np.array(syn.origin.dataset["classes"]),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.crossarch import decoded
-from condense.eval.protocol import PROTOCOLS, fixed
+from condense.eval.protocol import PROTOCOLS, Protocol, fixed
 from condense.networks import Weights
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled
@@ -56,11 +56,15 @@ class Privacy(Application):
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         judge = Scorer(network, setting.compute)
         sets = {setting.syn.origin.recipe.get("method", {}).get("name", "set"): setting.syn, **baselines}
-        jobs = {name: (plan, *(x.to(setting.device) for x in decoded(syn, soft=False))) for name, syn in sets.items()}
-        jobs["the members themselves"] = (real_plan, members.images, members.labels)  # type: ignore[assignment]
-        nearest = {name: _nearest(setting, pixels) for name, (_, pixels, _) in jobs.items() if name in sets}
-        usual = _nearest(setting, strangers.images)
-        rows, record = [], {}
+        jobs: dict[str, tuple[Protocol, Tensor, Tensor]] = {}
+        for name, syn in sets.items():
+            images, labels = decoded(syn, soft=False)
+            jobs[name] = plan, images.to(setting.device), labels.to(setting.device)
+        nearest = {name: _nearest(setting, images) for name, (_, images, _) in jobs.items()}
+        usual = _nearest(setting, strangers.images[:])
+        jobs["the members themselves"] = real_plan, members.images[:], members.labels
+        rows: list[tuple[str, ...]] = []
+        record: dict[str, dict[str, list[float]]] = {}
         for name, (training, images, labels) in jobs.items():
             scorer, aucs = setting.scorer(network, training, len(images)), []
             for seed in range(self.num_seeds):
@@ -97,7 +101,7 @@ def _losses(judge: Scorer, weights: Weights, real: Labelled) -> Tensor:
 
 def _nearest(setting: Setting, images: Tensor) -> Tensor:
     """Distance (N,) in pixel space of each image to the nearest training image."""
-    pixels = setting.transform.inverse(images[:]).clamp(0, 1).flatten(1)
+    pixels = setting.transform.inverse(images).clamp(0, 1).flatten(1)
     best = torch.full((len(pixels),), torch.inf, device=pixels.device)
     for batch in setting.train.images.split(1000):
         real = setting.transform.inverse(batch).clamp(0, 1).flatten(1)
