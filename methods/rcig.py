@@ -66,7 +66,7 @@ class RCIGState(GradientState):
     lr_adjoint: float
     """Learning rate at which ``H v = g`` is solved."""
     tally: Tensor
-    """(2,): of the inner runs since the last adaptation, those that ended higher than they began and those that fell."""
+    """(2,): of the inner runs since the last adaptation, those that ended above their start, and that only fell."""
 
 
 @final
