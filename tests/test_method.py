@@ -199,8 +199,8 @@ def test_average_and_optimisers_survive_stop_and_resume(
     engine.run(method, ctx, method.init(ctx), tmp_path / "stopped", resume=True)
     for file in ("synthetic.safetensors", "snapshots/step_0000006.safetensors"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    stored, last = load(tmp_path / "whole"), load(tmp_path / "whole" / "snapshots" / "step_0000001.safetensors")
-    assert not torch.equal(stored.latents, last.latents)
+    stored, early = load(tmp_path / "whole"), load(tmp_path / "whole" / "snapshots" / "step_0000001.safetensors")
+    assert not torch.equal(stored.latents, early.latents)
 
 
 @pytest.mark.parametrize("decode", [Pixels(), Factor(factor=2)])
