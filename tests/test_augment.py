@@ -143,6 +143,63 @@ def test_multiple_mode_has_all_in_the_order_of_the_strategy() -> None:
     assert torch.equal(augment.apply(x, params), expected)
 
 
+def test_the_mode_of_idc_always_flips_colours_and_cuts_out() -> None:
+    """D: flip, color, one of crop, scale and rotate, cutout, in this order."""
+    augment, keys = Augment(OPS, "D"), 600
+    drawn = [draw(augment, 4, False, key).ops for key in range(keys)]
+    assert {(*ops[:2], ops[3]) for ops in drawn} == {("flip", "color", "cutout")} and {len(ops) for ops in drawn} == {4}
+    counts = [sum(ops[2] == op for ops in drawn) for op in ("crop", "scale", "rotate")]
+    assert sum(counts) == keys and min(counts) > keys / 3 * 0.8
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+def test_the_mode_of_idc_agrees_with_the_twin(siamese: bool) -> None:
+    augment, x = Augment(OPS, "D"), images(4)
+    for key in range(4):
+        params = draw(augment, 4, siamese, key)
+        np.testing.assert_allclose(augment.apply(x, params).numpy(), dsa.apply(x.numpy(), params, False), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ops", "drawn"),
+    [
+        (("color", "crop", "cutout"), ("color", "crop", "cutout")),
+        (("cutout", "flip"), ("flip", "cutout")),
+        (("color",), ("color",)),
+        ((), ()),
+    ],
+)
+def test_the_mode_of_idc_has_only_what_is_listed(ops: tuple[str, ...], drawn: tuple[str, ...]) -> None:
+    """The strategies of IDC's matching: without cutout or without flip."""
+    assert all(draw(Augment(ops, "D"), 2, True, key).ops == drawn for key in range(5))
+
+
+def test_mirrored_joins_every_image_by_its_mirror_image() -> None:
+    x, y = images(3), torch.tensor([2, 0, 1])
+    plain, flips = Augment(OPS), Augment(OPS, flips=True)
+    assert plain.mirrored(x, y) == (x, y) and plain.copies == 1 and flips.copies == 2
+    both, targets = flips.mirrored(x, y)
+    assert torch.equal(both[:3], x) and targets.tolist() == [2, 0, 1, 2, 0, 1]
+    for column in range(SHAPE[2]):
+        assert torch.equal(both[3:, :, :, column], x[:, :, :, SHAPE[2] - 1 - column])
+    soft = torch.rand(3, 5)
+    assert torch.equal(flips.mirrored(x, soft)[1], torch.cat([soft, soft]))
+
+
+def test_gradient_flows_through_image_and_mirror_image() -> None:
+    x, factor = images(2).requires_grad_(), images(4)
+    both, _ = Augment(flips=True).mirrored(x, torch.zeros(2))
+    (grad,) = torch.autograd.grad((both * factor).sum(), x)
+    assert torch.equal(grad, factor[:2] + factor[2:].flip(3))
+
+
+def test_flips_change_neither_draws_nor_what_is_done_to_real_images() -> None:
+    plain, flips = Augment(OPS), Augment(OPS, flips=True)
+    one, two = draw(plain, 4, False), draw(flips, 4, False)
+    assert one.ops == two.ops and torch.equal(plain.apply(images(4), one), flips.apply(images(4), two))
+    assert plain.content() == flips.content()
+
+
 @pytest.mark.parametrize("mode", ["S", "M"])
 def test_none_is_the_identity(mode: Mode) -> None:
     augment, x = Augment.parse(f"none:mode={mode}"), images(2)
@@ -151,11 +208,12 @@ def test_none_is_the_identity(mode: Mode) -> None:
     assert augment == Augment(mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["S", "M"])
+@pytest.mark.parametrize("flips", [True, False])
+@pytest.mark.parametrize("mode", ["S", "M", "D", "P"])
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("ops", [OPS, (), ("flip",), ("rotate", "crop")])
-def test_parse_reads_what_str_writes(ops: tuple[str, ...], mode: Mode, align_corners: bool) -> None:
-    augment = Augment(ops, mode, align_corners)
+def test_parse_reads_what_str_writes(ops: tuple[str, ...], mode: Mode, align_corners: bool, flips: bool) -> None:
+    augment = Augment(ops, mode, align_corners, flips)
     assert Augment.parse(str(augment)) == augment
     assert str(Augment(ops)) == ("_".join(ops) or "none")
 
@@ -165,6 +223,8 @@ def test_parse_takes_the_strategy_of_the_data_set() -> None:
     expected = Augment(("crop", "flip"), "M", True)
     assert Augment.parse("dsa:align_corners=True,mode=M", own="crop_flip") == expected
     assert Augment.parse("dsa") == Augment()
+    assert Augment.parse("dsa:flips=true", own="crop") == Augment(("crop",), flips=True)
+    assert Augment.parse("none:flips=true") == Augment(flips=True)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +239,7 @@ def test_parse_takes_the_strategy_of_the_data_set() -> None:
         ("crop:mode=X", "unknown option 'mode=X'; did you mean 'mode="),
         ("crop:align_corner=true", "did you mean 'align_corners=true'?"),
         ("crop:", "unknown option ''"),
+        ("crop:flips=yes", "did you mean 'flips="),
     ],
 )
 def test_bad_specs_are_refused(spec: str, message: str) -> None:

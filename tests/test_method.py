@@ -224,6 +224,11 @@ def test_clamp_moves_back_what_left_and_nothing_else(ctx: Context, decode: Any, 
         torch.testing.assert_close(border, torch.full_like(border, float(goal > 0)), rtol=0, atol=1e-5)
 
 
+def test_mirror_images_have_no_part_in_training_on_the_set(ctx: Context) -> None:
+    task = replace(ctx.task, augment=Augment.parse("crop_flip:mode=M,flips=true"))
+    assert str(Pull().training_augment(task)) == "crop_flip:mode=M"
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_clamp_is_refused_where_no_pixels_are_stored_or_they_are_whitened(name: str) -> None:
     method, decode = Pull(clamp=True), DECODERS[name]()

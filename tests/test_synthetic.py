@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from condense.files import read_header
-from condense.synthetic import Factor, Hard, Logits, Origin, SyntheticSet, load, save
+from condense.synthetic import (
+    LABELS,
+    Factor,
+    Hard,
+    Labels,
+    Logits,
+    Origin,
+    SyntheticSet,
+    Targets,
+    Teacher,
+    load,
+    save,
+)
+from condense.synthetic.labels import Assigned
 
 ORIGIN = Origin(
     dataset={"name": "tiny", "fingerprint": "f", "classes": ["a", "b", "c"], "image_shape": [1, 8, 8]},
@@ -140,3 +154,56 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         rewrite(path, **changes)
         with pytest.raises(ValueError, match=complaint):
             load(path)
+
+
+def test_targets_begin_at_the_centred_class_and_are_learned() -> None:
+    syn = make(label_kind=Targets(scale=2.0))
+    targets = syn()[1]
+    expected = 2 * (torch.nn.functional.one_hot(syn.classes, 3) - 1 / 3)
+    torch.testing.assert_close(targets, expected)
+    (targets * torch.arange(3.0)).sum().backward()
+    (leaf,) = syn.leaves()["labels"]
+    assert leaf.grad is not None and torch.equal(leaf.grad, torch.arange(3.0).expand(6, 3))
+    with pytest.raises(ValueError, match=r"labels\.scale must be positive, got 0\.0; try 1\.0"):
+        Targets(scale=0.0)
+
+
+def test_a_teacher_assigns_what_nobody_learns() -> None:
+    syn = make(label_kind=Teacher())
+    assert torch.equal(syn()[1], torch.nn.functional.one_hot(syn.classes, 3).float())
+    assert "labels" not in syn.leaves()
+    assert isinstance(syn.provider, Assigned)
+    said = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    syn.provider.assign(said)
+    assert torch.equal(syn(torch.tensor([4, 0]))[1], said[[4, 0]]) and not syn()[1].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Hard(), lambda logits: logits.argmax(1)),
+        (Logits(), lambda logits: logits.softmax(1)),
+        (Targets(scale=3.0), lambda logits: 3 * (logits.softmax(1) - 1 / 3)),
+        (Teacher(), lambda logits: logits.softmax(1)),
+    ],
+)
+def test_labels_may_begin_at_logits(kind: Labels, expected: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(6, 3, generator=generator)
+    syn = SyntheticSet(torch.zeros(6, 1, 8, 8), logits, ORIGIN, label_kind=kind)
+    torch.testing.assert_close(syn()[1], expected(logits))
+    assert torch.equal(syn.classes, logits.argmax(1))
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_copies_of_a_latent_share_its_target_and_a_file_keeps_it(kind: str, tmp_path: Path) -> None:
+    syn = make(label_kind=LABELS[kind](), decode=Factor())
+    with torch.no_grad():
+        for tensor in (*syn.provider.parameters(), *syn.provider.buffers()):
+            tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 3)
+    targets = syn()[1].unflatten(0, (4, 6))
+    assert torch.equal(targets, targets[:1].expand_as(targets))
+    save(syn, tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors")
+    assert again.label_kind == syn.label_kind and torch.equal(again()[1], syn()[1])
+    assert again.cost().labels == (6 * 8 if kind == "hard" else 6 * 3 * 4)

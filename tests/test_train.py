@@ -1,8 +1,11 @@
-"""Several networks trained at once are those trained one by one."""
+"""The plain training loop against steps written out; several networks at once against one by one."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,9 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.networks import Functional, Weights
 from condense.rng import Rng
-from condense.train import Trainer, Training
+from condense.train import Trainer, Training, cutmix, one_hot
 from tests.conftest import TINY
+from tests.reference import optim as twins
 
 AUGMENT = Augment.parse("color_crop_cutout_flip_scale_rotate")
 
@@ -93,3 +97,109 @@ def test_experts_and_evaluations_at_once(tiny: Arrays, tmp_path: Path) -> None:
     ]
     assert rows[0].accuracies == pytest.approx(rows[1].accuracies, abs=0.06)
     assert [row.compute.get("networks") for row in rows] == [None, 2]
+
+
+def by_hand(
+    rule: Callable[..., Tensor],
+    rates: Sequence[float],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+) -> tuple[Functional, Weights, dict[str, Tensor]]:
+    """Network, its initial weights, and what they are after a step on every batch by a rule of the twins."""
+    network = Functional("convnet:depth=1,width=4", (3, 8, 8), 3, dtype=torch.float64)
+    initial = network.init(Rng(0), "weights")
+    params = {name: p.detach().clone() for name, p in initial.params.items()}
+    memory: dict[str, dict[str, Tensor]] = {name: {} for name in params}
+    for step, (rate, (x, y)) in enumerate(zip(rates, batches, strict=True), 1):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        log_p = network.logits(leaves, initial.buffers, x, train=True).log_softmax(1)
+        loss = -(one_hot(y, 3) * log_p).sum(1).mean()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        params = {
+            name: rule(p, g + weight_decay * p, memory[name], step, rate, momentum)
+            for (name, p), g in zip(params.items(), grads, strict=True)
+        }
+    return network, initial, params
+
+
+def check(training: Training, expected: tuple[Functional, Weights, dict[str, Tensor]]) -> None:
+    network, initial, params = expected
+    trained = Trainer(network, training, Augment(), Compute()).run(initial, *data(), Rng(7))
+    for name, p in params.items():
+        torch.testing.assert_close(trained.params[name], p)
+
+
+@pytest.mark.parametrize(("optimiser", "rule"), [("sgd", twins.sgd), ("adam", twins.adam)])
+def test_pieces_of_the_set_in_their_order_under_either_optimiser(optimiser: Any, rule: Callable[..., Tensor]) -> None:
+    x, y = data()
+    pieces = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)] * 2
+    training = Training(num_epochs=2, batch_size=4, lr=0.05, optimiser=optimiser, order="stored", decay_at=None)
+    check(training, by_hand(rule, [0.05] * 6, pieces))
+
+
+def test_rates_of_single_steps_replace_everything_else() -> None:
+    x, y = data()
+    rates = (0.3, 0.0, 0.1, 0.2)
+    training = Training(num_epochs=2, batch_size=5, order="stored", rates=rates, warmup_steps=3, cosine_to=0.1)
+    check(training, by_hand(twins.sgd, rates, [(x[:5], y[:5]), (x[5:], y[5:])] * 2))
+
+
+def test_a_shuffled_epoch_takes_every_image_once_and_another_epoch_another_order() -> None:
+    x, y = data()
+    orders = [torch.randperm(10, generator=Rng(7)("order", epoch)) for epoch in range(2)]
+    assert not torch.equal(*orders)
+    batches = [(x[i], y[i]) for order in orders for i in order.split(4)]
+    check(Training(num_epochs=2, batch_size=4, lr=0.1, decay_at=None), by_hand(twins.sgd, [0.1] * 6, batches))
+
+
+def test_the_rate_drops_at_each_of_several_places() -> None:
+    training = Training(num_epochs=12, lr=0.8, decay_at=(2 / 3, 5 / 6), decay=0.5)
+    assert [training.lr_at(3 * epoch, 3) for epoch in range(12)] == [0.8] * 8 + [0.4] * 2 + [0.2] * 2
+    once, never = (Training(num_epochs=4, lr=1.0, decay_at=at) for at in (0.5, None))
+    assert [once.lr_at(epoch, 1) for epoch in range(4)] == [1.0, 1.0, 0.1, 0.1]
+    assert {never.lr_at(epoch, 1) for epoch in range(4)} == {1.0}
+
+
+def test_the_rate_rises_and_follows_a_cosine() -> None:
+    training = Training(num_epochs=4, lr=0.8, warmup_steps=2, cosine_to=0.25)
+    rates = [training.lr_at(step, 3) for step in range(12)]
+    assert rates[:3] == [0.0, 0.4, 0.8]
+    assert rates[2:] == pytest.approx([0.8 * (0.25 + 0.75 * (1 + math.cos(math.pi * k / 10)) / 2) for k in range(10)])
+    assert training.lr_at(12, 3) == pytest.approx(0.2)
+
+
+def test_cutmix_mixes_labels_by_the_area_that_changed_hands() -> None:
+    """Images of one grey each, so that the shares can be counted."""
+    grey = torch.arange(1.0, 7.0)
+    x, y = grey.view(6, 1, 1, 1).expand(6, 1, 8, 8), torch.eye(6)
+    mixed_some, shares = 0, []
+    for seed in range(40):
+        mixed, targets = cutmix(x, y, 1.0, Rng(seed)("cutmix"))
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        counted = torch.stack([(mixed == value).float().mean((1, 2, 3)) for value in grey], 1)
+        torch.testing.assert_close(targets, counted)
+        changed = (mixed != x).any(0)[0]
+        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+        assert changed.sum() == len(rows) * len(columns), "no rectangle"
+        mixed_some += bool(changed.any())
+        shares.append(float(changed.float().mean()))
+    assert mixed_some > 30 and max(shares) > 0.5
+    again, untouched = (cutmix(x, y, p, Rng(3)("cutmix")) for p in (1.0, 0.0))
+    assert torch.equal(again[0], cutmix(x, y, 1.0, Rng(3)("cutmix"))[0]) and torch.equal(untouched[0], x)
+    left = sum(torch.equal(cutmix(x, y, 0.5, Rng(seed)("cutmix"))[1], y) for seed in range(200))
+    assert 80 < left < 130
+
+
+def test_a_training_with_cutmix_sees_what_cutmix_gives() -> None:
+    x, y = data()
+    training = Training(num_epochs=6, batch_size=10, lr=0.1, order="stored", decay_at=None, cutmix=0.5)
+    batches = [cutmix(x, torch.eye(3)[y], 0.5, Rng(7)("cutmix", epoch, 0)) for epoch in range(6)]
+    assert 0 < sum(torch.equal(a, x) for a, _ in batches) < 6
+    check(training, by_hand(twins.sgd, [0.1] * 6, batches))
+
+
+@pytest.mark.parametrize("cutmix", [-0.1, 1.5])
+def test_a_bad_probability_is_refused(cutmix: float) -> None:
+    with pytest.raises(ValueError, match=r"cutmix between 0 and 1.*usual value is 0\.5"):
+        Training(cutmix=cutmix)
