@@ -49,8 +49,8 @@ HEAD, HEAD_BIAS = "classifier.weight", "classifier.bias"
 
 FIRST_LR_INNER, FIRST_LR_ADJOINT = 1e-5, 5e-5
 """Learning rates from which the search starts."""
-RAISE, BACK_OFF, HIGHEST_LR = 1.2, 0.7, 1.0
-"""Its factors: for the next attempt, and from the first one that fails. And where it ends in any case."""
+RAISE, BACK_OFF = 1.2, 0.7
+"""Its factors: for the next attempt, and from the first one that fails."""
 ADAPT_EVERY = 50
 """Steps after which the inner learning rate is adapted."""
 
@@ -152,7 +152,7 @@ class RCIG(GradientMethod):
         )
 
     def training_augment(self, task: Task) -> Augment:
-        return Augment(("crop", "rotate", "cutout"))
+        return Augment(("crop", "rotate", "cutout"), mode="P")
 
     def init(self, ctx: Context) -> RCIGState:
         syn = ctx.new_set(*ctx.initial(self.start))
@@ -315,9 +315,12 @@ def falls(curve: Tensor) -> Tensor:
 
 
 def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:
-    """Raise the learning rate from ``first`` until a curve does not fall all the way, and step back from there."""
+    """Raise the learning rate from ``first`` until a curve does not fall all the way, and step back from there.
+
+    The curve of Adam on a strictly convex function rises at some rate, so that there is an end.
+    """
     lr = first
-    while lr < HIGHEST_LR and falls(curve(lr)):
+    while falls(curve(lr)):
         lr *= RAISE
     return BACK_OFF * lr
 

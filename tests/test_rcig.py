@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
 from condense.method import Context, Optim
 from condense.methods import pool
-from condense.methods.rcig import HEAD, RCIG, adaptation, falls, highest_lr, no_longer_than
+from condense.methods.rcig import HEAD, RCIG, Convexified, adaptation, falls, highest_lr, no_longer_than
 from condense.networks import Functional
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
@@ -27,8 +28,8 @@ NETWORK = "convnet:depth=1,width=3,norm=none,activation=softplus"
 TINY = RCIG(
     num_steps=3,
     batch_real=9,
-    inner_steps=15,
-    adjoint_steps=15,
+    inner_steps=6,
+    adjoint_steps=6,
     pool_size=2,
     max_age=4,
     max_train_steps=3,
@@ -87,15 +88,13 @@ class Pieces:
         return twin.tangent(self.logits, self.theta, images)
 
 
-@pytest.mark.parametrize("augment", ["none", "none:flips=true"])
-def test_value_and_gradients_are_those_of_the_twin(augment: str) -> None:
-    ctx, method = context(augment), TINY
-    state = begin(method, ctx)
-    pieces = Pieces(method, ctx, state, 0)
-    real, classes = method.real(ctx, 0)
+def twin_step(method: RCIG, ctx: Context, state: Any, step: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Value, and gradients in images, labels and tau, of the state as it is before the step."""
+    pieces = Pieces(method, ctx, state, step)
+    real, classes = method.real(ctx, step)
     x = state.syn.latents.detach().clone().requires_grad_()
     y = state.syn()[1].detach().clone().requires_grad_()
-    tau = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    tau = state.learned["temperature"].detach().clone().requires_grad_()
     l2 = method.ridge * len(x)
 
     def parts(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,26 +111,52 @@ def test_value_and_gradients_are_those_of_the_twin(augment: str) -> None:
         found = twin.predict(d, h, jacobian, targets, l2, pieces.features(real), pieces.jacobian(real))
         return twin.outer_loss(found, classes, y, tau)
 
-    zero = torch.zeros_like(pieces.theta)
-    d = twin.adam(torch.func.grad(lambda d: inner(d, x.detach(), y.detach())), zero, method.inner_steps, state.lr_inner)
-    d = d.detach().requires_grad_()
+    zero, fixed = torch.zeros_like(pieces.theta), parts(x.detach(), y.detach())
+    slope_of = torch.func.grad(lambda d: twin.inner_loss(d, *fixed, l2))
+    d = twin.adam(slope_of, zero, method.inner_steps, state.lr_inner).detach().requires_grad_()
     value = outer(d, x, y, tau)
     g, into_x, into_y, into_tau = torch.autograd.grad(value, (d, x, y, tau))
-    hessian = torch.func.hessian(lambda d: inner(d, x.detach(), y.detach()))(d.detach())
+    hessian = torch.func.hessian(lambda d: twin.inner_loss(d, *fixed, l2))(d.detach())
     v = twin.adam(lambda v: hessian @ v - g, zero, method.adjoint_steps, state.lr_adjoint)
     slope = torch.autograd.grad(inner(d, x, y), d, create_graph=True)[0] @ v
-    expected = []
-    for direct, mixed in zip((into_x, into_y), torch.autograd.grad(slope, (x, y)), strict=True):
-        expected.append(direct - mixed * min(1.0, float(direct.norm() / mixed.norm())))
-
-    found = method.loss(ctx, state, 0, 0)
-    found.backward()
-    assert found.item() == pytest.approx(value.item(), rel=1e-7)
-    torch.testing.assert_close(state.syn.latents.grad, expected[0], rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(
-        dict(state.syn.named_parameters())["provider.values"].grad, expected[1], rtol=1e-5, atol=1e-8
+    mixed = torch.autograd.grad(slope, (x, y))
+    whole_x, whole_y = (
+        direct - m * min(1.0, float(direct.norm() / m.norm()))
+        for direct, m in zip((into_x, into_y), mixed, strict=True)
     )
-    assert state.learned["temperature"].grad.item() == pytest.approx(into_tau.item(), rel=1e-5)
+    return value, (whole_x, whole_y, into_tau)
+
+
+@pytest.mark.parametrize("augment", ["none", "none:flips=true"])
+def test_values_and_gradients_are_those_of_the_twin_step_by_step(augment: str) -> None:
+    ctx, method = context(augment), TINY
+    state = begin(method, ctx)
+    for step in range(method.num_steps):
+        value, gradients = twin_step(method, ctx, state, step)
+        assert method.step(ctx, state, step)["loss"] == pytest.approx(value.item(), rel=1e-7)
+        learned = (state.syn.latents, state.syn.provider.values, state.learned["temperature"])
+        for param, gradient in zip(learned, gradients, strict=True):
+            torch.testing.assert_close(param.grad, gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_a_network_from_elsewhere_is_taken_apart_at_its_last_layer() -> None:
+    def factory(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        size = math.prod(image_shape)
+        return nn.Sequential(nn.Flatten(), nn.Linear(size, 4), nn.Softplus(), nn.Linear(4, num_classes, bias=False))
+
+    ctx = context()
+    task = dataclasses.replace(ctx.task, network=Functional(factory, (1, 8, 8), 3, dtype=torch.float64))
+    ctx = dataclasses.replace(ctx, task=task)
+    params, buffers = task.network.init(ctx.rng, "network")
+    net = Convexified(task.network, params, buffers, task.augment, 0.1)
+    move, images = {name: torch.full_like(p, 0.01) for name, p in net.no_move().items()}, task.train.images[:5]
+    h = 1e-6
+    ahead, behind = (
+        task.network.logits({name: p + s * h * move.get(name, 0) for name, p in params.items()}, buffers, images)
+        for s in (1, -1)
+    )
+    assert move.keys() == params.keys() - {HEAD}
+    torch.testing.assert_close(net.outputs(move, images)[1], (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-9)
 
 
 def test_the_inner_problem_is_quadratic_and_its_product_the_hessian() -> None:
@@ -140,7 +165,7 @@ def test_the_inner_problem_is_quadratic_and_its_product_the_hessian() -> None:
     net, pieces = method.convexified(ctx, state, 0), Pieces(method, ctx, state, 0)
     batch = (state.syn.latents.detach(), state.syn()[1].detach())
     zero = net.no_move()
-    direction = {name: torch.randn_like(p, generator=None) * 0 + 0.1 for name, p in zero.items()}
+    direction = {name: torch.full_like(p, 0.1 * (i + 1)) for i, (name, p) in enumerate(zero.items())}
     losses = [float(net.inner_loss({k: s * p for k, p in direction.items()}, batch)) for s in (-1.0, 0.0, 1.0, 2.0)]
     second = losses[0] - 2 * losses[1] + losses[2]
     assert losses[3] == pytest.approx(losses[1] + (losses[2] - losses[0]) + 2 * second, rel=1e-9)

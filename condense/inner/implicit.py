@@ -43,8 +43,8 @@ def pushforward(function: Callable[[Params], Any], params: Params, direction: Pa
     """The value of ``function`` at ``params``, and its derivative along ``direction``; differentiable again."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
-        pair: tuple[Any, Any] = torch.func.jvp(function, (params,), (direction,))
-    return pair
+        found = torch.func.jvp(function, (params,), (direction,))
+    return found[0], found[1]
 
 
 def minimise(
