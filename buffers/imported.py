@@ -8,7 +8,6 @@ statistics of BatchNorm were never stored.
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from condense.artifacts import TrajectoryWriter, pack
+from condense.files import read_foreign
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.task import Task
@@ -74,17 +74,7 @@ def _files(src: Path) -> list[Path]:
 
 
 def _load(file: Path) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what is then refused
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is refused: it is damaged, or holds other objects than lists of tensors, and to read "
-            "those may run any code; save it again as a list of lists of lists of tensors"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{file} cannot be read: {reason[:120]}; it may be cut short, get it again") from error
+    return read_foreign(file, holds="lists of tensors", mend="a list of lists of lists of tensors")
 
 
 def _items(value: Any, where: str, what: str) -> list[Any]:

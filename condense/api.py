@@ -23,8 +23,7 @@ from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute, keep_compiled, resolve_device
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
-from condense.data.images import Images
-from condense.data.transform import Transform, fit
+from condense.data.transform import Transform
 from condense.distributed import Ranks
 from condense.eval import crossarch
 from condense.eval.applications import APPLICATIONS, Application, Setting
@@ -281,6 +280,8 @@ def evaluate(
     networks = (networks,) if isinstance(networks, str) else networks
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
     _check_before_training(target, baselines)
+    if target is not None and target.exists():
+        crossarch.read(target)
     common: dict[str, Any] = {
         "num_seeds": num_seeds,
         "seed": seed,
@@ -298,14 +299,13 @@ def evaluate(
             crossarch.merge(target, [result])
 
     crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, on_result=keep)
-    stored = str(found.origin.recipe.get("network", "convnet"))
     for name in baselines:
         if name == "full":
             transform = str(found.origin.recipe.get("transform", "channel"))
             for network in networks:
                 keep(full_data(arrays, network=network, transform=transform, **common))
         else:
-            chosen = networks[0] if stored.startswith("custom:") else stored
+            chosen = _own_network(found, networks[0])
             skeleton = Functional(chosen, arrays.image_shape, arrays.num_classes, common["device"])
             made = _baseline(name, found, arrays, skeleton, seed)
             ranks.same(list(made.state_dict().values()))
@@ -350,7 +350,7 @@ def apply(
     crossarch.check(found, arrays)
     chosen = _prepare(device)
     setting = Setting(syn=found, arrays=arrays, device=chosen, compute=compute, seed=seed, cache=cache_folder())
-    skeleton = Functional(_own_network(found), arrays.image_shape, arrays.num_classes, chosen)
+    skeleton = Functional(_own_network(found, "convnet"), arrays.image_shape, arrays.num_classes, chosen)
     others = {other: _baseline(other, found, arrays, skeleton, seed) for other in baselines}
     findings = application.run(setting, others)
     if target is not None:
@@ -360,10 +360,10 @@ def apply(
     return findings
 
 
-def _own_network(syn: SyntheticSet) -> str:
-    """The network a set was distilled with, as far as it has a name."""
+def _own_network(syn: SyntheticSet, otherwise: Network) -> Network:
+    """The network a set was distilled with; where that has no name, another."""
     stored = str(syn.origin.recipe.get("network", "convnet"))
-    return "convnet" if stored.startswith("custom:") else stored
+    return otherwise if stored.startswith("custom:") else stored
 
 
 def open_set(
@@ -420,18 +420,16 @@ def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, datas
         ValueError: unknown format, something is at ``out``, or it cannot be written.
     """
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    fitted = Transform.from_description(found.origin.transform) if found.origin.transform.get("kind") != "zca" else None
-    if fitted is None:
-        found, arrays = open_set(syn, dataset)
-        fitted = crossarch.transform_of(found, arrays, cache_folder())
+    if found.origin.transform.get("kind") == "zca":
+        fitted = crossarch.transform_of(*open_set(syn, dataset), cache_folder())
+    else:
+        fitted = Transform.from_description(found.origin.transform)
     exchange.export(found, fitted, Path(out), kind)
 
 
 def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decode) -> SyntheticSet:
-    pixels = Images.of(arrays.x_train, torch.device("cpu"))
-    key = f"{arrays.fingerprint['train']}-0.0-0"
-    fitted = fit(transform, pixels, known=arrays.known, key=key, cache=cache_folder())
-    return exchange.as_set(read, arrays, fitted, transform, decode=decode)
+    task = plain_task(arrays, "mlp", transform, Split(val_fraction=0.0))
+    return exchange.as_set(read, arrays, task.transform, transform, decode=decode)
 
 
 def _check_before_training(target: Path | None, baselines: Sequence[str]) -> None:
@@ -441,8 +439,6 @@ def _check_before_training(target: Path | None, baselines: Sequence[str]) -> Non
             find_recipe(name)
     if target is not None and not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
-    if target is not None and target.exists() and target.name.endswith("evaluation.json"):
-        crossarch.read(target)
 
 
 def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:

@@ -173,10 +173,10 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     flags, name = recipe.take(words[1:], "--protocol")
     source = recipe.take(flags, "--dataset")[1]
     with ranks.first_ahead():
-        syn, _ = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
+        syn, arrays = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
     plan = protocol.named(name or "canonical", syn)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
-    found = api.evaluate(target, **_fields(command), ranks=ranks)
+    found = api.evaluate(target, **_fields(command) | {"dataset": arrays}, ranks=ranks)
     print_results([result.row() for result in found.results])
 
 
@@ -263,15 +263,11 @@ def apply(words: list[str]) -> None:
     name = _positional(words, usage, "e.g. condense apply continual runs/dm")
     if name not in APPLICATIONS:
         raise ValueError(f"unknown application {name!r}: {suggest(name, APPLICATIONS)}")
-    usual = Apply(choices=APPLICATIONS[name]())
-    kind = dataclasses.make_dataclass(
-        "Apply", [("choices", Annotated[APPLICATIONS[name], Flat])], bases=(Apply,), frozen=True, kw_only=True
-    )
-    prog = f"condense apply {name} RUN_OR_FILE"
+    usual, prog = Apply(choices=APPLICATIONS[name]()), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
-        recipe.parse(kind, ["--help"], kind(choices=usual.choices), prog=prog)
+        recipe.parse(Apply, ["--help"], usual, prog=prog)
     target = _positional(words[1:], usage, "give a run folder or a synthetic.safetensors")
-    command = recipe.parse(kind, words[2:], kind(choices=usual.choices), prog=prog)
+    command = recipe.parse(Apply, words[2:], usual, prog=prog)
     fields = _fields(command)
     findings = api.apply(fields.pop("choices"), target, **fields)
     table = Table(*findings.columns, title=findings.title, box=None)
@@ -411,7 +407,7 @@ def _show_file(path: Path) -> None:
         {
             "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
             "images": f"{len(images)} of {'x'.join(map(str, origin.image_shape))}, {origin.num_classes} classes",
-            "method": origin.recipe.get("method", {}).get("name", "unknown"),
+            "method": origin.method or "unknown",
             "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
             "transform": origin.transform.get("kind"),
             "learned lr": "none" if syn.lr is None else f"{syn.lr.detach().mean().item():.5g}",

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import uuid
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,30 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     if checksum(tensors) != header.get("sha256") or "header_sha256" not in header:
         raise ValueError(f"{path} is damaged: its checksum does not fit its content; write it again or restore it")
     return tensors, header
+
+
+def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = ()) -> Any:
+    """The content of a ``.pt`` file that others wrote, on the CPU; nothing in it is run.
+
+    Args:
+        path: the file.
+        holds: what it should hold, and ``mend`` how to save it, for the error.
+        allowed: harmless types that it may hold besides tensors, containers and numbers.
+
+    Raises:
+        ValueError: it is damaged, missing, or holds something else.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is damaged, or holds other objects than {holds}, and to read those may run any "
+            f"code; save it again as {mend}"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason[:120]}; it may be cut short, get it again") from error
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -48,11 +48,21 @@ def regression(k_ts: Tensor, k_ss: Tensor, y: Tensor, ridge: float) -> Tensor:
     return k_ts @ ridge_solve(k_ss, y, relative_ridge(k_ss, ridge))
 
 
-def centred(targets: Tensor, space: Literal["classes", "probabilities", "values"], num_classes: int) -> Tensor:
-    """What a regression is fitted to, float64 (n, C): one-hot vectors or probabilities less 1/C, values as they are."""
-    if space == "classes":
+def centred(targets: Tensor, num_classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Classes (n,), as one-hot vectors, or probabilities (n, C), less 1/C: (n, C)."""
+    if targets.dim() == 1:
         targets = F.one_hot(targets, num_classes)
-    return targets.double() if space == "values" else targets.double() - 1 / num_classes
+    return targets.to(dtype) - 1 / num_classes
+
+
+def regression_targets(
+    targets: Tensor,
+    space: Literal["classes", "probabilities", "values"],
+    num_classes: int,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """What a regression on a set is fitted to, (n, C): centred classes or probabilities, values as they are."""
+    return targets.to(dtype) if space == "values" else centred(targets, num_classes, dtype)
 
 
 def feature_kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Task
-from condense.train import Training, loss_of
+from condense.train import Training, cosine, loss_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Optim:
         lr = self.lr * 0.5 ** sum(done >= at for at in self.halve_at)
         if self.cosine_to is None:
             return lr
-        return lr * (self.cosine_to + (1 - self.cosine_to) * (1 + math.cos(math.pi * done)) / 2)
+        return lr * cosine(self.cosine_to, done)
 
 
 def _lamb(params: Sequence[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -112,8 +112,7 @@ class Training:
             return self.lr * step / self.warmup_steps
         if self.cosine_to is not None:
             done = (step - self.warmup_steps) / max(self.num_epochs * steps_per_epoch - self.warmup_steps, 1)
-            done *= self.cosine_span
-            return self.lr * (self.cosine_to + (1 - self.cosine_to) * (1 + math.cos(math.pi * done)) / 2)
+            return self.lr * cosine(self.cosine_to, done * self.cosine_span)
         drops = (self.decay_at,) if isinstance(self.decay_at, float | int) else self.decay_at or ()
         epoch = step // steps_per_epoch
         return self.lr * self.decay ** sum(epoch >= at * self.num_epochs for at in drops)
@@ -137,6 +136,11 @@ class Training:
 
 _FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay decay_at decay loss name augment labels".split()
 """Of ``Training``, and of the protocols made of it."""
+
+
+def cosine(end: float, done: float) -> float:
+    """From 1 to ``end`` along a half wave, of which the fraction ``done`` lies behind."""
+    return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:

@@ -28,12 +28,13 @@ from condense.eval.journal import Cell, Journal
 from condense.eval.metrics import Scores, width
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, write_text
+from condense.kernels import centred
 from condense.networks import Functional, ImageShape, Weights
 from condense.rng import Rng
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Split, make_task
 from condense.tracking import Bar
-from condense.train import Scorer, Trainer, Training, one_hot
+from condense.train import Scorer, Trainer, Training
 
 Network = str | Callable[[ImageShape, int], torch.nn.Module]
 """A network string, or a callable (image_shape, num_classes) -> module."""
@@ -304,7 +305,7 @@ def measure(
     unpacked = [[Cell.unpack(cell) for cell in row] for row in cells]
     return [
         Result(
-            method="full" if syn is None else syn.origin.recipe.get("method", {}).get("name", ""),
+            method="full" if syn is None else syn.origin.method,
             network=network.name,
             num_params=network.num_params,
             accuracies=tuple(cell.scores.accuracy for cell in row),
@@ -412,7 +413,7 @@ def evaluate(
     skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
-        targets = one_hot(targets, arrays.num_classes) - 1 / arrays.num_classes
+        targets = centred(targets, arrays.num_classes, torch.float32)
     images, targets = images.to(device), targets.to(device)
     transform = transform_of(syn, arrays, cache)
     test = load_test(arrays, transform, device)

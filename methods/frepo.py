@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from condense.compute import Compute
-from condense.kernels import feature_kernel, relative_ridge, ridge_solve
+from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods import pool
 from condense.networks import Functional
@@ -113,7 +113,7 @@ class FRePo(GradientMethod):
         member = state.pool[pool.draw(ctx, self.pool_size, step)]
         features = frozen_features(ctx.task.network, ctx.compute)
         images, targets = state.syn()
-        labels = pool.regression_targets(ctx, targets)
+        labels = pool.targets_of(ctx, targets)
         real, classes = ctx.task.train.sample(self.batch_real, ctx.rng("real", step))
         with torch.no_grad():
             pieces = real.split(ctx.compute.micro_batch or len(real))
@@ -121,9 +121,9 @@ class FRePo(GradientMethod):
         images, values = ctx.task.augment.mirrored(images, labels)
         phi_s = features(member["params"], member["buffers"], images)
         k_ss, k_ts = feature_kernel(phi_s, phi_s), feature_kernel(phi_t, phi_s)
-        predictions = k_ts @ ridge_solve(k_ss, values, relative_ridge(k_ss, self.ridge))
-        regression = half_squared_error(predictions, pool.centred(ctx, classes))
-        return regression + margin_loss(labels) if ctx.labels.learned else regression
+        wanted = centred(classes, ctx.task.num_classes, real.dtype)
+        error = half_squared_error(regression(k_ts, k_ss, values, self.ridge), wanted)
+        return error + margin_loss(labels) if ctx.labels.learned else error
 
     def after(self, ctx: Context, state: PoolState, step: int) -> None:
         """The network that was used trains for a step on the updated set, or gives way to a fresh one."""
@@ -137,7 +137,7 @@ class FRePo(GradientMethod):
             ctx,
             state.pool[slot],
             images,
-            pool.regression_targets(ctx, targets),
+            pool.targets_of(ctx, targets),
             half_squared_error,
             ctx.rng("pool batch", step),
             lr=self.lr_pool,

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from condense.data.images import Images
-from condense.kernels import centred, fully_connected, regression
+from condense.kernels import centred, fully_connected, regression, regression_targets
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
@@ -106,10 +106,10 @@ class KIP(GradientMethod):
         each = max(1, self.batch_real // classes)
         drawn = [train.draw(c, each, ctx.rng("real", step, c)) for c in range(classes)]
         labels = torch.arange(classes).repeat_interleave(torch.tensor([len(x) for x in drawn]))
-        wanted = centred(labels.to(ctx.task.device), "classes", classes)
+        wanted = centred(labels.to(ctx.task.device), classes)
         images, targets = state.syn()
         images, targets = support(ctx, images, targets, step)
-        predicted = self._regression(torch.cat(drawn), images, centred(targets, ctx.labels.space, classes))
+        predicted = self._regression(torch.cat(drawn), images, regression_targets(targets, ctx.labels.space, classes))
         return 0.5 * (predicted - wanted).square().mean()
 
     def monitor(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, float]:
@@ -123,7 +123,7 @@ class KIP(GradientMethod):
     def predict(self, ctx: Context, syn: SyntheticSet, images: Tensor | Images) -> Tensor:
         """What the infinitely wide network, trained on the set, says of ``images`` (N, C, H, W): (N, num_classes)."""
         own, targets = ctx.task.augment.mirrored(*syn())
-        y = centred(targets, syn.label_kind.space, ctx.task.num_classes)
+        y = regression_targets(targets, syn.label_kind.space, ctx.task.num_classes)
         return torch.cat([self._regression(piece, own, y) for piece in images.split(CHUNK)])
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
@@ -147,7 +147,7 @@ class KIP(GradientMethod):
         owners = torch.eye(len(syn), dtype=torch.float64, device=images.device).repeat(len(images) // len(syn), 1)
         images, owners = ctx.task.augment.mirrored(images, owners)
         pieces = [self._regression(piece, images, owners) for piece in train.images.split(CHUNK)]
-        wanted = centred(train.labels, "classes", classes)
+        wanted = centred(train.labels, classes)
         return torch.linalg.lstsq(torch.cat(pieces), wanted).solution
 
     def _regression(self, real: Tensor, images: Tensor, y: Tensor) -> Tensor:

@@ -11,16 +11,14 @@ from functools import lru_cache
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from condense.compute import Compute
-from condense.inner.rules import Adam, AdamState
+from condense.inner.implicit import PLAIN_ADAM
+from condense.inner.rules import AdamState
+from condense.kernels import regression_targets
 from condense.method import Context
 from condense.networks import Functional
-
-ADAM = Adam(eps_root=0.0)
-"""Plain Adam: no gradient passes through these steps."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, targets) -> scalar``, both (n, C); a function of a module, for it is part of what is compiled once."""
@@ -35,16 +33,9 @@ class Member(TypedDict):
     """Steps of training, plus what ``fresh`` was told."""
 
 
-def regression_targets(ctx: Context, targets: Tensor) -> Tensor:
-    """What a set's targets say as (n, C) values around zero: classes and probabilities less 1/C, values as they are."""
-    return targets if ctx.labels.space == "values" else centred(ctx, targets)
-
-
-def centred(ctx: Context, targets: Tensor) -> Tensor:
-    """Classes (n,), as one-hot vectors, or probabilities (n, C), less 1/C."""
-    if targets.dim() == 1:
-        targets = F.one_hot(targets, ctx.task.num_classes).to(ctx.task.network.dtype)
-    return targets - 1 / ctx.task.num_classes
+def targets_of(ctx: Context, targets: Tensor) -> Tensor:
+    """What a set's targets say as (n, C) values around zero."""
+    return regression_targets(targets, ctx.labels.space, ctx.task.num_classes, ctx.task.network.dtype)
 
 
 def draw(ctx: Context, num_members: int, step: int) -> int:
@@ -55,7 +46,7 @@ def draw(ctx: Context, num_members: int, step: int) -> int:
 def fresh(ctx: Context, step: int, slot: int, age: int = 0) -> Member:
     """A member with new weights, a function of the slot and the first step that can use it."""
     params, buffers = ctx.task.network.init(ctx.rng, "pool", step, slot)
-    return Member(params=params, buffers=buffers, adam=ADAM.init(params)._asdict(), age=age)
+    return Member(params=params, buffers=buffers, adam=PLAIN_ADAM.init(params)._asdict(), age=age)
 
 
 def train(
@@ -85,7 +76,7 @@ def train(
         index = torch.randperm(len(images), generator=generator)[:batch_size].to(images.device)
         grads = gradient(params, buffers, images[index], targets[index])
         with torch.no_grad():
-            params, state = ADAM.update(grads, state, params, rate)
+            params, state = PLAIN_ADAM.update(grads, state, params, rate)
     return Member(params=params, buffers=buffers, adam=state._asdict(), age=member["age"] + num_steps)
 
 

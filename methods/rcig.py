@@ -171,7 +171,7 @@ class RCIG(GradientMethod):
 
     def loss(self, ctx: Context, state: RCIGState, step: int, part: int) -> Tensor:
         images, targets = state.syn()
-        values, tau = pool.regression_targets(ctx, targets), state.learned["temperature"]
+        values, tau = pool.targets_of(ctx, targets), state.learned["temperature"]
         batch, net = (images.detach(), values.detach()), self.convexified(ctx, state, step)
         inner = self.solve(net, batch, state.lr_inner)
         state.tally = state.tally + torch.stack([inner.curve[-1] > inner.curve[0], falls(inner.curve)])
@@ -192,7 +192,7 @@ class RCIG(GradientMethod):
         slot = pool.draw(ctx, self.pool_size, step)
         with torch.no_grad():
             images, targets = state.syn()
-            images, values = ctx.task.augment.mirrored(images, pool.regression_targets(ctx, targets))
+            images, values = ctx.task.augment.mirrored(images, pool.targets_of(ctx, targets))
         num_steps = int(torch.randint(1, self.max_train_steps + 1, (), generator=ctx.rng("pool steps", step)))
         member = pool.train(
             ctx,
@@ -214,7 +214,7 @@ class RCIG(GradientMethod):
     def search(self, ctx: Context, state: RCIGState) -> None:
         """Find both learning rates, on the set, the network and the real images of step 0."""
         images, targets = state.syn()
-        batch, net = (images, pool.regression_targets(ctx, targets)), self.convexified(ctx, state, 0)
+        batch, net = (images, pool.targets_of(ctx, targets)), self.convexified(ctx, state, 0)
         state.lr_inner = highest_lr(FIRST_LR_INNER, lambda lr: self.solve(net, batch, lr).curve)
         outer = partial(outer_loss, net, self.real(ctx, 0))
         move = self.solve(net, batch, state.lr_inner).point

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.kernels import centred, feature_kernel, regression
+from condense.kernels import centred, feature_kernel, regression, regression_targets
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods.kip import support
 from condense.networks import Functional, Weights
@@ -130,12 +130,12 @@ class RFAD(GradientMethod):
         images, targets = state.syn()
         images, targets = support(ctx, mapped(images, state.learned), targets, step)
         k_ts, k_ss = self._kernels(ctx, real, images, step)
-        y = centred(targets, ctx.labels.space, task.num_classes)
+        y = regression_targets(targets, ctx.labels.space, task.num_classes)
         predicted = regression(k_ts, k_ss, y, self.ridge)
         if self.objective == "platt":
             errors = F.cross_entropy(state.learned["temperature"].exp() * predicted, classes, reduction="none")
         else:
-            wanted = centred(classes, "classes", task.num_classes)
+            wanted = centred(classes, task.num_classes)
             errors = 0.5 * (predicted - wanted).square().mean(1)
         means = [piece.mean() for piece in errors.split([len(x) for x, _ in batches])]
         return torch.stack(means).sum() / self.num_batches

@@ -140,3 +140,11 @@ def test_the_public_names_are_there() -> None:
     assert condense.load is api.load
     with pytest.raises(AttributeError, match="nothing"):
         condense.nothing  # noqa: B018
+
+
+def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_path: Path) -> None:
+    api.distill("random", dataset="digits", network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mine.json holds no results"):
+        api.evaluate(tmp_path / "run", networks=["no such network"], out=tmp_path / "mine.json")
+    assert (tmp_path / "mine.json").read_text() == "{}"

@@ -38,6 +38,11 @@ def test_continual_tests_the_classes_seen_on_what_was_kept_of_them(run: Path, ti
     assert written["accuracies"] == found.record["accuracies"]
 
 
+def test_a_baseline_by_the_method_of_the_set_does_not_take_its_place(run: Path, tiny: Arrays) -> None:
+    found = api.apply("continual", run, tiny, num_groups=1, num_seeds=1, network="mlp", baselines=["random"])
+    assert [row[0] for row in found.rows] == ["random", "random, made anew"]
+
+
 def test_nas_correlates_a_ranking_with_the_truth_on_held_out_images(run: Path, tiny: Arrays) -> None:
     found = api.apply("nas", run, tiny, widths=(2, 6), depths=(1, 2), norms=("none",), poolings=("avg",), num_epochs=2)
     assert len(found.record["architectures"]) == 4 and "held-out" in found.title

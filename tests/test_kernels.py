@@ -14,10 +14,10 @@ from torch import Tensor
 from condense.kernels import (
     arc_cosine_0,
     arc_cosine_1,
-    centred,
     empirical_ntk,
     fully_connected,
     regression,
+    regression_targets,
     ridge_solve,
 )
 from condense.networks import Functional
@@ -232,9 +232,9 @@ def test_a_regression_with_hardly_any_ridge_gives_back_its_targets() -> None:
 
 def test_targets_are_centred_where_they_are_classes_or_probabilities() -> None:
     classes = torch.tensor([2, 0])
-    hard = centred(classes, "classes", 4)
+    hard = regression_targets(classes, "classes", 4)
     assert hard.tolist() == [[-0.25, -0.25, 0.75, -0.25], [0.75, -0.25, -0.25, -0.25]]
-    soft = centred(torch.tensor([[0.5, 0.5, 0, 0]]), "probabilities", 4)
+    soft = regression_targets(torch.tensor([[0.5, 0.5, 0, 0]]), "probabilities", 4)
     assert soft.tolist() == [[0.25, 0.25, -0.25, -0.25]]
-    assert centred(torch.tensor([[3.0, 1.0]]), "values", 2).tolist() == [[3.0, 1.0]]
+    assert regression_targets(torch.tensor([[3.0, 1.0]]), "values", 2).tolist() == [[3.0, 1.0]]
     assert {x.dtype for x in (hard, soft)} == {torch.float64}

@@ -187,7 +187,7 @@ def test_no_other_labels_fit_better_than_the_solved_ones(augment: str, decode: D
     ctx = make_context(augment, ipc=1, labels=Targets(), decode=decode)
     method, state, _ = solved(ctx, ridge=1e-3)
     best = method.finalize(ctx, state, 0)
-    wanted = centred(ctx.task.train.labels, "classes", 3)
+    wanted = centred(ctx.task.train.labels, 3)
 
     def error() -> float:
         return (method.predict(ctx, best, ctx.task.train.images) - wanted).square().sum().item()

@@ -123,7 +123,7 @@ def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Pa
 
 def _card(syn: SyntheticSet, num_images: int) -> str:
     origin, recipe = syn.origin, syn.origin.recipe
-    method = recipe.get("method", {}).get("name", "unknown")
+    method = origin.method or "unknown"
     return f"""---
 configs:
 - config_name: default

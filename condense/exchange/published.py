@@ -15,8 +15,6 @@ No file says on which data or through which transform it was made: that is the c
 
 from __future__ import annotations
 
-import pickle
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from torch import Tensor
 from condense import __version__
 from condense.data.datasets import Arrays
 from condense.data.transform import Transform
+from condense.files import read_foreign
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Logits
 from condense.synthetic.set import Origin, SyntheticSet
@@ -153,19 +152,9 @@ def _load(path: Path) -> Any:
     scalars: list[Any] = [np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
     core = getattr(np, "_core", None) or np.core
     scalars += [core.multiarray.scalar, core.multiarray._reconstruct]
-    try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(scalars):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}; images, labels and lr lie beside each other in this layout") from None
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it is damaged, or holds other objects than tensors, and to read those may run any "
-            "code; save it again as tensors"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason[:120]}; it may be cut short, get it again") from error
+    if not path.exists():
+        raise ValueError(f"there is no {path}; images, labels and lr lie beside each other in this layout")
+    return read_foreign(path, holds="tensors", mend="tensors", allowed=scalars)
 
 
 def _pair(value: Any, path: Path, layout: str, space: Space, lr: float | None = None) -> Foreign:

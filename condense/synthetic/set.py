@@ -39,6 +39,11 @@ class Origin:
         return len(self.dataset["classes"])
 
     @property
+    def method(self) -> str:
+        """The name of the method that made the set; empty where that is not said."""
+        return str(self.recipe.get("method", {}).get("name", ""))
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         c, h, w = self.dataset["image_shape"]
         return (c, h, w)

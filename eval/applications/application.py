@@ -17,7 +17,7 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
-from condense.eval.crossarch import SetScorer, load_test, settled, transform_of
+from condense.eval.crossarch import SetScorer, decoded, load_test, settled, transform_of
 from condense.eval.protocol import Protocol
 from condense.networks import Functional
 from condense.rng import Rng
@@ -74,6 +74,16 @@ class Setting:
         """Trains and scores networks under a protocol, for training sets of about so many images."""
         augment = Augment.parse(plan.augment, own=self.arrays.strategy)
         return SetScorer(network, plan, settled(self.compute, network, plan, num_images), augment)
+
+    def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Images and classes of the set and of the baselines, by who made them."""
+        own = self.syn.origin.method or "set"
+        others = {name if name != own else f"{name}, made anew": syn for name, syn in baselines.items()}
+        found = {}
+        for name, syn in {own: self.syn, **others}.items():
+            images, labels = decoded(syn, soft=False)
+            found[name] = images.to(self.device), labels.to(self.device)
+        return found
 
     def rng(self, name: str, unit: int | str = 0) -> Rng:
         return Rng(self.seed).child(name, unit)

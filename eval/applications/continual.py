@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
-from condense.eval.crossarch import decoded
 from condense.eval.protocol import fixed
 from condense.synthetic.set import SyntheticSet
 
@@ -46,10 +45,9 @@ class Continual(Application):
                 f"{num_classes} classes cannot arrive in {self.num_groups} groups; give --num-groups {num_classes}"
             )
         plan, network = fixed(self.protocol), setting.network(self.network)
-        sets = {setting.syn.origin.recipe.get("method", {}).get("name", "set"): setting.syn, **baselines}
-        accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in sets}
-        for name, syn in sets.items():
-            images, labels = (x.to(setting.device) for x in decoded(syn, soft=False))
+        memories = setting.to_train_on(baselines)
+        accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in memories}
+        for name, (images, labels) in memories.items():
             scorer = setting.scorer(network, plan, len(images))
             for seed in range(self.num_seeds):
                 rng = setting.rng("continual", seed)

@@ -16,7 +16,6 @@ import scipy.stats
 import torch
 
 from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.crossarch import decoded
 from condense.eval.protocol import PROTOCOLS, fixed
 from condense.synthetic.set import SyntheticSet
 
@@ -60,20 +59,18 @@ class NAS(Application):
         real_images, real_labels = setting.train.sample(self.max_real, setting.rng("nas")("real"))
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         plan = fixed(self.protocol)
-        sets = {setting.syn.origin.recipe.get("method", {}).get("name", "set"): setting.syn, **baselines}
-        trained_on = {name: tuple(x.to(setting.device) for x in decoded(syn, soft=False)) for name, syn in sets.items()}
-        names = self.architectures()
-        found: dict[str, list[float]] = {name: [] for name in (*sets, "real")}
+        proxies, names = setting.to_train_on(baselines), self.architectures()
+        found: dict[str, list[float]] = {name: [] for name in (*proxies, "real")}
         for architecture in names:
             network = setting.network(architecture)
             rngs = [setting.rng(f"nas/{network.name}", seed) for seed in range(self.num_seeds)]
-            for name, (images, labels) in {**trained_on, "real": (real_images, real_labels)}.items():
+            for name, (images, labels) in {**proxies, "real": (real_images, real_labels)}.items():
                 scorer = setting.scorer(network, real_plan if name == "real" else plan, len(images))
                 scores = [scorer.score(images, labels, judged.images, judged.labels, [rng])[0] for rng in rngs]
                 found[name].append(float(torch.tensor([s.accuracy for s in scores]).mean()))
         truth, rows, record = found["real"], [], {}
         best = max(truth)
-        for name in sets:
+        for name in proxies:
             spearman = float(scipy.stats.spearmanr(found[name], truth).statistic)
             kendall = float(scipy.stats.kendalltau(found[name], truth).statistic)
             chosen = found[name].index(max(found[name]))

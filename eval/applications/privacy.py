@@ -19,8 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.crossarch import decoded
-from condense.eval.protocol import PROTOCOLS, Protocol, fixed
+from condense.eval.protocol import PROTOCOLS, fixed
 from condense.networks import Weights
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled
@@ -55,11 +54,7 @@ class Privacy(Application):
         network, plan = setting.network(self.network), fixed(self.protocol)
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         judge = Scorer(network, setting.compute)
-        sets = {setting.syn.origin.recipe.get("method", {}).get("name", "set"): setting.syn, **baselines}
-        jobs: dict[str, tuple[Protocol, Tensor, Tensor]] = {}
-        for name, syn in sets.items():
-            images, labels = decoded(syn, soft=False)
-            jobs[name] = plan, images.to(setting.device), labels.to(setting.device)
+        jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
         nearest = {name: _nearest(setting, images) for name, (_, images, _) in jobs.items()}
         usual = _nearest(setting, strangers.images[:])
         jobs["the members themselves"] = real_plan, members.images[:], members.labels
