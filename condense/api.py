@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -28,7 +30,7 @@ from condense.distributed import Ranks
 from condense.eval import crossarch
 from condense.eval.applications import APPLICATIONS, Application, Setting
 from condense.eval.applications.application import Findings
-from condense.eval.baselines import full_data
+from condense.eval.baselines import full_data, kept
 from condense.eval.crossarch import Network
 from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named
@@ -40,12 +42,16 @@ from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.files import load as load
+from condense.synthetic.files import save
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
 from condense.tracking import Sink, check_sinks, open_sinks, progress
 
 Data = str | Path | Arrays | Dataset[Any] | tuple[Any, ...]
 """A known name, a path, or data at hand: a Dataset, a (train, test) pair, (x_train, y_train, x_test, y_test)."""
+
+Budget = Literal["images", "bytes"]
+"""What a baseline has as much of as the set: images a class, or bytes of images, labels and decoder together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +261,7 @@ def evaluate(
     num_seeds: int = 5,
     protocol: str | Protocol = "canonical",
     baselines: Sequence[str] = (),
+    budget: Budget = "images",
     compute: Compute = Compute(),
     out: Path | str | None = None,
     seed: int = 0,
@@ -265,10 +272,11 @@ def evaluate(
     """Train fresh networks on a set and score each once, at its last epoch, on the test split.
 
     ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``baselines`` are
-    methods run at the same budget, and ``full`` for all training data. ``ranks``, of
-    ``condense.distributed.joined``, deal the networks out among the processes of torchrun.
+    methods or recipes run at the same ``budget``, images a class or bytes, and ``full`` for all training data; those
+    with soft labels are trained on them. ``ranks``, of ``condense.distributed.joined``, deal the networks out among the
+    processes of torchrun.
 
-    An evaluation that was stopped goes on with the networks that are missing.
+    An evaluation that was stopped goes on with the networks that are missing. Baselines are kept in the cache.
 
     Raises:
         ValueError: the set does not belong to this data set; bad network or protocol.
@@ -289,8 +297,8 @@ def evaluate(
         "device": _prepare(device),
         "cache": cache_folder(),
         "ranks": ranks,
-        "journal": None if target is None else Journal(target, ranks.rank),
     }
+    journal = None if target is None else Journal(target, ranks.rank)
     results: list[crossarch.Result] = []
 
     def keep(result: crossarch.Result) -> None:
@@ -298,7 +306,8 @@ def evaluate(
         if target is not None and ranks.first:
             crossarch.merge(target, [result])
 
-    crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, on_result=keep)
+    crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
+    common["journal"] = kept(cache_folder(), arrays, ranks.rank) if baselines else None
     for name in baselines:
         if name == "full":
             transform = str(found.origin.recipe.get("transform", "channel"))
@@ -307,13 +316,17 @@ def evaluate(
         else:
             chosen = _own_network(found, networks[0])
             skeleton = Functional(chosen, arrays.image_shape, arrays.num_classes, common["device"])
-            made = _baseline(name, found, arrays, skeleton, seed)
+            made = _baseline(name, found, arrays, skeleton, seed, budget)
             ranks.same(list(made.state_dict().values()))
             theirs = plan if plan.name != "own" else _own(made, plan, found)
-            crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep)
+            if made.label_kind.space != "classes":
+                theirs = dataclasses.replace(theirs, labels="own")
+            of_baseline = crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common)
+            for result in of_baseline.results:
+                keep(dataclasses.replace(result, method=name))
     ranks.barrier()
-    if common["journal"] is not None:
-        common["journal"].remove()
+    if journal is not None:
+        journal.remove()
     return crossarch.Evaluation(tuple(results))
 
 
@@ -494,12 +507,17 @@ def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Ta
     return _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment="none")
 
 
-def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional, seed: int) -> SyntheticSet:
-    """The set that another method's recipe makes with the budget, transform and split of ``syn``."""
+def _baseline(
+    name: str, syn: SyntheticSet, arrays: Arrays, network: Functional, seed: int, budget: Budget = "images"
+) -> SyntheticSet:
+    """The set that another recipe makes with the budget, transform and split of ``syn``; made once, then cached."""
     stored = syn.origin.recipe
     ipc = int(stored.get("ipc", len(syn) // syn.origin.num_classes))
+    theirs = find_recipe(name, arrays.name, ipc)[0]
+    if budget == "bytes":
+        ipc = _affordable(syn, theirs)
     plan = dataclasses.replace(
-        find_recipe(name, arrays.name, ipc)[0],
+        theirs,
         dataset=arrays.name,
         transform=stored.get("transform", "channel"),
         split=Split(**stored.get("split", {"val_fraction": 0.0})),
@@ -509,8 +527,24 @@ def _baseline(name: str, syn: SyntheticSet, arrays: Arrays, network: Functional,
     )
     plan = dataclasses.replace(plan, compute=_settle(plan, arrays, network))
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
+    ctx = _context(plan, task, artifacts.DEFAULT_ROOT)
+    file = cache_folder() / "baselines" / f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
+    with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
+        if (made := load(file)).origin.code == condense.__version__:
+            return made.to(network.device)
     with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
-        return engine.compute(plan.method, _context(plan, task, artifacts.DEFAULT_ROOT), lambda done, record: bar(done))
+        made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
+    with contextlib.suppress(ValueError):  # a cache that cannot be written
+        save(made, file)
+    return made
+
+
+def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
+    """Images a class, in the arithmetic of ``syn``, whose images and labels take no more bytes than all of ``syn``."""
+    classes = syn.origin.num_classes
+    labels = plan.labels.build(torch.zeros(1, dtype=torch.long), classes).state_dict().values()
+    each = math.prod(syn.origin.image_shape) * syn.latents.itemsize + sum(t.nbytes for t in labels)
+    return max(1, sum(syn.cost()) // (classes * each))
 
 
 def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) -> Context:

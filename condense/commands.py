@@ -73,13 +73,15 @@ class Buffer:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     networks: tuple[str, ...] = ("convnet",)
-    """Architectures to train, e.g. convnet mlp torchvision:resnet50."""
+    """Architectures to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t."""
     num_seeds: int = 5
     """Fresh networks of each."""
     protocol: Protocol = PROTOCOLS["canonical"]
     """How they are trained."""
     baselines: tuple[str, ...] = ()
-    """Methods to compare with at the same budget, and `full` for all training data."""
+    """Methods or recipes to compare with at the same budget, and `full` for all training data."""
+    budget: api.Budget = "images"
+    """What they have as much of as the set: images a class, or bytes."""
     dataset: str | None = None
     """Where the data lie; default: as the run recorded it, else by the name in the file."""
     out: Path | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -131,6 +133,14 @@ def has_bfloat16(device: torch.device) -> bool:
             supported = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
             return any(check() for check in supported if check is not None)
     return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that tensors took since ``torch.cuda.reset_peak_memory_stats``, else the most that the
+    process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def autocast(fn: Callable[..., Any], device: torch.device, dtype: str | None) -> Callable[..., Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 import yaml
 
 from condense import __version__
+from condense.compute import peak_memory
 from condense.data import datasets
 from condense.files import write_text
 from condense.recipe import Recipe, to_mapping
@@ -82,8 +81,7 @@ def write_record(folder: Path, dataset: str, device: torch.device, seconds: floa
         "processes": processes,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak_memory(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "condense": __version__,

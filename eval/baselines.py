@@ -1,26 +1,35 @@
-"""What the whole training set gives: the ceiling of every table, trained once and kept."""
+"""What every set is measured against: all training data, the ceiling; and where trained baselines are kept."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import warnings
 from pathlib import Path
 
 import torch
 
-from condense import __version__, tracking
+from condense import tracking
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.distributed import Ranks
 from condense.eval.crossarch import Network, Progress, Result, load_test, measure, settled
 from condense.eval.journal import Journal
-from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
-from condense.files import canonical_json, write_text
+from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.networks import Functional
 from condense.task import Split, make_task
+
+
+def kept(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
+    """The journal that is never removed, of networks trained on baselines: each under a hash of all that decides it, so
+    that the baselines of one evaluation serve the next. None, with a warning, where nothing can be written."""
+    if cache is None:
+        return None
+    try:
+        (cache / "baselines").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warnings.warn(f"baselines are not cached: {error}", stacklevel=2)
+        return None
+    return Journal(cache / "baselines" / arrays.fingerprint["train"][:16], rank)
 
 
 def full_data(
@@ -38,10 +47,8 @@ def full_data(
     ranks: Ranks = Ranks(),
     journal: Journal | None = None,
 ) -> Result:
-    """Accuracy of networks trained on all training images under ``protocol``.
-
-    Kept in the folder ``cache`` under a hash of everything that decides it; then nothing is trained again, if every
-    process finds it.
+    """Accuracy of networks trained on all training images under ``protocol``; what ``journal`` holds is not trained
+    again.
 
     Raises:
         ValueError: no test images; see also ``make_task`` and ``Functional``.
@@ -55,26 +62,6 @@ def full_data(
         device=device,
         cache=cache,
     )
-    compute = settled(compute, task.network, protocol, len(task.train))
-    file = None
-    if cache is not None:
-        identity = {
-            **task.identity(),
-            "test": arrays.fingerprint["test"],
-            "protocol": [recorded_name(protocol), protocol.hash],
-            "num_seeds": num_seeds,
-            "seed": seed,
-            "compute": compute.first_order_identity(),
-            "device": device.type,
-            "code": __version__,
-        }
-        digest = hashlib.sha256(canonical_json(identity).encode()).hexdigest()
-        file = cache / "full-data" / f"{digest}.json"
-        kept = _read(file)
-        num_found = torch.tensor([kept is not None], dtype=torch.int64)
-        ranks.sum_([num_found])
-        if kept is not None and num_found.item() == ranks.size:
-            return kept
     (result,) = measure(
         task.train.images,
         task.train.labels,
@@ -86,24 +73,9 @@ def full_data(
         protocol=protocol,
         num_seeds=num_seeds,
         seed=seed,
-        compute=compute,
+        compute=settled(compute, task.network, protocol, len(task.train)),
         progress=progress,
         ranks=ranks,
         journal=journal,
     )
-    if file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(dataclasses.asdict(result)))
-        except (OSError, ValueError) as error:
-            warnings.warn(f"the full-data accuracy is not cached: {error}", stacklevel=2)
     return result
-
-
-def _read(file: Path) -> Result | None:
-    """The kept result, or None: a missing file and a damaged one are alike."""
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        return Result(**fields | {"accuracies": tuple(fields["accuracies"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

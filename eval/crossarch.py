@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 from torch import Tensor
 
 from condense import __version__, tracking
 from condense.augment import Augment
-from condense.compute import Compute
+from condense.compute import Compute, peak_memory
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.distributed import Ranks
 from condense.eval import teachers
 from condense.eval.calibration import Calibration, temperature
-from condense.eval.journal import Cell, Journal
-from condense.eval.metrics import Scores, width
+from condense.eval.journal import Cell, Journal, width
+from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, write_text
 from condense.kernels import centred
@@ -74,6 +75,12 @@ class Result:
     threads: int
     seconds: float
     """Time of training and scoring all of them, one after the other."""
+    peak_memory_bytes: int
+    """The most while any of them was trained; see ``condense.compute.peak_memory``."""
+    stored_bytes: Mapping[str, int]
+    """What was trained on, as stored: images (latents), labels, decoder."""
+    full_bytes: int
+    """All training images and labels as they are held, of which a set is the compression."""
     code: str
     """Version of this package."""
 
@@ -90,12 +97,26 @@ class Result:
         """Standard deviation of the sample (n - 1 in the denominator); None of a single network."""
         return statistics.stdev(self.accuracies) if self.n > 1 else None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean over such networks (Student's t); None of a single one."""
+        if self.std is None:
+            return None
+        half = float(scipy.stats.t.ppf(0.975, self.n - 1)) * self.std / self.n**0.5
+        return (max(self.mean - half, 0.0), min(self.mean + half, 1.0))
+
+    @property
+    def compression(self) -> float:
+        """Bytes of all training data for each byte stored."""
+        return self.full_bytes / sum(self.stored_bytes.values())
+
     def row(self) -> dict[str, Any]:
-        """For JSON: the fields, and ``mean``, ``std`` and ``n``."""
+        """For JSON: the fields, and ``mean``, ``std``, ``interval``, ``n`` and ``compression``."""
         fields = dataclasses.asdict(self)
         head = {"method": fields.pop("method"), "network": fields.pop("network")}
         head["accuracies"] = list(fields.pop("accuracies"))
-        return {**head, "mean": self.mean, "std": self.std, "n": self.n, **fields}
+        head |= {"mean": self.mean, "std": self.std, "interval": self.interval, "n": self.n}
+        return {**head, **fields, "compression": self.compression}
 
 
 @dataclass(frozen=True)
@@ -251,6 +272,7 @@ def measure(
         "code": __version__,
     }
     plan = protocol.resolved(len(images), None if syn is None else syn.lr)
+    real = {"images": arrays.x_train.nbytes, "labels": arrays.y_train.nbytes, "decoder": 0}
     policies = [settled(compute, network, plan, len(images)) for network in networks]
     plans = [
         _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed))
@@ -265,10 +287,11 @@ def measure(
             "num_params": network.num_params,
             "transform": transform.describe(),
             "device": device.type,
+            "numbers": width(arrays.num_classes),
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
-    cells = _found(decided_by, num_seeds, width(arrays.num_classes) + 1, journal, ranks)
+    cells = _found(decided_by, num_seeds, width(arrays.num_classes), journal, ranks)
     trained = torch.zeros_like(cells)
     mine = ranks.deal(cells[:, :, 0].isnan().nonzero().tolist())
     for i, network in enumerate(networks):
@@ -282,6 +305,8 @@ def measure(
             at_once = policies[i].networks or 1
             for first in range(0, len(units), at_once):
                 begun, group = time.perf_counter(), units[first : first + at_once]
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
                 on_epoch = _reporter(bar, first * num_epochs, len(group), trained[i, units[:first], 0])
                 rngs = [rng.child("network", k) for k in group]
                 scores = scorer.score(
@@ -296,7 +321,7 @@ def measure(
                 )
                 share = (time.perf_counter() - begun) / len(group)
                 for k, found in zip(group, scores, strict=True):
-                    cell = Cell(found, share)
+                    cell = Cell(found, share, peak_memory(device))
                     trained[i, k] = cell.pack()
                     if journal is not None:
                         journal.add(decided_by[i], k, cell)
@@ -316,6 +341,9 @@ def measure(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             threads=torch.get_num_threads(),
             seconds=round(sum(cell.seconds for cell in row), 3),
+            peak_memory_bytes=max(cell.peak_memory for cell in row),
+            stored_bytes=real if syn is None else syn.cost()._asdict(),
+            full_bytes=sum(real.values()),
             compute=policy.first_order_identity(),
             **common,
         )

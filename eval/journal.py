@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from condense.eval import metrics
 from condense.eval.metrics import Scores
 from condense.files import canonical_json
 from condense.tracking import Log, read_log
@@ -22,15 +23,22 @@ class Cell(NamedTuple):
 
     scores: Scores
     seconds: float
+    peak_memory: int
+    """Bytes; see ``condense.compute.peak_memory``."""
 
     def pack(self) -> Tensor:
-        """One float64 vector: the scores, then the seconds."""
-        return torch.cat([self.scores.pack(), torch.tensor([self.seconds], dtype=torch.float64)])
+        """One float64 vector: the scores, the seconds, the memory."""
+        return torch.cat([self.scores.pack(), torch.tensor([self.seconds, self.peak_memory], dtype=torch.float64)])
 
     @classmethod
     def unpack(cls, vector: Tensor) -> Cell:
         """The inverse of ``pack``."""
-        return cls(Scores.unpack(vector[:-1]), float(vector[-1]))
+        return cls(Scores.unpack(vector[:-2]), float(vector[-2]), int(vector[-1]))
+
+
+def width(num_classes: int) -> int:
+    """Numbers in a packed cell."""
+    return metrics.width(num_classes) + 2
 
 
 class Journal:

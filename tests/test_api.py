@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import condense
 from condense import api
 from condense.data.datasets import Arrays
+from condense.eval.crossarch import SetScorer
 from condense.files import checksum
 from condense.method import Method
+from condense.methods.selection import Selection
 from condense.recipe import Recipe
 from condense.registry import load as load_method
 
@@ -133,6 +136,33 @@ def test_baselines_come_from_the_table_at_the_same_budget(tiny: Arrays, tmp_path
     assert [result.num_images for result in found.results] == [6, 6, 36]
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]
     assert [row["method"] for row in rows] == ["dm", "random", "full"]
+
+
+def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    fields: dict[str, Any] = {"networks": [TINY], "baselines": ["herding", "full"], "device": "cpu"}
+    for seed in (0, 1):
+        condense.distill("random", dataset=tiny, network=TINY, ipc=2, seed=seed, out=tmp_path / f"{seed}", device="cpu")
+    first = condense.evaluate(tmp_path / "0", tiny, num_seeds=2, **fields)
+    monkeypatch.setattr(Selection, "step", None)
+    scored: list[int] = []
+    score = SetScorer.score
+    monkeypatch.setattr(SetScorer, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
+    again = condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
+    assert again.results[1:] == first.results[1:] and len(scored) == 2
+    assert again.results[0] != first.results[0]
+
+
+def test_a_baseline_of_equal_bytes_has_more_images_where_the_set_has_a_decoder(tiny: Arrays, tmp_path: Path) -> None:
+    options = {"network": TINY, "ipc": 1, "num_steps": 1, "decode": "hallucinator", "device": "cpu"}
+    condense.distill("dm", dataset=tiny, out=tmp_path / "run", **options)
+    size = sum(condense.load(tmp_path / "run").cost())
+    fields: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 1, "baselines": ["random"], "device": "cpu"}
+    by_images = condense.evaluate(tmp_path / "run", tiny, **fields).results[1]
+    by_bytes = condense.evaluate(tmp_path / "run", tiny, budget="bytes", **fields).results[1]
+    assert by_images.num_images == 3 < by_bytes.num_images
+    each = sum(by_images.stored_bytes.values()) // 3
+    assert sum(by_bytes.stored_bytes.values()) <= size < sum(by_bytes.stored_bytes.values()) + each
 
 
 def test_the_public_names_are_there() -> None:

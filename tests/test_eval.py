@@ -23,6 +23,7 @@ from condense.data.images import Images
 from condense.data.transform import fit
 from condense.eval import baselines, crossarch
 from condense.eval.crossarch import Evaluation, SetScorer, decoded, evaluate, read
+from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_name
 from condense.files import read_header
 from condense.networks import Functional
@@ -348,6 +349,7 @@ class TestFile:
             "metrics": row["metrics"],
             "mean": pytest.approx(statistics.fmean(row["accuracies"])),
             "std": pytest.approx(statistics.stdev(row["accuracies"])),
+            "interval": row["interval"],
             "n": 2,
             "protocol": "canonical*",
             "protocol_hash": SHORT.hash,
@@ -363,13 +365,22 @@ class TestFile:
             "device": "cpu",
             "threads": torch.get_num_threads(),
             "seconds": row["seconds"],
+            "peak_memory_bytes": row["peak_memory_bytes"],
+            "stored_bytes": {"images": 3 * 64 * 4, "labels": 3 * 8, "decoder": 0},
+            "full_bytes": arrays.x_train.nbytes + arrays.y_train.nbytes,
+            "compression": (arrays.x_train.nbytes + arrays.y_train.nbytes) / (3 * 64 * 4 + 3 * 8),
             "code": row["code"],
         }
-        assert row["seconds"] > 0
+        assert row["seconds"] > 0 and row["peak_memory_bytes"] > 1e6
+        # Student's t with one degree of freedom: its 97.5th percentile is tan(0.475 pi).
+        half = math.tan(0.475 * math.pi) * row["std"] / math.sqrt(2)
+        low, high = max(row["mean"] - half, 0), min(row["mean"] + half, 1)
+        assert row["interval"] == pytest.approx([low, high])
         assert {len(values) for values in row["metrics"].values()} == {2} and "ece" in row["metrics"]
 
     def test_one_network_has_no_deviation(self, arrays: Arrays) -> None:
-        assert run(make_set(arrays), arrays, num_seeds=1).results[0].row()["std"] is None
+        row = run(make_set(arrays), arrays, num_seeds=1).results[0].row()
+        assert row["std"] is None and row["interval"] is None
 
     def test_the_same_question_replaces_its_row(self, arrays: Arrays, tmp_path: Path) -> None:
         file, syn = tmp_path / "evaluation.json", make_set(arrays)
@@ -402,33 +413,41 @@ class TestFullData:
     def full(self, arrays: Arrays, cache: Path | None, **options: Any) -> crossarch.Result:
         plan = dataclasses.replace(PROTOCOLS["full-data"], num_epochs=12, batch_size=8)
         given: dict[str, Any] = {"network": "mlp", "num_seeds": 2, "protocol": plan, "transform": "none"}
-        return baselines.full_data(arrays, compute=Compute(), device=CPU, cache=cache, **given | options)
+        journal = baselines.kept(cache, arrays)
+        return baselines.full_data(arrays, compute=Compute(), device=CPU, journal=journal, **given | options)
 
     def test_all_training_images_are_used(self, arrays: Arrays) -> None:
         result = self.full(arrays, None)
         assert result.num_images == len(arrays.y_train) and result.method == "full"
         assert result.protocol == "full-data*" and result.mean > 0.9
+        assert result.compression == 1
 
     def test_trained_once(self, arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = self.full(arrays, tmp_path)
-        trained: list[int] = []
-        measure = crossarch.measure
+        trained: list[str] = []
+        score = SetScorer.score
 
-        def spy(*tensors: Any, **options: Any) -> crossarch.Result:
-            trained.append(1)
-            return measure(*tensors, **options)
+        def spy(self: SetScorer, *tensors: Any, **options: Any) -> list[Scores]:
+            trained.append(self.network.name)
+            return score(self, *tensors, **options)
 
-        monkeypatch.setattr(baselines, "measure", spy)
+        monkeypatch.setattr(SetScorer, "score", spy)
         assert self.full(arrays, tmp_path) == first and not trained
+        assert self.full(arrays, tmp_path, num_seeds=1).accuracies == first.accuracies[:1] and not trained
         other_test = load((*stripes(36, 0), *stripes(60, 2)))
-        others: list[dict[str, Any]] = [{"seed": 1}, {"num_seeds": 1}, {"network": TINY}]
-        for other in [*others, {"transform": "channel"}]:
+        others: list[dict[str, Any]] = [{"seed": 1}, {"network": TINY}, {"transform": "channel"}]
+        for other in others:
             self.full(arrays, tmp_path, **other)
         self.full(other_test, tmp_path)
-        assert len(trained) == 5
+        assert trained == ["mlp"] * 2 + [Functional(TINY, SHAPE, CLASSES).name] * 2 + ["mlp"] * 4
 
     def test_a_damaged_cache_is_trained_again(self, arrays: Arrays, tmp_path: Path) -> None:
         first = self.full(arrays, tmp_path)
-        (file,) = (tmp_path / "full-data").iterdir()
+        (file,) = (tmp_path / "baselines").iterdir()
         file.write_text("{")
         assert self.full(arrays, tmp_path).accuracies == first.accuracies
+
+    def test_without_a_place_to_write_nothing_is_kept(self, arrays: Arrays, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.warns(UserWarning, match="baselines are not cached"):
+            assert self.full(arrays, tmp_path / "file").n == 2
