@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -209,6 +210,7 @@ def test_names() -> None:
         ("resnet18:ap=false", "resnet18"),
         ("vgg11:norm=none", "vgg11:norm=none"),
         ("torchvision:resnet18", "torchvision:resnet18"),
+        (" timm:vit_tiny_patch16_224.augreg_in21k ", "timm:vit_tiny_patch16_224.augreg_in21k"),
     ],
 )
 def test_canonical_spelling(spec: str, canonical: str) -> None:
@@ -234,6 +236,11 @@ def test_canonical_spelling(spec: str, canonical: str) -> None:
         ("convnet:depth=3,depth=4", "option depth of convnet is given twice"),
         ("torchvision:resnt18", "unknown network 'torchvision:resnt18'.*did you mean .*resnet18"),
         ("torchvision:fcn_resnet50", "no such classifier"),
+        (
+            "timm:resnet10",
+            r"unknown network 'timm:resnet10'.*did you mean 'resnet10t'\? timm.list_models\(\) lists them$",
+        ),
+        ("timm:hf-hub:timm/resnet10t", "no such architecture"),
     ],
 )
 def test_bad_specs(spec: str, message: str) -> None:
@@ -323,6 +330,51 @@ def test_torchvision_refusals(spec: str, image_shape: ImageShape, message: str) 
         build(spec, image_shape, 10)
 
 
+@pytest.mark.parametrize("image_shape", [(1, 32, 32), CIFAR])
+@pytest.mark.parametrize(("spec", "width"), [("timm:resnet10t", 512), ("timm:vit_tiny_patch16_224", 192)])
+def test_timm(spec: str, width: int, image_shape: ImageShape) -> None:
+    network = build(spec, image_shape, 10).eval()
+    assert network.classifier.in_features == width
+    x = images(image_shape)
+    assert torch.equal(network.classifier(network.embed(x)), network(x))
+
+
+@pytest.mark.parametrize("spec", ["timm:resnet10t", "timm:vit_tiny_patch16_224"])
+def test_timm_is_differentiable_twice(spec: str) -> None:
+    functional, x = Functional(spec, CIFAR, 3), images(CIFAR).requires_grad_()
+    params, buffers = functional.init(Rng(0), "network")
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return functional.logits(params, buffers, x).square().mean()
+
+    gradient = torch.func.grad(loss)(params)
+    (mixed,) = torch.autograd.grad(sum(g.square().sum() for g in gradient.values()), x)
+    assert mixed.isfinite().all() and mixed.any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "image_shape", "message"),
+    [
+        ("timm:vit_tiny_patch16_224", DIGITS, "timm:vit_tiny_patch16_224 cannot take 8x8 images"),
+        ("timm:swin_tiny_patch4_window7_224", (3, 2, 2), "timm:swin_tiny_patch4_window7_224 cannot take 2x2 images"),
+        ("timm:levit_128s", CIFAR, "does not end in a linear layer"),
+    ],
+)
+def test_timm_refusals(spec: str, image_shape: ImageShape, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build(spec, image_shape, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    expected = (
+        r"^network 'timm:resnet10t' cannot be built: timm is not installed; run: pip install 'condense-dd\[timm\]'$"
+    )
+    with pytest.raises(ValueError, match=expected):
+        parse("timm:resnet10t")
+
+
 # Weights as arguments
 
 FUNCTIONALS = ["convnet:width=8", "convnet:width=8,norm=batch", "vit:depth=1", tiny]
@@ -386,6 +438,7 @@ def test_maps_are_what_the_activations_put_out(spec: str, train: bool) -> None:
         ("lenet", CIFAR, [28, 10]),
         ("resnet18:norm=batch", CIFAR, [32] * 5 + [16] * 4 + [8] * 4 + [4] * 4),
         ("torchvision:resnet18", CIFAR, [16] + [8] * 4 + [4] * 4 + [2] * 4 + [1] * 4),
+        ("timm:resnet10t", CIFAR, [16] * 3 + [8] * 2 + [4] * 2 + [2] * 2 + [1] * 2),
         (tiny, DIGITS, [6]),
     ],
 )

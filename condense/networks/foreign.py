@@ -1,9 +1,12 @@
-"""Networks that were not written for this package: torchvision's, by name, and Python callables."""
+"""Networks that were not written for this package: those of torchvision and timm, by name, and Python callables."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +76,66 @@ def require_torchvision(name: str) -> None:
         raise ValueError(f"unknown network 'torchvision:{name}': no such classifier; {suggest(name, known)}")
 
 
+def from_timm(name: str, image_shape: ImageShape, num_classes: int) -> Network:
+    """``timm:resnet10t``: timm's architecture with random weights, made for images of this size where it asks for one.
+
+    Attention is not fused: the fused one has no second derivative.
+
+    Raises:
+        ValueError: timm is not installed, or the network cannot take such images or does not end in a linear layer.
+    """
+    architecture = name.partition(":")[2]
+    channels, *size = image_shape
+    create = functools.partial(
+        _timm(architecture).create_model, architecture, pretrained=False, num_classes=num_classes, in_chans=channels
+    )
+    try:
+        try:
+            module = create(img_size=tuple(size))
+        except TypeError:
+            module = create()
+    except Exception as error:
+        raise _refused(name, image_shape, error) from error
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    return _take_apart(name, module, image_shape, num_classes)
+
+
+def require_timm(name: str) -> None:
+    """Raise ValueError unless timm is installed and has a network of this name, with or without a tag of weights."""
+    timm = _timm(name)
+    known = timm.list_models()
+    if name not in known and name not in timm.list_models(pretrained=True):
+        guess = suggest(name, known, "timm.list_models()")
+        raise ValueError(f"unknown network 'timm:{name}': no such architecture; {guess}")
+
+
+def _timm(name: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"network 'timm:{name}' cannot be built: timm is not installed; run: pip install 'condense-dd[timm]'"
+        ) from error
+    return timm
+
+
+class Library(NamedTuple):
+    """A package whose networks are known as ``library:name``."""
+
+    require: Callable[[str], None]
+    """Raises ValueError for a name that it does not have."""
+    build: Callable[[str, ImageShape, int], Network]
+    """From ``library:name``."""
+
+
+LIBRARIES = {
+    "torchvision": Library(require_torchvision, from_torchvision),
+    "timm": Library(require_timm, from_timm),
+}
+
+
 def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_classes: int) -> Network:
     """Try the module on two images in training mode, see which linear layer runs last, and split it off."""
     calls: list[tuple[str, nn.Linear, Tensor]] = []
@@ -87,8 +150,7 @@ def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_class
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = functional_call(module.train(), buffers, (x,))
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise too_small(name, image_shape, reason, "use other images or another network") from error
+        raise _refused(name, image_shape, error) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,6 +168,11 @@ def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_class
     path, classifier, _ = calls[-1]
     module.set_submodule(path, nn.Identity())
     return Foreign(module, classifier)
+
+
+def _refused(name: str, image_shape: ImageShape, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return too_small(name, image_shape, reason, "use other images or another network")
 
 
 class _GrayToColour(nn.Module):

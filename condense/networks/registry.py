@@ -13,7 +13,7 @@ from torch import nn
 from condense.networks.alexnet import AlexNet
 from condense.networks.base import ImageShape, Network
 from condense.networks.convnet import ConvNet
-from condense.networks.foreign import Factory, from_callable, from_torchvision, require_torchvision
+from condense.networks.foreign import LIBRARIES, Factory, from_callable
 from condense.networks.lenet import LeNet
 from condense.networks.mlp import MLP
 from condense.networks.resnet import ResNet18
@@ -47,7 +47,7 @@ class NetworkSpec:
 
 
 def names() -> list[str]:
-    """The networks of this package; besides them ``torchvision:NAME`` and callables can be given."""
+    """The networks of this package; besides them ``torchvision:NAME``, ``timm:NAME`` and callables can be given."""
     return list(_NETWORKS)
 
 
@@ -59,7 +59,7 @@ def describe(name: str) -> str:
 
 
 def parse(spec: str | NetworkSpec) -> NetworkSpec:
-    """``name``, ``name:option=value,option=value`` or ``torchvision:name``.
+    """``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``.
 
     Raises:
         ValueError: an unknown name or option, or a value the option does not take.
@@ -67,13 +67,13 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
     if isinstance(spec, NetworkSpec):
         return spec
     name, _, rest = spec.strip().partition(":")
-    if name == "torchvision":
-        require_torchvision(rest)
+    if name in LIBRARIES:
+        LIBRARIES[name].require(rest)
         return NetworkSpec(f"{name}:{rest}")
     if name not in _NETWORKS:
         raise ValueError(
             f"unknown network {name!r}: there is no such name; {_guess(name, _NETWORKS)}give one of "
-            f"{', '.join(_NETWORKS)}, or torchvision:NAME"
+            f"{', '.join(_NETWORKS)}, torchvision:NAME or timm:NAME"
         )
     known, options = _options(name), dict[str, Value]()
     for item in filter(None, rest.split(",")):
@@ -109,7 +109,7 @@ def build(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classe
         return from_callable(name_of(spec), spec, image_shape, num_classes)
     spec = parse(spec)
     if spec.name not in _NETWORKS:
-        return from_torchvision(spec.name, image_shape, num_classes)
+        return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, image_shape, num_classes)
     return _NETWORKS[spec.name](image_shape, num_classes, **spec.options)
 
 
