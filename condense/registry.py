@@ -13,6 +13,8 @@ METHODS = {
     "herding": "condense.methods.selection:Herding",
     "k-center": "condense.methods.selection:KCenter",
     "k-means": "condense.methods.selection:KMeans",
+    "forgetting": "condense.methods.selection:Forgetting",
+    "el2n": "condense.methods.selection:EL2N",
     "dd": "condense.methods.dd:DD",
     "rat-bptt": "condense.methods.rat_bptt:RaTBPTT",
     "rtp": "condense.methods.rtp:RTP",

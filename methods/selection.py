@@ -3,28 +3,34 @@
 Herding: Welling, "Herding dynamical weights to learn", ICML 2009, in the greedy form of Rebuffi et al.,
 "iCaRL", CVPR 2017. K-center: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985, and
 Sener and Savarese, "Active learning for convolutional neural networks: a core-set approach", ICLR 2018.
-K-means: Cui et al., "DC-BENCH: Dataset Condensation Benchmark", NeurIPS 2022.
+K-means: Cui et al., "DC-BENCH: Dataset Condensation Benchmark", NeurIPS 2022. Forgetting: Toneva et al., "An
+empirical study of example forgetting during deep neural network learning", ICLR 2019. EL2N: Paul, Ganguli and
+Dziugaite, "Deep learning on a data diet: finding important examples early in training", NeurIPS 2021.
 
 Of the n images of a class with features f_1 .. f_n and mean mu, a set S of m images is picked:
 
-    random     S uniform without replacement
-    herding    s_i = argmin_f || i mu - (s_1 + .. + s_{i-1}) - f ||,  i = 1 .. m
-    k-center   s_1 = argmin_f || f - mu ||,  s_i = argmax_f min_{j < i} || f - s_j ||
-    k-means    s_i = argmin_f || f - centre_i ||,  centres of m clusters
+    random       S uniform without replacement
+    herding      s_i = argmin_f || i mu - (s_1 + .. + s_{i-1}) - f ||,  i = 1 .. m
+    k-center     s_1 = argmin_f || f - mu ||,  s_i = argmax_f min_{j < i} || f - s_j ||
+    k-means      s_i = argmin_f || f - centre_i ||,  centres of m clusters
+    forgetting   the m largest  sum_t [ right_t and not right_{t+1} ],  infinite where no right_t
+    el2n         the m largest  E_w || softmax(z_w) - y ||,  or the m smallest
 
-No image is picked twice; the lowest index wins a tie.
+right_t: the network classifies the image right after epoch t; z_w: logits of a network of weights w, trained for a
+few epochs; y: the class as a one-hot vector. No image is picked twice; the lowest index wins a tie.
 
-    symbol  code                           symbol  code
-    f       ``features`` (n, F)            m       ``num``: images a class
-    mu      ``features.mean(0)``           s_i     ``chosen[i - 1]``, an index
+    symbol   code                           symbol   code
+    f        ``features`` (n, F)            m        ``num``, ``ctx.images_per_class``
+    mu       ``features.mean(0)``           s_i      ``chosen[i - 1]``, an index
+    right_t  ``correct[t - 1]`` (N,)        z_w      ``logits`` (N, C)
 
-Deviations: see docs/methods/herding.md, k-center.md and k-means.md.
+Deviations: see docs/methods/herding.md, k-center.md, k-means.md, forgetting.md and el2n.md.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -34,7 +40,8 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.method import Context, Method, State
-from condense.train import Trainer, Training
+from condense.networks import Weights
+from condense.train import Scorer, Trainer, Training, one_hot
 
 BATCH = 1000
 
@@ -55,9 +62,27 @@ class Random(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Method):
-    """Picks the images of each class by their features; a subclass says which."""
+    """Picks images of each class, all in one step; a subclass says which."""
 
     family: ClassVar[str] = "selection"
+
+    def init(self, ctx: Context) -> State:
+        return State(syn=ctx.new_set(*ctx.initial("real")))
+
+    @final
+    def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
+        train, index = ctx.task.train, torch.cat(list(self.pick(ctx)))
+        state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
+        return {}
+
+    @abstractmethod
+    def pick(self, ctx: Context) -> Iterator[Tensor]:
+        """Class by class, indices (images_per_class,) of training images, all different; on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSelection(Selection):
+    """Picks the images of each class by their features."""
 
     features: Literal["network", "pixels"] = "network"
     """network: what the recipe's network, trained on the real images, hands to its classifier; pixels: the
@@ -69,30 +94,22 @@ class Selection(Method):
     def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * (self.num_epochs + 1 / 3) if self.features == "network" else 0.0
 
-    def init(self, ctx: Context) -> State:
-        return State(syn=ctx.new_set(*ctx.initial("real")))
-
     @final
-    def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
-        train, embed, chosen = ctx.task.train, self.embedding(ctx), []
+    def pick(self, ctx: Context) -> Iterator[Tensor]:
+        train, embed = ctx.task.train, self.embedding(ctx)
         for c, members in enumerate(train.by_class):
             seed = ctx.rng.key("select", 0, c)
-            chosen.append(members[self.choose(embed(train.images[members]), ctx.images_per_class, seed).cpu()])
-        index = torch.cat(chosen)
-        state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
-        return {}
+            yield members[self.choose(embed(train.images[members]), ctx.images_per_class, seed).cpu()]
 
     def embedding(self, ctx: Context) -> Callable[[Tensor], Tensor]:
         """Images (n, C, H, W) -> features (n, F)."""
         if self.features == "pixels":
             return lambda images: images.flatten(1)
-        task, rng, training = ctx.task, ctx.rng.child("features"), Training(num_epochs=self.num_epochs)
-        trainer = Trainer(task.network, training, Augment(), ctx.compute)
-        weights = trainer.run(task.network.init(rng, "network"), task.train.images, task.train.labels, rng)
+        network, (weights,) = ctx.task.network, trained(ctx, self.num_epochs)
 
         @torch.no_grad()
         def embed(images: Tensor) -> Tensor:
-            batches = [task.network.features(*weights, x, train=False) for x in images.split(BATCH)]
+            batches = [network.features(*weights, x, train=False) for x in images.split(BATCH)]
             return torch.cat(batches).float()
 
         return embed
@@ -104,7 +121,7 @@ class Selection(Method):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Herding(Selection):
+class Herding(FeatureSelection):
     """Greedily keeps the mean of the picked features at the mean of the class."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
@@ -120,7 +137,7 @@ class Herding(Selection):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class KCenter(Selection):
+class KCenter(FeatureSelection):
     """Starts at the image nearest to the class mean, then always adds the one farthest from those picked."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
@@ -137,7 +154,7 @@ class KCenter(Selection):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class KMeans(Selection):
+class KMeans(FeatureSelection):
     """Of each of as many clusters as images are wanted, the image nearest to the centre."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
@@ -148,6 +165,101 @@ class KMeans(Selection):
             chosen[i] = (distances(points, centre) + free).argmin()
             free[chosen[i]] = torch.inf
         return chosen.to(features.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSelection(Selection):
+    """Picks the images of each class with the highest scores."""
+
+    @final
+    def pick(self, ctx: Context) -> Iterator[Tensor]:
+        scores = self.scores(ctx).cpu()
+        for members in ctx.task.train.by_class:
+            yield members[scores[members].argsort(descending=True, stable=True)[: ctx.images_per_class]]
+
+    @abstractmethod
+    def scores(self, ctx: Context) -> Tensor:
+        """A number for each training image, (N,)."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Forgetting(ScoreSelection):
+    """Keeps the images that the recipe's network most often forgets while it trains on all of them."""
+
+    num_epochs: int = 20
+    """Epochs of training of that network; after each all images are classified."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_epochs < 2:
+            raise ValueError(
+                f"method.num_epochs must be at least 2, for images to be forgotten from one to the next, got "
+                f"{self.num_epochs}; try 20"
+            )
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        return num_images * self.num_epochs * 4 / 3
+
+    def scores(self, ctx: Context) -> Tensor:
+        train, scorer, correct = ctx.task.train, Scorer(ctx.task.network, ctx.compute), list[Tensor]()
+
+        def classify(epochs: int, weights: Weights) -> None:
+            correct.append(scorer.logits(weights, train.images).argmax(1) == train.labels)
+
+        list(trained(ctx, self.num_epochs, on_epoch=classify))
+        return forgetting_events(torch.stack(correct))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EL2N(ScoreSelection):
+    """Keeps the images on which networks early in training err most, or least."""
+
+    num_networks: int = 3
+    """Networks over which the error is averaged."""
+    num_epochs: int = 5
+    """Epochs of training of each."""
+    order: Literal["hardest", "easiest"] = "hardest"
+    """hardest: the largest errors are kept; easiest: the smallest, which serve better than those at a few images a
+    class."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_networks < 1:
+            raise ValueError(f"method.num_networks must be at least 1, got {self.num_networks}; try 3")
+
+    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+        return num_images * self.num_networks * (self.num_epochs + 1 / 3)
+
+    def scores(self, ctx: Context) -> Tensor:
+        train, scorer = ctx.task.train, Scorer(ctx.task.network, ctx.compute)
+        networks = trained(ctx, self.num_epochs, self.num_networks)
+        errors = torch.stack([el2n(scorer.logits(weights, train.images), train.labels) for weights in networks])
+        return errors.mean(0) if self.order == "hardest" else -errors.mean(0)
+
+
+def trained(
+    ctx: Context, num_epochs: int, num_networks: int = 1, on_epoch: Callable[[int, Weights], None] | None = None
+) -> Iterator[Weights]:
+    """The recipe's network, trained on the real images, as often as is asked for; ``on_epoch`` as in ``Trainer``."""
+    network, train = ctx.task.network, ctx.task.train
+    trainer = Trainer(network, Training(num_epochs=num_epochs), Augment(), ctx.compute)
+    for k in range(num_networks):
+        rng = ctx.rng.child("features", k)
+        yield trainer.run(network.init(rng, "network"), train.images, train.labels, rng, on_epoch=on_epoch)
+
+
+def forgetting_events(correct: Tensor) -> Tensor:
+    """Whether each image is classified right after each epoch, (epochs, N), to how often it is forgotten, (N,);
+    infinitely often where it is never learned."""
+    events = (correct[:-1] & ~correct[1:]).sum(0).float()
+    return events.where(correct.any(0), torch.inf)
+
+
+def el2n(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, C), (N,) -> (N,): the length of the error of the softmax."""
+    return (logits.softmax(1) - one_hot(labels, logits.shape[1])).norm(dim=1)
 
 
 def distances(features: Tensor, point: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "herding": {"num_epochs": 1},
     "k-center": {"num_epochs": 1},
     "k-means": {"num_epochs": 1},
+    "forgetting": {"num_epochs": 2},
+    "el2n": {"num_networks": 2, "num_epochs": 1},
 }
 NAMES = sorted(registry.METHODS)
 LEARNING = [name for name in NAMES if registry.load(name).learns]

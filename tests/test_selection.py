@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -13,8 +15,19 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
 from condense.method import Context, Method
-from condense.methods.selection import Herding, KCenter, KMeans, Random, Selection
-from condense.networks import Functional
+from condense.methods.selection import (
+    EL2N,
+    FeatureSelection,
+    Forgetting,
+    Herding,
+    KCenter,
+    KMeans,
+    Random,
+    ScoreSelection,
+    el2n,
+    forgetting_events,
+)
+from condense.networks import Functional, Weights
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Origin, Pixels
@@ -25,7 +38,14 @@ from tests.reference import selection as reference
 Twin = Callable[[reference.Features, int], list[int]]
 
 COUNTS = (9, 12, 7)
-METHODS = [Random(), Herding(features="pixels"), KCenter(features="pixels"), KMeans(features="pixels")]
+METHODS = [
+    Random(),
+    Herding(features="pixels"),
+    KCenter(features="pixels"),
+    KMeans(features="pixels"),
+    Forgetting(num_epochs=3),
+    EL2N(num_epochs=1, num_networks=2),
+]
 
 
 def draw_images(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -64,6 +84,16 @@ def select(method: Method, ctx: Context) -> Tensor:
     return syn()[0].detach()
 
 
+def train(
+    ctx: Context, num_epochs: int, which: int = 0, on_epoch: Callable[[int, Weights], None] | None = None
+) -> Weights:
+    """The network that methods train on the real images."""
+    task, rng = ctx.task, ctx.rng.child("features", which)
+    trainer = Trainer(task.network, Training(num_epochs=num_epochs), task.augment, ctx.compute)
+    start = task.network.init(rng, "network")
+    return trainer.run(start, task.train.images, task.train.labels, rng, on_epoch=on_epoch)
+
+
 def same_images(a: Tensor, b: Tensor) -> bool:
     """Whether two stacks hold the same images, in any order."""
     return {x.numpy().tobytes() for x in a} == {x.numpy().tobytes() for x in b}
@@ -100,7 +130,7 @@ def test_more_images_than_a_class_has_are_refused(method: Method) -> None:
     ids=["herding", "k-center"],
 )
 @pytest.mark.parametrize("seed", range(5))
-def test_picks_what_brute_force_picks(method: Selection, twin: Twin, seed: int) -> None:
+def test_picks_what_brute_force_picks(method: FeatureSelection, twin: Twin, seed: int) -> None:
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
     assert method.choose(features, 15, seed=0).tolist() == twin(features.double().numpy(), 15)
 
@@ -121,7 +151,7 @@ def test_an_image_nearest_to_two_centres_is_picked_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("method", [Herding(), KCenter()], ids=["herding", "k-center"])
-def test_equal_images_tie_and_the_lowest_index_wins(method: Selection) -> None:
+def test_equal_images_tie_and_the_lowest_index_wins(method: FeatureSelection) -> None:
     features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     assert method.choose(features, 4, seed=0).tolist() == [0, 1, 2, 3]
 
@@ -148,15 +178,104 @@ def test_herding_keeps_the_mean_closer_than_a_random_draw() -> None:
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_network_features_are_those_of_a_network_trained_on_the_real_images(norm: str) -> None:
     ctx, method = make_context(*draw_images(), norm=norm), Herding(num_epochs=3)
-    task, rng = ctx.task, ctx.rng.child("features")
-    trainer = Trainer(task.network, Training(num_epochs=3), task.augment, ctx.compute)
-    weights = trainer.run(task.network.init(rng, "network"), task.train.images, task.train.labels, rng)
-    expected = []
+    task, weights, expected = ctx.task, train(ctx, 3), []
     for members in task.train.by_class:
         features = task.network.features(*weights, task.train.images[members], train=False)
         chosen = reference.herding(features.double().numpy(), ctx.ipc)
         expected.append(task.train.images[members[chosen]])
     assert torch.equal(select(method, ctx), torch.cat(expected))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(ScoreSelection):
+    """Scores that the test lays down."""
+
+    given: tuple[float, ...]
+
+    def scores(self, ctx: Context) -> Tensor:
+        return torch.tensor(self.given)
+
+
+def test_the_highest_scores_of_each_class_are_kept_and_the_lowest_index_wins_a_tie() -> None:
+    images, _ = draw_images()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    scores = (1.0, 5.0, 0.0, 3.0, float("inf"), 0.0, 3.0, 9.0, 0.0, 3.0)
+    picked = Given(given=scores).pick(make_context(images[:10], labels, ipc=2))
+    assert [p.tolist() for p in picked] == [[3, 6], [4, 7], [2, 5]]
+
+
+def test_the_lowest_indices_win_a_tie_of_many() -> None:
+    images = torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    picked = Given(given=(0.0,) * 120).pick(make_context(images, torch.arange(120) % 3))
+    assert [p.tolist() for p in picked] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+
+
+def test_forgetting_events_by_hand() -> None:
+    events = {"0111": 0, "1111": 0, "0001": 0, "1000": 1, "0100": 1, "0101": 1, "1010": 2, "0000": torch.inf}
+    correct = torch.tensor([[digit == "1" for digit in history] for history in events]).T
+    assert forgetting_events(correct).tolist() == list(events.values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_forgetting_picks_what_a_walk_through_the_epochs_picks(seed: int) -> None:
+    ctx = make_context(*draw_images())
+    correct = torch.rand(7, len(ctx.task.train), generator=torch.Generator().manual_seed(seed)) < 0.4
+    picked = Given(given=tuple(forgetting_events(correct).tolist())).pick(ctx)
+    for members, index in zip(ctx.task.train.by_class, picked, strict=True):
+        assert index.tolist() == members[reference.forgetting(correct[:, members].tolist(), ctx.ipc)].tolist()
+
+
+def test_el2n_by_hand() -> None:
+    probabilities = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
+    found = el2n(probabilities.log(), torch.tensor([0, 1, 0, 0]))
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.25, 0.0, 1.0]) * 2**0.5)
+
+
+@pytest.mark.parametrize("order", ["hardest", "easiest"])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_el2n_picks_by_the_mean_error_of_trained_networks(order: Literal["hardest", "easiest"], norm: str) -> None:
+    ctx, method = make_context(*draw_images(), norm=norm), EL2N(num_networks=3, num_epochs=2, order=order)
+    task, logits = ctx.task, []
+    for k in range(3):
+        weights = train(ctx, 2, k)
+        logits.append(task.network.logits(*weights, task.train.images[:], train=False).double().numpy())
+    expected = []
+    for c, members in enumerate(task.train.by_class):
+        chosen = reference.el2n([z[members] for z in logits], c, ctx.ipc, order)
+        expected.append(task.train.images[members[chosen]])
+    assert torch.equal(select(method, ctx), torch.cat(expected))
+
+
+def test_forgetting_picks_by_what_a_network_in_training_forgets() -> None:
+    ctx, correct = make_context(*draw_images(), ipc=4), list[list[bool]]()
+    task = ctx.task
+
+    def classify(epochs: int, weights: Weights) -> None:
+        found = task.network.logits(*weights, task.train.images[:], train=False).argmax(1)
+        correct.append((found == task.train.labels).tolist())
+
+    train(ctx, 12, on_epoch=classify)
+    expected = []
+    for members in task.train.by_class:
+        chosen = reference.forgetting([[epoch[i] for i in members] for epoch in correct], ctx.ipc)
+        expected.append(task.train.images[members[chosen]])
+    assert 0 < sum(map(sum, correct)) < 12 * len(task.train)
+    assert torch.equal(select(Forgetting(num_epochs=12), ctx), torch.cat(expected))
+
+
+@pytest.mark.parametrize("order", ["hardest", "easiest"])
+def test_equal_errors_tie_and_the_lowest_index_wins(order: Literal["hardest", "easiest"]) -> None:
+    images, _ = draw_images()
+    ctx = make_context(images[:1].repeat(8, 1, 1, 1), torch.tensor([2, 1, 0, 0, 1, 2, 0, 0]), ipc=2)
+    picked = EL2N(num_networks=1, num_epochs=1, order=order).pick(ctx)
+    assert [p.tolist() for p in picked] == [[2, 3], [1, 4], [0, 5]]
+
+
+def test_values_that_leave_nothing_to_score_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.num_epochs must be at least 2.* got 1"):
+        Forgetting(num_epochs=1)
+    with pytest.raises(ValueError, match=r"method\.num_networks must be at least 1, got 0"):
+        EL2N(num_networks=0)
 
 
 def test_features_of_many_images_are_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +285,7 @@ def test_features_of_many_images_are_made_in_batches(monkeypatch: pytest.MonkeyP
     assert torch.equal(select(method, ctx), whole)
 
 
-@pytest.mark.parametrize("method", [*METHODS[::3], Herding(num_epochs=2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [*METHODS[::3], *METHODS[4:], Herding(num_epochs=2)], ids=lambda m: type(m).__name__)
 def test_the_seed_decides_and_the_global_generator_is_left_alone(method: Method) -> None:
     before = torch.get_rng_state()
     first, again, other = (select(method, make_context(*draw_images(), seed=seed)) for seed in (0, 0, 1))
@@ -175,7 +294,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(method: Method)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["random", "herding", "k-center", "k-means"])
+@pytest.mark.parametrize("name", ["random", "herding", "k-center", "k-means", "forgetting", "el2n"])
 def test_the_recipe_says_what_the_method_does_by_default(name: str) -> None:
     method = from_yaml(recipe_files()[name]).method
     assert method == registry.load(name)()

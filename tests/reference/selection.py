@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,3 +50,31 @@ def k_means(features: Features, num: int) -> set[int]:
             least = inertia
             best = {min(range(len(features)), key=lambda j: np.linalg.norm(features[j] - mean)) for mean in means}
     return best
+
+
+def forgetting(correct: Sequence[Sequence[bool]], num: int) -> list[int]:
+    """``correct[t][i]``: image i is right after epoch t. The most forgotten first, the never learned before all."""
+    events = []
+    for i in range(len(correct[0])):
+        learned, forgotten, before = False, 0, False
+        for epoch in correct:
+            if before and not epoch[i]:
+                forgotten += 1
+            before = epoch[i]
+            learned = learned or before
+        events.append(forgotten if learned else math.inf)
+    return sorted(range(len(events)), key=lambda i: (-events[i], i))[:num]
+
+
+def el2n(logits: Sequence[Features], label: int, num: int, order: str) -> list[int]:
+    """``logits``: of each network, (n, C); all images of the class ``label``."""
+    scores = []
+    for i in range(len(logits[0])):
+        lengths = []
+        for network in logits:
+            powers = [math.exp(z - max(network[i])) for z in network[i]]
+            errors = [p / sum(powers) - (k == label) for k, p in enumerate(powers)]
+            lengths.append(math.sqrt(sum(e * e for e in errors)))
+        scores.append(sum(lengths) / len(lengths))
+    sign = -1 if order == "hardest" else 1
+    return sorted(range(len(scores)), key=lambda i: (sign * scores[i], i))[:num]
