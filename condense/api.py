@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,7 +368,14 @@ def apply(
     others = {other: _baseline(other, found, arrays, skeleton, seed) for other in baselines}
     findings = application.run(setting, others)
     if target is not None:
-        record = {"application": name, **dataclasses.asdict(application), "seed": seed, **findings.record}
+        table = {"title": findings.title, "columns": findings.columns, "rows": findings.rows}
+        record = {
+            "application": name,
+            **dataclasses.asdict(application),
+            "seed": seed,
+            **findings.record,
+            "table": table,
+        }
         about = {"set": found.origin.recipe_hash, "dataset": arrays.name, "code": condense.__version__}
         write_text(target, json.dumps({**about, **record}, indent=1) + "\n")
     return findings
@@ -424,6 +432,43 @@ def import_set(
     """
     chosen = recipe.choice("decode", decode)
     return _adopt(exchange.read(Path(path)), _arrays(dataset, download), transform, chosen)
+
+
+def report(
+    folders: Sequence[Path | str], out: Path | str | None = None, dataset: Data | None = None, *, download: bool = False
+) -> Path:
+    """Write runs, side by side, as one HTML file that asks nothing of a network; by default report.html in the first.
+
+    ``dataset`` is where the data of whitened sets lie, if not where their runs recorded it.
+
+    Raises:
+        ValueError: a folder holds no finished run; the file cannot be written.
+    """
+    from condense.eval import report
+
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ValueError("a report needs a run; give one or more folders that `condense distill` wrote")
+    target = Path(out) if out is not None else paths[0] / "report.html"
+    found = [report.collect(path) for path in paths]
+    if not target.parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent} for the report; make it or give another --out")
+    pixels = [_pixels(run.syn, path, dataset, download) for run, path in zip(found, paths, strict=True)]
+    write_text(target, report.page(found, pixels))
+    return target
+
+
+def _pixels(syn: SyntheticSet, path: Path | None, dataset: Data | None, download: bool = False) -> Transform | None:
+    """The way back to pixels; None of a whitened set whose data are not at hand."""
+    if syn.origin.transform.get("kind") != "zca":
+        return Transform.from_description(dict(syn.origin.transform))
+    try:
+        return crossarch.transform_of(
+            *open_set(syn if path is None else path, dataset, download=download), cache_folder()
+        )
+    except ValueError as error:
+        warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
+        return None
 
 
 def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, dataset: Data | None = None) -> None:

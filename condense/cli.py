@@ -20,6 +20,7 @@ Distil a data set into a few images a class, and measure what they are worth.
   distill   METHOD|RECIPE ...  distil a data set
   evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
   apply     NAME RUN|FILE ...  continual, nas, privacy: what a set is worth in use
+  report    RUN... [--out F]   runs side by side as one HTML page
   show      RUN|FILE|BUFFER    what a file says of itself
   list      methods|decoders|labels|datasets|networks|recipes|protocols
   import    SRC DST ...        published sets and expert buffers into ours
@@ -28,7 +29,7 @@ Distil a data set into a few images a class, and measure what they are worth.
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
 """
 
-COMMANDS = ("apply", "buffer", "demo", "distill", "evaluate", "export", "import", "list", "show")
+COMMANDS = ("apply", "buffer", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -137,6 +138,16 @@ class Export:
     """npz, folder (PNG and labels.csv) or huggingface; default: npz for a name that ends so, else folder."""
     dataset: str | None = None
     """Where the data lie, for a set that is whitened; default: as the run recorded it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    out: Path | None = None
+    """The HTML file; default report.html in the first run."""
+    dataset: str | None = None
+    """Where the data of whitened sets lie; default: as their runs recorded it."""
+    download: Switch[bool] = False
+    """Let torchvision download a data set that is missing."""
 
 
 def distill(words: list[str], ranks: Ranks) -> None:
@@ -306,6 +317,12 @@ def export(words: list[str]) -> None:
     say(f"{target}: {kind}")
 
 
+def report(words: list[str]) -> None:
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    command = recipe.parse(Report, words[len(folders) :], Report(), prog="condense report RUN...")
+    say(str(api.report(folders, command.out, command.dataset, download=command.download)))
+
+
 def demo(words: list[str]) -> None:
     from condense import demo as job
 
@@ -335,6 +352,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "import": import_,
     "list": list_,
+    "report": report,
     "show": show,
 }
 

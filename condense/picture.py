@@ -1,7 +1,9 @@
-"""A synthetic set as a picture: one row a class, in pixel space."""
+"""A synthetic set as pictures, in pixel space: a grid with one row a class, or a strip for each class."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +19,16 @@ BACKGROUND = 1.0
 
 
 @torch.no_grad()
-def grid(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> Tensor:
-    """Decoded images in [0, 1], (C, height, width): one row a class, at most ``columns`` images each."""
+def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[Tensor]:
+    """Decoded images in [0, 1], (n, C, h, w) of each class, at most ``columns`` of them."""
     images = transform.inverse(syn()[0]).clamp(0, 1).cpu()
     source = syn.classes.cpu().repeat(len(images) // len(syn))
-    rows = [images[source == c][:columns] for c in range(syn.origin.num_classes)]
-    channels, h, w = images.shape[1:]
+    return [images[source == c][:columns] for c in range(syn.origin.num_classes)]
+
+
+def grid(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of images (n, C, h, w) on one canvas (C, height, width)."""
+    _, channels, h, w = rows[0].shape
     widest = max(len(row) for row in rows)
     canvas = torch.full((channels, len(rows) * (h + GAP) + GAP, widest * (w + GAP) + GAP), BACKGROUND)
     for r, row in enumerate(rows):
@@ -34,10 +40,26 @@ def grid(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> Tenso
 
 def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 10) -> None:
     """Write the grid as a PNG, enlarged so that small images can be seen."""
-    pixels = (grid(syn, transform, columns=columns) * 255).round().byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image = _image(grid(by_class(syn, transform, columns=columns)))
     scale = max(1, round(700 / max(image.size)))
     with replacing(path) as temporary:
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
             temporary, format="PNG"
         )
+
+
+def strip(images: Tensor) -> bytes:
+    """Images (n, C, h, w) of one or three channels in a row, as a PNG that is transparent between them."""
+    n, _, h, w = images.shape
+    canvas = Image.new("RGBA" if images.shape[1] == 3 else "LA", (n * (w + GAP) - GAP, h))
+    for k, image in enumerate(images):
+        canvas.paste(_image(image).convert(canvas.mode), (k * (w + GAP), 0))
+    file = io.BytesIO()
+    canvas.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """Pixels (C, h, w) in [0, 1], gray or RGB."""
+    array = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

@@ -1,0 +1,6 @@
+"""Runs as one page: ``collect`` reads the folders, ``figures`` draws, ``page`` writes the HTML."""
+
+from condense.eval.report.collect import Run, collect
+from condense.eval.report.page import page
+
+__all__ = ["Run", "collect", "page"]

@@ -1,0 +1,96 @@
+"""What a run folder says of itself, read once and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from condense import runs
+from condense.eval import crossarch
+from condense.synthetic.files import load
+from condense.synthetic.set import SyntheticSet
+from condense.tracking import read_log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished distillation and what was measured of it."""
+
+    folder: Path
+    syn: SyntheticSet
+    snapshots: Mapping[int, SyntheticSet]
+    """By steps done, in order; the last one is the set itself."""
+    log: Sequence[Mapping[str, Any]]
+    """The numbers of each step."""
+    results: Sequence[Mapping[str, Any]]
+    """Rows of ``evaluation.json``."""
+    uses: Sequence[Mapping[str, Any]]
+    """Of ``apply-NAME.json``."""
+    record: Mapping[str, Any]
+    """What it cost, and where it ran."""
+
+    @property
+    def method(self) -> str:
+        return self.syn.origin.method or "set"
+
+    @property
+    def dataset(self) -> str:
+        return str(self.syn.origin.dataset["name"])
+
+    @property
+    def ipc(self) -> int:
+        return int(self.syn.origin.recipe.get("ipc", len(self.syn) // self.syn.origin.num_classes))
+
+    @property
+    def network(self) -> str:
+        return str(self.syn.origin.recipe.get("network", "unknown"))
+
+    @property
+    def own_results(self) -> list[Mapping[str, Any]]:
+        """Of the set, without its baselines."""
+        return [row for row in self.results if row["method"] == self.syn.origin.method]
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one number of the log."""
+        points = [(record["step"], record[name]) for record in self.log if name in record]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def collect(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ValueError: there is no finished run, or one of its files is damaged.
+    """
+    finished = folder / "synthetic.safetensors"
+    if not folder.is_dir() or not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote")
+    if not finished.exists():
+        raise ValueError(f"{folder} is not finished; the command that began it continues with --resume")
+    syn, evaluation = load(finished), folder / "evaluation.json"
+    log = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
+    snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
+    num_steps = int(syn.origin.recipe.get("method", {}).get("num_steps", len(log)))
+    return Run(
+        folder=folder,
+        syn=syn,
+        snapshots={**{step: kept for step, kept in snapshots.items() if step < num_steps}, num_steps: syn},
+        log=log,
+        results=crossarch.read(evaluation) if evaluation.exists() else [],
+        uses=[_read(file) for file in sorted(folder.glob("apply-*.json"))],
+        record=runs.read_record(folder),
+    )
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    return sorted((folder / "snapshots").glob("step_*.safetensors"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; remove it or write it again") from error

@@ -1,0 +1,229 @@
+"""Figures as SVG text. Colours are variables of the page's style sheet, so that they follow its light and dark mode."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+INK, FAINT = "#010203", "#010204"
+SERIES = tuple(f"#0a0b{k:02x}" for k in range(8))
+"""Stand-ins for the colours of the style sheet."""
+
+MARKERS = "osD^vPX*"
+
+Points = tuple[Sequence[float], Sequence[float]]
+"""Of a curve: x, y."""
+
+
+@dataclass
+class Canvas:
+    """Axes to draw on; after the ``with`` block of ``drawing``, ``svg`` is what was drawn."""
+
+    axes: Axes
+    titles: dict[str, str] = field(default_factory=dict)
+    svg: str = ""
+
+    def explain(self, artist: Any, text: str) -> None:
+        """Let ``text`` appear where a pointer rests on the artist."""
+        name = f"t{len(self.titles)}"
+        self.titles[name] = text
+        artist.set_gid(name)
+
+
+@contextmanager
+def drawing(name: str, xlabel: str, ylabel: str, size: tuple[float, float] = (4.6, 3.0)) -> Iterator[Canvas]:
+    """A figure of its own; equal drawings of equal ``name`` give equal text."""
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "grid.color": FAINT,
+        "grid.linewidth": 0.5,
+        "lines.linewidth": 1.5,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        canvas = Canvas(figure.add_subplot())
+        canvas.axes.set(xlabel=xlabel, ylabel=ylabel)
+        canvas.axes.grid(True, axis="y")
+        yield canvas
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    canvas.svg = _for_page(file.getvalue(), name, canvas.titles)
+
+
+def _for_page(svg: str, name: str, titles: Mapping[str, str]) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
+    for k, colour in enumerate(SERIES):
+        svg = svg.replace(colour, f"var(--series-{k})")
+    for group, title in titles.items():
+        svg = svg.replace(f'<g id="{group}">', f"<g><title>{html.escape(title)}</title>")
+    svg = re.sub(r'<g id="[A-Za-z0-9_.]+_\d+">', "<g>", svg)  # names that every figure uses
+    svg = re.sub(r'<svg [^>]*?width="([^"]*)pt" [^>]*?viewBox="([^"]*)"[^>]*>', _root, svg, count=1)
+    return re.sub(r'font-family: [^;"]*', "font-family: inherit", svg)
+
+
+def _root(found: re.Match[str]) -> str:
+    width, box = found.groups()
+    return (
+        f'<svg viewBox="{box}" style="max-width: {float(width) / 11:.1f}rem" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink" aria-hidden="true" focusable="false">'
+    )
+
+
+def curves(name: str, lines: Mapping[str, Points], xlabel: str, ylabel: str, *, log: bool = False) -> str:
+    """Lines by label, each with its own colour and mark."""
+    with drawing(name, xlabel, ylabel) as canvas:
+        for k, (label, (x, y)) in enumerate(lines.items()):
+            mark = MARKERS[k % len(MARKERS)] if len(x) <= 20 else ""
+            canvas.axes.plot(x, y, label=label, color=SERIES[k % len(SERIES)], marker=mark, markersize=4)
+        if log and all(value > 0 for _, y in lines.values() for value in y):
+            canvas.axes.set_yscale("log")
+            for use in (canvas.axes.yaxis.set_major_formatter, canvas.axes.yaxis.set_minor_formatter):
+                use(FuncFormatter(lambda value, _: f"{value:g}"))
+        if len(lines) > 1:
+            canvas.axes.legend()
+    return canvas.svg
+
+
+def reliability(name: str, bins: Sequence[tuple[float, float, float]]) -> str:
+    """Accuracy against confidence; the area of a dot is the share of the images in its bin."""
+    with drawing(name, "confidence", "accuracy", (3.0, 3.0)) as canvas:
+        axes = canvas.axes
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
+        full = [(share, confidence, accuracy) for share, confidence, accuracy in bins if share > 0]
+        axes.plot([c for _, c, _ in full], [a for _, _, a in full], color=SERIES[0], linewidth=1)
+        for share, confidence, accuracy in full:
+            axes.vlines(confidence, *sorted((confidence, accuracy)), color=SERIES[1], linewidth=1)
+            dot = axes.scatter([confidence], [accuracy], s=12 + 300 * share, color=SERIES[0], alpha=0.75, linewidths=0)
+            canvas.explain(dot, f"{share:.1%} of the images: confidence {confidence:.1%}, accuracy {accuracy:.1%}")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    return canvas.svg
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """An accuracy of a set of so many bytes."""
+
+    label: str
+    num_bytes: int
+    accuracy: float
+    std: float | None
+    named: bool = True
+    """Whether its label is written beside it; it is always in what appears under a pointer."""
+
+
+def accuracy_against_bytes(
+    name: str, measured: Sequence[Point], published: Sequence[Point], ceiling: tuple[str, float] | None
+) -> str:
+    """Measured points are filled, published ones hollow. Accuracies are fractions."""
+    with drawing(name, "bytes stored", "test accuracy, %", (7.2, 4.2)) as canvas:
+        axes = canvas.axes
+        axes.set_xscale("log")
+        sizes = [point.num_bytes for point in (*measured, *published)]
+        axes.set_xlim(min(sizes) / 4, max(sizes) * 4)  # room for the names
+        for kind, points in (("published", published), ("measured", measured)):
+            own = kind == "measured"
+            colour, label = (SERIES[0], kind) if own else (INK, kind)
+            for point in points:
+                if point.std:
+                    axes.vlines(
+                        point.num_bytes,
+                        100 * (point.accuracy - point.std),
+                        100 * (point.accuracy + point.std),
+                        color=colour if own else FAINT,
+                        linewidth=1,
+                    )
+                dot = axes.scatter(
+                    [point.num_bytes],
+                    [100 * point.accuracy],
+                    marker="o" if own else "D",
+                    s=42 if own else 22,
+                    facecolors=colour if own else "none",
+                    edgecolors=colour,
+                    linewidths=0 if own else 0.8,
+                    label=label,
+                    zorder=3 if own else 2,
+                )
+                label = ""
+                spread = "" if point.std is None else f" ± {100 * point.std:.1f}"
+                canvas.explain(
+                    dot, f"{kind}: {point.label}, {point.num_bytes:,} bytes, {100 * point.accuracy:.1f}{spread} %"
+                )
+            for point, height in _spread([point for point in points if point.named]):
+                side = 1 if own else -1
+                axes.annotate(
+                    point.label,
+                    (point.num_bytes, 100 * point.accuracy),
+                    (side * 14, height),
+                    textcoords=("offset points", "data"),
+                    fontsize=7.5,
+                    color=colour,
+                    ha="left" if own else "right",
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+                )
+        if ceiling is not None:
+            axes.axhline(100 * ceiling[1], color=INK, linewidth=0.8, linestyle="--")
+            axes.annotate(
+                ceiling[0],
+                (0.01, 100 * ceiling[1]),
+                (0, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=7.5,
+            )
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable_bytes(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="lower right")
+    return canvas.svg
+
+
+def _spread(points: Sequence[Point], gap: float = 2.6) -> list[tuple[Point, float]]:
+    """Heights (in percent) for the names of points at about the same number of bytes, so that none covers another."""
+    placed: list[tuple[Point, float]] = []
+    columns: dict[int, float] = {}
+    for point in sorted(points, key=lambda point: point.accuracy):
+        column = point.num_bytes.bit_length()
+        height = max(100 * point.accuracy, columns.get(column, -1e9) + gap)
+        columns[column] = height
+        placed.append((point, height))
+    return placed
+
+
+def readable_bytes(value: float) -> str:
+    """With a decimal prefix: 31.4 kB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def fingerprint(*parts: str) -> str:
+    """A short name for a figure."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:10]

@@ -1,0 +1,344 @@
+"""Runs side by side as one HTML file that asks nothing of a network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from condense import __version__, picture
+from condense.data.transform import Transform
+from condense.eval.report import figures
+from condense.eval.report.collect import Run
+from condense.eval.report.figures import Point, readable_bytes
+from condense.files import checksum
+from condense.synthetic.set import SyntheticSet
+
+MAX_IMAGES = 200
+"""Shown of a run at one time: more columns for few classes, fewer for many."""
+
+NAMED = ("random", "herding")
+"""Published rows that are named in the figure beside those of the methods at hand."""
+
+
+def page(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
+    """The report. Of runs of several data sets, each data set has its own comparison.
+
+    Args:
+        pixels: of each run, the transform that leads back to pixels; None where it is not at hand.
+    """
+    names = _names(runs)
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bytes"] = readable_bytes
+    return environment.get_template("page.html").render(
+        title=", ".join(datasets),
+        version=__version__,
+        style=Markup(_resource("page.css")),
+        script=Markup(_resource("page.js")),
+        runs=[
+            _run(run, name, f"run{k}", back)
+            for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
+        ],
+        validation=_validation(runs, names),
+        tables=_tables(runs, names),
+        budgets=[_budget(name, [run for run in runs if run.dataset == name]) for name in datasets],
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """``dm, ipc 10``; with what else is needed to tell the runs apart."""
+    short = [f"{run.method}, ipc {run.ipc}" for run in runs]
+    if len({run.dataset for run in runs}) > 1:
+        short = [f"{name}, {run.dataset}" for name, run in zip(short, runs, strict=True)]
+    return [
+        f"{name} ({run.folder.name})" if short.count(name) > 1 else name for name, run in zip(short, runs, strict=True)
+    ]
+
+
+def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str, Any]:
+    origin, record, cost = run.syn.origin, run.record, run.syn.cost()
+    loss, headline = run.curve("loss"), _headline(run)
+    return {
+        "key": key,
+        "name": name,
+        "dataset": run.dataset,
+        "network": run.network,
+        "headline": headline,
+        "bytes": cost._asdict(),
+        "total_bytes": sum(cost),
+        "record": record,
+        "film": None if transform is None else _film(run, transform),
+        "loss": _figure("loss", key, {"loss": loss}, "step", "loss", log=True) if loss[0] else None,
+        "labels": _labels(run.syn),
+        "lr": _learned_lr(run, key),
+        "reliability": None if headline is None else _reliability(headline, key),
+        "per_class": None if headline is None else _per_class(run, headline),
+        "uses": [use["table"] for use in run.uses if "table" in use],
+        "commands": _commands(run),
+        "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False),
+        "facts": {
+            "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}",
+            "recipe": origin.recipe_hash or "not recorded",
+            "set": checksum(run.syn.state_dict()),
+            "code": f"condense {origin.code}, torch {record.get('torch', '?')}, Python {record.get('python', '?')}",
+            "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
+            f"{record.get('threads', '?')} threads, {record.get('processes', 1)} processes",
+            "finished": str(record.get("finished", "?")),
+            "used": ", ".join(f"{found.get('kind')} {found.get('name', '')}" for found in origin.artifacts)
+            or "nothing",
+        },
+    }
+
+
+def _headline(run: Run) -> Mapping[str, Any] | None:
+    """The result to be shown first: on the network of the distillation, if it was scored on that."""
+    rows = run.own_results
+    return next((row for row in rows if row["network"] == run.network), rows[0] if rows else None)
+
+
+def _film(run: Run, transform: Transform) -> dict[str, Any]:
+    """The images of each class after each of the kept steps."""
+    classes = run.syn.origin.dataset["classes"]
+    columns = max(1, min(10, MAX_IMAGES // len(classes)))
+    frames = [
+        [_data_uri(picture.strip(images)) for images in picture.by_class(syn, transform, columns=columns)]
+        for syn in run.snapshots.values()
+    ]
+    steps, shown = list(run.snapshots), min(len(classes), MAX_IMAGES)
+    return {
+        "steps": steps,
+        "classes": classes[:shown],
+        "left_out": len(classes) - shown,
+        "last": frames[-1][:shown],
+        "json": Markup(json.dumps({"steps": steps, "frames": [frame[:shown] for frame in frames]})),
+    }
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _figure(
+    kind: str, key: str, lines: Mapping[str, figures.Points], xlabel: str, ylabel: str, *, log: bool = False
+) -> dict[str, Any]:
+    """A figure of curves, and its numbers in words and as a table of at most twelve rows."""
+    ends = "; ".join(f"{label}: from {y[0]:.4g} to {y[-1]:.4g}" for label, (x, y) in lines.items() if x)
+    rows = []
+    for label, (x, y) in lines.items():
+        every = -(-len(x) // 12)
+        rows += [(label, step, f"{value:.4g}") for step, value in list(zip(x, y, strict=True))[::-1][::every][::-1]]
+    return {
+        "svg": Markup(figures.curves(figures.fingerprint(kind, key), lines, xlabel, ylabel, log=log)),
+        "says": f"{ylabel} over {xlabel}. {ends}.",
+        "columns": ("curve", xlabel, ylabel),
+        "rows": rows,
+    }
+
+
+def _validation(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
+    lines = {}
+    for run, name in zip(runs, names, strict=True):
+        steps, accuracies = run.curve("val_accuracy")
+        if steps:
+            lines[name] = (steps, [100 * value for value in accuracies])
+    return _figure("validation", "all", lines, "step", "validation accuracy, %") if lines else None
+
+
+def _labels(syn: SyntheticSet) -> dict[str, Any]:
+    """The kind of labels and, where they are soft, the mean target of each class."""
+    kind, classes = syn.label_kind, list(syn.origin.dataset["classes"])
+    _, targets = syn()
+    if targets.dim() == 1:
+        return {"kind": kind.name, "matrix": None}
+    source = syn.classes.repeat(len(targets) // len(syn))
+    means = [targets[source == c].detach().float().mean(0).tolist() for c in range(len(classes))]
+    low, high = min(map(min, means)), max(map(max, means))
+    return {
+        "kind": kind.name,
+        "matrix": [
+            (name, [(f"{value:.2f}", _share(value, low, high)) for value in row])
+            for name, row in zip(classes, means, strict=True)
+        ]
+        if len(classes) <= 20
+        else None,
+        "classes": classes,
+        "range": f"between {low:.3g} and {high:.3g}",
+    }
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return round((value - low) / (high - low), 3) if high > low else 0.0
+
+
+def _learned_lr(run: Run, key: str) -> dict[str, Any] | None:
+    lr = run.syn.lr
+    if lr is None:
+        return None
+    if lr.dim():
+        return _figure("rates", key, {"": (range(len(lr)), lr.tolist())}, "inner step", "learned step size")
+    kept = {step: syn.lr for step, syn in run.snapshots.items()}
+    points = {step: float(rate) for step, rate in kept.items() if rate is not None}
+    return _figure("rate", key, {"": (list(points), list(points.values()))}, "step", "learned step size")
+
+
+def _reliability(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Of all networks of a result together."""
+    bins = []
+    for of_bin in zip(*row["metrics"]["reliability"], strict=True):
+        share = statistics.fmean(share for share, _, _ in of_bin)
+        weighted = [[s * value for s, *values in of_bin for value in values[i : i + 1]] for i in range(2)]
+        mean = [statistics.fmean(values) / share if share else 0.0 for values in weighted]
+        bins.append((share, *mean))
+    metrics = {name: statistics.fmean(row["metrics"][name]) for name in ("ece", "nll", "brier", "macro_f1")}
+    return {
+        "svg": Markup(figures.reliability(figures.fingerprint("reliability", key), bins)),
+        "says": f"{row['network']} under {row['protocol']}: expected calibration error {metrics['ece']:.3f}.",
+        "metrics": metrics,
+        "network": row["network"],
+        "protocol": row["protocol"],
+        "columns": ("share of images", "confidence", "accuracy"),
+        "rows": [tuple(f"{value:.3f}" for value in found) for found in bins if found[0] > 0],
+    }
+
+
+def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Accuracy within each class."""
+    means = [statistics.fmean(values) for values in zip(*row["metrics"]["per_class"], strict=True)]
+    return list(zip(run.syn.origin.dataset["classes"], means, strict=True))
+
+
+def _row_name(row: Mapping[str, Any], run: Run, name: str) -> str:
+    if row["method"] == run.syn.origin.method:
+        return name
+    if row["synthetic_sha256"] is None:
+        return "full data"
+    return f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+
+
+def _tables(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+    """A heat map for each data set and protocol: sets down, architectures across."""
+    cells: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for run, name in zip(runs, names, strict=True):
+        for row in run.results:
+            of_table = cells.setdefault((run.dataset, row["protocol"]), {})
+            of_table.setdefault(_row_name(row, run, name), {})[row["network"]] = row
+    tables = []
+    for (dataset, protocol), rows in cells.items():
+        networks = list(dict.fromkeys(network for row in rows.values() for network in row))
+        means = [found["mean"] for row in rows.values() for found in row.values()]
+        low, high = min(means), max(means)
+        tables.append(
+            {
+                "dataset": dataset,
+                "protocol": protocol,
+                "networks": networks,
+                "rows": [
+                    (name, [_cell(row.get(network), low, high) for network in networks]) for name, row in rows.items()
+                ],
+                "n": ", ".join(map(str, sorted({found["n"] for row in rows.values() for found in row.values()}))),
+            }
+        )
+    return tables
+
+
+def _cell(row: Mapping[str, Any] | None, low: float, high: float) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    interval = row.get("interval")
+    within = "" if interval is None else f", 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    return {
+        "value": row["mean"],
+        "text": percent(row["mean"], row["std"]),
+        "share": _share(row["mean"], low, high),
+        "says": f"n = {row['n']}{within}",
+    }
+
+
+def percent(mean: float, std: float | None) -> str:
+    """Fractions as percent."""
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def _budget(dataset: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Accuracy against bytes: what was measured here beside what papers state."""
+    protocols = {row["protocol"] for run in runs for row in run.results if row["synthetic_sha256"] is not None}
+    measured = {}
+    for run in runs:
+        for row in run.results:
+            if row["synthetic_sha256"] is not None and row["network"] == run.network and "stored_bytes" in row:
+                label = _row_name(row, run, f"{run.method}, ipc {run.ipc}")
+                label += f", {row['protocol']}" if len(protocols) > 1 else ""
+                total = sum(row["stored_bytes"].values())
+                measured[label] = Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"])
+    table = json.loads(_resource("published.json")).get(dataset)
+    budgets = {str(run.ipc) for run in runs}
+    at_hand = {run.method for run in runs} | set(NAMED)
+    origin, published, rows = runs[0].syn.origin, [], []
+    for row in table["rows"] if table else []:
+        for ipc, (mean, std) in row["accuracy"].items():
+            if ipc in budgets:
+                label = f"{row['method']}, ipc {ipc}"
+                total = _published_bytes(origin.image_shape, origin.num_classes, int(ipc), row["labels"])
+                point = Point(
+                    label=row["method"] + ("" if row["verified"] else " (unverified)"),
+                    num_bytes=total,
+                    accuracy=mean / 100,
+                    std=None if std is None else std / 100,
+                    named=row["method"] in at_hand,
+                )
+                published.append(point)
+                source = row["source"] + ("" if row["verified"] else "; from memory, not verified")
+                rows.append(("published", label, total, mean / 100, percent(point.accuracy, point.std), source))
+    ceiling = (
+        (f"all training data, published: {table['full']['accuracy']} %", table["full"]["accuracy"] / 100)
+        if table
+        else None
+    )
+    own = [
+        ("measured", point.label, point.num_bytes, point.accuracy, percent(point.accuracy, point.std), "this report")
+        for point in measured.values()
+    ]
+    svg = ""
+    if measured or published:
+        name = figures.fingerprint("bytes", dataset)
+        svg = figures.accuracy_against_bytes(name, list(measured.values()), published, ceiling)
+    return {"dataset": dataset, "svg": Markup(svg), "rows": own + rows, "published": bool(published)}
+
+
+def _published_bytes(image_shape: tuple[int, int, int], num_classes: int, ipc: int, labels: str) -> int:
+    """As a set of ours would store it: float32 pixels, classes of eight bytes or float32 targets."""
+    channels, height, width = image_shape
+    return ipc * num_classes * (4 * channels * height * width + (8 if labels == "hard" else 4 * num_classes))
+
+
+def _commands(run: Run) -> list[str]:
+    """What makes the run and its results again, with its recipe in a file."""
+    commands = [f"condense distill recipe.yaml --dataset {run.dataset} --out {run.folder.name}"]
+    asked: dict[tuple[Any, ...], list[str]] = {}
+    for row in run.own_results:
+        if not row["protocol"].endswith("*"):
+            asked.setdefault((row["protocol"], row["n"], row["seed"]), []).append(row["network"])
+    for (protocol, n, seed), networks in asked.items():
+        commands.append(
+            f"condense evaluate {run.folder.name} --networks {' '.join(networks)} --num-seeds {n} "
+            f"--protocol {protocol} --seed {seed}"
+        )
+    return commands

@@ -1,0 +1,222 @@
+"""The page that shows runs side by side: what it says, and how it behaves in a browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import condense
+from condense import api, cli
+from condense.data.datasets import Arrays
+from condense.eval import report
+from condense.eval.report import figures
+from condense.eval.report.figures import Point
+
+TINY = "convnet:depth=1,width=4"
+
+
+@pytest.fixture(scope="module")
+def folders(tiny: Arrays, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs with snapshots, validation, results and findings; the second has learned labels and a name that is
+    markup."""
+    root = tmp_path_factory.mktemp("runs")
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu"}
+    dm = {"ipc": 2, "num_steps": 8, "eval_every": 4, "batch_real": 4}
+    condense.distill("dm", out=root / "dm", **common, **dm)
+    condense.distill("kip", out=root / "<b>kip", **common, ipc=1, num_steps=4, labels="targets")
+    for name, baselines in (("dm", ["random", "full"]), ("<b>kip", [])):
+        condense.evaluate(root / name, networks=[TINY, "mlp"], num_seeds=2, baselines=baselines, device="cpu")
+    api.apply("continual", root / "dm", num_groups=3, num_seeds=1, network="mlp", baselines=[], device="cpu")
+    return [root / "dm", root / "<b>kip"]
+
+
+@pytest.fixture(scope="module")
+def file(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return api.report(folders, tmp_path_factory.mktemp("report") / "report.html")
+
+
+def test_the_page_holds_what_was_measured(file: Path, folders: list[Path]) -> None:
+    text = file.read_text(encoding="utf-8")
+    for folder in folders:
+        for row in json.loads((folder / "evaluation.json").read_text())["results"]:
+            assert f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" in text
+            assert row["train_fingerprint"] in text
+    assert "full data" in text and "random, ipc 2" in text and "kip, ipc 1" in text
+    assert json.loads((folders[0] / "apply-continual.json").read_text())["table"]["title"] in text
+
+
+def test_nothing_is_asked_of_a_network_and_no_path_is_given_away(file: Path, folders: list[Path]) -> None:
+    text = file.read_text(encoding="utf-8")
+    for found in re.findall(r'(?:\s(?:src|href)="|url\()([^")]+)', text):
+        assert found.startswith(("data:", "#")), found
+    assert "default-src 'none'" in text
+    assert str(folders[0].parent) not in text
+    assert "<b>kip" not in text
+
+
+def test_equal_runs_give_equal_pages(folders: list[Path], tmp_path: Path, file: Path) -> None:
+    assert api.report(folders, tmp_path / "again.html").read_bytes() == file.read_bytes()
+
+
+def test_identifiers_are_unique(file: Path) -> None:
+    found = re.findall(r'\sid="([^"]+)"', file.read_text(encoding="utf-8"))
+    assert len(found) == len(set(found))
+
+
+def test_a_run_that_was_not_evaluated_has_a_page(tiny_file: Path, tmp_path: Path) -> None:
+    condense.distill("random", dataset=tiny_file, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    target = api.report([tmp_path / "run"])
+    assert target == tmp_path / "run" / "report.html"
+    assert "not evaluated" in target.read_text(encoding="utf-8")
+
+
+def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.npz"
+    shutil.copy(tiny_file, data)
+    condense.distill("random", dataset=data, network=TINY, ipc=1, transform="zca", out=tmp_path / "run", device="cpu")
+    assert "<img" in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    data.unlink()
+    with pytest.warns(UserWarning, match="no pictures"):
+        text = api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    assert "<img" not in text and "whitening matrix" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a report needs a run"),
+        (["nothing"], "no run folder"),
+        (["{empty}"], "no run folder"),
+        (["{dm}", "--out", "no/such/folder.html"], "there is no folder"),
+        (["{unfinished}"], "not finished"),
+        (["{damaged}"], "holds no results"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("empty", "unfinished", "damaged")}
+    places["empty"].mkdir()
+    for name in ("unfinished", "damaged"):
+        shutil.copytree(folders[0], places[name])
+    (places["unfinished"] / "synthetic.safetensors").unlink()
+    (places["damaged"] / "evaluation.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", *(word.format(dm=folders[0], **places) for word in words)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_published_points_are_marked_and_apart_from_measured_ones() -> None:
+    measured = [Point(label="ours", num_bytes=1000, accuracy=0.5, std=0.01)]
+    published = [Point(label="theirs", num_bytes=1000, accuracy=0.6, std=None)]
+    svg = figures.accuracy_against_bytes("name", measured, published, ("ceiling", 0.9))
+    assert "<title>measured: ours, 1,000 bytes, 50.0 ± 1.0 %</title>" in svg
+    assert "<title>published: theirs, 1,000 bytes, 60.0 %</title>" in svg
+
+
+def test_the_published_rows_are_fractions_of_a_hundred_and_say_their_source() -> None:
+    folder = Path(report.__file__).parent
+    for name, table in json.loads((folder / "published.json").read_text(encoding="utf-8")).items():
+        assert 0 < table["full"]["accuracy"] <= 100, name
+        for row in table["rows"]:
+            assert row["source"] and row["labels"] in ("hard", "soft") and isinstance(row["verified"], bool)
+            assert all(0 < mean <= 100 and (std is None or std < 10) for mean, std in row["accuracy"].values())
+
+
+def test_the_bytes_of_a_published_row_are_those_of_a_set_of_ours(tmp_path: Path) -> None:
+    """Hard labels, ten digits of 8 x 8 a class."""
+    syn = condense.distill("random", dataset="digits", network="mlp", ipc=10, out=tmp_path / "run", device="cpu")
+    from condense.eval.report.page import _published_bytes
+
+    assert _published_bytes(syn.origin.image_shape, 10, 10, "hard") == sum(syn.cost())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium as Debian packages it, or any other that is on the path."""
+    programme = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if programme is None:
+        pytest.skip("no browser on this machine; Debian's is `apt install chromium`")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=programme, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@pytest.mark.filterwarnings("default")
+class TestInABrowser:
+    @pytest.fixture
+    def tab(self, browser: Any, file: Path) -> Iterator[Any]:
+        """The page, opened; it fails where the console has errors or something is asked for from outside."""
+        tab = browser.new_page(viewport={"width": 1200, "height": 800})
+        said: list[str] = []
+        asked: list[str] = []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(file.as_uri())
+        yield tab
+        tab.close()
+        assert said == []
+        assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+
+    def test_it_loads_with_every_picture(self, tab: Any) -> None:
+        widths = tab.eval_on_selector_all("img", "pictures => pictures.map(picture => picture.naturalWidth)")
+        assert len(widths) == 6 and min(widths) >= 8
+
+    def test_the_slider_changes_the_picture_by_keyboard(self, tab: Any) -> None:
+        slider, picture = tab.locator("input[type=range]").first, tab.locator(".film img").first
+        last = picture.get_attribute("src")
+        assert picture.get_attribute("alt") == "0, step 8"
+        slider.focus()
+        tab.keyboard.press("Home")
+        assert picture.get_attribute("src") != last
+        assert picture.get_attribute("alt") == "0, step 1" and slider.get_attribute("aria-valuetext") == "step 1"
+        tab.keyboard.press("End")
+        assert picture.get_attribute("src") == last
+
+    def test_sliders_move_together_until_they_are_told_not_to(self, tab: Any) -> None:
+        first, second = tab.locator("input[type=range]").all()
+        first.focus()
+        tab.keyboard.press("Home")
+        assert second.input_value() == "0"
+        tab.locator("#together").uncheck()
+        first.focus()
+        tab.keyboard.press("End")
+        assert second.input_value() == "0" and first.input_value() != "0"
+
+    def test_the_tables_sort_by_their_headings(self, tab: Any) -> None:
+        table = tab.locator("#architectures table").first
+        heading = table.locator("th button").nth(1)
+        orders = []
+        for _ in range(2):
+            heading.click()
+            values = table.locator("tbody tr td:nth-child(2)").evaluate_all("cells => cells.map(c => +c.dataset.value)")
+            orders.append(values)
+        assert orders[0] == sorted(orders[0], reverse=True) and orders[1] == sorted(orders[0])
+        assert len(set(orders[0])) > 1
+
+    def test_it_fits_a_phone_and_follows_the_dark_mode(self, tab: Any) -> None:
+        tab.set_viewport_size({"width": 360, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        colours = []
+        for scheme in ("light", "dark"):
+            tab.emulate_media(color_scheme=scheme)
+            colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert colours[0] != colours[1]
+
+    def test_everything_has_a_name_for_a_screen_reader(self, tab: Any) -> None:
+        unnamed = "all => all.filter(e => !(e.alt || e.ariaLabel || e.labels?.length || e.textContent.trim())).length"
+        for kind in ("img", "input", "button", "[role=img]", "[role=region]"):
+            assert tab.locator(kind).count() and tab.eval_on_selector_all(kind, unnamed) == 0, kind
+
+    def test_it_prints(self, tab: Any) -> None:
+        tab.emulate_media(media="print")
+        assert not tab.locator("nav").is_visible() and tab.locator(".film img").first.is_visible()
+        assert tab.pdf(format="A4").startswith(b"%PDF")
