@@ -306,7 +306,9 @@ class _Kept:
             table[row].copy_(x)
 
     def get(self, row: int) -> Any:
-        leaves = [table[row].to(device, dtype) for table, (dtype, device) in zip(self._tables, self._like, strict=True)]
+        # copies: forward derivatives, as the compiled step takes them, fail on views of a part of a tensor
+        rows = zip(self._tables, self._like, strict=True)
+        leaves = [table[row].to(device, dtype, copy=True) for table, (dtype, device) in rows]
         return tree_unflatten(leaves, self._spec)
 
     def release(self) -> tuple[Tensor, ...]:
