@@ -161,12 +161,14 @@ class Context:
                 )
 
     @cached_property
-    def loss_fn(self) -> Callable[[dict[str, Tensor], tuple[Tensor, Tensor]], Tensor]:
-        """Cross-entropy of the task's network: ``loss_fn(params, (images, targets))``, pure, for second order."""
+    def loss_fn(self) -> Callable[[dict[str, Tensor], tuple[Tensor, ...]], Tensor]:
+        """Cross-entropy of the task's network: ``loss_fn(params, (images, targets))``, pure, for second order. A third
+        tensor (N, F) says which features the classifier sees."""
         network, buffers = self.task.network, self.task.network.init(Rng(0), "buffers").buffers
 
-        def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-            return loss_of(network.logits(params, buffers, batch[0], train=True).to(batch[0].dtype), batch[1])
+        def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+            images, targets, *kept = batch
+            return loss_of(network.logits(params, buffers, images, True, False, *kept).to(images.dtype), targets)
 
         return self.compute.second_order(loss_fn, network.device)
 

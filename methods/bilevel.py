@@ -11,7 +11,6 @@ b_n      ``minibatches``
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,21 +18,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from condense.inner import Adjoint, Exact, Params, RandomTruncated, Rule, unroll
-from condense.method import Context, GradientMethod
-from condense.methods.mtt import Minibatch, prepared
+from condense.inner import Params, RandomTruncated
+from condense.method import Context
+from condense.methods.unrolled import Unrolled
 from condense.synthetic.set import SyntheticSet
 from condense.train import loss_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bilevel(GradientMethod):
+class Bilevel(Unrolled):
     """Back-propagates a loss on real images through training on the set."""
 
     family: ClassVar[str] = "bilevel"
-
-    adjoint: Adjoint = Exact()
-    """How to differentiate through the steps of the network."""
 
     def positive(self, *names: str) -> None:
         """Raise ValueError where one of these fields is not positive."""
@@ -51,28 +47,6 @@ class Bilevel(GradientMethod):
                 f"method.adjoint has a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, the "
                 f"network takes {num_steps} steps; give --method.adjoint.hi {most} and a window that fits"
             )
-
-    def train(
-        self,
-        ctx: Context,
-        theta: Params,
-        batches: Sequence[Minibatch],
-        *,
-        rule: Rule,
-        lr: Tensor | float,
-        adjoint: Adjoint,
-    ) -> Params:
-        """Weights after training on the batches, augmented as they say."""
-        return unroll(
-            ctx.loss_fn,
-            theta,
-            batches,
-            prepare=functools.partial(prepared, ctx.task.augment),
-            rule=rule,
-            lr=lr,
-            adjoint=adjoint,
-            compile=bool(ctx.compute.compile),
-        )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy on real images (N, C, H, W) in evaluation mode. BatchNorm alone takes their statistics: the

@@ -24,7 +24,7 @@ from torch import Tensor
 from condense.inner import SGD
 from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel
-from condense.methods.mtt import Minibatch
+from condense.methods.unrolled import Minibatch
 from condense.task import Task
 from condense.train import Training
 
@@ -103,4 +103,5 @@ class DD(Bilevel):
         pieces = torch.arange(len(images), device=images.device).split(size) * self.inner_epochs
         rngs = (ctx.rng("augment", step, f"{part}/{t}") for t in range(len(pieces)))
         draws = (task.augment.sample(rng, size * task.augment.copies, task.image_shape, siamese=False) for rng in rngs)
-        return [Minibatch(images, targets, index, drawn) for index, drawn in zip(pieces, draws, strict=True)]
+        batches = [Minibatch(images, targets, index, drawn) for index, drawn in zip(pieces, draws, strict=True)]
+        return self.masked(ctx, batches, step, part)

@@ -21,19 +21,18 @@ Deviations: see docs/methods/mtt.md.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast, final
+from typing import ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, Trajectories, TrajectorySpec
-from condense.augment import Augment, Params
-from condense.inner import SGD, Adjoint, Exact, unroll
+from condense.inner import SGD
 from condense.match import trajectory_distance
-from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.method import Context, GradientState, Optim
+from condense.methods.unrolled import Minibatch, Unrolled
 from condense.networks import Functional
 from condense.synthetic.labels import Assigned
 from condense.synthetic.set import SyntheticSet
@@ -45,7 +44,7 @@ MAX_JUDGED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrajectoryMatching(GradientMethod):
+class TrajectoryMatching(Unrolled):
     """What MTT, TESLA and DATM share: the student, its target and the loss."""
 
     family: ClassVar[str] = "trajectory matching"
@@ -72,8 +71,6 @@ class TrajectoryMatching(GradientMethod):
     optim_lr: Optim = Optim(lr=0.1)
     """Optimiser of the logarithm of the student's learning rate. Rates published for the learning rate itself
     are to be divided by the square of ``lr``."""
-    adjoint: Adjoint = Exact()
-    """How to differentiate through the student's steps."""
     experts: Literal["any", "sgd", "gsam"] = "any"
     """The training that the experts of a buffer must have had: plain, or sharpness-aware as in FTD."""
 
@@ -110,16 +107,9 @@ class TrajectoryMatching(GradientMethod):
         if ctx.labels.name == "teacher":
             expert, epoch = self.piece(ctx, step, part)
             targets = judged(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
-        theta = unroll(
-            ctx.loss_fn,
-            start,
-            self.batches(ctx, images, targets, step, part),
-            prepare=functools.partial(prepared, ctx.task.augment),
-            rule=SGD(),
-            lr=cast(Tensor, state.syn.lr),
-            adjoint=self.adjoint.resolve(ctx.rng("adjoint", step, part)),
-            compile=bool(ctx.compute.compile),
-        )
+        batches = self.batches(ctx, images, targets, step, part)
+        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step, part))
+        theta = self.train(ctx, start, batches, rule=SGD(), lr=cast(Tensor, state.syn.lr), adjoint=adjoint)
         return trajectory_distance(theta, target, start) / self.num_trajectories
 
     def snapshots(self, ctx: Context, step: int, part: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -150,7 +140,7 @@ class TrajectoryMatching(GradientMethod):
                 siamese=False,
             )
             batches.append(Minibatch(images, targets, index.to(images.device), drawn))
-        return batches
+        return self.masked(ctx, batches, step, part)
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
         """With labels by a teacher, those that are stored are the mean of what all experts say in the end."""
@@ -197,21 +187,6 @@ def judged_by_all(ctx: Context, images: Tensor) -> Iterator[Tensor]:
     """The logits (N, C) of every expert at the end of its training."""
     experts = experts_of(ctx)
     return (judged(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
-
-
-class Minibatch(NamedTuple):
-    images: Tensor
-    """All of the set, (n, C, H, W)."""
-    targets: Tensor
-    chosen: Tensor
-    """Indices (m,) of the images that the step sees."""
-    drawn: Params
-
-
-def prepared(augment: Augment, batch: Minibatch) -> tuple[Tensor, Tensor]:
-    """What the student sees of a minibatch: augmented images (n, C, H, W) and their targets."""
-    images, targets = augment.mirrored(batch.images[batch.chosen], batch.targets[batch.chosen])
-    return augment.apply(images, batch.drawn), targets
 
 
 def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:

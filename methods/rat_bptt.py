@@ -25,7 +25,7 @@ from condense.augment import Params
 from condense.inner import Adam, Adjoint, RandomTruncated, Truncated
 from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
-from condense.methods.mtt import Minibatch
+from condense.methods.unrolled import Minibatch
 from condense.task import Task
 from condense.train import Training
 
@@ -107,7 +107,7 @@ class RaTBPTT(Bilevel):
             index = draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n))
             drawn = self.drawn(ctx, len(index) * ctx.task.augment.copies, step, n)
             batches.append(Minibatch(images, targets, index.to(images.device), drawn))
-        return batches
+        return self.masked(ctx, batches, step)
 
     def drawn(self, ctx: Context, num: int, step: int, unit: int | str) -> Params:
         """Parameters of the augmentation of so many images."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from condense.inner import SGD
 from condense.method import Context, GradientState
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
-from condense.methods.mtt import Minibatch
+from condense.methods.unrolled import Minibatch
 from condense.task import Task
 from condense.train import Training
 
@@ -108,4 +108,4 @@ class RTP(Bilevel):
             draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n)).to(images.device)
             for n in range(self.inner_steps)
         )
-        return [Minibatch(images, targets, index, drawn) for index in indices]
+        return self.masked(ctx, [Minibatch(images, targets, index, drawn) for index in indices], step)

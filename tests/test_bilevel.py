@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import Augment
@@ -18,9 +19,9 @@ from condense.inner import Adam, Full, RandomTruncated, Truncated
 from condense.method import Context, Optim
 from condense.methods.bilevel import Bilevel
 from condense.methods.dd import DD
-from condense.methods.mtt import Minibatch
 from condense.methods.rat_bptt import RaTBPTT
 from condense.methods.rtp import RTP
+from condense.methods.unrolled import Minibatch
 from condense.networks import Functional
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
@@ -82,13 +83,14 @@ def run(method: Bilevel, ctx: Context) -> Iterator[tuple[dict[str, float], Tenso
         yield record, state.syn()[0].detach().clone()
 
 
-def seen(ctx: Context, batch: Any) -> tuple[Tensor, Tensor]:
-    """What a step of the network sees, taken apart by hand."""
+def seen(ctx: Context, batch: Any) -> tuple[Any, Tensor]:
+    """What a step of the network sees, taken apart by hand; images with a mask of their features are a pair."""
     images = torch.stack([batch.images[i] for i in batch.chosen.tolist()])
     targets = torch.stack([batch.targets[i] for i in batch.chosen.tolist()])
     if ctx.task.augment.flips:
         images, targets = torch.cat([images, images.flip(3)]), torch.cat([targets, targets])
-    return ctx.task.augment.apply(images, batch.drawn), targets
+    images = ctx.task.augment.apply(images, batch.drawn)
+    return (images if batch.kept is None else (images, batch.kept)), targets
 
 
 def real(ctx: Context, method: Any, step: int, part: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,8 +102,11 @@ def losses(method: Bilevel, ctx: Context, state: Any, step: int) -> Tensor:
     task = ctx.task
     images, targets = state.syn()
 
-    def logits(theta: dict[str, Tensor], x: Tensor) -> Tensor:
-        return task.network.logits(theta, {}, x)
+    def logits(theta: dict[str, Tensor], x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return task.network.logits(theta, {}, x)
+        features = task.network.features(theta, {}, x[0]).where(x[1], 0.0)
+        return F.linear(features, theta["classifier.weight"], theta["classifier.bias"])
 
     match method:
         case DD():
@@ -114,7 +119,9 @@ def losses(method: Bilevel, ctx: Context, state: Any, step: int) -> Tensor:
                     num, key = size * (2 if task.augment.flips else 1), ctx.rng("augment", step, f"{k}/{t}")
                     drawn = task.augment.sample(key, num, task.image_shape, siamese=False)
                     index = torch.arange(first, first + size)
-                    batches.append(seen(ctx, Minibatch(images, targets, index, drawn)))
+                    kept = torch.rand(num, 64, generator=ctx.rng("mask", step, f"{k}/{t}")) >= method.mask
+                    kept = kept if method.mask else None
+                    batches.append(seen(ctx, Minibatch(images, targets, index, drawn, kept)))
                 return batches
 
             found = [
@@ -151,14 +158,17 @@ CASES: dict[str, tuple[Bilevel, dict[str, Any]]] = {
     "dd, soft labels": (DD_TINY, {"labels": Logits()}),
     "dd, through a decoder": (DD_TINY, {"decode": Factor()}),
     "dd, augmented pairs": (DD_TINY, {"augment": "color_crop:flips=true"}),
+    "dd, masked": (dataclasses.replace(DD_TINY, num_networks=2, mask=0.3), {"augment": "color_crop:flips=true"}),
     "rat-bptt": (RAT_TINY, {}),
     "rat-bptt, augmented, soft labels": (RAT_TINY, {"augment": "flip_rotate", "labels": Logits()}),
+    "rat-bptt, masked": (dataclasses.replace(RAT_TINY, mask=0.3), {}),
     "rtp": (RTP_TINY, {}),
     "rtp, augmented, through bases": (
         RTP_TINY,
         {"augment": "color_crop", "decode": Bases(num_bases=2, start="xavier")},
     ),
     "rtp, augmented pairs": (RTP_TINY, {"augment": "color_crop:flips=true"}),
+    "rtp, masked": (dataclasses.replace(RTP_TINY, mask=0.3), {}),
     "rtp, clipped": (dataclasses.replace(RTP_TINY, clip=1e-3), {}),
 }
 
@@ -195,6 +205,30 @@ def test_exact_and_full_adjoints_agree(method: Bilevel) -> None:
     for (a, x), (b, y) in zip(
         run(method, context()), run(dataclasses.replace(method, adjoint=Full()), context()), strict=True
     ):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("method", [DD_TINY, RAT_TINY, RTP_TINY])
+def test_every_image_of_every_inner_step_has_a_mask_of_its_own(method: Bilevel) -> None:
+    def masks(step: int, seed: int = 0) -> Tensor:
+        ctx, last = context("color_crop:flips=true", seed=seed), {DD: 0, RaTBPTT: 4, RTP: [0, 1, 2]}[type(method)]
+        masked = dataclasses.replace(method, mask=0.3)
+        batches = masked.batches(ctx, begin(masked, ctx), step, last)  # type: ignore[attr-defined]
+        return torch.stack([batch.kept for batch in batches])
+
+    found = masks(1)
+    assert found.shape == (4, 6, 64) and len(found.flatten(0, 1).unique(dim=0)) == 24
+    assert found.double().mean().item() == pytest.approx(0.7, abs=0.04)
+    assert torch.equal(found, masks(1))
+    assert not torch.equal(found, masks(2)) and not torch.equal(found, masks(1, seed=1))
+
+
+@pytest.mark.slow
+def test_compiled_and_masked_agrees_with_eager() -> None:
+    method = dataclasses.replace(RTP_TINY, num_steps=2, min_ways=None, mask=0.3)
+    contexts = (context(network="mlp", compute=Compute(compile=on)) for on in (False, True))
+    for (a, x), (b, y) in zip(*(run(method, ctx) for ctx in contexts), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
         torch.testing.assert_close(x, y)
 
@@ -353,6 +387,7 @@ class TestAll:
     [
         (lambda: DD(images_per_step=0), "images_per_step must be positive, got 0; a usual value is 1"),
         (lambda: DD(lr=-1.0), "lr must be positive"),
+        (lambda: DD(mask=1.0), r"method.mask must lie in \[0, 1\), got 1.0: it is a share; a usual value is 0.1"),
         (lambda: RaTBPTT(clip_decay=1.0), "clip_decay must lie in"),
         (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
         (lambda: RTP(momentum=1.5), "momentum must lie in"),

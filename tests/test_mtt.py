@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from condense.artifacts import TrajectorySpec, TrajectoryWriter, find, pack
@@ -18,7 +19,8 @@ from condense.compute import Compute
 from condense.data.datasets import load
 from condense.inner import Checkpointed, Full, Tesla
 from condense.method import Context, GradientState, Optim
-from condense.methods.mtt import MTT, minibatches, prepared
+from condense.methods.mtt import MTT, minibatches
+from condense.methods.unrolled import prepared
 from condense.networks import Functional, build
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
@@ -268,6 +270,49 @@ def test_targets_follow_their_images(make_context: Callable[..., Context]) -> No
         assert torch.equal(images[:, 0, 0, 0], targets.float())
 
 
+@pytest.mark.parametrize("augment", ["crop", "crop:flips=true"])
+def test_masked_training_is_differentiated_exactly(make_context: Callable[..., Context], augment: str) -> None:
+    """The gradient is that of an unrolled loop in which a share of the features never reaches the classifier."""
+    ctx = make_context(augment, dtype=torch.float64)
+    method = dataclasses.replace(TINY, batch_syn=4, mask=0.3)
+    state = begin(method, ctx)
+    params = [p for group in state.leaves().values() for p in group]
+    loss = method.loss(ctx, state, 1, 0)
+    found = torch.autograd.grad(loss, params)
+
+    start, target = method.snapshots(ctx, 1, 0)
+    images, labels = state.syn()
+    theta = {name: p.clone().requires_grad_() for name, p in start.items()}
+    for batch in method.batches(ctx, images, labels, 1, 0):
+        x, y = images[batch.chosen], labels[batch.chosen]
+        if ctx.task.augment.flips:
+            x, y = torch.cat([x, x.flip(3)]), torch.cat([y, y])
+        features = ctx.task.network.features(theta, {}, ctx.task.augment.apply(x, batch.drawn)).where(batch.kept, 0.0)
+        error = F.cross_entropy(F.linear(features, theta["classifier.weight"], theta["classifier.bias"]), y)
+        grads = torch.autograd.grad(error, list(theta.values()), create_graph=True)
+        theta = {name: p - state.syn.lr * g for (name, p), g in zip(theta.items(), grads, strict=True)}
+    apart, way = (sum((a[name] - target[name]).square().sum() for name in target) for a in (theta, start))
+    assert loss.item() == pytest.approx((apart / way).item(), rel=1e-10)
+    for a, b in zip(found, torch.autograd.grad(apart / way, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+    assert loss.item() != pytest.approx(dataclasses.replace(method, mask=0.0).loss(ctx, state, 1, 0).item(), rel=1e-3)
+
+
+def test_every_image_of_every_inner_step_has_a_mask_of_its_own(make_context: Callable[..., Context]) -> None:
+    method = dataclasses.replace(TINY, num_trajectories=2, mask=0.3)
+
+    def masks(step: int, part: int, seed: int = 0) -> Tensor:
+        ctx = make_context(seed=seed)
+        return torch.stack([b.kept for b in method.batches(ctx, *begin(method, ctx).syn(), step, part)])
+
+    found = masks(1, 0)
+    assert found.shape == (4, 6, 64) and len(found.flatten(0, 1).unique(dim=0)) == 24
+    assert found.double().mean().item() == pytest.approx(0.7, abs=0.04)
+    assert torch.equal(found, masks(1, 0))
+    for other in (masks(2, 0), masks(1, 1), masks(1, 0, seed=1)):
+        assert not torch.equal(found, other)
+
+
 def test_a_zero_learning_rate_leaves_images_and_learned_rate_alone(
     make_context: Callable[..., Context],
 ) -> None:
@@ -425,6 +470,8 @@ def test_recipes_hold_the_published_values() -> None:
         ({"max_start_epoch": 0}, "method.max_start_epoch"),
         ({"num_trajectories": 0}, "method.num_trajectories"),
         ({"lr": -0.1}, "method.lr must be positive"),
+        ({"mask": 1.0}, r"method.mask must lie in \[0, 1\), got 1.0"),
+        ({"mask": -0.1}, "method.mask must lie in"),
     ],
 )
 def test_refuses_values_out_of_range(fields: dict[str, Any], message: str) -> None:

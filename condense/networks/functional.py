@@ -60,6 +60,8 @@ class Functional:
             network = build(self._spec, image_shape, num_classes)
         self.shapes = {name: tuple(param.shape) for name, param in network.named_parameters()}
         """Parameter shapes, in the order of ``flatten``."""
+        self.num_features = network.classifier.in_features
+        """F: what the final linear layer sees of an image."""
         self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
@@ -100,6 +102,7 @@ class Functional:
         x: Tensor,
         train: bool = True,
         update_buffers: bool = False,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Images (N, C, H, W) to logits (N, num_classes).
 
@@ -108,8 +111,9 @@ class Functional:
             x: images.
             train: BatchNorm takes its statistics from the batch (else from ``buffers``) and dropout is on.
             update_buffers: in training mode, update the tensors of ``buffers`` in place, else never.
+            kept: (N, F), what the features are multiplied by before the final linear layer; None: nothing.
         """
-        return self._call(False, params, buffers, x, train, update_buffers)
+        return self._call(False, params, buffers, x, train, update_buffers, kept)
 
     def features(
         self,
@@ -160,12 +164,13 @@ class Functional:
         x: Tensor,
         train: bool,
         update_buffers: bool,
+        kept: Tensor | None = None,
     ) -> Tensor:
         if not update_buffers:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         skeleton = (self._tracking if update_buffers else self._train) if train else self._eval
         weights = {f"network.{name}": value for name, value in {**params, **buffers}.items()}
-        output: Tensor = functional_call(skeleton, weights, (x, embed))
+        output: Tensor = functional_call(skeleton, weights, (x, embed, kept))
         return output
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -186,8 +191,10 @@ class _Skeleton(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, embed: bool) -> Tensor:
-        output: Tensor = self.network.embed(x) if embed else self.network(x)
+    def forward(self, x: Tensor, embed: bool, kept: Tensor | None = None) -> Tensor:
+        if embed:
+            return self.network.embed(x)
+        output: Tensor = self.network(x) if kept is None else self.network.classifier(self.network.embed(x) * kept)
         return output
 
 
