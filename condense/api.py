@@ -344,7 +344,7 @@ def apply(
     download: bool = False,
     **fields: Any,
 ) -> Findings:
-    """What a set is worth in use: ``continual``, ``nas`` or ``privacy``, beside baselines of the same budget.
+    """What a set is worth: ``continual``, ``nas``, ``privacy`` or ``ranking``, beside baselines of the same budget.
 
     ``fields`` are those of the application. The findings land in ``apply-NAME.json`` in the run folder, or in ``out``.
 
@@ -456,6 +456,20 @@ def report(
     pixels = [_pixels(run.syn, path, dataset, download) for run, path in zip(found, paths, strict=True)]
     write_text(target, report.page(found, pixels))
     return target
+
+
+def draw(syn: SyntheticSet | Path | str, out: Path | str, dataset: Data | None = None) -> None:
+    """Draw the images of a set as one PNG, a row for each class.
+
+    Raises:
+        ValueError: the set is whitened and its data are not at hand; the file cannot be written.
+    """
+    path = None if isinstance(syn, SyntheticSet) else Path(syn)
+    found = syn if isinstance(syn, SyntheticSet) else load(syn)
+    transform = _pixels(found, path, dataset)
+    if transform is None:
+        raise ValueError(f"{path} is whitened: give its data set with --dataset")
+    picture.draw(found, transform, Path(out))
 
 
 def _pixels(syn: SyntheticSet, path: Path | None, dataset: Data | None, download: bool = False) -> Transform | None:

@@ -19,7 +19,7 @@ Distil a data set into a few images a class, and measure what they are worth.
   buffer    --dataset D ...    train expert trajectories
   distill   METHOD|RECIPE ...  distil a data set
   evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
-  apply     NAME RUN|FILE ...  continual, nas, privacy: what a set is worth in use
+  apply     NAME RUN|FILE ...  continual, nas, privacy, ranking: what a set is worth
   report    RUN... [--out F]   runs side by side as one HTML page
   show      RUN|FILE|BUFFER    what a file says of itself
   list      methods|decoders|labels|datasets|networks|recipes|protocols

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, artifacts, exchange, networks, recipe, registry
+from condense import api, exchange, networks, recipe, registry
+from condense import show as glance
 from condense.api import RunOptions
 from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
 from condense.distributed import Ranks, joined
-from condense.eval import crossarch, protocol
+from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
-from condense.files import read_header
 from condense.method import Method
 from condense.names import suggest
 from condense.recipe import Recipe
@@ -35,7 +35,7 @@ from condense.synthetic import DECODERS, LABELS, Decode, save
 from condense.synthetic.decode import Pixels
 from condense.table import print_results
 from condense.task import Split
-from condense.tracking import progress, read_log
+from condense.tracking import progress
 
 Flat = tyro.conf.arg(name="")
 
@@ -150,6 +150,12 @@ class Report:
     """Let torchvision download a data set that is missing."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    png: Path | None = None
+    """Where to draw the images of a set, a row for each class."""
+
+
 def distill(words: list[str], ranks: Ranks) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
     flags = _bare(words[1:], "--resume")
@@ -194,17 +200,9 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
 
 
 def show(words: list[str]) -> None:
-    target = Path(_positional(words, "show RUN|FILE|BUFFER", "give what `condense distill` or `buffer` wrote"))
-    if not target.exists():
-        raise ValueError(f"there is nothing at {target}; check the path")
-    if target.is_dir() and (target / "manifest.json").exists():
-        _show_buffer(target)
-    elif target.is_dir() and (target / "recipe.yaml").exists():
-        _show_run(target)
-    elif target.is_file():
-        _show_file(target)
-    else:
-        raise ValueError(f"{target} is neither a run, a buffer nor a Condense file; give one of these")
+    target = _positional(words, "show RUN|FILE|BUFFER", "give what `condense distill` or `buffer` wrote")
+    command = recipe.parse(Show, words[1:], Show(), prog="condense show RUN|FILE|BUFFER")
+    glance.show(Path(target), command.png)
 
 
 def list_(words: list[str]) -> None:
@@ -272,7 +270,7 @@ def import_(words: list[str]) -> None:
 
 
 def apply(words: list[str]) -> None:
-    usage = "apply continual|nas|privacy RUN_OR_FILE"
+    usage = "apply continual|nas|privacy|ranking RUN_OR_FILE"
     name = _positional(words, usage, "e.g. condense apply continual runs/dm")
     if name not in APPLICATIONS:
         raise ValueError(f"unknown application {name!r}: {suggest(name, APPLICATIONS)}")
@@ -408,51 +406,3 @@ def _print_table(header: tuple[str, ...], rows: Any) -> None:
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console().print(table)
-
-
-def _facts(title: str, facts: Mapping[str, Any]) -> None:
-    _print_table((title, ""), facts.items())
-
-
-def _show_file(path: Path) -> None:
-    header = read_header(path)
-    if header.get("kind") != "synthetic set":
-        _facts(str(path), {k: v for k, v in header.items() if not isinstance(v, dict | list)})
-        return
-    syn = api.load(path)
-    origin, cost = syn.origin, syn.cost()
-    images, _ = syn()
-    _facts(
-        str(path),
-        {
-            "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
-            "images": f"{len(images)} of {'x'.join(map(str, origin.image_shape))}, {origin.num_classes} classes",
-            "method": origin.method or "unknown",
-            "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
-            "transform": origin.transform.get("kind"),
-            "learned lr": "none" if syn.lr is None else f"{syn.lr.detach().mean().item():.5g}",
-            "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder}",
-            "recipe": origin.recipe_hash[:12],
-            "code": origin.code,
-        },
-    )
-
-
-def _show_run(folder: Path) -> None:
-    if (folder / "synthetic.safetensors").exists():
-        _show_file(folder / "synthetic.safetensors")
-    else:
-        say(f"{folder}: not finished; the command that began it with --resume continues")
-    steps = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
-    if steps:
-        _facts("last step", steps[-1])
-    if (folder / "evaluation.json").exists():
-        print_results(crossarch.read(folder / "evaluation.json"))
-
-
-def _show_buffer(folder: Path) -> None:
-    buffer = artifacts.Trajectories(folder)
-    manifest = buffer.manifest
-    identity = manifest["identity"]
-    _facts(str(folder), {k: json.dumps(v) if isinstance(v, dict) else v for k, v in identity.items()})
-    say(f"{buffer.num_experts} experts x {buffer.num_epochs} epochs, {identity.get('origin', 'trained')}")

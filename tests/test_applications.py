@@ -1,6 +1,7 @@
 """Continual learning, architecture search and privacy, on data where the answer is known."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from condense import api, cli
 from condense.data.datasets import Arrays
+from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS
+from condense.eval.applications.nas import rank_correlations
 from condense.eval.applications.privacy import membership_auc
 
 TINY = "convnet:depth=1,width=4"
@@ -64,6 +67,41 @@ def test_an_attack_on_the_members_themselves_finds_them_better(tiny: Arrays, tmp
     assert aucs["the members themselves"] > 0.9 and 0.35 < aucs["random"] < 0.65
     assert max(found.record["found"]["random"]["nearest"]) < 1e-2, "these are real images"
     assert min(found.record["usual_nearest"]) > 1
+
+
+def test_the_ranking_scores_are_those_of_the_accuracies_it_records(tiny: Arrays, tmp_path: Path) -> None:
+    split = api.Split(val_fraction=0.25)
+    options: dict[str, Any] = {"dataset": tiny, "network": "mlp", "split": split, "device": "cpu"}
+    api.distill("kip", ipc=2, num_steps=4, labels="targets", out=tmp_path / "run", **options)
+    found = api.apply("ranking", tmp_path / "run", tiny, network="mlp", num_seeds=2, baselines=["random", "herding"])
+    assert set(found.record["rankings"]) == {"kip", "herding"} and len(found.rows) == 2
+    for row in found.record["rankings"].values():
+        acc, scores = row["accuracies"], row["scores"]
+        assert scores["HLR"] == pytest.approx(acc["real hard"] - acc["hard"])
+        assert scores["IOR"] == pytest.approx(acc["own"] - acc["random own"])
+        both = (acc["augmented"] - acc["random augmented"] + acc["hard"] - acc["random hard"]) / 2
+        for name, value in (("LRS", (scores["IOR"] - scores["HLR"]) / 2), ("ARS", both)):
+            assert scores[name] == pytest.approx((math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1)))
+            assert 0 <= scores[name] <= 1
+    kip, herding = (found.record["rankings"][name]["accuracies"] for name in ("kip", "herding"))
+    assert herding["own"] == herding["hard"], "hard labels have no other training"
+    plan = protocol.named("own", api.load(tmp_path / "run"))
+    again = api.evaluate(tmp_path / "run", tiny, networks="mlp", num_seeds=2, protocol=plan, device="cpu")
+    assert again.results[0].mean == kip["own"]
+
+
+def test_a_ranking_needs_random_images_and_held_out_ones(run: Path, tiny: Arrays, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--baselines random"):
+        api.apply("ranking", run, tiny, network="mlp", baselines=["herding"])
+    api.distill("random", dataset=tiny, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    with pytest.raises(ValueError, match="val-fraction"):
+        api.apply("ranking", tmp_path / "run", tiny, network="mlp", num_seeds=1, baselines=["random"])
+
+
+def test_a_proxy_that_tells_nothing_apart_correlates_with_nothing() -> None:
+    assert rank_correlations([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]) == (0.0, 0.0)
+    assert rank_correlations([0.1, 0.2, 0.4], [0.1, 0.3, 0.9]) == pytest.approx((1.0, 1.0))
+    assert rank_correlations([1, 3, 2, 4], [1, 2, 3, 4]) == pytest.approx((0.8, 4 / 6))
 
 
 def test_the_area_under_the_curve() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from condense.cli import main
 
@@ -216,7 +217,7 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
     assert "--decode {pixels,factor," in text and "--method.adjoint {exact" in text
 
 
-@pytest.mark.parametrize("command", ["buffer", "demo", "distill", "evaluate", "import", "list", "show"])
+@pytest.mark.parametrize("command", ["buffer", "demo", "distill", "evaluate", "import", "list", "report", "show"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         main([command, "--help"])
@@ -248,6 +249,20 @@ def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest
     main([*words, "--resume"])
     (run_folder / "recipe.yaml").write_text("a: [")
     assert "recipe.yaml is damaged" in fails(capsys, *words, "--resume")
+
+
+def test_show_says_what_was_measured_and_draws(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(run_folder), "--num-seeds", "2", "--networks", "mlp", "--protocol.num-epochs", "1"])
+    capsys.readouterr()
+    for target in (run_folder, run_folder / "synthetic.safetensors"):
+        main(["show", str(target), "--png", str(run_folder / "mine.png")])
+        with Image.open(run_folder / "mine.png") as picture:
+            assert min(picture.size) > 20
+        (run_folder / "mine.png").unlink()
+    said = capsys.readouterr().out
+    for word in ("distilled in", "peak memory", "canonical*", "ECE", "together"):
+        assert word in said
+    assert "no images to draw" in fails(capsys, "show", str(run_folder / "checkpoint.safetensors"), "--png", "x.png")
 
 
 def test_what_would_fail_in_the_end_fails_first(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ on held-out real images; where nothing was held out, on the test images, and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -71,8 +71,7 @@ class NAS(Application):
         truth, rows, record = found["real"], [], {}
         best = max(truth)
         for name in proxies:
-            spearman = float(scipy.stats.spearmanr(found[name], truth).statistic)
-            kendall = float(scipy.stats.kendalltau(found[name], truth).statistic)
+            spearman, kendall = rank_correlations(found[name], truth)
             chosen = found[name].index(max(found[name]))
             record[name] = {"spearman": spearman, "kendall": kendall, "chosen": names[chosen]}
             rows.append((name, f"{spearman:.2f}", f"{kendall:.2f}", f"{100 * truth[chosen]:.1f}", f"{100 * best:.1f}"))
@@ -84,3 +83,10 @@ class NAS(Application):
             f"{self.num_epochs} epochs",
             whole,
         )
+
+
+def rank_correlations(proxy: Sequence[float], truth: Sequence[float]) -> tuple[float, float]:
+    """Spearman's and Kendall's; 0 where one of the two tells nothing apart."""
+    if len(set(proxy)) == 1 or len(set(truth)) == 1:
+        return 0.0, 0.0
+    return float(scipy.stats.spearmanr(proxy, truth).statistic), float(scipy.stats.kendalltau(proxy, truth).statistic)

@@ -1,6 +1,7 @@
 """Runs as one page: ``collect`` reads the folders, ``figures`` draws, ``page`` writes the HTML."""
 
 from condense.eval.report.collect import Run, collect
+from condense.eval.report.figures import readable_bytes
 from condense.eval.report.page import page
 
-__all__ = ["Run", "collect", "page"]
+__all__ = ["Run", "collect", "page", "readable_bytes"]

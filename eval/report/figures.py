@@ -44,7 +44,7 @@ class Canvas:
 @contextmanager
 def drawing(name: str, xlabel: str, ylabel: str, size: tuple[float, float] = (4.6, 3.0)) -> Iterator[Canvas]:
     """A figure of its own; equal drawings of equal ``name`` give equal text."""
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
@@ -117,7 +117,7 @@ def reliability(name: str, bins: Sequence[tuple[float, float, float]]) -> str:
         full = [(share, confidence, accuracy) for share, confidence, accuracy in bins if share > 0]
         axes.plot([c for _, c, _ in full], [a for _, _, a in full], color=SERIES[0], linewidth=1)
         for share, confidence, accuracy in full:
-            axes.vlines(confidence, *sorted((confidence, accuracy)), color=SERIES[1], linewidth=1)
+            axes.plot([confidence] * 2, [confidence, accuracy], color=SERIES[1], linewidth=1)
             dot = axes.scatter([confidence], [accuracy], s=12 + 300 * share, color=SERIES[0], alpha=0.75, linewidths=0)
             canvas.explain(dot, f"{share:.1%} of the images: confidence {confidence:.1%}, accuracy {accuracy:.1%}")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")

@@ -203,10 +203,9 @@ def _reliability(row: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Of all networks of a result together."""
     bins = []
     for of_bin in zip(*row["metrics"]["reliability"], strict=True):
-        share = statistics.fmean(share for share, _, _ in of_bin)
-        weighted = [[s * value for s, *values in of_bin for value in values[i : i + 1]] for i in range(2)]
-        mean = [statistics.fmean(values) / share if share else 0.0 for values in weighted]
-        bins.append((share, *mean))
+        total = sum(share for share, _, _ in of_bin)
+        confidence, accuracy = (sum(f[0] * f[i] for f in of_bin) / total if total else 0.0 for i in (1, 2))
+        bins.append((total / len(of_bin), confidence, accuracy))
     metrics = {name: statistics.fmean(row["metrics"][name]) for name in ("ece", "nll", "brier", "macro_f1")}
     return {
         "svg": Markup(figures.reliability(figures.fingerprint("reliability", key), bins)),

@@ -1,0 +1,118 @@
+"""DD-Ranking: what is left of a set's accuracy when labels, augmentation and tuning are set apart.
+
+Li et al., "DD-Ranking: rethinking the evaluation of dataset distillation", 2024. The scores are those of
+``condense.eval.ranking``, the accuracies behind them
+
+    real, hard      all training images, classes; under ``full-data``
+    hard            the set with classes, under ``protocol``
+    own             the set as it is meant to be trained on; of sets with hard labels the same as hard
+    random, own     random images under the same training as own
+    augmented       the set and random images under ``protocol`` with DSA, against the same without
+
+Deviations: all accuracies are of the last epoch, and learning rates are chosen on held-out real images, where the
+published package takes the best test accuracy of both. Random images under the training of a set with soft labels are
+those of ``random-soft`` where that is among the baselines, labelled once by a trained network, else plain ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from condense.eval import ranking
+from condense.eval.applications.application import Application, Findings, Setting
+from condense.eval.baselines import full_data, kept
+from condense.eval.crossarch import evaluate
+from condense.eval.protocol import Protocol, fixed, own
+from condense.synthetic.set import SyntheticSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(Application):
+    """Hard-label recovery, improvement over random, label- and augmentation-robust scores (DD-Ranking)."""
+
+    network: str = "convnet"
+    """Architecture."""
+    num_seeds: int = 3
+    """Networks behind each accuracy."""
+    protocol: str = "dd-ranking"
+    """How networks are trained on images with classes. dd-ranking chooses its learning rate on held-out real images."""
+
+    def __post_init__(self) -> None:
+        if self.num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+
+    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
+        if "random" not in baselines:
+            raise ValueError("the scores compare with random images; give --baselines random")
+        random, plain = baselines["random"], fixed(self.protocol)
+        augmented, plain = (dataclasses.replace(plain, augment=augment) for augment in ("dsa", "none"))
+        scored = {setting.syn.origin.method or "set": setting.syn}
+        scored |= {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
+        transform = str(setting.syn.origin.recipe.get("transform", "channel"))
+        real = full_data(
+            setting.arrays,
+            network=self.network,
+            num_seeds=self.num_seeds,
+            transform=transform,
+            seed=setting.seed,
+            compute=setting.compute,
+            device=setting.device,
+            cache=setting.cache,
+            journal=kept(setting.cache, setting.arrays),
+        ).mean
+        rows, record = [], {}
+        for name, syn in scored.items():
+            hard, random_hard = self._accuracy(setting, syn, plain), self._accuracy(setting, random, plain)
+            own_accuracy, random_own = hard, random_hard
+            if syn.label_kind.space != "classes":
+                chance = baselines.get("random-soft", random)
+                own_accuracy, random_own = (self._accuracy(setting, each, own(syn)) for each in (syn, chance))
+            with_it = [self._accuracy(setting, each, augmented) for each in (syn, random)]
+            found = {
+                "real hard": real,
+                "hard": hard,
+                "own": own_accuracy,
+                "random own": random_own,
+                "augmented": with_it[0],
+                "random augmented": with_it[1],
+                "random hard": random_hard,
+            }
+            scores = {
+                "HLR": ranking.hard_label_recovery(real, hard),
+                "IOR": ranking.improvement_over_random(own_accuracy, random_own),
+                "LRS": ranking.label_robust_score(real, hard, own_accuracy, random_own),
+                "ARS": ranking.augmentation_robust_score(with_it[0], with_it[1], hard, random_hard),
+            }
+            record[name] = {"accuracies": found, "scores": scores}
+            shown = ("real hard", "hard", "own", "random own")
+            rows.append(
+                (
+                    name,
+                    *(f"{100 * found[each]:.1f}" for each in shown),
+                    *(f"{value:.3f}" for value in scores.values()),
+                )
+            )
+        return Findings(
+            ("set", "real, hard", "hard", "own", "random, own", "HLR", "IOR", "LRS", "ARS"),
+            rows,
+            f"DD-Ranking, {self.network} under {self.protocol}, n = {self.num_seeds} networks an accuracy",
+            {"rankings": record},
+        )
+
+    def _accuracy(self, setting: Setting, syn: SyntheticSet, plan: Protocol) -> float:
+        """Mean over the networks; kept, so that what several rows need is trained once."""
+        (result,) = evaluate(
+            syn,
+            setting.arrays,
+            networks=[self.network],
+            num_seeds=self.num_seeds,
+            protocol=plan,
+            seed=setting.seed,
+            compute=setting.compute,
+            device=setting.device,
+            cache=setting.cache,
+            journal=kept(setting.cache, setting.arrays),
+        ).results
+        return result.mean
