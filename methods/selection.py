@@ -19,6 +19,9 @@ Of the n images of a class with features f_1 .. f_n and mean mu, a set S of m im
 right_t: the network classifies the image right after epoch t; z_w: logits of a network of weights w, trained for a
 few epochs; y: the class as a one-hot vector. No image is picked twice; the lowest index wins a tie.
 
+Random images whose labels are the softmax of a trained network are the baseline of Qin, Deng and
+Alvarez-Melis, "A label is worth a thousand images in dataset distillation", NeurIPS 2024: ``random-soft``.
+
     symbol   code                           symbol   code
     f        ``features`` (n, F)            m        ``num``, ``ctx.images_per_class``
     mu       ``features.mean(0)``           s_i      ``chosen[i - 1]``, an index
@@ -41,43 +44,51 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.method import Context, Method, State
 from condense.networks import Weights
+from condense.synthetic.labels import Assigned
 from condense.train import Scorer, Trainer, Training, one_hot
 
 BATCH = 1000
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Random(Method):
-    """Images drawn uniformly from each class, without replacement."""
-
-    family: ClassVar[str] = "selection"
-
-    def init(self, ctx: Context) -> State:
-        return State(syn=ctx.new_set(*ctx.initial("real")))
-
-    def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
-        return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Selection(Method):
-    """Picks images of each class, all in one step; a subclass says which."""
+    """Real images, with their classes or with what a trained network says of them (``teacher`` labels)."""
 
     family: ClassVar[str] = "selection"
+    has_teacher: ClassVar[bool] = True
+
+    teacher_epochs: int = 20
+    """Epochs of training of the network that makes teacher labels; small data sets need more."""
 
     def init(self, ctx: Context) -> State:
         return State(syn=ctx.new_set(*ctx.initial("real")))
 
     @final
     def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
-        train, index = ctx.task.train, torch.cat(list(self.pick(ctx)))
-        state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
+        picked = list(self.pick(ctx))
+        if picked:
+            train, index = ctx.task.train, torch.cat(picked)
+            state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
+        if isinstance(state.syn.provider, Assigned):
+            (weights,) = trained(ctx, self.teacher_epochs)
+            with torch.no_grad():
+                said = Scorer(ctx.task.network, ctx.compute).logits(weights, state.syn()[0]).softmax(1)
+            state.syn.provider.assign(said.unflatten(0, (-1, len(state.syn))).mean(0))
         return {}
 
     @abstractmethod
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        """Class by class, indices (images_per_class,) of training images, all different; on the CPU."""
+        """Class by class, indices (images_per_class,) of training images, all different, on the CPU; nothing where
+        those that were drawn in the beginning stay."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Random(Selection):
+    """Images drawn uniformly from each class, without replacement."""
+
+    def pick(self, ctx: Context) -> Iterator[Tensor]:
+        return iter(())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,17 @@ def test_baselines_come_from_the_table_at_the_same_budget(tiny: Arrays, tmp_path
     assert [row["method"] for row in rows] == ["dm", "random", "full"]
 
 
+def test_a_baseline_with_soft_labels_is_trained_on_them(tiny: Arrays, tmp_path: Path) -> None:
+    condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
+    found = condense.evaluate(
+        tmp_path / "run", tiny, networks=["mlp"], num_seeds=1, baselines=["random-soft"], device="cpu"
+    )
+    hard, soft = found.results
+    assert (hard.method, hard.protocol) == ("random", "canonical")
+    assert (soft.method, soft.protocol, soft.protocol_fields["labels"]) == ("random-soft", "canonical*", "own")
+    assert soft.stored_bytes["labels"] == 6 * 3 * 4
+
+
 def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
     fields: dict[str, Any] = {"networks": [TINY], "baselines": ["herding", "full"], "device": "cpu"}

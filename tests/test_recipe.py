@@ -19,7 +19,7 @@ def test_every_recipe_says_where_it_comes_from_and_round_trips(name: str, tmp_pa
     assert first.startswith("# ") and len(first) > 20
     plan = recipe.from_yaml(path)
     method = re.sub(r"-(cifar|mnist|fashion|svhn|digits|label-solve).*", "", name)
-    assert registry.name_of(plan.method) == {"ftd": "mtt"}.get(method, method)
+    assert registry.name_of(plan.method) == {"ftd": "mtt", "random-soft": "random"}.get(method, method)
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(plan))
     assert recipe.from_yaml(tmp_path / "again.yaml") == plan
 

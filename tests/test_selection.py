@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense import registry
+from condense import engine, registry
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -30,7 +30,8 @@ from condense.methods.selection import (
 from condense.networks import Functional, Weights
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
-from condense.synthetic import Decode, Factor, Hard, Origin, Pixels
+from condense.synthetic import Decode, Factor, Hard, Labels, Origin, Pixels
+from condense.synthetic.labels import Teacher
 from condense.task import Split, make_task
 from condense.train import Trainer, Training
 from tests.reference import selection as reference
@@ -61,6 +62,7 @@ def make_context(
     ipc: int = 3,
     norm: str = "instance",
     decode: Decode | None = None,
+    labels_kind: Labels | None = None,
     seed: int = 0,
 ) -> Context:
     task = make_task(
@@ -72,7 +74,7 @@ def make_context(
         device=torch.device("cpu"),
     )
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
-    return Context(task, Rng(seed), ipc, decode or Pixels(), Hard(), Compute(), origin)
+    return Context(task, Rng(seed), ipc, decode or Pixels(), labels_kind or Hard(), Compute(), origin)
 
 
 def select(method: Method, ctx: Context) -> Tensor:
@@ -306,3 +308,18 @@ def test_a_decoder_gets_as_many_images_as_it_stores() -> None:
     method.step(ctx, state, 0)
     assert state.syn.latents.shape == (3, 1, 8, 8)
     assert state.syn()[0].shape == (12, 1, 8, 8)
+
+
+@pytest.mark.parametrize("method", [Random(teacher_epochs=8), Herding(features="pixels", teacher_epochs=8)])
+@pytest.mark.parametrize("decode", [Pixels(), Factor()])
+def test_teacher_labels_are_what_a_trained_network_says_of_the_images(method: Method, decode: Decode) -> None:
+    """Of stripes, where a network learns the classes; the images are the same as with hard labels."""
+    images, labels = draw_images()
+    images = images / 4 + labels[:, None, None, None] / 3
+    soft = engine.compute(method, make_context(images, labels, ipc=1, decode=decode, labels_kind=Teacher()))
+    hard = engine.compute(method, make_context(images, labels, ipc=1, decode=decode))
+    assert torch.equal(soft.latents, hard.latents) and torch.equal(soft.classes, hard.classes)
+    targets = soft()[1]
+    assert targets.shape == (len(soft()[0]), 3)
+    assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
+    assert 0.4 < targets.gather(1, hard()[1][:, None]).mean() < 1 - 1e-4
