@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 from tyro.conf import FlagConversionOff as Switch
 
 from condense import api, exchange, networks, recipe, registry
@@ -33,7 +31,7 @@ from condense.names import suggest
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Decode, save
 from condense.synthetic.decode import Pixels
-from condense.table import print_results
+from condense.table import print_results, print_table
 from condense.task import Split
 from condense.tracking import progress
 
@@ -231,7 +229,7 @@ def list_(words: list[str]) -> None:
         print(json.dumps(found, indent=1))
         return
     if kinds[0] != "methods":
-        _print_table((kinds[0], ""), found.items())
+        print_table(None, (kinds[0], ""), found.items())
         return
     families: dict[str, dict[str, str]] = {}
     for name, cls in _methods().items():
@@ -281,10 +279,7 @@ def apply(words: list[str]) -> None:
     command = recipe.parse(Apply, words[2:], usual, prog=prog)
     fields = _fields(command)
     findings = api.apply(fields.pop("choices"), target, **fields)
-    table = Table(*findings.columns, title=findings.title, box=None)
-    for row in findings.rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(findings.title, findings.columns, findings.rows)
 
 
 def _holds_experts(path: Path) -> bool:
@@ -399,10 +394,3 @@ def _summary(cls: type) -> str:
 def _source(path: Path) -> str:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip()
-
-
-def _print_table(header: tuple[str, ...], rows: Any) -> None:
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from condense import api, artifacts, runs
 from condense.eval import crossarch
 from condense.eval.report import readable_bytes
 from condense.files import read_header
 from condense.synthetic.set import SyntheticSet
-from condense.table import print_results
+from condense.table import print_results, print_table
 from condense.tracking import read_log
 
 
@@ -92,37 +89,37 @@ def _run(folder: Path) -> None:
         facts["last step"] = ", ".join(f"{name} {value:.5g}" for name, value in log[-1].items())
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
+    rows = crossarch.read(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
+    known = [row["compression"] for row in rows if "compression" in row]
+    if known:
+        facts["compression"] = f"{known[0]:,.1f} : 1"
     _facts("run", facts)
-    if (folder / "evaluation.json").exists():
-        rows = crossarch.read(folder / "evaluation.json")
+    if rows:
         print_results(rows)
         _calibration(rows)
     for file in sorted(folder.glob("apply-*.json")):
         found = json.loads(file.read_text(encoding="utf-8")).get("table")
         if found is not None:
-            _print(found["title"], found["columns"], found["rows"])
+            print_table(found["title"], found["columns"], found["rows"])
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What else is known of each cell, and what it cost."""
+    """What else is known of each cell."""
     lines = []
     for row in rows:
         means = {name: statistics.fmean(row["metrics"][name]) for name in ("macro_f1", "nll", "ece")}
-        compression = f"{row['compression']:,.1f}" if "compression" in row else "-"
         interval = row.get("interval")
         lines.append(
             (
                 row["method"],
                 row["network"],
                 row["protocol"],
-                "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
+                "-" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}",
                 *(f"{value:.3f}" for value in means.values()),
-                compression,
-                f"{row['seconds'] / 60:.1f}",
             )
         )
-    columns = ("set", "network", "protocol", "95 %", "macro F1", "NLL", "ECE", "compression", "min")
-    _print("of the same networks", columns, lines)
+    columns = ("set", "network", "protocol", "95 %", "macro F1", "NLL", "ECE")
+    print_table("of the same networks", columns, lines)
 
 
 def _buffer(folder: Path) -> None:
@@ -133,14 +130,7 @@ def _buffer(folder: Path) -> None:
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> None:
-    _print(None, (title, ""), facts.items())
-
-
-def _print(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    table = Table(*columns, title=title, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+    print_table(None, (title, ""), facts.items())
 
 
 def _sparkline(values: Sequence[float], width: int = 20) -> str:

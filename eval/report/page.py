@@ -66,8 +66,9 @@ def _resource(name: str) -> str:
 def _names(runs: Sequence[Run]) -> list[str]:
     """``dm, ipc 10``; with what else is needed to tell the runs apart."""
     short = [f"{run.method}, ipc {run.ipc}" for run in runs]
-    if len({run.dataset for run in runs}) > 1:
-        short = [f"{name}, {run.dataset}" for name, run in zip(short, runs, strict=True)]
+    for what in ("dataset", "network"):
+        if len({getattr(run, what) for run in runs}) > 1:
+            short = [f"{name}, {getattr(run, what)}" for name, run in zip(short, runs, strict=True)]
     return [
         f"{name} ({run.folder.name})" if short.count(name) > 1 else name for name, run in zip(short, runs, strict=True)
     ]
@@ -110,8 +111,7 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
 
 def _headline(run: Run) -> Mapping[str, Any] | None:
     """The result to be shown first: on the network of the distillation, if it was scored on that."""
-    rows = run.own_results
-    return next((row for row in rows if row["network"] == run.network), rows[0] if rows else None)
+    return max(run.own_results, key=lambda row: (row["network"] == run.network, row["n"]), default=None)
 
 
 def _film(run: Run, transform: Transform) -> dict[str, Any]:
