@@ -114,7 +114,7 @@ def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
                 row["method"],
                 row["network"],
                 row["protocol"],
-                "-" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}",
+                "-" if interval is None else f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]",
                 *(f"{value:.3f}" for value in means.values()),
             )
         )
