@@ -454,7 +454,7 @@ def report(
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} for the report; make it or give another --out")
     pixels = [_pixels(run.syn, path, dataset, download) for run, path in zip(found, paths, strict=True)]
-    write_text(target, report.page(found, pixels))
+    write_text(target, report.render(found, pixels))
     return target
 
 

@@ -48,7 +48,9 @@ def main(words: Sequence[str]) -> None:
         found = api.evaluate(run, networks=NETWORKS, num_seeds=NUM_SEEDS, baselines=baselines)
         rows += [result.row() for result in found.results]
     print_results(rows)
+    page = api.report([out / "mtt", out / "dm"], out / "report.html")
     say("done; everything lies here:")
+    print(f"  {page}: the two runs side by side, for a browser")
     for name in ("mtt", "dm"):
         print(f"  {out / name}: synthetic.png, synthetic.safetensors, evaluation.json, recipe.yaml, log.jsonl")
     print(f"  {buffer}: the expert trajectories")

@@ -20,9 +20,9 @@ TINY = "convnet:depth=1,width=4"
 
 
 @pytest.fixture(scope="module")
-def folders(tiny: Arrays, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs with snapshots, validation, results and findings; the second has learned labels and a name that is
-    markup."""
+def folders(tiny: Arrays, tiny_file: Path, tiny_buffer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs with snapshots, validation, results and findings; the second has learned labels and a name that is markup,
+    the third a learned step size."""
     root = tmp_path_factory.mktemp("runs")
     common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu"}
     dm = {"ipc": 2, "num_steps": 8, "eval_every": 4, "batch_real": 4}
@@ -30,8 +30,10 @@ def folders(tiny: Arrays, tiny_file: Path, tmp_path_factory: pytest.TempPathFact
     condense.distill("kip", out=root / "<b>kip", **common, ipc=1, num_steps=4, labels="targets")
     for name, baselines in (("dm", ["random", "full"]), ("<b>kip", [])):
         condense.evaluate(root / name, networks=[TINY, "mlp"], num_seeds=2, baselines=baselines, device="cpu")
+    mtt = {"ipc": 1, "num_steps": 2, "syn_steps": 2, "max_start_epoch": 2, "buffers": tiny_buffer}
+    condense.distill("mtt", out=root / "mtt", **common, **mtt)
     api.apply("continual", root / "dm", num_groups=3, num_seeds=1, network="mlp", baselines=[], device="cpu")
-    return [root / "dm", root / "<b>kip"]
+    return [root / "dm", root / "<b>kip", root / "mtt"]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,11 @@ def file(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_holds_what_was_measured(file: Path, folders: list[Path]) -> None:
     text = file.read_text(encoding="utf-8")
-    for folder in folders:
+    for folder in folders[:2]:
         for row in json.loads((folder / "evaluation.json").read_text())["results"]:
             assert f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" in text
             assert row["train_fingerprint"] in text
+    assert "Learned step size" in text
     assert "full data" in text and "random, ipc 2" in text and "kip, ipc 1" in text
     assert json.loads((folders[0] / "apply-continual.json").read_text())["table"]["title"] in text
 
@@ -119,6 +122,12 @@ def test_published_points_are_marked_and_apart_from_measured_ones() -> None:
     assert "<title>published: theirs, 1,000 bytes, 60.0 %</title>" in svg
 
 
+def test_names_of_equally_large_sets_do_not_crowd_the_figure_out() -> None:
+    measured = [Point(label=f"set {k}", num_bytes=1000, accuracy=0.94 + k / 1000, std=0.001) for k in range(9)]
+    svg = figures.accuracy_against_bytes("name", measured, [], None)
+    assert all(f"set {k}</text>" in svg for k in range(9))
+
+
 def test_the_published_rows_are_fractions_of_a_hundred_and_say_their_source() -> None:
     folder = Path(report.__file__).parent
     for name, table in json.loads((folder / "published.json").read_text(encoding="utf-8")).items():
@@ -168,7 +177,7 @@ class TestInABrowser:
 
     def test_it_loads_with_every_picture(self, tab: Any) -> None:
         widths = tab.eval_on_selector_all("img", "pictures => pictures.map(picture => picture.naturalWidth)")
-        assert len(widths) == 6 and min(widths) >= 8
+        assert len(widths) == 9 and min(widths) >= 8
 
     def test_the_slider_changes_the_picture_by_keyboard(self, tab: Any) -> None:
         slider, picture = tab.locator("input[type=range]").first, tab.locator(".film img").first
@@ -182,7 +191,7 @@ class TestInABrowser:
         assert picture.get_attribute("src") == last
 
     def test_sliders_move_together_until_they_are_told_not_to(self, tab: Any) -> None:
-        first, second = tab.locator("input[type=range]").all()
+        first, second, _ = tab.locator("input[type=range]").all()
         first.focus()
         tab.keyboard.press("Home")
         assert second.input_value() == "0"

@@ -2,6 +2,6 @@
 
 from condense.eval.report.collect import Run, collect
 from condense.eval.report.figures import readable_bytes
-from condense.eval.report.page import page
+from condense.eval.report.page import render
 
-__all__ = ["Run", "collect", "page", "readable_bytes"]
+__all__ = ["Run", "collect", "readable_bytes", "render"]

@@ -145,6 +145,10 @@ def accuracy_against_bytes(
         axes.set_xscale("log")
         sizes = [point.num_bytes for point in (*measured, *published)]
         axes.set_xlim(min(sizes) / 4, max(sizes) * 4)  # room for the names
+        ends = [100 * (p.accuracy + side * (p.std or 0)) for p in (*measured, *published) for side in (-1, 1)]
+        low, high = min(ends), max([*ends, *([100 * ceiling[1]] if ceiling else [])])
+        room = max(high - low, 1.0) / 18
+        axes.set_ylim(low - room, high + 2 * room)
         for kind, points in (("published", published), ("measured", measured)):
             own = kind == "measured"
             colour, label = (SERIES[0], kind) if own else (INK, kind)
@@ -173,7 +177,7 @@ def accuracy_against_bytes(
                 canvas.explain(
                     dot, f"{kind}: {point.label}, {point.num_bytes:,} bytes, {100 * point.accuracy:.1f}{spread} %"
                 )
-            for point, height in _spread([point for point in points if point.named]):
+            for point, height in _spread([point for point in points if point.named], room):
                 side = 1 if own else -1
                 axes.annotate(
                     point.label,
@@ -185,7 +189,7 @@ def accuracy_against_bytes(
                     ha="left" if own else "right",
                     va="center",
                     arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
-                )
+                ).set_in_layout(False)
         if ceiling is not None:
             axes.axhline(100 * ceiling[1], color=INK, linewidth=0.8, linestyle="--")
             axes.annotate(
@@ -203,7 +207,7 @@ def accuracy_against_bytes(
     return canvas.svg
 
 
-def _spread(points: Sequence[Point], gap: float = 2.6) -> list[tuple[Point, float]]:
+def _spread(points: Sequence[Point], gap: float) -> list[tuple[Point, float]]:
     """Heights (in percent) for the names of points at about the same number of bytes, so that none covers another."""
     placed: list[tuple[Point, float]] = []
     columns: dict[int, float] = {}

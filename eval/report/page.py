@@ -28,7 +28,7 @@ NAMED = ("random", "herding")
 """Published rows that are named in the figure beside those of the methods at hand."""
 
 
-def page(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
+def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
     """The report. Of runs of several data sets, each data set has its own comparison.
 
     Args:
@@ -189,13 +189,13 @@ def _share(value: float, low: float, high: float) -> float:
 
 
 def _learned_lr(run: Run, key: str) -> dict[str, Any] | None:
-    lr = run.syn.lr
+    lr = None if run.syn.lr is None else run.syn.lr.detach()
     if lr is None:
         return None
     if lr.dim():
         return _figure("rates", key, {"": (range(len(lr)), lr.tolist())}, "inner step", "learned step size")
     kept = {step: syn.lr for step, syn in run.snapshots.items()}
-    points = {step: float(rate) for step, rate in kept.items() if rate is not None}
+    points = {step: float(rate.detach()) for step, rate in kept.items() if rate is not None}
     return _figure("rate", key, {"": (list(points), list(points.values()))}, "step", "learned step size")
 
 
