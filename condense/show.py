@@ -89,10 +89,9 @@ def _run(folder: Path) -> None:
         facts["last step"] = ", ".join(f"{name} {value:.5g}" for name, value in log[-1].items())
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
-    rows = crossarch.read(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
-    known = [row["compression"] for row in rows if "compression" in row]
-    if known:
-        facts["compression"] = f"{known[0]:,.1f} : 1"
+    rows = crossarch.read_complete(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
+    if rows:
+        facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
     _facts("run", facts)
     if rows:
         print_results(rows)
@@ -108,7 +107,7 @@ def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for row in rows:
         means = {name: statistics.fmean(row["metrics"][name]) for name in ("macro_f1", "nll", "ece")}
-        interval = row.get("interval")
+        interval = row["interval"]
         lines.append(
             (
                 row["method"],

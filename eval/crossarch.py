@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -157,6 +158,23 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [dict(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results: {error!r}; move it away or give another --out") from error
+
+
+def read_complete(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``read`` that say all that a result says today; of others, as earlier versions wrote them, a warning.
+
+    Raises:
+        ValueError: see ``read``.
+    """
+    wanted, rows = {f.name for f in dataclasses.fields(Result)}, read(path)
+    complete = [row for row in rows if wanted <= row.keys()]
+    if len(complete) < len(rows):
+        warnings.warn(
+            f"{len(rows) - len(complete)} rows of {path} were written by another version and are left out; "
+            "condense evaluate writes them again",
+            stacklevel=2,
+        )
+    return complete
 
 
 OnEpoch = Callable[[int, Weights], None]

@@ -70,6 +70,21 @@ def test_identifiers_are_unique(file: Path) -> None:
     assert len(found) == len(set(found))
 
 
+def test_rows_of_another_version_are_left_out(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folders[0], run)
+    rows = json.loads((run / "evaluation.json").read_text())["results"]
+    del rows[0]["metrics"]
+    (run / "evaluation.json").write_text(json.dumps({"results": rows}))
+    with pytest.warns(UserWarning, match="1 rows of .* another version"):
+        text = api.report([run]).read_text(encoding="utf-8")
+    assert "random, ipc 2" in text
+    cli.main(["show", str(run)])
+    assert "another version" in capsys.readouterr().err
+
+
 def test_a_run_that_was_not_evaluated_has_a_page(tiny_file: Path, tmp_path: Path) -> None:
     condense.distill("random", dataset=tiny_file, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
     target = api.report([tmp_path / "run"])

@@ -79,7 +79,7 @@ def collect(folder: Path) -> Run:
         syn=syn,
         snapshots={**{step: kept for step, kept in snapshots.items() if step < num_steps}, num_steps: syn},
         log=log,
-        results=crossarch.read(evaluation) if evaluation.exists() else [],
+        results=crossarch.read_complete(evaluation) if evaluation.exists() else [],
         uses=[_read(file) for file in sorted(folder.glob("apply-*.json"))],
         record=runs.read_record(folder),
     )

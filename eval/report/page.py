@@ -261,7 +261,7 @@ def _tables(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
 def _cell(row: Mapping[str, Any] | None, low: float, high: float) -> dict[str, Any] | None:
     if row is None:
         return None
-    interval = row.get("interval")
+    interval = row["interval"]
     within = "" if interval is None else f", 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
     return {
         "value": row["mean"],
@@ -282,7 +282,7 @@ def _budget(dataset: str, runs: Sequence[Run]) -> dict[str, Any]:
     measured = {}
     for run in runs:
         for row in run.results:
-            if row["synthetic_sha256"] is not None and row["network"] == run.network and "stored_bytes" in row:
+            if row["synthetic_sha256"] is not None and row["network"] == run.network:
                 label = _row_name(row, run, f"{run.method}, ipc {run.ipc}")
                 label += f", {row['protocol']}" if len(protocols) > 1 else ""
                 total = sum(row["stored_bytes"].values())
