@@ -70,6 +70,7 @@ def test_identifiers_are_unique(file: Path) -> None:
     assert len(found) == len(set(found))
 
 
+@pytest.mark.filterwarnings("default")
 def test_rows_of_another_version_are_left_out(
     folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
