@@ -13,7 +13,7 @@ from condense.eval import crossarch
 from condense.eval.report import readable_bytes
 from condense.files import read_header
 from condense.synthetic.set import SyntheticSet
-from condense.table import print_results, print_table
+from condense.table import by_protocol, print_results, print_table
 from condense.tracking import read_log
 
 
@@ -105,14 +105,14 @@ def _run(folder: Path) -> None:
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
     """What else is known of each cell."""
     lines = []
-    for row in rows:
+    for protocol, row in ((title, row) for title, found in by_protocol(rows).items() for row in found):
         means = {name: statistics.fmean(row["metrics"][name]) for name in ("macro_f1", "nll", "ece")}
         interval = row["interval"]
         lines.append(
             (
                 row["method"],
                 row["network"],
-                row["protocol"],
+                protocol,
                 "-" if interval is None else f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]",
                 *(f"{value:.3f}" for value in means.values()),
             )

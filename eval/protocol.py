@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -210,3 +212,13 @@ def recorded_name(protocol: Protocol, syn: SyntheticSet | None = None) -> str:
     else:
         owner = PROTOCOLS.get(protocol.name, protocol)
     return protocol.name if protocol == owner else f"{protocol.name}*"
+
+
+def changes(row: Mapping[str, Any]) -> str:
+    """What a result's protocol changes of the one whose name it has, in words; empty of a named one."""
+    name = row["protocol"].removesuffix("*")
+    if name == row["protocol"] or name not in PROTOCOLS:
+        return ""
+    usual, fields = json.loads(json.dumps(PROTOCOLS[name].content())), row["protocol_fields"]
+    changed = {key: fields[key] for key in fields if fields[key] != usual.get(key)}
+    return ", ".join(f"{key} {value}" for key, value in changed.items())

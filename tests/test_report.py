@@ -1,5 +1,6 @@
 """The page that shows runs side by side: what it says, and how it behaves in a browser."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import condense
 from condense import api, cli
 from condense.data.datasets import Arrays
 from condense.eval import report
+from condense.eval.protocol import PROTOCOLS
 from condense.eval.report import figures
 from condense.eval.report.figures import Point
 
@@ -68,6 +70,20 @@ def test_equal_runs_give_equal_pages(folders: list[Path], tmp_path: Path, file: 
 def test_identifiers_are_unique(file: Path) -> None:
     found = re.findall(r'\sid="([^"]+)"', file.read_text(encoding="utf-8"))
     assert len(found) == len(set(found))
+
+
+def test_results_of_different_trainings_stand_in_different_tables(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two changes of one protocol have one name, and must not take each other's place."""
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    for epochs in (1, 2):
+        plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=epochs)
+        condense.evaluate(tmp_path / "run", networks=["mlp"], num_seeds=1, protocol=plan, device="cpu")
+    text = api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    assert "Changed: num_epochs 1." in text and "Changed: num_epochs 2." in text
+    cli.main(["show", str(tmp_path / "run")])
+    assert len(set(re.findall(r"%: (canonical\* \w{6})", capsys.readouterr().out))) == 2
 
 
 @pytest.mark.filterwarnings("default")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from condense import runs
 from condense.eval import crossarch
+from condense.files import checksum
 from condense.synthetic.files import load
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import read_log
@@ -48,10 +50,15 @@ class Run:
     def network(self) -> str:
         return str(self.syn.origin.recipe.get("network", "unknown"))
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tensors of the set, as results carry it."""
+        return checksum(self.syn.state_dict())
+
     @property
     def own_results(self) -> list[Mapping[str, Any]]:
         """Of the set, without its baselines."""
-        return [row for row in self.results if row["method"] == self.syn.origin.method]
+        return [row for row in self.results if row["synthetic_sha256"] == self.sha256]
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one number of the log."""

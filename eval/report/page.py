@@ -15,11 +15,12 @@ from markupsafe import Markup
 
 from condense import __version__, picture
 from condense.data.transform import Transform
+from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
-from condense.files import checksum
 from condense.synthetic.set import SyntheticSet
+from condense.table import by_protocol
 
 MAX_IMAGES = 200
 """Shown of a run at one time: more columns for few classes, fewer for many."""
@@ -98,7 +99,7 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "facts": {
             "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}",
             "recipe": origin.recipe_hash or "not recorded",
-            "set": checksum(run.syn.state_dict()),
+            "set": run.sha256,
             "code": f"condense {origin.code}, torch {record.get('torch', '?')}, Python {record.get('python', '?')}",
             "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
             f"{record.get('threads', '?')} threads, {record.get('processes', 1)} processes",
@@ -224,37 +225,38 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
     return list(zip(run.syn.origin.dataset["classes"], means, strict=True))
 
 
-def _row_name(row: Mapping[str, Any], run: Run, name: str) -> str:
-    if row["method"] == run.syn.origin.method:
-        return name
-    if row["synthetic_sha256"] is None:
-        return "full data"
-    return f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+def _named_rows(run: Run, name: str) -> list[Mapping[str, Any]]:
+    """The results of a run, each with the name of what was trained on, as ``set``."""
+    named = []
+    for row in run.results:
+        others = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+        whole = "full data" if row["synthetic_sha256"] is None else others
+        named.append({**row, "set": name if row["synthetic_sha256"] == run.sha256 else whole})
+    return named
 
 
 def _tables(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
     """A heat map for each data set and protocol: sets down, architectures across."""
-    cells: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
-    for run, name in zip(runs, names, strict=True):
-        for row in run.results:
-            of_table = cells.setdefault((run.dataset, row["protocol"]), {})
-            of_table.setdefault(_row_name(row, run, name), {})[row["network"]] = row
     tables = []
-    for (dataset, protocol), rows in cells.items():
-        networks = list(dict.fromkeys(network for row in rows.values() for network in row))
-        means = [found["mean"] for row in rows.values() for found in row.values()]
-        low, high = min(means), max(means)
-        tables.append(
-            {
-                "dataset": dataset,
-                "protocol": protocol,
-                "networks": networks,
-                "rows": [
-                    (name, [_cell(row.get(network), low, high) for network in networks]) for name, row in rows.items()
-                ],
-                "n": ", ".join(map(str, sorted({found["n"] for row in rows.values() for found in row.values()}))),
-            }
-        )
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        pairs = [(run, name) for run, name in zip(runs, names, strict=True) if run.dataset == dataset]
+        for protocol, rows in by_protocol([row for run, name in pairs for row in _named_rows(run, name)]).items():
+            networks = list(dict.fromkeys(row["network"] for row in rows))
+            low, high = min(row["mean"] for row in rows), max(row["mean"] for row in rows)
+            sets: dict[str, dict[str, Mapping[str, Any]]] = {}
+            for row in rows:
+                sets.setdefault(row["set"], {})[row["network"]] = row
+            cells = {name: [_cell(of.get(network), low, high) for network in networks] for name, of in sets.items()}
+            tables.append(
+                {
+                    "dataset": dataset,
+                    "protocol": protocol,
+                    "changed": changes(rows[0]),
+                    "networks": networks,
+                    "rows": list(cells.items()),
+                    "n": ", ".join(map(str, sorted({row["n"] for row in rows}))),
+                }
+            )
     return tables
 
 
@@ -278,15 +280,18 @@ def percent(mean: float, std: float | None) -> str:
 
 def _budget(dataset: str, runs: Sequence[Run]) -> dict[str, Any]:
     """Accuracy against bytes: what was measured here beside what papers state."""
-    protocols = {row["protocol"] for run in runs for row in run.results if row["synthetic_sha256"] is not None}
-    measured = {}
-    for run in runs:
-        for row in run.results:
-            if row["synthetic_sha256"] is not None and row["network"] == run.network:
-                label = _row_name(row, run, f"{run.method}, ipc {run.ipc}")
-                label += f", {row['protocol']}" if len(protocols) > 1 else ""
-                total = sum(row["stored_bytes"].values())
-                measured[label] = Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"])
+    rows_of = [
+        row
+        for run in runs
+        for row in _named_rows(run, f"{run.method}, ipc {run.ipc}")
+        if row["synthetic_sha256"] is not None and row["network"] == run.network
+    ]
+    groups, measured = by_protocol(rows_of), {}
+    for protocol, found in groups.items():
+        for row in found:
+            label = row["set"] + (f", {protocol}" if len(groups) > 1 else "")
+            total = sum(row["stored_bytes"].values())
+            measured[label] = Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"])
     table = json.loads(_resource("published.json")).get(dataset)
     budgets = {str(run.ipc) for run in runs}
     at_hand = {run.method for run in runs} | set(NAMED)
