@@ -227,7 +227,7 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def _named_rows(run: Run, name: str) -> list[Mapping[str, Any]]:
     """The results of a run, each with the name of what was trained on, as ``set``."""
-    named = []
+    named: list[Mapping[str, Any]] = []
     for row in run.results:
         others = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
         whole = "full data" if row["synthetic_sha256"] is None else others
