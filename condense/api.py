@@ -23,7 +23,7 @@ from condense import artifacts, engine, exchange, picture, recipe, registry, run
 from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
-from condense.compute import Compute, keep_compiled, resolve_device
+from condense.compute import Compute, forget_peak, keep_compiled, resolve_device
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
 from condense.data.transform import Transform
@@ -234,6 +234,7 @@ def run(
         sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
         write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
     begun = time.monotonic()
+    forget_peak(device)
     title = f"{registry.name_of(plan.method)} {task.name} ipc {plan.ipc}"
     with progress(title, plan.method.num_steps) as bar:
         syn = engine.run(
@@ -308,7 +309,8 @@ def evaluate(
             crossarch.merge(target, [result])
 
     crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
-    common["journal"] = kept(cache_folder(), arrays, ranks.rank) if baselines else None
+    if baselines and all(isinstance(network, str) for network in networks):  # a callable's name does not say its code
+        common["journal"] = kept(cache_folder(), arrays, ranks.rank)
     for name in baselines:
         if name == "full":
             transform = str(found.origin.recipe.get("transform", "channel"))
@@ -320,11 +322,13 @@ def evaluate(
             made = _baseline(name, found, arrays, skeleton, seed, budget)
             ranks.same(list(made.state_dict().values()))
             theirs = plan if plan.name != "own" else _own(made, plan, found)
-            if made.label_kind.space != "classes":
+            if made.label_kind.space == "probabilities":
                 theirs = dataclasses.replace(theirs, labels="own")
-            of_baseline = crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common)
-            for result in of_baseline.results:
+
+            def keep_as(result: crossarch.Result, name: str = name) -> None:
                 keep(dataclasses.replace(result, method=name))
+
+            crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep_as)
     ranks.barrier()
     if journal is not None:
         journal.remove()
@@ -362,6 +366,7 @@ def apply(
     _check_before_training(target, baselines)
     found, arrays = open_set(syn, dataset, download=download)
     crossarch.check(found, arrays)
+    application.check(found, baselines)
     chosen = _prepare(device)
     setting = Setting(syn=found, arrays=arrays, device=chosen, compute=compute, seed=seed, cache=cache_folder())
     skeleton = Functional(_own_network(found, "convnet"), arrays.image_shape, arrays.num_classes, chosen)
@@ -588,18 +593,24 @@ def _baseline(
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, artifacts.DEFAULT_ROOT)
     file = cache_folder() / "baselines" / f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
-    with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
-        if (made := load(file)).origin.code == condense.__version__:
-            return made.to(network.device)
+    known = registry.name_of(plan.method) in registry.METHODS and not network.name.startswith("custom:")
+    if known:
+        with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
+            if (made := load(file)).origin.code == condense.__version__:
+                return made.to(network.device)
     with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
-    with contextlib.suppress(ValueError):  # a cache that cannot be written
-        save(made, file)
+    if known:
+        with contextlib.suppress(ValueError):  # a cache that cannot be written
+            save(made, file)
+    if budget == "bytes" and sum(made.cost()) > sum(syn.cost()):
+        warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(syn.cost())}", stacklevel=2)
     return made
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
-    """Images a class, in the arithmetic of ``syn``, whose images and labels take no more bytes than all of ``syn``."""
+    """Images a class, in the arithmetic of ``syn``, whose images and labels take no more bytes than all of ``syn``; at
+    least one."""
     classes = syn.origin.num_classes
     labels = plan.labels.build(torch.zeros(1, dtype=torch.long), classes).state_dict().values()
     each = math.prod(syn.origin.image_shape) * syn.latents.itemsize + sum(t.nbytes for t in labels)

@@ -152,6 +152,8 @@ class Report:
 class Show:
     png: Path | None = None
     """Where to draw the images of a set, a row for each class."""
+    dataset: str | None = None
+    """Where the data of a whitened set lie, for its picture; default: as its run recorded it."""
 
 
 def distill(words: list[str], ranks: Ranks) -> None:
@@ -200,7 +202,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
 def show(words: list[str]) -> None:
     target = _positional(words, "show RUN|FILE|BUFFER", "give what `condense distill` or `buffer` wrote")
     command = recipe.parse(Show, words[1:], Show(), prog="condense show RUN|FILE|BUFFER")
-    glance.show(Path(target), command.png)
+    glance.show(Path(target), command.png, command.dataset)
 
 
 def list_(words: list[str]) -> None:

@@ -135,9 +135,14 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begin anew to look for the most memory; the process's own most, which a CPU has, cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since ``torch.cuda.reset_peak_memory_stats``, else the most that the
-    process ever held."""
+    """Bytes: on a GPU the most that tensors took since ``forget_peak``, else the most that the process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

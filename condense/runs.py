@@ -90,9 +90,11 @@ def write_record(folder: Path, dataset: str, device: torch.device, seconds: floa
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What ``write_record`` wrote; empty where there is nothing readable."""
+    """What ``write_record`` wrote; empty where there is nothing readable. Numbers that are none are left out."""
     try:
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        record = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        numbers = ("seconds", "peak_memory_bytes")
+        return {name: value for name, value in record.items() if name not in numbers or isinstance(value, int | float)}
     except (OSError, ValueError, TypeError):
         return {}
 

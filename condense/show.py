@@ -10,15 +10,14 @@ from typing import Any
 
 from condense import api, artifacts, runs
 from condense.eval import crossarch
-from condense.eval.report import readable_bytes
+from condense.eval.report import readable_bytes, steps_of, uses_of
 from condense.files import read_header
 from condense.synthetic.set import SyntheticSet
 from condense.table import by_protocol, print_results, print_table
-from condense.tracking import read_log
 
 
-def show(target: Path, png: Path | None = None) -> None:
-    """Print it; ``png`` is where to draw the images of a set.
+def show(target: Path, png: Path | None = None, dataset: str | None = None) -> None:
+    """Print it; ``png`` is where to draw the images of a set, ``dataset`` where its data lie if it is whitened.
 
     Raises:
         ValueError: there is nothing, or nothing of ours; the file is damaged; the picture cannot be written.
@@ -30,7 +29,7 @@ def show(target: Path, png: Path | None = None) -> None:
     if png is not None:
         if not file.is_file() or read_header(file).get("kind") != "synthetic set":
             raise ValueError(f"{target} holds no images to draw; give a finished run or a set, or leave --png out")
-        api.draw(file, png)
+        api.draw(file, png, dataset)
     if target.is_dir() and (target / "manifest.json").exists():
         _buffer(target)
     elif is_run:
@@ -75,11 +74,12 @@ def _run(folder: Path) -> None:
         _set(str(folder), api.load(folder))
     else:
         print(f"{folder}: not finished; the command that began it with --resume continues")
-    log = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
-    record = runs.read_record(folder)
+    log, record = steps_of(folder), runs.read_record(folder)
     facts: dict[str, Any] = {}
-    if record:
-        facts["distilled in"] = f"{record['seconds'] / 60:.1f} min, {record['threads']} threads, {record['device']}"
+    if "seconds" in record:
+        where = f"{record.get('threads', '?')} threads, {record.get('device', '?')}"
+        facts["distilled in"] = f"{record['seconds'] / 60:.1f} min, {where}"
+    if "peak_memory_bytes" in record:
         facts["peak memory"] = readable_bytes(record["peak_memory_bytes"])
     for name in ("loss", "val_accuracy"):
         values = [line[name] for line in log if name in line]
@@ -96,10 +96,8 @@ def _run(folder: Path) -> None:
     if rows:
         print_results(rows)
         _calibration(rows)
-    for file in sorted(folder.glob("apply-*.json")):
-        found = json.loads(file.read_text(encoding="utf-8")).get("table")
-        if found is not None:
-            print_table(found["title"], found["columns"], found["rows"])
+    for found in uses_of(folder):
+        print_table(found["title"], found["columns"], found["rows"])
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:

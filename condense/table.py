@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -14,12 +15,28 @@ def print_results(rows: Sequence[Mapping[str, Any]]) -> None:
     deviation, a table a protocol."""
     for title, of_protocol in by_protocol(rows).items():
         networks = list(dict.fromkeys(row["network"] for row in of_protocol))
-        counts = ", ".join(map(str, sorted({row["n"] for row in of_protocol})))
-        lines = []
-        for method in dict.fromkeys(row["method"] for row in of_protocol):
-            cells = {row["network"]: row for row in of_protocol if row["method"] == method}
-            lines.append((method, *(_cell(cells.get(network)) for network in networks)))
+        sets = by_set(of_protocol)
+        counts = ", ".join(map(str, sorted({row["n"] for cells in sets.values() for row in cells.values()})))
+        lines = [(name, *(_cell(cells.get(network)) for network in networks)) for name, cells in sets.items()]
         print_table(f"test accuracy, %: {title}, n = {counts} networks a cell", ("", *networks), lines)
+
+
+def by_set(rows: Sequence[Mapping[str, Any]], name: str = "method") -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Rows of one protocol by what was trained on, then by network; of several answers to one question that of the most
+    networks. Sets that share a name are told apart by the start of their checksum."""
+    checksums: dict[str, list[Any]] = {}
+    for row in rows:
+        known = checksums.setdefault(row[name], [])
+        if row["synthetic_sha256"] not in known:
+            known.append(row["synthetic_sha256"])
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        alone = len(checksums[row[name]]) == 1 or row["synthetic_sha256"] is None
+        label = row[name] if alone else f"{row[name]} ({row['synthetic_sha256'][:6]}, {row['num_images']} images)"
+        cells = found.setdefault(label, {})
+        if row["network"] not in cells or cells[row["network"]]["n"] <= row["n"]:
+            cells[row["network"]] = row
+    return found
 
 
 def by_protocol(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -38,9 +55,9 @@ def by_protocol(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
 
 def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table below its title."""
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(*map(escape, columns), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     console = Console()
     if title:
         console.print(f"\n{title}", highlight=False, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -24,12 +25,16 @@ def kept(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
     that the baselines of one evaluation serve the next. None, with a warning, where nothing can be written."""
     if cache is None:
         return None
+    folder = cache / "baselines"
     try:
-        (cache / "baselines").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         warnings.warn(f"baselines are not cached: {error}", stacklevel=2)
         return None
-    return Journal(cache / "baselines" / arrays.fingerprint["train"][:16], rank)
+    if not os.access(folder, os.W_OK):
+        warnings.warn(f"baselines are not cached: nothing can be written to {folder}", stacklevel=2)
+        return None
+    return Journal(folder / arrays.fingerprint["train"][:16], rank)
 
 
 def full_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from condense import __version__, tracking
 from condense.augment import Augment
-from condense.compute import Compute, peak_memory
+from condense.compute import Compute, forget_peak, peak_memory
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
@@ -77,7 +78,7 @@ class Result:
     seconds: float
     """Time of training and scoring all of them, one after the other."""
     peak_memory_bytes: int
-    """The most while any of them was trained; see ``condense.compute.peak_memory``."""
+    """The most until the last of them was trained: of the tensors of each on a GPU, of the whole process on a CPU."""
     stored_bytes: Mapping[str, int]
     """What was trained on, as stored: images (latents), labels, decoder."""
     full_bytes: int
@@ -304,7 +305,9 @@ def measure(
             **network.identity(),
             "num_params": network.num_params,
             "transform": transform.describe(),
-            "device": device.type,
+            "device": _device_name(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
             "numbers": width(arrays.num_classes),
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
@@ -323,8 +326,7 @@ def measure(
             at_once = policies[i].networks or 1
             for first in range(0, len(units), at_once):
                 begun, group = time.perf_counter(), units[first : first + at_once]
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
+                forget_peak(device)
                 on_epoch = _reporter(bar, first * num_epochs, len(group), trained[i, units[:first], 0])
                 rngs = [rng.child("network", k) for k in group]
                 scores = scorer.score(
@@ -339,6 +341,11 @@ def measure(
                 )
                 share = (time.perf_counter() - begun) / len(group)
                 for k, found in zip(group, scores, strict=True):
+                    if not math.isfinite(found.nll):
+                        raise ValueError(
+                            f"network {k} of {network.name} diverged under {name}: its outputs are not finite; "
+                            "what was trained before is kept; give a smaller --protocol.lr"
+                        )
                     cell = Cell(found, share, peak_memory(device))
                     trained[i, k] = cell.pack()
                     if journal is not None:
@@ -356,7 +363,7 @@ def measure(
             protocol=name,
             protocol_fields=training.content(),
             dataset=arrays.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            device=_device_name(device),
             threads=torch.get_num_threads(),
             seconds=round(sum(cell.seconds for cell in row), 3),
             peak_memory_bytes=max(cell.peak_memory for cell in row),
@@ -367,6 +374,10 @@ def measure(
         )
         for network, policy, training, row in zip(networks, policies, plans, unpacked, strict=True)
     ]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _with_best_rate(
@@ -515,16 +526,22 @@ def load_held_out(syn: SyntheticSet, arrays: Arrays, transform: Transform, devic
     Raises:
         ValueError: there is none.
     """
+    split = require_held_out(syn)
+    labels = torch.from_numpy(arrays.y_train)
+    _, index = split.indices(labels)
+    images = Images.of(arrays.x_train, device).part(index).through(transform)
+    return Labelled(images, labels[index].to(device))
+
+
+def require_held_out(syn: SyntheticSet) -> Split:
+    """The split of the real images that a set was made with. Raises ValueError where it held none out."""
     split = Split(**syn.origin.recipe.get("split", {}))
     if not split.val_fraction:
         raise ValueError(
             "this protocol chooses on held-out real images, and the set was made from all of them; distil it with "
             "--split.val-fraction 0.1"
         )
-    labels = torch.from_numpy(arrays.y_train)
-    _, index = split.indices(labels)
-    images = Images.of(arrays.x_train, device).part(index).through(transform)
-    return Labelled(images, labels[index].to(device))
+    return split
 
 
 def _teachers(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import condense
 from condense import api
 from condense.data.datasets import Arrays
 from condense.eval.crossarch import SetScorer
+from condense.eval.protocol import PROTOCOLS
 from condense.files import checksum
 from condense.method import Method
 from condense.methods.selection import Selection
@@ -147,6 +149,40 @@ def test_a_baseline_with_soft_labels_is_trained_on_them(tiny: Arrays, tmp_path: 
     assert (hard.method, hard.protocol) == ("random", "canonical")
     assert (soft.method, soft.protocol, soft.protocol_fields["labels"]) == ("random-soft", "canonical*", "own")
     assert soft.stored_bytes["labels"] == 6 * 3 * 4
+
+
+def test_regression_targets_of_a_baseline_are_not_probabilities(tiny: Arrays, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("method: {name: kip, num_steps: 2}\nlabels: targets\nnetwork: mlp\n")
+    condense.distill("random", dataset=tiny, network="mlp", ipc=2, out=tmp_path / "run", device="cpu")
+    found = condense.evaluate(
+        tmp_path / "run", tiny, networks=["mlp"], num_seeds=1, baselines=[str(plan)], device="cpu"
+    )
+    assert [result.protocol for result in found.results] == ["canonical", "canonical"]
+
+
+def test_a_network_without_a_name_is_trained_again(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a callable builds may change while it keeps its name."""
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
+
+    def evaluate(activation: type[nn.Module]) -> float:
+        def factory(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), activation(), nn.Linear(8, num_classes))
+
+        fields: dict[str, Any] = {"networks": [factory], "num_seeds": 1, "baselines": ["full"], "device": "cpu"}
+        return condense.evaluate(tmp_path / "run", tiny, out=tmp_path / "x.json", **fields).results[1].metrics["nll"][0]
+
+    assert evaluate(nn.ReLU) != evaluate(nn.Sigmoid)
+
+
+def test_a_network_that_diverges_is_named(tiny: Arrays, tmp_path: Path) -> None:
+    condense.distill("random", dataset=tiny, network="mlp", ipc=2, out=tmp_path / "run", device="cpu")
+    plan = dataclasses.replace(PROTOCOLS["canonical"], lr=1e6)
+    with pytest.raises(ValueError, match=r"network 0 of mlp diverged.*--protocol.lr"):
+        condense.evaluate(tmp_path / "run", tiny, networks=["mlp"], num_seeds=1, protocol=plan, device="cpu")
 
 
 def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

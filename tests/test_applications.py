@@ -90,6 +90,16 @@ def test_the_ranking_scores_are_those_of_the_accuracies_it_records(tiny: Arrays,
     assert again.results[0].mean == kip["own"]
 
 
+def test_the_set_of_the_user_is_ranked_beside_a_baseline_of_its_name(tiny: Arrays, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dataset": tiny, "network": "mlp", "ipc": 2, "device": "cpu"}
+    api.distill("random", out=tmp_path / "run", seed=5, **options)
+    again = {"network": "mlp", "num_seeds": 1, "protocol": "canonical", "baselines": ["random", "herding"]}
+    found = api.apply("ranking", tmp_path / "run", tiny, **again)
+    assert set(found.record["rankings"]) == {"random", "herding"}
+    mine = found.record["rankings"]["random"]["accuracies"]
+    assert mine["hard"] == api.evaluate(tmp_path / "run", tiny, networks="mlp", num_seeds=1).results[0].mean
+
+
 def test_a_ranking_needs_random_images_and_held_out_ones(run: Path, tiny: Arrays, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--baselines random"):
         api.apply("ranking", run, tiny, network="mlp", baselines=["herding"])

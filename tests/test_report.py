@@ -17,6 +17,7 @@ from condense.eval import report
 from condense.eval.protocol import PROTOCOLS
 from condense.eval.report import figures
 from condense.eval.report.figures import Point
+from condense.task import Split
 
 TINY = "convnet:depth=1,width=4"
 
@@ -84,6 +85,77 @@ def test_results_of_different_trainings_stand_in_different_tables(
     assert "Changed: num_epochs 1." in text and "Changed: num_epochs 2." in text
     cli.main(["show", str(tmp_path / "run")])
     assert len(set(re.findall(r"%: (canonical\* \w{6})", capsys.readouterr().out))) == 2
+
+
+def test_sets_of_one_name_keep_their_own_rows(tiny_file: Path, tmp_path: Path) -> None:
+    """Runs of one method and budget in folders of one name, and the baselines of different splits."""
+    means = set()
+    for seed, parent in enumerate(("a", "b")):
+        run = tmp_path / parent / "run"
+        run.parent.mkdir()
+        common: dict[str, Any] = {"dataset": tiny_file, "network": "mlp", "ipc": 1, "seed": seed, "device": "cpu"}
+        condense.distill("random", out=run, split=Split(val_fraction=0.25, seed=seed), **common)
+        condense.evaluate(run, networks=["mlp"], num_seeds=1, baselines=["random", "herding"], device="cpu", seed=9)
+        rows = json.loads((run / "evaluation.json").read_text())["results"]
+        means |= {row["synthetic_sha256"] for row in rows}
+    text = api.report([tmp_path / "a" / "run", tmp_path / "b" / "run"]).read_text(encoding="utf-8")
+    table = text[text.index('id="h-architectures"') : text.index('id="h-calibration"')]
+    assert table.count('<th scope="row">') == len(means) > 3
+    assert "random, ipc 1 (run) (1)" in table and "random, ipc 1 (run) (2)" in table
+    points = text[text.index('id="h-bytes"') : text.index('id="h-cost"')]
+    assert points.count("<title>measured: ") == len(means)
+
+
+def test_of_several_answers_the_one_of_most_networks_is_shown(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    for n in (3, 1):
+        condense.evaluate(tmp_path / "run", networks=["mlp"], num_seeds=n, device="cpu")
+    assert "of n = 3 fresh" in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    cli.main(["show", str(tmp_path / "run")])
+    assert "n = 3 networks" in capsys.readouterr().out
+
+
+def test_data_of_a_known_name_and_other_content_have_no_published_companions(tiny_file: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_file, tmp_path / "mnist.npz")
+    condense.distill("random", dataset=tmp_path / "mnist.npz", network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    condense.evaluate(tmp_path / "run", networks=["mlp"], num_seeds=1, device="cpu")
+    assert "published: " not in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("apply-nas.json", "[]", "apply-nas.json holds no findings"),
+        ("apply-nas.json", '{"table": null}', "apply-nas.json holds no findings"),
+        ("apply-nas.json", "{", "apply-nas.json holds no findings"),
+        ("run.json", '{"seconds": "long"}', None),
+        ("run.json", "[]", None),
+        ("log.jsonl", '1\n{"loss": 2}\n{"step": 1, "lo', None),
+        ("snapshots/step_0000001 (1).safetensors", "copy", None),
+        ("snapshots/step_0000002.safetensors", "damaged", "step_0000002.safetensors"),
+    ],
+)
+def test_odd_files_of_a_run(
+    name: str,
+    content: str,
+    complaint: str | None,
+    folders: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "$odd$ [b]name"
+    shutil.copytree(folders[0], run)
+    (run / name).write_text(content)
+    if complaint is None:
+        cli.main(["report", str(run)])
+        cli.main(["show", str(run)])
+        assert "[b]name" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["report", str(run)])
+        assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default")

@@ -444,6 +444,12 @@ def _assemble(
     )
 
 
+def is_known(name: str, fingerprint: str) -> bool:
+    """Whether ``name`` is in the table, and the training split of this fingerprint is what it means there."""
+    known = _table().get(name)
+    return known is not None and known.train in (None, fingerprint)
+
+
 def _recognise(found: dict[str, str], has_test: bool) -> Known | None:
     """The known data set of which these are the splits; the test split may be missing, but not be another."""
     for known in _table().values():

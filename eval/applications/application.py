@@ -75,12 +75,16 @@ class Setting:
         augment = Augment.parse(plan.augment, own=self.arrays.strategy)
         return SetScorer(network, plan, settled(self.compute, network, plan, num_images), augment)
 
-    def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Images and classes of the set and of the baselines, by who made them."""
+    def contenders(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, SyntheticSet]:
+        """The set and the baselines, by who made them."""
         own = self.syn.origin.method or "set"
         others = {name if name != own else f"{name}, made anew": syn for name, syn in baselines.items()}
+        return {own: self.syn, **others}
+
+    def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Images and classes of the set and of the baselines, by who made them."""
         found = {}
-        for name, syn in {own: self.syn, **others}.items():
+        for name, syn in self.contenders(baselines).items():
             images, labels = decoded(syn, soft=False)
             found[name] = images.to(self.device), labels.to(self.device)
         return found
@@ -102,6 +106,10 @@ class Findings:
 @dataclass(frozen=True, kw_only=True)
 class Application(ABC):
     """Its fields are its choices."""
+
+    def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        """Raise ValueError where it cannot be done with this set and these baselines, before they are made."""
+        return None
 
     @abstractmethod
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:

@@ -4,7 +4,7 @@ Li et al., "DD-Ranking: rethinking the evaluation of dataset distillation", 2024
 ``condense.eval.ranking``, the accuracies behind them
 
     real, hard      all training images, classes; under ``full-data``
-    hard            the set with classes, under ``protocol``
+    hard            the set with classes, under ``protocol`` without augmentation
     own             the set as it is meant to be trained on; of sets with hard labels the same as hard
     random, own     random images under the same training as own
     augmented       the set and random images under ``protocol`` with DSA, against the same without
@@ -17,14 +17,15 @@ those of ``random-soft`` where that is among the baselines, labelled once by a t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from condense.eval import ranking
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.baselines import full_data, kept
-from condense.eval.crossarch import evaluate
+from condense.eval.crossarch import evaluate, require_held_out
 from condense.eval.protocol import Protocol, fixed, own
+from condense.files import checksum
 from condense.synthetic.set import SyntheticSet
 
 
@@ -43,13 +44,19 @@ class Ranking(Application):
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
 
-    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
+    def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         if "random" not in baselines:
             raise ValueError("the scores compare with random images; give --baselines random")
-        random, plain = baselines["random"], fixed(self.protocol)
+        if fixed(self.protocol).holds_out:
+            require_held_out(syn)
+        if syn.label_kind.space != "classes":
+            own(syn)
+
+    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
+        random, plain, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
         augmented, plain = (dataclasses.replace(plain, augment=augment) for augment in ("dsa", "none"))
-        scored = {setting.syn.origin.method or "set": setting.syn}
-        scored |= {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
+        chance = baselines.get("random-soft", random)
+        rivals = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
         transform = str(setting.syn.origin.recipe.get("transform", "channel"))
         real = full_data(
             setting.arrays,
@@ -63,13 +70,12 @@ class Ranking(Application):
             journal=kept(setting.cache, setting.arrays),
         ).mean
         rows, record = [], {}
-        for name, syn in scored.items():
-            hard, random_hard = self._accuracy(setting, syn, plain), self._accuracy(setting, random, plain)
+        for name, syn in setting.contenders(rivals).items():
+            hard, random_hard = accuracy(syn, plain), accuracy(random, plain)
             own_accuracy, random_own = hard, random_hard
             if syn.label_kind.space != "classes":
-                chance = baselines.get("random-soft", random)
-                own_accuracy, random_own = (self._accuracy(setting, each, own(syn)) for each in (syn, chance))
-            with_it = [self._accuracy(setting, each, augmented) for each in (syn, random)]
+                own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, chance))
+            with_it = [accuracy(each, augmented) for each in (syn, random)]
             found = {
                 "real hard": real,
                 "hard": hard,
@@ -101,18 +107,27 @@ class Ranking(Application):
             {"rankings": record},
         )
 
-    def _accuracy(self, setting: Setting, syn: SyntheticSet, plan: Protocol) -> float:
-        """Mean over the networks; kept, so that what several rows need is trained once."""
-        (result,) = evaluate(
-            syn,
-            setting.arrays,
-            networks=[self.network],
-            num_seeds=self.num_seeds,
-            protocol=plan,
-            seed=setting.seed,
-            compute=setting.compute,
-            device=setting.device,
-            cache=setting.cache,
-            journal=kept(setting.cache, setting.arrays),
-        ).results
-        return result.mean
+
+class _Accuracies:
+    """Means over the networks; what several rows need is trained once."""
+
+    def __init__(self, plan: Ranking, setting: Setting) -> None:
+        self._plan, self._setting, self._known = plan, setting, dict[tuple[str, str], float]()
+
+    def __call__(self, syn: SyntheticSet, protocol: Protocol) -> float:
+        key, setting = (checksum(syn.state_dict()), protocol.hash), self._setting
+        if key not in self._known:
+            (result,) = evaluate(
+                syn,
+                setting.arrays,
+                networks=[self._plan.network],
+                num_seeds=self._plan.num_seeds,
+                protocol=protocol,
+                seed=setting.seed,
+                compute=setting.compute,
+                device=setting.device,
+                cache=setting.cache,
+                journal=kept(setting.cache, setting.arrays),
+            ).results
+            self._known[key] = result.mean
+        return self._known[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ class Run:
     results: Sequence[Mapping[str, Any]]
     """Rows of ``evaluation.json``."""
     uses: Sequence[Mapping[str, Any]]
-    """Of ``apply-NAME.json``."""
+    """See ``uses_of``."""
     record: Mapping[str, Any]
     """What it cost, and where it ran."""
 
@@ -78,8 +79,8 @@ def collect(folder: Path) -> Run:
     if not finished.exists():
         raise ValueError(f"{folder} is not finished; the command that began it continues with --resume")
     syn, evaluation = load(finished), folder / "evaluation.json"
-    log = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
+    log = steps_of(folder)
     num_steps = int(syn.origin.recipe.get("method", {}).get("num_steps", len(log)))
     return Run(
         folder=folder,
@@ -87,17 +88,36 @@ def collect(folder: Path) -> Run:
         snapshots={**{step: kept for step, kept in snapshots.items() if step < num_steps}, num_steps: syn},
         log=log,
         results=crossarch.read_complete(evaluation) if evaluation.exists() else [],
-        uses=[_read(file) for file in sorted(folder.glob("apply-*.json"))],
+        uses=uses_of(folder),
         record=runs.read_record(folder),
     )
 
 
+def steps_of(folder: Path) -> list[Mapping[str, Any]]:
+    """The lines of a run's log that are steps."""
+    return [
+        line
+        for line in read_log(folder / "log.jsonl")
+        if isinstance(line, dict) and "step" in line and "event" not in line
+    ]
+
+
+def uses_of(folder: Path) -> list[Mapping[str, Any]]:
+    """Title, columns and rows of what ``condense apply`` found.
+
+    Raises:
+        ValueError: a file of that name holds something else.
+    """
+    tables: list[Mapping[str, Any]] = []
+    for file in sorted(folder.glob("apply-*.json")):
+        try:
+            table = json.loads(file.read_text(encoding="utf-8"))["table"]
+            tables.append({name: table[name] for name in ("title", "columns", "rows")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} holds no findings: {error!r}; remove it or run condense apply again") from error
+    return tables
+
+
 def _snapshots(folder: Path) -> list[Path]:
-    return sorted((folder / "snapshots").glob("step_*.safetensors"))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; remove it or write it again") from error
+    files = sorted((folder / "snapshots").glob("step_*.safetensors"))
+    return [file for file in files if re.fullmatch(r"step_\d+", file.stem)]

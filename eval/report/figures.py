@@ -46,6 +46,7 @@ def drawing(name: str, xlabel: str, ylabel: str, size: tuple[float, float] = (4.
     """A figure of its own; equal drawings of equal ``name`` give equal text."""
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "svg.hashsalt": name,
         "font.family": "sans-serif",
         "font.size": 9,

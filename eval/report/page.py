@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -14,13 +16,14 @@ import yaml
 from markupsafe import Markup
 
 from condense import __version__, picture
+from condense.data.datasets import is_known
 from condense.data.transform import Transform
 from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
 from condense.synthetic.set import SyntheticSet
-from condense.table import by_protocol
+from condense.table import by_protocol, by_set
 
 MAX_IMAGES = 200
 """Shown of a run at one time: more columns for few classes, fewer for many."""
@@ -37,6 +40,7 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
     """
     names = _names(runs)
     datasets = list(dict.fromkeys(run.dataset for run in runs))
+    rows = _named_rows(runs, names)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
         autoescape=True,
@@ -55,8 +59,11 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
             for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
         ],
         validation=_validation(runs, names),
-        tables=_tables(runs, names),
-        budgets=[_budget(name, [run for run in runs if run.dataset == name]) for name in datasets],
+        tables=_tables(rows),
+        budgets=[
+            _budget(name, [run for run in runs if run.dataset == name], [row for row in rows if row["dataset"] == name])
+            for name in datasets
+        ],
     )
 
 
@@ -66,13 +73,16 @@ def _resource(name: str) -> str:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """``dm, ipc 10``; with what else is needed to tell the runs apart."""
-    short = [f"{run.method}, ipc {run.ipc}" for run in runs]
+    names = [f"{run.method}, ipc {run.ipc}" for run in runs]
     for what in ("dataset", "network"):
         if len({getattr(run, what) for run in runs}) > 1:
-            short = [f"{name}, {getattr(run, what)}" for name, run in zip(short, runs, strict=True)]
-    return [
-        f"{name} ({run.folder.name})" if short.count(name) > 1 else name for name, run in zip(short, runs, strict=True)
-    ]
+            names = [f"{name}, {getattr(run, what)}" for name, run in zip(names, runs, strict=True)]
+    names = _told_apart(names, [run.folder.resolve().name for run in runs])
+    return _told_apart(names, [str(k + 1) for k in range(len(runs))])
+
+
+def _told_apart(names: Sequence[str], by: Sequence[str]) -> list[str]:
+    return [f"{name} ({more})" if names.count(name) > 1 else name for name, more in zip(names, by, strict=True)]
 
 
 def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "lr": _learned_lr(run, key),
         "reliability": None if headline is None else _reliability(headline, key),
         "per_class": None if headline is None else _per_class(run, headline),
-        "uses": [use["table"] for use in run.uses if "table" in use],
+        "uses": run.uses,
         "commands": _commands(run),
         "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False),
         "facts": {
@@ -225,36 +235,40 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
     return list(zip(run.syn.origin.dataset["classes"], means, strict=True))
 
 
-def _named_rows(run: Run, name: str) -> list[Mapping[str, Any]]:
-    """The results of a run, each with the name of what was trained on, as ``set``."""
-    named: list[Mapping[str, Any]] = []
-    for row in run.results:
-        others = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
-        whole = "full data" if row["synthetic_sha256"] is None else others
-        named.append({**row, "set": name if row["synthetic_sha256"] == run.sha256 else whole})
-    return named
+def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The results of all runs, each with the name of what was trained on and the network that its run was distilled
+    on."""
+    rows: list[Mapping[str, Any]] = []
+    for run, name in zip(runs, names, strict=True):
+        for row in run.results:
+            if row["synthetic_sha256"] == run.sha256:
+                label = name
+            elif row["synthetic_sha256"] is None:
+                label = "full data"
+            else:
+                label = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+            rows.append({**row, "set": label, "distilled_on": run.network})
+    return rows
 
 
-def _tables(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A heat map for each data set and protocol: sets down, architectures across."""
     tables = []
-    for dataset in dict.fromkeys(run.dataset for run in runs):
-        pairs = [(run, name) for run, name in zip(runs, names, strict=True) if run.dataset == dataset]
-        for protocol, rows in by_protocol([row for run, name in pairs for row in _named_rows(run, name)]).items():
-            networks = list(dict.fromkeys(row["network"] for row in rows))
-            low, high = min(row["mean"] for row in rows), max(row["mean"] for row in rows)
-            sets: dict[str, dict[str, Mapping[str, Any]]] = {}
-            for row in rows:
-                sets.setdefault(row["set"], {})[row["network"]] = row
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        for protocol, found in by_protocol([row for row in rows if row["dataset"] == dataset]).items():
+            networks = list(dict.fromkeys(row["network"] for row in found))
+            sets = by_set(found, "set")
+            shown = [row for cells in sets.values() for row in cells.values()]
+            low, high = min(row["mean"] for row in shown), max(row["mean"] for row in shown)
             cells = {name: [_cell(of.get(network), low, high) for network in networks] for name, of in sets.items()}
             tables.append(
                 {
                     "dataset": dataset,
                     "protocol": protocol,
-                    "changed": changes(rows[0]),
+                    "changed": changes(found[0]),
                     "networks": networks,
                     "rows": list(cells.items()),
-                    "n": ", ".join(map(str, sorted({row["n"] for row in rows}))),
+                    "n": ", ".join(map(str, sorted({row["n"] for row in shown}))),
                 }
             )
     return tables
@@ -278,24 +292,21 @@ def percent(mean: float, std: float | None) -> str:
     return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
-def _budget(dataset: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy against bytes: what was measured here beside what papers state."""
-    rows_of = [
-        row
-        for run in runs
-        for row in _named_rows(run, f"{run.method}, ipc {run.ipc}")
-        if row["synthetic_sha256"] is not None and row["network"] == run.network
-    ]
-    groups, measured = by_protocol(rows_of), {}
-    for protocol, found in groups.items():
-        for row in found:
-            label = row["set"] + (f", {protocol}" if len(groups) > 1 else "")
-            total = sum(row["stored_bytes"].values())
-            measured[label] = Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"])
-    table = json.loads(_resource("published.json")).get(dataset)
+    own_network = [row for row in rows if row["synthetic_sha256"] is not None and row["network"] == row["distilled_on"]]
+    groups, measured = by_protocol(own_network), []
+    for protocol, of_protocol in groups.items():
+        for name, cells in by_set(of_protocol, "set").items():
+            for row in cells.values():
+                label = name + (f", {protocol}" if len(groups) > 1 else "")
+                total = sum(row["stored_bytes"].values())
+                measured.append(Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"]))
+    origin, published, lines = runs[0].syn.origin, [], []
+    known = is_known(dataset, origin.dataset["fingerprint"])
+    table = json.loads(_resource("published.json")).get(dataset) if known else None
     budgets = {str(run.ipc) for run in runs}
     at_hand = {run.method for run in runs} | set(NAMED)
-    origin, published, rows = runs[0].syn.origin, [], []
     for row in table["rows"] if table else []:
         for ipc, (mean, std) in row["accuracy"].items():
             if ipc in budgets:
@@ -310,7 +321,7 @@ def _budget(dataset: str, runs: Sequence[Run]) -> dict[str, Any]:
                 )
                 published.append(point)
                 source = row["source"] + ("" if row["verified"] else "; from memory, not verified")
-                rows.append(("published", label, total, mean / 100, percent(point.accuracy, point.std), source))
+                lines.append(("published", label, total, mean / 100, percent(point.accuracy, point.std), source))
     ceiling = (
         (f"all training data, published: {table['full']['accuracy']} %", table["full"]["accuracy"] / 100)
         if table
@@ -318,13 +329,13 @@ def _budget(dataset: str, runs: Sequence[Run]) -> dict[str, Any]:
     )
     own = [
         ("measured", point.label, point.num_bytes, point.accuracy, percent(point.accuracy, point.std), "this report")
-        for point in measured.values()
+        for point in measured
     ]
     svg = ""
     if measured or published:
         name = figures.fingerprint("bytes", dataset)
-        svg = figures.accuracy_against_bytes(name, list(measured.values()), published, ceiling)
-    return {"dataset": dataset, "svg": Markup(svg), "rows": own + rows, "published": bool(published)}
+        svg = figures.accuracy_against_bytes(name, measured, published, ceiling)
+    return {"dataset": dataset, "svg": Markup(svg), "rows": own + lines, "published": bool(published)}
 
 
 def _published_bytes(image_shape: tuple[int, int, int], num_classes: int, ipc: int, labels: str) -> int:
@@ -335,14 +346,14 @@ def _published_bytes(image_shape: tuple[int, int, int], num_classes: int, ipc: i
 
 def _commands(run: Run) -> list[str]:
     """What makes the run and its results again, with its recipe in a file."""
-    commands = [f"condense distill recipe.yaml --dataset {run.dataset} --out {run.folder.name}"]
+    data, folder = str(run.record.get("dataset", run.dataset)), run.folder.resolve().name
+    data = data if data == run.dataset else Path(data).name  # where it lies is nobody's business
+    commands = [["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder]]
     asked: dict[tuple[Any, ...], list[str]] = {}
     for row in run.own_results:
         if not row["protocol"].endswith("*"):
             asked.setdefault((row["protocol"], row["n"], row["seed"]), []).append(row["network"])
     for (protocol, n, seed), networks in asked.items():
-        commands.append(
-            f"condense evaluate {run.folder.name} --networks {' '.join(networks)} --num-seeds {n} "
-            f"--protocol {protocol} --seed {seed}"
-        )
-    return commands
+        options = ["--num-seeds", str(n), "--protocol", protocol, "--seed", str(seed)]
+        commands.append(["condense", "evaluate", folder, "--networks", *networks, *options])
+    return [shlex.join(command) for command in commands]
