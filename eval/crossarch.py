@@ -167,8 +167,9 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: see ``read``.
     """
-    wanted, rows = {f.name for f in dataclasses.fields(Result)}, read(path)
-    complete = [row for row in rows if wanted <= row.keys()]
+    wanted = {f.name for f in dataclasses.fields(Result)} | {"mean", "std", "interval", "n", "compression"}
+    scores, rows = {f.name for f in dataclasses.fields(Scores)} - {"accuracy"}, read(path)
+    complete = [row for row in rows if wanted <= row.keys() and scores <= dict(row["metrics"]).keys()]
     if len(complete) < len(rows):
         warnings.warn(
             f"{len(rows) - len(complete)} rows of {path} were written by another version and are left out; "
