@@ -164,7 +164,7 @@ def tensors(run: Path) -> dict[str, Tensor]:
 def rows(run: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((run / "evaluation.json").read_text())["results"]
     for row in found:
-        del row["seconds"]
+        del row["seconds"], row["peak_memory_bytes"]
     return found
 
 
@@ -188,7 +188,7 @@ def test_the_number_of_processes_does_not_decide_the_result(
     everything(tiny_file, one, Ranks())
     assert experts(one / "artifacts") == experts(many / "artifacts")
     assert rows(one) == rows(many)
-    assert not list(many.rglob("*.cells.*")), "a journal of an evaluation that is done"
+    assert not list(many.glob("*.cells.*")), "a journal of an evaluation that is done"
     for name in ("dm", "dc", "mtt4", "mtt1"):
         for leaf, expected in tensors(one / name).items():
             torch.testing.assert_close(tensors(many / name)[leaf], expected, rtol=0, atol=1e-6, msg=f"{name} {leaf}")
