@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 import time
 import warnings
@@ -221,7 +220,10 @@ class SetScorer:
             if held_out is not None and calibration != "none":
                 logits = self._scorer.logits(weights, held_out.images)
                 divisor = temperature(calibration, logits, held_out.labels, rng("calibration"))
-            scores.append(Scores.of(self._scorer.logits(weights, x) / divisor, y))
+            found = self._scorer.logits(weights, x) / divisor
+            if not found.isfinite().all():
+                warnings.warn(f"a network of {self.network.name} diverged; it is scored all the same", stacklevel=2)
+            scores.append(Scores.of(found, y))
         return scores
 
     def _train(
@@ -342,11 +344,6 @@ def measure(
                 )
                 share = (time.perf_counter() - begun) / len(group)
                 for k, found in zip(group, scores, strict=True):
-                    if not math.isfinite(found.nll):
-                        raise ValueError(
-                            f"network {k} of {network.name} diverged under {name}: its outputs are not finite; "
-                            "what was trained before is kept; give a smaller --protocol.lr"
-                        )
                     cell = Cell(found, share, peak_memory(device))
                     trained[i, k] = cell.pack()
                     if journal is not None:

@@ -41,8 +41,10 @@ class Scores:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Scores:
-        """Of logits (N, C) and classes (N,)."""
+        """Of logits (N, C) and classes (N,). Logits of an image that are not finite, as a network that diverged gives
+        them, count as equal probabilities of all classes."""
         logits, labels = logits.double().cpu(), labels.cpu()
+        logits = logits.where(logits.isfinite().all(1, keepdim=True), 0.0)
         num, classes = logits.shape
         log_p = logits.log_softmax(1)
         p, onehot = log_p.exp(), F.one_hot(labels, classes).double()

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,15 @@ def test_a_network_without_a_name_is_trained_again(
     assert evaluate(nn.ReLU) != evaluate(nn.Sigmoid)
 
 
-def test_a_network_that_diverges_is_named(tiny: Arrays, tmp_path: Path) -> None:
+def test_a_network_that_diverges_is_scored_as_one_that_knows_nothing(tiny: Arrays, tmp_path: Path) -> None:
     condense.distill("random", dataset=tiny, network="mlp", ipc=2, out=tmp_path / "run", device="cpu")
-    plan = dataclasses.replace(PROTOCOLS["canonical"], lr=1e6)
-    with pytest.raises(ValueError, match=r"network 0 of mlp diverged.*--protocol.lr"):
-        condense.evaluate(tmp_path / "run", tiny, networks=["mlp"], num_seeds=1, protocol=plan, device="cpu")
+    plan = dataclasses.replace(PROTOCOLS["canonical"], lr=1e9)
+    with pytest.warns(UserWarning, match="a network of mlp diverged"):
+        (row,) = condense.evaluate(
+            tmp_path / "run", tiny, networks=["mlp"], num_seeds=1, protocol=plan, device="cpu"
+        ).results
+    assert row.mean == pytest.approx(1 / 3) and row.metrics["nll"][0] == pytest.approx(math.log(3))
+    json.loads((tmp_path / "run" / "evaluation.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
