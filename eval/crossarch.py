@@ -396,7 +396,9 @@ def _with_best_rate(
     keys, accuracies = [rng.child("learning rate", network.name)], []
     for lr in sorted(plan.lr_grid):
         scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment)
-        (found,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)
+        with warnings.catch_warnings():  # a rate at which networks diverge is none to be warned of: it is not chosen
+            warnings.simplefilter("ignore", UserWarning)
+            (found,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)
         accuracies.append(found.accuracy)
     best = sorted(plan.lr_grid)[accuracies.index(max(accuracies))]
     return dataclasses.replace(plan, lr=best, lr_grid=())
