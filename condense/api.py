@@ -458,7 +458,13 @@ def report(
     found = [report.collect(path) for path in paths]
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} for the report; make it or give another --out")
-    pixels = [_pixels(run.syn, path, dataset, download) for run, path in zip(found, paths, strict=True)]
+    pixels: list[Transform | None] = []
+    for run, path in zip(found, paths, strict=True):
+        try:
+            pixels.append(_pixels(run.syn, path, dataset, download))
+        except ValueError as error:
+            warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
+            pixels.append(None)
     write_text(target, report.render(found, pixels))
     return target
 
@@ -469,25 +475,17 @@ def draw(syn: SyntheticSet | Path | str, out: Path | str, dataset: Data | None =
     Raises:
         ValueError: the set is whitened and its data are not at hand; the file cannot be written.
     """
-    path = None if isinstance(syn, SyntheticSet) else Path(syn)
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    transform = _pixels(found, path, dataset)
-    if transform is None:
-        raise ValueError(f"{path} is whitened: give its data set with --dataset")
-    picture.draw(found, transform, Path(out))
+    picture.draw(found, _pixels(found, syn, dataset), Path(out))
 
 
-def _pixels(syn: SyntheticSet, path: Path | None, dataset: Data | None, download: bool = False) -> Transform | None:
-    """The way back to pixels; None of a whitened set whose data are not at hand."""
-    if syn.origin.transform.get("kind") != "zca":
-        return Transform.from_description(dict(syn.origin.transform))
-    try:
-        return crossarch.transform_of(
-            *open_set(syn if path is None else path, dataset, download=download), cache_folder()
-        )
-    except ValueError as error:
-        warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
-        return None
+def _pixels(
+    found: SyntheticSet, syn: SyntheticSet | Path | str, dataset: Data | None, download: bool = False
+) -> Transform:
+    """The way back to pixels of the set ``found`` at ``syn``. Raises ValueError of a whitened set without its data."""
+    if found.origin.transform.get("kind") != "zca":
+        return Transform.from_description(dict(found.origin.transform))
+    return crossarch.transform_of(*open_set(syn, dataset, download=download), cache_folder())
 
 
 def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, dataset: Data | None = None) -> None:
@@ -497,11 +495,7 @@ def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, datas
         ValueError: unknown format, something is at ``out``, or it cannot be written.
     """
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    if found.origin.transform.get("kind") == "zca":
-        fitted = crossarch.transform_of(*open_set(syn, dataset), cache_folder())
-    else:
-        fitted = Transform.from_description(found.origin.transform)
-    exchange.export(found, fitted, Path(out), kind)
+    exchange.export(found, _pixels(found, syn, dataset), Path(out), kind)
 
 
 def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decode) -> SyntheticSet:

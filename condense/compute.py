@@ -135,6 +135,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def device_name(device: torch.device) -> str:
+    """Of the GPU by its maker, else of the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def forget_peak(device: torch.device) -> None:
     """Begin anew to look for the most memory; the process's own most, which a CPU has, cannot be forgotten."""
     if device.type == "cuda":

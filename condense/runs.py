@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from condense import __version__
-from condense.compute import peak_memory
+from condense.compute import device_name, peak_memory
 from condense.data import datasets
 from condense.files import write_text
 from condense.recipe import Recipe, to_mapping
@@ -80,7 +80,7 @@ def write_record(folder: Path, dataset: str, device: torch.device, seconds: floa
         "machine": platform.machine(),
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": device_name(device),
         "peak_memory_bytes": peak_memory(device),
         "python": platform.python_version(),
         "torch": torch.__version__,

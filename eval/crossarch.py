@@ -19,7 +19,7 @@ from torch import Tensor
 
 from condense import __version__, tracking
 from condense.augment import Augment
-from condense.compute import Compute, forget_peak, peak_memory
+from condense.compute import Compute, device_name, forget_peak, peak_memory
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
@@ -308,7 +308,7 @@ def measure(
             **network.identity(),
             "num_params": network.num_params,
             "transform": transform.describe(),
-            "device": _device_name(device),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "numbers": width(arrays.num_classes),
@@ -361,7 +361,7 @@ def measure(
             protocol=name,
             protocol_fields=training.content(),
             dataset=arrays.name,
-            device=_device_name(device),
+            device=device_name(device),
             threads=torch.get_num_threads(),
             seconds=round(sum(cell.seconds for cell in row), 3),
             peak_memory_bytes=max(cell.peak_memory for cell in row),
@@ -372,10 +372,6 @@ def measure(
         )
         for network, policy, training, row in zip(networks, policies, plans, unpacked, strict=True)
     ]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _with_best_rate(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from condense.eval import ranking
 from condense.eval.applications.application import Application, Findings, Setting
@@ -58,17 +59,7 @@ class Ranking(Application):
         chance = baselines.get("random-soft", random)
         rivals = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
         transform = str(setting.syn.origin.recipe.get("transform", "channel"))
-        real = full_data(
-            setting.arrays,
-            network=self.network,
-            num_seeds=self.num_seeds,
-            transform=transform,
-            seed=setting.seed,
-            compute=setting.compute,
-            device=setting.device,
-            cache=setting.cache,
-            journal=kept(setting.cache, setting.arrays),
-        ).mean
+        real = full_data(setting.arrays, network=self.network, transform=transform, **accuracy.common).mean
         rows, record = [], {}
         for name, syn in setting.contenders(rivals).items():
             hard, random_hard = accuracy(syn, plain), accuracy(random, plain)
@@ -112,22 +103,19 @@ class _Accuracies:
     """Means over the networks; what several rows need is trained once."""
 
     def __init__(self, plan: Ranking, setting: Setting) -> None:
-        self._plan, self._setting, self._known = plan, setting, dict[tuple[str, str], float]()
+        self._arrays, self._network, self._known = setting.arrays, plan.network, dict[tuple[str, str], float]()
+        self.common: dict[str, Any] = {
+            "num_seeds": plan.num_seeds,
+            "seed": setting.seed,
+            "compute": setting.compute,
+            "device": setting.device,
+            "cache": setting.cache,
+            "journal": kept(setting.cache, setting.arrays),
+        }
 
     def __call__(self, syn: SyntheticSet, protocol: Protocol) -> float:
-        key, setting = (checksum(syn.state_dict()), protocol.hash), self._setting
+        key = (checksum(syn.state_dict()), protocol.hash)
         if key not in self._known:
-            (result,) = evaluate(
-                syn,
-                setting.arrays,
-                networks=[self._plan.network],
-                num_seeds=self._plan.num_seeds,
-                protocol=protocol,
-                seed=setting.seed,
-                compute=setting.compute,
-                device=setting.device,
-                cache=setting.cache,
-                journal=kept(setting.cache, setting.arrays),
-            ).results
-            self._known[key] = result.mean
+            found = evaluate(syn, self._arrays, networks=[self._network], protocol=protocol, **self.common)
+            self._known[key] = found.results[0].mean
         return self._known[key]
