@@ -1,0 +1,148 @@
+"""Values checked against annotations: the content of a JSON file, and the fields that a Python user passes.
+
+One checker serves both, so that a wrong type is refused in the same words wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+def mismatch(value: Any, annotation: Any) -> str | None:
+    """Why ``value`` is not of the annotated type, as "VALUE is not EXPECTED"; None where it is.
+
+    An ``int`` serves as a ``float``; a ``bool`` serves as neither. ``float`` means a finite number or an infinity,
+    never NaN. Tuples, sequences and mappings are checked element by element; a dataclass and any other class by
+    ``isinstance``.
+    """
+    if annotation is Any or annotation is dataclasses.MISSING:
+        return None
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return mismatch(value, args[0])
+    if origin in (Union, types.UnionType):
+        return None if any(mismatch(value, option) is None for option in args) else _not(value, annotation)
+    if origin is Literal:
+        # `True == 1`: the type decides too
+        return None if any(value == x and type(value) is type(x) for x in args) else _not(value, annotation)
+    if annotation is None or annotation is type(None):
+        return None if value is None else _not(value, annotation)
+    if annotation is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        return None if right else _not(value, annotation)
+    if annotation is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else _not(value, annotation)
+    kind = origin or annotation
+    if not isinstance(kind, type):
+        return None  # a type variable or an alias that says nothing at run time
+    if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str | bytes)):
+        return _not(value, annotation)
+    if issubclass(kind, tuple) and args:
+        return _of_tuple(value, args)
+    if issubclass(kind, Mapping) and args:
+        pairs = ((item, part) for pair in value.items() for item, part in zip(pair, args, strict=True))
+        return next((line for item, part in pairs if (line := mismatch(item, part))), None)
+    if issubclass(kind, Sequence) and args:
+        return next((line for item in value if (line := mismatch(item, args[0]))), None)
+    return None
+
+
+def check_fields(instance: Any, prefix: str = "") -> None:
+    """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type.
+
+    Args:
+        instance: a dataclass instance; fields that are dataclasses themselves are checked by their own constructor.
+        prefix: what stands before the name of the field in the message, such as ``method.``.
+    """
+    hints = annotations(type(instance))
+    for field in dataclasses.fields(instance):
+        line = mismatch(getattr(instance, field.name), hints[field.name])
+        if line is not None:
+            raise ValueError(f"{prefix}{field.name}: {line}")
+
+
+def from_json(kind: type[T], value: Any, where: str) -> T:
+    """A dataclass from the mapping that JSON gave; keys beyond its fields are ignored, lists serve as tuples.
+
+    Args:
+        kind: a dataclass whose nested fields may be dataclasses themselves.
+        value: what ``json.loads`` returned.
+        where: the file, and the place in it, for the message.
+
+    Raises:
+        ValueError: not a mapping; a field without default is missing; a field has another type.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {_not(value, Mapping)}")
+    hints, found = annotations(kind), {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in value:
+            found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: the field {field.name!r} is missing")
+    return kind(**found)
+
+
+@functools.cache
+def annotations(kind: type) -> dict[str, Any]:
+    """The resolved annotations of a dataclass, by field name."""
+    return typing.get_type_hints(kind)
+
+
+def _converted(value: Any, annotation: Any, where: str) -> Any:
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return from_json(annotation, value, where)
+    if typing.get_origin(annotation) is tuple and isinstance(value, list):
+        value = tuple(value)
+    line = mismatch(value, annotation)
+    if line is not None:
+        raise ValueError(f"{where}: {line}")
+    return value
+
+
+def _of_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> str | None:
+    if len(args) == 2 and args[1] is Ellipsis:
+        return next((line for item in value if (line := mismatch(item, args[0]))), None)
+    if len(value) != len(args):
+        return f"{_brief(value)} has {len(value)} elements, not {len(args)}"
+    return next((line for item, part in zip(value, args, strict=True) if (line := mismatch(item, part))), None)
+
+
+def _not(value: Any, annotation: Any) -> str:
+    return f"{_brief(value)} is not {_plain(annotation)}"
+
+
+def _brief(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:56]}..."
+
+
+def _plain(annotation: Any) -> str:
+    """What an annotation says, in words."""
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _plain(args[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_plain(option) for option in args)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    kind = origin or annotation
+    if kind in words:
+        return words[kind]
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return "a mapping"
+    if isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str:
+        return "a sequence" + (f" of {_plain(args[0]).removeprefix('a ')}s" if args and args[0] in (int, float) else "")
+    return f"of type {kind.__name__}" if isinstance(kind, type) else str(kind)
