@@ -17,7 +17,8 @@ Of the n images of a class with features f_1 .. f_n and mean mu, a set S of m im
     el2n         the m largest  E_w || softmax(z_w) - y ||,  or the m smallest
 
 right_t: the network classifies the image right after epoch t; z_w: logits of a network of weights w, trained for a
-few epochs; y: the class as a one-hot vector. No image is picked twice; the lowest index wins a tie.
+few epochs; y: the class as a one-hot vector. No image is picked twice. Of equal values the lowest index wins; values
+that differ by less than ``TIE`` of the largest are equal.
 
 Random images whose labels are the softmax of a trained network are the baseline of Qin, Deng and
 Alvarez-Melis, "A label is worth a thousand images in dataset distillation", NeurIPS 2024: ``random-soft``.
@@ -48,6 +49,10 @@ from condense.synthetic.labels import Assigned
 from condense.train import Scorer, Trainer, Training, one_hot
 
 BATCH = 1000
+
+TIE = 1e-5
+"""Share of the largest value below which a difference is rounding: a network's output for one image differs in the last
+bits from one place of a batch to another, and from one processor to another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +145,7 @@ class Herding(FeatureSelection):
         wanted, free = torch.zeros_like(mean), features.new_zeros(len(features))
         for i in range(num):
             wanted = wanted + mean
-            chosen[i] = (distances(features, wanted) + free).argmin()
+            chosen[i] = smallest(distances(features, wanted) + free)
             wanted = wanted - features[chosen[i]]
             free[chosen[i]] = torch.inf
         return chosen
@@ -153,13 +158,13 @@ class KCenter(FeatureSelection):
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
         chosen = features.new_empty(num, dtype=torch.long)
-        chosen[0] = distances(features, features.mean(0)).argmin()
+        chosen[0] = smallest(distances(features, features.mean(0)))
         nearest = features.new_full((len(features),), torch.inf)
         for i in range(1, num):
             last = chosen[i - 1]
             nearest = nearest.minimum(distances(features, features[last]))
             nearest[last] = -torch.inf
-            chosen[i] = nearest.argmax()
+            chosen[i] = smallest(-nearest)
         return chosen
 
 
@@ -173,7 +178,7 @@ class KMeans(FeatureSelection):
         clusters = sklearn.cluster.KMeans(num, n_init=1, random_state=seed % 2**32).fit(points.numpy())
         chosen, free = torch.empty(num, dtype=torch.long), points.new_zeros(len(points))
         for i, centre in enumerate(torch.from_numpy(clusters.cluster_centers_)):
-            chosen[i] = (distances(points, centre) + free).argmin()
+            chosen[i] = smallest(distances(points, centre) + free)
             free[chosen[i]] = torch.inf
         return chosen.to(features.device)
 
@@ -186,7 +191,7 @@ class ScoreSelection(Selection):
     def pick(self, ctx: Context) -> Iterator[Tensor]:
         scores = self.scores(ctx).cpu()
         for members in ctx.task.train.by_class:
-            yield members[scores[members].argsort(descending=True, stable=True)[: ctx.images_per_class]]
+            yield members[highest(scores[members], ctx.images_per_class)]
 
     @abstractmethod
     def scores(self, ctx: Context) -> Tensor:
@@ -276,3 +281,25 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
 def distances(features: Tensor, point: Tensor) -> Tensor:
     """(n, F), (F,) -> (n,); the sum itself and no matrix product, so that equal rows are equally far."""
     return torch.cdist(features, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+
+
+def smallest(values: Tensor) -> Tensor:
+    """Index (0-d) of the smallest of the values (n,); of those that tie with it, the lowest index."""
+    return (values <= values.min() + rounding(values)).int().argmax()
+
+
+def highest(scores: Tensor, num: int) -> Tensor:
+    """Indices (num,) of the highest of the scores (n,), from the top; ties keep the order of the indices.
+
+    A tie is a chain: each score of it is within rounding of the next one.
+    """
+    ordered, order = scores.sort(descending=True, stable=True)
+    steps = ordered[:-1] > ordered[1:] + rounding(scores)
+    level = torch.empty_like(order)
+    level[order] = torch.cat([steps.new_zeros(1), steps]).cumsum(0)
+    return level.argsort(stable=True)[:num]
+
+
+def rounding(values: Tensor) -> Tensor:
+    """The difference (0-d) up to which values (n,) tie; infinite ones do not count."""
+    return TIE * values.where(values.isfinite(), 0.0).abs().max()

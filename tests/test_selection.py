@@ -26,6 +26,8 @@ from condense.methods.selection import (
     ScoreSelection,
     el2n,
     forgetting_events,
+    highest,
+    smallest,
 )
 from condense.networks import Functional, Weights
 from condense.recipe import from_yaml, recipe_files
@@ -210,6 +212,26 @@ def test_the_lowest_indices_win_a_tie_of_many() -> None:
     images = torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     picked = Given(given=(0.0,) * 120).pick(make_context(images, torch.arange(120) % 3))
     assert [p.tolist() for p in picked] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_that_differ_by_rounding_tie(seed: int) -> None:
+    noise = 1e-6 * torch.rand(6, generator=torch.Generator().manual_seed(seed))
+    scores = torch.tensor([3.0, 5.0, 3.0, torch.inf, 5.0, torch.inf]) + noise
+    assert highest(scores, 5).tolist() == [3, 5, 1, 4, 0]
+    assert smallest(scores) == 0 and smallest(-scores[:3]) == 1 and smallest(torch.tensor([2.0, 1.0, 1 + 1e-4])) == 1
+
+
+@pytest.mark.parametrize("method", [Herding(), KCenter(), KMeans()], ids=lambda m: type(m).__name__)
+def test_features_that_differ_by_rounding_change_no_pick(method: FeatureSelection) -> None:
+    """Twelve images, each of them there three times, as one processor and as another one embeds them."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 5, generator=generator).repeat(3, 1)
+    picks = [
+        method.choose(features + 1e-6 * torch.randn(features.shape, generator=generator), 6, seed=0).tolist()
+        for _ in range(8)
+    ]
+    assert picks == [picks[0]] * 8 and len(set(picks[0])) == 6
 
 
 def test_forgetting_events_by_hand() -> None:
