@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint format types bench bench-growth clean
+.PHONY: help demo test test-slow test-matrix check lint format types bench bench-growth clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,6 +28,14 @@ test: .venv/dev ## the tests (under 10 minutes on two cores)
 
 test-slow: .venv/dev ## the tests that take longer than the rest together
 	$(BIN)/python -m pytest -m slow -q
+
+.venv-oldest/dev: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' 'torch==2.6.*' 'torchvision==0.21.*'
+	@touch $@
+
+test-matrix: .venv/dev .venv-oldest/dev ## the tests under other instruction sets, threads and the oldest torch (about an hour)
+	$(BIN)/python -m tests.matrix
 
 check: lint types test ## what must hold before a change is merged
 
