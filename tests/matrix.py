@@ -1,8 +1,8 @@
-"""The suite under other arithmetic: instruction sets, numbers of threads, the oldest supported torch (``make test-matrix``).
+"""The suite under other arithmetic: instruction sets, numbers of threads, the oldest torch (``make test-matrix``).
 
-A processor rounds as its widest instructions do. Capping those of torch and oneDNN makes one machine round as older ones
-do; a cell whose cap lies above what the machine has tests what the machine has. Every cell is a run of pytest in a
-process of its own; what it printed lies in ``build/matrix/NAME.log``. Words after ``--`` go to pytest:
+A processor rounds as its widest instructions do. With a cap on those that torch and oneDNN use, one machine rounds as
+older ones do; where the cap lies above what the machine has, the cell tests what the machine has. Each cell is a run of
+pytest in a process of its own, and its output lies in ``build/matrix/NAME.log``. Words after ``--`` go to pytest:
 
     python -m tests.matrix --cells avx2 oldest-torch -- tests/test_golden.py
 """
