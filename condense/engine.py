@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 import warnings
@@ -74,6 +75,7 @@ def run(
             is not finite (the last good checkpoint is kept); another process ended.
     """
     ranks, parts = ctx.ranks, method.parts(ctx)
+    _laid_out(state)
     checkpoint, previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
     done = 0
     if resume and (checkpoint.exists() or previous.exists()):
@@ -137,8 +139,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
         with ctx.rng.forked("layers", done):  # dropout of foreign networks
             record = method.step(ctx, state, done)
         if ctx.task.device.type == "cuda":  # kernels that add up in no fixed order would lead the processes apart
-            live: dict[str, Tensor] = {}
-            _flatten(_fields(state), "", live)
+            live, _ = _laid_out(state)
             ctx.ranks.same([tensor for tensor in live.values() if tensor.is_floating_point()])
         record |= image_statistics(state.syn)
         require_finite(record)
@@ -178,8 +179,7 @@ def _idle(method: Method, ctx: Context) -> str:
 
 
 def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previous: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(_fields(state), "", tensors)
+    tensors, skeleton = _laid_out(state)
     header = {
         "kind": "checkpoint",
         "format": 1,
@@ -209,6 +209,27 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
     for name, value in values.items():
         setattr(state, name, value)
     return int(header["step"])
+
+
+def _laid_out(state: State) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a state by path, which share memory with it, and its JSON skeleton.
+
+    Two leaves must not share memory: restoring writes into the leaves one after the other, so that the second would
+    overwrite the first.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(_fields(state), "", tensors)
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for path, tensor in tensors.items():
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start, width = tensor.data_ptr(), tensor.element_size()
+            storage = spans.setdefault(tensor.untyped_storage().data_ptr(), [])
+            storage.append((start, start + (last + 1) * width, path))
+    for storage in spans.values():
+        for (_, end, one), (start, _, other) in itertools.pairwise(sorted(storage)):
+            assert end <= start, f"the leaves state{one} and state{other} share memory; let one of them be a copy"
+    return tensors, skeleton
 
 
 def _fields(state: State) -> dict[str, Any]:

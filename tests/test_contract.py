@@ -1,7 +1,9 @@
 """What every method promises; a method joins by being in the table of names."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from condense import api, engine, registry
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.files import checksum
-from condense.inner import RandomTruncated
-from condense.method import GradientMethod, Method
+from condense.inner import ADJOINTS, Checkpointed, Full, Higher, RandomTruncated, Truncated
+from condense.method import GradientMethod, Method, Optim
+from condense.methods import rcig
+from condense.methods.unrolled import Unrolled
 from condense.recipe import Recipe
-from condense.synthetic import Factor, Hard, Logits, SyntheticSet, load
-from condense.synthetic.decode import Decode
-from condense.synthetic.labels import Labels
+from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, SyntheticSet, load
+from condense.synthetic.decode import DCT, Bases, Decode, Hallucinator
+from condense.synthetic.labels import Labels, Targets, Teacher
 
 TINY = "convnet:depth=1,width=4"
 
@@ -30,10 +34,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "cafe": {"batch_real": 6, "batch_probe": 6, "max_epochs": 2, "max_updates": 3},
     "dc": {"batch_real": 6, "outer_loop": 3, "inner_epochs": 1},
     "dsa": {"batch_real": 6, "outer_loop": 3, "inner_epochs": 1},
-    "rcig": {"batch_real": 12, "inner_steps": 3, "adjoint_steps": 3, "pool_size": 2, "max_train_steps": 2},
+    "rcig": {
+        "batch_real": 12,
+        "inner_steps": 3,
+        "adjoint_steps": 3,
+        "pool_size": 1,
+        "max_train_steps": 2,
+        "max_age": 6,
+    },
     "idc": {"batch_real": 6, "outer_loop": 3, "num_student": 12},
     "idc-i": {"batch_real": 6, "outer_loop": 3, "num_student": 12},
-    "frepo": {"batch_real": 12, "pool_size": 2, "max_age": 1},
+    "frepo": {"batch_real": 12, "pool_size": 1, "max_age": 2},
     "dd": {"inner_epochs": 2, "batch_real": 12, "num_networks": 2},
     "rat-bptt": {"adjoint": RandomTruncated(0, 2, 2), "batch_real": 12, "batch_per_class": 1, "same_burn_in": 2},
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
@@ -58,6 +69,13 @@ def small(name: str) -> Method:
     cls = registry.load(name)
     fields = SMALL.get(name, {})
     return cls(num_steps=NUM_STEPS if cls.learns else 1, **fields)
+
+
+@pytest.fixture(autouse=True)
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RCIG looks for its learning rates from near where it finds them."""
+    monkeypatch.setattr(rcig, "FIRST_LR_INNER", 3e-2)
+    monkeypatch.setattr(rcig, "FIRST_LR_ADJOINT", 1e2)
 
 
 @pytest.fixture
@@ -103,11 +121,57 @@ def test_the_file_gives_back_the_set(name: str, run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", LEARNING)
-@pytest.mark.parametrize("stop", [1, 2, 3])
 def test_stopping_and_resuming_changes_no_byte(
-    name: str, stop: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_and_resume(name, stop, run, tmp_path, monkeypatch)
+    stop_and_resume(name, range(1, NUM_STEPS), run, tmp_path, monkeypatch)
+
+
+RESUMED: list[tuple[str, dict[str, Any]]] = [
+    (
+        "mtt",
+        {
+            "decode": DCT(coefficients=16),
+            "labels": Teacher(),
+            "method": {"adjoint": Checkpointed(2), "optim": Optim(kind="adam")},
+        },
+    ),
+    ("mtt", {"decode": Factor(), "labels": Logits(), "method": {"adjoint": Full()}}),
+    (
+        "mtt",
+        {
+            "decode": Hallucinator(num_styles=2),
+            "method": {"adjoint": Truncated(1), "optim_decoder": Optim(kind="lamb")},
+        },
+    ),
+    ("dd", {"labels": Logits(), "method": {"adjoint": Higher(), "optim_labels": Optim(kind="adabelief"), "ema": 0.9}}),
+    ("kip", {"decode": Bases(num_bases=8), "labels": Targets()}),
+]
+"""With ``SMALL`` and the defaults, every decoder, kind of labels, adjoint and kind of optimiser at least once."""
+
+
+@pytest.mark.parametrize(("name", "fields"), RESUMED)
+def test_nor_does_it_with_any_decoder_labels_adjoint_or_optimiser(
+    name: str, fields: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_and_resume(name, [2], run, tmp_path, monkeypatch, **composed(name, fields))
+
+
+def test_every_value_that_composes_is_resumed() -> None:
+    plans = [composed(name, {}) for name in LEARNING] + [composed(*case) for case in RESUMED]
+    methods = [plan["method"] for plan in plans]
+    assert {plan.get("decode", Pixels()).name for plan in plans} == DECODERS.keys()
+    assert {plan.get("labels", Hard()).name for plan in plans} == LABELS.keys()
+    assert {method.adjoint.name for method in methods if isinstance(method, Unrolled)} == ADJOINTS.keys()
+    kinds = {
+        optim.kind for method in methods if isinstance(method, GradientMethod) for optim in method.optims().values()
+    }
+    assert kinds == set(typing.get_args(typing.get_type_hints(Optim)["kind"]))
+
+
+def composed(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe, with those of the small method that ``fields["method"]`` replaces."""
+    return fields | {"method": dataclasses.replace(small(name), **fields.get("method", {}))}
 
 
 @pytest.mark.slow
@@ -116,33 +180,35 @@ def test_stopping_and_resuming_changes_no_byte(
 def test_nor_does_it_where_the_work_is_compiled(
     name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_and_resume(name, 2, run, tmp_path, monkeypatch, **FAST)
+    stop_and_resume(name, [2], run, tmp_path, monkeypatch, **FAST)
 
 
 def stop_and_resume(
-    name: str, stop: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any
+    name: str, stops: Sequence[int], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any
 ) -> None:
+    """A whole run, and one that is stopped before each of these steps and then resumed."""
     run(name, "whole", **fields)
     method = type(small(name))
     step = GradientMethod.step
-
-    def killed(self: Any, ctx: Any, state: Any, done: int) -> dict[str, float]:
-        if done == stop:
-            raise KeyboardInterrupt
-        return step(self, ctx, state, done)
-
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(method, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(name, "stopped", **fields)
-    torch.compiler.reset()  # as in a new process
+    for stop in stops:
+
+        def killed(self: Any, ctx: Any, state: Any, done: int, stop: int = stop) -> dict[str, float]:
+            if done == stop:
+                raise KeyboardInterrupt
+            return step(self, ctx, state, done)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(method, "step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(name, "stopped", resume=stop > stops[0], **fields)
+        torch.compiler.reset()  # as in a new process
     run(name, "stopped", resume=True, **fields)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for file in ("synthetic.safetensors", f"snapshots/step_{NUM_STEPS:07d}.safetensors"):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()
     lines = (stopped / "log.jsonl").read_text().splitlines()
-    assert f'{{"event": "resume", "step": {stop}}}' in lines
+    assert all(f'{{"event": "resume", "step": {stop}}}' in lines for stop in stops)
     assert [line for line in lines if "event" not in line] == (whole / "log.jsonl").read_text().splitlines()
 
 
@@ -160,9 +226,5 @@ def test_every_learnable_leaf_receives_gradient(name: str, decode: Decode, label
 
 
 def _frozen(method: Method) -> Method:
-    import dataclasses
-
-    from condense.method import Optim
-
     still = Optim(lr=0.0)
     return dataclasses.replace(method, optim=still, optim_labels=still, optim_decoder=still, optim_lr=still)

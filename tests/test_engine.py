@@ -203,3 +203,25 @@ def test_a_state_with_leaves_of_every_kind_is_restored(
     with pytest.raises(ValueError):
         run(Carries(bad=7), ctx, tmp_path / "stopped")
     assert torch.equal(run(Carries(), ctx, tmp_path / "stopped", resume=True).latents, whole.latents)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_state_in_which_two_leaves_share_memory_is_never_written(late: bool, ctx: Context, tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Shares(Carries):
+        def init(self, ctx: Context) -> Rich:
+            state = super().init(ctx)
+            return state if late else self.sharing(state)
+
+        def after(self, ctx: Context, state: Any, step: int) -> None:
+            super().after(ctx, state, step)
+            self.sharing(state)
+
+        def sharing(self, state: Rich) -> Rich:
+            both = torch.arange(5.0)
+            state.views = {"low": both[:3], "high": both[2:]}
+            return state
+
+    with pytest.raises(AssertionError, match=r"state\.views\.low and state\.views\.high share memory"):
+        run(Shares(), ctx, tmp_path)
+    assert not list(tmp_path.glob("*checkpoint*"))

@@ -82,8 +82,8 @@ class Adam(Rule):
     def init(self, params: Params) -> State:
         like = next(iter(params.values()))
         step = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        zeros = {name: torch.zeros_like(p) for name, p in params.items()}
-        return AdamState(step, zeros, dict(zeros))
+        mean, square = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+        return AdamState(step, mean, square)
 
     def update(self, grads: Params, state: State, params: Params, lr: Tensor) -> tuple[Params, State]:
         beta1, beta2 = self.betas
