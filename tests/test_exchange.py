@@ -143,7 +143,7 @@ class Bomb:
         ({"data": [[Bomb(), Bomb()]]}, "is refused"),
         ({"images": torch.zeros(3)}, "neither the `data` of DC"),
         ({"data": []}, "no list of runs"),
-        ([torch.zeros(3, 1, 8, 8)], "no pair of images and labels"),
+        ([torch.zeros(3, 1, 8, 8)], "no pair of images"),
         ([torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long)], r"\(N, C, H, W\) and \(N,\)"),
         ([torch.full((3, 1, 8, 8), torch.nan), torch.zeros(3, dtype=torch.long)], "not finite"),
         ([torch.zeros(3, 1, 8, 8), torch.full((3,), 0.5)], "no whole numbers"),

@@ -318,7 +318,7 @@ def _load_npz(path: Path) -> Arrays:
 
 def _names_of(classes: Array, where: str, most: int) -> list[str]:
     """The array ``classes`` of a file as text; each class needs one of the ``most`` training images."""
-    if classes.ndim != 1 or classes.dtype.kind not in "USiu":
+    if classes.ndim != 1 or classes.dtype.kind not in "USbiufmM":
         raise ValueError(
             f"classes{where} is {brief(classes.dtype)} of shape {brief(classes.shape)}: names are one axis of text; "
             "give np.array([NAME, NAME, ...])"
@@ -519,7 +519,7 @@ def _assemble(
     if count < 2:
         raise ValueError(f"y_train{where} has one class: there is nothing to tell apart; give at least two")
     if count > _MOST_CLASSES:
-        raise ValueError(f"y_train{where} has {count} classes, {_MOST_CLASSES} are the most; give fewer classes")
+        raise ValueError(f"y_train{where} has {count} classes: {_MOST_CLASSES} are the most; give fewer")
     if x_test is None:
         x_test, y_test = np.empty((0, *x_train.shape[1:]), x_train.dtype), np.empty(0, np.int64)
     else:
@@ -582,6 +582,7 @@ def _check_images(what: str, images: Tensor | Array, channels_first: bool) -> Ar
 
 
 def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) -> Array:
+    cast = ".long()" if isinstance(labels, Tensor) else ".astype('int64')"
     labels = numpy_of(what, labels)
     if labels.shape != (count,):
         mend = "give one for each image"
@@ -600,7 +601,7 @@ def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) 
     elif kind == "f" and not np.array_equal(labels, np.rint(labels)):
         mend = "only classes are distilled, no regression targets, so give the number of each image's class"
     elif kind == "b" or (kind == "f" and np.abs(labels).max() < 2**53):
-        mend = "convert with .astype('int64')"
+        mend = f"give y{cast}"
     elif kind in "iufUSmM":
         mend = renumber
     else:

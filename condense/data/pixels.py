@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def check_pixels(what: str, images: Array) -> Array:
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)
     if images.dtype.kind == "b":
-        raise ValueError(f"{what} is bool: {_WANTED}; convert it with .astype('float32')")
+        raise ValueError(f"{what} is bool: {_WANTED}; give x * 1.0")
     if images.dtype.kind not in "iuf":
         raise ValueError(f"{what} is {brief(images.dtype)}: {_WANTED}; give numbers")
     low, high = images.min(), images.max()
@@ -36,7 +37,7 @@ def check_pixels(what: str, images: Array) -> Array:
     if not np.isfinite(images).all():
         raise ValueError(f"{what} has NaN or infinite pixels: every pixel must be in [0, 1]; clean the data")
     if low < 0 or high > 1:
-        hint = "clip the rounding with .clip(0, 1)"
+        hint = "clip what rounding did, x.clip(0, 1)"
         if not -1e-3 <= low <= high <= 1 + 1e-3:
             hint = _hint(float(low), float(high))
         raise ValueError(f"{what} has pixels from {low:g} to {high:g}: floats must lie in [0, 1]; {hint}")
@@ -58,22 +59,25 @@ def numpy_of(what: str, array: Tensor | Array) -> Array:
         return np.asarray(array)
     array = array.detach()
     if array.is_nested or array.is_meta:
-        raise ValueError(f"{what} is a {'nested' if array.is_nested else 'meta'} tensor; give an ordinary one")
+        found = "nested" if array.is_nested else "meta"
+        raise ValueError(f"{what} is a {found} tensor: its values are not one array; give an ordinary tensor")
     if array.layout != torch.strided:
         raise ValueError(f"{what} is a sparse tensor: pixels and labels are dense; give x.to_dense()")
     if array.is_quantized:
         raise ValueError(f"{what} is a quantised tensor: pixels and labels are plain numbers; give x.dequantize()")
     array = array.cpu().resolve_conj().resolve_neg()
+    if array.is_floating_point() and array.dtype not in (torch.float16, torch.float32, torch.float64):
+        array = array.float()  # numpy lacks bfloat16 and float8
     try:
         return array.numpy()
-    except TypeError:  # numpy lacks bfloat16 and float8
-        return array.float().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is no array: {reason(error)}; give an ordinary tensor") from error
 
 
 def brief(value: object) -> str:
-    """``str(value)`` on one line, at most 120 characters of it."""
+    """``str(value)`` on one line, at most 200 characters of it."""
     text = " ".join(str(value).split())
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 3]}..."
 
 
 def reason(error: BaseException) -> str:
@@ -81,24 +85,23 @@ def reason(error: BaseException) -> str:
     return brief(error) or type(error).__name__
 
 
+_LONGEST_QUOTE = 200
 _WANTED = "pixels are uint8 (0 to 255) or floats in [0, 1]"
 
 
 def _hint(low: float, high: float) -> str:
-    """How values of this range become pixels."""
+    """How values of this range become pixels, as arrays and as tensors."""
     if low < -1e-3:
         return (
             "undo their normalisation, x * std + mean, or map the range [LOW, HIGH] that a pixel can have with "
-            "((x - LOW) / (HIGH - LOW)).astype('float32')"
+            "(x - LOW) / (HIGH - LOW)"
         )
     if isinstance(high, int) and high <= 1:
-        return "convert it with .astype('float32')"
-    if isinstance(high, int) and 128 <= high <= 255:
-        return "convert it with .astype('uint8')"
+        return "give x * 1.0"
     if 128 <= high <= 65535:
-        top = 2 ** int(np.ceil(np.log2(high + 1))) - 1
-        return f"divide by the greatest value that a pixel can have: (x / {top}).astype('float32')"
+        top = 2 ** math.ceil(math.log2(high + 1)) - 1
+        return f"divide by the greatest value that any pixel can have, x / {top}, in training and test images alike"
     return (
-        "divide by the greatest value that a pixel can have, TOP (255 for 8 bits): (x / TOP).astype('float32'), and "
-        "leave normalisation to the transform"
+        "divide by TOP, the greatest value that any pixel can have (255 for 8 bits), x / TOP, and leave normalisation "
+        "to the transform"
     )

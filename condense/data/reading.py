@@ -145,7 +145,9 @@ def check_names(where: str, names: Iterable[Any]) -> list[str]:
                 "no line breaks or broken ones among them; rename the class"
             )
         if name in found:
-            raise ValueError(f"{where} has two classes of the name {brief(name)}; rename one of them")
+            raise ValueError(
+                f"{where} has two classes of the name {brief(name)}: names tell classes apart; rename one of them"
+            )
         found[name] = None
     return list(found)
 

@@ -273,13 +273,15 @@ def _load(path: Path) -> Any:
     core = getattr(np, "_core", None) or np.core
     scalars += [core.multiarray.scalar, core.multiarray._reconstruct]
     if not path.exists():
-        raise ValueError(f"there is no {path}; images, labels and lr lie beside each other in this layout")
+        raise ValueError(f"there is no {path}: images, labels and lr lie beside each other; put it there")
     return read_foreign(path, holds="tensors", mend="tensors", allowed=scalars)
 
 
 def _pair(value: Any, path: Path, layout: str, space: Space, lr: float | None = None) -> Foreign:
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(x, Tensor) for x in value):
-        raise ValueError(f"{path}: no pair of images and labels in the layout `{layout}`; save it as tensors")
+        raise ValueError(
+            f"{path} has no pair of images and labels as the layout `{layout}` has it; save the two tensors as a list"
+        )
     images, labels = (_plain(tensor, path) for tensor in value)
     return _checked(images, labels, path, layout, space, lr)
 
@@ -403,7 +405,8 @@ def _checked(
     if labels.ndim == 1:
         if labels.dtype.kind == "f" and not np.array_equal(labels, np.rint(labels)):
             raise ValueError(
-                f"{path}: labels of one axis are classes, these are no whole numbers; give logits (N, classes)"
+                f"{path}: labels of one axis are classes, these are no whole numbers; save classes (N,), or logits or "
+                "probabilities (N, classes)"
             )
         if np.abs(labels.astype(np.float64)).max() > 2**53:
             raise ValueError(f"{path}: labels up to {labels.max():g} are no classes; give 0..C-1")
@@ -425,6 +428,6 @@ def _meaning(labels: Tensor, path: Path) -> Meaning:
     if labels.max() <= 1 or high - low <= _SUM * high:
         raise ValueError(
             f"{path}: rows of labels are not negative and sum to {low:.4g} to {high:.4g}, so they may be "
-            "probabilities or logits; give y / y.sum(1, keepdims=True) for probabilities, or y - 1 - y.max() for logits"
+            "probabilities or logits; save y / y.sum(1, keepdims=True) for probabilities, or y - 1 - y.max() for logits"
         )
     return "logits"
