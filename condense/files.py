@@ -109,8 +109,8 @@ def check_expansion(what: str, size: int, stored: int, mend: str) -> None:
     """
     if size > max(_HARMLESS, _LARGEST_EXPANSION * stored):
         raise ValueError(
-            f"{what} takes {size / 2**20:,.0f} MiB in memory and {stored / 2**20:,.1f} MiB on disk: more than "
-            f"{_HARMLESS >> 20} MiB may be at most {_LARGEST_EXPANSION} times what is stored; {mend}"
+            f"{what} takes {size / 2**20:,.0f} MiB in memory and {stored / 2**20:,.1f} MiB on disk: what takes more "
+            f"than {_HARMLESS >> 20} MiB may take at most {_LARGEST_EXPANSION} times as much as on disk; {mend}"
         )
 
 
