@@ -9,6 +9,7 @@ import os
 import pickle
 import uuid
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import Tensor
 
 FORMAT = 1
 _LONGEST_HEADER = 100 << 20  # bytes, as of the format
+_HARMLESS = 256 << 20  # bytes that anything may take in memory
+_LARGEST_EXPANSION = 100
 
 
 def canonical_json(value: Any) -> str:
@@ -92,6 +95,25 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, header
 
 
+def check_expansion(what: str, size: int, stored: int, mend: str) -> None:
+    """Refuse what a few stored bytes say that they hold, before memory is taken for it.
+
+    Args:
+        what: the culprit, for the message.
+        size: bytes in memory.
+        stored: bytes on disk.
+        mend: what helps where the content is right after all.
+
+    Raises:
+        ValueError: more than 256 MiB, and more than a hundred times what is stored.
+    """
+    if size > max(_HARMLESS, _LARGEST_EXPANSION * stored):
+        raise ValueError(
+            f"{what} takes {size / 2**20:,.0f} MiB in memory and {stored / 2**20:,.1f} MiB on disk: what takes more "
+            f"than {_HARMLESS >> 20} MiB may take at most {_LARGEST_EXPANSION} times as much as on disk; {mend}"
+        )
+
+
 def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = ()) -> Any:
     """The content of a ``.pt`` file that others wrote, on the CPU; nothing in it is run.
 
@@ -101,8 +123,11 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
         allowed: harmless types that it may hold besides tensors, containers and numbers.
 
     Raises:
-        ValueError: it is damaged, missing, or holds something else.
+        ValueError: it is damaged, missing, no ordinary file, or holds something else.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file that can be read; check the path")
+    check_expansion(str(path), _unpacked_size(path), path.stat().st_size, "save it again with torch.save")
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -111,9 +136,18 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
             f"{path} is refused: it is damaged, or holds other objects than {holds}, and to read those may run any "
             f"code; save it again as {mend}"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason[:120]}; it may be cut short, get it again") from error
+
+
+def _unpacked_size(path: Path) -> int:
+    """Bytes that the members of a zip file say they have; 0 of any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except Exception:  # the reader that comes next says what is wrong with it
+        return 0
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Reading, checking and fingerprinting data."""
 
 import dataclasses
+import io
 import mmap
 import os
 import re
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from condense.data import Arrays, fingerprint, load, names, to_float
 
@@ -513,7 +516,10 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Callable[[Split], Any]], str]] = {
         {"x_test": lambda d: d["x_test"][:0], "y_test": lambda d: d["y_test"][:0]},
         "is empty",
     ),
-    "integers": ({"x_train": lambda d: d["x_train"].astype(int)}, "is int64: pixels are uint8"),
+    "integers": (
+        {"x_train": lambda d: d["x_train"].astype(int)},
+        "is int64 with values from 0 to 255: pixels are uint8",
+    ),
     "strings": ({"x_train": lambda d: d["x_train"].astype(str)}, "pixels are uint8"),
     "a NaN pixel": ({"x_train": lambda d: with_nan(d["x_train"])}, "NaN or infinite"),
     "a NaN test pixel": ({"x_test": lambda d: with_nan(d["x_test"])}, "x_test of .* NaN or infinite"),
@@ -530,7 +536,10 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Callable[[Split], Any]], str]] = {
     "an empty named class": ({"classes": lambda d: ["a", "b", "c", "d"]}, "no image of class 3"),
     "too few class names": ({"classes": lambda d: ["a", "b"]}, "y_train of .* from 0 to 2"),
     "one class": ({key: lambda d, key=key: d[key] * 0 for key in ("y_train", "y_test")}, "has one class"),  # type: ignore[misc]
-    "Python objects": ({"x_train": lambda d: np.array([{}] * 12)}, "cannot read .*bad.npz: Object arrays"),
+    "Python objects": (
+        {"x_train": lambda d: np.array([{}] * 12)},
+        "cannot read .*bad.npz: x_train.npy holds Python objects",
+    ),
 }
 
 
@@ -594,7 +603,7 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path) -> None:
         ((Pairs(), torch.zeros(2)), r"\(Pairs, Tensor\)"),
         (Pairs(), "Pairs is empty"),
         (Stream(), "Stream has no length"),
-        (Pairs(torch.zeros(1, 3, 3)), "item 0 of Pairs cannot be read"),
+        (Pairs(torch.zeros(1, 3, 3)), "item 0 of Pairs is a Tensor: items are"),
         (Pairs((torch.zeros(1, 3, 3), 0), (torch.zeros(1, 4, 3), 1)), "image 1 of Pairs has shape"),
         (Pairs((torch.zeros(1, 3, 3), [0, 1])), "label 0 of Pairs has shape"),
         (Pairs((torch.zeros(1, 3, 3), 0), (torch.zeros(1, 3, 3), 0.5)), "labels must be integers"),
@@ -615,6 +624,384 @@ def test_a_damaged_torchvision_file_is_refused(tmp_path: Path) -> None:
     images = raw / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-5])
     fails("mnist", "cannot read mnist from", root=tmp_path)
+
+
+# What mends a fault is said, and does mend it
+
+
+def deep(images: Any) -> Any:
+    """The same pictures with 12 bits a value, integers."""
+    return images.astype(np.int64) * 4095 // 255
+
+
+PIXELS: dict[str, tuple[Callable[[Any], Any], str, Callable[[Any], Any]]] = {
+    "8-bit integers": (lambda x: x.astype(np.int64), "x / 255", lambda x: x),
+    "8-bit floats": (lambda x: x.astype(np.float32), "x / 255", lambda x: x),
+    "12-bit integers": (deep, "x / 4095", lambda x: (deep(x) / 4095).astype(np.float32)),
+    "12-bit floats": (lambda x: deep(x) * 1.0, "x / 4095", lambda x: (deep(x) / 4095).astype(np.float32)),
+    "black and white": (lambda x: x > 99, "x * 1.0", lambda x: (x > 99) * np.uint8(255)),
+    "0 and 1": (lambda x: (x > 99).astype(np.int32), "x * 1.0", lambda x: (x > 99) * np.uint8(255)),
+    "rounding": (lambda x: x / 255 * 1.00001, "x.clip(0, 1)", lambda x: (x / 255 * 1.00001).clip(0, 1)),
+}
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("case", PIXELS)
+def test_the_hint_about_pixels_gives_the_same_pictures(case: str, tensors: bool, tmp_path: Path) -> None:
+    spoil, code, expected = PIXELS[case]
+    data = colour()
+    data["x_train"][0, 0, 0] = (0, 128, 255)
+    bad: dict[str, Any] = data | {"x_train": spoil(data["x_train"])}
+    if tensors:
+        bad = {key: torch.from_numpy(value) for key, value in bad.items()}
+        bad |= {key: bad[key].movedim(3, 1) for key in ("x_train", "x_test")}
+    source = (lambda: tuple(bad.values())) if tensors else (lambda: save(tmp_path / "bad.npz", **bad))
+    fails(source(), re.escape(code))
+    bad["x_train"] = eval(code, {"x": bad["x_train"]})
+    found, right = load(source()).x_train, np.moveaxis(expected(data["x_train"]), 3, 1)
+    assert np.array_equal(found, right.astype(found.dtype)) or np.allclose(found, right, atol=1e-7)
+
+
+JOINT = (
+    "classes, y = np.unique(np.concatenate([y_train, y_test]), return_inverse=True)",
+    "y_train, y_test = y[:len(y_train)], y[len(y_train):]",
+)
+LABELS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
+    "names": (lambda y: np.array(["ant", "bee", "cat"])[y], JOINT),
+    "dates": (lambda y: np.array(["2001", "2002", "2003"], "M8[Y]")[y], JOINT),
+    "from one": (lambda y: y + 1, JOINT),
+    "below zero": (lambda y: y - 1, JOINT),
+    "with holes": (lambda y: y * 7, JOINT),
+    "whole floats": (lambda y: y * 1.0, ("y.astype('int64')",)),
+    "one-hot": (lambda y: np.eye(3)[y], ("y.argmax(1)",)),
+    "a column": (lambda y: y[:, None], ("y.reshape(-1)",)),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_the_hint_about_labels_gives_the_same_classes(case: str, tmp_path: Path) -> None:
+    spoil, hints = LABELS[case]
+    data = colour()
+    bad = data | {key: spoil(data[key]) for key in ("y_train", "y_test")}
+    path = save(tmp_path / "bad.npz", **bad)
+    for code in hints:
+        fails(path, re.escape(code))
+    if hints is JOINT:
+        exec("\n".join(hints), {"np": np}, bad)
+        bad.pop("y")
+    else:
+        bad |= {key: eval(hints[0], {"y": bad[key]}) for key in ("y_train", "y_test")}
+    arrays = load(save(path, **bad))
+    assert arrays.y_train.tolist() == data["y_train"].tolist() and arrays.y_test.tolist() == data["y_test"].tolist()
+    assert case != "names" or arrays.classes == ("ant", "bee", "cat")
+
+
+def test_values_that_are_no_classes_get_no_conversion(tmp_path: Path) -> None:
+    data = colour()
+    path = tmp_path / "bad.npz"
+    fails(save(path, **data | {"y_train": np.linspace(0, 9, 12)}), "only classes are distilled, no regression targets")
+    fails(save(path, **data | {"y_train": np.full(12, np.nan)}), "leave out the images without a label")
+    fails(save(path, **data | {"y_train": np.full(12, 2**63, np.uint64)}), re.escape(JOINT[0]))
+    fails(save(path, **data | {"x_train": np.zeros((12, 6, 6), "M8[s]")}), "give numbers")
+    train = (data["x_train"], data["y_train"] * 2)
+    fails(train, "classes, y_train = np.unique")
+    fails(save(path, **data | {"y_train": data["y_train"] * 2, "y_test": data["y_test"]}), "the test part has some")
+
+
+def test_the_hint_about_16_bits_gives_the_same_picture(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour(), "L")
+    expected = load(folder).x_train
+    file = folder / "train" / "a" / "000.png"
+    deep = Image.fromarray(np.asarray(Image.open(file)).astype(np.uint16) * 257)
+    deep.save(file)
+    code = "Image.fromarray((np.asarray(image) / TOP * 255).round().astype('uint8'))"
+    fails(folder, re.escape(code))
+    fails(pairs([deep, deep], [0, 1]), re.escape(code))
+    eval(code, {"image": deep, "TOP": 65535, "Image": Image, "np": np}).save(file)
+    assert np.array_equal(load(folder).x_train, expected)
+
+
+# Pictures of every kind
+
+GRAY = np.arange(36, dtype=np.uint8).reshape(6, 6) * 7
+RGB = np.stack([GRAY, 255 - GRAY, GRAY // 2], axis=-1)
+
+
+def picture(mode: str) -> tuple[Image.Image, Any]:
+    """A picture in this mode, and what it looks like."""
+    black_and_white = (GRAY > 99) * np.uint8(255)
+    alpha = Image.fromarray(255 - GRAY)
+    match mode:
+        case "1":
+            return Image.fromarray(black_and_white).convert("1"), black_and_white
+        case "LA":
+            return Image.merge("LA", (Image.fromarray(GRAY), alpha)), GRAY
+        case "P":
+            image = Image.fromarray(GRAY // 7, "L")
+            image.putpalette([value for colour in RGB.reshape(-1, 3) for value in colour.tolist()])
+            return image, RGB
+        case "RGBA":
+            return Image.merge("RGBA", (*Image.fromarray(RGB).split(), alpha)), RGB
+        case "CMYK":
+            cmyk = Image.fromarray(RGB).convert("CMYK")
+            return cmyk, np.asarray(cmyk.convert("RGB"))
+        case _:
+            return Image.fromarray(GRAY if mode == "L" else RGB), GRAY if mode == "L" else RGB
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_pictures_of_every_mode_look_the_same(mode: str, tmp_path: Path) -> None:
+    image, expected = picture(mode)
+    for label in ("train/a", "train/b", "test/a"):
+        (tmp_path / label).mkdir(parents=True)
+        image.save(tmp_path / label / f"1.{'tif' if mode == 'CMYK' else 'png'}")
+    shown = np.moveaxis(np.atleast_3d(expected), 2, 0)
+    assert np.array_equal(load(tmp_path).x_train[1], shown)
+    assert np.array_equal(load(pairs([image, image], [0, 1])).x_train[1], shown)
+
+
+def test_gray_pictures_of_a_dataset_stand_beside_coloured_ones() -> None:
+    arrays = load(pairs([Image.fromarray(GRAY), Image.fromarray(RGB)], [0, 1]))
+    assert np.array_equal(arrays.x_train[0], np.stack([GRAY] * 3)) and arrays.image_shape == (3, 6, 6)
+
+
+def test_pictures_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    expected, file = load(folder, cache=tmp_path / "cache"), folder / "train" / "a" / "000.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    assert np.array_equal(load(folder, cache=tmp_path / "cache").x_train, expected.x_train)
+    assert load(pairs([Image.open(file)] * 2, [0, 1])).x_train[0].tolist() == expected.x_train[0].tolist()
+
+
+def test_what_an_earlier_version_decoded_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did not turn pictures."""
+    folder = save_folder(tmp_path / "pets", colour())
+    with monkeypatch.context() as patch:
+        patch.setattr("condense.data.store.FORMAT", 1)
+        load(folder, cache=tmp_path / "cache")
+    no_decoding(monkeypatch)
+    fails(folder, "decoded again", cache=tmp_path / "cache")
+
+
+# Data sets of Python
+
+
+def image_folder(root: Path) -> Any:
+    return torchvision.datasets.ImageFolder(str(root))
+
+
+def test_the_parts_of_an_image_folder_are_matched_by_names_of_classes(tmp_path: Path) -> None:
+    """Without a test folder for the first class torchvision numbers the others from 0."""
+    folder = save_folder(tmp_path / "pets", colour())
+    for file in (folder / "test" / "a").iterdir():
+        file.unlink()
+    (folder / "test" / "a").rmdir()
+    expected = load(folder)
+    train, test = image_folder(folder / "train"), image_folder(folder / "test")
+    for part in (test, Subset(test, range(len(test)))):
+        arrays = load((train, part))
+        assert arrays.y_test.tolist() == expected.y_test.tolist() and set(expected.y_test) == {1, 2}
+        assert arrays.classes == ("a", "b", "c") and arrays.fingerprint == expected.fingerprint
+    (folder / "test" / "b").rename(folder / "test" / "d")
+    fails((train, image_folder(folder / "test")), "the test part has the class 'd'")
+
+
+class Drawn(Pairs):
+    """Read again, the last item is another."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return (image + torch.rand(()) / 9 if index == len(self) - 1 else image), label
+
+
+class Counted(Pairs):
+    reads = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"image": torch.zeros(1, 3, 3), "label": 0}, "item 0 of Counted is a dict with the keys image, label"),
+        ((torch.zeros(1, 3, 3), 0, "name"), "item 0 of Counted is a tuple of 3"),
+        (("image", "label"), "image 0 of Counted is of type str"),
+        ((torch.zeros(1, 3, 3), "cat"), "label 0 of Counted is 'cat': labels must be integers"),
+        ((torch.zeros(1, 3, 3), torch.zeros(3)), "label 0 of Counted has shape"),
+        ((torch.zeros(1, 3, 3).to_sparse(), 0), "is a sparse tensor"),
+    ],
+)
+def test_items_that_are_no_pairs_are_refused_at_the_first(item: Any, message: str) -> None:
+    dataset = Counted(*[item] * 20_000)
+    fails(dataset, message)
+    assert dataset.reads == 1
+
+
+def test_random_transforms_are_noticed() -> None:
+    fails(Drawn(*[(torch.zeros(1, 3, 3), i % 2) for i in range(40)]), "item 39 of Drawn differs from one reading")
+
+
+def test_what_hugging_face_calls_a_dataset_is_given_as_arrays() -> None:
+    kind = type("Dataset", (), {"__module__": "datasets.arrow_dataset"})
+    code = "(np.stack([np.asarray(image) for image in d['image']]), np.array(d['label']))"
+    fails(kind(), re.escape(code))
+    images = colour()["x_train"]
+    columns = {"image": [Image.fromarray(image) for image in images], "label": [i % 3 for i in range(12)]}
+    assert np.array_equal(load(eval(code, {"np": np, "d": columns})).x_train, np.moveaxis(images, 3, 1))
+
+
+def test_many_items_are_not_listed() -> None:
+    fails([{"image": 0}] * 20_000, r"from \(dict, dict, dict, dict, ...\)")
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.to_sparse(), r"give x.to_dense\(\)"),
+        (lambda x: torch.quantize_per_tensor(x, 1 / 255, 0, torch.quint8), r"give x.dequantize\(\)"),
+        (lambda x: x.to(torch.complex64), "is complex64"),
+        (lambda x: x.to("meta"), "meta tensor"),
+        (lambda x: x.reshape([1] * 70 + [-1]), "is no array"),
+        (lambda x: np.ma.masked_array(x.numpy(), x.numpy() > 0.5), "masked"),
+    ],
+)
+def test_unusual_tensors_are_refused(spoil: Callable[[Any], Any], message: str) -> None:
+    fails((spoil(torch.rand(4, 1, 3, 3)), torch.arange(4)), message)
+
+
+# Odd files, and files that promise more than they hold
+
+
+def promising(path: Path, shape: tuple[int, ...], dtype: str = "|u1", num_bytes: int = 0) -> Path:
+    """An .npz whose x_train declares this shape."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, array in colour().items():
+            content = io.BytesIO()
+            np.save(content, array)
+            if name == "x_train":
+                content = io.BytesIO()
+                header = {"shape": shape, "descr": dtype, "fortran_order": False}
+                np.lib.format.write_array_header_1_0(content, header)
+                content.write(bytes(num_bytes))
+            file.writestr(f"{name}.npy", content.getvalue())
+    return path
+
+
+def test_promises_are_compared_with_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bad.npz"
+    for shape, dtype in (((10**12, 8, 8), "|u1"), ((10**12,), "<U0"), ((-1, 8), "|u1"), ((2**70,), "<f4")):
+        fails(promising(path, shape, dtype), r"x_train.npy declares the shape \(.*which is not its size")
+    monkeypatch.setattr("condense.files._HARMLESS", 1 << 20)
+    fails(promising(path, (2**15, 8, 8), num_bytes=2**21), "takes 2 MiB in memory and 0.0 MiB on disk")
+    data = colour() | {"x_train": np.zeros((12, 300, 300, 3), np.uint8), "x_test": np.zeros((6, 300, 300, 3), np.uint8)}
+    np.savez_compressed(path, **data)
+    fails(path, "save it with np.savez if it is right")
+    assert load(save(path, **data)).image_shape == (3, 300, 300)
+
+
+def test_a_picture_that_declares_too_much_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    file = folder / "train" / "a" / "000.png"
+    content = file.read_bytes()
+    for width, height in ((50_000, 50_000), (12_000, 9_000)):
+        size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        header = b"IHDR" + size + content[24:29]
+        file.write_bytes(content[:12] + header + zipfile.crc32(header).to_bytes(4, "big") + content[33:])
+        fails(folder, "cannot read .*000.png: .*pixels")
+    monkeypatch.setattr("condense.files._HARMLESS", 1 << 20)
+    Image.new("RGB", (2000, 2000)).save(file)
+    fails(folder, "000.png: this picture with those before it takes 11 MiB in memory")
+
+
+@pytest.mark.parametrize("place", ["data.npz", "pets/train/a/000.png", "pets/train/a"])
+def test_a_pipe_is_refused_and_not_waited_for(place: str, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    pipe = tmp_path / place
+    if pipe.is_dir():
+        pipe = pipe / "loop.png"
+        pipe.symlink_to(pipe)
+    else:
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+    fails(pipe if place == "data.npz" else folder, "it is neither a file nor a folder|it is not an ordinary file")
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    Image.fromarray(RGB).save(folder / "train" / "a" / "000.eps")
+    fails(folder, "000.eps: cannot identify")
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "a" * 5000, "a\0b", "~nobody-of-this-name/x"])
+def test_odd_paths_are_refused(path: str) -> None:
+    fails(path, "no data set")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([f"c{i}" for i in range(10_000)], "has 10000 names for 12 training images"),
+        (["a", "b", "b"], "has two classes of the name b"),
+        (["a", "b\n", "c"], r"class name 'b\\n'"),
+        (["a", "b" * 10_000, "c"], "has at most 200 characters"),
+        ([1j, 2j, 3j], "is complex128 of shape"),
+        ([["a", "b", "c"]], r"shape \(1, 3\)"),
+        ([b"a", b"\xff", b"c"], "other than ASCII"),
+    ],
+)
+def test_names_of_classes_are_checked(classes: Any, message: str, tmp_path: Path) -> None:
+    fails(save(tmp_path / "bad.npz", **colour(), classes=np.array(classes)), message)
+
+
+def test_the_number_of_classes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("condense.data.datasets._MOST_CLASSES", 5)
+    fails((np.zeros((6, 1, 1), np.uint8), np.arange(6)), "has 6 classes: 5 are the most")
+
+
+def mutations(content: bytes, num: int) -> Iterator[bytes]:
+    """The content with a few bytes changed, or cut out, or put in, or its end cut off."""
+    draw = np.random.default_rng(0)
+    for _ in range(num):
+        changed = bytearray(content)
+        for _ in range(draw.integers(1, 4)):
+            first = int(draw.integers(0, len(changed) + 1))
+            last = first + int(draw.integers(0, 9))
+            match draw.integers(0, 4):
+                case 0:
+                    del changed[first:last]
+                case 1:
+                    changed[first:first] = draw.bytes(last - first)
+                case 2:
+                    changed[first:last] = draw.bytes(len(changed[first:last]))
+                case _:
+                    del changed[first + len(content) // 2 :]
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["npz", "png", "jpeg"])
+def test_a_damaged_file_loads_or_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "a.npz", **colour(6, 4)) if kind == "npz" else save_folder(tmp_path / "pets", colour(6, 4))
+    file = source if kind == "npz" else source / "train" / "a" / "000.png"
+    if kind == "jpeg":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(file).save(file, "JPEG", exif=exif)
+    refused = 0
+    for content in mutations(file.read_bytes(), 200):
+        file.write_bytes(content)
+        try:
+            with warnings.catch_warnings(action="error"):
+                load(source)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 900, error
+    assert 20 < refused
 
 
 def break_folder(folder: Path, case: str) -> None:
@@ -647,7 +1034,7 @@ def break_folder(folder: Path, case: str) -> None:
         ("16 bits", "cannot read .*001.png: its pixels have more than 8 bits"),
         ("a class in test only", "/d is no class"),
         ("a file among the classes", "notes.txt is no class"),
-        ("an empty class", "no image of class 2"),
+        ("an empty class", "bb has no image: each class"),
         ("no test folder", "test is not a folder"),
     ],
 )
@@ -663,7 +1050,7 @@ def test_what_was_refused_is_not_cached_and_what_breaks_later_is_refused(tmp_pat
     time.sleep(0.05)
     break_folder(folder, "an empty class")
     for _ in range(2):
-        fails(folder, "no image of class 2", cache=cache)
+        fails(folder, "bb has no image: each class", cache=cache)
     bad = save(tmp_path / "bad.npz", **colour() | {"y_train": np.zeros(12, np.int64)})
     for _ in range(2):
         fails(bad, "has one class", cache=cache)

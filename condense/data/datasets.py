@@ -21,14 +21,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from condense.data import store
+from condense.data.pixels import Array, brief, check_pixels, numpy_of, reason
+from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz
 from condense.names import suggest
 
-Array: TypeAlias = NDArray[Any]
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
 
 _TORCHVISION = {
@@ -41,6 +41,10 @@ _TORCHVISION = {
 """By name: torchvision's class, and the files that it reads under its root."""
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+_MOST_CLASSES = 100_000
+_READ_TWICE = 16
+"""Items of a Dataset that are read twice, to see whether it gives the same at every reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +126,10 @@ def load(
       Images are NHW, NHWC or NCHW; of four axes the last holds the channels if its length is 1 or 3, else the
       second;
     * a folder with train/CLASS/* and test/CLASS/*: 8-bit images of one size, gray if all of them are, else
-      RGB;
+      RGB. They are turned the way their EXIF orientation says; an alpha channel is dropped;
     * a torch Dataset of (image, label) pairs, all of it for training, or a pair (train, test) of them. Images
-      are PIL images, arrays (HW, HWC) or tensors (HW, CHW), and the same at every reading;
+      are PIL images, arrays (HW, HWC) or tensors (HW, CHW), and the same at every reading. Where both have
+      torchvision's ``class_to_idx``, the labels of the test part are matched by the names of the classes;
     * tensors or arrays (x_train, y_train) or (x_train, y_train, x_test, y_test). Arrays are laid out as in a
       file; of the four axes of a tensor the second holds the channels if its length is 1 or 3, else the last.
 
@@ -140,14 +145,23 @@ def load(
     datasets = [part for part in parts if isinstance(part, Dataset)]
     arrays = [part for part in parts if isinstance(part, Tensor | np.ndarray)]
     if len(datasets) == len(parts) and len(parts) in (1, 2):
-        arrays = [array for dataset in datasets for array in _read_dataset(dataset)]
-    elif len(arrays) != len(parts) or len(parts) not in (2, 4):
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(
-            f"cannot read a data set from ({kinds}): it is no path, no Dataset and no pair of them; "
-            "give tensors (x_train, y_train) or (x_train, y_train, x_test, y_test)"
-        )
+        return _load_datasets(datasets)
+    if len(arrays) != len(parts) or len(parts) not in (2, 4):
+        raise ValueError(_no_source(parts))
     return _assemble("custom", *arrays, channels_first=isinstance(arrays[0], Tensor))
+
+
+def _no_source(parts: Sequence[Any]) -> str:
+    kinds = ", ".join(type(part).__name__ for part in parts[:4]) + (", ..." if len(parts) > 4 else "")
+    if any(type(part).__module__.split(".")[0] == "datasets" for part in parts):
+        return (
+            f"cannot read a data set from ({kinds}): data sets of Hugging Face are given as arrays; give "
+            "(np.stack([np.asarray(image) for image in d['image']]), np.array(d['label'])) with your names of columns"
+        )
+    return (
+        f"cannot read a data set from ({kinds}): it is no path, no Dataset and no pair of them; "
+        "give tensors (x_train, y_train) or (x_train, y_train, x_test, y_test)"
+    )
 
 
 def to_float(images: Array | Tensor) -> Tensor:
@@ -201,13 +215,19 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         name, files = str(source), _TORCHVISION[str(source)][1]
         place = Path(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data").expanduser()
         return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
-    if path.is_file():
-        return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
+        if path.is_file():
+            return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
+        raise ValueError(f"no data set {brief(source)!r}: {reason(error)}; check the path") from error
+    if there:
+        raise ValueError(f"no data set {str(source)!r}: it is neither a file nor a folder; give an .npz or a folder")
     raise ValueError(
-        f"no data set {str(source)!r}: there is no such file or folder; by name {suggest(str(source), names())}"
+        f"no data set {brief(source)!r}: there is no such file or folder; by name {suggest(str(source)[:80], names())}"
     )
 
 
@@ -279,57 +299,73 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
 
     try:
         train, test = read(True), read(False)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         mend = "check the network" if download else "add --download True"
         raise ValueError(
-            f"cannot read {name} from {root}: {_first_line(error)}; {mend}, or give --dataset PATH.npz"
+            f"cannot read {name} from {root}: {reason(error)}; {mend}, or give --dataset PATH.npz"
         ) from error
     return _assemble(name, *train, *test, known=_table()[name])
 
 
 def _load_npz(path: Path) -> Arrays:
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {key: file[key] for key in _ARRAYS if key in file.files}
-            classes = file["classes"].astype(str).ravel().tolist() if "classes" in file.files else None
-    except Exception as error:  # a damaged zip raises nearly anything
-        raise ValueError(
-            f"cannot read {path}: {_first_line(error)}; give an .npz file of plain arrays ({', '.join(_ARRAYS)})"
-        ) from error
+    found, _ = read_npz(path, (*_ARRAYS, "classes"))
     missing = [key for key in _ARRAYS if key not in found]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: all of {', '.join(_ARRAYS)} are needed; add them")
+    classes = _names_of(found["classes"], f" of {path}", len(found["x_train"])) if "classes" in found else None
     return _assemble(path.stem, *(found[key] for key in _ARRAYS), classes=classes, where=f" of {path}")
 
 
+def _names_of(classes: Array, where: str, most: int) -> list[str]:
+    """The array ``classes`` of a file as text; each class needs one of the ``most`` training images."""
+    if classes.ndim != 1 or classes.dtype.kind not in "USbiufmM":
+        raise ValueError(
+            f"classes{where} is {brief(classes.dtype)} of shape {brief(classes.shape)}: names are one axis of text; "
+            "give np.array([NAME, NAME, ...])"
+        )
+    if len(classes) > most:
+        raise ValueError(
+            f"classes{where} has {len(classes)} names for {most} training images: each class needs one; "
+            "leave out the names of absent classes"
+        )
+    try:
+        return classes.astype(str).tolist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"classes{where} are bytes other than ASCII: {reason(error)}; give text") from error
+
+
 def _load_folder(folder: Path) -> Arrays:
-    classes = [path.name for path in _visible(folder / "train") if path.is_dir()]
+    class_folders = [path for path in _visible(folder / "train") if path.is_dir()]
+    classes = [path.name for path in class_folders]
     splits: dict[str, list[Array]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
     first: tuple[int, ...] = ()
     for split, images in splits.items():
+        files: list[Path] = []
         for class_folder in _visible(folder / split):
             if class_folder.name not in classes:
                 raise ValueError(
                     f"{class_folder} is no class: classes are the folders in {folder / 'train'}; move it away"
                 )
-            for file in _visible(class_folder):
-                image = _read_image(file)
-                first = first or image.shape[:2]
-                if image.shape[:2] != first:
-                    height, width = image.shape[:2]
-                    raise ValueError(
-                        f"{file} is {width}x{height}, the images before it are {first[1]}x{first[0]}: "
-                        "all must share one size; resize it"
-                    )
-                images.append(image)
-                labels[split].append(classes.index(class_folder.name))
-    if any(image.ndim == 3 for images in splits.values() for image in images):
-        for split, images in splits.items():
-            splits[split] = [np.stack([image] * 3, axis=-1) if image.ndim == 2 else image for image in images]
+            inside = _visible(class_folder)
+            if split == "train" and not inside:
+                raise ValueError(f"{class_folder} has no image: each class needs at least one; move the folder away")
+            files += inside
+            labels[split] += [classes.index(class_folder.name)] * len(inside)
+        for file, image in read_images(files):
+            first = first or image.shape[:2]
+            if image.shape[:2] != first:
+                height, width = image.shape[:2]
+                raise ValueError(
+                    f"{file} is {width}x{height}, the images before it are {first[1]}x{first[0]}: "
+                    "all must share one size; resize it"
+                )
+            images.append(image)
+    all_images = as_rgb(splits["train"] + splits["test"])
+    num_train = len(labels["train"])
     arrays = (
         array
-        for split, images in splits.items()
+        for images, split in ((all_images[:num_train], "train"), (all_images[num_train:], "test"))
         for array in (np.array(images, dtype=np.uint8), np.array(labels[split], dtype=np.int64))
     )
     return _assemble(folder.resolve().name, *arrays, classes=classes, where=f" of {folder}")
@@ -343,52 +379,115 @@ def _in_folder(folder: Path) -> Iterable[Path]:
 def _visible(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: an image folder holds train/CLASS/* and test/CLASS/*; create it")
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return entries(folder)
 
 
-def _read_image(file: Path) -> Array:
-    """HW where the file is gray, HWC where it has colour; an alpha channel is dropped."""
-    from PIL import Image
+def _load_datasets(parts: Sequence[Dataset[Any]]) -> Arrays:
+    """One Dataset for training and, optionally, one for testing."""
+    read = [_read_dataset(part) for part in parts]
+    names = [_class_indices(part) for part in parts]
+    train = names[0]
+    if len(parts) == 2 and train and names[1] and names[1] != train:
+        foreign = [name for name in names[1] if name not in train]
+        if foreign:
+            raise ValueError(
+                f"the test part has the class {foreign[0]!r}, the training part has not: classes are matched by name; "
+                "give two parts with the same classes"
+            )
+        images, labels = read[1]
+        if labels.max() < len(names[1]):
+            order = sorted(names[1], key=names[1].__getitem__)
+            read[1] = images, np.array([train[name] for name in order])[labels]
+    count = int(read[0][1].max()) + 1
+    return _assemble(
+        "custom",
+        *(array for part in read for array in part),
+        classes=sorted(train, key=train.__getitem__) if train and len(train) == count else None,
+        channels_first=isinstance(read[0][0], Tensor),
+    )
 
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
-            return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"cannot read {file}: {_first_line(error)}; replace it by an 8-bit image, or remove it"
-        ) from error
+
+def _class_indices(dataset: Dataset[Any]) -> dict[str, int] | None:
+    """The label of each class by its name, where a data set in the manner of torchvision says so."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    found = getattr(dataset, "class_to_idx", None)
+    if not isinstance(found, dict) or getattr(dataset, "target_transform", None) is not None:
+        return None
+    numbers = list(found.values())
+    whole = all(isinstance(number, int) for number in numbers)
+    return found if whole and sorted(numbers) == list(range(len(numbers))) else None
 
 
 def _read_dataset(dataset: Dataset[Any]) -> tuple[Tensor | Array, Array]:
     kind = type(dataset).__name__
     if not isinstance(dataset, Sized):
         raise ValueError(f"{kind} has no length: only map-style datasets are read; give tensors")
-    images, labels = [], []
-    for index in range(len(dataset)):
-        try:
-            image, label = dataset[index]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"item {index} of {kind} cannot be read: {_first_line(error)}; make it an (image, label) pair"
-            ) from error
-        images.append(_numpy(image) if isinstance(image, Tensor) else np.asarray(image))
-        labels.append(np.asarray(label))
-        if images[-1].shape != images[0].shape:
-            raise ValueError(
-                f"image {index} of {kind} has shape {images[-1].shape}, the first has {images[0].shape}: "
-                "all must share one; resize them in the dataset"
-            )
-        if labels[-1].shape:
-            raise ValueError(
-                f"label {index} of {kind} has shape {labels[-1].shape}: labels are single integers; "
-                "give the class number"
-            )
-    if not images:
+    num = len(dataset)
+    if not num:
         raise ValueError(f"{kind} is empty: at least one image is needed; give another dataset")
-    stacked = np.stack(images)
-    return torch.from_numpy(stacked) if isinstance(image, Tensor) else stacked, np.stack(labels)
+    for index in np.unique(np.linspace(0, num - 1, _READ_TWICE).astype(int)).tolist():
+        (one, label, _), (other, other_label, _) = _item(dataset, index), _item(dataset, index)
+        if label != other_label or one.shape != other.shape or one.tobytes() != other.tobytes():
+            raise ValueError(
+                f"item {index} of {kind} differs from one reading to the next: one random draw would be distilled; "
+                "take random transforms out of the dataset and name an augmentation instead"
+            )
+    images, labels = [], []
+    form: type = Tensor
+    for index in range(num):
+        image, label, form = _item(dataset, index)
+        images.append(image)
+        labels.append(label)
+        axes = 3 if form in (Tensor, np.ndarray) else 2  # of PIL images, gray ones may stand beside coloured ones
+        if image.shape[:axes] != images[0].shape[:axes]:
+            raise ValueError(
+                f"image {index} of {kind} has shape {image.shape}, the first has {images[0].shape}: "
+                "all must share one; make them so in the dataset"
+            )
+    stacked = np.stack(images if form in (Tensor, np.ndarray) else as_rgb(images))
+    return torch.from_numpy(stacked) if form is Tensor else stacked, np.array(labels)
+
+
+def _item(dataset: Dataset[Any], index: int) -> tuple[Array, int, type]:
+    """Image, label, and what the image was: a tensor, an array or a picture of PIL."""
+    from PIL import Image
+
+    kind = type(dataset).__name__
+    try:
+        item = dataset[index]
+    except Exception as error:
+        raise ValueError(f"item {index} of {kind} cannot be read: {reason(error)}; mend the dataset") from error
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        found = f"a {type(item).__name__}"
+        if isinstance(item, dict):
+            found += f" with the keys {brief(', '.join(map(str, item)))}"
+        elif isinstance(item, tuple | list):
+            found += f" of {len(item)}"
+        raise ValueError(f"item {index} of {kind} is {found}: items are (image, label) pairs; return such a pair")
+    image, label = item
+    form = next((form for form in (Tensor, Image.Image, np.ndarray) if isinstance(image, form)), None)
+    if form is None:
+        raise ValueError(
+            f"image {index} of {kind} is of type {type(image).__name__}: images are PIL images, arrays or tensors; "
+            "convert it in the dataset"
+        )
+    try:
+        pixels = pixels_of(image) if form is Image.Image else numpy_of(f"image {index} of {kind}", image)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"item {index} of {kind} cannot be read: {error}") from error
+    number = np.asarray(label) if not isinstance(label, Tensor) else numpy_of(f"label {index} of {kind}", label)
+    if number.shape:
+        raise ValueError(
+            f"label {index} of {kind} has shape {brief(number.shape)}: labels are single integers; "
+            "give the class number"
+        )
+    if number.dtype.kind not in "iu":
+        raise ValueError(
+            f"label {index} of {kind} is {brief(repr(label))}: labels must be integers; give the class number, "
+            "an int in 0..C-1"
+        )
+    return pixels, int(number), form
 
 
 def _assemble(
@@ -404,25 +503,29 @@ def _assemble(
     where: str = "",
 ) -> Arrays:
     """Check everything and put it in order; ``where`` names the file in messages."""
+    renumber = _renumber(with_test=x_test is not None)
     x_train = _check_images(f"x_train{where}", x_train, channels_first)
-    y_train = _check_labels(f"y_train{where}", y_train, len(x_train))
+    y_train = _check_labels(f"y_train{where}", y_train, len(x_train), renumber)
+    classes = None if classes is None else check_names(f"classes{where}", classes)
     present = np.unique(y_train)
     count = int(present[-1]) + 1 if classes is None else len(classes)
-    _check_range(f"y_train{where}", y_train, count)
+    _check_range(f"y_train{where}", y_train, count, renumber if present[0] < 0 else "give a name for each class")
     if len(present) < count:
-        empty = next(label for label in range(count) if label not in present)
+        empty = int(np.append(np.flatnonzero(present != np.arange(len(present))), len(present))[0])
         raise ValueError(
             f"y_train{where} has no image of class {empty}: each label of 0..{count - 1} needs at least one; "
-            "renumber the labels, or leave the class out"
+            + _without_class(empty, y_test, classes, renumber)
         )
     if count < 2:
         raise ValueError(f"y_train{where} has one class: there is nothing to tell apart; give at least two")
+    if count > _MOST_CLASSES:
+        raise ValueError(f"y_train{where} has {count} classes: {_MOST_CLASSES} are the most; give fewer")
     if x_test is None:
         x_test, y_test = np.empty((0, *x_train.shape[1:]), x_train.dtype), np.empty(0, np.int64)
     else:
         x_test = _check_images(f"x_test{where}", x_test, channels_first)
-        y_test = _check_labels(f"y_test{where}", y_test, len(x_test))
-        _check_range(f"y_test{where}", y_test, count)
+        y_test = _check_labels(f"y_test{where}", y_test, len(x_test), renumber)
+        _check_range(f"y_test{where}", y_test, count, "leave out the test images of other classes")
         if x_test.shape[1:] != x_train.shape[1:]:
             raise ValueError(
                 f"x_test{where} has images of shape {x_test.shape[1:]}, x_train of shape {x_train.shape[1:]} "
@@ -459,7 +562,7 @@ def _recognise(found: dict[str, str], has_test: bool) -> Known | None:
 
 
 def _check_images(what: str, images: Tensor | Array, channels_first: bool) -> Array:
-    images = _numpy(images)
+    images = numpy_of(what, images)
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4:
@@ -471,52 +574,61 @@ def _check_images(what: str, images: Tensor | Array, channels_first: bool) -> Ar
             )
         images = np.moveaxis(images, axes[0], 1)
     else:
-        raise ValueError(f"{what} has shape {images.shape}: images are NHW, NHWC or NCHW; reshape it")
+        raise ValueError(f"{what} has shape {brief(images.shape)}: images are NHW, NHWC or NCHW; reshape it")
     if images.size == 0:
-        raise ValueError(f"{what} is empty (shape {images.shape}): at least one image is needed; add some")
-    if images.dtype == np.uint8:
-        return np.ascontiguousarray(images)
-    if images.dtype.kind != "f":
-        raise ValueError(
-            f"{what} is {images.dtype}: pixels are uint8 (0 to 255) or floats in [0, 1]; convert with .astype('uint8')"
-        )
-    if not np.isfinite(images).all():
-        raise ValueError(f"{what} has NaN or infinite pixels: every pixel must be in [0, 1]; clean the data")
-    low, high = images.min(), images.max()
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"{what} has pixels from {low:g} to {high:g}: floats must lie in [0, 1]; divide by 255 and "
-            "leave normalisation to --transform"
-        )
-    images = np.ascontiguousarray(images, dtype=np.float32)
-    quantised = np.rint(images * 255).astype(np.uint8)
-    exact = np.array_equal(quantised.astype(np.float32) / 255, images)
-    return quantised if exact else images
+        need = "at least one image is needed" if not len(images) else "an image has at least one pixel"
+        raise ValueError(f"{what} is empty (shape {images.shape}): {need}; give other images")
+    return check_pixels(what, images)
 
 
-def _check_labels(what: str, labels: Tensor | Array, count: int) -> Array:
-    labels = _numpy(labels)
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"{what} is {labels.dtype}: labels must be integers; convert with .astype('int64')")
+def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) -> Array:
+    cast = ".long()" if isinstance(labels, Tensor) else ".astype('int64')"
+    labels = numpy_of(what, labels)
     if labels.shape != (count,):
+        mend = "give one for each image"
+        if labels.ndim == 2 and labels.shape == (count, 1):
+            mend = "give y.reshape(-1)"
+        elif labels.ndim == 2 and len(labels) == count:
+            mend = "give the class numbers, y.argmax(1) where the rows are one-hot"
         raise ValueError(
-            f"{what} has shape {labels.shape}: there are {count} images, each needs one label; reshape it to ({count},)"
+            f"{what} has shape {brief(labels.shape)}: there are {count} images, each needs one label; {mend}"
         )
-    return labels.astype(np.int64)
+    kind = labels.dtype.kind
+    if kind in "iu" and labels.max() <= np.iinfo(np.int64).max:
+        return labels.astype(np.int64)
+    if kind == "f" and not np.isfinite(labels).all():
+        mend = "leave out the images without a label"
+    elif kind == "f" and not np.array_equal(labels, np.rint(labels)):
+        mend = "only classes are distilled, no regression targets, so give the number of each image's class"
+    elif kind == "b" or (kind == "f" and np.abs(labels).max() < 2**53):
+        mend = f"give y{cast}"
+    elif kind in "iufUSmM":
+        mend = renumber
+    else:
+        mend = "give the number of each image's class"
+    raise ValueError(f"{what} is {brief(labels.dtype)}: labels must be integers, 0..C-1; {mend}")
 
 
-def _check_range(what: str, labels: Array, count: int) -> None:
+def _check_range(what: str, labels: Array, count: int, mend: str) -> None:
     low, high = labels.min(), labels.max()
     if low < 0 or high >= count:
-        raise ValueError(f"{what} has labels from {low} to {high}: they lie in 0..{count - 1}; renumber them")
+        raise ValueError(f"{what} has labels from {low} to {high}: they lie in 0..{count - 1}; {mend}")
 
 
-def _numpy(array: Tensor | Array) -> Array:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
-    return array
+def _renumber(with_test: bool) -> str:
+    """How any labels become 0..C-1, the same in both parts."""
+    if not with_test:
+        return "number them with classes, y_train = np.unique(y_train, return_inverse=True)"
+    return (
+        "number them together with classes, y = np.unique(np.concatenate([y_train, y_test]), return_inverse=True), "
+        "then y_train, y_test = y[:len(y_train)], y[len(y_train):]"
+    )
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _without_class(empty: int, y_test: Any, classes: Sequence[str] | None, renumber: str) -> str:
+    """What mends that the class ``empty`` has no training image."""
+    if y_test is not None and empty in numpy_of("y_test", y_test):
+        return "the test part has some, so add training images, or leave its test images out and number the rest anew"
+    if classes is not None:
+        return f"take the name {brief(classes[empty])!r} out of the classes and lower all labels above {empty} by one"
+    return renumber

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from condense.files import canonical_json
 
-FORMAT = 1
+FORMAT = 2
+"""Changes with how sources are decoded: 2 turns pictures the way their EXIF orientation says."""
 _FACTS = "entry.json"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from condense.data.transform import Transform
+from condense.exchange import tables
 from condense.files import canonical_json, replacing, reporting, write_text
 from condense.synthetic.set import SyntheticSet
 
@@ -72,9 +73,9 @@ def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> N
             [name, label, classes[label]] for name, label in zip(names, _classes(targets).tolist(), strict=True)
         )
     if targets.dim() == 2:
-        arrow, parquet = _arrow()
+        arrow, parquet = tables.arrow()
         soft = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
-        parquet.write_table(arrow.table({"file": names, "soft_label": soft}), staged / "soft_labels.parquet")
+        parquet.write_table(arrow.table({"file": names, "soft_label": soft}), staged / tables.SOFT_LABELS)
     write_text(staged / "origin.json", _origin(syn) + "\n")
     staged.rename(path)
 
@@ -82,7 +83,7 @@ def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> N
 def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """A folder that ``datasets.load_dataset`` reads: ``data/train.parquet`` with images as PNG, classes and, where
     labels are soft, their probabilities; and a card."""
-    arrow, parquet = _arrow()
+    arrow, parquet = tables.arrow()
     staged = path.with_name(f".{path.name}.next")
     shutil.rmtree(staged, ignore_errors=True)
     names = _write_images(syn, pixels, targets, staged / "images")
@@ -157,18 +158,14 @@ Recipe (hash `{origin.recipe_hash or "none"}`):
 def _origin(syn: SyntheticSet) -> str:
     origin = syn.origin
     return canonical_json(
-        {"dataset": dict(origin.dataset), "transform": dict(origin.transform), "recipe": dict(origin.recipe)}
+        {
+            "dataset": dict(origin.dataset),
+            "transform": dict(origin.transform),
+            "recipe": dict(origin.recipe),
+            "targets": syn.label_kind.space,
+        }
     )
 
 
 def _classes(targets: Tensor) -> Tensor:
     return targets if targets.dim() == 1 else targets.argmax(1)
-
-
-def _arrow():  # type: ignore[no-untyped-def]
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("this needs pyarrow; run: pip install 'condense-dd[export]'") from error
-    return pyarrow, pyarrow.parquet

@@ -1,0 +1,107 @@
+"""Pixels that a user gives: one check for data sets and for the sets of others, with the step that mends each fault."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+
+
+def check_pixels(what: str, images: Array) -> Array:
+    """Images of any shape as uint8, or as float32 in [0, 1] where a value is not exactly k/255.
+
+    Args:
+        what: the name of the array, for the message.
+        images: uint8 (0..255) or floats in [0, 1].
+
+    Raises:
+        ValueError: another type or another range; the line says which conversion gives the same pictures.
+    """
+    if images.dtype == np.uint8:
+        return np.ascontiguousarray(images)
+    if images.dtype.kind == "b":
+        raise ValueError(f"{what} is bool: {_WANTED}; give x * 1.0")
+    if images.dtype.kind not in "iuf":
+        raise ValueError(f"{what} is {brief(images.dtype)}: {_WANTED}; give numbers")
+    low, high = images.min(), images.max()
+    if images.dtype.kind in "iu":
+        raise ValueError(
+            f"{what} is {images.dtype} with values from {low} to {high}: {_WANTED}; {_hint(int(low), int(high))}"
+        )
+    if not np.isfinite(images).all():
+        raise ValueError(f"{what} has NaN or infinite pixels: every pixel must be in [0, 1]; clean the data")
+    if low < 0 or high > 1:
+        hint = "clip what rounding did, x.clip(0, 1)"
+        if not -1e-3 <= low <= high <= 1 + 1e-3:
+            hint = _hint(float(low), float(high))
+        raise ValueError(f"{what} has pixels from {low:g} to {high:g}: floats must lie in [0, 1]; {hint}")
+    images = np.ascontiguousarray(images, dtype=np.float32)
+    quantised = np.rint(images * 255).astype(np.uint8)
+    exact = np.array_equal(quantised.astype(np.float32) / 255, images)
+    return quantised if exact else images
+
+
+def numpy_of(what: str, array: Tensor | Array) -> Array:
+    """The values of an array, or of a tensor on any device, as numpy.
+
+    Raises:
+        ValueError: the values are sparse, quantised, masked or nowhere.
+    """
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            raise ValueError(f"{what} is a masked array: no value may be missing; give x.filled(0)")
+        return np.asarray(array)
+    array = array.detach()
+    if array.is_nested or array.is_meta:
+        found = "nested" if array.is_nested else "meta"
+        raise ValueError(f"{what} is a {found} tensor: its values are not one array; give an ordinary tensor")
+    if array.layout != torch.strided:
+        raise ValueError(f"{what} is a sparse tensor: pixels and labels are dense; give x.to_dense()")
+    if array.is_quantized:
+        raise ValueError(f"{what} is a quantised tensor: pixels and labels are plain numbers; give x.dequantize()")
+    array = array.cpu().resolve_conj().resolve_neg()
+    if array.is_floating_point() and array.dtype not in (torch.float16, torch.float32, torch.float64):
+        array = array.float()  # numpy lacks bfloat16 and float8
+    try:
+        return array.numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is no array: {reason(error)}; give an ordinary tensor") from error
+
+
+def brief(value: object) -> str:
+    """``str(value)`` on one line, at most 200 characters of it."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 3]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line, or else its type."""
+    return brief(error) or type(error).__name__
+
+
+_LONGEST_QUOTE = 200
+_WANTED = "pixels are uint8 (0 to 255) or floats in [0, 1]"
+
+
+def _hint(low: float, high: float) -> str:
+    """How values of this range become pixels, as arrays and as tensors."""
+    if low < -1e-3:
+        return (
+            "undo their normalisation, x * std + mean, or map the range [LOW, HIGH] that a pixel can have with "
+            "(x - LOW) / (HIGH - LOW)"
+        )
+    if isinstance(high, int) and high <= 1:
+        return "give x * 1.0"
+    if 128 <= high <= 65535:
+        top = 2 ** math.ceil(math.log2(high + 1)) - 1
+        return f"divide by the greatest value that any pixel can have, x / {top}, in training and test images alike"
+    return (
+        "divide by TOP, the greatest value that any pixel can have (255 for 8 bits), x / TOP, and leave normalisation "
+        "to the transform"
+    )
