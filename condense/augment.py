@@ -11,6 +11,10 @@ Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation",
 * ``scale``: both axes of the sampling grid are multiplied by factors in [1/1.2, 1.2], independently.
 * ``rotate``: the sampling grid is turned by up to 15 degrees. It is the grid of normalised coordinates: an
   image that is not square is sheared as well.
+* ``crop-dc``, ``scale-dc``, ``rotate-dc``: as DC evaluates (Zhao, Mopuri and Bilen 2021). The window of a crop moves
+  one pixel less far down and right than up and left; what is shown becomes 0.8 to 1.2 times as wide and as high; a
+  rotation is by up to 45 degrees. What crop and rotation uncover takes the mean of the batch in its channel, as the
+  operation finds the batch.
 
 Deviations from the published code: a draw comes from a generator that is passed in, where the original
 re-seeds the global one from the wall clock; one row of parameters per image, where the original loops over
@@ -79,8 +83,6 @@ class Augment:
     flips: bool = False
     """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
     FYI). It concerns distillation only: neither real images nor evaluation."""
-    degrees: int = 15
-    """Largest angle of rotate."""
 
     def __post_init__(self) -> None:
         for op in self.ops:
@@ -104,9 +106,6 @@ class Augment:
         strategy = own if strategy == "dsa" else strategy
         fields: dict[str, Any] = {}
         for option in options.split(",") if colon else ():
-            if option.lower().startswith("degrees=") and option[8:].isdecimal() and int(option[8:]) <= 180:
-                fields["degrees"] = int(option[8:])
-                continue
             if option.lower() not in _OPTIONS:
                 raise ValueError(f"augmentation {spec!r}: unknown option {option!r}; {suggest(option, _OPTIONS)}")
             name, value = _OPTIONS[option.lower()]
@@ -118,7 +117,6 @@ class Augment:
         options = [f"mode={self.mode}"] if self.mode != "S" else []
         options += ["align_corners=true"] if self.align_corners else []
         options += ["flips=true"] if self.flips else []
-        options += [f"degrees={self.degrees}"] if self.degrees != 15 else []
         strategy = "_".join(self.ops) or "none"
         return f"{strategy}:{','.join(options)}" if options else strategy
 
@@ -127,7 +125,6 @@ class Augment:
         fields: dict[str, Any] = {"ops": list(self.ops)}
         if self.ops:
             fields |= {"mode": self.mode, "align_corners": self.align_corners}
-            fields |= {"degrees": self.degrees} if self.degrees != 15 else {}
         return fields
 
     @property
@@ -156,8 +153,6 @@ class Augment:
         _, height, width = image_shape
         rows = 1 if siamese else num
         values = {op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops}
-        if "rotate" in values:
-            values["rotate"] = values["rotate"] * (self.degrees / 15)
         if self.mode == "P" and ops:
             chosen = torch.randint(len(ops), (rows,), generator=gen)
             for i, (op, value) in enumerate(values.items()):
@@ -208,13 +203,34 @@ def _draw_crop(gen: torch.Generator, rows: int, height: int, width: int) -> Tens
 
 
 def _crop(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
-    """y[i, j] = x[i + down, j + right], zero outside."""
+    shifted, inside = _shifted(x, value)
+    return shifted * inside
+
+
+def _shifted(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """y[i, j] = x[i + down, j + right], and where that lies inside; outside y is arbitrary."""
     height, width = x.shape[2:]
     rows = (torch.arange(height, device=x.device) + value[:, :1])[:, None, :, None]
     columns = (torch.arange(width, device=x.device) + value[:, 1:])[:, None, None, :]
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     x = torch.take_along_dim(x, rows.clamp(0, height - 1), 2)
-    return torch.take_along_dim(x, columns.clamp(0, width - 1), 3) * inside
+    return torch.take_along_dim(x, columns.clamp(0, width - 1), 3), inside
+
+
+def _draw_crop_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2), as ``_draw_crop``."""
+    reaches = (_extent(side, 0.125) for side in (height, width))
+    return torch.stack([torch.randint(-reach, max(reach, 1), (rows,), generator=gen) for reach in reaches], 1)
+
+
+def _crop_dc(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    shifted, inside = _shifted(x, value)
+    return torch.where(inside, shifted, _batch_mean(x))
+
+
+def _batch_mean(x: Tensor) -> Tensor:
+    """(1, C, 1, 1)"""
+    return x.mean((0, 2, 3), keepdim=True)
 
 
 def _draw_cutout(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
@@ -247,6 +263,11 @@ def _draw_scale(gen: torch.Generator, rows: int, height: int, width: int) -> Ten
     return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * (1.2 - 1 / 1.2) + 1 / 1.2
 
 
+def _draw_scale_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2), as ``_draw_scale``."""
+    return 1 / (torch.rand(rows, 2, generator=gen, dtype=torch.float32) * 0.4 + 0.8)
+
+
 def _scale(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     horizontal, vertical = value.unbind(1)
     zero = torch.zeros_like(horizontal)
@@ -256,6 +277,16 @@ def _scale(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 def _draw_rotate(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
     """(rows,): the angle in radians."""
     return (torch.rand(rows, generator=gen, dtype=torch.float32) * 2 - 1) * math.radians(15)
+
+
+def _draw_rotate_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows,): the angle in radians."""
+    return 3 * _draw_rotate(gen, rows, height, width)
+
+
+def _rotate_dc(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    mean = _batch_mean(x)
+    return _rotate(x - mean, value, align_corners) + mean
 
 
 def _rotate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -293,4 +324,7 @@ _OPERATIONS = {
     "flip": _Operation(_draw_flip, _flip, False),
     "scale": _Operation(_draw_scale, _scale, [1.0, 1.0]),
     "rotate": _Operation(_draw_rotate, _rotate, 0.0),
+    "crop-dc": _Operation(_draw_crop_dc, _crop_dc, [0, 0]),
+    "scale-dc": _Operation(_draw_scale_dc, _scale, [1.0, 1.0]),
+    "rotate-dc": _Operation(_draw_rotate_dc, _rotate_dc, 0.0),
 }

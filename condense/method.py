@@ -376,7 +376,7 @@ class GradientMethod(Method):
         return self.clip
 
     def skips(self, loss: float) -> bool:
-        """Whether nothing is updated in a step with this loss."""
+        """Whether nothing is updated in a step with this loss, which may then be not finite."""
         return False
 
     def after(self, ctx: Context, state: Any, step: int) -> None:
@@ -402,8 +402,12 @@ class GradientMethod(Method):
         ctx.ranks.sum_([*(cast(Tensor, param.grad) for param in params), total])
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-        require_finite(record)
-        longest = self.longest(state, record["grad_latents"])
+        skipped = self.skips(record["loss"])
+        if skipped:
+            record = {name: value for name, value in record.items() if math.isfinite(value)} | {"skipped": 1.0}
+        else:
+            require_finite(record)
+        longest = None if skipped else self.longest(state, record["grad_latents"])
         if longest is not None and record["grad_latents"] > longest:
             for param in leaves["latents"]:
                 assert param.grad is not None
@@ -411,7 +415,7 @@ class GradientMethod(Method):
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
             record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step / self.num_steps)
-            if not self.skips(record["loss"]):
+            if not skipped:
                 optimiser.step()
         with torch.no_grad():
             if self.clamp:

@@ -112,7 +112,7 @@ PROTOCOLS: dict[str, Protocol] = {
         _CANONICAL,
         dataclasses.replace(_CANONICAL, name="canonical-dsa", num_epochs=1000, augment="dsa"),
         dataclasses.replace(_CANONICAL, name="full-data", num_epochs=20, batch_size=64),
-        dataclasses.replace(_CANONICAL, name="dc", num_epochs=1000, augment="crop_scale_rotate:mode=P,degrees=45"),
+        dataclasses.replace(_CANONICAL, name="dc", num_epochs=1000, augment="crop-dc_scale-dc_rotate-dc:mode=P"),
         dataclasses.replace(
             _REGRESSION,
             name="frepo",
@@ -154,7 +154,14 @@ PROTOCOLS: dict[str, Protocol] = {
             augment="dsa",
             teacher="same",
         ),
-        dataclasses.replace(_CANONICAL, name="dd-ranking", num_epochs=1000, lr_grid=(0.001, 0.005, 0.01, 0.05, 0.1)),
+        dataclasses.replace(
+            _CANONICAL,
+            name="dd-ranking",
+            num_epochs=1000,
+            batch_size=128,
+            augment="dsa",
+            lr_grid=(0.001, 0.005, 0.01, 0.05, 0.1),
+        ),
     )
 }
 """``canonical``: the published tables without augmentation (Zhao, Mopuri and Bilen, "Dataset Condensation
@@ -164,8 +171,8 @@ augmentation (DSA, DM, MTT); the same with 1000 epochs. ``full-data``: for the w
 on MNIST, with its augmentation there; on other data its own is ``canonical``. ``frepo``, ``rcig``: regression on the
 labels of the set (Zhou et al. 2022, Loo et al. 2023). ``datm``: soft labels and the learned step size (Guo et al.
 2024). ``soft-teacher``: a network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024).
-``dd-ranking``: hard labels, with the learning rate chosen on held-out real images (Li et al. 2024). Deviations of each:
-docs/evaluation.md.
+``dd-ranking``: hard labels under DSA, with the learning rate chosen on held-out real images (Li et al. 2024).
+Deviations of each: docs/evaluation.md.
 """
 
 

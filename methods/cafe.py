@@ -6,8 +6,8 @@
     m_k = mean_{s in S_k} psi(A(s))
 
 The means of S are those of B in every layer l, and as a classifier they tell real images apart. theta is a student,
-trained on S between one update of S and the next until its accuracy on real images has moved, and replaced by a fresh
-one when from update to update its accuracy hardly moves any more.
+trained on S between one update of S and the next until its accuracy on real images has moved within the last epochs,
+and replaced by a fresh one when from update to update its accuracy hardly moves any more.
 
     symbol  code
     S_c     ``state.syn`` at the latents of class c
@@ -85,9 +85,9 @@ class CAFE(GradientMethod):
     batch_probe: int = 128
     """Real training images of a class on which the student's accuracy is measured, drawn anew each time."""
     window: int = 10
-    """Accuracies that are compared: the last so many."""
+    """Accuracies that are compared: the last so many, and nothing is decided before there are as many."""
     moved: float = 0.03
-    """The student is trained until its accuracies differ by more than this."""
+    """The student is trained until a full window of accuracies, one an epoch, differs by more than this."""
     settled: float = 0.04
     """The student is replaced when a full window of accuracies, one an update, differs by less than this."""
     max_epochs: int = 50
@@ -156,11 +156,11 @@ class CAFE(GradientMethod):
             return
         with torch.no_grad():
             images, targets = state.syn()
-        trainer, recent = self._compiled(ctx).trainer, [accuracy]
+        trainer, recent = self._compiled(ctx).trainer, list[float]()
         for epoch in range(1, self.max_epochs + 1):
             student = trainer.run(student, images, targets, ctx.rng.child("training", f"{step}/{epoch}"))
             recent = [*recent, self.accuracy(ctx, student, step, epoch)][-self.window :]
-            if _spread(recent) > self.moved:
+            if len(recent) == self.window and _spread(recent) > self.moved:
                 break
         state.params, state.buffers = student
 

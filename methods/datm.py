@@ -9,7 +9,7 @@ The objective is MTT's (``condense.methods.mtt``, whose symbols hold) under a so
     y        ``state.syn.provider.logits``; they begin at the mean logits of the experts that are right about the image
     t        start epoch, uniform over ``min_start_epoch`` .. T - 1
     T        ``first_max_epoch``, growing linearly to ``max_start_epoch`` in ``expansion_steps`` updates
-    skip     an update whose loss is above ``threshold`` changes nothing
+    skip     an update whose loss is above ``threshold``, or not a number, changes nothing
 
 The images begin as real ones that experts classify correctly.
 
@@ -55,7 +55,7 @@ class DATM(TrajectoryMatching):
     max_start_epoch: int = 20
     """The window of start epochs ends before this one."""
     threshold: float = 1.0
-    """Updates with a larger loss are skipped."""
+    """Updates with a larger loss are skipped, and those whose loss is not a number."""
     optim_labels: Optim = Optim(lr=2.0, momentum=0.9)
     """Optimiser of the labels' logits."""
 
@@ -90,7 +90,7 @@ class DATM(TrajectoryMatching):
         return range(self.min_start_epoch, end)
 
     def skips(self, loss: float) -> bool:
-        return loss > self.threshold
+        return not loss <= self.threshold  # a loss that is no number is skipped as well
 
 
 def well_known(ctx: Context, label: int, num: int) -> Tensor:

@@ -60,17 +60,19 @@ class RealStudents(GradientMatching):
     base_size: int = 32
     """Side of the images for which ``optim.lr`` is meant."""
     matched: tuple[str, ...] = ("color", "crop", "cutout")
-    """Operations of the recipe's augmentation that take part in the matching."""
+    """Operations of the recipe's augmentation that take part in the matching; the student sees them too, but for
+    cutout where it has CutMix."""
     outer_loop: int = 100
     """Updates of the images a student lives through."""
-    num_student: int = 2000
-    """Real images on which the student is trained between two updates, for one epoch."""
+    num_student: int = 2048
+    """Real images on which the student is trained between two updates, for one epoch: the published 2000, in whole
+    batches."""
     batch_student: int = 64
     """Batch size of the student."""
     cutmix_student: float = 0.5
     """Probability that a batch of the student is mixed."""
     cutmix: float = 0.5
-    """The same for networks that are trained on the set (protocol ``own``)."""
+    """The same for networks that are trained on the set (protocol ``own``), whose augmentation then has no cutout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +91,9 @@ class RealStudents(GradientMatching):
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000, batch_size=64, decay_at=(2 / 3, 5 / 6), decay=0.2, cutmix=self.cutmix)
+
+    def training_augment(self, task: Task) -> Augment:
+        return _beside_cutmix(super().training_augment(task), self.cutmix)
 
     def weight(self, ctx: Context) -> float:
         """Of the objective: the published factor of the learning rate, which under SGD is the same."""
@@ -118,13 +123,12 @@ class RealStudents(GradientMatching):
         return self.outer_loop
 
     def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
-        """By one epoch on real images, augmented without cutout; ``state.velocity`` goes on."""
+        """By one epoch on real images under the matched operations; ``state.velocity`` goes on."""
         task = ctx.task
         training = Training(
             num_epochs=1, batch_size=self.batch_student, lr=self.lr_student, decay_at=None, cutmix=self.cutmix_student
         )
-        strategy = replace(task.augment, flips=False)
-        augment = _only(strategy, [op for op in strategy.ops if op != "cutout"])
+        augment = _beside_cutmix(replace(self.augment(ctx), flips=False), self.cutmix_student)
         trainer = student_trainer(task.network, training, augment, ctx.compute)
         images, classes = task.train.sample(self.num_student, ctx.rng("student images", step))
         weights = Weights(state.params, state.buffers)
@@ -141,6 +145,11 @@ class IDC(RealStudents):
 @dataclass(frozen=True, kw_only=True)
 class IDCI(RealStudents):
     """IDC with its images stored as they are."""
+
+
+def _beside_cutmix(augment: Augment, cutmix: float) -> Augment:
+    """What is left of an augmentation where CutMix has this probability: it takes the place of cutout."""
+    return _only(augment, [op for op in augment.ops if op != "cutout"]) if cutmix else augment
 
 
 def _only(augment: Augment, ops: Sequence[str]) -> Augment:

@@ -143,14 +143,15 @@ class TrajectoryMatching(Unrolled):
         return self.masked(ctx, batches, step, part)
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
-        """With labels by a teacher, those that are stored are the mean of what all experts say in the end."""
+        """With labels by a teacher, those that are stored are what the target snapshot of the last step says."""
         syn = super().finalize(ctx, state, steps)
         if ctx.labels.name != "teacher":
             return syn
         labelled = copy.deepcopy(syn)
+        expert, epoch = self.piece(ctx, steps - 1, self.num_trajectories - 1)
         with torch.no_grad():
             images, _ = labelled()
-            found = torch.stack([logits.softmax(1) for logits in judged_by_all(ctx, images)]).mean(0)
+            found = judged(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
             cast(Assigned, labelled.provider).assign(found.unflatten(0, (-1, len(labelled))).mean(0))
         return labelled
 

@@ -4,13 +4,13 @@ NeurIPS 2022.
     min_S  E_{theta_0, C'}  l(R_{C'}; theta_N)
     v_{n+1} = m v_n + grad l(A(b_n); theta_n),    theta_{n+1} = theta_n - lr v_{n+1}
 
-Back-propagation through all N steps of training with momentum, over tasks of some of the classes; with the decoder
-``bases`` an image is a combination of memories that all classes share.
+Back-propagation through all N steps of training with momentum; with the decoder ``bases`` an image is a combination of
+memories that all classes share.
 
     symbol   code
     N        ``inner_steps``
     m        ``momentum``
-    C'       the classes of the task: as many as drawn between ``min_ways`` and all, at random
+    C'       the classes of the task: all, or ``ways`` of them at random
     b_n      ``batch_per_class`` images of each of them, drawn for each step
     A        ``task.augment``; its parameters are drawn once for all steps of an update
     R_{C'}   ``batch_real`` real images of each
@@ -39,7 +39,7 @@ from condense.train import Training
 class RTP(Bilevel):
     """Back-propagates through all of training, with momentum."""
 
-    num_steps: int = 50000
+    num_steps: int = 500000
     """Updates of the images."""
     start: Literal["real", "noise"] = "noise"
     """Images to start from: real ones drawn per class, or standard normal noise; some decoders draw for themselves."""
@@ -51,8 +51,8 @@ class RTP(Bilevel):
     """Its momentum."""
     batch_per_class: int = 10
     """Images of a class in each step of the network; all where there are fewer."""
-    min_ways: int | None = 2
-    """Fewest classes of a task, which has a random number of them; unset: every task has all."""
+    ways: int | None = None
+    """Classes of a task, drawn for each update; unset, or more than there are: every task has all."""
     batch_real: int = 64
     """Real images of a class that the network is scored on."""
     clip: float | None = 2.0
@@ -64,8 +64,8 @@ class RTP(Bilevel):
         self.require_room(self.inner_steps)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")
-        if self.min_ways is not None and self.min_ways < 2:
-            raise ValueError(f"method.min_ways must be at least 2, got {self.min_ways}: one class is no task; give 2")
+        if self.ways is not None and self.ways < 2:
+            raise ValueError(f"method.ways must be at least 2, got {self.ways}: one class is no task; give 2")
 
     def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = num_classes * min(self.batch_per_class, images_per_class)
@@ -93,10 +93,8 @@ class RTP(Bilevel):
 
     def classes(self, ctx: Context, step: int) -> list[int]:
         """The classes of the task of a step, ascending."""
-        num, generator = ctx.task.num_classes, ctx.rng("task", step)
-        fewest = num if self.min_ways is None else min(self.min_ways, num)
-        ways = int(torch.randint(fewest, num + 1, (), generator=generator))
-        return sorted(torch.randperm(num, generator=generator)[:ways].tolist())
+        drawn = torch.randperm(ctx.task.num_classes, generator=ctx.rng("task", step))
+        return sorted(drawn[: self.ways].tolist())
 
     def batches(self, ctx: Context, state: GradientState, step: int, classes: list[int]) -> list[Minibatch]:
         """What the network's steps are made of; all share one draw of the augmentation."""

@@ -71,6 +71,45 @@ def test_ranges() -> None:
     assert values["rotate"].min() < 0 < values["rotate"].max()
 
 
+DC = "crop-dc_scale-dc_rotate-dc"
+
+
+def test_ranges_of_dc() -> None:
+    values = Augment.parse(f"{DC}:mode=M").sample(Rng(1)("augment"), 20_000, (1, 28, 32), siamese=False).values
+    assert [set(column.tolist()) for column in values["crop-dc"].T] == [set(range(-4, 4))] * 2
+    longer = 1 / values["scale-dc"]
+    assert 0.8 - 1e-6 <= longer.min() < 0.801 and 1.199 < longer.max() <= 1.2 + 1e-6
+    assert longer.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert math.radians(44.9) < values["rotate-dc"].max() <= math.radians(45) + 1e-6
+    assert -math.radians(45) - 1e-6 <= values["rotate-dc"].min() < -math.radians(44.9)
+
+
+def test_what_dc_uncovers_takes_the_mean_of_the_batch() -> None:
+    x = images(3)
+    mean = x.mean((0, 2, 3))
+    shift = torch.tensor([[2, -1], [0, 0], [-8, 3]])
+    found = Augment.parse(DC).apply(x, Params({"crop-dc": shift}))
+    assert torch.equal(found[0, :, :6, 1:], x[0, :, 2:, :6]) and torch.equal(found[1], x[1])
+    for uncovered in (found[0, :, 6:], found[0, :, :, :1], found[2]):
+        torch.testing.assert_close(uncovered, mean[:, None, None].expand_as(uncovered))
+    angle = torch.tensor([math.pi / 4, 0.0, 0.0], dtype=torch.float64)
+    turned = Augment.parse(DC).apply(x, Params({"rotate-dc": angle}))
+    torch.testing.assert_close(turned[0, :, 0, 0], mean)
+    torch.testing.assert_close(turned[1:], x[1:])
+    plain = Augment(("rotate",)).apply(x - mean[:, None, None], Params({"rotate": angle}))
+    torch.testing.assert_close(turned, plain + mean[:, None, None])
+
+
+def test_dc_gives_each_image_one_operation_and_scales_to_zero() -> None:
+    augment, x = Augment.parse(f"{DC}:mode=P"), images(40)
+    drawn = draw(augment, 40, False).values
+    done = torch.stack([(drawn["crop-dc"] != 0).any(1), (drawn["scale-dc"] != 1).any(1), drawn["rotate-dc"] != 0])
+    assert (done.sum(0) <= 1).all() and done.any(1).all()
+    smaller = torch.full((40, 2), 1.25)
+    expected = Augment(("scale",)).apply(x, Params({"scale": smaller}))
+    assert torch.equal(augment.apply(x, Params({"scale-dc": smaller})), expected)
+
+
 @pytest.mark.parametrize("size", [6, 7, 8, 9])
 def test_cutout_covers_a_quarter_at_most_and_never_nothing(size: int) -> None:
     augment, x = Augment(("cutout",)), torch.ones(500, 1, size, size)

@@ -35,7 +35,7 @@ DD_TINY = DD(num_steps=3, images_per_step=1, inner_epochs=2, lr=0.1, batch_real=
 RAT_TINY = RaTBPTT(
     num_steps=4, adjoint=RandomTruncated(0, 3, 2), same_burn_in=2, lr=0.01, batch_per_class=1, batch_real=9, optim=SGD
 )
-RTP_TINY = RTP(num_steps=3, inner_steps=4, lr=0.05, batch_per_class=1, min_ways=2, batch_real=4, optim=SGD, clip=None)
+RTP_TINY = RTP(num_steps=3, inner_steps=4, lr=0.05, batch_per_class=1, ways=2, batch_real=4, optim=SGD, clip=None)
 
 
 def context(
@@ -226,7 +226,7 @@ def test_every_image_of_every_inner_step_has_a_mask_of_its_own(method: Bilevel) 
 
 @pytest.mark.slow
 def test_compiled_and_masked_agrees_with_eager() -> None:
-    method = dataclasses.replace(RTP_TINY, num_steps=2, min_ways=None, mask=0.3)
+    method = dataclasses.replace(RTP_TINY, num_steps=2, ways=None, mask=0.3)
     contexts = (context(network="mlp", compute=Compute(compile=on)) for on in (False, True))
     for (a, x), (b, y) in zip(*(run(method, ctx) for ctx in contexts), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
@@ -332,20 +332,20 @@ class TestRaT:
 
 
 class TestRTP:
-    def test_tasks_have_two_classes_to_all(self) -> None:
-        ctx, method = context(), dataclasses.replace(RTP_TINY, min_ways=2)
-        tasks = [method.classes(ctx, step) for step in range(60)]
-        assert {len(task) for task in tasks} == {2, 3} and all(task == sorted(set(task)) for task in tasks)
-        assert {c for task in tasks if len(task) == 2 for c in task} == {0, 1, 2}
-        assert dataclasses.replace(method, min_ways=None).classes(ctx, 5) == [0, 1, 2]
+    def test_tasks_have_as_many_classes_as_said(self) -> None:
+        ctx = context()
+        tasks = [RTP_TINY.classes(ctx, step) for step in range(40)]
+        assert all(len(task) == 2 and task == sorted(set(task)) for task in tasks)
+        assert {c for task in tasks for c in task} == {0, 1, 2}
+        for ways in (None, 3, 9):
+            assert dataclasses.replace(RTP_TINY, ways=ways).classes(ctx, 5) == [0, 1, 2]
 
     def test_classes_that_are_not_in_the_task_get_no_gradient(self) -> None:
         ctx = context(ipc=1)
         state = begin(RTP_TINY, ctx)
-        step = next(s for s in range(50) if len(RTP_TINY.classes(ctx, s)) == 2)
-        RTP_TINY.loss(ctx, state, step, 0).backward()
+        RTP_TINY.loss(ctx, state, 0, 0).backward()
         moved = state.syn.latents.grad.flatten(1).norm(dim=1) > 0
-        assert moved.nonzero().flatten().tolist() == RTP_TINY.classes(ctx, step)
+        assert moved.nonzero().flatten().tolist() == RTP_TINY.classes(ctx, 0)
 
     def test_the_augmentation_stays_through_the_steps_of_an_update(self) -> None:
         ctx = context(augment="color_crop:mode=M")
@@ -391,7 +391,7 @@ class TestAll:
         (lambda: RaTBPTT(clip_decay=1.0), "clip_decay must lie in"),
         (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
         (lambda: RTP(momentum=1.5), "momentum must lie in"),
-        (lambda: RTP(min_ways=1), "one class is no task"),
+        (lambda: RTP(ways=1), "one class is no task"),
         (
             lambda: RTP(adjoint=RandomTruncated()),
             "burn-in of up to 140 and a window of 60, the network takes 150 steps",
@@ -412,7 +412,21 @@ def test_the_recipes_hold_the_published_values() -> None:
     rat: Any = from_yaml(files["rat-bptt-cifar10-ipc10"]).method
     assert rat.adjoint == RandomTruncated(0, 140, 60) and (rat.lr, rat.batch_real, rat.clip) == (1e-3, 5000, 2.0)
     assert rat.num_steps == 10 * 60000 and (rat.optim.kind, rat.optim.lr) == ("adam", 1e-3)
-    rtp = from_yaml(files["rtp"])
-    method: Any = rtp.method
-    assert (method.inner_steps, method.lr, method.momentum, method.clip, method.batch_real) == (150, 0.01, 0.9, 2.0, 64)
-    assert rtp.decode == Bases(start="xavier")
+    published = RTP(
+        num_steps=500000,
+        inner_steps=150,
+        lr=0.01,
+        momentum=0.9,
+        batch_per_class=32,
+        ways=None,
+        batch_real=64,
+        clip=2.0,
+        optim=Optim(lr=0.1, momentum=0.5),
+        optim_decoder=Optim(lr=0.1, momentum=0.5),
+    )
+    bases = Bases(num_bases=16, start="xavier")
+    for name in ("rtp", "rtp-cifar10-ipc1"):
+        rtp = from_yaml(files[name])
+        assert (rtp.method, rtp.decode, rtp.augment) == (published, bases, "none")
+    assert (rtp.dataset, rtp.ipc, rtp.transform) == ("cifar10", 1, "zca-relative")
+    assert bases.latents_per_class(1, (3, 32, 32), 10) == 115, "as in the published code"

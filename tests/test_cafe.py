@@ -93,7 +93,7 @@ def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]
 
 @pytest.mark.parametrize(("network", "augment"), [(NETWORK, "none"), (NETWORK, DSA), (BATCH, "none")])
 def test_agrees_with_the_slow_twin_step_by_step(network: str, augment: str) -> None:
-    ctx, method = make_context(network, augment), small(num_steps=8)
+    ctx, method = make_context(network, augment), small(num_steps=8, window=2, max_epochs=5)
     previous, lived = method.init(ctx).syn()[0], []
     for (record, images, state), (loss, expected, epochs) in zip(run(method, ctx), twin(method, ctx), strict=True):
         assert record["loss"] == pytest.approx(loss, rel=1e-4)
@@ -117,15 +117,30 @@ def watched(monkeypatch: pytest.MonkeyPatch, accuracies: Callable[[int, int], fl
     return asked
 
 
+def test_a_student_is_trained_for_a_full_window_even_if_its_accuracy_has_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The published window of 10 makes that 10 epochs between two updates, or more."""
+    asked = watched(monkeypatch, lambda step, epoch: 0.1 * epoch)
+    list(run(small(num_steps=2, window=10, max_epochs=50, max_updates=9), make_context(NETWORK, "none")))
+    assert asked == [(step, epoch) for step in range(2) for epoch in range(11)]
+
+
+def test_the_accuracy_right_after_the_update_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = watched(monkeypatch, lambda step, epoch: 0.5 if epoch else 0.0)
+    list(run(small(num_steps=1, window=3, max_epochs=7), make_context(NETWORK, "none")))
+    assert len(asked) == 8
+
+
 def test_a_student_is_trained_until_its_accuracy_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = watched(monkeypatch, lambda step, epoch: 0.5 + 0.02 * epoch)
-    list(run(small(num_steps=2, moved=0.05, max_epochs=9, window=9, max_updates=9), make_context(NETWORK, "none")))
-    assert asked == [(step, epoch) for step in range(2) for epoch in range(4)]  # 0.06 after three epochs
+    asked = watched(monkeypatch, lambda step, epoch: 0.5 + 0.06 * (epoch >= 6))
+    list(run(small(num_steps=1, moved=0.05, window=3, max_epochs=9), make_context(NETWORK, "none")))
+    assert len(asked) == 7
 
 
 def test_only_the_last_accuracies_count(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = watched(monkeypatch, lambda step, epoch: 0.5 + 0.02 * epoch)
-    list(run(small(num_steps=1, moved=0.05, max_epochs=7, window=3), make_context(NETWORK, "none")))
+    list(run(small(num_steps=1, moved=0.05, window=3, max_epochs=7), make_context(NETWORK, "none")))
     assert len(asked) == 8  # three in a row never differ by more than 0.04
 
 

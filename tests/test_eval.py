@@ -86,12 +86,12 @@ class TestProtocols:
             "canonical": "b22de2fbeb64392fc586a2c02a92093bcbf25eccf4b4231a3575d31444094567",
             "canonical-dsa": "ee47dffdd6a79389d4123ba8f147ac9fc96009f8c438d71d11337688a45f75e7",
             "full-data": "fb22739fc945c1aa04ab3cdb20a10afc0217229dfc72fcd2c155c3242b2d579e",
-            "dc": "187bf1a78b4f7aeb7ce95258e3e212234357a3709e77436759a4c6a3f5bb9db5",
+            "dc": "518c5251e943896d164040deb368aa56f9d6edd89a617b3f3cb394fca766007e",
             "frepo": "d5bd3603313d7c27313c234ce9c7a9d5a69180e089863649d9915fdd19c5ce87",
             "rcig": "cbe28cb280102142b2a9eb1a9c375cd123d8ede7f512e6e250345f03a6c40ac6",
             "datm": "fcea2c6e501eb0c6130877c882af1edba0c0b79d276d4e6e672ee4995fb65c0e",
             "soft-teacher": "6a0c35f57efeda77e8c8f7e1aa6e131aede54f8b2ff6c5328deecee533f1618c",
-            "dd-ranking": "13918efcf65b6717f5ebcdd4d9f89ca392b6beb044e2440fe51ad756dff0d435",
+            "dd-ranking": "b852a9f88f00d15f6381129100d05e253208743d7d2ec1e280fd54018b516eee",
         }
 
     def test_the_hash_is_of_the_content(self) -> None:

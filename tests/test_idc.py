@@ -21,7 +21,7 @@ from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
-from condense.train import Training, cutmix, one_hot
+from condense.train import Trainer, Training, cutmix, one_hot
 from tests.reference.idc import idc
 
 COUNTS = (8, 11, 9)
@@ -71,9 +71,7 @@ def run(method: RealStudents, ctx: Context) -> Iterator[tuple[dict[str, float], 
 
 def twin(method: RealStudents, ctx: Context, lr: float, momentum: float) -> Iterator[tuple[float, list[Tensor]]]:
     task, draws, shape, num_classes = ctx.task, ctx.rng, ctx.task.image_shape, ctx.task.num_classes
-    matched, trained = (
-        Augment.parse(f"{ops}:mode=D") for ops in ("_".join(method.matched), "color_crop_flip_scale_rotate")
-    )
+    matched, trained = (Augment.parse(f"{ops}:mode=D") for ops in ("_".join(method.matched), "color_crop"))
 
     def network(step: int) -> nn.Module:
         student = build(task.network.name, shape, num_classes).to(task.network.dtype)
@@ -213,7 +211,7 @@ def test_matching_and_student_have_their_part_of_the_augmentation_each(monkeypat
         assert num == 2 and all(len(real[op]) == 1 and torch.equal(real[op], syn[op]) for op in real)
     assert len({str(values) for _, values in matched}) == 6
     for num, values in trained:
-        assert num == 5 and [*values][:2] == ["flip", "color"] and "cutout" not in values
+        assert num == 5 and [*values] == ["color", "crop"]
         assert all(len(value) == 5 for value in values.values())
 
 
@@ -279,7 +277,22 @@ def test_sets_are_meant_for_a_thousand_epochs_with_mixed_batches() -> None:
     expected = Training(num_epochs=1000, batch_size=64, decay_at=(2 / 3, 5 / 6), decay=0.2, cutmix=0.5)
     assert IDC().training(task) == expected
     assert IDC(cutmix=0.0).training(task) == dataclasses.replace(expected, cutmix=0.0)
-    assert str(IDC().training_augment(task)) == STRATEGY
+
+
+def test_cutmix_takes_the_place_of_cutout(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_context().task
+    assert str(IDC().training_augment(task)) == "color_crop_flip_scale_rotate:mode=D"
+    assert str(IDC(cutmix=0.0).training_augment(task)) == STRATEGY
+    seen: list[Augment] = []
+
+    def trainer(network: Functional, plan: Training, augment: Augment, compute: Compute) -> Trainer:
+        seen.append(augment)
+        return Trainer(network, plan, augment, compute)
+
+    monkeypatch.setattr("condense.methods.idc.student_trainer", trainer)
+    for fields in ({}, {"cutmix_student": 0.0}, {"matched": ("crop", "flip")}):
+        list(run(small(num_steps=1, **fields), make_context(augment=f"{STRATEGY},flips=true")))
+    assert [str(augment) for augment in seen] == ["color_crop:mode=D", "color_crop_cutout:mode=D", "crop_flip:mode=D"]
 
 
 LR = {"cifar10": 0.005, "svhn": 0.005, "mnist": 1e-4, "fashion-mnist": 1e-4}
@@ -306,7 +319,7 @@ def test_recipes_hold_the_published_values(kind: type[RealStudents], name: str, 
                 optim=Optim(lr=recipe.method.optim.lr, momentum=0.0),
                 distance="l1-conv" if gray else "mse-conv",
                 base_size=28 if dataset == "mnist" else 32,
-                num_student=2000 if dataset == "cifar10" else 500,
+                num_student=2048 if dataset == "cifar10" else 512,
                 matched=("color", "crop") if plain else ("color", "crop", "cutout"),
                 cutmix_student=0.0 if plain else 0.5,
                 cutmix=0.0 if plain or (name, dataset, ipc) == ("idc-i", "svhn", 1) else 0.5,

@@ -56,7 +56,14 @@ def run(syn: SyntheticSet, arrays: Arrays, plan: Protocol, **options: Any) -> Re
     return evaluate(syn, arrays, protocol=plan, **given | options).results[0]
 
 
-GRID = dataclasses.replace(PROTOCOLS["dd-ranking"], num_epochs=15, lr_grid=(1e-5, 0.05, 0.01))
+GRID = dataclasses.replace(PROTOCOLS["dd-ranking"], num_epochs=15, augment="none", lr_grid=(1e-5, 0.05, 0.01))
+
+
+def test_dc_and_dd_ranking_are_what_was_published() -> None:
+    dc, ranking = PROTOCOLS["dc"], PROTOCOLS["dd-ranking"]
+    assert (dc.num_epochs, dc.batch_size, dc.augment) == (1000, 256, "crop-dc_scale-dc_rotate-dc:mode=P")
+    assert (ranking.num_epochs, ranking.batch_size, ranking.augment) == (1000, 128, "dsa")
+    assert ranking.lr_grid == (0.001, 0.005, 0.01, 0.05, 0.1) and ranking.labels == "hard"
 
 
 def test_the_rate_is_the_best_one_on_held_out_images(arrays: Arrays) -> None:

@@ -4,10 +4,11 @@ Li et al., "DD-Ranking: rethinking the evaluation of dataset distillation", 2024
 ``condense.eval.ranking``, the accuracies behind them
 
     real, hard      all training images, classes; under ``full-data``
-    hard            the set with classes, under ``protocol`` without augmentation
+    hard            the set with classes, under ``protocol``
     own             the set as it is meant to be trained on; of sets with hard labels the same as hard
     random, own     random images under the same training as own
-    augmented       the set and random images under ``protocol`` with DSA, against the same without
+    augmented       the set and random images under ``protocol`` with DSA
+    plain           the same without augmentation
 
 Deviations: all accuracies are of the last epoch, and learning rates are chosen on held-out real images, where the
 published package takes the best test accuracy of both. Random images under the training of a set with soft labels are
@@ -54,19 +55,19 @@ class Ranking(Application):
             own(syn)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        random, plain, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
-        augmented, plain = (dataclasses.replace(plain, augment=augment) for augment in ("dsa", "none"))
+        random, usual, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
+        augmented, plain = (dataclasses.replace(usual, augment=augment) for augment in ("dsa", "none"))
         chance = baselines.get("random-soft", random)
         rivals = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
         transform = str(setting.syn.origin.recipe.get("transform", "channel"))
         real = full_data(setting.arrays, network=self.network, transform=transform, **accuracy.common).mean
         rows, record = [], {}
         for name, syn in setting.contenders(rivals).items():
-            hard, random_hard = accuracy(syn, plain), accuracy(random, plain)
+            hard, random_hard = accuracy(syn, usual), accuracy(random, usual)
             own_accuracy, random_own = hard, random_hard
             if syn.label_kind.space != "classes":
                 own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, chance))
-            with_it = [accuracy(each, augmented) for each in (syn, random)]
+            with_it, without = ([accuracy(each, plan) for each in (syn, random)] for plan in (augmented, plain))
             found = {
                 "real hard": real,
                 "hard": hard,
@@ -74,13 +75,14 @@ class Ranking(Application):
                 "random own": random_own,
                 "augmented": with_it[0],
                 "random augmented": with_it[1],
-                "random hard": random_hard,
+                "plain": without[0],
+                "random plain": without[1],
             }
             scores = {
                 "HLR": ranking.hard_label_recovery(real, hard),
                 "IOR": ranking.improvement_over_random(own_accuracy, random_own),
                 "LRS": ranking.label_robust_score(real, hard, own_accuracy, random_own),
-                "ARS": ranking.augmentation_robust_score(with_it[0], with_it[1], hard, random_hard),
+                "ARS": ranking.augmentation_robust_score(*with_it, *without),
             }
             record[name] = {"accuracies": found, "scores": scores}
             shown = ("real hard", "hard", "own", "random own")

@@ -108,13 +108,13 @@ def cafe(
             student, accuracies, updates = network(step + 1), [], 0
             yield loss.item(), [x.clone() for x in images], -1
             continue
-        inner, epochs = [accuracies[-1]], 0
+        inner, epochs = [0.0][:0], 0
         while epochs < max_epochs:
             epochs += 1
             train_epoch(student, torch.cat(images), len(images[0]), batches(step, epochs), lr_student)
             inner.append(measure(step, epochs))
             recent = inner[-window:]
-            if max(recent) - min(recent) > moved:
+            if len(recent) == window and max(recent) - min(recent) > moved:
                 break
         yield loss.item(), [x.clone() for x in images], epochs
 
