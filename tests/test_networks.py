@@ -157,6 +157,7 @@ def test_too_deep_a_convnet_names_the_depth_that_fits() -> None:
         "activation=swish",
         "norm=layer",
         "norm=group",
+        "norm=batch-before",
         "pooling=max",
     ],
 )
@@ -377,7 +378,13 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Weights as arguments
 
-FUNCTIONALS = ["convnet:width=8", "convnet:width=8,norm=batch", "vit:depth=1", tiny]
+FUNCTIONALS = [
+    "convnet:width=8",
+    "convnet:width=8,norm=batch",
+    "convnet:width=8,norm=batch-before",
+    "vit:depth=1",
+    tiny,
+]
 
 
 @pytest.mark.parametrize("spec", FUNCTIONALS)
@@ -460,7 +467,9 @@ def test_a_network_without_maps_says_so(spec: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", "resnet18:norm=batch"])
+@pytest.mark.parametrize(
+    "spec", ["convnet:width=8,norm=batch", "convnet:width=8,norm=batch-before", "resnet18:norm=batch"]
+)
 def test_maps_under_transforms(spec: str) -> None:
     functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
     params, buffers = functional.init(Rng(0), "network")
@@ -570,7 +579,9 @@ def test_compiled_training_updates_buffers() -> None:
         torch.testing.assert_close(compiled[name], eager[name])
 
 
-@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch", tiny])
+@pytest.mark.parametrize(
+    "spec", ["convnet:width=8", "convnet:width=8,norm=batch", "convnet:width=8,norm=batch-before", tiny]
+)
 def test_flatten(spec: str) -> None:
     functional = Functional(spec, DIGITS, 3)
     params, _ = functional.init(Rng(0), "network")
