@@ -280,6 +280,10 @@ class Method(ABC):
         """How its sets are meant to be trained on; stored in the file for the protocol ``own``."""
         return Training()
 
+    def training_network(self, task: Task) -> str:
+        """The network of that training: the one it was distilled with."""
+        return task.network.name
+
     def training_augment(self, task: Task) -> Augment:
         """The augmentation of that training: the one it was distilled with."""
         return replace(task.augment, flips=False)

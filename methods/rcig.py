@@ -34,13 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import Augment
+from condense.augment import MILD, Augment
 from condense.inner import Descent, Minimum, Params, minimise, mixed_gradient, pushforward
 from condense.kernels import feature_kernel, ridge_solve
 from condense.match import differentiated
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods import pool
-from condense.networks import Functional
+from condense.networks import Functional, with_options
 from condense.task import Task
 from condense.train import Training
 
@@ -153,8 +153,17 @@ class RCIG(GradientMethod):
             cosine_to=0.01,
         )
 
+    def training_network(self, task: Task) -> str:
+        """Softplus stands for the ReLU of the networks that learn from the set."""
+        name = task.network.name
+        return with_options(name, activation="relu") if "activation=softplus" in name else name
+
     def training_augment(self, task: Task) -> Augment:
-        return Augment(("crop", "rotate", "cutout"), mode="P")
+        """That of the recipe; of a recipe without, the published one. Mirror images are joined as in distillation."""
+        if task.augment.ops:
+            return task.augment
+        ops = MILD[1:] if task.image_shape[0] == 1 else ("flip", *MILD)
+        return Augment(ops, mode="P", flips=task.augment.flips)
 
     def init(self, ctx: Context) -> RCIGState:
         syn = ctx.new_set(*ctx.initial(self.start))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condense.networks import Functional, ImageShape, build, describe, names, parse
+from condense.networks import Functional, ImageShape, build, describe, names, parse, with_options
 from condense.rng import Rng
 
 DIGITS, MNIST, CIFAR, TINY = (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)
@@ -248,6 +248,25 @@ def test_bad_specs(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         parse(spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("convnet:width=8,norm=batch", "convnet:norm=none,width=8"),
+        ("convnet", "convnet:norm=none"),
+        ("alexnet", "alexnet"),
+        ("resnet18:norm=batch", "resnet18:norm=batch"),
+        ("torchvision:resnet18", "torchvision:resnet18"),
+        ("custom:mine", "custom:mine"),
+    ],
+)
+def test_other_options_are_taken_where_the_network_has_them(name: str, other: str) -> None:
+    assert with_options(name, norm="none") == other
+
+
+def test_an_option_at_its_default_is_not_spelt() -> None:
+    assert with_options("convnet:activation=softplus,width=3", activation="relu") == "convnet:width=3"
 
 
 @pytest.mark.parametrize("spec", ["convnet:norm=group,width=10", "vit:heads=5"])

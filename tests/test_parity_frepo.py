@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from torch import Tensor
 
-from condense.augment import Augment
+from condense.augment import MILD, Augment, Params
 from condense.compute import Compute
+from condense.eval.protocol import STRATEGIES
 from condense.inner.implicit import PLAIN_ADAM
 from condense.kernels import centred, feature_kernel, regression
 from condense.method import Optim
@@ -124,3 +126,72 @@ def test_lamb_takes_the_recorded_steps(case: str) -> None:
         optimiser.param_groups[0]["lr"] = plan.lr_at(step / len(after))
         optimiser.step()
         torch.testing.assert_close(param - before, expected - before, rtol=1e-8, atol=1e-13)
+
+
+def test_augmentation_is_as_strong_as_recorded() -> None:
+    """Of 500 recorded draws and many of ours: the extremes, the mean and the standard deviation of every quantity."""
+    arrays, _ = recorded("20_augmax_strengths")
+    drawn = Augment(("flip", *MILD), "M").sample(Rng(0)("augment"), 20_000, (3, 32, 32), siamese=False).values
+    factor, shift = drawn["zoom"][:, 0], drawn["zoom"][:, 1:]
+    ours = {
+        "crop zoom": factor,
+        "crop centre, fraction of the free range": (shift / (1 - factor[:, None]).abs()).flatten(),
+        "crop shift in pixels": 16 * shift.flatten(),
+        "translate pixels": 16 * drawn["translate"].flatten(),
+        "translate fraction of the side": drawn["translate"].flatten() / 2,
+        "rotate degrees": drawn["rotate"].rad2deg(),
+        "color brightness": drawn["jitter"][:, 0],
+        "color contrast": drawn["jitter"][:, 1],
+        "color saturation": drawn["jitter"][:, 2],
+        "cutout top": drawn["cutout-quarter"][:, 0],
+        "cutout left": drawn["cutout-quarter"][:, 1],
+        "flip rate": drawn["flip"],
+    }
+    table = dict(zip(arrays["names"].tolist(), arrays["table"].tolist(), strict=True))
+    for name, values in ours.items():
+        low, high, mean, std = table[f"frepo/{name}"]
+        found = values.double()
+        assert found.min().item() == pytest.approx(low, abs=0.06 * (high - low)), name
+        assert found.max().item() == pytest.approx(high, abs=0.06 * (high - low)), name
+        assert found.mean().item() == pytest.approx(mean, abs=0.15 * std), name
+        assert found.std().item() == pytest.approx(std, rel=0.1), name
+        assert table[f"rcig/{name}"] == table[f"frepo/{name}"]
+    cut = Augment(("cutout-quarter",))
+    x = torch.ones(1, 1, 32, 32)
+    assert (cut.apply(x, cut.sample(Rng(0)("augment"), 1, (1, 32, 32), siamese=False)) == 0).double().mean() == 1 / 16
+
+
+@pytest.mark.parametrize("name", ["crop", "translate", "rotate"])
+def test_warps_are_those_of_the_recorded_matrices(name: str) -> None:
+    """A matrix takes pixels of the new image, counted from the centre, to pixels of the old one."""
+    arrays, _ = recorded("20_augmax_strengths")
+    matrices = tensor(arrays[f"frepo/{name}/matrix"])[:3]
+    x = torch.randn(3, 2, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    op, value = {
+        "crop": ("zoom", torch.cat([matrices[:, :1, 0], matrices[:, :, 2].flip(1) / 16], 1)),
+        "translate": ("translate", matrices[:, :, 2].flip(1) / 16),
+        "rotate": ("rotate", torch.atan2(matrices[:, 0, 1], matrices[:, 0, 0])),
+    }[name]
+    warped = Augment((op,)).apply(x, Params({op: value}))
+    for image, matrix, found in zip(x.numpy(), matrices.numpy(), warped.numpy(), strict=True):
+        offset = matrix[:, :2] @ np.full(2, -15.5) + matrix[:, 2] + 15.5
+        for channel, ours in zip(image, found, strict=True):
+            theirs = scipy.ndimage.affine_transform(channel, matrix[:, :2], offset, order=1, mode="grid-constant")
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_one_operation_is_for_the_batch_here_and_for_each_image_in_rcig() -> None:
+    """Recorded: 40 batches of 8 images, 5 where an image was cut out."""
+    arrays, _ = recorded("20_augmax_strengths")
+    shape = (3, 32, 32)
+    for name, mixed in (("frepo", False), ("rcig", True)):
+        _, augment = STRATEGIES[name]
+        x, seen = torch.ones(8, *shape), []
+        for batch in range(40):
+            params = augment.sample(Rng(0)("augment", batch), 8, shape, siamese=False)
+            cut = Params({op: value for op, value in params.values.items() if op == "cutout-quarter"})
+            seen.append((augment.apply(x, cut) == 0).flatten(1).any(1))
+        ours, theirs = torch.stack(seen), tensor(arrays[f"{name}/chosen"]) == 5
+        for cut_out in (ours, theirs):
+            assert (cut_out.any(1) & ~cut_out.all(1)).any().item() == mixed
+            assert 0.05 < cut_out.double().mean() < 0.35

@@ -257,6 +257,14 @@ def test_bad_fields_are_refused(fields: dict[str, Any]) -> None:
         RCIG(**fields)
 
 
+def test_sets_are_for_networks_with_relu_and_the_published_augmentation() -> None:
+    task = context("none:flips=true").task
+    assert RCIG().training_network(task) == "convnet:depth=1,norm=none,width=3"
+    assert str(RCIG().training_augment(task)) == "zoom_rotate_translate_cutout-quarter:mode=P,flips=true"
+    chosen = dataclasses.replace(task, augment=Augment.parse("crop_flip"))
+    assert str(RCIG().training_augment(chosen)) == "crop_flip"
+
+
 def test_the_recipes_hold_the_published_values() -> None:
     plan = from_yaml(recipe_files()["rcig-cifar10-ipc10"])
     method: Any = plan.method
