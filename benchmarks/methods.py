@@ -21,7 +21,7 @@ from condense.artifacts import ArtifactSpec, TrajectorySpec
 from condense.buffers.trajectories import Experts
 from condense.data import datasets
 from condense.eval.crossarch import Result
-from condense.eval.protocol import own
+from condense.eval.protocol import own, own_network
 
 EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
 """Of the buffer for methods that match trajectories."""
@@ -78,7 +78,7 @@ def measure(name: str, folder: Path, num_seeds: int) -> Row:
     seconds = time.monotonic() - begun
     images = api.distill("random", dataset="digits", network=plan.network, ipc=plan.ipc, out=folder / f"{name}-random")
     results = [
-        api.evaluate(made, "digits", networks=[plan.network], num_seeds=num_seeds, protocol=own(syn)).results[0]
+        api.evaluate(made, "digits", networks=[own_network(syn)], num_seeds=num_seeds, protocol=own(syn)).results[0]
         for made in (syn, images)
     ]
     return Row(name, plan.ipc, *results, seconds)

@@ -34,7 +34,7 @@ from condense.eval.applications.application import Findings
 from condense.eval.baselines import full_data, kept
 from condense.eval.crossarch import Network
 from condense.eval.journal import Journal
-from condense.eval.protocol import Protocol, named
+from condense.eval.protocol import Protocol, named, own_network
 from condense.files import write_text
 from condense.method import Context, Method
 from condense.names import suggest
@@ -259,7 +259,7 @@ def evaluate(
     syn: SyntheticSet | Path | str,
     dataset: Data | None = None,
     *,
-    networks: Sequence[Network] = ("convnet",),
+    networks: Sequence[Network] | None = None,
     num_seeds: int = 5,
     protocol: str | Protocol = "canonical",
     baselines: Sequence[str] = (),
@@ -273,7 +273,8 @@ def evaluate(
 ) -> crossarch.Evaluation:
     """Train fresh networks on a set and score each once, at its last epoch, on the test split.
 
-    ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``baselines`` are
+    ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``networks`` are by default those
+    of ``default_networks``; the results name them. ``baselines`` are
     methods or recipes run at the same ``budget``, images a class or bytes, and ``full`` for all training data; those
     with soft labels are trained on them. ``ranks``, of ``condense.distributed.joined``, deal the networks out among the
     processes of torchrun.
@@ -287,8 +288,9 @@ def evaluate(
     with ranks.first_ahead():
         found, arrays = open_set(syn, dataset, download=download)
     target = Path(out) if out is not None else _evaluation_path(path)
-    networks = (networks,) if isinstance(networks, str) else networks
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
+    networks = default_networks(found, plan) if networks is None else networks
+    networks = (networks,) if isinstance(networks, str) else networks
     _check_before_training(target, baselines)
     if target is not None and target.exists():
         crossarch.read(target)
@@ -384,6 +386,15 @@ def apply(
         about = {"set": found.origin.recipe_hash, "dataset": arrays.name, "code": condense.__version__}
         write_text(target, json.dumps({**about, **record}, indent=1) + "\n")
     return findings
+
+
+def default_networks(syn: SyntheticSet, protocol: Protocol) -> tuple[str, ...]:
+    """The networks of an evaluation that names none: under ``own`` the one that the set is meant for, else a ConvNet.
+
+    Raises:
+        ValueError: that network has no name, since it was given as a callable.
+    """
+    return (own_network(syn),) if protocol.name == "own" else ("convnet",)
 
 
 def _own_network(syn: SyntheticSet, otherwise: Network) -> Network:
@@ -614,7 +625,11 @@ def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
 def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) -> Context:
     found = {type(spec): spec.open(artifacts.find(buffers, spec, plan.dataset)) for spec in plan.method.needs(task)}
     used = [artifact.describe() for artifact in found.values()]
-    training = plan.method.training(task).content() | {"augment": str(plan.method.training_augment(task))}
+    method = plan.method
+    training = method.training(task).content() | {
+        "augment": str(method.training_augment(task)),
+        "network": method.training_network(task),
+    }
     origin = Origin(
         dataset=task.dataset(),
         transform=task.transform.describe(),

@@ -16,6 +16,15 @@ Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation",
   rotation is by up to 45 degrees. What crop and rotation uncover takes the mean of the batch in its channel, as the
   operation finds the batch.
 
+The milder operations with which Zhou et al. (2022, FRePo) and Loo et al. (2023, RCIG) evaluate have names of their own:
+
+* ``jitter``: brightness x + b, b in [-0.25, 0.25]; then contrast and saturation as under ``color``, their factors
+  log-uniform in [exp(-0.25), exp(0.25)].
+* ``zoom``: the image is magnified by a factor log-uniform in [0.8, 1.25], about a point such that the smaller of the
+  image and the window stays wholly inside the other.
+* ``translate``: a translation by up to an eighth of each side, not by whole pixels.
+* ``cutout-quarter``: a rectangle of a quarter of each side, wholly inside, becomes zero.
+
 Deviations from the published code: a draw comes from a generator that is passed in, where the original
 re-seeds the global one from the wall clock; one row of parameters per image, where the original loops over
 images. The warps are ``grid_sample`` and not kornia's: on square images the two agree, on others kornia turns
@@ -47,6 +56,10 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "flips=true": ("flips", True),
     "flips=false": ("flips", False),
 }
+
+
+MILD = ("jitter", "zoom", "rotate", "translate", "cutout-quarter")
+"""What networks that regress on a set of grey images are evaluated with; colour images are flipped as well."""
 
 
 class Params(NamedTuple):
@@ -82,7 +95,9 @@ class Augment:
     DATM) or for their outer edges (False: DC, DSA, DM)."""
     flips: bool = False
     """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
-    FYI). It concerns distillation only: neither real images nor evaluation."""
+    FYI). Real images are not; in evaluation the set is, where its training or the protocol says so (RCIG's)."""
+    degrees: int = 15
+    """Largest angle of rotate."""
 
     def __post_init__(self) -> None:
         for op in self.ops:
@@ -93,6 +108,9 @@ class Augment:
                 )
         if len(set(self.ops)) < len(self.ops):
             raise ValueError(f"augmentation {str(self)!r}: an operation stands there twice; name each once")
+        foreign = [op for op in self.ops if op not in _OF_MODE_D] if self.mode == "D" else []
+        if foreign:
+            raise ValueError(f"augmentation {str(self)!r}: mode D has no place for {foreign[0]}; give mode=S, M or P")
 
     @classmethod
     def parse(cls, spec: str, *, own: str = "none") -> Augment:
@@ -295,8 +313,68 @@ def _rotate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return _warp(x, (cos, -sin, sin, cos), align_corners)
 
 
-def _warp(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor, Tensor], align_corners: bool) -> Tensor:
-    """The images sampled at (a u + b v, c u + d v), (u, v) normalised coordinates; bilinear, zero outside.
+def _draw_jitter(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 3): brightness, contrast, saturation."""
+    u = torch.rand(rows, 3, generator=gen, dtype=torch.float32) * 0.5 - 0.25
+    return torch.stack([u[:, 0], u[:, 1].exp(), u[:, 2].exp()], 1)
+
+
+def _jitter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    brightness, contrast, saturation = (_per_image(v, x) for v in value.unbind(1))
+    x = x + brightness
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * contrast + mean
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) * saturation + mean
+
+
+def _draw_zoom(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 3): the factor of both coordinates, then how far the window moves right and down, in normalised
+    coordinates; a factor below one magnifies."""
+    u = torch.rand(rows, 3, generator=gen, dtype=torch.float32) * 2 - 1
+    factor = (u[:, :1] * math.log(1.25)).exp()
+    return torch.cat([factor, u[:, 1:] * (1 - factor).abs()], 1)
+
+
+def _zoom(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    factor, right, down = value.unbind(1)
+    zero = torch.zeros_like(factor)
+    return _warp(x, (factor, zero, zero, factor), align_corners, (right, down))
+
+
+def _draw_translate(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2): how far the window moves right and down, in normalised coordinates, in which the image spans 2."""
+    return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * 0.5 - 0.25
+
+
+def _translate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    right, down = value.unbind(1)
+    one, zero = torch.ones_like(right), torch.zeros_like(right)
+    return _warp(x, (one, zero, zero, one), align_corners, (right, down))
+
+
+def _draw_cutout_quarter(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+    """(rows, 2): top and left of the rectangle."""
+    return torch.stack([torch.randint(side - side // 4 + 1, (rows,), generator=gen) for side in (height, width)], 1)
+
+
+def _cutout_quarter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
+    def covered(side: int, first: Tensor) -> Tensor:
+        offset = torch.arange(side, device=x.device) - first[:, None]
+        return (offset >= 0) & (offset < side // 4)
+
+    rows, columns = covered(x.shape[2], value[:, 0]), covered(x.shape[3], value[:, 1])
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def _warp(
+    x: Tensor,
+    matrix: tuple[Tensor, Tensor, Tensor, Tensor],
+    align_corners: bool,
+    offset: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The images sampled at (a u + b v, c u + d v) plus ``offset``, (u, v) normalised coordinates; bilinear, zero
+    outside.
 
     The grid is at least float32 and made without a matrix product, which TF32 or autocast would blur.
     """
@@ -306,8 +384,15 @@ def _warp(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor, Tensor], align_corner
         for side in x.shape[2:]
     )
     a, b, c, d = (entry.to(dtype)[:, None, None] for entry in matrix)
-    grid = torch.stack([a * u + b * v[:, None], c * u + d * v[:, None]], 3).expand(len(x), -1, -1, -1)
+    grid = torch.stack([a * u + b * v[:, None], c * u + d * v[:, None]], 3)
+    if offset is not None:
+        grid = grid + torch.stack(offset, 1).to(dtype)[:, None, None]
+    grid = grid.expand(len(x), -1, -1, -1)
     return F.grid_sample(x.to(dtype), grid, "bilinear", "zeros", align_corners).to(x.dtype)
+
+
+_OF_MODE_D = ("flip", "color", "crop", "scale", "rotate", "cutout")
+"""The operations of mode D."""
 
 
 class _Operation(NamedTuple):
@@ -327,4 +412,8 @@ _OPERATIONS = {
     "crop-dc": _Operation(_draw_crop_dc, _crop_dc, [0, 0]),
     "scale-dc": _Operation(_draw_scale_dc, _scale, [1.0, 1.0]),
     "rotate-dc": _Operation(_draw_rotate_dc, _rotate_dc, 0.0),
+    "jitter": _Operation(_draw_jitter, _jitter, [0.0, 1.0, 1.0]),
+    "zoom": _Operation(_draw_zoom, _zoom, [1.0, 0.0, 0.0]),
+    "translate": _Operation(_draw_translate, _translate, [0.0, 0.0]),
+    "cutout-quarter": _Operation(_draw_cutout_quarter, _cutout_quarter, [-(2**30), 0]),
 }

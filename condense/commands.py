@@ -71,8 +71,9 @@ class Buffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    networks: tuple[str, ...] = ("convnet",)
-    """Architectures to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t."""
+    networks: tuple[str, ...] = ()
+    """Architectures to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t; default: convnet, but under the
+    protocol own the network that the set is meant for."""
     num_seeds: int = 5
     """Fresh networks of each."""
     protocol: Protocol = PROTOCOLS["canonical"]
@@ -195,7 +196,10 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
         syn, arrays = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
     plan = protocol.named(name or "canonical", syn)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
-    found = api.evaluate(target, **_fields(command) | {"dataset": arrays}, ranks=ranks)
+    chosen = command.networks or api.default_networks(syn, command.protocol)
+    if not command.networks and command.protocol.name == "own":
+        say(f"network: {chosen[0]}, which the set is meant for")
+    found = api.evaluate(target, **_fields(command) | {"networks": chosen, "dataset": arrays}, ranks=ranks)
     print_results([result.row() for result in found.results])
 
 

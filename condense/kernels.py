@@ -33,14 +33,14 @@ def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(k_ss + ridge * identity)
         if not failed:
             return torch.cholesky_solve(y, factor)
-        rounding = relative_ridge(k_ss, torch.finfo(k_ss.dtype).eps)
+        rounding = relative_ridge(k_ss.detach(), torch.finfo(k_ss.dtype).eps)
         ridge = torch.maximum(torch.as_tensor(ridge).to(rounding) * 10, rounding)
     raise FloatingPointError(f"a kernel matrix of {len(k_ss)} images is not positive definite")
 
 
 def relative_ridge(k_ss: Tensor, ridge: float) -> Tensor:
-    """``ridge`` times the mean of the diagonal, a constant."""
-    return ridge * k_ss.detach().diagonal().mean().abs()
+    """``ridge`` times the mean of the diagonal; differentiable, since a larger kernel has a larger ridge."""
+    return ridge * k_ss.diagonal().mean().abs()
 
 
 def regression(k_ts: Tensor, k_ss: Tensor, y: Tensor, ridge: float) -> Tensor:

@@ -57,7 +57,7 @@ class Optim:
             case "adam":
                 return torch.optim.Adam(params, lr=self.lr, betas=betas)
             case "lamb":
-                return _lamb(params, self.lr, betas)
+                return Lamb(params, self.lr, betas)
             case "adabelief":
                 from pytorch_optimizer import AdaBelief
 
@@ -71,13 +71,34 @@ class Optim:
         return lr * cosine(self.cosine_to, done)
 
 
-def _lamb(params: Sequence[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """You et al. (2020), with the trust ratio |w| / |u| as it is, where the library bounds |w| at 10."""
-    from pytorch_optimizer import Lamb
+class Lamb(torch.optim.Optimizer):
+    """You et al. (2020): each parameter moves along Adam's direction u by the rate times the parameter's own length.
 
-    optimiser = Lamb(params, lr=lr, betas=betas, foreach=False, adam_debias=True)
-    optimiser.clamp = math.inf
-    return optimiser
+    Both moments are corrected for their start before ``eps`` is added, and the trust ratio |w| / |u| has no bound. The
+    ratio is 1 where the parameter or the direction is zero.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float = 1e-6) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta_1, beta_2 = group["betas"]
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state |= {"step": 0, "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
+                state["step"] += 1
+                state["mean"].lerp_(param.grad, 1 - beta_1)
+                state["square"].mul_(beta_2).addcmul_(param.grad, param.grad, value=1 - beta_2)
+                mean, square = (
+                    state["mean"] / (1 - beta_1 ** state["step"]),
+                    state["square"] / (1 - beta_2 ** state["step"]),
+                )
+                u = mean / (square.sqrt() + group["eps"])
+                ratio = param.norm() / u.norm()
+                param.sub_(group["lr"] * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0) * u)
 
 
 @dataclass(frozen=True)
@@ -258,6 +279,10 @@ class Method(ABC):
     def training(self, task: Task) -> Training:
         """How its sets are meant to be trained on; stored in the file for the protocol ``own``."""
         return Training()
+
+    def training_network(self, task: Task) -> str:
+        """The network of that training: the one it was distilled with."""
+        return task.network.name
 
     def training_augment(self, task: Task) -> Augment:
         """The augmentation of that training: the one it was distilled with."""

@@ -281,7 +281,7 @@ def measure(
         ValueError: another process ended; the journal cannot be written. What was trained is in it.
     """
     name = recorded_name(protocol, syn)
-    augment = Augment.parse(protocol.augment, own=arrays.strategy)
+    augment = protocol.augment_for(arrays.image_shape, arrays.strategy)
     device = networks[0].device
     common: dict[str, Any] = {
         "protocol_hash": protocol.hash,
@@ -293,7 +293,10 @@ def measure(
         "test_fingerprint": arrays.fingerprint["test"],
         "code": __version__,
     }
-    plan = protocol.resolved(len(images), None if syn is None else syn.lr)
+    plan = protocol.resolved(len(images), None if syn is None else syn.lr, augment.copies)
+    if isinstance(images, Tensor):
+        images, targets = augment.mirrored(images, targets)
+        augment = dataclasses.replace(augment, flips=False)
     real = {"images": arrays.x_train.nbytes, "labels": arrays.y_train.nbytes, "decoder": 0}
     policies = [settled(compute, network, plan, len(images)) for network in networks]
     plans = [

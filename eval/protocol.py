@@ -12,11 +12,21 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from condense.augment import MILD, Augment
 from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import suggest
+from condense.networks import ImageShape
 from condense.synthetic.set import SyntheticSet
 from condense.train import Training
+
+STRATEGIES = {
+    "frepo": (Augment(MILD), Augment(("flip", *MILD))),
+    "rcig": (Augment(MILD[1:], mode="P"), Augment(("flip", *MILD), mode="P", flips=True)),
+}
+"""The augmentations of Zhou et al. (2022) and Loo et al. (2023), for images of one channel and of more. The first does
+one operation to all images of a batch, the second one to each image, and joins a set of colour images by its mirror
+images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,8 @@ class Protocol(Training):
     name: str
     """What it is called; not part of the hash."""
     augment: str = "none"
-    """none, dsa (the data set's own strategy) or a strategy; every image draws its own parameters."""
+    """none, dsa (the data set's own strategy), frepo or rcig (see ``STRATEGIES``), or a strategy; every image draws its
+    own parameters."""
     labels: Literal["hard", "own"] = "hard"
     """hard: one class per image, by argmax where the set has soft labels. own: the targets of the set."""
     steps_for: tuple[tuple[int, int], ...] = ()
@@ -41,12 +52,21 @@ class Protocol(Training):
     calibration: Calibration = "none"
     """How the confidence of the trained network is mended on held-out real images before it is scored."""
 
-    def resolved(self, num_images: int, lr: Tensor | None = None) -> Protocol:
-        """The training of a set of so many images whose learned step size is ``lr``."""
+    def augment_for(self, image_shape: ImageShape, own: str) -> Augment:
+        """The augmentation of images of this shape; ``own`` is the data set's strategy. Raises ValueError on one that
+        ``Augment.parse`` does not know."""
+        if self.augment in STRATEGIES:
+            grey, colour = STRATEGIES[self.augment]
+            return grey if image_shape[0] == 1 else colour
+        return Augment.parse(self.augment, own=own)
+
+    def resolved(self, num_images: int, lr: Tensor | None = None, copies: int = 1) -> Protocol:
+        """The training of a set of so many images whose learned step size is ``lr``; ``copies`` of each are trained on,
+        with mirror images 2."""
         changes: dict[str, Any] = {}
         if self.steps_for:
             _, steps = min(self.steps_for, key=lambda pair: abs(math.log(pair[0] / num_images)))
-            changes |= {"num_epochs": -(-steps // -(-num_images // self.batch_size)), "steps_for": ()}
+            changes |= {"num_epochs": -(-steps // -(-copies * num_images // self.batch_size)), "steps_for": ()}
         if self.learned_lr and lr is not None and not lr.dim():
             changes |= {"lr": lr.item(), "learned_lr": False}
         return dataclasses.replace(self, **changes)
@@ -118,16 +138,16 @@ PROTOCOLS: dict[str, Protocol] = {
             name="frepo",
             lr=3e-4,
             batch_size=500,
-            augment="color_crop_rotate_cutout",
-            steps_for=((10, 1000), (100, 2000), (200, 20000), (500, 5000), (1000, 10000), (5000, 40000)),
+            augment="frepo",
+            steps_for=((10, 1000), (100, 2000), (200, 20000), (500, 5000), (1000, 10000), (2000, 40000), (5000, 40000)),
         ),
         dataclasses.replace(
             _REGRESSION,
             name="rcig",
             lr=1e-4,
             batch_size=256,
-            augment="crop_rotate_cutout:mode=P",
-            steps_for=((10, 1000), (100, 2000)),
+            augment="rcig",
+            steps_for=((10, 1000), (20, 2000)),
         ),
         dataclasses.replace(
             _CANONICAL,
@@ -198,7 +218,7 @@ def own(syn: SyntheticSet) -> Protocol:
     Raises:
         ValueError: the set has no such record, or one that this version cannot follow.
     """
-    record = dict(syn.origin.training)
+    record = {name: value for name, value in syn.origin.training.items() if name != "network"}
     if not record:
         raise ValueError("the set does not say how it is meant to be trained on: give --protocol canonical")
     if syn.lr is not None:
@@ -210,6 +230,18 @@ def own(syn: SyntheticSet) -> Protocol:
         raise ValueError(
             f"this version cannot train as the set is meant to be trained: {error}; give --protocol canonical"
         ) from error
+
+
+def own_network(syn: SyntheticSet) -> str:
+    """The network that the set is meant to train; where its file does not say, the one it was distilled with.
+
+    Raises:
+        ValueError: that network has no name, since it was given as a callable.
+    """
+    name = str(syn.origin.training.get("network", syn.origin.recipe.get("network", "convnet")))
+    if name.startswith("custom:"):
+        raise ValueError(f"the set is meant for {name}, which only its code can build; give the networks to train")
+    return name
 
 
 def recorded_name(protocol: Protocol, syn: SyntheticSet | None = None) -> str:

@@ -28,11 +28,12 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from condense.augment import MILD, Augment
 from condense.compute import Compute
 from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods import pool
-from condense.networks import Functional
+from condense.networks import Functional, with_options
 from condense.task import Task
 from condense.train import Training
 
@@ -103,6 +104,15 @@ class FRePo(GradientMethod):
             warmup_steps=500,
             cosine_to=0.01,
         )
+
+    def training_network(self, task: Task) -> str:
+        return with_options(task.network.name, norm="none")
+
+    def training_augment(self, task: Task) -> Augment:
+        """That of the recipe; of a recipe without, the published one."""
+        if task.augment.ops:
+            return super().training_augment(task)
+        return Augment(MILD if task.image_shape[0] == 1 else ("flip", *MILD))
 
     def init(self, ctx: Context) -> PoolState:
         syn = ctx.new_set(*ctx.initial(self.start))

@@ -34,13 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import Augment
+from condense.augment import MILD, Augment
 from condense.inner import Descent, Minimum, Params, minimise, mixed_gradient, pushforward
 from condense.kernels import feature_kernel, ridge_solve
 from condense.match import differentiated
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods import pool
-from condense.networks import Functional
+from condense.networks import Functional, with_options
 from condense.task import Task
 from condense.train import Training
 
@@ -49,8 +49,10 @@ HEAD, HEAD_BIAS = "classifier.weight", "classifier.bias"
 
 FIRST_LR_INNER, FIRST_LR_ADJOINT = 1e-5, 5e-5
 """Learning rates from which the search starts."""
-RAISE, BACK_OFF = 1.2, 0.7
-"""Its factors: for the next attempt, and from the first one that fails."""
+RAISE, BACK_OFF = 1.2, 0.84
+"""Its factors: for the next attempt, and for the rate that is kept, relative to the first one that fails."""
+RISE = 1e-3
+"""A curve rises where it does so by more than this share of its largest magnitude: less could be rounding."""
 ADAPT_EVERY = 50
 """Steps after which the inner learning rate is adapted."""
 
@@ -151,8 +153,17 @@ class RCIG(GradientMethod):
             cosine_to=0.01,
         )
 
+    def training_network(self, task: Task) -> str:
+        """Softplus stands for the ReLU of the networks that learn from the set."""
+        name = task.network.name
+        return with_options(name, activation="relu") if "activation=softplus" in name else name
+
     def training_augment(self, task: Task) -> Augment:
-        return Augment(("crop", "rotate", "cutout"), mode="P")
+        """That of the recipe; of a recipe without, the published one. Mirror images are joined as in distillation."""
+        if task.augment.ops:
+            return task.augment
+        ops = MILD[1:] if task.image_shape[0] == 1 else ("flip", *MILD)
+        return Augment(ops, mode="P", flips=task.augment.flips)
 
     def init(self, ctx: Context) -> RCIGState:
         syn = ctx.new_set(*ctx.initial(self.start))
@@ -174,7 +185,7 @@ class RCIG(GradientMethod):
         values, tau = pool.targets_of(ctx, targets), state.learned["temperature"]
         batch, net = (images.detach(), values.detach()), self.convexified(ctx, state, step)
         inner = self.solve(net, batch, state.lr_inner)
-        state.tally = state.tally + torch.stack([inner.curve[-1] > inner.curve[0], falls(inner.curve)])
+        state.tally = state.tally + torch.stack([ends_above(inner.curve), falls(inner.curve)])
         outer = partial(outer_loss, net, self.real(ctx, step))
         with torch.no_grad():
             found, value = torch.func.grad_and_value(outer, argnums=(0, 1, 2))(inner.point, batch, tau.detach())
@@ -207,7 +218,7 @@ class RCIG(GradientMethod):
         state.pool[slot] = pool.fresh(ctx, step + 1, slot) if member["age"] >= self.max_age else member
         ctx.ranks.same([state.tally])
         if (step + 1) % ADAPT_EVERY == 0:
-            state.lr_inner *= adaptation(*(state.tally / ADAPT_EVERY).tolist())
+            state.lr_inner *= adaptation(*state.tally.tolist())
             state.tally = torch.zeros_like(state.tally)
 
     @torch.no_grad()
@@ -310,8 +321,13 @@ def mean_squared_error(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def falls(curve: Tensor) -> Tensor:
-    """Whether each value is below the one before."""
-    return (curve.diff() < 0).all()
+    """Whether the last value is below the first and no value is above the one before, by the measure of ``RISE``."""
+    return (curve[-1] < curve[0]) & (curve.diff() <= RISE * curve.abs().max()).all()
+
+
+def ends_above(curve: Tensor) -> Tensor:
+    """Whether the last value is above the first, by the measure of ``RISE``."""
+    return curve[-1] - curve[0] > RISE * curve.abs().max()
 
 
 def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:
@@ -326,7 +342,8 @@ def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:
 
 
 def adaptation(above: float, monotone: float) -> float:
-    """Factor of the inner learning rate, given the share of runs that ended above their start and that only fell."""
-    if above >= 0.29:
+    """Factor of the inner learning rate. Of the last ``ADAPT_EVERY`` runs so many ended above their start, and so many
+    only fell."""
+    if above >= 0.29 * ADAPT_EVERY:
         return 0.9
-    return 1.05 if monotone >= 0.7 else 1.0
+    return 1.05 if monotone >= 0.7 * ADAPT_EVERY else 1.0

@@ -13,7 +13,7 @@ import condense
 from condense import api
 from condense.data.datasets import Arrays
 from condense.eval.crossarch import SetScorer
-from condense.eval.protocol import PROTOCOLS
+from condense.eval.protocol import PROTOCOLS, named
 from condense.files import checksum
 from condense.method import Method
 from condense.methods.selection import Selection
@@ -160,6 +160,28 @@ def test_regression_targets_of_a_baseline_are_not_probabilities(tiny: Arrays, tm
         tmp_path / "run", tiny, networks=["mlp"], num_seeds=1, baselines=[str(plan)], device="cpu"
     )
     assert [result.protocol for result in found.results] == ["canonical", "canonical"]
+
+
+def test_own_brings_the_network_that_the_set_is_meant_for(tiny: Arrays, tmp_path: Path) -> None:
+    network = "convnet:depth=1,width=4,norm=batch"
+    fields: dict[str, Any] = {"num_steps": 1, "batch_real": 12, "pool_size": 2, "labels": "targets"}
+    condense.distill("frepo", dataset=tiny, network=network, ipc=1, out=tmp_path / "run", **fields)
+    plan = dataclasses.replace(named("own", condense.load(tmp_path / "run")), num_epochs=2)
+    (own,) = condense.evaluate(tmp_path / "run", tiny, num_seeds=1, protocol=plan).results
+    assert own.network == "convnet:depth=1,norm=none,width=4"
+    usual = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
+    (plain,) = condense.evaluate(tmp_path / "run", tiny, num_seeds=1, protocol=usual).results
+    (given,) = condense.evaluate(tmp_path / "run", tiny, networks="mlp", num_seeds=1, protocol=plan).results
+    assert (plain.network, given.network) == ("convnet", "mlp")
+
+
+def test_a_set_for_a_network_without_a_name_asks_for_networks(tiny: Arrays, tmp_path: Path) -> None:
+    def mine(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+
+    condense.distill("random", dataset=tiny, network=mine, ipc=1, out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"only its code can build; give the networks to train"):
+        condense.evaluate(tmp_path / "run", tiny, protocol="own")
 
 
 def test_a_network_without_a_name_is_trained_again(

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from condense.augment import Augment, Mode, Params
+from condense.augment import MILD, Augment, Mode, Params
 from condense.rng import Rng
 from tests.reference import dsa
 
 OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 ALL = "_".join(OPS)
+EVERY = (*OPS, *MILD)
 SHAPE = (3, 8, 7)
 
 
@@ -27,7 +28,7 @@ def draw(augment: Augment, num: int, siamese: bool, key: int = 0) -> Params:
 
 @pytest.mark.parametrize("siamese", [True, False])
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("strategy", [*OPS, ALL])
+@pytest.mark.parametrize("strategy", [*EVERY, ALL, "_".join(MILD)])
 def test_agrees_with_the_twin(strategy: str, align_corners: bool, siamese: bool) -> None:
     augment, x = Augment(tuple(strategy.split("_")), "M", align_corners), images(4)
     for key in range(3):
@@ -51,10 +52,10 @@ def test_warps_agree_with_kornia_on_square_images(align_corners: bool) -> None:
 
 def test_align_corners_changes_scale_and_rotate_only() -> None:
     x = images(2)
-    for op in OPS:
+    for op in EVERY:
         params = draw(Augment((op,)), 2, False)
         outer, centre = (Augment((op,), align_corners=flag).apply(x, params) for flag in (False, True))
-        assert torch.equal(outer, centre) == (op not in ("scale", "rotate")), op
+        assert torch.equal(outer, centre) == (op not in ("scale", "rotate", "zoom", "translate")), op
 
 
 def test_ranges() -> None:
@@ -131,7 +132,7 @@ def test_replay_is_exact(mode: Mode, siamese: bool) -> None:
 
 
 @pytest.mark.parametrize("siamese", [True, False])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EVERY)
 def test_gradient_reaches_the_images(op: str, siamese: bool) -> None:
     augment, x = Augment((op,)), images(2, (2, 5, 4)).requires_grad_()
     params = augment.sample(Rng(3)("augment"), 2, (2, 5, 4), siamese)
@@ -157,7 +158,7 @@ def test_a_siamese_draw_does_not_depend_on_the_number_of_images() -> None:
     assert all(torch.equal(few.values[op], many.values[op]) for op in OPS)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EVERY)
 def test_images_of_their_own_draw_differ(op: str) -> None:
     augment, x = Augment((op,)), images(1).expand(16, -1, -1, -1)
     distinct = torch.unique(augment.apply(x, draw(augment, 16, False)).flatten(1), dim=0)
@@ -239,6 +240,17 @@ def test_flips_change_neither_draws_nor_what_is_done_to_real_images() -> None:
     assert plain.content() == flips.content()
 
 
+def test_one_operation_an_image_leaves_the_others_as_they_are() -> None:
+    """Mode P: of a batch each image differs by one operation."""
+    augment, x = Augment(MILD, "P"), images(40)
+    params = draw(augment, 40, False)
+    alone = [Augment((op,)).apply(x, Params({op: value})) for op, value in params.values.items()]
+    changed = torch.stack([(y - x).abs().amax((1, 2, 3)) > 1e-12 for y in alone])
+    assert (changed.sum(0) <= 1).all() and (changed.sum(1) > 2).all()
+    expected = x + sum(y - x for y in alone)
+    torch.testing.assert_close(augment.apply(x, params), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["S", "M"])
 def test_none_is_the_identity(mode: Mode) -> None:
     augment, x = Augment.parse(f"none:mode={mode}"), images(2)
@@ -279,6 +291,7 @@ def test_parse_takes_the_strategy_of_the_data_set() -> None:
         ("crop:align_corner=true", "did you mean 'align_corners=true'?"),
         ("crop:", "unknown option ''"),
         ("crop:flips=yes", "did you mean 'flips="),
+        ("crop_zoom:mode=D", "mode D has no place for zoom; give mode=S, M or P"),
     ],
 )
 def test_bad_specs_are_refused(spec: str, message: str) -> None:
@@ -301,7 +314,7 @@ def test_global_generators_are_untouched() -> None:
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_dtype_is_kept(dtype: torch.dtype, atol: float) -> None:
     x = images(4)
-    for op in OPS:
+    for op in EVERY:
         augment = Augment((op,))
         params = draw(augment, 4, False)
         out = augment.apply(x.to(dtype), params)
@@ -316,7 +329,7 @@ def test_half_precision_does_not_blur_the_grid() -> None:
     assert torch.equal(augment.apply(x, params), augment.apply(x.float(), params).bfloat16())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EVERY)
 def test_vmap_and_func_grad(op: str) -> None:
     augment, x = Augment((op,)), images(4)
     params = draw(augment, 4, False)

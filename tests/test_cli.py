@@ -67,6 +67,14 @@ def test_the_main_job(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "mtt" in printed and "2 experts x 3 epochs" in printed
 
 
+def test_own_says_which_network_it_trains(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run_folder), "--protocol", "own", "--protocol.num-epochs", "1", "--num-seeds", "1"]
+    main(words)
+    assert f"network: {TINY}, which the set is meant for" in capsys.readouterr().out
+    (row,) = json.loads((run_folder / "evaluation.json").read_text())["results"]
+    assert row["network"] == TINY
+
+
 def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     again = random_words(tiny_file, run_folder)

@@ -181,11 +181,30 @@ def test_bad_fields_are_refused(fields: dict[str, Any]) -> None:
         FRePo(**fields)
 
 
+def test_sets_are_for_networks_without_norm_and_the_published_augmentation() -> None:
+    task = context().task
+    assert FRePo().training_network(task) == "convnet:depth=1,norm=none,width=8"
+    assert str(FRePo().training_augment(task)) == "jitter_zoom_rotate_translate_cutout-quarter"
+    colour = make_task(
+        load((torch.rand(6, 3, 8, 8), torch.arange(6) % 3)),
+        transform="none",
+        split=Split(),
+        network=Functional("resnet18:norm=batch", (3, 8, 8), 3),
+        augment=Augment(flips=True),
+        device=torch.device("cpu"),
+    )
+    assert FRePo().training_network(colour) == "resnet18:norm=batch", "it cannot be without"
+    assert str(FRePo().training_augment(colour)).startswith("flip_jitter")
+    chosen = dataclasses.replace(task, augment=Augment.parse("crop_flip:flips=true"))
+    assert str(FRePo().training_augment(chosen)) == "crop_flip"
+
+
 def test_the_recipes_hold_the_published_values() -> None:
     plan = from_yaml(recipe_files()["frepo-cifar100-ipc1"])
     method: Any = plan.method
     assert (method.batch_real, method.pool_size, method.max_age, method.lr_pool) == (1024, 10, 100, 3e-4)
     assert (method.optim.kind, method.optim.lr, method.optim.cosine_to) == ("lamb", 3e-4, 0.1)
     assert plan.labels == Targets(scale=10**-0.5) and plan.augment == "none:flips=true"
+    assert plan.network == "convnet:widen=true,norm=batch-before"
     gray = from_yaml(recipe_files()["frepo-mnist-ipc1"])
     assert gray.labels == Targets() and gray.augment == "none" and gray.transform == "channel"

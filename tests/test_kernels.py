@@ -203,6 +203,14 @@ def test_the_solution_has_its_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda k, y: ridge_solve((k + k.T) / 2, y, 0.3), inputs)
 
 
+def test_the_gradient_of_a_regression_goes_through_its_ridge() -> None:
+    """A ridge of the size of the kernel: without its part the gradient is far from the finite differences."""
+    phi, y = normal(5, 7), normal(5, 2, seed=1)
+    real = normal(3, 7, seed=2)
+    inputs = (phi.requires_grad_(), y.requires_grad_())
+    assert torch.autograd.gradcheck(lambda phi, y: regression(real @ phi.T, phi @ phi.T, y, 0.5), inputs)
+
+
 def test_a_ridge_that_is_too_small_grows_tenfold_until_it_serves() -> None:
     x = normal(6, 2)
     identity = torch.eye(6, dtype=x.dtype)

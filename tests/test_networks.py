@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condense.networks import Functional, ImageShape, build, describe, names, parse
+from condense.networks import Functional, ImageShape, build, describe, names, parse, with_options
 from condense.rng import Rng
 
 DIGITS, MNIST, CIFAR, TINY = (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)
@@ -157,6 +157,7 @@ def test_too_deep_a_convnet_names_the_depth_that_fits() -> None:
         "activation=swish",
         "norm=layer",
         "norm=group",
+        "norm=batch-before",
         "pooling=max",
     ],
 )
@@ -247,6 +248,25 @@ def test_bad_specs(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         parse(spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("convnet:width=8,norm=batch", "convnet:norm=none,width=8"),
+        ("convnet", "convnet:norm=none"),
+        ("alexnet", "alexnet"),
+        ("resnet18:norm=batch", "resnet18:norm=batch"),
+        ("torchvision:resnet18", "torchvision:resnet18"),
+        ("custom:mine", "custom:mine"),
+    ],
+)
+def test_other_options_are_taken_where_the_network_has_them(name: str, other: str) -> None:
+    assert with_options(name, norm="none") == other
+
+
+def test_an_option_at_its_default_is_not_spelt() -> None:
+    assert with_options("convnet:activation=softplus,width=3", activation="relu") == "convnet:width=3"
 
 
 @pytest.mark.parametrize("spec", ["convnet:norm=group,width=10", "vit:heads=5"])
@@ -377,7 +397,13 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Weights as arguments
 
-FUNCTIONALS = ["convnet:width=8", "convnet:width=8,norm=batch", "vit:depth=1", tiny]
+FUNCTIONALS = [
+    "convnet:width=8",
+    "convnet:width=8,norm=batch",
+    "convnet:width=8,norm=batch-before",
+    "vit:depth=1",
+    tiny,
+]
 
 
 @pytest.mark.parametrize("spec", FUNCTIONALS)
@@ -460,7 +486,9 @@ def test_a_network_without_maps_says_so(spec: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", "resnet18:norm=batch"])
+@pytest.mark.parametrize(
+    "spec", ["convnet:width=8,norm=batch", "convnet:width=8,norm=batch-before", "resnet18:norm=batch"]
+)
 def test_maps_under_transforms(spec: str) -> None:
     functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
     params, buffers = functional.init(Rng(0), "network")
@@ -570,7 +598,9 @@ def test_compiled_training_updates_buffers() -> None:
         torch.testing.assert_close(compiled[name], eager[name])
 
 
-@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch", tiny])
+@pytest.mark.parametrize(
+    "spec", ["convnet:width=8", "convnet:width=8,norm=batch", "convnet:width=8,norm=batch-before", tiny]
+)
 def test_flatten(spec: str) -> None:
     functional = Functional(spec, DIGITS, 3)
     params, _ = functional.init(Rng(0), "network")

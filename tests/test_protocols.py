@@ -13,7 +13,7 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.eval import crossarch, teachers
 from condense.eval.crossarch import Result, evaluate
-from condense.eval.protocol import PROTOCOLS, Protocol, named
+from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.synthetic import Labels, Logits, Origin, SyntheticSet, Targets
@@ -153,9 +153,54 @@ def test_a_teacher_is_trained_once_and_kept(arrays: Arrays, tmp_path: Path, monk
     assert run(make_set(arrays), arrays, plan, cache=tmp_path).accuracies == first.accuracies
 
 
-@pytest.mark.parametrize(("num_images", "epochs"), [(10, 1000), (40, 2000), (100, 2000), (1000, 5000)])
-def test_length_follows_the_size_of_the_set(num_images: int, epochs: int) -> None:
-    assert PROTOCOLS["frepo"].resolved(num_images).num_epochs == epochs
+@pytest.mark.parametrize(
+    ("num_images", "steps"),
+    [(10, 1000), (40, 2000), (100, 2000), (200, 20000), (400, 5000), (1000, 10000), (2000, 40000), (5000, 40000)],
+)
+def test_length_follows_the_size_of_the_set(num_images: int, steps: int) -> None:
+    assert PROTOCOLS["frepo"].resolved(num_images).num_epochs * -(-num_images // 500) == steps
+
+
+@pytest.mark.parametrize(("num_images", "steps"), [(10, 1000), (20, 2000), (100, 2000), (500, 2000)])
+def test_mirror_images_lengthen_no_training(num_images: int, steps: int) -> None:
+    """The table of steps asks for the images of the set, batches are made of them and their mirror images."""
+    plan = PROTOCOLS["rcig"]
+    assert plan.resolved(num_images).num_epochs * -(-num_images // 256) == steps
+    assert plan.resolved(num_images, copies=2).num_epochs * -(-2 * num_images // 256) == steps
+
+
+def test_the_strategies_that_go_with_colour_are_frozen() -> None:
+    assert {name: tuple(map(str, pair)) for name, pair in STRATEGIES.items()} == {
+        "frepo": (
+            "jitter_zoom_rotate_translate_cutout-quarter",
+            "flip_jitter_zoom_rotate_translate_cutout-quarter",
+        ),
+        "rcig": (
+            "zoom_rotate_translate_cutout-quarter:mode=P",
+            "flip_jitter_zoom_rotate_translate_cutout-quarter:mode=P,flips=true",
+        ),
+    }
+    plan = PROTOCOLS["rcig"]
+    assert plan.augment_for((1, 8, 8), "crop") == STRATEGIES["rcig"][0]
+    assert plan.augment_for((3, 8, 8), "crop") == STRATEGIES["rcig"][1]
+    assert str(dataclasses.replace(plan, augment="dsa").augment_for((3, 8, 8), "crop")) == "crop"
+
+
+def test_a_colour_set_is_joined_by_its_mirror_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = stripes(90, 0)
+    arrays = load((images.expand(-1, 3, -1, -1), labels, images[:30].expand(-1, 3, -1, -1), labels[:30]))
+    seen: list[Tensor] = []
+    batch = Trainer._batch
+
+    def spy(self: Trainer, images: Any, *rest: Any) -> Any:
+        seen.append(images)
+        return batch(self, images, *rest)
+
+    monkeypatch.setattr(Trainer, "_batch", spy)
+    plan = dataclasses.replace(PROTOCOLS["rcig"], num_epochs=1, steps_for=())
+    result = run(make_set(arrays), arrays, plan)
+    assert result.num_images == 6 and result.augment.endswith("mode=P,flips=true")
+    assert len(seen[0]) == 12 and torch.equal(seen[0][6:], seen[0][:6].flip(3))
 
 
 def test_a_learned_rate_acts_where_the_protocol_says_so(arrays: Arrays) -> None:

@@ -10,3 +10,4 @@ from condense.networks.registry import build as build
 from condense.networks.registry import describe as describe
 from condense.networks.registry import names as names
 from condense.networks.registry import parse as parse
+from condense.networks.registry import with_options as with_options

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network, extra_padding, make_norm, too_small
+from condense.networks.base import ImageShape, Network, QuickBatchNorm, extra_padding, make_norm, too_small
 
 Activation = Literal["relu", "sigmoid", "leakyrelu", "swish", "softplus"]
-Norm = Literal["instance", "batch", "layer", "group", "none"]
+Norm = Literal["instance", "batch", "layer", "group", "none", "batch-before"]
 Pooling = Literal["avg", "max", "none"]
 
 
@@ -18,7 +18,9 @@ class ConvNet(Network):
 
     Gidaris and Komodakis (2018) as used by Zhao et al. (2021). 64 pixels usually go with depth 4, 128 with 5:
     the flattened features then number 16 * width as for 32 pixels at depth 3. With ``widen`` each block has twice the
-    channels of the one before (Zhou et al. 2022, FRePo); softplus is sharp, beta 60 (Loo et al. 2023, RCIG).
+    channels of the one before (Zhou et al. 2022, FRePo); softplus is sharp, beta 60 (Loo et al. 2023, RCIG). With
+    ``norm=batch-before`` a BatchNorm precedes the convolution of each block but the first, as in FRePo's networks; its
+    running statistics are those of ``QuickBatchNorm``.
 
     Raises:
         ValueError: the poolings leave no pixel, or norm=group does not divide the width.
@@ -56,8 +58,12 @@ class ConvNet(Network):
         for block in range(depth):
             width = width * 2 if widen and block else width
             padding = 1 if block else 1 + extra
-            layers += [nn.Conv2d(channels, width, 3, padding=padding)]
-            layers += [_norm(norm, width, height, breadth), _activation(activation)]
+            convolution = nn.Conv2d(channels, width, 3, padding=padding)
+            if norm != "batch-before":
+                layers += [convolution, _norm(norm, width, height, breadth)]
+            else:
+                layers += [_norm(norm, channels, height, breadth), convolution] if block else [convolution]
+            layers += [_activation(activation)]
             if pooling != "none":
                 layers += [nn.AvgPool2d(2) if pooling == "avg" else nn.MaxPool2d(2)]
                 height, breadth = height // 2, breadth // 2
@@ -71,12 +77,14 @@ class ConvNet(Network):
 
 
 def _norm(kind: Norm, channels: int, height: int, width: int) -> nn.Module:
-    """As ``make_norm``; of the two more, "layer" has a scale and a shift for every element of the map."""
+    """As ``make_norm``; of the three more, "layer" has a scale and a shift for every element of the map."""
     match kind:
         case "layer":
             return nn.LayerNorm((channels, height, width))
         case "group":
             return nn.GroupNorm(4, channels)
+        case "batch-before":
+            return QuickBatchNorm(channels)
         case _:
             return make_norm(kind, channels)
 

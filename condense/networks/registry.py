@@ -120,6 +120,15 @@ def name_of(spec: str | NetworkSpec | Factory) -> str:
     return f"custom:{getattr(spec, '__qualname__', type(spec).__qualname__)}"
 
 
+def with_options(name: str, **options: Value) -> str:
+    """The network ``name`` with other options; as it is where it has no such option, or one that lacks the value."""
+    spec = NetworkSpec(name) if name.startswith("custom:") else parse(name)
+    known = _options(spec.name) if spec.name in _NETWORKS else {}
+    if any(key not in known or _spell(value) not in known[key].choices for key, value in options.items()):
+        return name
+    return str(parse(str(NetworkSpec(spec.name, {**spec.options, **options}))))
+
+
 @dataclass(frozen=True)
 class _Option:
     """A keyword parameter of a network class: a whole number from 1, true or false, or one of some words."""

@@ -24,7 +24,7 @@ class Origin:
     transform: Mapping[str, Any]
     """Description of the transform: latents live in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """How the method means the set to be trained on: the fields of ``Training``, the augmentation, the step size."""
+    """How the method means the set to be trained on: the fields of ``Training``, the augmentation, the network."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved recipe, by field."""
     recipe_hash: str = ""

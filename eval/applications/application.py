@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.data.images import Images
@@ -72,7 +71,7 @@ class Setting:
 
     def scorer(self, network: Functional, plan: Protocol, num_images: int) -> SetScorer:
         """Trains and scores networks under a protocol, for training sets of about so many images."""
-        augment = Augment.parse(plan.augment, own=self.arrays.strategy)
+        augment = plan.augment_for(self.arrays.image_shape, self.arrays.strategy)
         return SetScorer(network, plan, settled(self.compute, network, plan, num_images), augment)
 
     def contenders(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, SyntheticSet]:

@@ -1,4 +1,4 @@
-"""Slow twin of ``condense.augment``: the definitions of the six operations, pixel by pixel, image by image.
+"""Slow twin of ``condense.augment``: the definitions of its operations, pixel by pixel, image by image.
 
 Images are float64 arrays (C, H, W).
 """
@@ -28,6 +28,16 @@ def apply(x: np.ndarray, params: Params, align_corners: bool) -> np.ndarray:
                 image = scale(image, row[0], row[1], align_corners)
             elif op == "rotate":
                 image = rotate(image, row, align_corners)
+            elif op == "jitter":
+                image = jitter(image, *row)
+            elif op == "zoom":
+                factor, right, down = row
+                image = warp(image, [[factor, 0.0], [0.0, factor]], align_corners, right, down)
+            elif op == "translate":
+                image = warp(image, [[1.0, 0.0], [0.0, 1.0]], align_corners, *row)
+            else:
+                assert op == "cutout-quarter", op
+                image = cutout_quarter(image, *row)
         out.append(image)
     return np.stack(out)
 
@@ -43,6 +53,21 @@ def color(image: np.ndarray, brightness: float, saturation: float, contrast: flo
                 out[c, i, j] = (image[c, i, j] - mean) * saturation + mean
     mean = sum(out.flat) / out.size
     return (out - mean) * contrast + mean
+
+
+def jitter(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
+    image = image + brightness
+    mean = sum(image.flat) / image.size
+    return color((image - mean) * contrast + mean, 0.0, saturation, 1.0)
+
+
+def cutout_quarter(image: np.ndarray, top: int, left: int) -> np.ndarray:
+    _, height, width = image.shape
+    out = image.copy()
+    for i in range(top, top + height // 4):
+        for j in range(left, left + width // 4):
+            out[:, i, j] = 0
+    return out
 
 
 def crop(image: np.ndarray, down: int, right: int) -> np.ndarray:
@@ -83,15 +108,17 @@ def rotate(image: np.ndarray, angle: float, align_corners: bool) -> np.ndarray:
     return warp(image, [[cos, -sin], [sin, cos]], align_corners)
 
 
-def warp(image: np.ndarray, matrix: list[list[float]], align_corners: bool) -> np.ndarray:
+def warp(
+    image: np.ndarray, matrix: list[list[float]], align_corners: bool, right: float = 0.0, down: float = 0.0
+) -> np.ndarray:
     _, height, width = image.shape
     (a, b), (c, d) = matrix
     out = np.zeros_like(image)
     for i in range(height):
         for j in range(width):
             u, v = to_unit(j, width, align_corners), to_unit(i, height, align_corners)
-            x = to_pixel(a * u + b * v, width, align_corners)
-            y = to_pixel(c * u + d * v, height, align_corners)
+            x = to_pixel(a * u + b * v + right, width, align_corners)
+            y = to_pixel(c * u + d * v + down, height, align_corners)
             for k in (math.floor(y), math.floor(y) + 1):
                 for m in (math.floor(x), math.floor(x) + 1):
                     if 0 <= k < height and 0 <= m < width:

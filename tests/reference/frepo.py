@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.reference import optim
+
 
 def predictions(phi_t: Tensor, phi_s: Tensor, y: Tensor, ridge: float) -> Tensor:
     k_ss, k_ts = phi_s @ phi_s.T, phi_t @ phi_s.T
-    scale = (k_ss.trace() / len(k_ss)).detach()
+    scale = k_ss.trace() / len(k_ss)
     return k_ts @ torch.linalg.solve(k_ss + ridge * scale * torch.eye(len(k_ss), dtype=k_ss.dtype), y)
 
 
@@ -25,19 +27,6 @@ def loss(phi_t: Tensor, phi_s: Tensor, y_s: Tensor, y_t: Tensor, ridge: float, c
         first, second = label.sort(descending=True).values[:2]
         margin = margin + torch.minimum(first - second, torch.tensor(1 / len(label), dtype=y_s.dtype))
     return regression - margin / len(y_s)
-
-
-class Lamb:
-    """You et al. (2020): the direction of Adam at the length of the weights, times the rate."""
-
-    def __init__(self, beta1: float) -> None:
-        self.beta1, self.mean, self.square = beta1, torch.zeros(()), torch.zeros(())
-
-    def step(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
-        self.mean = self.beta1 * self.mean + (1 - self.beta1) * g
-        self.square = 0.999 * self.square + 0.001 * g**2
-        u = self.mean / (self.square.sqrt() + 1e-6)
-        return w - lr * w.norm() / (u.norm() + 1e-6) * u
 
 
 def frepo(
@@ -67,7 +56,7 @@ def frepo(
     ages = [slot * max_age // pool_size for slot in range(pool_size)]
     members = [network(0, slot) for slot in range(pool_size)]
     adams: list[Any] = [torch.optim.Adam(member.parameters(), lr=lr_pool) for member in members]
-    lambs = [Lamb(momentum), Lamb(momentum)]
+    memory: list[optim.Memory] = [{}, {}]
     for step in range(num_steps):
         slot = used(step)
         member = members[slot].eval()
@@ -77,7 +66,10 @@ def frepo(
         value = loss(member.embed(real_images).detach(), member.embed(every), y, real_labels, ridge, 2 if flips else 1)
         grads = torch.autograd.grad(value, (x, y))
         rate = lr * (cosine_to + (1 - cosine_to) * (1 + math.cos(math.pi * step / num_steps)) / 2)
-        images, labels = (lamb.step(w.detach(), g, rate) for lamb, w, g in zip(lambs, (x, y), grads, strict=True))
+        images, labels = (
+            optim.lamb(w.detach(), g, remembered, step + 1, rate, momentum)
+            for w, g, remembered in zip((x, y), grads, memory, strict=True)
+        )
         if ages[slot] > max_age:
             members[slot], ages[slot] = network(step + 1, slot), 0
             adams[slot] = torch.optim.Adam(members[slot].parameters(), lr=lr_pool)

@@ -88,7 +88,7 @@ def kip(
         wanted = one_hot_less_mean(classes, y.shape[1])
         seen = augment(step, images)
         k_ss, k_ts = matrix(seen, seen, *settings), matrix(batch, seen, *settings)
-        size = ridge * k_ss.detach().trace() / len(k_ss)
+        size = ridge * k_ss.trace() / len(k_ss)
         predicted = k_ts @ torch.linalg.inv(k_ss + size * torch.eye(len(k_ss), dtype=k_ss.dtype)) @ y
         loss = ((predicted - wanted) ** 2).sum() / predicted.numel() / 2
         grad, grad_labels = torch.autograd.grad(loss, [images, y])

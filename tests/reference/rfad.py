@@ -70,7 +70,7 @@ def rfad(
         psi = networks(step)
         own = [network(seen) for network in psi]
         k_ss = matrix(own, own)
-        ridged = k_ss + ridge * k_ss.detach().trace() / len(k_ss) * torch.eye(len(k_ss), dtype=k_ss.dtype)
+        ridged = k_ss + ridge * k_ss.trace() / len(k_ss) * torch.eye(len(k_ss), dtype=k_ss.dtype)
         losses = []
         for batch, classes in real(step):
             predicted = matrix([network(batch) for network in psi], own) @ torch.linalg.inv(ridged) @ y
