@@ -142,6 +142,9 @@ def read_yaml(path: Path, *, mend: str) -> Any:
         return yaml.load(data.decode("utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: it is not valid UTF-8 ({error.reason}); {mend}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path} cannot be read: it is no valid YAML ({error.problem}{line}); {mend}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets errors of its numbers and dates through
         raise ValueError(f"{path} cannot be read: {reason(error)}; {mend}") from None
 

@@ -116,6 +116,8 @@ def _converted(value: Any, annotation: Any, where: str) -> Any:
         return from_json(annotation, value, where)
     if origin in (Union, types.UnionType) and value is not None:
         options = [option for option in args if option is not type(None)]
+        if len(options) > 1 and isinstance(value, list | Mapping):
+            options = [option for option in options if _has_parts(option)]
         if len(options) == 1:
             return _converted(value, options[0], where)
     if origin is tuple and isinstance(value, list):

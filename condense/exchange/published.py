@@ -15,6 +15,7 @@ No file says on which data or through which transform it was made: that is the c
 
 from __future__ import annotations
 
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from torch import Tensor
 from condense import __version__
 from condense.data.datasets import Arrays
 from condense.data.transform import Transform
-from condense.files import read_foreign
+from condense.files import read_foreign, require_file
+from condense.names import printable, reason
+from condense.schema import brief
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Logits
 from condense.synthetic.set import Origin, SyntheticSet
@@ -160,6 +163,8 @@ def _load(path: Path) -> Any:
 def _pair(value: Any, path: Path, layout: str, space: Space, lr: float | None = None) -> Foreign:
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(x, Tensor) for x in value):
         raise ValueError(f"{path}: no pair of images and labels in the layout `{layout}`; save it as tensors")
+    if not all(map(_is_whole, value)):
+        raise ValueError(f"{path}: its tensors are not plain ones of real numbers; save them as such, with .clone()")
     return _checked(value[0].detach(), value[1].detach(), path, layout, space, lr)
 
 
@@ -168,24 +173,41 @@ def _read_images_file(path: Path) -> Foreign:
     labels, rate = path.with_name("labels" + tail), path.with_name("lr" + tail)
     lr = None
     if rate.exists():
-        lr = torch.as_tensor(_load(rate)).detach().reshape(-1)[0].item()
-        if not lr > 0:
-            raise ValueError(f"{rate} holds {lr:g}: a step size is positive; remove the file to do without")
+        lr = _step_size(_load(rate), rate)
     return _pair([_load(path), _load(labels)], path, "images", "transformed", lr)
 
 
+def _step_size(value: Any, path: Path) -> float:
+    """A positive number, or the first one of a tensor or of a list of numbers."""
+    if isinstance(value, Tensor) and _is_whole(value) and value.numel():
+        value = value.detach().reshape(-1)[0].item()
+    elif isinstance(value, list | tuple) and value:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{path} holds {brief(value)}: a step size is a positive number; remove the file to do without"
+        )
+    return float(value)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor of real numbers that holds each of its entries; one of a few bytes may claim
+    any shape."""
+    plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_complex() or tensor.is_meta)
+    return plain and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+
+
 def _read_npz(path: Path) -> Foreign:
+    require_file(path)
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} cannot be read as .npz: {' '.join(str(error).split())[:120]}; write it again"
-        ) from error
+        raise ValueError(f"{path} cannot be read as .npz: {reason(error)}; write it again") from error
     images = next((arrays[key] for key in _IMAGE_KEYS if key in arrays), None)
     labels = next((arrays[key] for key in _LABEL_KEYS if key in arrays), None)
     if images is None or labels is None:
-        names = ", ".join(arrays) or "nothing"
+        names = printable(", ".join(arrays) or "nothing", 100)
         raise ValueError(f"{path} holds {names}; it needs the arrays `images` and `labels`")
     scale = 255 if images.dtype == np.uint8 else 1
     images = images[:, None] if images.ndim == 3 else images

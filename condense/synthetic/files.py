@@ -17,6 +17,7 @@ from condense.schema import brief, from_json
 from condense.synthetic.decode import DECODERS, Decode
 from condense.synthetic.labels import LABELS, Labels
 from condense.synthetic.set import Origin, SyntheticSet
+from condense.task import Split
 
 T = TypeVar("T")
 
@@ -245,16 +246,6 @@ class _Method:
 
 
 @dataclass(frozen=True)
-class _Split:
-    val_fraction: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction {self.val_fraction} does not lie in [0, 1)")
-
-
-@dataclass(frozen=True)
 class _Recipe:
     """What of the recipe is looked at where a set is used."""
 
@@ -265,8 +256,8 @@ class _Recipe:
     ipc: int = 1
 
     def __post_init__(self) -> None:
-        from_json(_Split, self.split, "split")
-        if not self.split.keys() <= {"val_fraction", "seed"}:
+        from_json(Split, self.split, "split")
+        if not self.split.keys() <= {f.name for f in dataclasses.fields(Split)}:
             raise ValueError(f"split has fields that are unknown: {brief(sorted(self.split))}; update condense")
         if self.ipc < 1:
             raise ValueError(f"ipc is {self.ipc}")
