@@ -11,6 +11,7 @@ that a row is read and verified through the memory map without touching the othe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -28,8 +29,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from condense.files import canonical_json, read_header, read_row, replacing, reporting, write_text
+from condense.files import canonical_json, read_header, read_json, read_row, replacing, reporting, write_text
+from condense.names import printable
 from condense.networks import Weights
+from condense.schema import from_json
 
 FORMAT = 1
 DEFAULT_ROOT = Path("artifacts")
@@ -162,19 +165,21 @@ class Trajectories(Artifact):
         last = self.manifest["experts"][expert]["num_epochs"]
         assert all(0 <= epoch <= last for epoch in epochs), f"epochs {epochs} of {last}"
         path = self.folder / expert_file(expert)
-        header = read_header(path)
-        if header.get("buffer") != self._key:
+        header = from_json(_ExpertHeader, read_header(path), str(path))
+        if header.buffer != self._key:
             raise ValueError(f"{path} belongs to another buffer; {_MEND}")
+        layout, checksums = self.manifest[table], header.rows.get(table, ())
+        width = sum(math.prod(shape) for _, shape in layout)
         rows = []
         for epoch in epochs:
             try:
-                row = read_row(path, table, epoch)
-                intact = _checksum(row) == header["rows"][table][epoch]
-            except (OSError, ValueError, KeyError, IndexError, TypeError):
+                row = read_row(path, table, epoch, width)
+                intact = epoch < len(checksums) and _checksum(row) == checksums[epoch]
+            except (OSError, ValueError):
                 intact = False
             if not intact:
                 raise ValueError(f"{path} is damaged: its {table} of epoch {epoch} do not fit their checksum; {_MEND}")
-            rows.append(_unpack(row, self.manifest[table]))
+            rows.append(_unpack(row, layout))
         return rows
 
 
@@ -340,20 +345,79 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
         ValueError: missing, changed since it was written, of another format, or not of this kind.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum")
-        intact = checksum == _hash(manifest)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give the folder of a buffer") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
+    manifest = read_json(path, mend="restore it, or give the folder of a buffer")
+    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
+    if checksum != _hash(manifest):
         raise ValueError(f"{path} is damaged: its checksum does not fit; restore it, or remove {folder}")
-    if manifest["format"] != FORMAT or kind not in (None, manifest["kind"]):
-        found, wanted = f"{manifest['kind']} of format {manifest['format']}", f"{kind or 'format'} {FORMAT}"
+    head = from_json(_Manifest, manifest, str(path))
+    if head.format != FORMAT or kind not in (None, head.kind):
+        found, wanted = f"{printable(head.kind, 60)} of format {head.format}", f"{kind or 'format'} {FORMAT}"
         raise ValueError(f"{folder} holds {found}, not {wanted}; give another folder")
+    if head.kind == TrajectorySpec.kind:
+        from_json(_TrajectoryManifest, manifest, str(path))
     return dict(manifest)
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What the manifest of any artifact says."""
+
+    kind: str
+    format: int
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What of the identity of trajectories is looked at."""
+
+    network: str
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: str = "trained"
+
+
+@dataclass(frozen=True)
+class _Expert:
+    num_epochs: int
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 0:
+            raise ValueError(f"an expert of {self.num_epochs} epochs")
+
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class _TrajectoryManifest:
+    """What the manifest of trajectories says besides; see ``TrajectoryWriter.save``."""
+
+    dataset: str
+    identity: _Identity
+    params: _Shapes
+    buffers: _Shapes
+    num_experts: int
+    num_epochs: int
+    experts: tuple[_Expert | None, ...]
+
+    def __post_init__(self) -> None:
+        sides = [side for _, shape in (*self.params, *self.buffers) for side in shape]
+        if not all(0 <= side < 2**48 for side in sides):
+            raise ValueError("it has a shape with a negative or far too long side")
+        first_missing = self.experts.index(None) if None in self.experts else len(self.experts)
+        extents = [expert.num_epochs for expert in self.experts[:first_missing] if expert is not None]
+        said, listed = (self.num_experts, self.num_epochs), (len(extents), min(extents, default=0))
+        if said != listed:
+            raise ValueError(f"it says {said[0]} experts of {said[1]} epochs, and lists {listed[0]} of {listed[1]}")
+
+
+@dataclass(frozen=True)
+class _ExpertHeader:
+    """Of the file of one expert."""
+
+    buffer: str
+    rows: Mapping[str, Sequence[str]]
+    """Checksums of the rows of each table."""
 
 
 def expert_file(expert: int) -> str:

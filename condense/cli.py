@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from condense.distributed import rank_of_environment
-from condense.names import suggest
+from condense.names import printable, suggest
 
 USAGE = """\
 usage: condense COMMAND ...
@@ -28,6 +28,9 @@ Distil a data set into a few images a class, and measure what they are worth.
 
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
 """
+
+LONGEST_MESSAGE = 2000
+"""Characters of an error or a warning that are shown."""
 
 COMMANDS = ("apply", "buffer", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
 
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"condense: {_rank()}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"condense: {_rank()}{_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"condense: {_rank()}interrupted; the same command continues (distill: with --resume)", file=sys.stderr)
@@ -69,6 +72,10 @@ def _rank() -> str:
     return f"rank {rank}: " if rank else ""
 
 
+def _one_line(message: object) -> str:
+    return printable(" ".join(str(message).split()), LONGEST_MESSAGE)
+
+
 def _say_warning(
     message: Warning | str,
     category: type[Warning],
@@ -77,4 +84,4 @@ def _say_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"condense: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"condense: warning: {_one_line(message)}", file=sys.stderr)

@@ -27,7 +27,7 @@ from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.method import Method
-from condense.names import suggest
+from condense.names import printable, suggest
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Decode, save
 from condense.synthetic.decode import Pixels
@@ -356,8 +356,9 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stdout, flush=True)
+def say(text: str) -> None:
+    """Lines on standard output; what is not printable in names of files and data sets is escaped."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stdout, flush=True)
 
 
 def _say_unknown(arrays: datasets.Arrays) -> None:

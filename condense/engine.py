@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from condense.distributed import Ranks
 from condense.files import read_tensors, write_tensors
 from condense.method import Context, Method, State, require_finite
+from condense.names import reason
+from condense.schema import brief, from_json
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import Log, Sink, cut_back
@@ -80,6 +83,8 @@ def run(
     done = 0
     if resume and (checkpoint.exists() or previous.exists()):
         done = _restore(state, ctx, checkpoint, previous)
+        if done > method.num_steps:
+            raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another --out")
     if ranks.first:
         for file in folder.glob("log*.jsonl"):
             cut_back(file, done)
@@ -197,18 +202,42 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previou
 
 def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> int:
     """Load the newest readable checkpoint into ``state``; returns the steps done."""
+    source = checkpoint
     try:
-        tensors, header = read_tensors(checkpoint, "checkpoint")
+        tensors, header = read_tensors(source, "checkpoint")
     except ValueError:
         if not previous.exists():
             raise
-        tensors, header = read_tensors(previous, "checkpoint")
-    if header["recipe_hash"] != ctx.origin.recipe_hash:
+        source = previous
+        tensors, header = read_tensors(source, "checkpoint")
+    found = from_json(_Checkpoint, header, str(source))
+    if found.recipe_hash != ctx.origin.recipe_hash:
         raise ValueError(f"{checkpoint} belongs to another recipe or buffer; choose another --out or remove that run")
-    values = _unflatten(_fields(state), header["state"], tensors)
+    try:
+        template = _fields(state)
+        values = _unflatten(template, found.state, tensors, "")
+        if not isinstance(values, dict) or values.keys() != template.keys():
+            raise ValueError(f"it holds {brief(values)}, the state of the method has {', '.join(template)}")
+    except ValueError as error:
+        raise ValueError(
+            f"{source} does not fit the state of this method: {error}; choose another --out to begin anew"
+        ) from error
     for name, value in values.items():
         setattr(state, name, value)
-    return int(header["step"])
+    return found.step
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The header of a checkpoint."""
+
+    step: int
+    recipe_hash: str
+    state: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step {self.step} is none")
 
 
 def _laid_out(state: State) -> tuple[dict[str, Tensor], Any]:
@@ -260,36 +289,87 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"state{path} is a {type(value).__name__}: not a tensor, module, optimiser, number or string")
 
 
-def _unflatten(template: Any, skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of ``_flatten``; tensors, modules and optimisers of ``template`` are filled in place."""
+def _unflatten(template: Any, skeleton: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
+    """The inverse of ``_flatten``; tensors, modules and optimisers of ``template`` are filled in place.
+
+    Raises:
+        ValueError: the skeleton is none, or of another kind than the template.
+    """
     if not isinstance(skeleton, dict):
+        if isinstance(skeleton, list):
+            raise ValueError(f"{brief(skeleton)} at {path!r} is no value")
+        _same_kind(template, skeleton, path)
         return skeleton
+    if len(skeleton) != 1:
+        raise ValueError(f"{brief(skeleton)} at {path!r} is no value")
     ((kind, content),) = skeleton.items()
     match kind:
-        case "tensor":
-            saved = tensors[content]
-            if not isinstance(template, Tensor):
-                return saved
-            if template.shape != saved.shape or template.dtype != saved.dtype:
-                return saved.to(template.device).requires_grad_(template.requires_grad)
-            with torch.no_grad():  # in place: an optimiser may hold this very tensor
-                return template.copy_(saved)
-        case "float":
+        case "tensor" if isinstance(content, str) and content in tensors:
+            return _filled(template, tensors[content], path)
+        case "float" if content in ("nan", "inf", "-inf"):
+            _same_kind(template, 0.0, path)
             return float(content)
-        case "module":
-            template.load_state_dict(_unflatten(dict(template.state_dict()), content, tensors))
-            return template
-        case "optimiser":
-            template.load_state_dict(_unflatten(template.state_dict(), content, tensors))
-            return template
-        case "dict":
-            known = template if isinstance(template, dict) else {}
-            return {key: _unflatten(known.get(key), item, tensors) for key, item in content}
-        case "list" | "tuple":
-            known_items = template if isinstance(template, list | tuple) else ()
-            items = [
-                _unflatten(known_items[i] if i < len(known_items) else None, item, tensors)
-                for i, item in enumerate(content)
-            ]
+        case "module" if isinstance(template, nn.Module):
+            values = _unflatten(dict(template.state_dict()), content, tensors, path)
+            return _loaded(template, values, path)
+        case "optimiser" if isinstance(template, torch.optim.Optimizer):
+            values = _unflatten(template.state_dict(), content, tensors, path)
+            _check_optimiser(template, values, path)
+            return _loaded(template, values, path)
+        case "dict" if isinstance(content, list) and (template is None or isinstance(template, dict)):
+            pairs = [pair for pair in content if isinstance(pair, list) and len(pair) == 2]
+            if len(pairs) == len(content) and all(isinstance(key, str | int) for key, _ in pairs):
+                known = template or {}
+                return {key: _unflatten(known.get(key), item, tensors, f"{path}.{key}") for key, item in pairs}
+        case "list" | "tuple" if isinstance(content, list) and (template is None or isinstance(template, list | tuple)):
+            known_items = [*(template or ()), *[None] * len(content)]
+            pieces = enumerate(zip(content, known_items, strict=False))
+            items = [_unflatten(like, item, tensors, f"{path}.{i}") for i, (item, like) in pieces]
             return items if kind == "list" else tuple(items)
-    raise AssertionError(f"unknown node {kind}")
+    raise ValueError(f"{brief(skeleton)} at {path!r} is not what the method keeps there")
+
+
+def _filled(template: Any, saved: Tensor, path: str) -> Tensor:
+    if template is None:
+        return saved
+    if not isinstance(template, Tensor) or template.dtype != saved.dtype or template.dim() != saved.dim():
+        raise ValueError(f"{saved.dtype} of shape {tuple(saved.shape)} at {path!r} is not what the method keeps there")
+    if template.shape != saved.shape:
+        return saved.to(template.device).requires_grad_(template.requires_grad)
+    with torch.no_grad():  # in place: an optimiser may hold this very tensor
+        return template.copy_(saved)
+
+
+def _same_kind(template: Any, value: Any, path: str) -> None:
+    """Raise ValueError where a number, text or None stands for something else."""
+    numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in (template, value)]
+    if template is not None and value is not None and not all(numbers) and type(template) is not type(value):
+        raise ValueError(f"{brief(value)} at {path!r} is not what the method keeps there")
+
+
+def _loaded(template: Any, values: Any, path: str) -> Any:
+    try:
+        template.load_state_dict(values)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # torch's word for names or shapes that differ
+        raise ValueError(f"what is kept at {path!r} does not fit: {reason(error)}") from error
+    return template
+
+
+def _check_optimiser(optimiser: torch.optim.Optimizer, values: Any, path: str) -> None:
+    """Raise ValueError where the state does not fit the parameters, which torch would find at a later step."""
+    params = [param for group in optimiser.param_groups for param in group["params"]]
+    groups = optimiser.state_dict()["param_groups"]
+    fits = isinstance(values, dict) and values.keys() == {"state", "param_groups"}
+    fits = fits and len(values["param_groups"]) == len(groups)
+    fits = fits and all(
+        isinstance(ours, dict) and ours.keys() == theirs.keys() and ours["params"] == theirs["params"]
+        for ours, theirs in zip(values["param_groups"], groups, strict=False)
+    )
+    if not fits:
+        raise ValueError(f"the optimiser at {path!r} has other groups of parameters")
+    for index, kept in values["state"].items():
+        if not isinstance(kept, dict) or not isinstance(index, int) or not 0 <= index < len(params):
+            raise ValueError(f"the optimiser at {path!r} has no parameter {brief(index)}")
+        for name, tensor in kept.items():
+            if isinstance(tensor, Tensor) and tensor.shape not in (torch.Size(), params[index].shape):
+                raise ValueError(f"{brief(name)} of parameter {index} at {path!r} has another shape")

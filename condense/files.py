@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import os
 import pickle
 import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
+from condense.names import printable, reason
+from condense.schema import brief, from_json
+
 FORMAT = 1
-_LONGEST_HEADER = 100 << 20  # bytes, as of the format
 _HARMLESS = 256 << 20  # bytes that anything may take in memory
 _LARGEST_EXPANSION = 100
+LONGEST_JSON = 32 << 20
+"""Bytes of a JSON file, or of the header of a safetensors file, that are read."""
+LONGEST_YAML = 256 << 10
+"""Bytes of a YAML file that are read."""
+DEEPEST = 64
+"""Levels of lists and mappings in a JSON or YAML file."""
 
 
 def canonical_json(value: Any) -> str:
@@ -76,6 +88,69 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
         temporary.write_bytes(data)
 
 
+def read_json(path: Path, *, mend: str, finite: bool = True) -> Any:
+    """The value in a JSON file; see ``parse_json``.
+
+    Args:
+        path: the file.
+        mend: what to do about a file that cannot be read, for the error.
+        finite: refuse NaN and infinities.
+
+    Raises:
+        ValueError: there is no such file; it is longer than ``LONGEST_JSON`` or cannot be parsed.
+    """
+    data = _read_bytes(path, LONGEST_JSON, mend)
+    try:
+        return parse_json(data, finite=finite)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; {mend}") from None
+
+
+def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, has a key twice or is nested more than ``DEEPEST`` levels deep; a number of more than
+            100 digits; a number that is not finite, where ``finite``.
+    """
+    constant = _not_finite if finite else float
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_mapping, parse_int=_whole, parse_float=_number, parse_constant=constant
+        )
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"it is not valid UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no valid JSON ({error.msg} in line {error.lineno})") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if _deeper(value):
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def read_yaml(path: Path, *, mend: str) -> Any:
+    """The value in a YAML file, without anchors and aliases; the arguments are those of ``read_json``.
+
+    Raises:
+        ValueError: there is no such file; it is longer than ``LONGEST_YAML``, has anchors, has a key twice, is nested
+            more than ``DEEPEST`` levels deep or cannot be parsed.
+    """
+    data = _read_bytes(path, LONGEST_YAML, mend)
+    try:
+        return yaml.load(data.decode("utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read: it is not valid UTF-8 ({error.reason}); {mend}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path} cannot be read: it is no valid YAML ({error.problem}{line}); {mend}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets errors of its numbers and dates through
+        raise ValueError(f"{path} cannot be read: {reason(error)}; {mend}") from None
+
+
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file written by ``write_tensors``.
 
@@ -84,12 +159,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     """
     header = read_header(path)
     if header.get("kind") != kind or header.get("format") != FORMAT:
-        found = f"{header.get('kind')} of format {header.get('format')}"
+        found = f"{printable(str(header.get('kind')), 60)} of format {brief(header.get('format'))}"
         raise ValueError(f"{path} holds a {found}, not a {kind} of format {FORMAT}; give the right file")
     try:
         tensors = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}; restore it") from error
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {reason(error)}; restore it") from error
     if checksum(tensors) != header.get("sha256") or "header_sha256" not in header:
         raise ValueError(f"{path} is damaged: its checksum does not fit its content; write it again or restore it")
     return tensors, header
@@ -125,8 +200,7 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
     Raises:
         ValueError: it is damaged, missing, no ordinary file, or holds something else.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file that can be read; check the path")
+    require_file(path)
     check_expansion(str(path), _unpacked_size(path), path.stat().st_size, "save it again with torch.save")
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(allowed)):
@@ -136,9 +210,8 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
             f"{path} is refused: it is damaged, or holds other objects than {holds}, and to read those may run any "
             f"code; save it again as {mend}"
         ) from error
-    except Exception as error:  # a damaged file raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason[:120]}; it may be cut short, get it again") from error
+    except Exception as error:  # whatever the unpickler meets in a damaged file: no list of types is complete
+        raise ValueError(f"{path} cannot be read: {reason(error)}; it may be cut short, get it again") from error
 
 
 def _unpacked_size(path: Path) -> int:
@@ -151,44 +224,162 @@ def _unpacked_size(path: Path) -> int:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a Condense file, without reading its tensors."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; check the path")
+    """The header of a Condense file, without reading its tensors.
+
+    Raises:
+        ValueError: there is no such file; it is not of this form, or its size or checksum does not fit.
+    """
+    require_file(path)
     try:
         with _unbuffered(path) as file:
-            layout, start = _layout(file)
-        ends = [entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__"]
-        if path.stat().st_size != start + max(ends, default=0):
-            raise ValueError("its size is not what it says")
-        header = dict(json.loads(layout.get("__metadata__", {})["condense"]))
-    except KeyError:
+            layout = _layout(file)
+        if "condense" not in layout.metadata:
+            raise _Foreign
+        header = parse_json(layout.metadata["condense"])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no mapping")
+    except _Foreign:
         raise ValueError(
             f"{path} was not written by Condense: it has no `condense` header; for published files see "
             "`condense import --help`"
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}; it may be cut short, restore it") from error
     if "header_sha256" in header and header["header_sha256"] != _header_checksum(header):
         raise ValueError(f"{path} is damaged: its checksum does not fit its header; write it again or restore it")
     return header
 
 
-def read_row(path: Path, name: str, index: int) -> Tensor:
-    """One row of a float32 table in a safetensors file, and no other byte of it.
+def read_row(path: Path, name: str, index: int, width: int) -> Tensor:
+    """One row of a float32 table of this width in a safetensors file, and no other byte of it.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the file is not of this form.
+        OSError, ValueError: the file is not of this form.
     """
     with _unbuffered(path) as file:
-        layout, start = _layout(file)
-        num_rows, width = layout[name]["shape"]
-        if layout[name]["dtype"] != "F32" or not 0 <= index < num_rows:
+        layout = _layout(file)
+        entry = layout.entries.get(name)
+        if entry is None or entry.dtype != "F32" or len(entry.shape) != 2 or not 0 <= index < entry.shape[0]:
             raise ValueError(f"{path} has no float32 row {index} in {name}")
-        file.seek(start + layout[name]["data_offsets"][0] + 4 * width * index)
+        if entry.shape[1] != width:
+            raise ValueError(f"{path} has rows of {entry.shape[1]} numbers in {name}, not of {width}")
+        file.seek(layout.start + entry.data_offsets[0] + 4 * width * index)
         row = torch.empty(width)
         if file.readinto(row.numpy().data.cast("B")) != 4 * width:
             raise ValueError(f"{path} is cut short")
         return row
+
+
+def require_file(path: Path, mend: str = "check the path") -> None:
+    """Raise ValueError where there is no regular file: to open a pipe would wait for ever."""
+    if not path.is_file():
+        what = f"{path} is no file" if path.exists() else f"there is no file {path}"
+        raise ValueError(f"{what}; {mend}")
+
+
+def _read_bytes(path: Path, longest: int, mend: str) -> bytes:
+    require_file(path, mend)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(longest + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {mend}") from error
+    if len(data) > longest:
+        raise ValueError(f"{path} is longer than the {longest >> 10} KiB that are read of such a file; {mend}")
+    return data
+
+
+_TOO_DEEP = f"it is nested more than {DEEPEST} levels deep"
+
+
+def _deeper(value: Any) -> bool:
+    """Whether lists and mappings are nested more than ``DEEPEST`` levels deep."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        holders = [item for item in level if isinstance(item, dict | list)]
+        if not holders:
+            return False
+        level = [item for holder in holders for item in (holder.values() if isinstance(holder, dict) else holder)]
+    return True
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {brief(next(name for name in names if names.count(name) > 1))} twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 100:
+        raise ValueError("it has a number of more than 100 digits")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _not_finite(digits)
+
+
+def _not_finite(text: str) -> float:
+    raise ValueError(f"it has the number {brief(text)}, which is not finite")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: a tree that is as large as its text."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.YAMLError(f"it has an anchor or alias in line {event.start_mark.line + 1}, write the value out")
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(_TOO_DEEP)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) != len(node.value):
+            raise yaml.YAMLError(f"it has a key twice in the mapping of line {node.start_mark.line + 1}")
+        return found
+
+
+class _Foreign(Exception):
+    """A safetensors file without our header."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a safetensors file."""
+
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > 16 or not all(0 <= side < 2**48 for side in self.shape):
+            raise ValueError(f"{brief(self.shape)} is no shape of a tensor")
+        begin, end = self.data_offsets
+        if not 0 <= begin <= end or end - begin != _BYTES[self.dtype] * math.prod(self.shape):
+            raise ValueError(f"bytes {begin} to {end} do not hold {self.dtype} of shape {list(self.shape)}")
+
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the first part of a safetensors file says."""
+
+    entries: Mapping[str, _Entry]
+    metadata: Mapping[str, str]
+    start: int
+    """Where the bytes of the tensors begin."""
 
 
 def _unbuffered(path: Path) -> FileIO:
@@ -199,12 +390,22 @@ def _unbuffered(path: Path) -> FileIO:
     return file
 
 
-def _layout(file: FileIO) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file: its entries, and where the data begin."""
-    length = int.from_bytes(file.read(8), "little")
-    if length > _LONGEST_HEADER:
-        raise ValueError("its header is longer than any")
-    return dict(json.loads(file.read(length))), 8 + length
+def _layout(file: FileIO) -> _Layout:
+    """Raises ValueError where it is of another form, or promises more or less than the file holds."""
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if length > min(LONGEST_JSON, size - 8):
+        raise ValueError(f"its header is longer than the file or than {LONGEST_JSON >> 20} MiB")
+    found = parse_json(file.read(length))
+    if not isinstance(found, dict):
+        raise ValueError("its header is no mapping")
+    metadata = found.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    entries = {name: from_json(_Entry, entry, f"its tensor {brief(name)}") for name, entry in found.items()}
+    spans = sorted(entry.data_offsets for entry in entries.values())
+    if any(before[1] != after[0] for before, after in itertools.pairwise([(0, 0), *spans, (size - 8 - length, 0)])):
+        raise ValueError("its size is not what it says, or its tensors do not lie one after the other")
+    return _Layout(entries, metadata, 8 + length)
 
 
 def _header_checksum(header: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ import yaml
 
 from condense import registry
 from condense.compute import Compute
-from condense.files import canonical_json
+from condense.files import canonical_json, read_yaml
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method
 from condense.names import suggest
@@ -133,13 +133,12 @@ def from_yaml(path: Path) -> Recipe:
     Raises:
         ValueError: missing, not YAML, or see ``from_mapping``.
     """
+    if not path.exists():
+        raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in ones")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in ones") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"recipe {path} cannot be read: {reason}; correct the file") from error
+        content = read_yaml(path, mend="correct the file")
+    except ValueError as error:
+        raise ValueError(f"recipe {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} is not a mapping of fields; begin it with `method: {{name: dm}}`")
     return from_mapping(content, str(path))

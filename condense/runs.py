@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from condense import __version__
-from condense.compute import device_name, peak_memory
+from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
-from condense.files import write_text
+from condense.files import read_json, read_yaml, write_text
 from condense.recipe import Recipe, to_mapping
+from condense.schema import from_json, mismatch
 
 RECORD = "run.json"
 
@@ -46,16 +46,24 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
 
 
 def settled(folder: Path) -> Mapping[str, Any] | None:
-    """What a run that began in ``folder`` settled of its ``compute``; None where there is none."""
+    """What a run that began in ``folder`` settled of its ``compute``; None where there is none.
+
+    Raises:
+        ValueError: its recipe is damaged.
+    """
     written = folder / "recipe.yaml"
-    return _read(written).get("compute") if written.exists() else None
+    found = _read(written).get("compute") if written.exists() else None
+    if found is not None:
+        from_json(Compute, found, f"{written}, compute")
+    return found
 
 
 def _read(written: Path) -> dict[str, Any]:
-    try:
-        return dict(yaml.safe_load(written.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{written} is damaged: {' '.join(str(error).split())}; choose another --out") from error
+    mend = "restore it, or choose another --out"
+    content = read_yaml(written, mend=mend)
+    if not isinstance(content, dict):
+        raise ValueError(f"{written} is damaged: it is not a mapping of fields; {mend}")
+    return content
 
 
 def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -90,13 +98,21 @@ def write_record(folder: Path, dataset: str, device: torch.device, seconds: floa
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What ``write_record`` wrote; empty where there is nothing readable. Numbers that are none are left out."""
-    try:
-        record = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-        numbers = ("seconds", "peak_memory_bytes")
-        return {name: value for name, value in record.items() if name not in numbers or isinstance(value, int | float)}
-    except (OSError, ValueError, TypeError):
+    """What ``write_record`` wrote; empty where there is nothing readable. Fields of another type are left out."""
+    path = folder / RECORD
+    if not path.exists():
         return {}
+    try:
+        content = read_json(path, mend="remove it")
+    except ValueError:
+        return {}
+    record = content if isinstance(content, dict) else {}
+    return {name: value for name, value in record.items() if _is_of_record(name, value)}
+
+
+def _is_of_record(name: str, value: Any) -> bool:
+    kind = {"seconds": float, "peak_memory_bytes": int, "processes": int, "threads": int}.get(name, str)
+    return mismatch(value, kind) is None and (kind is str or 0 <= value < 2**63)
 
 
 def source_of(path: Path | None, name: str) -> str:

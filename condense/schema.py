@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     if annotation is None or annotation is type(None):
         return None if value is None else _not(value, annotation)
     if annotation is float:
-        right = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        right = isinstance(value, int | float) and not isinstance(value, bool) and value == value
         return None if right else _not(value, annotation)
     if annotation is int:
         return None if isinstance(value, int) and not isinstance(value, bool) else _not(value, annotation)
@@ -78,7 +77,8 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
         where: the file, and the place in it, for the message.
 
     Raises:
-        ValueError: not a mapping; a field without default is missing; a field has another type.
+        ValueError: not a mapping; a field without default is missing; a field has another type; the constructor of
+            the dataclass refuses it.
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {_not(value, Mapping)}")
@@ -88,7 +88,19 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
             found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: the field {field.name!r} is missing")
-    return kind(**found)
+    try:
+        return kind(**found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def brief(value: Any) -> str:
+    """A value in a message: on one line, without control characters, and short."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:56]}..."
 
 
 @functools.cache
@@ -98,34 +110,47 @@ def annotations(kind: type) -> dict[str, Any]:
 
 
 def _converted(value: Any, annotation: Any, where: str) -> Any:
+    """``value`` with dataclasses and tuples made of the mappings and lists in it, wherever the annotation has them."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return from_json(annotation, value, where)
-    if typing.get_origin(annotation) is tuple and isinstance(value, list):
+    if origin in (Union, types.UnionType) and value is not None:
+        options = [option for option in args if option is not type(None)]
+        if len(options) > 1 and isinstance(value, list | Mapping):
+            options = [option for option in options if _has_parts(option)]
+        if len(options) == 1:
+            return _converted(value, options[0], where)
+    if origin is tuple and isinstance(value, list):
+        each = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(each) == len(value) and any(map(_has_parts, each)):
+            pairs = enumerate(zip(value, each, strict=True))
+            return tuple(_converted(item, part, f"{where}, entry {i}") for i, (item, part) in pairs)
         value = tuple(value)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping) and _has_parts(args[1]):
+        return {name: _converted(item, args[1], f"{where}, {brief(name)}") for name, item in value.items()}
     line = mismatch(value, annotation)
     if line is not None:
         raise ValueError(f"{where}: {line}")
     return value
 
 
+def _has_parts(annotation: Any) -> bool:
+    """Whether JSON holds such a value as a mapping or list that is to be converted."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return any(map(_has_parts, typing.get_args(annotation)))
+    return dataclasses.is_dataclass(annotation) or typing.get_origin(annotation) is tuple
+
+
 def _of_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> str | None:
     if len(args) == 2 and args[1] is Ellipsis:
         return next((line for item in value if (line := mismatch(item, args[0]))), None)
     if len(value) != len(args):
-        return f"{_brief(value)} has {len(value)} elements, not {len(args)}"
+        return f"{brief(value)} has {len(value)} elements, not {len(args)}"
     return next((line for item, part in zip(value, args, strict=True) if (line := mismatch(item, part))), None)
 
 
 def _not(value: Any, annotation: Any) -> str:
-    return f"{_brief(value)} is not {_plain(annotation)}"
-
-
-def _brief(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:56]}..."
+    return f"{brief(value)} is not {_plain(annotation)}"
 
 
 def _plain(annotation: Any) -> str:

@@ -12,6 +12,7 @@ from condense import api, artifacts, runs
 from condense.eval import crossarch
 from condense.eval.report import readable_bytes, steps_of, uses_of
 from condense.files import read_header
+from condense.names import printable
 from condense.synthetic.set import SyntheticSet
 from condense.table import by_protocol, print_results, print_table
 
@@ -73,7 +74,7 @@ def _run(folder: Path) -> None:
     if (folder / "synthetic.safetensors").exists():
         _set(str(folder), api.load(folder))
     else:
-        print(f"{folder}: not finished; the command that began it with --resume continues")
+        print(printable(f"{folder}: not finished; the command that began it with --resume continues"))
     log, record = steps_of(folder), runs.read_record(folder)
     facts: dict[str, Any] = {}
     if "seconds" in record:
@@ -123,7 +124,8 @@ def _buffer(folder: Path) -> None:
     buffer = artifacts.Trajectories(folder)
     identity = buffer.manifest["identity"]
     _facts(str(folder), {k: json.dumps(v) if isinstance(v, dict) else v for k, v in identity.items()})
-    print(f"{buffer.num_experts} experts x {buffer.num_epochs} epochs, {identity.get('origin', 'trained')}")
+    origin = printable(identity.get("origin", "trained"), 60)
+    print(f"{buffer.num_experts} experts x {buffer.num_epochs} epochs, {origin}")
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> None:

@@ -6,8 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from condense.names import printable
+
+LONGEST_CELL = 1000
+"""Characters of a cell that are shown."""
 
 
 def print_results(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -55,13 +60,20 @@ def by_protocol(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
 
 def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table below its title."""
-    table = Table(*map(escape, columns), box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(_cell_text(column))
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*map(_cell_text, row))
     console = Console()
     if title:
-        console.print(f"\n{title}", highlight=False, markup=False)
+        console.print(f"\n{printable(title)}", highlight=False, markup=False)
     console.print(table)
+
+
+def _cell_text(value: Any) -> Text:
+    """Without markup and control characters, for it may come from a file."""
+    return Text(printable(str(value), LONGEST_CELL))
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

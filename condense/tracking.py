@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +23,8 @@ from rich.progress import (
 )
 
 from condense.distributed import rank_of_environment
-from condense.files import reporting, write_text
-from condense.names import suggest
+from condense.files import parse_json, replacing, reporting, require_file
+from condense.names import printable, suggest
 
 
 class Sink(Protocol):
@@ -72,19 +73,65 @@ class Log:
                 sink.close()
 
 
+LONGEST_LINE = 4 << 20
+"""Bytes of one line of a log."""
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a half-written line, as a killed run leaves one, is passed over."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    """The records of a log, none where there is none; a half-written line at the end, as a killed run leaves one, is
+    passed over, and so is any other line that holds no record, with a warning.
+
+    Raises:
+        ValueError: there is something else than a file.
+    """
+    records = [record for _, record in _lines(path)]
+    if None in records:
+        _warn_of(path, "passed over")
+    return [record for record in records if record is not None]
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keep the first ``step`` steps of a log."""
-    kept = [record for record in read_log(path) if record.get("step", 0) <= step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Keep the first ``step`` steps of a log. Lines that hold no record are moved to ``NAME.damaged``, with a warning.
+
+    Raises:
+        ValueError: there is something else than a file; it cannot be written.
+    """
+    damaged, any_damaged = path.with_name(f"{path.name}.damaged"), False
+    with replacing(path) as temporary, open(temporary, "wb") as kept:
+        for line, record in _lines(path):
+            if record is None:
+                any_damaged = True
+                with open(damaged, "ab") as file:
+                    file.write(line)
+            elif not isinstance(record.get("step", 0), int) or record.get("step", 0) <= step:
+                kept.write(line.rstrip(b"\n") + b"\n")
+    if any_damaged:
+        _warn_of(path, f"moved to {damaged}")
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line as it stands, and its record, None where it holds none; without a half-written one at the end. A line
+    that is too long comes in pieces."""
+    if not path.exists():
+        return
+    require_file(path, "move it away")
+    with open(path, "rb") as file:
+        begins = True
+        while line := file.readline(LONGEST_LINE):
+            record, ends = None, line.endswith(b"\n")
+            whole = begins and (ends or len(line) < LONGEST_LINE)
+            if whole:
+                with contextlib.suppress(ValueError):
+                    record = parse_json(line)
+            if isinstance(record, dict):
+                yield line, record
+            elif line.strip() and (ends or not whole):
+                yield line, None
+            begins = ends
+
+
+def _warn_of(path: Path, done: str) -> None:
+    warnings.warn(f"{path} has lines that hold no record; they are {done}", stacklevel=3)
 
 
 def check_sinks(names: tuple[str, ...]) -> None:
@@ -160,18 +207,18 @@ def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Ba
     shows its own (``show`` overrides)."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     visible = console.is_terminal and not rank_of_environment() if show is None else show
     with Progress(*columns, console=console, disable=not visible, transient=False) as bars:
-        task = bars.add_task(title, total=total, note="")
+        task = bars.add_task(printable(title), total=total, note="")
 
         def update(done: int, note: str = "") -> None:
-            bars.update(task, completed=done, note=note)
+            bars.update(task, completed=done, note=printable(note))
 
         yield update

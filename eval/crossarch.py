@@ -29,10 +29,11 @@ from condense.eval.calibration import Calibration, temperature
 from condense.eval.journal import Cell, Journal, width
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
-from condense.files import checksum, write_text
+from condense.files import checksum, read_json, write_text
 from condense.kernels import centred
 from condense.networks import Functional, ImageShape, Weights
 from condense.rng import Rng
+from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Split, make_task
 from condense.tracking import Bar
@@ -84,6 +85,21 @@ class Result:
     """All training images and labels as they are held, of which a set is the compression."""
     code: str
     """Version of this package."""
+
+    def __post_init__(self) -> None:
+        if not self.accuracies or not all(0 <= accuracy <= 1 for accuracy in self.accuracies):
+            raise ValueError(f"accuracies {brief(self.accuracies)} are not fractions, one for each network")
+        for name, of_each in self.metrics.items():
+            if len(of_each) != self.n:
+                raise ValueError(f"metrics, {brief(name)}: {len(of_each)} entries of {self.n} networks")
+        for k, accuracy in enumerate(self.accuracies):
+            scores = {name: of_each[k] for name, of_each in self.metrics.items()}
+            from_json(Scores, {"accuracy": accuracy, **scores}, f"metrics of network {k}")
+        if len({len(of_classes) for of_classes in self.metrics["per_class"]}) > 1:
+            raise ValueError("metrics, per_class: networks of different numbers of classes")
+        sizes = self.stored_bytes.values()
+        if min(self.full_bytes, self.num_images, *sizes) < 0 or not sum(sizes):
+            raise ValueError(f"stored_bytes {brief(dict(self.stored_bytes))} are none, or fewer than none")
 
     @property
     def n(self) -> int:
@@ -151,24 +167,31 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that ``merge`` wrote.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or holds something else.
     """
+    content = read_json(path, mend=_MEND)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
-        return [dict(row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no results: {error!r}; move it away or give another --out") from error
+        return [dict(row) for row in from_json(_Results, content, "it").results]
+    except ValueError as error:
+        raise ValueError(f"{path} holds no results: {error}; {_MEND}") from error
 
 
 def read_complete(path: Path) -> list[dict[str, Any]]:
     """The rows of ``read`` that say all that a result says today; of others, as earlier versions wrote them, a warning.
 
     Raises:
-        ValueError: see ``read``.
+        ValueError: see ``read``; a row whose fields have other types or values.
     """
-    wanted = {f.name for f in dataclasses.fields(Result)} | {"mean", "std", "interval", "n", "compression"}
+    wanted = {f.name for f in dataclasses.fields(Result)}
     scores, rows = {f.name for f in dataclasses.fields(Scores)} - {"accuracy"}, read(path)
-    complete = [row for row in rows if wanted <= row.keys() and scores <= dict(row["metrics"]).keys()]
+    complete = []
+    for number, row in enumerate(rows, 1):
+        metrics = row.get("metrics")
+        if wanted <= row.keys() and not (isinstance(metrics, Mapping) and not scores <= metrics.keys()):
+            try:
+                complete.append(from_json(Result, row, f"row {number}").row())
+            except ValueError as error:
+                raise ValueError(f"{path}, {error}; {_MEND}") from error
     if len(complete) < len(rows):
         warnings.warn(
             f"{len(rows) - len(complete)} rows of {path} were written by another version and are left out; "
@@ -176,6 +199,14 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
             stacklevel=2,
         )
     return complete
+
+
+_MEND = "move it away, and condense evaluate writes it anew; or give another --out"
+
+
+@dataclass(frozen=True)
+class _Results:
+    results: tuple[Mapping[str, Any], ...]
 
 
 OnEpoch = Callable[[int, Weights], None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from condense.eval import metrics
 from condense.eval.metrics import Scores
 from condense.files import canonical_json
+from condense.schema import from_json
 from condense.tracking import Log, read_log
 
 
@@ -41,6 +44,17 @@ def width(num_classes: int) -> int:
     return metrics.width(num_classes) + 2
 
 
+@dataclass(frozen=True)
+class _Line:
+    k: int
+    cell: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        seconds, peak_memory = self.cell[-2:]
+        if self.k < 0 or not all(0 <= x <= 1 for x in self.cell[:2]) or not (0 <= seconds and 0 <= peak_memory < 2**63):
+            raise ValueError("numbers out of range")
+
+
 class Journal:
     """``NAME.cells.rank<k>.jsonl`` beside the result file; each process appends to its own."""
 
@@ -49,9 +63,13 @@ class Journal:
 
     def find(self, decided_by: Mapping[str, Any]) -> dict[int, Cell]:
         """The networks there are, by number, of those that all of ``decided_by`` decided."""
-        key = _key(decided_by)
-        lines = [line for file in self._files() for line in read_log(file) if line.get("key") == key]
-        return {line["k"]: Cell.unpack(torch.tensor(line["cell"], dtype=torch.float64)) for line in lines}
+        key, found = _key(decided_by), {}
+        for line in (line for file in self._files() for line in read_log(file) if line.get("key") == key):
+            with contextlib.suppress(ValueError):  # a damaged line: that network is trained again
+                kept = from_json(_Line, line, "line")
+                if len(kept.cell) == decided_by["numbers"]:
+                    found[kept.k] = Cell.unpack(torch.tensor(kept.cell, dtype=torch.float64))
+        return found
 
     def add(self, decided_by: Mapping[str, Any], k: int, cell: Cell) -> None:
         """Keep network ``k``; it is on disk when this returns. Raises ValueError where the disk is full."""

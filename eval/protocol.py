@@ -17,6 +17,7 @@ from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import suggest
 from condense.networks import ImageShape
+from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
 from condense.train import Training
 
@@ -224,9 +225,10 @@ def own(syn: SyntheticSet) -> Protocol:
     if syn.lr is not None:
         record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
     try:
-        record |= {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
-        return Protocol(name="own", labels="own", **record)
-    except TypeError as error:
+        for name in record.keys() - {f.name for f in dataclasses.fields(Protocol)} | record.keys() & {"name", "labels"}:
+            raise ValueError(f"it knows no field {brief(name)} of a training")
+        return from_json(Protocol, {"name": "own", "labels": "own", **record}, "training")
+    except ValueError as error:
         raise ValueError(
             f"this version cannot train as the set is meant to be trained: {error}; give --protocol canonical"
         ) from error

@@ -6,8 +6,8 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from condense import __version__
@@ -70,10 +70,12 @@ def _read(file: Path, like: Weights) -> Weights | None:
     """The kept weights, or None: a missing file and a damaged one are alike."""
     try:
         tensors, _ = read_tensors(file, "teacher")
-        read: list[dict[str, Any]] = [
-            {name: tensors[f"{table}.{name}"].to(value.device) for name, value in values.items()}
-            for table, values in zip(("params", "buffers"), like, strict=True)
-        ]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
+    read: list[dict[str, Tensor]] = []
+    for table, values in zip(("params", "buffers"), like, strict=True):
+        kept = {name: tensors.get(f"{table}.{name}", torch.empty(0)) for name in values}
+        if any(kept[name].shape != value.shape or kept[name].dtype != value.dtype for name, value in values.items()):
+            return None
+        read.append({name: kept[name].to(value.device) for name, value in values.items()})
     return Weights(*read)

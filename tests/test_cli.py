@@ -256,7 +256,7 @@ def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest
     (run_folder / "run.json").write_text("{}")
     main([*words, "--resume"])
     (run_folder / "recipe.yaml").write_text("a: [")
-    assert "recipe.yaml is damaged" in fails(capsys, *words, "--resume")
+    assert "recipe.yaml cannot be read: it is no valid YAML" in fails(capsys, *words, "--resume")
 
 
 def test_show_says_what_was_measured_and_draws(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

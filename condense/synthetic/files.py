@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from condense.files import FORMAT, read_tensors, write_tensors
-from condense.synthetic.decode import DECODERS
-from condense.synthetic.labels import LABELS
+from condense.schema import brief, from_json
+from condense.synthetic.decode import DECODERS, Decode
+from condense.synthetic.labels import LABELS, Labels
 from condense.synthetic.set import Origin, SyntheticSet
+from condense.task import Split
+
+T = TypeVar("T")
+
+MOST_DECODED = 1 << 30
+"""Bytes of decoded images that any set may have; beyond, as many as ``MOST_EXPANDED`` times what it stores."""
+MOST_EXPANDED = 1000
+LONGEST_SIDE = 4096
+"""Most channels, rows or columns of an image in a file."""
 
 
 def save(syn: SyntheticSet, path: Path | str) -> None:
     """Write the set; equal sets give equal bytes.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: it cannot be written; it has more decoded images than ``load`` takes.
     """
+    tensors = syn.state_dict()
+    _limit(len(syn), syn.decode, syn.origin, tensors)
     header = {
         "kind": "synthetic set",
         "format": FORMAT,
@@ -28,49 +44,226 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
         "labels": _choice(syn.label_kind),
         "origin": dataclasses.asdict(syn.origin),
     }
-    write_tensors(Path(path), syn.state_dict(), header)
+    write_tensors(Path(path), tensors, header)
 
 
 def load(path: Path | str) -> SyntheticSet:
     """Read a set written by ``save``, or the set of a run folder.
 
+    Everything is checked before memory is taken: a set is as large as its file, and its decoded images take at most
+    ``MOST_DECODED`` bytes or ``MOST_EXPANDED`` times what is stored, whichever is more.
+
     Raises:
-        ValueError: see ``read_tensors``; unknown decoder or labels; tensors that do not fit the header; values
-            that are not finite.
+        ValueError: see ``read_tensors``; a header whose fields have other types or values; unknown decoder or labels;
+            tensors that do not fit the header; too many decoded images; values that are not finite.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "synthetic.safetensors"
     tensors, header = read_tensors(path, "synthetic set")
-    try:
-        origin = Origin(**header["origin"])
-        decode = _choose(header["decode"], DECODERS)
-        label_kind = _choose(header["labels"], LABELS)
-        latents, classes = tensors["latents"], tensors["classes"]
-        lr = tensors["log_lr"].exp() if "log_lr" in tensors else None
-        if latents.shape[:1] != classes.shape:
-            raise ValueError(f"{len(latents)} latents but {len(classes)} classes")
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < origin.num_classes:
-            raise ValueError(f"classes outside 0..{origin.num_classes - 1}")
-        syn = SyntheticSet(latents, classes, origin, decode=decode, label_kind=label_kind, lr=lr)
-        syn.load_state_dict(tensors)
-        with torch.no_grad():
-            shape = tuple(syn.decoder(latents[:1], classes[:1]).shape[1:])
-        if shape != origin.image_shape:
-            raise ValueError(f"images of shape {shape}, the data set has {origin.image_shape}")
-    except (KeyError, TypeError, RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit its own header: {reason}; write it again or restore it") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path} holds values that are not finite in `{name}`; distil it again")
+            raise ValueError(f"{path} holds values that are not finite in {brief(name)}; distil it again")
+    try:
+        return _assembled(tensors, from_json(_Header, header, "header"))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit its own header: {error}; write it again or restore it") from error
+
+
+def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
+    origin = _origin(header.origin)
+    decode = _choose(header.decode, DECODERS, "decode")
+    label_kind = _choose(header.labels, LABELS, "labels")
+    latents, classes, log_lr = (tensors.get(name) for name in ("latents", "classes", "log_lr"))
+    if latents is None or classes is None or not latents.is_floating_point() or not latents.dim() or not len(latents):
+        raise ValueError("it has no images, as real numbers, or no classes")
+    if latents.shape[:1] != classes.shape:
+        raise ValueError(f"{len(latents)} latents but {classes.numel()} classes")
+    if log_lr is not None and (log_lr.dim() > 1 or not log_lr.numel() or not log_lr.is_floating_point()):
+        raise ValueError("its step size is neither one number nor one for each step")
+    _limit(len(latents), decode, origin, tensors)
+    syn = _skeleton(latents, log_lr, origin, decode, label_kind)
+    expected = syn.state_dict()
+    if expected.keys() != tensors.keys():
+        raise ValueError(f"tensors {brief(sorted(tensors))}, expected are {brief(sorted(expected))}")
+    found = {}
+    for name, like in expected.items():
+        tensor = tensors[name]
+        same_kind = tensor.is_floating_point() if like.is_floating_point() else tensor.dtype == like.dtype
+        if tensor.shape != like.shape or not same_kind:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {like.dtype} of {tuple(like.shape)}"
+            )
+        found[name] = tensor.to(like.dtype, copy=True)
+    syn.load_state_dict(found, assign=True)
+    _check_values(syn)
     return syn
+
+
+def _skeleton(
+    latents: Tensor, log_lr: Tensor | None, origin: Origin, decode: Decode, label_kind: Labels
+) -> SyntheticSet:
+    """A set of these shapes that takes no memory. Raises ValueError where its decoder does not take such latents."""
+    try:
+        with torch.device("meta"):
+            images = torch.empty(latents.shape, dtype=latents.dtype)
+            logits = torch.empty(len(latents), origin.num_classes)
+            lr = None if log_lr is None else torch.empty(log_lr.shape, dtype=log_lr.dtype)
+            syn = SyntheticSet(images, logits, origin, decode=decode, label_kind=label_kind, lr=lr)
+        shape = tuple(syn.decoder(syn.latents[:1], syn.classes[:1]).shape[1:])
+    except (RuntimeError, IndexError) as error:  # torch's word for shapes that do not go together
+        raise ValueError(f"the decoder {decode.name} does not take latents of shape {tuple(latents.shape)}") from error
+    if shape != origin.image_shape:
+        raise ValueError(f"images of shape {shape}, the data set has {origin.image_shape}")
+    return syn
+
+
+@torch.no_grad()
+def _check_values(syn: SyntheticSet) -> None:
+    """Raises ValueError for classes that there are not, and for what the decoder cannot look up."""
+    _, targets = syn.classes, syn.provider(torch.arange(len(syn)))
+    for of in (syn.classes, targets if targets.dim() == 1 else syn.classes):
+        if not 0 <= int(of.min()) <= int(of.max()) < syn.origin.num_classes:
+            raise ValueError(f"classes outside 0..{syn.origin.num_classes - 1}")
+    if syn.label_kind.space == "probabilities" and not (targets >= 0).all():
+        raise ValueError("probabilities below zero")
+    if syn.lr is not None and not (syn.lr.isfinite() & (syn.lr > 0)).all():
+        raise ValueError("a learned step size that is not a positive number")
+    one_of_each = torch.tensor(list({label: i for i, label in enumerate(syn.classes.tolist())}.values()))
+    try:
+        syn.decoder(syn.latents[one_of_each], syn.classes[one_of_each])
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the decoder {syn.decode.name} looks up entries that the latents do not have") from error
+
+
+def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where the decoded images would take far more memory than what is stored."""
+    images = num_latents * decode.expansion
+    size = images * math.prod(origin.image_shape) * tensors["latents"].itemsize
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    most = max(MOST_DECODED, MOST_EXPANDED * stored)
+    if size > most:
+        raise ValueError(
+            f"its decoder {decode.name} would make {images} images of {size / 1e9:.3g} GB from {stored / 1e9:.3g} GB; "
+            f"at most {most / 1e9:.3g} GB are decoded of such a set"
+        )
 
 
 def _choice(value: Any) -> dict[str, Any]:
     return {"name": value.name, **dataclasses.asdict(value)}
 
 
-def _choose(fields: dict[str, Any], table: dict[str, Any]) -> Any:
-    fields = dict(fields)
-    return table[fields.pop("name")](**fields)
+def _choose(fields: Mapping[str, Any], table: Mapping[str, type[T]], where: str) -> T:
+    """The decoder or labels that a header describes."""
+    name = from_json(_Named, fields, where).name
+    if name not in table:
+        raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; update condense")
+    known = {f.name for f in dataclasses.fields(table[name])}  # type: ignore[arg-type]
+    for key, value in fields.items():
+        if key != "name" and key not in known:
+            raise ValueError(f"{where}: {name} has no field {brief(key)}; update condense")
+        if isinstance(value, int) and value >= 2**31:
+            raise ValueError(f"{where}, {key}: {value} is too large")
+    return from_json(table[name], fields, where)
+
+
+def _origin(value: Mapping[str, Any]) -> Origin:
+    """What a file says of itself, with everything checked that is looked at later."""
+    origin = from_json(Origin, value, "origin")
+    from_json(_Dataset, origin.dataset, "origin, dataset")
+    from_json(_Recipe, origin.recipe, "origin, recipe")
+    for artifact in origin.artifacts:
+        from_json(_Artifact, artifact, "origin, artifacts")
+    kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
+    if kind is not None:
+        statistics = from_json(kind, origin.transform, "origin, transform")
+        if isinstance(statistics, _Channel) and len(statistics.mean) != origin.image_shape[0]:
+            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.image_shape}")
+    return origin
+
+
+@dataclass(frozen=True)
+class _Header:
+    decode: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    space: Literal["transformed"] = "transformed"
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    name: str
+    fingerprint: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError("it has no classes")
+        if not all(1 <= side <= LONGEST_SIDE for side in self.image_shape):
+            raise ValueError(f"image_shape {brief(self.image_shape)} has a side that is not in 1..{LONGEST_SIDE}")
+
+
+@dataclass(frozen=True)
+class _Transform:
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Channel:
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(std > 0 for std in self.std):
+            raise ValueError(f"mean {brief(self.mean)} and std {brief(self.std)} are not those of channels")
+
+
+@dataclass(frozen=True)
+class _Zca:
+    flavour: Literal["absolute", "relative"]
+    eps: float
+    key: str
+    trace: float
+
+
+_TRANSFORMS: Mapping[str, type] = {"channel": _Channel, "zca": _Zca}
+
+
+@dataclass(frozen=True)
+class _Method:
+    name: str = ""
+    num_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps is {self.num_steps}")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What of the recipe is looked at where a set is used."""
+
+    method: _Method = _Method()
+    transform: str = "channel"
+    split: Mapping[str, Any] = field(default_factory=dict)
+    network: str = ""
+    ipc: int = 1
+
+    def __post_init__(self) -> None:
+        from_json(Split, self.split, "split")
+        if not self.split.keys() <= {f.name for f in dataclasses.fields(Split)}:
+            raise ValueError(f"split has fields that are unknown: {brief(sorted(self.split))}; update condense")
+        if self.ipc < 1:
+            raise ValueError(f"ipc is {self.ipc}")
+
+
+@dataclass(frozen=True)
+class _Artifact:
+    kind: str = ""
+    name: str = ""

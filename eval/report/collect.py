@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from typing import Any
 
 from condense import runs
 from condense.eval import crossarch
-from condense.files import checksum
+from condense.files import checksum, read_json
+from condense.schema import from_json, mismatch
 from condense.synthetic.files import load
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import read_log
@@ -80,26 +81,28 @@ def collect(folder: Path) -> Run:
         raise ValueError(f"{folder} is not finished; the command that began it continues with --resume")
     syn, evaluation = load(finished), folder / "evaluation.json"
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
+    results = crossarch.read_complete(evaluation) if evaluation.exists() else []
     log = steps_of(folder)
     num_steps = int(syn.origin.recipe.get("method", {}).get("num_steps", len(log)))
-    return Run(
+    run = Run(
         folder=folder,
         syn=syn,
         snapshots={**{step: kept for step, kept in snapshots.items() if step < num_steps}, num_steps: syn},
         log=log,
-        results=crossarch.read_complete(evaluation) if evaluation.exists() else [],
+        results=results,
         uses=uses_of(folder),
         record=runs.read_record(folder),
     )
+    if any(len(row["metrics"]["per_class"][0]) != syn.origin.num_classes for row in run.own_results):
+        raise ValueError(f"{evaluation} has accuracies of other classes than the set; move it away, evaluate again")
+    return run
 
 
 def steps_of(folder: Path) -> list[Mapping[str, Any]]:
-    """The lines of a run's log that are steps."""
-    return [
-        line
-        for line in read_log(folder / "log.jsonl")
-        if isinstance(line, dict) and "step" in line and "event" not in line
-    ]
+    """The numbers in the lines of a run's log that are steps."""
+    lines = [line for line in read_log(folder / "log.jsonl") if "event" not in line]
+    numbers = [{name: value for name, value in line.items() if mismatch(value, float) is None} for line in lines]
+    return [line for line in numbers if isinstance(line.get("step"), int)]
 
 
 def uses_of(folder: Path) -> list[Mapping[str, Any]]:
@@ -108,14 +111,33 @@ def uses_of(folder: Path) -> list[Mapping[str, Any]]:
     Raises:
         ValueError: a file of that name holds something else.
     """
-    tables: list[Mapping[str, Any]] = []
+    mend = "remove it or run condense apply again"
+    found = []
     for file in sorted(folder.glob("apply-*.json")):
+        content = read_json(file, mend=mend, finite=False)
         try:
-            table = json.loads(file.read_text(encoding="utf-8"))["table"]
-            tables.append({name: table[name] for name in ("title", "columns", "rows")})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file} holds no findings: {error!r}; remove it or run condense apply again") from error
-    return tables
+            found.append(dataclasses.asdict(from_json(_Uses, content, "it").table))
+        except ValueError as error:
+            raise ValueError(f"{file} holds no findings: {error}; {mend}") from error
+    return found
+
+
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"a row has another length than the {len(self.columns)} columns")
+
+
+@dataclass(frozen=True)
+class _Uses:
+    """What ``apply-*.json`` holds besides numbers."""
+
+    table: _Table
 
 
 def _snapshots(folder: Path) -> list[Path]:
