@@ -45,6 +45,8 @@ class Log:
         self._path, self._sinks = path, sinks
         with reporting(path):
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process leaves every line
+            if _is_cut(path):
+                self._file.write("\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line as it is; for events."""
@@ -70,6 +72,14 @@ class Log:
         finally:
             for sink in self._sinks:
                 sink.close()
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line of a file is half-written."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return file.read(1) not in (b"", b"\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

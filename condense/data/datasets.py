@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from condense.data import store
+from condense.files import expanded
 from condense.names import suggest
 
 Array: TypeAlias = NDArray[Any]
@@ -199,9 +200,9 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         return _load_digits()
     if source in _TORCHVISION:
         name, files = str(source), _TORCHVISION[str(source)][1]
-        place = Path(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data").expanduser()
+        place = expanded(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data")
         return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
     if path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from condense.files import FORMAT, read_tensors, write_tensors
+from condense.files import FORMAT, expanded, read_tensors, write_tensors
 from condense.synthetic.decode import DECODERS
 from condense.synthetic.labels import LABELS
 from condense.synthetic.set import Origin, SyntheticSet
@@ -28,7 +28,7 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
         "labels": _choice(syn.label_kind),
         "origin": dataclasses.asdict(syn.origin),
     }
-    write_tensors(Path(path), syn.state_dict(), header)
+    write_tensors(expanded(path), syn.state_dict(), header)
 
 
 def load(path: Path | str) -> SyntheticSet:
@@ -38,7 +38,7 @@ def load(path: Path | str) -> SyntheticSet:
         ValueError: see ``read_tensors``; unknown decoder or labels; tensors that do not fit the header; values
             that are not finite.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         path = path / "synthetic.safetensors"
     tensors, header = read_tensors(path, "synthetic set")
