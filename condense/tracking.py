@@ -44,8 +44,9 @@ class Log:
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
         self._path, self._sinks = path, sinks
         with reporting(path):
+            cut = path.exists() and _is_cut(path)
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process leaves every line
-            if _is_cut(path):
+            if cut:
                 self._file.write("\n")
 
     def write(self, record: Mapping[str, Any]) -> None:

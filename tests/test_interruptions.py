@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -9,7 +10,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -21,10 +21,15 @@ import numpy as np
 import pytest
 
 import condense
-from condense import api, cli, engine, files, runs
+from condense import api, cli, engine, files, registry, runs
 from condense.data.datasets import Arrays
+from condense.eval.protocol import PROTOCOLS
 from condense.files import content, read_header
+from condense.methods.dm import DM
 from condense.tracking import read_log
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+fork = multiprocessing.get_context("fork")
 
 TINY = "convnet:depth=1,width=4"
 FIELDS: dict[str, Any] = {"network": "mlp", "ipc": 1, "num_steps": 2, "batch_real": 4, "device": "cpu"}
@@ -32,6 +37,10 @@ FIELDS: dict[str, Any] = {"network": "mlp", "ipc": 1, "num_steps": 2, "batch_rea
 
 class Killed(BaseException):
     """Ends a process in the place of a signal that cannot be caught."""
+
+
+def fsync(descriptor: int) -> None:
+    """Costs no time."""
 
 
 class Disk:
@@ -48,18 +57,17 @@ class Disk:
     def watched(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             for owner, name in [
-                *((os, name) for name in ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "unlink")),
+                *((os, name) for name in ("mkdir", "open", "rename", "replace", "rmdir", "unlink")),
                 (builtins, "open"),
                 (io, "open"),
             ]:
                 patch.setattr(owner, name, self.around(getattr(owner, name)))
+            patch.setattr(os, "fsync", self.around(fsync))
             yield
 
     def around(self, operation: Any) -> Any:
         def call(path: Any, *args: Any, **options: Any) -> Any:
-            if operation.__name__ != "fsync" and not os.fspath(path if not isinstance(path, int) else "").startswith(
-                self.root
-            ):
+            if operation is not fsync and not str(path).startswith(self.root):
                 return operation(path, *args, **options)
             now, self.done = self.done, self.done + 1
             if self.how == "killed" and now > self.at:
@@ -68,6 +76,10 @@ class Disk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             result = operation(path, *args, **options)
             if now == self.at:
+                if isinstance(result, int):
+                    os.close(result)
+                elif result is not None:
+                    result.close()
                 raise Killed if self.how == "killed" else KeyboardInterrupt
             return result
 
@@ -92,11 +104,27 @@ def whole(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "CHECKPOINT_STEPS", 1)
         with disk.watched():
-            condense.distill("dm", dataset=tiny, out=Path(disk.root) / "run", **FIELDS)
+            tiny_run(tiny, Path(disk.root) / "run")
     return results(Path(disk.root) / "run"), disk.done
 
 
-@pytest.mark.parametrize(("how", "stride"), [("killed", 1), ("interrupted", 5), ("full", 2)])
+def tiny_run(tiny: Arrays, out: Path, *, resume: bool = False) -> None:
+    """Two steps; to look for plugins would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "table", lambda: registry.METHODS)
+        fields = {"network": "mlp", "ipc": 1, "device": "cpu", "resume": resume}
+        condense.distill(DM(num_steps=2, batch_real=4), dataset=tiny, out=out, **fields)
+
+
+@pytest.mark.parametrize(
+    ("how", "stride"),
+    [
+        ("killed", 5),
+        ("interrupted", 7),
+        ("full", 4),
+        *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("killed", "interrupted", "full")),
+    ],
+)
 def test_a_run_survives_whatever_happens_to_its_files(
     how: str,
     stride: int,
@@ -107,26 +135,26 @@ def test_a_run_survives_whatever_happens_to_its_files(
 ) -> None:
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     monkeypatch.setattr(files, "_YOUNG", -1)
+    monkeypatch.setattr(os, "fsync", fsync)
     struck = 0
     for at in range(0, whole[1], stride):
         out = tmp_path / f"{at}" / "run"
         disk = Disk(tmp_path, how, at)
         try:
             with disk.watched():
-                condense.distill("dm", dataset=tiny, out=out, **FIELDS)
+                tiny_run(tiny, out)
         except (Killed, KeyboardInterrupt):
             struck += 1
         except ValueError as error:
             assert how == "full" and "No space left" in str(error) and "\n" not in str(error)
             struck += 1
-        condense.distill("dm", dataset=tiny, out=out, resume=True, **FIELDS)
+        tiny_run(tiny, out, resume=True)
         assert results(out) == whole[0], f"struck at operation {at}"
     assert struck > whole[1] / stride / 2
 
 
 def test_a_second_process_in_a_run_folder_is_refused(tiny: Arrays, tmp_path: Path) -> None:
-    fork, out = multiprocessing.get_context("fork"), tmp_path / "run"
-    held = fork.Event()
+    out, held = tmp_path / "run", fork.Event()
 
     def hold() -> None:
         with runs.held(out):
@@ -155,30 +183,45 @@ def test_a_refused_run_leaves_no_folder(tiny: Arrays, tmp_path: Path) -> None:
 def test_the_command_line_says_how_to_go_on(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "a run"
+    out, said = tmp_path / "a run", tmp_path / "said"
     words = ["distill", "dm", "--dataset", str(tiny_file), "--network", "mlp", "--ipc", "1", "--out", str(out)]
-    words += ["--method.num-steps", "1500", "--method.batch-real", "4", "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-m", "condense", *words], stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 100
-        while len(read_log(out / "log.jsonl")) < 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        with pytest.raises(SystemExit):
-            cli.main([*words, "--resume"])
-        assert f"process {process.pid} on" in capsys.readouterr().err
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    line = said.splitlines()[-1]
-    assert process.returncode == 128 + signal.SIGTERM and line.startswith("condense: stopped; to go on: ")
+    words += ["--method.num-steps", "100000", "--device", "cpu"]
+
+    def work() -> None:
+        def step(*args: Any) -> dict[str, float]:
+            time.sleep(0.01)
+            return {}
+
+        engine._step = step
+        with open(said, "w") as sys.stderr:
+            cli.main(words)
+
+    process = fork.Process(target=work, daemon=True)
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(read_log(out / "log.jsonl")) < 2 and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--resume"])
+    assert f"process {process.pid} on" in capsys.readouterr().err
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
+    (line,) = said.read_text().splitlines()
+    assert line.startswith("condense: stopped; to go on: ")
     again = shlex.split(line.split(": ", 2)[2])
     assert again == ["condense", *words, "--resume"]
-    before = len(read_log(out / "log.jsonl"))
-    assert 2 <= before < 1500 and not (out / "synthetic.safetensors").exists()
-    cli.main(again[1:])
-    assert read_header(out / "checkpoint.safetensors")["step"] == 1500
+    going_on = []
+
+    def step(method: Any, ctx: Any, state: Any, done: int, checkpoint: Path) -> None:
+        going_on.append(done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_step", step)
+    with pytest.raises(SystemExit):
+        cli.main(again[1:])
+    checkpoint = out / "checkpoint.safetensors"
+    assert going_on == [read_header(checkpoint)["step"] if checkpoint.exists() else 0]
 
 
 @pytest.mark.parametrize(
@@ -226,11 +269,11 @@ def test_a_cache_that_cannot_be_used_is_done_without(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         condense.distill("random", dataset=tiny_file, network="mlp", ipc=2, out=tmp_path / "run", device="cpu")
-        plan = api.dataclasses.replace(api.PROTOCOLS["canonical"], num_epochs=1)
+        plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
         condense.evaluate(
             tmp_path / "run", networks="mlp", num_seeds=1, protocol=plan, baselines=["herding"], device="cpu"
         )
-        condense.report([tmp_path / "run"])
+        api.report([tmp_path / "run"])
     said = [str(warning.message) for warning in caught if "cache" in str(warning.message)]
     assert len(said) == 1 and said[0].startswith("nothing is cached: ") and "\n" not in said[0]
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir()
@@ -265,7 +308,7 @@ def test_a_run_goes_on_wherever_its_data_lie(
     monkeypatch.chdir(tmp_path)
     condense.distill("dm", dataset="there/tiny.npz", resume=True, **fields)
     assert (tmp_path / "run" / "synthetic.safetensors").read_bytes() == first
-    plan = api.dataclasses.replace(api.PROTOCOLS["canonical"], num_epochs=1)
+    plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
     condense.evaluate(tmp_path / "run", networks="mlp", num_seeds=1, protocol=plan, device="cpu")
     recipe = (tmp_path / "run" / "recipe.yaml").read_bytes()
     np.savez(
@@ -287,9 +330,9 @@ def test_a_tilde_is_the_home_folder_everywhere(
     (home / "tiny.npz").write_bytes(tiny_file.read_bytes())
     data = ["--dataset", "~/tiny.npz"]
     common = [*data, "--network", TINY, "--device", "cpu"]
-    cli.main(["buffer", *common, "--num-experts", "1", "--num-epochs", "2", "--out", "~/artifacts"])
+    cli.main(["buffer", *common, "--num-experts", "1", "--num-epochs", "3", "--out", "~/artifacts"])
     words = ["distill", "mtt", *common, "--ipc", "1", "--buffers", "~/artifacts", "--method.num-steps", "1"]
-    cli.main([*words, "--method.syn-steps", "1", "--method.max-start-epoch", "0", "--out", "~/run"])
+    cli.main([*words, "--method.syn-steps", "1", "--method.max-start-epoch", "1", "--out", "~/run"])
     cli.main(["evaluate", "~/run", "--networks", "mlp", "--num-seeds", "1", "--protocol.num-epochs", "1"])
     cli.main(["evaluate", "~/run", "--networks", "mlp", "--num-seeds", "1", "--out", "~/mine.json"])
     cli.main(["report", "~/run", "--out", "~/page.html"])

@@ -22,6 +22,7 @@ from condense.eval.metrics import Scores
 from condense.files import check_writable, content, expanded, locked, replacing, temporary, write_text
 from condense.tracking import Log, read_log
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 fork = multiprocessing.get_context("fork")
 
 
