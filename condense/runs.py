@@ -40,7 +40,7 @@ def held(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
         try:
-            stack.enter_context(locked(folder / "run", wait=False))
+            stack.enter_context(locked(folder / RECORD, wait=False))
         except BlockingIOError as error:
             raise ValueError(
                 f"{error} is running in {folder}; wait until it has ended, or choose another --out"
