@@ -35,7 +35,7 @@ from condense.eval.baselines import full_data, kept
 from condense.eval.crossarch import Network
 from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named, own_network
-from condense.files import write_text
+from condense.files import check_writable, expanded, reporting, temporary, write_text
 from condense.method import Context, Method
 from condense.names import suggest
 from condense.networks import Functional
@@ -76,9 +76,27 @@ class RunOptions:
     """Let torchvision download a data set that is missing."""
 
 
-def cache_folder() -> Path:
-    """Where derived data are kept: $CONDENSE_CACHE, else ~/.cache/condense."""
-    return Path(os.environ.get("CONDENSE_CACHE", "~/.cache/condense")).expanduser()
+def cache_folder() -> Path | None:
+    """Where derived data are kept: $CONDENSE_CACHE, else ~/.cache/condense.
+
+    None where nothing can be kept there, with one warning for each place.
+    """
+    place = os.environ.get("CONDENSE_CACHE", "~/.cache/condense")
+    try:
+        if not place:
+            raise ValueError("CONDENSE_CACHE is empty; give a folder")
+        folder = expanded(place)
+        check_writable(folder)
+        return folder
+    except ValueError as error:
+        if place not in _uncached:
+            _uncached.add(place)
+            warnings.warn(f"nothing is cached: {error}", stacklevel=2)
+        return None
+
+
+_uncached: set[str] = set()
+"""Places for the cache of which a warning was given."""
 
 
 def make_buffer(
@@ -116,7 +134,7 @@ def make_buffer(
             note = " ".join(f"{name} {value:.3f}" for name, value in record.items() if isinstance(value, float))
             bar(expert * plan.num_epochs + epoch, f"expert {expert} {note}")
 
-        return build(task, plan, root=Path(out), seed=seed, compute=compute, progress=report, ranks=ranks)
+        return build(task, plan, root=expanded(out), seed=seed, compute=compute, progress=report, ranks=ranks)
 
 
 def distill(
@@ -177,7 +195,7 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
     """
     built_in = recipe.recipe_files()
     if name.endswith((".yaml", ".yml")):
-        return recipe.from_yaml(Path(name)), name
+        return recipe.from_yaml(expanded(name)), name
     if name in registry.table():
         found = recipe.published(name, dataset or "digits", ipc or 10)
         if found is None:
@@ -215,7 +233,15 @@ def run(
     _check_composition(plan)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
-    resume = options.resume or ranks.restarted
+    with runs.held(folder) if ranks.first else contextlib.nullcontext():
+        return _run_in(folder, plan, options, arrays, skeleton, ranks)
+
+
+def _run_in(
+    folder: Path, plan: Recipe, options: RunOptions, arrays: Arrays, skeleton: Functional, ranks: Ranks
+) -> SyntheticSet:
+    """Run a recipe whose split and network are settled in a folder that is held by the first process."""
+    resume, device = options.resume or ranks.restarted, skeleton.device
     with ranks.first_ahead():
         plan = dataclasses.replace(
             plan, compute=_settle(plan, arrays, skeleton, runs.settled(folder) if resume else None)
@@ -223,16 +249,15 @@ def run(
         if ranks.first:
             runs.claim(folder, plan, resume)
         task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
-    ctx = _context(plan, task, options.buffers, ranks)
+    ctx = _context(plan, task, expanded(options.buffers), ranks)
     state = plan.method.init(ctx)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; choose another --out") from error
+    with reporting(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # on every machine
     sinks: tuple[Sink, ...] = ()
     if ranks.first:
+        if not (resume and engine.has_checkpoint(folder)):
+            write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
         sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
-        write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
     begun = time.monotonic()
     forget_peak(device)
     title = f"{registry.name_of(plan.method)} {task.name} ipc {plan.ipc}"
@@ -284,10 +309,10 @@ def evaluate(
     Raises:
         ValueError: the set does not belong to this data set; bad network or protocol.
     """
-    path = None if isinstance(syn, SyntheticSet) else Path(syn)
+    path = None if isinstance(syn, SyntheticSet) else expanded(syn)
     with ranks.first_ahead():
         found, arrays = open_set(syn, dataset, download=download)
-    target = Path(out) if out is not None else _evaluation_path(path)
+    target = expanded(out) if out is not None else _evaluation_path(path)
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
     networks = default_networks(found, plan) if networks is None else networks
     networks = (networks,) if isinstance(networks, str) else networks
@@ -332,7 +357,7 @@ def evaluate(
 
             crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep_as)
     ranks.barrier()
-    if journal is not None:
+    if journal is not None and ranks.first:
         journal.remove()
     return crossarch.Evaluation(tuple(results))
 
@@ -363,8 +388,8 @@ def apply(
         application = APPLICATIONS[application]()
     application = dataclasses.replace(application, **_known_fields(fields, application))
     name = next(name for name, kind in APPLICATIONS.items() if kind is type(application))
-    path = None if isinstance(syn, SyntheticSet) else Path(syn)
-    target = Path(out) if out is not None else path / f"apply-{name}.json" if path and path.is_dir() else None
+    path = None if isinstance(syn, SyntheticSet) else expanded(syn)
+    target = expanded(out) if out is not None else path / f"apply-{name}.json" if path and path.is_dir() else None
     _check_before_training(target, baselines)
     found, arrays = open_set(syn, dataset, download=download)
     crossarch.check(found, arrays)
@@ -416,7 +441,7 @@ def open_set(
     if isinstance(syn, SyntheticSet):
         source = str(syn.origin.dataset["name"]) if dataset is None else dataset
         return syn, _arrays(source, download)
-    path = Path(syn)
+    path = expanded(syn)
     if not exchange.is_foreign(path):
         found = load(path)
         source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
@@ -447,7 +472,7 @@ def import_set(
         ValueError: it cannot be read, or does not fit the data.
     """
     chosen = recipe.choice("decode", decode)
-    return _adopt(exchange.read(Path(path)), _arrays(dataset, download), transform, chosen)
+    return _adopt(exchange.read(expanded(path)), _arrays(dataset, download), transform, chosen)
 
 
 def report(
@@ -462,10 +487,10 @@ def report(
     """
     from condense.eval import report
 
-    paths = [Path(folder) for folder in folders]
+    paths = [expanded(folder) for folder in folders]
     if not paths:
         raise ValueError("a report needs a run; give one or more folders that `condense distill` wrote")
-    target = Path(out) if out is not None else paths[0] / "report.html"
+    target = expanded(out) if out is not None else paths[0] / "report.html"
     found = [report.collect(path) for path in paths]
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} for the report; make it or give another --out")
@@ -487,7 +512,7 @@ def draw(syn: SyntheticSet | Path | str, out: Path | str, dataset: Data | None =
         ValueError: the set is whitened and its data are not at hand; the file cannot be written.
     """
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    picture.draw(found, _pixels(found, syn, dataset), Path(out))
+    picture.draw(found, _pixels(found, syn, dataset), expanded(out))
 
 
 def _pixels(
@@ -506,7 +531,7 @@ def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, datas
         ValueError: unknown format, something is at ``out``, or it cannot be written.
     """
     found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    exchange.export(found, _pixels(found, syn, dataset), Path(out), kind)
+    exchange.export(found, _pixels(found, syn, dataset), expanded(out), kind)
 
 
 def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decode) -> SyntheticSet:
@@ -519,8 +544,11 @@ def _check_before_training(target: Path | None, baselines: Sequence[str]) -> Non
     for name in baselines:
         if name != "full":
             find_recipe(name)
-    if target is not None and not target.parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
+    if target is not None:
+        if not target.parent.is_dir():
+            raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
+        with reporting(target), temporary(target.parent):
+            pass
 
 
 def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
@@ -534,7 +562,8 @@ def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
 def _prepare(device: str) -> torch.device:
     """The device of this name, and the process made ready for work on it."""
     chosen = resolve_device(device)
-    keep_compiled(str(cache_folder() / "compiled"))
+    cache = cache_folder()
+    keep_compiled(cache and cache / "compiled")
     if chosen.type == "cpu":
         keep_freed_memory()
     return chosen
@@ -551,7 +580,7 @@ def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[
 def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     """Where a recipe is run: ``options.out``, or a name made of method, data set, budget and seed."""
     method = registry.name_of(plan.method).replace(":", ".")
-    return options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}"
+    return expanded(options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}")
 
 
 def _arrays(dataset: Data, download: bool = False) -> Arrays:
@@ -597,17 +626,19 @@ def _baseline(
     plan = dataclasses.replace(plan, compute=_settle(plan, arrays, network))
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, artifacts.DEFAULT_ROOT)
-    file = cache_folder() / "baselines" / f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
     known = registry.name_of(plan.method) in registry.METHODS and not network.name.startswith("custom:")
-    if known:
+    cache, file = cache_folder(), f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
+    kept_as = cache / "baselines" / file if known and cache else None
+    if kept_as is not None:
         with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
-            if (made := load(file)).origin.code == condense.__version__:
+            if (made := load(kept_as)).origin.code == condense.__version__:
                 return made.to(network.device)
     with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
-    if known:
-        with contextlib.suppress(ValueError):  # a cache that cannot be written
-            save(made, file)
+    if kept_as is not None:
+        with contextlib.suppress(ValueError), reporting(kept_as):  # a cache that cannot be written
+            kept_as.parent.mkdir(exist_ok=True)
+            save(made, kept_as)
     if budget == "bytes" and sum(made.cost()) > sum(syn.cost()):
         warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(syn.cost())}", stacklevel=2)
     return made

@@ -10,16 +10,16 @@ that a row is read and verified through the memory map without touching the othe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from condense.files import canonical_json, read_header, read_json, read_row, replacing, reporting, write_text
+from condense.files import canonical_json, locked, read_header, read_json, read_row, replacing, write_text
 from condense.names import printable
 from condense.networks import Weights
 from condense.schema import from_json
@@ -37,7 +37,6 @@ from condense.schema import from_json
 FORMAT = 1
 DEFAULT_ROOT = Path("artifacts")
 MANIFEST = "manifest.json"
-LOCK = ".manifest.lock"
 
 _MEND = "restore it, or delete it and build the buffer again, which trains what is missing"
 
@@ -258,17 +257,19 @@ class TrajectoryWriter:
             "buffer": self._key,
             "rows": {name: [_checksum(row) for row in table] for name, table in tables.items()},
         }
-        with replacing(self.folder / expert_file(expert)) as temporary:
+        with replacing(self.folder / expert_file(expert)) as fresh:
             try:
-                safetensors.torch.save_file(tables, temporary, {"condense": canonical_json(header)})
+                safetensors.torch.save_file(tables, fresh, {"condense": canonical_json(header)})
             except safetensors.SafetensorError as error:
-                raise OSError(str(error)) from error
+                found = re.search(r"os error (\d+)", str(error))
+                code = int(found[1]) if found else errno.EIO
+                raise OSError(code, os.strerror(code)) from error
         self._added[expert] = {"num_epochs": len(params) - 1, **record}
         self._place(self._added)
 
     def save(self) -> None:
         """Write the manifest: what was added here since the last time, and what others saved meanwhile."""
-        with _locked(self.folder / LOCK):
+        with locked(self.folder / MANIFEST):
             self.experts = self._saved()
             self._place(self._added)
             extent = {
@@ -295,14 +296,6 @@ class TrajectoryWriter:
         for expert, record in records.items():
             self.experts += [None] * (expert + 1 - len(self.experts))
             self.experts[expert] = record
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this name among all processes, on a shared disk among all machines; it goes with its holder."""
-    with reporting(path), open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:

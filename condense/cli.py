@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from condense.distributed import rank_of_environment
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
         from condense import commands
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _stopped_by_sigterm():
             warnings.showwarning = _say_warning
             commands.TABLE[words[0]](words[1:])
     except (ValueError, OSError) as error:
@@ -61,9 +66,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"condense: {_rank()}{_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"condense: {_rank()}interrupted; the same command continues (distill: with --resume)", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        print(f"condense: {_rank()}stopped; to go on: {_again(words)}", file=sys.stderr)
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does.
+
+    Under torchrun it ends a process at once: one that waits for another would not come to run a handler.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or "RANK" in os.environ or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _again(words: Sequence[str]) -> str:
+    """The command that goes on where this one stopped."""
+    resume = ["--resume"] if words[0] == "distill" and "--resume" not in words else []
+    if "RANK" in os.environ:
+        return " ".join(["the same torchrun command", *(["with --resume"] if resume else [])])
+    return shlex.join(["condense", *words, *resume])
 
 
 def _rank() -> str:

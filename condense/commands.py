@@ -26,6 +26,7 @@ from condense.distributed import Ranks, joined
 from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
+from condense.files import expanded
 from condense.method import Method
 from condense.names import printable, suggest
 from condense.recipe import Recipe
@@ -206,7 +207,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
 def show(words: list[str]) -> None:
     target = _positional(words, "show RUN|FILE|BUFFER", "give what `condense distill` or `buffer` wrote")
     command = recipe.parse(Show, words[1:], Show(), prog="condense show RUN|FILE|BUFFER")
-    glance.show(Path(target), command.png, command.dataset)
+    glance.show(expanded(target), command.png, command.dataset)
 
 
 def list_(words: list[str]) -> None:
@@ -256,10 +257,11 @@ def import_(words: list[str]) -> None:
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         raise ValueError("import needs SRC and DST; e.g. condense import buffers/CIFAR10/ConvNet artifacts")
     command = recipe.parse(Import, words[2:], Import(), prog="condense import SRC DST")
-    if words[1].endswith(".safetensors"):
-        _import_set(Path(words[0]), Path(words[1]), command)
+    source, target = expanded(words[0]), expanded(words[1])
+    if target.suffix == ".safetensors":
+        _import_set(source, target, command)
         return
-    if exchange.is_foreign(Path(words[0])) and not _holds_experts(Path(words[0])):
+    if exchange.is_foreign(source) and not _holds_experts(source):
         raise ValueError(
             f"{words[0]} looks like a set; name a file for it, e.g. condense import {words[0]} set.safetensors"
         )
@@ -270,7 +272,7 @@ def import_(words: list[str]) -> None:
         def report(done: int, total: int) -> None:
             bar(100 * done // total, f"{done} of {total} files")
 
-        say(str(import_replay_buffers(Path(words[0]), Path(words[1]), task, progress=report)))
+        say(str(import_replay_buffers(source, target, task, progress=report)))
 
 
 def apply(words: list[str]) -> None:
@@ -310,7 +312,7 @@ def export(words: list[str]) -> None:
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         raise ValueError("export needs RUN|FILE and DST; e.g. condense export runs/dm dm.npz")
     command = recipe.parse(Export, words[2:], Export(), prog="condense export RUN_OR_FILE DST")
-    target = Path(words[1])
+    target = expanded(words[1])
     kind = command.format or ("npz" if target.suffix == ".npz" else "folder")
     api.export_set(words[0], target, kind, command.dataset)
     say(f"{target}: {kind}")

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import os
-import resource
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from condense.files import check_writable
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +157,12 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since ``forget_peak``, else the most that the process ever held."""
+    """Bytes: on a GPU the most that tensors took since ``forget_peak``, else the most that the process ever held; 0
+    where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -191,9 +204,24 @@ def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def keep_compiled(folder: str) -> None:
-    """Let torch.compile keep what it makes in ``folder`` from run to run, unless the environment names a place."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+def keep_compiled(folder: Path | None) -> None:
+    """Let torch.compile keep what it makes in ``folder`` from run to run, unless the environment names a place.
+
+    torch makes this folder when it imports its compiler, and fails where it cannot. So without ``folder``, and with a
+    warning where it cannot be written to, the place is a temporary folder that is removed when the process ends.
+    """
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    place = Path(named) if named else folder
+    if place is not None:
+        try:
+            check_writable(place)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
+            return
+        except ValueError as error:
+            warnings.warn(f"compiled code is not kept: {error}", stacklevel=2)
+    scratch = tempfile.mkdtemp(prefix="condense-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
 
 
 def resolve_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from condense import api
+from condense.files import expanded
 from condense.table import print_results
 
 NETWORK = "convnet:depth=2,width=64"
@@ -24,7 +25,7 @@ def main(words: Sequence[str]) -> None:
     """
     if words and (len(words) != 2 or words[0] != "--out"):
         raise ValueError(f"demo takes no {' '.join(words)}; it has one flag: --out FOLDER")
-    out = Path(words[1]) if words else Path("demo")
+    out = expanded(words[1] if words else "demo")
     begun = time.monotonic()
 
     def say(line: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from condense.distributed import Ranks
-from condense.files import read_tensors, write_tensors
+from condense.files import read_tensors, reporting, write_tensors
 from condense.method import Context, Method, State, require_finite
 from condense.names import reason
 from condense.schema import brief, from_json
@@ -30,6 +30,8 @@ NUM_SNAPSHOTS = 10
 CHECKPOINT_SECONDS = 10.0
 CHECKPOINT_STEPS = 100
 """A checkpoint is due after so many seconds or steps, whichever comes first; it changes nothing of the result."""
+
+_CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 
 Validate = Callable[[SyntheticSet, int], Mapping[str, float]]
 """(set, steps done) -> numbers for the log; called by the engine, provided by whoever has an evaluator."""
@@ -79,12 +81,10 @@ def run(
     """
     ranks, parts = ctx.ranks, method.parts(ctx)
     _laid_out(state)
-    checkpoint, previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
-    done = 0
-    if resume and (checkpoint.exists() or previous.exists()):
-        done = _restore(state, ctx, checkpoint, previous)
-        if done > method.num_steps:
-            raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another --out")
+    checkpoint, previous = (folder / name for name in _CHECKPOINTS)
+    done = _restore(state, ctx, checkpoint, previous) if resume and has_checkpoint(folder) else 0
+    if done > method.num_steps:
+        raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another --out")
     if ranks.first:
         for file in folder.glob("log*.jsonl"):
             cut_back(file, done)
@@ -112,8 +112,10 @@ def run(
             if on_step is not None:
                 on_step(done, record)
             if done in marks:
-                (folder / "snapshots").mkdir(exist_ok=True)
-                save(method.finalize(ctx, state, done), folder / "snapshots" / f"step_{done:07d}.safetensors")
+                snapshot = folder / "snapshots" / f"step_{done:07d}.safetensors"
+                with reporting(snapshot):
+                    snapshot.parent.mkdir(exist_ok=True)
+                save(method.finalize(ctx, state, done), snapshot)
             due = done - saved_at >= CHECKPOINT_STEPS or time.monotonic() - saved_time >= CHECKPOINT_SECONDS
             if due or done == method.num_steps:
                 log.sync()
@@ -123,6 +125,11 @@ def run(
         if log is not None:
             save(syn, folder / "synthetic.safetensors")
         return syn
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in this folder can be continued; else it starts afresh."""
+    return any((folder / name).exists() for name in _CHECKPOINTS)
 
 
 def snapshot_steps(num_steps: int) -> set[int]:
@@ -192,12 +199,8 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previou
         "recipe_hash": ctx.origin.recipe_hash,
         "state": skeleton,
     }
-    fresh = checkpoint.with_name(".checkpoint.next.safetensors")
     copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a file cannot hold two views of one storage
-    write_tensors(fresh, copies, header)
-    if checkpoint.exists():
-        checkpoint.replace(previous)
-    fresh.replace(checkpoint)
+    write_tensors(checkpoint, copies, header, keep=previous)
 
 
 def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> int:

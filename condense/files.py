@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
+import re
+import shutil
+import socket
+import time
 import uuid
 import warnings
 import zipfile
@@ -16,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -26,6 +31,11 @@ from torch import Tensor
 
 from condense.names import printable, reason
 from condense.schema import brief, from_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 _HARMLESS = 256 << 20  # bytes that anything may take in memory
@@ -43,22 +53,37 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; on success it is synced and takes the place of ``path``, else it is removed.
+def expanded(path: Path | str) -> Path:
+    """A path as a user gave it, with the home folder in the place of a leading ``~``.
 
     Raises:
-        ValueError: the disk is full or not writable; ``path`` is as it was.
+        ValueError: there is no such home folder.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines that share a disk share process ids
     try:
-        with reporting(path):
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"cannot expand {path}: the home folder is not known; give the whole path") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
+    """A temporary file to write to; on success it is synced and takes the place of ``path``, else it is removed.
+
+    Args:
+        path: the file to be written.
+        keep: where the file goes that was at ``path`` before; None: it is overwritten.
+
+    Raises:
+        ValueError: the disk is full or not writable; what was there before is unchanged.
+    """
+    with reporting(path), temporary(path.parent) as fresh:
+        yield fresh
+        with open(fresh, "rb+") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(fresh, path)
+        _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -67,25 +92,182 @@ def reporting(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        mend = _MENDS.get(error.errno or 0, "choose another place")
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; make room or choose another place, what was there before "
-            "is unchanged"
+            f"cannot write {path}: {error.strerror or error}; {mend}; what was there before is unchanged"
         ) from error
 
 
+_MENDS = {
+    errno.ENOSPC: "make room or choose another place",
+    errno.EDQUOT: "your quota is used up: make room or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that you are allowed to write to",
+    errno.EPERM: "choose a place that you are allowed to write to",
+    errno.EIO: "the disk reports a fault: check it or choose another place",
+    errno.ENOENT: "make the folder that it is to lie in",
+}
+
+
+@contextlib.contextmanager
+def temporary(folder: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """A new hidden file (or folder) in ``folder`` to write to; at the end it is removed, unless it was renamed.
+
+    It is locked while it is in use. So what a killed process left is told from what another process is writing, and
+    is removed when the same folder is next written to.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _remove_leftovers(folder)
+    path = folder / f".condense-{uuid.uuid4().hex}.tmp"
+    try:
+        if is_folder:
+            path.mkdir()
+        else:
+            open(path, "xb").close()
+        with contextlib.ExitStack() as lock:
+            _lock(path, lock)
+            yield path
+    finally:
+        _remove(path, is_folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of the name ``path`` among all processes, and on a shared disk among all machines.
+
+    The lock is the file ``.NAME.lock`` beside ``path``. The kernel releases it when its holder ends, however that
+    happens. On Windows, and with a warning on file systems without locks, nothing is held.
+
+    Raises:
+        BlockingIOError: without ``wait``, where another process holds it; the message says which.
+        ValueError: the file of the lock cannot be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    with _open_locked(lock, path, wait) as file:
+        try:
+            with contextlib.suppress(OSError):
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(lock)
+
+
+def content(folder: Path) -> list[Path]:
+    """What lies in a folder besides locks and temporary files of this package."""
+    return [path for path in folder.iterdir() if not _LOCK.fullmatch(path.name) and not _TEMPORARY.fullmatch(path.name)]
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder where there is none, and write to it.
+
+    Raises:
+        ValueError: that fails, or its path has characters that compilers do not take.
+    """
+    if not str(folder).isprintable():
+        raise ValueError(f"the path {str(folder)!r} has characters that cannot be printed; choose another place")
+    with reporting(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary(folder) as probe:
+            probe.write_bytes(bytes(4096))
+
+
+_LOCK = re.compile(r"\..+\.lock")
+_TEMPORARY = re.compile(r"\.condense-[0-9a-f]{32}\.tmp|\..+\.[0-9a-f]{32}\.tmp|\.checkpoint\.next\.safetensors")
+"""Names that ``temporary`` makes, and those of version 0.1.0."""
+
+_YOUNG, _OLD = 60, 7 * 24 * 3600
+"""Seconds for which a temporary file may be about to be locked, and after which none is written any more."""
+
+
+def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
+    while True:
+        with reporting(path):
+            file = open(lock, "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read(300).decode(errors="replace")
+            raise BlockingIOError(holder or "another process") from None
+        except OSError as error:
+            reason = error.strerror or error
+            warnings.warn(f"{lock.parent} has no locks ({reason}): use it from one process at a time", stacklevel=2)
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        file.close()  # the holder before removed it
+
+
+def _lock(path: Path, stack: contextlib.ExitStack) -> bool | None:
+    """Lock a file or folder until ``stack`` ends; False: another process has it, None: there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that ended; what cannot be removed stays."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in [entry for entry in entries if _TEMPORARY.fullmatch(entry.name) and not entry.is_symlink()]:
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                age = time.time() - entry.stat().st_mtime
+                free = age > _YOUNG and _lock(Path(entry.path), stack)
+                if free or (free is None and age > _OLD):
+                    _remove(Path(entry.path), entry.is_dir())
+
+
+def _remove(path: Path, is_folder: bool) -> None:
+    """Remove what can be removed; whatever hinders it must not hide why this was called."""
+    if is_folder:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename in a folder last, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Tensors and one JSON header under the metadata key ``condense``; the header gains a checksum of the bytes."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], *, keep: Path | None = None) -> None:
+    """Tensors and one JSON header under the metadata key ``condense``; the header gains a checksum of the bytes.
+
+    ``keep`` is where the file goes that was at ``path`` before, if it is to be kept.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = {**header, "sha256": checksum(tensors)}
     header["header_sha256"] = _header_checksum(header)
     data = safetensors.torch.save(tensors, {"condense": canonical_json(header)})
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    with replacing(path, keep) as fresh:
+        fresh.write_bytes(data)
 
 
 def read_json(path: Path, *, mend: str, finite: bool = True) -> Any:

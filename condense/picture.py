@@ -42,10 +42,8 @@ def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 
     """Write the grid as a PNG, enlarged so that small images can be seen."""
     image = _image(grid(by_class(syn, transform, columns=columns)))
     scale = max(1, round(700 / max(image.size)))
-    with replacing(path) as temporary:
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-            temporary, format="PNG"
-        )
+    with replacing(path) as fresh:
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(fresh, format="PNG")
 
 
 def strip(images: Tensor) -> bytes:

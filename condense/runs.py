@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,58 @@ import torch
 from condense import __version__
 from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
-from condense.files import read_json, read_yaml, write_text
+from condense.files import content, expanded, locked, read_json, read_yaml, write_text
 from condense.recipe import Recipe, to_mapping
 from condense.schema import from_json, mismatch
 
 RECORD = "run.json"
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder, which is made where there is none, against all other processes.
+
+    Raises:
+        ValueError: it cannot be made; another process is running in it.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; choose another --out")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; choose another --out") from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            stack.enter_context(locked(folder / RECORD, wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{error} is running in {folder}; wait until it has ended, or choose another --out"
+            ) from None
+        yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def claim(folder: Path, plan: Recipe, resume: bool) -> None:
-    """Refuse a folder that holds something else, before anything is written.
+    """Refuse a folder that holds something else, before anything is written. Where the data lie makes no difference.
 
     Raises:
         ValueError: no run, a run that is not to be resumed, or a run of another recipe (names the field).
     """
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not content(folder):
         return
     written = folder / "recipe.yaml"
     if not written.exists():
         raise ValueError(f"{folder} holds other files and is no run; choose another --out")
     if not resume:
         raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
-    different = _difference(_read(written), to_mapping(plan))
+    different = _difference(_read(written) | {"dataset": None}, to_mapping(plan) | {"dataset": None})
     if different is not None:
         name, old, new = different
         raise ValueError(
@@ -79,9 +109,9 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
 
 def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
     """``run.json``; ``seconds`` add up over resumptions."""
-    local = dataset not in datasets.names() and Path(dataset).exists()
+    local = dataset not in datasets.names() and expanded(dataset).exists()
     record = {
-        "dataset": str(Path(dataset).resolve()) if local else dataset,
+        "dataset": str(expanded(dataset).resolve()) if local else dataset,
         "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),

@@ -45,7 +45,10 @@ class Log:
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
         self._path, self._sinks = path, sinks
         with reporting(path):
+            cut = path.exists() and _is_cut(path)
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process leaves every line
+            if cut:
+                self._file.write("\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line as it is; for events."""
@@ -75,6 +78,14 @@ class Log:
 
 LONGEST_LINE = 4 << 20
 """Bytes of one line of a log."""
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line of a file is half-written."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return file.read(1) not in (b"", b"\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

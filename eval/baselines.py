@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from condense.distributed import Ranks
 from condense.eval.crossarch import Network, Progress, Result, load_test, measure, settled
 from condense.eval.journal import Journal
 from condense.eval.protocol import PROTOCOLS, Protocol
+from condense.files import check_writable
 from condense.networks import Functional
 from condense.task import Split, make_task
 
@@ -27,14 +27,11 @@ def kept(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
         return None
     folder = cache / "baselines"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        check_writable(folder)
+    except ValueError as error:
         warnings.warn(f"baselines are not cached: {error}", stacklevel=2)
         return None
-    if not os.access(folder, os.W_OK):
-        warnings.warn(f"baselines are not cached: nothing can be written to {folder}", stacklevel=2)
-        return None
-    return Journal(folder / arrays.fingerprint["train"][:16], rank)
+    return Journal(folder / arrays.fingerprint["train"][:16], rank, needed=False)
 
 
 def full_data(

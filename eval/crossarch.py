@@ -29,7 +29,7 @@ from condense.eval.calibration import Calibration, temperature
 from condense.eval.journal import Cell, Journal, width
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
-from condense.files import checksum, read_json, write_text
+from condense.files import checksum, locked, read_json, write_text
 from condense.kernels import centred
 from condense.networks import Functional, ImageShape, Weights
 from condense.rng import Rng
@@ -151,16 +151,18 @@ _KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256
 def merge(path: Path, results: Sequence[Result]) -> None:
     """Write the results into a JSON file, beside those already there: ``{"results": [row, ...]}``.
 
-    A row replaces the one that asked the same: network, protocol, n, seed, set and test split.
+    A row replaces the one that asked the same: network, protocol, n, seed, set and test split. Processes that write
+    one file do so one after the other.
 
     Raises:
         ValueError: the file is there but not ours; it cannot be written.
     """
     rows = [result.row() for result in results]
     asked = [[row[name] for name in _KEY] for row in rows]
-    there = read(path) if path.exists() else []
-    kept = [row for row in there if [row.get(name) for name in _KEY] not in asked]
-    write_text(path, json.dumps({"results": kept + rows}, indent=1) + "\n")
+    with locked(path):
+        there = read(path) if path.exists() else []
+        kept = [row for row in there if [row.get(name) for name in _KEY] not in asked]
+        write_text(path, json.dumps({"results": kept + rows}, indent=1) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

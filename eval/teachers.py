@@ -14,7 +14,7 @@ from condense import __version__
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.eval.protocol import PROTOCOLS, Protocol
-from condense.files import canonical_json, read_tensors, write_tensors
+from condense.files import canonical_json, check_writable, read_tensors, write_tensors
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.task import Task
@@ -46,12 +46,12 @@ def trained(task: Task, *, seed: int, compute: Compute, cache: Path | None) -> W
     trainer = Trainer(task.network, plan, Augment(), compute)
     weights = trainer.run(weights, task.train.images, task.train.labels, rng.child("training"))
     if file is not None:
+        tensors = {f"params.{k}": v for k, v in weights.params.items()}
+        tensors |= {f"buffers.{k}": v for k, v in weights.buffers.items()}
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {f"params.{k}": v for k, v in weights.params.items()}
-            tensors |= {f"buffers.{k}": v for k, v in weights.buffers.items()}
+            check_writable(file.parent)
             write_tensors(file, tensors, {"kind": "teacher", "format": 1, "identity": identity})
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             warnings.warn(f"the teacher is not cached: {error}", stacklevel=2)
     return weights
 

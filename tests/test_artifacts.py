@@ -275,6 +275,6 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     )
     assert process.stdout.startswith("cannot write") and process.stdout.count("\n") == 1
     (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == [".manifest.lock", expert_file(0), "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [expert_file(0), "manifest.json"]
     assert json.loads((folder / "manifest.json").read_text())["num_epochs"] == 1
     assert not opened(folder).snapshot(0, 1)["w"].any()

@@ -396,13 +396,15 @@ def test_a_stopped_evaluation_trains_what_is_missing(
     with pytest.raises(KeyboardInterrupt):
         api.evaluate(tmp_path / "run", load(tiny_file), **fields)
     journal = tmp_path / "run" / "evaluation.cells.rank0.jsonl"
-    assert [(line["network"], line["k"]) for line in read_log(journal)] == [(TINY, 0), (TINY, 1), (TINY, 2), ("mlp", 0)]
-    journal.rename(journal.with_name("evaluation.cells.rank5.jsonl"))  # of a larger number of processes
+    left = [(TINY, 0), (TINY, 1), (TINY, 2), ("mlp", 0)]
+    assert [(line["network"], line["k"]) for line in read_log(journal)] == left
+    journal = journal.rename(journal.with_name("evaluation.cells.rank5.jsonl"))  # of a larger number of processes
     trained.clear()
     stop = 99
     found = api.evaluate(tmp_path / "run", load(tiny_file), **fields | again)
     assert trained == ([TINY] * 3 + ["mlp"] * 3 if again else ["mlp"] * 2)
-    assert not list(tmp_path.rglob("*.cells.*"))
+    assert list(tmp_path.rglob("*.cells.*")) == ([journal] if again else [])
+    assert [(line["network"], line["k"]) for line in read_log(journal)] == (left if again else [])
     whole = api.evaluate(tmp_path / "run", load(tiny_file), **fields | again)
     assert [result.accuracies for result in found.results] == [result.accuracies for result in whole.results]
 

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, Subset
 from condense.data import store
 from condense.data.pixels import Array, brief, check_pixels, numpy_of, reason
 from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz
+from condense.files import expanded
 from condense.names import suggest
 
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
@@ -213,16 +214,16 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         return _load_digits()
     if source in _TORCHVISION:
         name, files = str(source), _TORCHVISION[str(source)][1]
-        place = Path(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data").expanduser()
+        place = expanded(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data")
         return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
     try:
-        path = Path(source).expanduser()
+        path = expanded(source)
         if path.is_dir():
             return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
         if path.is_file():
             return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
         there = path.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
+    except OSError as error:  # a name that is too long
         raise ValueError(f"no data set {brief(source)!r}: {reason(error)}; check the path") from error
     if there:
         raise ValueError(f"no data set {str(source)!r}: it is neither a file nor a folder; give an .npz or a folder")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from condense.files import canonical_json
+from condense.files import canonical_json, temporary
 
 FORMAT = 2
 """Changes with how sources are decoded: 2 turns pictures the way their EXIF orientation says."""
@@ -55,8 +54,8 @@ def write(entry: Path, source: str, arrays: Mapping[str, NDArray[Any]], facts: M
         OSError: the disk is full or not writable, or another process was just as fast.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".", ignore_cleanup_errors=True) as scratch:
-        new = Path(scratch, "new")
+    with temporary(entry.parent, is_folder=True) as scratch:
+        new = scratch / "new"
         new.mkdir()
         for name, array in arrays.items():
             with open(new / f"{name}.npy", "wb") as file:
@@ -66,7 +65,7 @@ def write(entry: Path, source: str, arrays: Mapping[str, NDArray[Any]], facts: M
         content = {"format": FORMAT, "source": source, "arrays": _arrays(new), "facts": facts}
         (new / _FACTS).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
         if entry.exists():
-            entry.rename(Path(scratch, "old"))
+            entry.rename(scratch / "old")
         new.rename(entry)
 
 

@@ -296,8 +296,8 @@ def _write_cache(cache: Path, whitening: Whitening) -> None:
     content = safetensors.torch.save({"mean": whitening.mean, "matrix": whitening.matrix}, metadata)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_bytes(content)
+        with replacing(file) as fresh:
+            fresh.write_bytes(content)
     except (OSError, ValueError) as error:
         warnings.warn(f"the whitening matrix is not cached, it will be fitted again next time: {error}", stacklevel=2)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from condense.data.transform import Transform
 from condense.exchange import tables
-from condense.files import canonical_json, replacing, reporting, write_text
+from condense.files import canonical_json, replacing, reporting, temporary
 from condense.synthetic.set import SyntheticSet
 
 
@@ -42,7 +43,16 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
     targets = targets.cpu()
     with reporting(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        FORMATS[kind](syn, pixels, targets, path)
+        with replacing(path) if kind == "npz" else _making(path) as staged:
+            FORMATS[kind](syn, pixels, targets, staged)
+
+
+@contextlib.contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    """A temporary folder, which gets its name once all is in it."""
+    with temporary(folder.parent, is_folder=True) as staged:
+        yield staged
+        staged.rename(folder)
 
 
 def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
@@ -56,16 +66,14 @@ def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None
     }
     if targets.dim() == 2:
         arrays["soft_labels"] = targets.numpy()
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         np.savez(file, **arrays)
 
 
 def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """``CLASS/NNNN.png``, ``labels.csv`` (file, label, class) and, where labels are soft, ``soft_labels.parquet``."""
-    staged = path.with_name(f".{path.name}.next")
-    shutil.rmtree(staged, ignore_errors=True)
-    names = _write_images(syn, pixels, targets, staged)
-    with open(staged / "labels.csv", "w", newline="", encoding="utf-8") as file:
+    names = _write_images(syn, pixels, targets, path)
+    with open(path / "labels.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "label", "class"])
         classes = syn.origin.dataset["classes"]
@@ -75,20 +83,17 @@ def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> N
     if targets.dim() == 2:
         arrow, parquet = tables.arrow()
         soft = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
-        parquet.write_table(arrow.table({"file": names, "soft_label": soft}), staged / tables.SOFT_LABELS)
-    write_text(staged / "origin.json", _origin(syn) + "\n")
-    staged.rename(path)
+        parquet.write_table(arrow.table({"file": names, "soft_label": soft}), path / tables.SOFT_LABELS)
+    (path / "origin.json").write_text(_origin(syn) + "\n", encoding="utf-8")
 
 
 def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """A folder that ``datasets.load_dataset`` reads: ``data/train.parquet`` with images as PNG, classes and, where
     labels are soft, their probabilities; and a card."""
     arrow, parquet = tables.arrow()
-    staged = path.with_name(f".{path.name}.next")
-    shutil.rmtree(staged, ignore_errors=True)
-    names = _write_images(syn, pixels, targets, staged / "images")
-    rows = [{"bytes": (staged / "images" / name).read_bytes(), "path": name} for name in names]
-    shutil.rmtree(staged / "images")
+    names = _write_images(syn, pixels, targets, path / "images")
+    rows = [{"bytes": (path / "images" / name).read_bytes(), "path": name} for name in names]
+    shutil.rmtree(path / "images")
     classes = list(syn.origin.dataset["classes"])
     features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
     columns = {"image": arrow.array(rows), "label": arrow.array(_classes(targets).tolist(), type=arrow.int64())}
@@ -96,10 +101,9 @@ def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path)
         columns["soft_label"] = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
         features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
     table = arrow.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    (staged / "data").mkdir()
-    parquet.write_table(table, staged / "data" / "train.parquet")
-    write_text(staged / "README.md", _card(syn, len(names)))
-    staged.rename(path)
+    (path / "data").mkdir()
+    parquet.write_table(table, path / "data" / "train.parquet")
+    (path / "README.md").write_text(_card(syn, len(names)), encoding="utf-8")
 
 
 FORMATS: dict[str, Callable[[SyntheticSet, Tensor, Tensor, Path], None]] = {

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from condense.files import FORMAT, read_tensors, write_tensors
+from condense.files import FORMAT, expanded, read_tensors, write_tensors
 from condense.schema import brief, from_json
 from condense.synthetic.decode import DECODERS, Decode
 from condense.synthetic.labels import LABELS, Labels
@@ -44,7 +44,7 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
         "labels": _choice(syn.label_kind),
         "origin": dataclasses.asdict(syn.origin),
     }
-    write_tensors(Path(path), tensors, header)
+    write_tensors(expanded(path), tensors, header)
 
 
 def load(path: Path | str) -> SyntheticSet:
@@ -57,7 +57,7 @@ def load(path: Path | str) -> SyntheticSet:
         ValueError: see ``read_tensors``; a header whose fields have other types or values; unknown decoder or labels;
             tensors that do not fit the header; too many decoded images; values that are not finite.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         path = path / "synthetic.safetensors"
     tensors, header = read_tensors(path, "synthetic set")
