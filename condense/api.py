@@ -37,10 +37,11 @@ from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named
 from condense.files import write_text
 from condense.method import Context, Method
-from condense.names import suggest
+from condense.names import spelt, suggest
 from condense.networks import Functional
 from condense.recipe import Recipe
-from condense.rng import Rng
+from condense.rng import Rng, check_seed
+from condense.schema import Checked, accepted, checked
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.files import load as load
 from condense.synthetic.files import save
@@ -56,7 +57,7 @@ Budget = Literal["images", "bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Checked):
     """How a distillation is run; nothing here decides its result, but ``eval_every`` asks for a validation split where
     the recipe leaves that open."""
 
@@ -75,12 +76,18 @@ class RunOptions:
     download: FlagConversionOff[bool] = False
     """Let torchvision download a data set that is missing."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be at least 0, got {self.eval_every}; give {spelt('eval_every', 100)}")
+
 
 def cache_folder() -> Path:
     """Where derived data are kept: $CONDENSE_CACHE, else ~/.cache/condense."""
     return Path(os.environ.get("CONDENSE_CACHE", "~/.cache/condense")).expanduser()
 
 
+@checked
 def make_buffer(
     dataset: Data = "digits",
     network: Network = "convnet",
@@ -106,6 +113,7 @@ def make_buffer(
         ValueError: bad data, network or field; the disk is full.
     """
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
+    check_seed(seed)
     with ranks.first_ahead():
         arrays = _arrays(dataset, download)
         skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
@@ -119,6 +127,7 @@ def make_buffer(
         return build(task, plan, root=Path(out), seed=seed, compute=compute, progress=report, ranks=ranks)
 
 
+@checked
 def distill(
     method: str | Path | Method | Recipe,
     *,
@@ -142,6 +151,8 @@ def distill(
     given: dict[str, Any] = {k: _option(k, v) for k, v in fields.items() if k in ours}
     options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
+    if "ipc" in fields:
+        fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
     with ranks.first_ahead():
         arrays = None if dataset is None else _arrays(dataset, options.download)
     if isinstance(method, Recipe):
@@ -188,6 +199,7 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
     raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.table())}")
 
 
+@checked
 def run(
     plan: Recipe,
     options: RunOptions,
@@ -210,7 +222,8 @@ def run(
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
     if options.eval_every and not plan.split.val_fraction:
         raise ValueError(
-            "--eval-every needs a validation split, the recipe holds none out; give --split.val-fraction 0.1"
+            f"{spelt('eval_every')} needs a validation split, the recipe holds none out; "
+            f"give {spelt('split.val_fraction', 0.1)}"
         )
     _check_composition(plan)
     check_sinks(options.track)
@@ -228,7 +241,9 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; choose another --out") from error
+        raise ValueError(
+            f"cannot make the run folder {folder}: {error.strerror}; choose another {spelt('out')}"
+        ) from error
     sinks: tuple[Sink, ...] = ()
     if ranks.first:
         sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
@@ -255,14 +270,15 @@ def run(
     return syn
 
 
+@checked
 def evaluate(
     syn: SyntheticSet | Path | str,
     dataset: Data | None = None,
     *,
-    networks: Sequence[Network] = ("convnet",),
+    networks: Network | Sequence[Network] = ("convnet",),
     num_seeds: int = 5,
     protocol: str | Protocol = "canonical",
-    baselines: Sequence[str] = (),
+    baselines: str | Sequence[str] = (),
     budget: Budget = "images",
     compute: Compute = Compute(),
     out: Path | str | None = None,
@@ -287,7 +303,9 @@ def evaluate(
     with ranks.first_ahead():
         found, arrays = open_set(syn, dataset, download=download)
     target = Path(out) if out is not None else _evaluation_path(path)
-    networks = (networks,) if isinstance(networks, str) else networks
+    networks = (networks,) if isinstance(networks, str) or callable(networks) else networks
+    baselines = (baselines,) if isinstance(baselines, str) else baselines
+    check_seed(seed)
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
     _check_before_training(target, baselines)
     if target is not None and target.exists():
@@ -335,12 +353,13 @@ def evaluate(
     return crossarch.Evaluation(tuple(results))
 
 
+@checked
 def apply(
     application: str | Application,
     syn: SyntheticSet | Path | str,
     dataset: Data | None = None,
     *,
-    baselines: Sequence[str] = (),
+    baselines: str | Sequence[str] = (),
     compute: Compute = Compute(),
     out: Path | str | None = None,
     seed: int = 0,
@@ -360,7 +379,9 @@ def apply(
             raise ValueError(f"unknown application {application!r}: {suggest(application, APPLICATIONS)}")
         application = APPLICATIONS[application]()
     application = dataclasses.replace(application, **_known_fields(fields, application))
-    name = next(name for name, kind in APPLICATIONS.items() if kind is type(application))
+    name = next((name for name, kind in APPLICATIONS.items() if kind is type(application)), type(application).__name__)
+    baselines = (baselines,) if isinstance(baselines, str) else baselines
+    check_seed(seed)
     path = None if isinstance(syn, SyntheticSet) else Path(syn)
     target = Path(out) if out is not None else path / f"apply-{name}.json" if path and path.is_dir() else None
     _check_before_training(target, baselines)
@@ -392,6 +413,7 @@ def _own_network(syn: SyntheticSet, otherwise: Network) -> Network:
     return otherwise if stored.startswith("custom:") else stored
 
 
+@checked
 def open_set(
     syn: SyntheticSet | Path | str, dataset: Data | None = None, *, download: bool = False
 ) -> tuple[SyntheticSet, Arrays]:
@@ -412,7 +434,9 @@ def open_set(
         return found, _arrays(source, download)
     read = exchange.read(path)
     if dataset is None:
-        raise ValueError(f"{path} does not say which data it was made from; give e.g. --dataset fashion-mnist")
+        raise ValueError(
+            f"{path} does not say which data it was made from; give e.g. {spelt('dataset', 'fashion-mnist')}"
+        )
     if read.space == "transformed":
         raise ValueError(
             f"{path} does not say through which transform its images went; first `condense import {path} "
@@ -422,6 +446,7 @@ def open_set(
     return _adopt(read, arrays, "channel", Pixels()), arrays
 
 
+@checked
 def import_set(
     path: Path | str,
     dataset: Data,
@@ -439,8 +464,13 @@ def import_set(
     return _adopt(exchange.read(Path(path)), _arrays(dataset, download), transform, chosen)
 
 
+@checked
 def report(
-    folders: Sequence[Path | str], out: Path | str | None = None, dataset: Data | None = None, *, download: bool = False
+    folders: Path | str | Sequence[Path | str],
+    out: Path | str | None = None,
+    dataset: Data | None = None,
+    *,
+    download: bool = False,
 ) -> Path:
     """Write runs, side by side, as one HTML file that asks nothing of a network; by default report.html in the first.
 
@@ -451,13 +481,13 @@ def report(
     """
     from condense.eval import report
 
-    paths = [Path(folder) for folder in folders]
+    paths = [Path(folder) for folder in ((folders,) if isinstance(folders, Path | str) else folders)]
     if not paths:
         raise ValueError("a report needs a run; give one or more folders that `condense distill` wrote")
     target = Path(out) if out is not None else paths[0] / "report.html"
     found = [report.collect(path) for path in paths]
     if not target.parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent} for the report; make it or give another --out")
+        raise ValueError(f"there is no folder {target.parent} for the report; make it or give another {spelt('out')}")
     pixels: list[Transform | None] = []
     for run, path in zip(found, paths, strict=True):
         try:
@@ -469,6 +499,7 @@ def report(
     return target
 
 
+@checked
 def draw(syn: SyntheticSet | Path | str, out: Path | str, dataset: Data | None = None) -> None:
     """Draw the images of a set as one PNG, a row for each class.
 
@@ -488,6 +519,7 @@ def _pixels(
     return crossarch.transform_of(*open_set(syn, dataset, download=download), cache_folder())
 
 
+@checked
 def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, dataset: Data | None = None) -> None:
     """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``.
 
@@ -509,7 +541,7 @@ def _check_before_training(target: Path | None, baselines: Sequence[str]) -> Non
         if name != "full":
             find_recipe(name)
     if target is not None and not target.parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
+        raise ValueError(f"there is no folder {target.parent} for the results; make it or give another {spelt('out')}")
 
 
 def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
@@ -667,9 +699,7 @@ def _known_fields(fields: Mapping[str, Any], owner: Any, others: Sequence[str] =
 
 
 def _option(name: str, value: Any) -> Any:
-    """A run option as people write it in Python: paths as text, one tracker by its name."""
-    if name in ("out", "buffers") and value is not None:
-        return Path(value)
+    """A run option as people write it in Python: one tracker by its name."""
     return (value,) if name == "track" and isinstance(value, str) else value
 
 

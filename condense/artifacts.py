@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from condense.files import canonical_json, read_header, read_row, replacing, reporting, write_text
+from condense.names import spelt
 from condense.networks import Weights
 
 FORMAT = 1
@@ -229,7 +230,7 @@ class TrajectoryWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make {self.folder}: {error.strerror}; choose another --out") from error
+            raise ValueError(f"cannot make {self.folder}: {error.strerror}; choose another {spelt('out')}") from error
 
     def epochs(self, expert: int) -> int:
         """The extent of an expert; 0 if it is not there."""
@@ -283,7 +284,7 @@ class TrajectoryWriter:
         manifest = read_manifest(self.folder, TrajectorySpec.kind)
         changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
         if changes:
-            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another --out")
+            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another {spelt('out')}")
         return list(manifest["experts"])
 
     def _place(self, records: Mapping[int, dict[str, Any]]) -> None:
@@ -316,7 +317,7 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
         return fitting[0]
     if fitting:
         names = ", ".join(folder.name for folder in fitting)
-        raise ValueError(f"several buffers in {root} serve {dataset}: {names}; choose with --buffers PATH")
+        raise ValueError(f"several buffers in {root} serve {dataset}: {names}; choose with {spelt('buffers')}")
     why = "there are none"
     if misfits:
         nearest = min(misfits, key=lambda folder: len(misfits[folder]))

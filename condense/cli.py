@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from condense.distributed import rank_of_environment
-from condense.names import suggest
+from condense.names import flags, suggest
 
 USAGE = """\
 usage: condense COMMAND ...
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
         from condense import commands
 
-        with warnings.catch_warnings():
+        with flags(), warnings.catch_warnings():
             warnings.showwarning = _say_warning
             commands.TABLE[words[0]](words[1:])
     except (ValueError, OSError) as error:

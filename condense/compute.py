@@ -15,9 +15,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from condense.names import spelt
+from condense.schema import Checked
+
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class Compute(Checked):
     """What is unset is settled once, by ``resolved``; until then it counts as off.
 
     ``compile``, ``autocast`` and ``channels_last`` act on first-order work (training, features, gradients of real
@@ -42,6 +45,7 @@ class Compute:
     """Arithmetic of second-order work. bfloat16 is faster, and its meta-gradient off by percents."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("micro_batch", "vmap_batch", "networks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -207,5 +211,5 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}; give --device auto or cpu") from error
+        raise ValueError(f"device {name!r} cannot be used: {reason}; give {spelt('device', 'cpu')}") from error
     return device

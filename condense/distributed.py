@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from condense.names import spelt
+
 if TYPE_CHECKING:  # the command line's front door comes here, and --help must not wait for torch
     from torch import Tensor
     from torch.distributed import Store
@@ -191,13 +193,15 @@ def _take_gpu(device: str) -> bool:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return False
     if device not in ("auto", "cuda"):
-        raise ValueError(f"processes of torchrun do not share --device {device}; give --device cpu, cuda or auto")
+        raise ValueError(
+            f"processes of torchrun do not share --device {device}; give {spelt('device', 'cpu')}, cuda or auto"
+        )
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= there:
         raise ValueError(
             f"process {local} of this machine has no GPU, there are {there}; give torchrun --nproc-per-node {there}"
             if there
-            else "there is no GPU on this machine; give --device cpu"
+            else f"there is no GPU on this machine; give {spelt('device', 'cpu')}"
         )
     torch.cuda.set_device(local)
     return True

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from condense.distributed import Ranks
 from condense.files import read_tensors, write_tensors
 from condense.method import Context, Method, State, require_finite
+from condense.names import spelt
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import Log, Sink, cut_back
@@ -148,7 +149,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
         kept = f"the last good checkpoint is kept in {checkpoint}" if there else "nothing was kept yet"
         raise ValueError(
             f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
-            "lower the learning rate, e.g. --method.optim.lr"
+            f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
         ) from error
 
 
@@ -159,7 +160,7 @@ def _agree(ranks: Ranks, done: int, folder: Path) -> None:
     if total.item() != done * ranks.size:
         raise ValueError(
             f"the processes found checkpoints of different steps in {folder}, this one {done}: every machine has to "
-            "see the same folder; give --out on a shared disk"
+            f"see the same folder; give {spelt('out')} on a shared disk"
         )
 
 
@@ -172,7 +173,7 @@ def _idle(method: Method, ctx: Context) -> str:
         if type(value) is int:
             with contextlib.suppress(ValueError):
                 if len(dataclasses.replace(method, **{field.name: value + 1}).parts(ctx)) > len(parts):
-                    mend += f", or give --method.{field.name.replace('_', '-')} {size}, which is another recipe"
+                    mend += f", or give {spelt(f'method.{field.name}', size)}, which is another recipe"
     idle = f"{size - len(parts)} of {size} processes idle"
     return f"{idle}: a step of this recipe divides among {len(parts)} at most; {mend}"
 

@@ -26,7 +26,9 @@ from condense.compute import Compute
 from condense.files import canonical_json
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method
-from condense.names import suggest
+from condense.names import spelt, suggest
+from condense.rng import check_seed
+from condense.schema import Checked
 from condense.synthetic.decode import DECODERS, Decode, Pixels
 from condense.synthetic.labels import LABELS, Hard, Labels
 from condense.task import Split
@@ -38,7 +40,7 @@ CHOICES: dict[type, Mapping[str, type]] = {Decode: DECODERS, Labels: LABELS, Adj
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """What decides a result; hashed, and stored in every file made from it."""
 
     method: Method
@@ -65,8 +67,10 @@ class Recipe:
     """Root of every random draw."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ipc < 1:
-            raise ValueError(f"ipc must be at least 1, got {self.ipc}; give --ipc 10")
+            raise ValueError(f"ipc must be at least 1, got {self.ipc}; give {spelt('ipc', 10)}")
+        check_seed(self.seed)
 
     def hash(self, dataset: str, **inputs: Any) -> str:
         """Of all fields; ``dataset`` (a fingerprint) stands for the data wherever they lie. ``inputs`` are JSON values

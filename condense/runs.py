@@ -17,6 +17,7 @@ from condense import __version__
 from condense.compute import device_name, peak_memory
 from condense.data import datasets
 from condense.files import write_text
+from condense.names import spelt
 from condense.recipe import Recipe, to_mapping
 
 RECORD = "run.json"
@@ -29,19 +30,21 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
         ValueError: no run, a run that is not to be resumed, or a run of another recipe (names the field).
     """
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; choose another --out")
+        raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
     if not folder.exists() or not any(folder.iterdir()):
         return
     written = folder / "recipe.yaml"
     if not written.exists():
-        raise ValueError(f"{folder} holds other files and is no run; choose another --out")
+        raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
     if not resume:
-        raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
+        raise ValueError(
+            f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
+        )
     different = _difference(_read(written), to_mapping(plan))
     if different is not None:
         name, old, new = different
         raise ValueError(
-            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another --out"
+            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
         )
 
 
@@ -55,7 +58,9 @@ def _read(written: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(written.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{written} is damaged: {' '.join(str(error).split())}; choose another --out") from error
+        raise ValueError(
+            f"{written} is damaged: {' '.join(str(error).split())}; choose another {spelt('out')}"
+        ) from error
 
 
 def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

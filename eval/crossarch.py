@@ -31,6 +31,7 @@ from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, write_text
 from condense.kernels import centred
+from condense.names import spelt
 from condense.networks import Functional, ImageShape, Weights
 from condense.rng import Rng
 from condense.synthetic.set import SyntheticSet
@@ -157,7 +158,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["results"]
         return [dict(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no results: {error!r}; move it away or give another --out") from error
+        raise ValueError(f"{path} holds no results: {error!r}; move it away or give another {spelt('out')}") from error
 
 
 def read_complete(path: Path) -> list[dict[str, Any]]:
@@ -462,7 +463,7 @@ def evaluate(
     """
     check(syn, arrays)
     if num_seeds < 1:
-        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give --num-seeds 5")
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
     skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
@@ -535,7 +536,7 @@ def require_held_out(syn: SyntheticSet) -> Split:
     if not split.val_fraction:
         raise ValueError(
             "this protocol chooses on held-out real images, and the set was made from all of them; distil it with "
-            "--split.val-fraction 0.1"
+            f"{spelt('split.val_fraction', 0.1)}"
         )
     return split
 
@@ -580,7 +581,7 @@ def check(syn: SyntheticSet, arrays: Arrays) -> None:
         if ours != theirs:
             raise ValueError(
                 f"the set belongs to {origin.dataset['name']} ({what} {ours}), not {arrays.name} ({theirs}): "
-                "its score there would mean nothing; give --dataset with the data that it was made from"
+                f"its score there would mean nothing; give {spelt('dataset')} with the data that it was made from"
             )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from condense.eval.calibration import Calibration
 from condense.files import canonical_json
-from condense.names import suggest
+from condense.names import spelt, suggest
 from condense.synthetic.set import SyntheticSet
 from condense.train import Training
 
@@ -193,15 +193,18 @@ def own(syn: SyntheticSet) -> Protocol:
     """
     record = dict(syn.origin.training)
     if not record:
-        raise ValueError("the set does not say how it is meant to be trained on: give --protocol canonical")
+        raise ValueError(
+            f"the set does not say how it is meant to be trained on: give {spelt('protocol', 'canonical')}"
+        )
     if syn.lr is not None:
         record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
     try:
         record |= {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
         return Protocol(name="own", labels="own", **record)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"this version cannot train as the set is meant to be trained: {error}; give --protocol canonical"
+            f"this version cannot train as the set is meant to be trained: {error}; "
+            f"give {spelt('protocol', 'canonical')}"
         ) from error
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from condense.data import store
-from condense.names import suggest
+from condense.names import spelt, suggest
 
 Array: TypeAlias = NDArray[Any]
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
@@ -280,9 +280,9 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
     try:
         train, test = read(True), read(False)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        mend = "check the network" if download else "add --download True"
+        mend = "check the network" if download else f"add {spelt('download', True)}"
         raise ValueError(
-            f"cannot read {name} from {root}: {_first_line(error)}; {mend}, or give --dataset PATH.npz"
+            f"cannot read {name} from {root}: {_first_line(error)}; {mend}, or give {spelt('dataset', 'PATH.npz')}"
         ) from error
     return _assemble(name, *train, *test, known=_table()[name])
 
@@ -486,7 +486,7 @@ def _check_images(what: str, images: Tensor | Array, channels_first: bool) -> Ar
     if low < 0 or high > 1:
         raise ValueError(
             f"{what} has pixels from {low:g} to {high:g}: floats must lie in [0, 1]; divide by 255 and "
-            "leave normalisation to --transform"
+            f"leave normalisation to {spelt('transform')}"
         )
     images = np.ascontiguousarray(images, dtype=np.float32)
     quantised = np.rint(images * 255).astype(np.uint8)

@@ -29,6 +29,7 @@ from condense import __version__
 from condense.data.datasets import Arrays
 from condense.data.transform import Transform
 from condense.files import read_foreign
+from condense.names import spelt
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Logits
 from condense.synthetic.set import Origin, SyntheticSet
@@ -115,18 +116,21 @@ def as_set(
     shape, num = tuple(found.images.shape[1:]), arrays.num_classes
     if shape != arrays.image_shape:
         raise ValueError(
-            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give --dataset with the data they are of"
+            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give {spelt('dataset')} with the data "
+            "they are of"
         )
     labels = found.labels
     if found.classes and set(found.classes) <= set(arrays.classes):
         labels = torch.tensor([arrays.classes.index(name) for name in found.classes])[labels]
     soft = labels.dim() == 2
     if soft and labels.shape[1] != num:
-        raise ValueError(f"labels for {labels.shape[1]} classes, {arrays.name} has {num}; give another --dataset")
+        raise ValueError(
+            f"labels for {labels.shape[1]} classes, {arrays.name} has {num}; give another {spelt('dataset')}"
+        )
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())}, {arrays.name} has {num} classes")
     if not decode.stores_pixels:
-        raise ValueError(f"published images are no {decode.name}; give --decode pixels or factor")
+        raise ValueError(f"published images are no {decode.name}; give {spelt('decode', 'pixels')} or factor")
     origin = Origin(
         dataset={
             "name": arrays.name,
