@@ -194,7 +194,7 @@ def _take_gpu(device: str) -> bool:
         return False
     if device not in ("auto", "cuda"):
         raise ValueError(
-            f"processes of torchrun do not share --device {device}; give {spelt('device', 'cpu')}, cuda or auto"
+            f"processes of torchrun do not share {spelt('device', device)}; give {spelt('device', 'cpu')}, cuda or auto"
         )
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= there:

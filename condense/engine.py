@@ -205,7 +205,9 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
             raise
         tensors, header = read_tensors(previous, "checkpoint")
     if header["recipe_hash"] != ctx.origin.recipe_hash:
-        raise ValueError(f"{checkpoint} belongs to another recipe or buffer; choose another --out or remove that run")
+        raise ValueError(
+            f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')} or remove that run"
+        )
     values = _unflatten(_fields(state), header["state"], tensors)
     for name, value in values.items():
         setattr(state, name, value)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
+from condense.names import suggest
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -123,6 +125,8 @@ def accepted(value: Any, annotation: Any, owner: str, name: str) -> Any:
     if line is None:
         return value
     text, wanted = _brief(value), _in_python(annotation)
+    if isinstance(value, str) and typing.get_origin(annotation) is Literal:
+        raise ValueError(f"{owner}: {name}={text} is unknown: {suggest(value, typing.get_args(annotation))}")
     reason = line.removeprefix(text) if line.startswith(text) else f": {line}"
     mend = "one of them" if reason.endswith(f"is not {wanted}") else wanted
     raise ValueError(f"{owner}: {name}={text}{reason}; give {mend}")
