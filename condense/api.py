@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -306,15 +307,19 @@ def evaluate(
     networks = (networks,) if isinstance(networks, str) or callable(networks) else networks
     baselines = (baselines,) if isinstance(baselines, str) else baselines
     check_seed(seed)
+    if not networks:
+        raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
-    _check_before_training(target, baselines)
+    _check_place(target)
     if target is not None and target.exists():
         crossarch.read(target)
+    chosen = _prepare(device)
+    rivals = _rivals([b for b in baselines if b != "full"], found, arrays, networks[0], chosen, seed, budget)
     common: dict[str, Any] = {
         "num_seeds": num_seeds,
         "seed": seed,
         "compute": compute,
-        "device": _prepare(device),
+        "device": chosen,
         "cache": cache_folder(),
         "ranks": ranks,
     }
@@ -335,9 +340,9 @@ def evaluate(
             for network in networks:
                 keep(full_data(arrays, network=network, transform=transform, **common))
         else:
-            chosen = _own_network(found, networks[0])
-            skeleton = Functional(chosen, arrays.image_shape, arrays.num_classes, common["device"])
-            made = _baseline(name, found, arrays, skeleton, seed, budget)
+            made = rivals[name]()
+            if budget == "bytes" and sum(made.cost()) > sum(found.cost()):
+                warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(found.cost())}", stacklevel=2)
             ranks.same(list(made.state_dict().values()))
             theirs = plan if plan.name != "own" else _own(made, plan, found)
             if made.label_kind.space == "probabilities":
@@ -384,14 +389,14 @@ def apply(
     check_seed(seed)
     path = None if isinstance(syn, SyntheticSet) else Path(syn)
     target = Path(out) if out is not None else path / f"apply-{name}.json" if path and path.is_dir() else None
-    _check_before_training(target, baselines)
+    _check_place(target)
     found, arrays = open_set(syn, dataset, download=download)
     crossarch.check(found, arrays)
     application.check(found, baselines)
     chosen = _prepare(device)
     setting = Setting(syn=found, arrays=arrays, device=chosen, compute=compute, seed=seed, cache=cache_folder())
-    skeleton = Functional(_own_network(found, "convnet"), arrays.image_shape, arrays.num_classes, chosen)
-    others = {other: _baseline(other, found, arrays, skeleton, seed) for other in baselines}
+    rivals = _rivals(baselines, found, arrays, "convnet", chosen, seed)
+    others = {other: make() for other, make in rivals.items()}
     findings = application.run(setting, others)
     if target is not None:
         table = {"title": findings.title, "columns": findings.columns, "rows": findings.rows}
@@ -405,12 +410,6 @@ def apply(
         about = {"set": found.origin.recipe_hash, "dataset": arrays.name, "code": condense.__version__}
         write_text(target, json.dumps({**about, **record}, indent=1) + "\n")
     return findings
-
-
-def _own_network(syn: SyntheticSet, otherwise: Network) -> Network:
-    """The network a set was distilled with; where that has no name, another."""
-    stored = str(syn.origin.recipe.get("network", "convnet"))
-    return otherwise if stored.startswith("custom:") else stored
 
 
 @checked
@@ -535,11 +534,8 @@ def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decod
     return exchange.as_set(read, arrays, task.transform, transform, decode=decode)
 
 
-def _check_before_training(target: Path | None, baselines: Sequence[str]) -> None:
-    """Raise ValueError for what would otherwise fail after hours: an unknown baseline, a place nobody can write to."""
-    for name in baselines:
-        if name != "full":
-            find_recipe(name)
+def _check_place(target: Path | None) -> None:
+    """Raise ValueError before the work where its results could not be written."""
     if target is not None and not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} for the results; make it or give another {spelt('out')}")
 
@@ -597,25 +593,54 @@ def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Ta
     return _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment="none")
 
 
-def _baseline(
+def _rivals(
+    names: Sequence[str],
+    syn: SyntheticSet,
+    arrays: Arrays,
+    otherwise: Network,
+    device: torch.device,
+    seed: int,
+    budget: Budget = "images",
+) -> dict[str, Callable[[], SyntheticSet]]:
+    """What makes each baseline of ``syn``, by name; their recipes are checked at once.
+
+    ``otherwise`` is the network they are made with where that of ``syn`` has no name.
+    """
+    if not names:
+        return {}
+    stored = str(syn.origin.recipe.get("network", "convnet"))
+    chosen = otherwise if stored.startswith("custom:") else stored
+    network = Functional(chosen, arrays.image_shape, arrays.num_classes, device)
+    recipes = {name: _baseline_recipe(name, syn, arrays, network, seed, budget) for name in names}
+    return {name: functools.partial(_baseline, name, plan, arrays, network) for name, plan in recipes.items()}
+
+
+def _baseline_recipe(
     name: str, syn: SyntheticSet, arrays: Arrays, network: Functional, seed: int, budget: Budget = "images"
-) -> SyntheticSet:
-    """The set that another recipe makes with the budget, transform and split of ``syn``; made once, then cached."""
+) -> Recipe:
+    """The recipe of this name with the budget, transform and split of ``syn``.
+
+    Raises:
+        ValueError: unknown, or a composition that makes no sense: the line of ``distill``.
+    """
     stored = syn.origin.recipe
     ipc = int(stored.get("ipc", len(syn) // syn.origin.num_classes))
     theirs = find_recipe(name, arrays.name, ipc)[0]
-    if budget == "bytes":
-        ipc = _affordable(syn, theirs)
     plan = dataclasses.replace(
         theirs,
         dataset=arrays.name,
         transform=stored.get("transform", "channel"),
         split=Split(**stored.get("split", {"val_fraction": 0.0})),
         network=network.name,
-        ipc=ipc,
+        ipc=_affordable(syn, theirs) if budget == "bytes" else ipc,
         seed=seed,
     )
-    plan = dataclasses.replace(plan, compute=_settle(plan, arrays, network))
+    _check_composition(plan)
+    return dataclasses.replace(plan, compute=_settle(plan, arrays, network))
+
+
+def _baseline(name: str, plan: Recipe, arrays: Arrays, network: Functional) -> SyntheticSet:
+    """The set that a recipe of ``_baseline_recipe`` makes; made once, then cached."""
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, artifacts.DEFAULT_ROOT)
     file = cache_folder() / "baselines" / f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
@@ -624,13 +649,11 @@ def _baseline(
         with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
             if (made := load(file)).origin.code == condense.__version__:
                 return made.to(network.device)
-    with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
+    with progress(f"{name} {arrays.name} ipc {plan.ipc}", plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
     if known:
         with contextlib.suppress(ValueError):  # a cache that cannot be written
             save(made, file)
-    if budget == "bytes" and sum(made.cost()) > sum(syn.cost()):
-        warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(syn.cost())}", stacklevel=2)
     return made
 
 

@@ -230,3 +230,22 @@ def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_pat
     with pytest.raises(ValueError, match=r"mine.json holds no results"):
         api.evaluate(tmp_path / "run", networks=["no such network"], out=tmp_path / "mine.json")
     assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_trained(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.yaml").write_text("method: {name: dm}\nlabels: logits\n")
+    with pytest.raises(ValueError, match="^dm gives labels no gradient") as ours:
+        condense.distill(tmp_path / "odd.yaml", dataset=tiny, out=tmp_path / "odd")
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(SetScorer, "score", None)
+    monkeypatch.setattr(Selection, "step", None)
+    rivals = ["herding", str(tmp_path / "odd.yaml")]
+    for use in (
+        lambda: condense.evaluate(tmp_path / "run", tiny, baselines=rivals, device="cpu"),
+        lambda: api.apply("continual", tmp_path / "run", tiny, baselines=rivals, device="cpu"),
+    ):
+        with pytest.raises(ValueError) as theirs:
+            use()
+        assert str(theirs.value) == str(ours.value)
