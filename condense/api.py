@@ -25,7 +25,7 @@ from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute, forget_peak, keep_compiled, resolve_device
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, names
 from condense.data.datasets import load as load_data
 from condense.data.transform import Transform
 from condense.distributed import Ranks
@@ -119,7 +119,8 @@ def make_buffer(
         arrays = _arrays(dataset, download)
         skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
-    with progress(f"experts {task.name} {task.network.name}", plan.num_experts * plan.num_epochs) as bar:
+    title = f"experts {task.name} {task.network.name}"
+    with compute.arithmetic(), progress(title, plan.num_experts * plan.num_epochs) as bar:
 
         def report(expert: int, epoch: int, record: Mapping[str, float]) -> None:
             note = " ".join(f"{name} {value:.3f}" for name, value in record.items() if isinstance(value, float))
@@ -189,12 +190,13 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
     """
     built_in = recipe.recipe_files()
     if name.endswith((".yaml", ".yml")):
-        return recipe.from_yaml(Path(name)), name
-    if name in registry.table():
-        found = recipe.published(name, dataset or "digits", ipc or 10)
-        if found is None:
+        found = recipe.from_yaml(Path(name))
+        return dataclasses.replace(found, dataset=runs.source_of(Path(name), found.dataset)), name
+    if name in registry.table() or ":" in name:
+        best = recipe.published(name, dataset or "digits", ipc or 10)
+        if best is None:
             return Recipe(method=registry.load(name)()), "the defaults of the method"
-        return recipe.from_yaml(built_in[found]), found
+        return recipe.from_yaml(built_in[best]), best
     if name in built_in:
         return recipe.from_yaml(built_in[name]), name
     raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.table())}")
@@ -217,7 +219,8 @@ def run(
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
     with ranks.first_ahead():
-        arrays = arrays or _arrays(plan.dataset, options.download)
+        arrays = arrays or data_of(plan, options)
+    _check_data(plan, arrays)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
@@ -229,6 +232,7 @@ def run(
     _check_composition(plan)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
+    source, plan = plan.dataset, _shared(plan, arrays)
     resume = options.resume or ranks.restarted
     with ranks.first_ahead():
         plan = dataclasses.replace(
@@ -237,8 +241,11 @@ def run(
         if ranks.first:
             runs.claim(folder, plan, resume)
         task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
-    ctx = _context(plan, task, options.buffers, ranks)
-    state = plan.method.init(ctx)
+    if options.eval_every:
+        _check_validation(task)
+    ctx = _context(plan, task, options.buffers, source, ranks)
+    with plan.compute.arithmetic():
+        state = plan.method.init(ctx)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -248,11 +255,12 @@ def run(
     sinks: tuple[Sink, ...] = ()
     if ranks.first:
         sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
+        runs.write_source(folder, source)
         write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
     begun = time.monotonic()
     forget_peak(device)
     title = f"{registry.name_of(plan.method)} {task.name} ipc {plan.ipc}"
-    with progress(title, plan.method.num_steps) as bar:
+    with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
         syn = engine.run(
             plan.method,
             ctx,
@@ -266,7 +274,7 @@ def run(
         )
     if ranks.first:
         picture.draw(syn, task.transform, folder / "synthetic.png")
-        runs.write_record(folder, plan.dataset, device, time.monotonic() - begun, ranks.size)
+        runs.write_record(folder, source, device, time.monotonic() - begun, ranks.size)
     ranks.barrier()
     return syn
 
@@ -314,6 +322,7 @@ def evaluate(
     if target is not None and target.exists():
         crossarch.read(target)
     chosen = _prepare(device)
+    named_only = all(isinstance(network, str) for network in networks)  # a callable's name does not say its code
     rivals = _rivals([b for b in baselines if b != "full"], found, arrays, networks[0], chosen, seed, budget)
     common: dict[str, Any] = {
         "num_seeds": num_seeds,
@@ -331,27 +340,28 @@ def evaluate(
         if target is not None and ranks.first:
             crossarch.merge(target, [result])
 
-    crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
-    if baselines and all(isinstance(network, str) for network in networks):  # a callable's name does not say its code
-        common["journal"] = kept(cache_folder(), arrays, ranks.rank)
-    for name in baselines:
-        if name == "full":
-            transform = str(found.origin.recipe.get("transform", "channel"))
-            for network in networks:
-                keep(full_data(arrays, network=network, transform=transform, **common))
-        else:
-            made = rivals[name]()
-            if budget == "bytes" and sum(made.cost()) > sum(found.cost()):
-                warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(found.cost())}", stacklevel=2)
-            ranks.same(list(made.state_dict().values()))
-            theirs = plan if plan.name != "own" else _own(made, plan, found)
-            if made.label_kind.space == "probabilities":
-                theirs = dataclasses.replace(theirs, labels="own")
+    with compute.arithmetic():
+        crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
+        if baselines and named_only:
+            common["journal"] = kept(cache_folder(), arrays, ranks.rank)
+        for name in baselines:
+            if name == "full":
+                transform = str(found.origin.recipe.get("transform", "channel"))
+                for network in networks:
+                    keep(full_data(arrays, network=network, transform=transform, **common))
+            else:
+                made = rivals[name]()
+                if budget == "bytes" and sum(made.cost()) > sum(found.cost()):
+                    warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(found.cost())}", stacklevel=2)
+                ranks.same(list(made.state_dict().values()))
+                theirs = plan if plan.name != "own" else _own(made, plan, found)
+                if made.label_kind.space == "probabilities":
+                    theirs = dataclasses.replace(theirs, labels="own")
 
-            def keep_as(result: crossarch.Result, name: str = name) -> None:
-                keep(dataclasses.replace(result, method=name))
+                def keep_as(result: crossarch.Result, name: str = name) -> None:
+                    keep(dataclasses.replace(result, method=name))
 
-            crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep_as)
+                crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep_as)
     ranks.barrier()
     if journal is not None:
         journal.remove()
@@ -397,7 +407,8 @@ def apply(
     setting = Setting(syn=found, arrays=arrays, device=chosen, compute=compute, seed=seed, cache=cache_folder())
     rivals = _rivals(baselines, found, arrays, "convnet", chosen, seed)
     others = {other: make() for other, make in rivals.items()}
-    findings = application.run(setting, others)
+    with compute.arithmetic():
+        findings = application.run(setting, others)
     if target is not None:
         table = {"title": findings.title, "columns": findings.columns, "rows": findings.rows}
         record = {
@@ -567,12 +578,42 @@ def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[
 
 def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     """Where a recipe is run: ``options.out``, or a name made of method, data set, budget and seed."""
-    method = registry.name_of(plan.method).replace(":", ".")
+    method = registry.name_of(plan.method).replace(":", ".").replace("<locals>.", "")
     return options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}"
 
 
 def _arrays(dataset: Data, download: bool = False) -> Arrays:
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
+
+
+def data_of(plan: Recipe, options: RunOptions) -> Arrays:
+    """The data of a recipe: where it says they lie, else where the run in ``options.out`` recorded it.
+
+    Raises:
+        ValueError: they are not there, or cannot be read.
+    """
+    there = plan.dataset in names() or Path(plan.dataset).exists()
+    source = plan.dataset if there else runs.source_of(options.out, plan.dataset)
+    if plan.fingerprint is not None and source == plan.dataset and not there:
+        raise ValueError(
+            f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
+            f"known name and no file here; give {spelt('dataset', 'PATH')}"
+        )
+    return _arrays(source, options.download)
+
+
+def _check_data(plan: Recipe, arrays: Arrays) -> None:
+    if plan.fingerprint not in (None, arrays.fingerprint["train"]):
+        raise ValueError(
+            f"the recipe is for data with fingerprint {plan.fingerprint[:12]}, {arrays.name} has "
+            f"{arrays.fingerprint['train'][:12]}; give {spelt('dataset')} with the right data, or "
+            f"{spelt('fingerprint', None)} to distil these by that recipe"
+        )
+
+
+def _shared(plan: Recipe, arrays: Arrays) -> Recipe:
+    """The recipe as files hold it: it says which data are needed, not where they lie on this machine."""
+    return dataclasses.replace(plan, dataset=arrays.name, fingerprint=arrays.fingerprint["train"])
 
 
 def _task(arrays: Arrays, network: Functional, *, transform: str, split: Split, augment: str) -> Task:
@@ -627,8 +668,7 @@ def _baseline_recipe(
     ipc = int(stored.get("ipc", len(syn) // syn.origin.num_classes))
     theirs = find_recipe(name, arrays.name, ipc)[0]
     plan = dataclasses.replace(
-        theirs,
-        dataset=arrays.name,
+        _shared(theirs, arrays),
         transform=stored.get("transform", "channel"),
         split=Split(**stored.get("split", {"val_fraction": 0.0})),
         network=network.name,
@@ -642,14 +682,15 @@ def _baseline_recipe(
 def _baseline(name: str, plan: Recipe, arrays: Arrays, network: Functional) -> SyntheticSet:
     """The set that a recipe of ``_baseline_recipe`` makes; made once, then cached."""
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
-    ctx = _context(plan, task, artifacts.DEFAULT_ROOT)
+    ctx = _context(plan, task, artifacts.DEFAULT_ROOT, arrays.name)
     file = cache_folder() / "baselines" / f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
     known = registry.name_of(plan.method) in registry.METHODS and not network.name.startswith("custom:")
     if known:
         with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
             if (made := load(file)).origin.code == condense.__version__:
                 return made.to(network.device)
-    with progress(f"{name} {arrays.name} ipc {plan.ipc}", plan.method.num_steps) as bar:
+    title = f"{name} {arrays.name} ipc {plan.ipc}"
+    with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
     if known:
         with contextlib.suppress(ValueError):  # a cache that cannot be written
@@ -666,15 +707,16 @@ def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
     return max(1, sum(syn.cost()) // (classes * each))
 
 
-def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) -> Context:
-    found = {type(spec): spec.open(artifacts.find(buffers, spec, plan.dataset)) for spec in plan.method.needs(task)}
+def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks = Ranks()) -> Context:
+    """``source``: where the data lie, for the command that builds what is missing."""
+    found = {type(spec): spec.open(artifacts.find(buffers, spec, source)) for spec in plan.method.needs(task)}
     used = [artifact.describe() for artifact in found.values()]
     training = plan.method.training(task).content() | {"augment": str(plan.method.training_augment(task))}
     origin = Origin(
         dataset=task.dataset(),
         transform=task.transform.describe(),
         training=training,
-        recipe=recipe.to_mapping(plan) | {"dataset": task.name},
+        recipe=recipe.to_mapping(plan),
         recipe_hash=plan.hash(dataset=task.fingerprint, network=task.network.identity(), artifacts=used),
         artifacts=used,
         code=condense.__version__,
@@ -696,6 +738,20 @@ def _check_composition(plan: Recipe) -> None:
     reason = plan.method.conflict(plan.decode, plan.labels, plan.transform)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
+
+
+def _check_validation(task: Task) -> None:
+    """Raise ValueError where a class has no validation image."""
+    train = task.train.labels.bincount(minlength=task.num_classes)
+    held = torch.zeros_like(train) if task.val is None else task.val.labels.bincount(minlength=task.num_classes)
+    if not held.all():
+        rarest, name = int((train + held)[held == 0].min()), task.classes[int(held.argmin())]
+        wider = spelt("split.val_fraction", math.ceil(100 / rarest) / 100)
+        mend = f"{wider} or {spelt('eval_every', 0)}" if rarest > 1 else spelt("eval_every", 0)
+        raise ValueError(
+            f"{spelt('eval_every')} needs validation images of every class, split.val_fraction "
+            f"{task.split.val_fraction} holds none of class {name!r} out; give {mend}"
+        )
 
 
 def _validator(task: Task, plan: Recipe) -> engine.Validate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -65,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _rank() -> str:
     """Which process of torchrun speaks, where it is not the first."""
-    rank = rank_of_environment()
-    return f"rank {rank}: " if rank else ""
+    with contextlib.suppress(ValueError):  # the error that is being told
+        if rank := rank_of_environment():
+            return f"rank {rank}: "
+    return ""
 
 
 def _say_warning(

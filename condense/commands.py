@@ -168,7 +168,7 @@ def distill(words: list[str], ranks: Ranks) -> None:
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
     with ranks.first_ahead():
-        arrays = arrays or datasets.load(command.recipe.dataset, download=command.options.download)
+        arrays = arrays or api.data_of(command.recipe, command.options)
     _say_unknown(arrays)
     say(f"recipe: {origin}")
     folder = api.run_folder(command.recipe, command.options, arrays)

@@ -26,21 +26,21 @@ def flags() -> Iterator[None]:
         _as_flags.reset(token)
 
 
-def spelt(field: str, value: object = None, kind: str = "") -> str:
+def spelt(field: str, value: object = ..., kind: str = "") -> str:
     """How the user writes a field: on the command line ``--split.val-fraction 0.1``, in Python
     ``split=Split(val_fraction=0.1)``.
 
     Args:
         field: as the command line nests it, ``method.num_steps``; fields of the method are keywords of their own in
             Python.
-        value: None where the message leaves it to the user.
+        value: left out where the message leaves it to the user.
         kind: the class of the outer field, where it is not the field's name in upper case: ``RandomTruncated``.
     """
     if _as_flags.get():
-        words = value if isinstance(value, tuple) else () if value is None else (value,)
+        words = value if isinstance(value, tuple) else () if value is ... else (value,)
         return " ".join([f"--{field.replace('_', '-')}", *map(str, words)])
     *outer, name = field.removeprefix("method.").split(".")
-    given = f"{name}=..." if value is None and outer else name if value is None else f"{name}={value!r}"
+    given = f"{name}={value!r}" if value is not ... else f"{name}=..." if outer else name
     for part in reversed(outer):
         given = f"{part}={kind or part.capitalize()}({given})"
     return given

@@ -40,7 +40,10 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
         raise ValueError(
             f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
         )
-    different = _difference(_read(written), to_mapping(plan))
+    theirs, ours = _read(written), to_mapping(plan)
+    if "fingerprint" not in theirs:  # of version 0.1.0, which wrote where the data lie
+        theirs |= {name: ours[name] for name in ("dataset", "fingerprint")}
+    different = _difference(theirs, ours)
     if different is not None:
         name, old, new = different
         raise ValueError(
@@ -74,11 +77,21 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
     return None if old == new else (path, old, new)
 
 
+def write_source(folder: Path, dataset: str) -> None:
+    """Where the data of a run lie, into ``run.json`` as the run begins."""
+    record = read_record(folder) | {"dataset": _place(dataset)}
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def _place(dataset: str) -> str:
+    local = dataset not in datasets.names() and Path(dataset).exists()
+    return str(Path(dataset).resolve()) if local else dataset
+
+
 def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
     """``run.json``; ``seconds`` add up over resumptions."""
-    local = dataset not in datasets.names() and Path(dataset).exists()
     record = {
-        "dataset": str(Path(dataset).resolve()) if local else dataset,
+        "dataset": _place(dataset),
         "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
@@ -105,9 +118,10 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def source_of(path: Path | None, name: str) -> str:
-    """Where the data of a set lie: as its run recorded it (``path``: the run, or a file in it), else ``name``."""
+    """Where the data of a set lie: as its run recorded it (``path``: the run, or a file in it), else ``name``; so too
+    where they are not there any more."""
     for folder in () if path is None else (path, *path.parents[:2]):
-        record = read_record(folder)
-        if "dataset" in record:
-            return str(record["dataset"])
+        place = str(read_record(folder).get("dataset", ""))
+        if place in datasets.names() or (place and Path(place).exists()):
+            return place
     return name

@@ -236,7 +236,7 @@ def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_train
     tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "odd.yaml").write_text("method: {name: dm}\nlabels: logits\n")
-    with pytest.raises(ValueError, match="^dm gives labels no gradient") as ours:
+    with pytest.raises(ValueError, match=r"^dm gives labels no gradient") as ours:
         condense.distill(tmp_path / "odd.yaml", dataset=tiny, out=tmp_path / "odd")
     condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
     monkeypatch.setattr(SetScorer, "score", None)
