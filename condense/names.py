@@ -26,6 +26,11 @@ def flags() -> Iterator[None]:
         _as_flags.reset(token)
 
 
+def speaks_flags() -> bool:
+    """Whether the user reads flags."""
+    return _as_flags.get()
+
+
 def spelt(field: str, value: object = ..., kind: str = "") -> str:
     """How the user writes a field: on the command line ``--split.val-fraction 0.1``, in Python
     ``split=Split(val_fraction=0.1)``.
@@ -36,7 +41,7 @@ def spelt(field: str, value: object = ..., kind: str = "") -> str:
         value: left out where the message leaves it to the user.
         kind: the class of the outer field, where it is not the field's name in upper case: ``RandomTruncated``.
     """
-    if _as_flags.get():
+    if speaks_flags():
         words = value if isinstance(value, tuple) else () if value is ... else (value,)
         return " ".join([f"--{field.replace('_', '-')}", *map(str, words)])
     *outer, name = field.removeprefix("method.").split(".")

@@ -27,7 +27,7 @@ from condense.compute import Compute
 from condense.files import canonical_json
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method
-from condense.names import spelt, suggest
+from condense.names import speaks_flags, spelt, suggest
 from condense.rng import check_seed
 from condense.schema import Checked, mismatch
 from condense.synthetic.decode import DECODERS, Decode, Pixels
@@ -115,8 +115,8 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_mapping(recipe), sort_keys=False)
 
 
-def from_mapping(mapping: Mapping[str, Any], source: str, base: Recipe | None = None) -> Recipe:
-    """A recipe from nested dicts, over the defaults of ``base`` (else of the method's class).
+def from_mapping(mapping: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe from nested dicts, over the defaults of the method's class.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range; prefixed with ``source``.
@@ -124,16 +124,14 @@ def from_mapping(mapping: Mapping[str, Any], source: str, base: Recipe | None = 
     try:
         method = mapping.get("method")
         name = method.get("name") if isinstance(method, Mapping) else method
-        if base is None:
-            if not isinstance(name, str):
-                raise ValueError("it names no method; begin it with `method: {name: dm}`")
-            base = Recipe(method=registry.load(name)())
-        elif isinstance(name, str) and name != registry.name_of(base.method):
-            base = dataclasses.replace(base, method=registry.load(name)())
+        if not isinstance(name, str):
+            raise ValueError("it names no method; begin it with `method: {name: dm}`")
+        base = Recipe(method=registry.load(name)())
         _check(mapping, base, "")
         return parse(tyro.conf.FlagConversionOff[Recipe], list(_flags(mapping)), base)
     except ValueError as error:
-        raise ValueError(f"recipe {source}: {error}") from error
+        line = str(error) if speaks_flags() else _of_fields(str(error))
+        raise ValueError(f"recipe {source}: {line}") from error
 
 
 def from_yaml(path: Path) -> Recipe:
@@ -318,3 +316,9 @@ def _one_line(box: str) -> str:
     near = [line.split()[0] for line in lines[end:] if line.startswith("--")]
     advice = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return " ".join(complaints or lines) + advice + "; --help lists the flags"
+
+
+def _of_fields(line: str) -> str:
+    """A complaint of ``parse`` for somebody who wrote fields and no flags."""
+    complaint = re.split(r"; (?:did you mean --|--help lists)", line)[0]
+    return re.sub(r"--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), complaint)
