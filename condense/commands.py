@@ -234,12 +234,13 @@ def list_(words: list[str]) -> None:
         print_table(None, (kinds[0], ""), found.items())
         return
     families: dict[str, dict[str, str]] = {}
+    width = max(map(len, found)) + 2
     for name, cls in _methods().items():
         families.setdefault(cls.family, {})[name] = found[name]
     for family, rows in families.items():
         say(f"{family}:")
         for name, line in rows.items():
-            say(f"  {name:<10}{line}")
+            say(f"  {name:<{width}}{line}")
 
 
 def _methods() -> dict[str, type[Method]]:

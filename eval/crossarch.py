@@ -423,8 +423,8 @@ def _found(
 
 
 def _reporter(bar: Bar, before: int, at_once: int, accuracies: Tensor) -> OnEpoch:
-    """Shows the epochs done, and the mean of the accuracies so far."""
-    note = f"mean {float(accuracies.mean()):.4f} of {len(accuracies)}" if len(accuracies) else ""
+    """Shows the epochs done, and the mean accuracy of the networks that are done."""
+    note = f"mean {100 * float(accuracies.mean()):.1f} %, n = {len(accuracies)}" if len(accuracies) else ""
     return lambda done, weights: bar(before + done * at_once, note)
 
 

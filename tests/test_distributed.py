@@ -309,6 +309,22 @@ def test_processes_that_cannot_meet(device: str, complaint: str, monkeypatch: py
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "abc"), ("WORLD_SIZE", "x"), ("WORLD_SIZE", "-2"), ("LOCAL_RANK", "")]
+)
+def test_an_environment_that_is_not_of_torchrun_is_one_line(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for variable, text in ({"WORLD_SIZE": "2"} | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["distill", "dm"])
+    assert caught.value.code == 2
+    line = f"condense: the environment has {name}={value!r}, which is no number of torchrun's; unset {name}\n"
+    assert capsys.readouterr().err == line
+
+
 def test_a_broken_collective_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("Connection closed by peer\nat pair.cc")
