@@ -19,6 +19,7 @@ from torch import Tensor
 
 from condense.artifacts import TrajectoryWriter, pack
 from condense.files import read_foreign
+from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.task import Task
@@ -92,7 +93,7 @@ def _table(expert: Any, network: Functional, where: str) -> Tensor:
         if len(tensors) != len(network.shapes):
             raise ValueError(
                 f"{where}, epoch {epoch}: {len(tensors)} tensors, {network.name} has {len(network.shapes)}; "
-                "give --network as they were trained"
+                f"give {spelt('network')} as they were trained"
             )
         snapshot = dict(zip(network.shapes, tensors, strict=True))
         for name, tensor in snapshot.items():
@@ -100,7 +101,7 @@ def _table(expert: Any, network: Functional, where: str) -> Tensor:
             if found != network.shapes[name]:
                 raise ValueError(
                     f"{where}, epoch {epoch}: {found} where {name} of {network.name} is "
-                    f"{network.shapes[name]}; give --network and --dataset as they were trained"
+                    f"{network.shapes[name]}; give {spelt('network')} and {spelt('dataset')} as they were trained"
                 )
         rows.append(pack(snapshot))
     if len(rows) < 2 or torch.equal(rows[0], rows[-1]):

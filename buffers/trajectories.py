@@ -26,8 +26,10 @@ from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pac
 from condense.compute import Compute
 from condense.data.images import Images
 from condense.distributed import Ranks
+from condense.names import spelt
 from condense.networks import Weights
 from condense.rng import Rng
+from condense.schema import Checked
 from condense.task import Task
 from condense.train import Scorer, Trainer, Training
 
@@ -39,7 +41,7 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts:
+class Experts(Checked):
     """How many experts, and how each is trained."""
 
     num_experts: int = 10
@@ -64,10 +66,11 @@ class Experts:
     """How much GSAM counts the plain gradient's part across that one: 0.4 for FTD, 0.3 for DATM."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_experts < 1 or self.num_epochs < 1:
             raise ValueError(
                 f"a buffer needs experts and epochs, got {self.num_experts} and {self.num_epochs}; "
-                "give --num-experts 10 --num-epochs 20"
+                f"give {spelt('num_experts', 10)} and {spelt('num_epochs', 20)}"
             )
         self.training()
 
@@ -138,7 +141,9 @@ def build(
             damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
     if task.augment.flips:
-        raise ValueError("experts see real images, which flips=true does not concern; leave it out of --augment")
+        raise ValueError(
+            f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
+        )
     network, rng = task.network, Rng(seed)
     compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
@@ -150,7 +155,7 @@ def build(
     if missing and plan.num_epochs < shortest:
         raise ValueError(
             f"{writer.folder} has experts of {shortest} epochs: new ones of {plan.num_epochs} would shorten it; "
-            f"give --num-epochs {shortest}"
+            f"give {spelt('num_epochs', shortest)}"
         )
     short = [expert for expert in missing if writer.epochs(expert)]
     if short:
@@ -214,7 +219,7 @@ class _Recorder:
         if not self.params[epoch].isfinite().all():
             raise ValueError(
                 f"expert {self.expert} has weights that are not finite after {epoch} epochs: its training "
-                f"diverged; give an --lr below {self.plan.lr:g}"
+                f"diverged; give an {spelt('lr')} below {self.plan.lr:g}"
             )
         accuracies = self.measure(weights)
         for name, value in accuracies.items():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute, forget_peak, keep_compiled, resolve_device
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, names
 from condense.data.datasets import load as load_data
 from condense.data.transform import Transform
 from condense.distributed import Ranks
@@ -37,10 +38,11 @@ from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named, own_network
 from condense.files import check_writable, expanded, reporting, temporary, write_text
 from condense.method import Context, Method
-from condense.names import suggest
+from condense.names import spelt, suggest
 from condense.networks import Functional
 from condense.recipe import Recipe
-from condense.rng import Rng
+from condense.rng import Rng, check_seed
+from condense.schema import Checked, accepted, checked
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.files import load as load
 from condense.synthetic.files import save
@@ -56,7 +58,7 @@ Budget = Literal["images", "bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Checked):
     """How a distillation is run; nothing here decides its result, but ``eval_every`` asks for a validation split where
     the recipe leaves that open."""
 
@@ -74,6 +76,11 @@ class RunOptions:
     """auto, cpu, cuda, cuda:1, mps."""
     download: FlagConversionOff[bool] = False
     """Let torchvision download a data set that is missing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be at least 0, got {self.eval_every}; give {spelt('eval_every', 100)}")
 
 
 def cache_folder() -> Path | None:
@@ -99,6 +106,7 @@ _uncached: set[str] = set()
 """Places for the cache of which a warning was given."""
 
 
+@checked
 def make_buffer(
     dataset: Data = "digits",
     network: Network = "convnet",
@@ -124,11 +132,13 @@ def make_buffer(
         ValueError: bad data, network or field; the disk is full.
     """
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
+    check_seed(seed)
     with ranks.first_ahead():
         arrays = _arrays(dataset, download)
         skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
-    with progress(f"experts {task.name} {task.network.name}", plan.num_experts * plan.num_epochs) as bar:
+    title = f"experts {task.name} {task.network.name}"
+    with compute.arithmetic(), progress(title, plan.num_experts * plan.num_epochs) as bar:
 
         def report(expert: int, epoch: int, record: Mapping[str, float]) -> None:
             note = " ".join(f"{name} {value:.3f}" for name, value in record.items() if isinstance(value, float))
@@ -137,6 +147,7 @@ def make_buffer(
         return build(task, plan, root=expanded(out), seed=seed, compute=compute, progress=report, ranks=ranks)
 
 
+@checked
 def distill(
     method: str | Path | Method | Recipe,
     *,
@@ -160,6 +171,8 @@ def distill(
     given: dict[str, Any] = {k: _option(k, v) for k, v in fields.items() if k in ours}
     options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
+    if "ipc" in fields:
+        fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
     with ranks.first_ahead():
         arrays = None if dataset is None else _arrays(dataset, options.download)
     if isinstance(method, Recipe):
@@ -195,17 +208,19 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
     """
     built_in = recipe.recipe_files()
     if name.endswith((".yaml", ".yml")):
-        return recipe.from_yaml(expanded(name)), name
-    if name in registry.table():
-        found = recipe.published(name, dataset or "digits", ipc or 10)
-        if found is None:
+        found = recipe.from_yaml(expanded(name))
+        return dataclasses.replace(found, dataset=runs.source_of(expanded(name), found.dataset)), name
+    if name in registry.table() or ":" in name:
+        best = recipe.published(name, dataset or "digits", ipc or 10)
+        if best is None:
             return Recipe(method=registry.load(name)()), "the defaults of the method"
-        return recipe.from_yaml(built_in[found]), found
+        return recipe.from_yaml(built_in[best]), best
     if name in built_in:
         return recipe.from_yaml(built_in[name]), name
     raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.table())}")
 
 
+@checked
 def run(
     plan: Recipe,
     options: RunOptions,
@@ -222,23 +237,32 @@ def run(
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
     with ranks.first_ahead():
-        arrays = arrays or _arrays(plan.dataset, options.download)
+        arrays = arrays or data_of(plan, options)
+    _check_data(plan, arrays)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
     if options.eval_every and not plan.split.val_fraction:
         raise ValueError(
-            "--eval-every needs a validation split, the recipe holds none out; give --split.val-fraction 0.1"
+            f"{spelt('eval_every')} needs a validation split, the recipe holds none out; "
+            f"give {spelt('split.val_fraction', 0.1)}"
         )
     _check_composition(plan)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
+    source, plan = plan.dataset, _shared(plan, arrays)
     with runs.held(folder) if ranks.first else contextlib.nullcontext():
-        return _run_in(folder, plan, options, arrays, skeleton, ranks)
+        return _run_in(folder, plan, source, options, arrays, skeleton, ranks)
 
 
 def _run_in(
-    folder: Path, plan: Recipe, options: RunOptions, arrays: Arrays, skeleton: Functional, ranks: Ranks
+    folder: Path,
+    plan: Recipe,
+    source: str,
+    options: RunOptions,
+    arrays: Arrays,
+    skeleton: Functional,
+    ranks: Ranks,
 ) -> SyntheticSet:
     """Run a recipe whose split and network are settled in a folder that is held by the first process."""
     resume, device = options.resume or ranks.restarted, skeleton.device
@@ -249,8 +273,11 @@ def _run_in(
         if ranks.first:
             runs.claim(folder, plan, resume)
         task = _task(arrays, skeleton, transform=plan.transform, split=plan.split, augment=plan.augment)
-    ctx = _context(plan, task, expanded(options.buffers), ranks)
-    state = plan.method.init(ctx)
+    if options.eval_every:
+        _check_validation(task)
+    ctx = _context(plan, task, expanded(options.buffers), source, ranks)
+    with plan.compute.arithmetic():
+        state = plan.method.init(ctx)
     with reporting(folder):
         folder.mkdir(parents=True, exist_ok=True)  # on every machine
     sinks: tuple[Sink, ...] = ()
@@ -258,10 +285,11 @@ def _run_in(
         if not (resume and engine.has_checkpoint(folder)):
             write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
         sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
+        runs.write_source(folder, source)
     begun = time.monotonic()
     forget_peak(device)
     title = f"{registry.name_of(plan.method)} {task.name} ipc {plan.ipc}"
-    with progress(title, plan.method.num_steps) as bar:
+    with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
         syn = engine.run(
             plan.method,
             ctx,
@@ -275,19 +303,20 @@ def _run_in(
         )
     if ranks.first:
         picture.draw(syn, task.transform, folder / "synthetic.png")
-        runs.write_record(folder, plan.dataset, device, time.monotonic() - begun, ranks.size)
+        runs.write_record(folder, source, device, time.monotonic() - begun, ranks.size)
     ranks.barrier()
     return syn
 
 
+@checked
 def evaluate(
     syn: SyntheticSet | Path | str,
     dataset: Data | None = None,
     *,
-    networks: Sequence[Network] | None = None,
+    networks: Network | Sequence[Network] | None = None,
     num_seeds: int = 5,
     protocol: str | Protocol = "canonical",
-    baselines: Sequence[str] = (),
+    baselines: str | Sequence[str] = (),
     budget: Budget = "images",
     compute: Compute = Compute(),
     out: Path | str | None = None,
@@ -313,17 +342,24 @@ def evaluate(
     with ranks.first_ahead():
         found, arrays = open_set(syn, dataset, download=download)
     target = expanded(out) if out is not None else _evaluation_path(path)
+    baselines = (baselines,) if isinstance(baselines, str) else baselines
+    check_seed(seed)
     plan = named(protocol, found) if isinstance(protocol, str) else protocol
     networks = default_networks(found, plan) if networks is None else networks
-    networks = (networks,) if isinstance(networks, str) else networks
-    _check_before_training(target, baselines)
+    networks = (networks,) if isinstance(networks, str) or callable(networks) else networks
+    if not networks:
+        raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
+    _check_place(target)
     if target is not None and target.exists():
         crossarch.read(target)
+    chosen = _prepare(device)
+    named_only = all(isinstance(network, str) for network in networks)  # a callable's name does not say its code
+    rivals = _rivals([b for b in baselines if b != "full"], found, arrays, networks[0], chosen, seed, budget)
     common: dict[str, Any] = {
         "num_seeds": num_seeds,
         "seed": seed,
         "compute": compute,
-        "device": _prepare(device),
+        "device": chosen,
         "cache": cache_folder(),
         "ranks": ranks,
     }
@@ -335,39 +371,41 @@ def evaluate(
         if target is not None and ranks.first:
             crossarch.merge(target, [result])
 
-    crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
-    if baselines and all(isinstance(network, str) for network in networks):  # a callable's name does not say its code
-        common["journal"] = kept(cache_folder(), arrays, ranks.rank)
-    for name in baselines:
-        if name == "full":
-            transform = str(found.origin.recipe.get("transform", "channel"))
-            for network in networks:
-                keep(full_data(arrays, network=network, transform=transform, **common))
-        else:
-            chosen = _own_network(found, networks[0])
-            skeleton = Functional(chosen, arrays.image_shape, arrays.num_classes, common["device"])
-            made = _baseline(name, found, arrays, skeleton, seed, budget)
-            ranks.same(list(made.state_dict().values()))
-            theirs = plan if plan.name != "own" else _own(made, plan, found)
-            if made.label_kind.space == "probabilities":
-                theirs = dataclasses.replace(theirs, labels="own")
+    with compute.arithmetic():
+        crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
+        if baselines and named_only:
+            common["journal"] = kept(cache_folder(), arrays, ranks.rank)
+        for name in baselines:
+            if name == "full":
+                transform = str(found.origin.recipe.get("transform", "channel"))
+                for network in networks:
+                    keep(full_data(arrays, network=network, transform=transform, **common))
+            else:
+                made = rivals[name]()
+                if budget == "bytes" and sum(made.cost()) > sum(found.cost()):
+                    warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(found.cost())}", stacklevel=2)
+                ranks.same(list(made.state_dict().values()))
+                theirs = plan if plan.name != "own" else _own(made, plan, found)
+                if made.label_kind.space == "probabilities":
+                    theirs = dataclasses.replace(theirs, labels="own")
 
-            def keep_as(result: crossarch.Result, name: str = name) -> None:
-                keep(dataclasses.replace(result, method=name))
+                def keep_as(result: crossarch.Result, name: str = name) -> None:
+                    keep(dataclasses.replace(result, method=name))
 
-            crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep_as)
+                crossarch.evaluate(made, arrays, networks=networks, protocol=theirs, **common, on_result=keep_as)
     ranks.barrier()
     if journal is not None and ranks.first:
         journal.remove()
     return crossarch.Evaluation(tuple(results))
 
 
+@checked
 def apply(
     application: str | Application,
     syn: SyntheticSet | Path | str,
     dataset: Data | None = None,
     *,
-    baselines: Sequence[str] = (),
+    baselines: str | Sequence[str] = (),
     compute: Compute = Compute(),
     out: Path | str | None = None,
     seed: int = 0,
@@ -387,18 +425,21 @@ def apply(
             raise ValueError(f"unknown application {application!r}: {suggest(application, APPLICATIONS)}")
         application = APPLICATIONS[application]()
     application = dataclasses.replace(application, **_known_fields(fields, application))
-    name = next(name for name, kind in APPLICATIONS.items() if kind is type(application))
+    name = next((name for name, kind in APPLICATIONS.items() if kind is type(application)), type(application).__name__)
+    baselines = (baselines,) if isinstance(baselines, str) else baselines
+    check_seed(seed)
     path = None if isinstance(syn, SyntheticSet) else expanded(syn)
     target = expanded(out) if out is not None else path / f"apply-{name}.json" if path and path.is_dir() else None
-    _check_before_training(target, baselines)
+    _check_place(target)
     found, arrays = open_set(syn, dataset, download=download)
     crossarch.check(found, arrays)
     application.check(found, baselines)
     chosen = _prepare(device)
     setting = Setting(syn=found, arrays=arrays, device=chosen, compute=compute, seed=seed, cache=cache_folder())
-    skeleton = Functional(_own_network(found, "convnet"), arrays.image_shape, arrays.num_classes, chosen)
-    others = {other: _baseline(other, found, arrays, skeleton, seed) for other in baselines}
-    findings = application.run(setting, others)
+    rivals = _rivals(baselines, found, arrays, "convnet", chosen, seed)
+    others = {other: make() for other, make in rivals.items()}
+    with compute.arithmetic():
+        findings = application.run(setting, others)
     if target is not None:
         table = {"title": findings.title, "columns": findings.columns, "rows": findings.rows}
         record = {
@@ -422,12 +463,7 @@ def default_networks(syn: SyntheticSet, protocol: Protocol) -> tuple[str, ...]:
     return (own_network(syn),) if protocol.name == "own" else ("convnet",)
 
 
-def _own_network(syn: SyntheticSet, otherwise: Network) -> Network:
-    """The network a set was distilled with; where that has no name, another."""
-    stored = str(syn.origin.recipe.get("network", "convnet"))
-    return otherwise if stored.startswith("custom:") else stored
-
-
+@checked
 def open_set(
     syn: SyntheticSet | Path | str, dataset: Data | None = None, *, download: bool = False
 ) -> tuple[SyntheticSet, Arrays]:
@@ -448,7 +484,9 @@ def open_set(
         return found, _arrays(source, download)
     read = exchange.read(path)
     if dataset is None:
-        raise ValueError(f"{path} does not say which data it was made from; give e.g. --dataset fashion-mnist")
+        raise ValueError(
+            f"{path} does not say which data it was made from; give e.g. {spelt('dataset', 'fashion-mnist')}"
+        )
     if read.space == "transformed":
         raise ValueError(
             f"{path} does not say through which transform its images went; first `condense import {path} "
@@ -458,6 +496,7 @@ def open_set(
     return _adopt(read, arrays, "channel", Pixels()), arrays
 
 
+@checked
 def import_set(
     path: Path | str,
     dataset: Data,
@@ -475,8 +514,13 @@ def import_set(
     return _adopt(exchange.read(expanded(path)), _arrays(dataset, download), transform, chosen)
 
 
+@checked
 def report(
-    folders: Sequence[Path | str], out: Path | str | None = None, dataset: Data | None = None, *, download: bool = False
+    folders: Path | str | Sequence[Path | str],
+    out: Path | str | None = None,
+    dataset: Data | None = None,
+    *,
+    download: bool = False,
 ) -> Path:
     """Write runs, side by side, as one HTML file that asks nothing of a network; by default report.html in the first.
 
@@ -487,13 +531,13 @@ def report(
     """
     from condense.eval import report
 
-    paths = [expanded(folder) for folder in folders]
+    paths = [expanded(folder) for folder in ((folders,) if isinstance(folders, Path | str) else folders)]
     if not paths:
         raise ValueError("a report needs a run; give one or more folders that `condense distill` wrote")
     target = expanded(out) if out is not None else paths[0] / "report.html"
     found = [report.collect(path) for path in paths]
     if not target.parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent} for the report; make it or give another --out")
+        raise ValueError(f"there is no folder {target.parent} for the report; make it or give another {spelt('out')}")
     pixels: list[Transform | None] = []
     for run, path in zip(found, paths, strict=True):
         try:
@@ -505,6 +549,7 @@ def report(
     return target
 
 
+@checked
 def draw(syn: SyntheticSet | Path | str, out: Path | str, dataset: Data | None = None) -> None:
     """Draw the images of a set as one PNG, a row for each class.
 
@@ -524,6 +569,7 @@ def _pixels(
     return crossarch.transform_of(*open_set(syn, dataset, download=download), cache_folder())
 
 
+@checked
 def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, dataset: Data | None = None) -> None:
     """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``.
 
@@ -539,14 +585,13 @@ def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decod
     return exchange.as_set(read, arrays, task.transform, transform, decode=decode)
 
 
-def _check_before_training(target: Path | None, baselines: Sequence[str]) -> None:
-    """Raise ValueError for what would otherwise fail after hours: an unknown baseline, a place nobody can write to."""
-    for name in baselines:
-        if name != "full":
-            find_recipe(name)
+def _check_place(target: Path | None) -> None:
+    """Raise ValueError before the work where its results could not be written."""
     if target is not None:
         if not target.parent.is_dir():
-            raise ValueError(f"there is no folder {target.parent} for the results; make it or give another --out")
+            raise ValueError(
+                f"there is no folder {target.parent} for the results; make it or give another {spelt('out')}"
+            )
         with reporting(target), temporary(target.parent):
             pass
 
@@ -579,12 +624,42 @@ def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[
 
 def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     """Where a recipe is run: ``options.out``, or a name made of method, data set, budget and seed."""
-    method = registry.name_of(plan.method).replace(":", ".")
+    method = registry.name_of(plan.method).replace(":", ".").replace("<locals>.", "")
     return expanded(options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}")
 
 
 def _arrays(dataset: Data, download: bool = False) -> Arrays:
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
+
+
+def data_of(plan: Recipe, options: RunOptions) -> Arrays:
+    """The data of a recipe: where it says they lie, else where the run in ``options.out`` recorded it.
+
+    Raises:
+        ValueError: they are not there, or cannot be read.
+    """
+    there = plan.dataset in names() or Path(plan.dataset).exists()
+    source = plan.dataset if there else runs.source_of(options.out, plan.dataset)
+    if plan.fingerprint is not None and source == plan.dataset and not there:
+        raise ValueError(
+            f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
+            f"known name and no file here; give {spelt('dataset', 'PATH')}"
+        )
+    return _arrays(source, options.download)
+
+
+def _check_data(plan: Recipe, arrays: Arrays) -> None:
+    if plan.fingerprint not in (None, arrays.fingerprint["train"]):
+        raise ValueError(
+            f"the recipe is for data with fingerprint {plan.fingerprint[:12]}, {arrays.name} has "
+            f"{arrays.fingerprint['train'][:12]}; give {spelt('dataset')} with the right data, or "
+            f"{spelt('fingerprint', None)} to distil these by that recipe"
+        )
+
+
+def _shared(plan: Recipe, arrays: Arrays) -> Recipe:
+    """The recipe as files hold it: it says which data are needed, not where they lie on this machine."""
+    return dataclasses.replace(plan, dataset=arrays.name, fingerprint=arrays.fingerprint["train"])
 
 
 def _task(arrays: Arrays, network: Functional, *, transform: str, split: Split, augment: str) -> Task:
@@ -605,27 +680,55 @@ def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Ta
     return _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment="none")
 
 
-def _baseline(
+def _rivals(
+    names: Sequence[str],
+    syn: SyntheticSet,
+    arrays: Arrays,
+    otherwise: Network,
+    device: torch.device,
+    seed: int,
+    budget: Budget = "images",
+) -> dict[str, Callable[[], SyntheticSet]]:
+    """What makes each baseline of ``syn``, by name; their recipes are checked at once.
+
+    ``otherwise`` is the network they are made with where that of ``syn`` has no name.
+    """
+    if not names:
+        return {}
+    stored = str(syn.origin.recipe.get("network", "convnet"))
+    chosen = otherwise if stored.startswith("custom:") else stored
+    network = Functional(chosen, arrays.image_shape, arrays.num_classes, device)
+    recipes = {name: _baseline_recipe(name, syn, arrays, network, seed, budget) for name in names}
+    return {name: functools.partial(_baseline, name, plan, arrays, network) for name, plan in recipes.items()}
+
+
+def _baseline_recipe(
     name: str, syn: SyntheticSet, arrays: Arrays, network: Functional, seed: int, budget: Budget = "images"
-) -> SyntheticSet:
-    """The set that another recipe makes with the budget, transform and split of ``syn``; made once, then cached."""
+) -> Recipe:
+    """The recipe of this name with the budget, transform and split of ``syn``.
+
+    Raises:
+        ValueError: unknown, or a composition that makes no sense: the line of ``distill``.
+    """
     stored = syn.origin.recipe
     ipc = int(stored.get("ipc", len(syn) // syn.origin.num_classes))
     theirs = find_recipe(name, arrays.name, ipc)[0]
-    if budget == "bytes":
-        ipc = _affordable(syn, theirs)
     plan = dataclasses.replace(
-        theirs,
-        dataset=arrays.name,
+        _shared(theirs, arrays),
         transform=stored.get("transform", "channel"),
         split=Split(**stored.get("split", {"val_fraction": 0.0})),
         network=network.name,
-        ipc=ipc,
+        ipc=_affordable(syn, theirs) if budget == "bytes" else ipc,
         seed=seed,
     )
-    plan = dataclasses.replace(plan, compute=_settle(plan, arrays, network))
+    _check_composition(plan)
+    return dataclasses.replace(plan, compute=_settle(plan, arrays, network))
+
+
+def _baseline(name: str, plan: Recipe, arrays: Arrays, network: Functional) -> SyntheticSet:
+    """The set that a recipe of ``_baseline_recipe`` makes; made once, then cached."""
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
-    ctx = _context(plan, task, artifacts.DEFAULT_ROOT)
+    ctx = _context(plan, task, artifacts.DEFAULT_ROOT, arrays.name)
     known = registry.name_of(plan.method) in registry.METHODS and not network.name.startswith("custom:")
     cache, file = cache_folder(), f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
     kept_as = cache / "baselines" / file if known and cache else None
@@ -633,14 +736,13 @@ def _baseline(
         with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
             if (made := load(kept_as)).origin.code == condense.__version__:
                 return made.to(network.device)
-    with progress(f"{name} {arrays.name} ipc {ipc}", plan.method.num_steps) as bar:
+    title = f"{name} {arrays.name} ipc {plan.ipc}"
+    with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
     if kept_as is not None:
         with contextlib.suppress(ValueError), reporting(kept_as):  # a cache that cannot be written
             kept_as.parent.mkdir(exist_ok=True)
             save(made, kept_as)
-    if budget == "bytes" and sum(made.cost()) > sum(syn.cost()):
-        warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(syn.cost())}", stacklevel=2)
     return made
 
 
@@ -653,8 +755,9 @@ def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
     return max(1, sum(syn.cost()) // (classes * each))
 
 
-def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) -> Context:
-    found = {type(spec): spec.open(artifacts.find(buffers, spec, plan.dataset)) for spec in plan.method.needs(task)}
+def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks = Ranks()) -> Context:
+    """``source``: where the data lie, for the command that builds what is missing."""
+    found = {type(spec): spec.open(artifacts.find(buffers, spec, source)) for spec in plan.method.needs(task)}
     used = [artifact.describe() for artifact in found.values()]
     method = plan.method
     training = method.training(task).content() | {
@@ -665,7 +768,7 @@ def _context(plan: Recipe, task: Task, buffers: Path, ranks: Ranks = Ranks()) ->
         dataset=task.dataset(),
         transform=task.transform.describe(),
         training=training,
-        recipe=recipe.to_mapping(plan) | {"dataset": task.name},
+        recipe=recipe.to_mapping(plan),
         recipe_hash=plan.hash(dataset=task.fingerprint, network=task.network.identity(), artifacts=used),
         artifacts=used,
         code=condense.__version__,
@@ -687,6 +790,20 @@ def _check_composition(plan: Recipe) -> None:
     reason = plan.method.conflict(plan.decode, plan.labels, plan.transform)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
+
+
+def _check_validation(task: Task) -> None:
+    """Raise ValueError where a class has no validation image."""
+    train = task.train.labels.bincount(minlength=task.num_classes)
+    held = torch.zeros_like(train) if task.val is None else task.val.labels.bincount(minlength=task.num_classes)
+    if not held.all():
+        rarest, name = int((train + held)[held == 0].min()), task.classes[int(held.argmin())]
+        wider = spelt("split.val_fraction", math.ceil(100 / rarest) / 100)
+        mend = f"{wider} or {spelt('eval_every', 0)}" if rarest > 1 else spelt("eval_every", 0)
+        raise ValueError(
+            f"{spelt('eval_every')} needs validation images of every class, split.val_fraction "
+            f"{task.split.val_fraction} holds none of class {name!r} out; give {mend}"
+        )
 
 
 def _validator(task: Task, plan: Recipe) -> engine.Validate:
@@ -713,9 +830,7 @@ def _known_fields(fields: Mapping[str, Any], owner: Any, others: Sequence[str] =
 
 
 def _option(name: str, value: Any) -> Any:
-    """A run option as people write it in Python: paths as text, one tracker by its name."""
-    if name in ("out", "buffers") and value is not None:
-        return Path(value)
+    """A run option as people write it in Python: one tracker by its name."""
     return (value,) if name == "track" and isinstance(value, str) else value
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from condense.files import canonical_json, locked, read_header, read_json, read_row, replacing, write_text
-from condense.names import printable
+from condense.names import printable, spelt
 from condense.networks import Weights
 from condense.schema import from_json
 
@@ -233,7 +233,7 @@ class TrajectoryWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make {self.folder}: {error.strerror}; choose another --out") from error
+            raise ValueError(f"cannot make {self.folder}: {error.strerror}; choose another {spelt('out')}") from error
 
     def epochs(self, expert: int) -> int:
         """The extent of an expert; 0 if it is not there."""
@@ -289,7 +289,7 @@ class TrajectoryWriter:
         manifest = read_manifest(self.folder, TrajectorySpec.kind)
         changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
         if changes:
-            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another --out")
+            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another {spelt('out')}")
         return list(manifest["experts"])
 
     def _place(self, records: Mapping[int, dict[str, Any]]) -> None:
@@ -314,7 +314,7 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
         return fitting[0]
     if fitting:
         names = ", ".join(folder.name for folder in fitting)
-        raise ValueError(f"several buffers in {root} serve {dataset}: {names}; choose with --buffers PATH")
+        raise ValueError(f"several buffers in {root} serve {dataset}: {names}; choose with {spelt('buffers')}")
     why = "there are none"
     if misfits:
         nearest = min(misfits, key=lambda folder: len(misfits[folder]))

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.names import suggest
+from condense.schema import Checked
 
 Mode = Literal["S", "M", "D", "P"]
 
@@ -81,7 +82,7 @@ class Params(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Checked):
     """What may be done to a batch. ``str`` gives back the strategy that ``parse`` reads."""
 
     ops: tuple[str, ...] = ()
@@ -100,6 +101,7 @@ class Augment:
     """Largest angle of rotate."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for op in self.ops:
             if op not in _OPERATIONS:
                 raise ValueError(

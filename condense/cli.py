@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from condense.distributed import rank_of_environment
-from condense.names import printable, suggest
+from condense.names import flags, printable, suggest
 
 USAGE = """\
 usage: condense COMMAND ...
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
         from condense import commands
 
-        with warnings.catch_warnings(), _stopped_by_sigterm():
+        with flags(), warnings.catch_warnings(), _stopped_by_sigterm():
             warnings.showwarning = _say_warning
             commands.TABLE[words[0]](words[1:])
     except (ValueError, OSError) as error:
@@ -102,8 +102,10 @@ def _again(words: Sequence[str]) -> str:
 
 def _rank() -> str:
     """Which process of torchrun speaks, where it is not the first."""
-    rank = rank_of_environment()
-    return f"rank {rank}: " if rank else ""
+    with contextlib.suppress(ValueError):  # the error that is being told
+        if rank := rank_of_environment():
+            return f"rank {rank}: "
+    return ""
 
 
 def _one_line(message: object) -> str:

@@ -170,7 +170,7 @@ def distill(words: list[str], ranks: Ranks) -> None:
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
     with ranks.first_ahead():
-        arrays = arrays or datasets.load(command.recipe.dataset, download=command.options.download)
+        arrays = arrays or api.data_of(command.recipe, command.options)
     _say_unknown(arrays)
     say(f"recipe: {origin}")
     folder = api.run_folder(command.recipe, command.options, arrays)
@@ -239,12 +239,13 @@ def list_(words: list[str]) -> None:
         print_table(None, (kinds[0], ""), found.items())
         return
     families: dict[str, dict[str, str]] = {}
+    width = max(map(len, found)) + 2
     for name, cls in _methods().items():
         families.setdefault(cls.family, {})[name] = found[name]
     for family, rows in families.items():
         say(f"{family}:")
         for name, line in rows.items():
-            say(f"  {name:<10}{line}")
+            say(f"  {name:<{width}}{line}")
 
 
 def _methods() -> dict[str, type[Method]]:

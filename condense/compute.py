@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from condense.files import check_writable
+from condense.names import spelt
+from condense.schema import Checked
 
 try:
     import resource
@@ -27,7 +30,7 @@ except ImportError:  # Windows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class Compute(Checked):
     """What is unset is settled once, by ``resolved``; until then it counts as off.
 
     ``compile``, ``autocast`` and ``channels_last`` act on first-order work (training, features, gradients of real
@@ -35,7 +38,7 @@ class Compute:
     """
 
     exact: bool = False
-    """Eager float32 throughout, on a CPU bit-reproducible with the same machine and threads."""
+    """Eager float32 throughout, without TF32; on a CPU bit-reproducible with the same machine and threads."""
     compile: bool | None = None
     """Send the hot functions through torch.compile."""
     autocast: Literal["none", "bfloat16"] | None = None
@@ -52,6 +55,7 @@ class Compute:
     """Arithmetic of second-order work. bfloat16 is faster, and its meta-gradient off by percents."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("micro_batch", "vmap_batch", "networks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -90,6 +94,22 @@ class Compute:
         unset: dict[str, Any] = {name: value for name, value in settled.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Inside, an exact policy has float32 products and convolutions without TF32 or bfloat16, whatever the process
+        allows elsewhere; on leaving that is as it was before."""
+        if not self.exact:
+            yield
+            return
+        before = [get() for get, _, _ in _PRECISIONS]
+        try:
+            for _, set_, full in _PRECISIONS:
+                set_(full)
+            yield
+        finally:
+            for (_, set_, _), value in zip(_PRECISIONS, before, strict=True):
+                set_(value)
+
     def first_order_identity(self) -> dict[str, Any]:
         """What decides the bits of plain training."""
         found: dict[str, Any] = {"compile": bool(self.compile), "autocast": self.autocast or "none"}
@@ -115,6 +135,35 @@ class Compute:
     def second_order(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         """``fn``, a loss that is differentiated twice, in ``adjoint_dtype``; whoever differentiates it compiles."""
         return autocast(fn, device, self.adjoint_dtype)
+
+
+class _Precision(NamedTuple):
+    """One of PyTorch's switches for the arithmetic of float32 numbers."""
+
+    get: Callable[[], Any]
+    set_: Callable[[Any], None]
+    full: Any
+    """Its value for arithmetic of full precision."""
+
+    @staticmethod
+    def of(owner: Any, name: str, full: Any) -> _Precision:
+        return _Precision(functools.partial(getattr, owner, name), functools.partial(setattr, owner, name), full)
+
+
+def _precisions() -> list[_Precision]:
+    """By the interface that this PyTorch has: it refuses to be asked by the older one once the newer was used."""
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        operations = [
+            *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+            *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+        ]
+        return [_Precision.of(operation, "fp32_precision", "ieee") for operation in operations]
+    matmul = _Precision(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+    return [matmul, _Precision.of(backends.cudnn, "allow_tf32", False)]
+
+
+_PRECISIONS = _precisions()
 
 
 class _Row(NamedTuple):
@@ -235,5 +284,5 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}; give --device auto or cpu") from error
+        raise ValueError(f"device {name!r} cannot be used: {reason}; give {spelt('device', 'cpu')}") from error
     return device

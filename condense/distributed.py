@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from condense.names import spelt
+
 if TYPE_CHECKING:  # the command line's front door comes here, and --help must not wait for torch
     from torch import Tensor
     from torch.distributed import Store
@@ -118,9 +120,9 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     Raises:
         ValueError: a device that processes cannot share; fewer GPUs than processes; the others are not to be found.
     """
-    rank, size = rank_of_environment(), int(os.environ.get("WORLD_SIZE", "1"))
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if size == 1:
+    rank, size = rank_of_environment(), _of_environment("WORLD_SIZE", 1)
+    restarts = _of_environment("TORCHELASTIC_RESTART_COUNT", 0)
+    if size <= 1:
         yield Ranks(restarted=restarts > 0)
         return
     import torch
@@ -148,8 +150,20 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 
 
 def rank_of_environment() -> int:
-    """Number of this process as torchrun says it; 0 outside torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """Number of this process as torchrun says it; 0 outside torchrun.
+
+    Raises:
+        ValueError: the environment says something that is no number.
+    """
+    return _of_environment("RANK", 0)
+
+
+def _of_environment(name: str, otherwise: int) -> int:
+    """A whole number that torchrun puts into the environment, at least 0."""
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdecimal():
+        raise ValueError(f"the environment has {name}={text!r}, which is no number of torchrun's; unset {name}")
+    return int(text)
 
 
 def _fresh_store(rank: int) -> Store:
@@ -191,13 +205,15 @@ def _take_gpu(device: str) -> bool:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return False
     if device not in ("auto", "cuda"):
-        raise ValueError(f"processes of torchrun do not share --device {device}; give --device cpu, cuda or auto")
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        raise ValueError(
+            f"processes of torchrun do not share {spelt('device', device)}; give {spelt('device', 'cpu')}, cuda or auto"
+        )
+    local, there = _of_environment("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= there:
         raise ValueError(
             f"process {local} of this machine has no GPU, there are {there}; give torchrun --nproc-per-node {there}"
             if there
-            else "there is no GPU on this machine; give --device cpu"
+            else f"there is no GPU on this machine; give {spelt('device', 'cpu')}"
         )
     torch.cuda.set_device(local)
     return True

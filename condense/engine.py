@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from condense.distributed import Ranks
 from condense.files import read_tensors, reporting, write_tensors
 from condense.method import Context, Method, State, require_finite
-from condense.names import reason
+from condense.names import reason, spelt
 from condense.schema import brief, from_json
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
@@ -161,7 +161,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
         kept = f"the last good checkpoint is kept in {checkpoint}" if there else "nothing was kept yet"
         raise ValueError(
             f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
-            "lower the learning rate, e.g. --method.optim.lr"
+            f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
         ) from error
 
 
@@ -172,7 +172,7 @@ def _agree(ranks: Ranks, done: int, folder: Path) -> None:
     if total.item() != done * ranks.size:
         raise ValueError(
             f"the processes found checkpoints of different steps in {folder}, this one {done}: every machine has to "
-            "see the same folder; give --out on a shared disk"
+            f"see the same folder; give {spelt('out')} on a shared disk"
         )
 
 
@@ -185,7 +185,7 @@ def _idle(method: Method, ctx: Context) -> str:
         if type(value) is int:
             with contextlib.suppress(ValueError):
                 if len(dataclasses.replace(method, **{field.name: value + 1}).parts(ctx)) > len(parts):
-                    mend += f", or give --method.{field.name.replace('_', '-')} {size}, which is another recipe"
+                    mend += f", or give {spelt(f'method.{field.name}', size)}, which is another recipe"
     idle = f"{size - len(parts)} of {size} processes idle"
     return f"{idle}: a step of this recipe divides among {len(parts)} at most; {mend}"
 
@@ -215,7 +215,9 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
         tensors, header = read_tensors(source, "checkpoint")
     found = from_json(_Checkpoint, header, str(source))
     if found.recipe_hash != ctx.origin.recipe_hash:
-        raise ValueError(f"{checkpoint} belongs to another recipe or buffer; choose another --out or remove that run")
+        raise ValueError(
+            f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')} or remove that run"
+        )
     try:
         template = _fields(state)
         values = _unflatten(template, found.state, tensors, "")
@@ -223,7 +225,7 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
             raise ValueError(f"it holds {brief(values)}, the state of the method has {', '.join(template)}")
     except ValueError as error:
         raise ValueError(
-            f"{source} does not fit the state of this method: {error}; choose another --out to begin anew"
+            f"{source} does not fit the state of this method: {error}; choose another {spelt('out')} to begin anew"
         ) from error
     for name, value in values.items():
         setattr(state, name, value)

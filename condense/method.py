@@ -17,7 +17,9 @@ from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.distributed import Ranks
+from condense.names import spelt
 from condense.rng import Rng
+from condense.schema import Checked
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
@@ -26,7 +28,7 @@ from condense.train import Training, cosine, loss_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class Optim(Checked):
     """An optimiser of one learnable leaf of the set."""
 
     kind: Literal["sgd", "adam", "lamb", "adabelief"] = "sgd"
@@ -41,13 +43,16 @@ class Optim:
     """Fractions of the run at which lr is halved."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.lr < 1e30 or not 0 <= self.momentum < 1:
             raise ValueError(
                 f"an optimiser needs a finite lr >= 0 and 0 <= momentum < 1, got {self.lr} and {self.momentum}; "
-                "correct these fields, e.g. --method.optim.lr 0.1"
+                f"correct these fields, e.g. {spelt('method.optim.lr', 0.1)}"
             )
         if self.cosine_to is not None and not 0 <= self.cosine_to <= 1:
             raise ValueError(f"an optimiser's cosine_to must lie in [0, 1], got {self.cosine_to}; try 0.1")
+        if not all(0 <= at <= 1 for at in self.halve_at):
+            raise ValueError(f"an optimiser's halve_at are fractions of the run, got {self.halve_at}; try 0.5")
 
     def build(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         betas = (self.momentum, 0.999)
@@ -178,7 +183,8 @@ class Context:
                 most = self.ipc * len(members) // self.images_per_class
                 raise ValueError(
                     f"class {self.task.classes[c]!r} has {len(members)} training images, {self.images_per_class} are "
-                    f"needed for --ipc {self.ipc}; give {f'--ipc {most} or less' if most else 'another --decode'}"
+                    f"needed for {spelt('ipc', self.ipc)}; give "
+                    + (f"{spelt('ipc', most)} or less" if most else f"another {spelt('decode')}")
                 )
 
     @cached_property
@@ -236,7 +242,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method(Checked, ABC):
     """The instance is the hyper-parameters; subclasses are frozen dataclasses."""
 
     num_steps: int = 1
@@ -258,8 +264,11 @@ class Method(ABC):
     """What it is listed under."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_steps < 1:
-            raise ValueError(f"method.num_steps must be at least 1, got {self.num_steps}; give --method.num-steps 1")
+            raise ValueError(
+                f"method.num_steps must be at least 1, got {self.num_steps}; give {spelt('method.num_steps', 1)}"
+            )
 
     def needs(self, task: Task) -> tuple[ArtifactSpec, ...]:
         """The artifacts to be found on disk before the run begins."""
@@ -291,11 +300,11 @@ class Method(ABC):
     def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         """Why a set with this decoder and these labels makes no sense here, and what to give instead; None: it does."""
         if labels.learned and not self.learns_labels:
-            return f"gives labels no gradient: {labels.name} would stay as they begin; give --labels hard"
+            return f"gives labels no gradient: {labels.name} would stay as they begin; give {spelt('labels', 'hard')}"
         if labels.space == "values" and not self.regresses:
-            return f"trains by cross-entropy, which {labels.name} are not made for; give --labels logits"
+            return f"trains by cross-entropy, which {labels.name} are not made for; give {spelt('labels', 'logits')}"
         if labels.name == "teacher" and not self.has_teacher:
-            return "has no trained network that could label the images; give --labels hard"
+            return f"has no trained network that could label the images; give {spelt('labels', 'hard')}"
         return None
 
     def parts(self, ctx: Context) -> Sequence[int]:
@@ -358,9 +367,9 @@ class GradientMethod(Method):
 
     def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         if self.clamp and not decode.stores_pixels:
-            return f"cannot clamp pixels that {decode.name} does not store; give --method.clamp False"
+            return f"cannot clamp pixels that {decode.name} does not store; give {spelt('method.clamp', False)}"
         if self.clamp and transform not in ("none", "channel"):
-            return f"cannot clamp pixels whitened by {transform}; give --method.clamp False"
+            return f"cannot clamp pixels whitened by {transform}; give {spelt('method.clamp', False)}"
         return super().conflict(decode, labels, transform)
 
     def optims(self) -> dict[str, Optim]:

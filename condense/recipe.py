@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from condense.compute import Compute
 from condense.files import canonical_json, read_yaml
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method
-from condense.names import suggest
+from condense.names import speaks_flags, spelt, suggest
+from condense.rng import check_seed
+from condense.schema import Checked, mismatch
 from condense.synthetic.decode import DECODERS, Decode, Pixels
 from condense.synthetic.labels import LABELS, Hard, Labels
 from condense.task import Split
@@ -38,13 +41,15 @@ CHOICES: dict[type, Mapping[str, type]] = {Decode: DECODERS, Labels: LABELS, Adj
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """What decides a result; hashed, and stored in every file made from it."""
 
     method: Method
     """The method and its hyper-parameters."""
     dataset: str = "digits"
     """Name of a data set, an .npz file or an image folder."""
+    fingerprint: str | None = None
+    """Of the training data, which have to be these and no others; unset: any."""
     transform: str = "channel"
     """none, channel, zca (absolute regulariser) or zca-relative."""
     split: Split = Split()
@@ -65,13 +70,16 @@ class Recipe:
     """Root of every random draw."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ipc < 1:
-            raise ValueError(f"ipc must be at least 1, got {self.ipc}; give --ipc 10")
+            raise ValueError(f"ipc must be at least 1, got {self.ipc}; give {spelt('ipc', 10)}")
+        check_seed(self.seed)
 
     def hash(self, dataset: str, **inputs: Any) -> str:
         """Of all fields; ``dataset`` (a fingerprint) stands for the data wherever they lie. ``inputs`` are JSON values
         that decide the result too: the identity of the network, what the method reads from disk."""
         fields = to_mapping(self) | {"dataset": dataset} | inputs
+        del fields["fingerprint"]
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
@@ -107,8 +115,8 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_mapping(recipe), sort_keys=False)
 
 
-def from_mapping(mapping: Mapping[str, Any], source: str, base: Recipe | None = None) -> Recipe:
-    """A recipe from nested dicts, over the defaults of ``base`` (else of the method's class).
+def from_mapping(mapping: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe from nested dicts, over the defaults of the method's class.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range; prefixed with ``source``.
@@ -116,15 +124,14 @@ def from_mapping(mapping: Mapping[str, Any], source: str, base: Recipe | None = 
     try:
         method = mapping.get("method")
         name = method.get("name") if isinstance(method, Mapping) else method
-        if base is None:
-            if not isinstance(name, str):
-                raise ValueError("it names no method; begin it with `method: {name: dm}`")
-            base = Recipe(method=registry.load(name)())
-        elif name is not None and name != registry.name_of(base.method):
-            base = dataclasses.replace(base, method=registry.load(name)())
+        if not isinstance(name, str):
+            raise ValueError("it names no method; begin it with `method: {name: dm}`")
+        base = Recipe(method=registry.load(name)())
+        _check(mapping, base, "")
         return parse(tyro.conf.FlagConversionOff[Recipe], list(_flags(mapping)), base)
     except ValueError as error:
-        raise ValueError(f"recipe {source}: {error}") from error
+        line = str(error) if speaks_flags() else _of_fields(str(error))
+        raise ValueError(f"recipe {source}: {line}") from error
 
 
 def from_yaml(path: Path) -> Recipe:
@@ -237,6 +244,49 @@ def take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
     return kept, found
 
 
+def _check(mapping: Mapping[Any, Any], value: Any, path: str) -> None:
+    """Raise ValueError for what YAML can say and a recipe cannot, before it is spelt as flags."""
+    hints = typing.get_type_hints(type(value))
+    for key, item in mapping.items():
+        field, where = str(key).replace("-", "_"), f"{path}{key}"
+        if field not in (known := [f.name for f in dataclasses.fields(value)]):
+            raise ValueError(f"unknown field {where!r}: {suggest(str(key), known)}")
+        current, chosen = getattr(value, field), hints[field] in (Method, *CHOICES)
+        if not dataclasses.is_dataclass(current):
+            for one in item if isinstance(item, list) else [item]:
+                _check_plain(one, hints[field], where)
+        elif isinstance(item, Mapping):
+            content = dict(item)
+            name = content.pop("name", None) if chosen else None
+            if name is not None and field != "method":
+                current = _named(field, name, current, where)
+            _check(content, current, f"{where}.")
+        elif not chosen:
+            raise ValueError(f"{where} holds fields of its own, not {item!r}; write {where}: {{field: value}}")
+        elif field != "method":
+            _named(field, item, current, where)
+
+
+def _named(field: str, name: Any, current: Any, where: str) -> Any:
+    """``current``, or what a choice is by default where another is named."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where} is chosen by its name, which {name!r} is not")
+    chosen = choice(field, name)
+    return current if type(current) is type(chosen) else chosen
+
+
+def _check_plain(item: Any, annotation: Any, where: str) -> None:
+    if item is None and mismatch(None, annotation) is None:
+        return
+    if not isinstance(item, str | int | float):
+        kind = "empty" if item is None else f"a {type(item).__name__}"
+        raise ValueError(
+            f"{where} is {kind} where a number, a text or a list of them is expected; put a text in quotes"
+        )
+    if isinstance(item, str) and item.startswith("-") and not re.match(r"-[\d.]", item):
+        raise ValueError(f"{where} is {item!r}, which looks like a flag; give its value alone")
+
+
 def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """The command line that says what a nested mapping says."""
     for key, value in mapping.items():
@@ -245,14 +295,14 @@ def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             nested = dict(value)
             name = nested.pop("name", None)
             if name is not None and flag != "method":
-                yield from (f"--{flag}", str(name))
+                yield f"--{flag}={name}"
             yield from _flags(nested, f"{prefix}{key}.")
         elif flag == "method":
             continue
         elif isinstance(value, list):
             yield from (f"--{flag}", *map(str, value))
         else:
-            yield from (f"--{flag}", str(value))
+            yield f"--{flag}={value}"
 
 
 def _one_line(box: str) -> str:
@@ -265,3 +315,9 @@ def _one_line(box: str) -> str:
     near = [line.split()[0] for line in lines[end:] if line.startswith("--")]
     advice = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return " ".join(complaints or lines) + advice + "; --help lists the flags"
+
+
+def _of_fields(line: str) -> str:
+    """A complaint of ``parse`` for somebody who wrote fields and no flags."""
+    complaint = re.split(r"; (?:did you mean --|--help lists)", line)[0]
+    return re.sub(r"--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), complaint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from importlib.metadata import entry_points
 
 from condense.method import Method
@@ -44,21 +45,32 @@ def table() -> dict[str, str]:
 
 
 def load(name: str) -> type[Method]:
-    """The class behind a name.
+    """The class behind a name, or behind the import path ``module:Class`` that ``name_of`` gives an unlisted one.
 
     Raises:
-        ValueError: unknown name, or an entry point that does not lead to a method.
+        ValueError: unknown name, or a path that does not lead to a method.
     """
     methods = table()
-    if name not in methods:
+    if name not in methods and ":" not in name:
         raise ValueError(f"unknown method {name!r}: {suggest(name, methods)}")
-    module, _, attribute = methods[name].partition(":")
+    module, _, attribute = methods.get(name, name).partition(":")
+    if "<locals>" in attribute:
+        raise ValueError(
+            f"method {name!r} is a class inside a function, which nobody else can import; move it to the top level of "
+            "its module, or pass an instance of it in Python"
+        )
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method {name!r} cannot be loaded: {error}; reinstall the package it comes from") from error
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        if name in methods:
+            mend = "reinstall the package it comes from"
+        elif module == "__main__":
+            mend = "it stood in a script: run that script again, or move the class to a module that can be imported"
+        else:
+            mend = "install its package, or put its folder on PYTHONPATH"
+        raise ValueError(f"method {name!r} cannot be loaded: {error}; {mend}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ValueError(f"method {name!r} leads to {found!r}, which is not a Method; mend the entry point")
+        raise ValueError(f"method {name!r} leads to {found!r}, which is not a Method; give another name")
     return found
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from condense.names import spelt
+
 
 @dataclass(frozen=True)
 class Rng:
@@ -45,3 +47,9 @@ class Rng:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.key(name, step, unit))
             yield
+
+
+def check_seed(seed: int, field: str = "seed") -> None:
+    """Raise ValueError of a seed that is negative; ``field`` is where the user gave it."""
+    if seed < 0:
+        raise ValueError(f"{field} must be at least 0, got {seed}; give {spelt(field, 0)}")

@@ -17,6 +17,7 @@ from condense import __version__
 from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
 from condense.files import content, expanded, locked, read_json, read_yaml, write_text
+from condense.names import spelt
 from condense.recipe import Recipe, to_mapping
 from condense.schema import from_json, mismatch
 
@@ -64,14 +65,19 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
         return
     written = folder / "recipe.yaml"
     if not written.exists():
-        raise ValueError(f"{folder} holds other files and is no run; choose another --out")
+        raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
     if not resume:
-        raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
-    different = _difference(_read(written) | {"dataset": None}, to_mapping(plan) | {"dataset": None})
+        raise ValueError(
+            f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
+        )
+    ours = to_mapping(plan)
+    # the fingerprint says which data; version 0.1.0 wrote none, and where the data lay
+    theirs = {"fingerprint": ours["fingerprint"]} | _read(written) | {"dataset": ours["dataset"]}
+    different = _difference(theirs, ours)
     if different is not None:
         name, old, new = different
         raise ValueError(
-            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another --out"
+            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
         )
 
 
@@ -89,7 +95,7 @@ def settled(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _read(written: Path) -> dict[str, Any]:
-    mend = "restore it, or choose another --out"
+    mend = f"restore it, or choose another {spelt('out')}"
     content = read_yaml(written, mend=mend)
     if not isinstance(content, dict):
         raise ValueError(f"{written} is damaged: it is not a mapping of fields; {mend}")
@@ -107,11 +113,21 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
     return None if old == new else (path, old, new)
 
 
+def write_source(folder: Path, dataset: str) -> None:
+    """Where the data of a run lie, into ``run.json`` as the run begins."""
+    record = read_record(folder) | {"dataset": _place(dataset)}
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def _place(dataset: str) -> str:
+    local = dataset not in datasets.names() and expanded(dataset).exists()
+    return str(expanded(dataset).resolve()) if local else dataset
+
+
 def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
     """``run.json``; ``seconds`` add up over resumptions."""
-    local = dataset not in datasets.names() and expanded(dataset).exists()
     record = {
-        "dataset": str(expanded(dataset).resolve()) if local else dataset,
+        "dataset": _place(dataset),
         "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
@@ -146,9 +162,10 @@ def _is_of_record(name: str, value: Any) -> bool:
 
 
 def source_of(path: Path | None, name: str) -> str:
-    """Where the data of a set lie: as its run recorded it (``path``: the run, or a file in it), else ``name``."""
+    """Where the data of a set lie: as its run recorded it (``path``: the run, or a file in it), else ``name``; so too
+    where they are not there any more."""
     for folder in () if path is None else (path, *path.parents[:2]):
-        record = read_record(folder)
-        if "dataset" in record:
-            return str(record["dataset"])
+        place = str(read_record(folder).get("dataset", ""))
+        if place in datasets.names() or (place and Path(place).exists()):
+            return place
     return name

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union
+
+from condense.names import suggest
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def mismatch(value: Any, annotation: Any) -> str | None:
@@ -68,6 +73,65 @@ def check_fields(instance: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{field.name}: {line}")
 
 
+class Checked:
+    """Base of the dataclasses that a Python user makes: their fields are of the annotated types when they are made.
+
+    What means the same is converted: numpy's numbers, a list where a tuple is expected, an ``int`` where a ``float``
+    is, text where a ``Path`` is. A subclass with a ``__post_init__`` of its own calls this one first.
+
+    Raises:
+        ValueError: a value of another type, on construction.
+    """
+
+    def __post_init__(self) -> None:
+        hints = annotations(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            given = getattr(self, field.name)
+            value = accepted(given, hints[field.name], type(self).__name__, field.name)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """A function whose arguments are converted and checked as the fields of ``Checked`` are; ``**fields`` pass."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = signature.bind(*args, **kwargs)
+        hints = _hints_of(function)
+        for name, value in given.arguments.items():
+            if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
+                given.arguments[name] = accepted(value, hints[name], function.__name__, name)
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
+_hints_of = functools.cache(typing.get_type_hints)
+
+
+def accepted(value: Any, annotation: Any, owner: str, name: str) -> Any:
+    """``value`` as the annotation means it.
+
+    Args:
+        owner, name: the class or function and its field, for the message.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    value = _as_meant(value, annotation)
+    line = mismatch(value, annotation)
+    if line is None:
+        return value
+    text, wanted = brief(value), _in_python(annotation)
+    if isinstance(value, str) and typing.get_origin(annotation) is Literal:
+        raise ValueError(f"{owner}: {name}={text} is unknown: {suggest(value, typing.get_args(annotation))}")
+    reason = line.removeprefix(text) if line.startswith(text) else f": {line}"
+    mend = "one of them" if reason.endswith(f"is not {wanted}") else wanted
+    raise ValueError(f"{owner}: {name}={text}{reason}; give {mend}")
+
+
 def from_json(kind: type[T], value: Any, where: str) -> T:
     """A dataclass from the mapping that JSON gave; keys beyond its fields are ignored, lists serve as tuples.
 
@@ -105,8 +169,65 @@ def brief(value: Any) -> str:
 
 @functools.cache
 def annotations(kind: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass, by field name."""
-    return typing.get_type_hints(kind)
+    """The resolved annotations of a dataclass, by field name; ``Any`` for those of a class whose annotations name what
+    only type checkers import."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        try:
+            found |= inspect.get_annotations(base, eval_str=True)
+        except NameError:
+            found |= dict.fromkeys(inspect.get_annotations(base), Any)
+    return found
+
+
+def _as_meant(value: Any, annotation: Any) -> Any:
+    options = _options(annotation)
+    if Any in options:
+        return value
+    if type(value) not in (int, float, bool, str) and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        plain = value.item()  # of numpy and torch
+        value = plain if mismatch(plain, annotation) is None else value
+    if type(value) is int and float in options and int not in options:
+        return float(value) if abs(value) < 2**1000 else value
+    if type(value) is str and Path in options and str not in options:
+        return Path(value)
+    args = next((typing.get_args(option) for option in options if typing.get_origin(option) is tuple), ())
+    if args and args[0] in (int, float) and len(getattr(value, "shape", ())) == 1:
+        value = value.tolist()
+    if args and isinstance(value, list | tuple):
+        parts = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
+        if len(parts) == len(value):
+            return tuple(_as_meant(item, part) for item, part in zip(value, parts, strict=True))
+    return value
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation: one, or those of a union."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _options(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return tuple(option for part in typing.get_args(annotation) for option in _options(part))
+    return (annotation,)
+
+
+def _in_python(annotation: Any) -> str:
+    """What an annotation says, as a Python user names it."""
+    names = []
+    for option in _options(annotation):
+        origin, args = typing.get_origin(option), typing.get_args(option)
+        kind = origin or option
+        if origin is Literal:
+            names += map(repr, args)
+        elif option is bool:
+            names.append("True or False")
+        elif option is None or option is type(None):
+            names.append("None")
+        elif origin is tuple and args[-1] is Ellipsis:
+            names.append("a tuple" if args[0] is Any else f"a tuple of {getattr(args[0], '__name__', args[0])}")
+        else:
+            name = getattr(kind, "__name__", str(kind))
+            names.append(f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}")
+    return " or ".join(names)
 
 
 def _converted(value: Any, annotation: Any, where: str) -> Any:

@@ -15,15 +15,17 @@ from condense.augment import Augment
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform, fit
+from condense.names import spelt
 from condense.networks import Functional
-from condense.rng import Rng
+from condense.rng import Rng, check_seed
+from condense.schema import Checked
 
 _ROUNDING = ("sha256", "trace")
 """What a transform's description says of one machine's rounding: a record, no part of an identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Checked):
     """The validation part carved from the training data."""
 
     val_fraction: float | None = None
@@ -32,6 +34,8 @@ class Split:
     """Seed of the draw."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed, "split.seed")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"split.val_fraction must lie in [0, 1), got {self.val_fraction}; try 0.1")
 
@@ -143,7 +147,7 @@ def make_task(
     if not left.all():
         raise ValueError(
             f"split.val_fraction {split.val_fraction} leaves no training image of class "
-            f"{arrays.classes[int(left.argmin())]!r}; give --split.val-fraction 0.1"
+            f"{arrays.classes[int(left.argmin())]!r}; give {spelt('split.val_fraction', 0.1)}"
         )
     pixels = Images.of(arrays.x_train, device)
     key = f"{arrays.fingerprint['train']}-{split.val_fraction}-{split.seed}"

@@ -17,8 +17,10 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
+from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
+from condense.schema import Checked
 
 Tensors = dict[str, Tensor]
 Objective = Callable[[bool], Tensor]
@@ -26,7 +28,7 @@ Objective = Callable[[bool], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Checked):
     """What decides the result of an ordinary training, apart from data, initial weights and seed."""
 
     num_epochs: int = 300
@@ -73,12 +75,12 @@ class Training:
     """How much GSAM counts the part of the plain gradient that lies across that one."""
 
     def __post_init__(self) -> None:
-        if self.num_epochs < 0 or self.batch_size < 1 or not self.lr > 0:
+        super().__post_init__()
+        if self.num_epochs < 0 or self.batch_size < 1 or not 0 < self.lr < math.inf:
             raise ValueError(
-                f"training needs num_epochs >= 0, batch_size >= 1 and lr > 0, got {self.num_epochs}, "
+                f"training needs num_epochs >= 0, batch_size >= 1 and a finite lr > 0, got {self.num_epochs}, "
                 f"{self.batch_size} and {self.lr}; correct these fields"
             )
-
         for name, usual in {"cutmix": 0.5, "label_smoothing": 0.1}.items():
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
@@ -236,7 +238,7 @@ class Trainer:
         if weights[0].buffers:
             raise ValueError(
                 f"networks of {self.network.name} cannot be trained together: they keep running statistics; "
-                "give --compute.networks 1"
+                f"give {spelt('compute.networks', 1)}"
             )
         names = list(weights[0].params)
         params = {name: torch.stack([w.params[name].detach() for w in weights]).requires_grad_() for name in names}

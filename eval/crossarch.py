@@ -31,6 +31,7 @@ from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, locked, read_json, write_text
 from condense.kernels import centred
+from condense.names import spelt
 from condense.networks import Functional, ImageShape, Weights
 from condense.rng import Rng
 from condense.schema import brief, from_json
@@ -458,8 +459,8 @@ def _found(
 
 
 def _reporter(bar: Bar, before: int, at_once: int, accuracies: Tensor) -> OnEpoch:
-    """Shows the epochs done, and the mean of the accuracies so far."""
-    note = f"mean {float(accuracies.mean()):.4f} of {len(accuracies)}" if len(accuracies) else ""
+    """Shows the epochs done, and the mean accuracy of the networks that are done."""
+    note = f"mean {100 * float(accuracies.mean()):.1f} %, n = {len(accuracies)}" if len(accuracies) else ""
     return lambda done, weights: bar(before + done * at_once, note)
 
 
@@ -498,7 +499,7 @@ def evaluate(
     """
     check(syn, arrays)
     if num_seeds < 1:
-        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give --num-seeds 5")
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
     skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
@@ -571,7 +572,7 @@ def require_held_out(syn: SyntheticSet) -> Split:
     if not split.val_fraction:
         raise ValueError(
             "this protocol chooses on held-out real images, and the set was made from all of them; distil it with "
-            "--split.val-fraction 0.1"
+            f"{spelt('split.val_fraction', 0.1)}"
         )
     return split
 
@@ -616,7 +617,7 @@ def check(syn: SyntheticSet, arrays: Arrays) -> None:
         if ours != theirs:
             raise ValueError(
                 f"the set belongs to {origin.dataset['name']} ({what} {ours}), not {arrays.name} ({theirs}): "
-                "its score there would mean nothing; give --dataset with the data that it was made from"
+                f"its score there would mean nothing; give {spelt('dataset')} with the data that it was made from"
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from condense.augment import MILD, Augment
 from condense.eval.calibration import Calibration
 from condense.files import canonical_json
-from condense.names import suggest
+from condense.names import spelt, suggest
 from condense.networks import ImageShape
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
@@ -221,7 +221,9 @@ def own(syn: SyntheticSet) -> Protocol:
     """
     record = {name: value for name, value in syn.origin.training.items() if name != "network"}
     if not record:
-        raise ValueError("the set does not say how it is meant to be trained on: give --protocol canonical")
+        raise ValueError(
+            f"the set does not say how it is meant to be trained on: give {spelt('protocol', 'canonical')}"
+        )
     if syn.lr is not None:
         record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
     try:
@@ -230,7 +232,8 @@ def own(syn: SyntheticSet) -> Protocol:
         return from_json(Protocol, {"name": "own", "labels": "own", **record}, "training")
     except ValueError as error:
         raise ValueError(
-            f"this version cannot train as the set is meant to be trained: {error}; give --protocol canonical"
+            f"this version cannot train as the set is meant to be trained: {error}; "
+            f"give {spelt('protocol', 'canonical')}"
         ) from error
 
 

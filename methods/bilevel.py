@@ -21,6 +21,7 @@ from torch import Tensor
 from condense.inner import Params, RandomTruncated
 from condense.method import Context
 from condense.methods.unrolled import Unrolled
+from condense.names import spelt
 from condense.synthetic.set import SyntheticSet
 from condense.train import loss_of
 
@@ -45,7 +46,8 @@ class Bilevel(Unrolled):
             most = max(num_steps - self.adjoint.window, 0)
             raise ValueError(
                 f"method.adjoint has a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, the "
-                f"network takes {num_steps} steps; give --method.adjoint.hi {most} and a window that fits"
+                f"network takes {num_steps} steps; give {spelt('method.adjoint.hi', most, 'RandomTruncated')} and a "
+                "window that fits"
             )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.match import LossFn, matching_loss, named_distance
 from condense.method import Context, GradientMethod, GradientState
+from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.task import Task
 from condense.train import Trainer, Training, loss_of
@@ -119,7 +120,7 @@ class GradientMatching(GradientMethod):
         if self.distance.endswith("-conv") and all(p.ndim != 4 for p in params.values()):
             raise ValueError(
                 f"{ctx.task.network.name} has no convolutions, which {self.distance} compares; "
-                "give --network convnet or --method.distance mse"
+                f"give {spelt('network', 'convnet')} or {spelt('method.distance', 'mse')}"
             )
         syn = ctx.new_set(*ctx.initial(self.start))
         return StudentState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)

@@ -25,6 +25,7 @@ from condense.inner import SGD
 from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel
 from condense.methods.unrolled import Minibatch
+from condense.names import spelt
 from condense.task import Task
 from condense.train import Training
 
@@ -79,7 +80,7 @@ class DD(Bilevel):
         if ctx.images_per_class % self.images_per_step:
             raise ValueError(
                 f"{ctx.images_per_class} images a class are no whole number of batches of {self.images_per_step}; give "
-                "--method.images-per-step 1"
+                f"{spelt('method.images_per_step', 1)}"
             )
         num_steps = self.inner_epochs * (ctx.images_per_class // self.images_per_step)
         self.require_room(num_steps)

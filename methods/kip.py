@@ -33,6 +33,7 @@ from torch import Tensor
 from condense.data.images import Images
 from condense.kernels import centred, fully_connected, regression, regression_targets
 from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.names import spelt
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
@@ -91,7 +92,7 @@ class KIP(GradientMethod):
 
     def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         if self.solve_labels and labels.name != "targets":
-            return f"cannot store solved targets in {labels.name} labels; give --labels targets"
+            return f"cannot store solved targets in {labels.name} labels; give {spelt('labels', 'targets')}"
         return super().conflict(decode, labels, transform)
 
     def training(self, task: Task) -> Training:

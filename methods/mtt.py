@@ -33,6 +33,7 @@ from condense.inner import SGD
 from condense.match import trajectory_distance
 from condense.method import Context, GradientState, Optim
 from condense.methods.unrolled import Minibatch, Unrolled
+from condense.names import spelt
 from condense.networks import Functional
 from condense.synthetic.labels import Assigned
 from condense.synthetic.set import SyntheticSet
@@ -179,7 +180,7 @@ def judged(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
     if buffers.keys() != network.init(ctx.rng, "structure").buffers.keys():
         raise ValueError(
             f"experts of {experts.folder} cannot judge images: they came without the running statistics of "
-            f"{network.name}; train experts with `condense buffer`, or give --labels hard"
+            f"{network.name}; train experts with `condense buffer`, or give {spelt('labels', 'hard')}"
         )
     return torch.cat([network.logits(params, buffers, x, train=False) for x in images.detach().split(MAX_JUDGED)])
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from condense.kernels import centred, feature_kernel, regression, regression_targets
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods.kip import support
+from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.synthetic.decode import Decode
@@ -90,9 +91,10 @@ class RFAD(GradientMethod):
 
     def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         if self.pixel_map and decode.name != "pixels":
-            return f"cannot fold its map of pixels into the latents of {decode.name}; give --method.pixel-map False"
+            mend = spelt("method.pixel_map", False)
+            return f"cannot fold its map of pixels into the latents of {decode.name}; give {mend}"
         if self.pixel_map and self.clamp:
-            return "cannot clamp pixels that its map moves afterwards; give --method.clamp False"
+            return f"cannot clamp pixels that its map moves afterwards; give {spelt('method.clamp', False)}"
         return super().conflict(decode, labels, transform)
 
     def optims(self) -> dict[str, Optim]:

@@ -1,26 +1,37 @@
 import dataclasses
 import json
 import math
+import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import condense
 from condense import api
+from condense.api import find_recipe
+from condense.augment import Augment
 from condense.data.datasets import Arrays
 from condense.eval.crossarch import SetScorer
 from condense.eval.protocol import PROTOCOLS, named
 from condense.files import checksum
-from condense.method import Method
+from condense.inner import Truncated
+from condense.method import Method, Optim
 from condense.methods.selection import Selection
 from condense.recipe import Recipe
 from condense.registry import load as load_method
+from condense.synthetic import Factor, Logits
+from condense.task import Split
 
 TINY = "convnet:depth=1,width=4"
+SHORT = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
 
 
 def pooled(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -252,3 +263,181 @@ def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_pat
     with pytest.raises(ValueError, match=r"mine.json holds no results"):
         api.evaluate(tmp_path / "run", networks=["no such network"], out=tmp_path / "mine.json")
     assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_trained(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.yaml").write_text("method: {name: dm}\nlabels: logits\n")
+    with pytest.raises(ValueError, match=r"^dm gives labels no gradient") as ours:
+        condense.distill(tmp_path / "odd.yaml", dataset=tiny, out=tmp_path / "odd")
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(SetScorer, "score", None)
+    monkeypatch.setattr(Selection, "step", None)
+    rivals = ["herding", str(tmp_path / "odd.yaml")]
+    for use in (
+        lambda: condense.evaluate(tmp_path / "run", tiny, baselines=rivals, device="cpu"),
+        lambda: api.apply("continual", tmp_path / "run", tiny, baselines=rivals, device="cpu"),
+    ):
+        with pytest.raises(ValueError) as theirs:
+            use()
+        assert str(theirs.value) == str(ours.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: condense.distill("dm", num_steps=3.5), r"^DM: num_steps=3\.5 is not a whole number; give an int$"),
+        (lambda: condense.distill("dm", clamp="False"), "^DM: clamp='False' is not True or False"),
+        (lambda: condense.distill("dm", optim="adam"), "^DM: optim='adam' is not of type Optim; give an Optim$"),
+        (lambda: condense.distill("dm", ipc="1"), "^distill: ipc='1' is not a whole number; give an int$"),
+        (lambda: condense.distill("dm", ipc=0), "^ipc must be at least 1, got 0; give ipc=10$"),
+        (lambda: condense.distill("dm", seed=-1), "^seed must be at least 0, got -1; give seed=0$"),
+        (lambda: condense.distill("dm", eval_every=-1), "^eval_every must be at least 0, got -1"),
+        (lambda: condense.distill("dm", out=3), "^RunOptions: out=3 is not of type Path or None"),
+        (lambda: condense.distill("dm", split=Split(val_fraction=2)), "^split.val_fraction must lie in"),
+        (lambda: condense.distill(3), "^distill: method=3 is not"),
+        (lambda: condense.make_buffer("digits", num_experts="3"), "^Experts: num_experts='3' is not a whole number"),
+        (lambda: condense.make_buffer("digits", seed=-1), "^seed must be at least 0"),
+        (lambda: condense.evaluate("x", num_seeds=2.5), r"^evaluate: num_seeds=2\.5 is not a whole number"),
+        (lambda: condense.evaluate("x", compute="exact"), "^evaluate: compute='exact' is not of type Compute"),
+        (lambda: api.apply("nas", "x", widths=("a",)), "^NAS: widths=.*'a' is not a whole number"),
+        (lambda: api.apply("nas", "x", seed=-1), "^seed must be at least 0"),
+        (lambda: Optim(lr=math.nan), "^Optim: lr=nan is not a number"),
+        (lambda: dataclasses.replace(PROTOCOLS["canonical"], lr=math.inf), "a finite lr > 0"),
+        (lambda: Augment(ops=("flip",), degrees="3"), "^Augment: degrees='3' is not a whole number"),
+        (lambda: Truncated(window=2.5), r"^Truncated: window=2\.5 is not a whole number"),
+        (lambda: Factor(factor="2"), "^Factor: factor='2' is not a whole number"),
+        (lambda: Logits(confidence="high"), "^Logits: confidence='high' is not a number"),
+        (lambda: Recipe(method="dm"), "^Recipe: method='dm' is not of type Method"),
+    ],
+)
+def test_what_a_python_user_passes_is_checked(call: Callable[[], object], line: str) -> None:
+    with pytest.raises(ValueError, match=line) as caught:
+        call()
+    assert "--" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_serve_and_results_stay_json(tiny: Arrays, tmp_path: Path) -> None:
+    for ipc in np.arange(1, 2):
+        fields = {"network": TINY, "ipc": ipc, "num_steps": np.int64(1), "seed": np.int32(3), "device": "cpu"}
+        condense.distill("dm", dataset=tiny, optim=Optim(lr=np.float32(0.5)), out=tmp_path / "run", **fields)
+    plan = find_recipe(str(tmp_path / "run" / "recipe.yaml"))[0]
+    assert (plan.ipc, plan.seed, plan.method.num_steps) == (1, 3, 1)
+    brief = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=np.int64(1))
+    condense.evaluate(tmp_path / "run", tiny, networks=["mlp"], num_seeds=np.int64(1), protocol=brief, device="cpu")
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]
+    assert rows[0]["n"] == 1
+
+
+def test_validation_needs_images_of_every_class(tmp_path: Path) -> None:
+    x, y = tensors(4)
+    fields: dict[str, Any] = {"dataset": (x, y, x, y), "network": TINY, "ipc": 1, "num_steps": 1, "device": "cpu"}
+    complaint = (
+        r"eval_every needs validation images of every class.* class '0' out; give split=Split\(val_fraction=0.25\)"
+    )
+    with pytest.raises(ValueError, match=complaint):
+        condense.distill("dm", out=tmp_path / "a", eval_every=1, batch_real=2, **fields)
+    split = Split(val_fraction=0.25)
+    condense.distill("dm", out=tmp_path / "b", eval_every=1, batch_real=2, split=split, **fields)
+    lacking = torch.ones(12, dtype=torch.bool)
+    lacking[[2, 5, 8]] = False
+    fields["dataset"] = (x[lacking], y[lacking], x, y)
+    with pytest.raises(ValueError, match=r"holds none of class '2' out; give eval_every=0$"):
+        condense.distill("dm", out=tmp_path / "c", eval_every=1, batch_real=1, split=split, **fields)
+
+
+def test_shared_files_say_which_data_are_needed_and_not_where_they_lie(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-of-mine")
+    data = tmp_path / "private place" / "tiny.npz"
+    data.parent.mkdir()
+    shutil.copy(tiny_file, data)
+    run = tmp_path / "run"
+    condense.distill("dm", dataset=data, network=TINY, ipc=2, num_steps=1, batch_real=4, out=run, device="cpu")
+    condense.evaluate(run, networks=["mlp"], num_seeds=1, protocol=SHORT, baselines=["random"], device="cpu")
+    api.apply("continual", run, num_groups=1, num_seeds=1, device="cpu")
+    api.report([run])
+    api.export_set(run, tmp_path / "npz.npz", "npz")
+    record = (run / "run.json").read_text()
+    assert "private place" in record and "host-of-mine" in record
+    for file in [*run.rglob("*"), tmp_path / "npz.npz"]:
+        if file.is_file() and file.name != "run.json":
+            for secret in ("private place", str(tmp_path), "host-of-mine"):
+                assert secret.encode() not in file.read_bytes(), f"{secret} in {file.name}"
+    plan = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert plan["dataset"] == "tiny" and plan["fingerprint"] == condense.load(run).origin.dataset["fingerprint"]
+    assert condense.load(run).origin.recipe == json.loads(json.dumps(plan))
+
+
+def test_a_recipe_of_a_run_finds_its_data_and_a_shared_one_asks_for_them(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields: dict[str, Any] = {"num_steps": 1, "device": "cpu"}
+    job = {"network": TINY, "ipc": 1, "batch_real": 4, **fields}
+    first = condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", **job)
+    again = condense.distill(tmp_path / "run" / "recipe.yaml", out=tmp_path / "run", resume=True, **fields)
+    assert torch.equal(first.latents, again.latents)
+    shared = tmp_path / "elsewhere" / "recipe.yaml"
+    shared.parent.mkdir()
+    shutil.copy(tmp_path / "run" / "recipe.yaml", shared)
+    condense.distill(shared, out=tmp_path / "run", resume=True, **fields)
+    with pytest.raises(ValueError, match=r"for the data set 'tiny' with fingerprint .* give dataset='PATH'$"):
+        condense.distill(shared, out=tmp_path / "new", **fields)
+    with pytest.raises(ValueError, match=r"digits has .* give dataset with the right data, or fingerprint=None"):
+        condense.distill(shared, dataset="digits", out=tmp_path / "new", **fields)
+    assert not (tmp_path / "new").exists()
+    there = condense.distill(shared, dataset=tiny_file, out=tmp_path / "new", **fields)
+    assert (tmp_path / "new" / "synthetic.safetensors").read_bytes() == (
+        tmp_path / "run" / "synthetic.safetensors"
+    ).read_bytes()
+    assert there.origin.recipe_hash == first.origin.recipe_hash
+    condense.distill(shared, dataset="digits", fingerprint=None, out=tmp_path / "other", **fields)
+
+
+def test_a_run_that_was_stopped_finds_its_data(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job: dict[str, Any] = {"network": TINY, "ipc": 1, "batch_real": 4, "num_steps": 2, "device": "cpu"}
+    with monkeypatch.context() as patch:
+        patch.setattr(api.engine, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", **job)
+    del job["network"], job["ipc"], job["batch_real"]
+    condense.distill(tmp_path / "run" / "recipe.yaml", out=tmp_path / "run", resume=True, **job)
+
+
+def test_a_run_of_version_0_1_0_is_resumed(tiny_file: Path, tmp_path: Path) -> None:
+    job: dict[str, Any] = {"network": TINY, "ipc": 1, "batch_real": 4, "num_steps": 1, "device": "cpu"}
+    first = condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", **job)
+    file = tmp_path / "run" / "recipe.yaml"
+    old = yaml.safe_load(file.read_text()) | {"dataset": str(tiny_file)}
+    del old["fingerprint"]
+    file.write_text(yaml.safe_dump(old, sort_keys=False))
+    again = condense.distill(file, out=tmp_path / "run", resume=True, num_steps=1, device="cpu")
+    assert torch.equal(first.latents, again.latents)
+    with pytest.raises(ValueError, match="belongs to another recipe"):
+        file.write_text(yaml.safe_dump(old, sort_keys=False))
+        condense.distill(file, dataset="digits", out=tmp_path / "run", resume=True, num_steps=1, device="cpu")
+
+
+def test_a_method_of_a_script_is_resumed_by_that_script(tiny: Arrays, tmp_path: Path) -> None:
+    class Mine(load_method("dm")):  # type: ignore[misc]
+        pass
+
+    fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 1, "out": tmp_path / "run", "device": "cpu"}
+    first = condense.distill(Mine(num_steps=1, batch_real=4), **fields)
+    again = condense.distill(Mine(num_steps=1, batch_real=4), resume=True, **fields)
+    assert torch.equal(first.latents, again.latents)
+
+
+def test_one_name_serves_where_several_may_stand(tiny: Arrays, tmp_path: Path) -> None:
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    fields: dict[str, Any] = {"num_seeds": 1, "protocol": SHORT, "device": "cpu"}
+    found = condense.evaluate(str(tmp_path / "run"), tiny, networks=pooled, baselines="herding", **fields)
+    assert [row.method for row in found.results] == ["random", "herding"]
+    assert api.report(tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="needs a network"):
+        condense.evaluate(tmp_path / "run", tiny, networks=[], **fields)

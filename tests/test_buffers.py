@@ -168,7 +168,7 @@ def test_grows_in_epochs(task: Task, tmp_path: Path) -> None:
 def test_is_not_shortened(task: Task, tmp_path: Path) -> None:
     folder = made(task, tmp_path)
     before = content(folder)
-    with pytest.raises(ValueError, match="give --num-epochs 3"):
+    with pytest.raises(ValueError, match="give num_epochs=3"):
         made(task, tmp_path, replace(PLAN, num_experts=3, num_epochs=2))
     assert content(folder) == before
 
@@ -237,7 +237,7 @@ def test_batchnorm_statistics(tmp_path: Path) -> None:
 
 
 def test_divergence_writes_nothing(task: Task, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expert 0 .* diverged; give an --lr below 1e\+30") as caught:
+    with pytest.raises(ValueError, match=r"expert 0 .* diverged; give an lr below 1e\+30") as caught:
         made(task, tmp_path, replace(PLAN, lr=1e30))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*/*"))

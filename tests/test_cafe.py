@@ -287,7 +287,7 @@ def test_learns_through_a_decoder() -> None:
 
 
 def test_a_network_without_maps_is_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match=r"mlp has no feature maps: .*; give --network convnet"):
+    with pytest.raises(ValueError, match=r"mlp has no feature maps: .*; give network='convnet'"):
         CAFE().init(make_context("mlp"))
 
 

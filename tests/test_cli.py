@@ -113,7 +113,11 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["distill", "dm", "--track", "wandbb"], "wandb"),
         (["distill", "mtt"], "condense buffer --dataset digits"),
         (["distill", "dm", "--method.num-step", "3"], "--method.num-steps"),
-        (["distill", "dm", "--method.optim.lr", "1e39"], "--method.optim.lr"),
+        (["distill", "dm", "--method.optim.lr", "1e39"], "--method.optim.lr 0.1"),
+        (["distill", "dm", "--method.optim.lr", "nan"], "nan is not a number"),
+        (["distill", "dm", "--seed", "-1"], "give --seed 0"),
+        (["distill", "dm", "--eval-every", "-1"], "give --eval-every 100"),
+        (["distill", "help.yaml"], "unknown field 'help'"),
         (["distill", "dm", "--split.val-fraction", "0.999"], "--split.val-fraction 0.1"),
         (["distill", "dm", "--labels", "logits"], "--labels hard"),
         (["buffer", "--num-expert", "3"], "--num-experts"),
@@ -128,7 +132,9 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
     ],
 )
 def test_bad_words(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "help.yaml").write_text("method: dm\nhelp: true\n")
     assert complaint in fails(capsys, *words)
+    (tmp_path / "help.yaml").unlink()
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"cache"}, "something was written"
 
@@ -210,7 +216,10 @@ def test_a_full_disk_leaves_earlier_results_alone(tiny_file: Path, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["methods", "decoders", "labels", "datasets", "networks", "recipes", "protocols"])
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", kind])
-    assert len(capsys.readouterr().out.splitlines()) > 3
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) > 3
+    if kind == "methods":
+        assert all(len(line.split("  ")) >= 3 for line in shown if line.startswith("  ")), "a name and its summary"
     main(["list", kind, "--json"])
     entries = json.loads(capsys.readouterr().out)
     assert all(isinstance(text, str) and 5 < len(text) < 300 for text in entries.values())

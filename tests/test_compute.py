@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,57 @@ def test_the_allocator_respects_the_environment(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert keep_freed_memory() is False
+
+
+def precisions() -> list[Any]:
+    return [switch.get() for switch in compute._PRECISIONS]
+
+
+@pytest.fixture
+def imprecise() -> Iterator[list[Any]]:
+    """A process that allows TF32 and bfloat16 in products and convolutions of float32 numbers."""
+    before = precisions()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    yield precisions()
+    torch.set_float32_matmul_precision("highest")
+    for switch, value in zip(compute._PRECISIONS, before, strict=True):
+        switch.set_(value)
+
+
+def test_exact_is_full_precision_inside_a_run_and_only_there(
+    imprecise: list[Any], tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {}
+
+    def spied(where: str, function: Any) -> Any:
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            seen[where] = precisions()
+            return function(*args, **kwargs)
+
+        return spy
+
+    monkeypatch.setattr(api.engine, "_step", spied("step", api.engine._step))
+    monkeypatch.setattr(Trainer, "_epochs", spied("training", Trainer._epochs))
+    full = [switch.full for switch in compute._PRECISIONS]
+    assert imprecise != full
+    for exact in (True, False):
+        policy, out = Compute(exact=exact), tmp_path / str(exact)
+        fields: dict[str, Any] = {"compute": policy, "device": "cpu"}
+        api.distill("dm", dataset=tiny, network=TINY, ipc=1, num_steps=1, batch_real=4, out=out / "run", **fields)
+        api.make_buffer(tiny, TINY, num_experts=1, num_epochs=1, batch_size=12, out=out, **fields)
+        assert seen.pop("training") == (full if exact else imprecise)
+        short = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
+        api.evaluate(out / "run", tiny, networks="mlp", num_seeds=1, protocol=short, **fields)
+        assert seen.pop("training") == (full if exact else imprecise)
+        api.apply("continual", out / "run", tiny, num_groups=1, num_seeds=1, network="mlp", **fields)
+        assert seen.pop("training") == seen.pop("step") == (full if exact else imprecise)
+        assert precisions() == imprecise
+
+
+def test_precision_is_restored_after_an_error(imprecise: list[Any]) -> None:
+    with pytest.raises(RuntimeError), Compute(exact=True).arithmetic():
+        assert precisions() != imprecise
+        raise RuntimeError
+    assert precisions() == imprecise and torch.get_float32_matmul_precision() == "medium"
+    assert torch.backends.cudnn.allow_tf32

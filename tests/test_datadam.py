@@ -171,7 +171,7 @@ def test_learns_through_a_decoder() -> None:
 
 
 def test_a_network_without_maps_is_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match=r"mlp has no feature maps: .*; give --network convnet") as caught:
+    with pytest.raises(ValueError, match=r"mlp has no feature maps: .*; give network='convnet'") as caught:
         DataDAM().init(make_context("mlp"))
     assert "\n" not in str(caught.value)
 

@@ -250,7 +250,7 @@ def test_bases_leave_the_rest_of_the_budget_to_coefficients(
     if rows:
         assert Bases(num_bases=16).latents_per_class(ipc, shape, num_classes) == rows
         return
-    with pytest.raises(ValueError, match=r"16 bases of 16 numbers .* give --decode.num-bases 15 or less$"):
+    with pytest.raises(ValueError, match=r"16 bases of 16 numbers .* give decode=Bases\(num_bases=15\) or less$"):
         Bases(num_bases=16).latents_per_class(ipc, shape, num_classes)
     assert Bases(num_bases=15).latents_per_class(ipc, shape, num_classes) == 1
 
@@ -306,10 +306,13 @@ def test_costs_are_told_apart() -> None:
     [
         (lambda: Factor(factor=0), "the published value is 2"),
         (lambda: DCT(coefficients=0), "try 64"),
-        (lambda: DCT(coefficients=65).latents_per_class(1, (1, 8, 8), 10), "give --decode.coefficients 64 or less"),
+        (
+            lambda: DCT(coefficients=65).latents_per_class(1, (1, 8, 8), 10),
+            r"give decode=DCT\(coefficients=64\) or less",
+        ),
         (lambda: Bases(num_bases=0), "try 16"),
         (lambda: Hallucinator(num_styles=0), "the published value is 5"),
-        (lambda: Hallucinator().latents_per_class(1, (1, 2, 8), 10), "give --decode pixels"),
+        (lambda: Hallucinator().latents_per_class(1, (1, 2, 8), 10), "give decode='pixels'"),
     ],
 )
 def test_bad_fields_are_refused_with_the_mend(make: Any, mend: str) -> None:

@@ -180,7 +180,7 @@ def test_the_number_of_processes_does_not_decide_the_result(
     done = start(everything, size, tiny_file, many)
     assert done.returncode == 0, done.stderr
     idle = set(re.findall(r"UserWarning: (.*idle.*)", done.stderr))
-    surplus = f"{size - 1} of {size} processes idle: .* among 1 at most; .* --method.num-trajectories {size}"
+    surplus = f"{size - 1} of {size} processes idle: .* among 1 at most; .* num_trajectories={size}"
     assert len(re.findall(surplus, done.stderr)) == 1, done.stderr
     assert len(idle) == {2: 1, 4: 2}[size], "and for the three classes of the others, of four processes"
 
@@ -298,7 +298,7 @@ def test_a_launcher_that_starts_one_process_again(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("device", "complaint"),
-    [("cuda:1", "do not share --device cuda:1"), ("mps", "--device cpu"), ("cpu", "MASTER_ADDR")],
+    [("cuda:1", "do not share device='cuda:1'"), ("mps", "device='cpu'"), ("cpu", "MASTER_ADDR")],
 )
 def test_processes_that_cannot_meet(device: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
@@ -307,6 +307,22 @@ def test_processes_that_cannot_meet(device: str, complaint: str, monkeypatch: py
     with pytest.raises(ValueError, match=complaint) as caught, joined(device):
         pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "abc"), ("WORLD_SIZE", "x"), ("WORLD_SIZE", "-2"), ("LOCAL_RANK", "")]
+)
+def test_an_environment_that_is_not_of_torchrun_is_one_line(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for variable, text in ({"WORLD_SIZE": "2"} | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["distill", "dm"])
+    assert caught.value.code == 2
+    line = f"condense: the environment has {name}={value!r}, which is no number of torchrun's; unset {name}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_broken_collective_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +381,7 @@ def test_experts_may_finish_in_any_order(tmp_path: Path) -> None:
         (
             "mtt",
             "3 of 4 processes idle: a step of this recipe divides among 1 at most; start fewer, or give "
-            "--method.num-trajectories 4, which is another recipe",
+            "num_trajectories=4, which is another recipe",
         ),
     ],
 )

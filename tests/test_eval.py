@@ -334,6 +334,16 @@ class TestEvaluate:
         run(make_set(arrays), arrays, protocol=dataclasses.replace(SHORT, num_epochs=3), progress=progress)
         assert seen == [("canonical* mlp", 6), 1, 2, 3, 4, 5, 6]
 
+    def test_progress_shows_the_mean_of_those_done_in_percent(self, arrays: Arrays) -> None:
+        notes: list[str] = []
+
+        @contextlib.contextmanager
+        def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+            yield lambda done, note="": notes.append(note)
+
+        found = run(make_set(arrays), arrays, protocol=dataclasses.replace(SHORT, num_epochs=1), progress=progress)
+        assert notes == ["", f"mean {100 * found.results[0].accuracies[0]:.1f} %, n = 1"]
+
 
 class TestFile:
     def test_a_row_says_what_decided_it(self, arrays: Arrays, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ class Bomb:
         ([torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long)], r"\(N, C, H, W\) and \(N,\)"),
         ([torch.full((3, 1, 8, 8), torch.nan), torch.zeros(3, dtype=torch.long)], "not finite"),
         ([torch.zeros(3, 1, 8, 8), torch.full((3,), 0.5)], "no whole numbers"),
-        ([torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)], "give --dataset"),
+        ([torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)], "give dataset"),
         ([torch.zeros(3, 1, 8, 8), torch.full((3,), 12)], "labels from 12 to 12"),
         ([torch.zeros(3, 1, 8, 8), -torch.ones(3, 7)], "labels for 7 classes"),
     ],

@@ -352,7 +352,7 @@ def test_refuses_values_out_of_range(fields: dict[str, Any], message: str) -> No
 
 
 def test_refuses_networks_without_convolutions_and_decoders_whose_pixels_cannot_be_clamped() -> None:
-    with pytest.raises(ValueError, match=r"mlp has no convolutions.*--method.distance mse"):
+    with pytest.raises(ValueError, match=r"mlp has no convolutions.*distance='mse'"):
         IDC().init(make_context("mlp"))
     assert small(distance="mse").init(make_context("mlp"))
 

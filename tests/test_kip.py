@@ -206,7 +206,7 @@ def test_no_other_labels_fit_better_than_the_solved_ones(augment: str, decode: D
 @pytest.mark.parametrize("labels", [Hard(), Logits()])
 def test_solved_labels_need_a_place_that_holds_any_value(labels: Labels) -> None:
     reason = KIP(solve_labels=True).conflict(Pixels(), labels, "channel")
-    assert reason is not None and reason.endswith("; give --labels targets")
+    assert reason is not None and reason.endswith("; give labels='targets'")
     assert KIP(solve_labels=True).conflict(Pixels(), Targets(), "channel") is None
 
 

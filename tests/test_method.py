@@ -231,6 +231,6 @@ def test_clamp_is_refused_where_no_pixels_are_stored_or_they_are_whitened(name: 
     method, decode = Pull(clamp=True), DECODERS[name]()
     refused = method.conflict(decode, Hard(), "channel")
     assert (refused is None) == decode.stores_pixels == (name in ("pixels", "factor"))
-    assert refused is None or refused.endswith(f"{name} does not store; give --method.clamp False")
-    assert "give --method.clamp False" in str(method.conflict(Pixels(), Hard(), "zca"))
+    assert refused is None or refused.endswith(f"{name} does not store; give clamp=False")
+    assert "give clamp=False" in str(method.conflict(Pixels(), Hard(), "zca"))
     assert Pull().conflict(decode, Hard(), "zca") is None

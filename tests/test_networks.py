@@ -481,7 +481,7 @@ def test_every_network_with_activations_of_images_has_maps(spec: str, shape: Ima
 def test_a_network_without_maps_says_so(spec: str) -> None:
     functional = Functional(spec, DIGITS, 3)
     for call in (functional.require_maps, lambda: functional.maps(*functional.init(Rng(0), "n"), images(DIGITS))):
-        with pytest.raises(ValueError, match=r"has no feature maps: .*; give --network convnet") as caught:
+        with pytest.raises(ValueError, match=r"has no feature maps: .*; give network='convnet'") as caught:
             call()
         assert "\n" not in str(caught.value)
 

@@ -105,3 +105,80 @@ def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
     other = Recipe(method=registry.load("dm")(), dataset="elsewhere/same.npz")
     assert one.hash("f") == other.hash("f") != one.hash("g")
     assert one.hash("f") != Recipe(method=registry.load("dm")(num_steps=3), dataset="here.npz").hash("f")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("method: dm\nhelp: true", "unknown field 'help'"),
+        ("method: {name: dm, help: 1}", "unknown field 'method.help'"),
+        ("method: {name: dm, h: 1}", "unknown field 'method.h'"),
+        ("method: dm\nversion: 1", "unknown field 'version'"),
+        ("method: dm\n1: 2", "unknown field '1'"),
+        ("method: {name: dm, optim: {name: adam}}", "unknown field 'method.optim.name'"),
+        ("method: {name: dm, optim: adam}", "method.optim holds fields of its own, not 'adam'"),
+        ("method: {name: {a: 1}}", "names no method"),
+        ("method: [dm]", "names no method"),
+        ("method: dm\nnetwork: --help", "looks like a flag"),
+        ("method: {name: idc, matched: [-h]}", "looks like a flag"),
+        ("method: {name: idc, matched: [color, [crop]]}", "method.matched is a list where"),
+        ("method: dm\nipc: {a: 1}", "ipc is a dict where"),
+        ("method: dm\nipc: null", "ipc is empty"),
+        ("method: dm\nipc: [1, 2]", "2"),
+        ("method: dm\ndataset: 2024-01-01", "dataset is a date where"),
+        ("method: dm\ndecode: {name: 3}", "decode is chosen by its name"),
+        ("method: dm\nlabels: [hard]", "labels is chosen by its name"),
+        ("method: {name: dm, optim: {halve_at: [true]}}", "halve_at.*True"),
+        ("method: {name: dm, optim: {lr: .nan}}", "lr=nan is not a number"),
+    ],
+)
+def test_what_yaml_can_say_and_a_recipe_cannot_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        recipe.from_yaml(path)
+    assert "\n" not in str(caught.value) and "--help" not in str(caught.value).replace("'--help'", "")
+
+
+def test_fields_are_spelt_either_way_and_lists_are_lists(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "method: {name: dm, num-steps: 3, optim: {lr: 1e0, halve_at: [0.5, .75]}}\nsplit: {val-fraction: 0}\n"
+    )
+    plan = recipe.from_yaml(path)
+    assert plan.method.num_steps == 3 and plan.split.val_fraction == 0.0
+    assert plan.method.optim.halve_at == (0.5, 0.75)  # type: ignore[attr-defined]
+
+
+def test_a_class_that_nobody_listed_is_found_by_its_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from condense.methods.dm import DM\n"
+        "class Outer:\n"
+        "    @dataclass(frozen=True, kw_only=True)\n"
+        "    class Inner(DM):\n"
+        "        extra: int = 1\n"
+        "def make():\n"
+        "    class Hidden(DM):\n"
+        "        pass\n"
+        "    return Hidden()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import ours  # type: ignore[import-not-found]
+
+    plan = Recipe(method=ours.Outer.Inner(extra=3))
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml(plan))
+    assert "ours:Outer.Inner" in (tmp_path / "mine.yaml").read_text()
+    assert recipe.from_yaml(tmp_path / "mine.yaml") == plan
+    hidden = recipe.to_yaml(Recipe(method=ours.make()))
+    for text, complaint in {
+        hidden: "class inside a function",
+        hidden.replace("ours:make.<locals>.Hidden", "__main__:Mine"): "run that script again",
+        hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "put its folder on PYTHONPATH",
+        hidden.replace("ours:make.<locals>.Hidden", "os:system"): "not a Method",
+    }.items():
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ValueError, match=complaint):
+            recipe.from_yaml(tmp_path / "mine.yaml")

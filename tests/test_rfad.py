@@ -189,10 +189,10 @@ def test_the_map_of_pixels_is_folded_into_the_stored_images() -> None:
 
 def test_a_map_that_cannot_be_folded_is_refused() -> None:
     reason = RFAD(pixel_map=True).conflict(Factor(), Hard(), "channel")
-    assert reason is not None and "factor" in reason and reason.endswith("; give --method.pixel-map False")
+    assert reason is not None and "factor" in reason and reason.endswith("; give pixel_map=False")
     assert RFAD(pixel_map=True).conflict(Pixels(), Hard(), "channel") is None
     reason = RFAD(pixel_map=True, clamp=True).conflict(Pixels(), Hard(), "channel")
-    assert reason is not None and reason.endswith("; give --method.clamp False")
+    assert reason is not None and reason.endswith("; give clamp=False")
     assert RFAD(clamp=True).conflict(Factor(), Hard(), "channel") is None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from condense import schema
@@ -96,3 +98,79 @@ def test_a_dataclass_is_made_of_json() -> None:
 def test_json_of_another_form_is_refused_with_its_place(value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         schema.from_json(Outer, value, "f.json")
+
+
+@dataclass(frozen=True)
+class Asked(schema.Checked):
+    steps: int = 1
+    rate: float = 0.1
+    sizes: tuple[int, ...] = ()
+    place: Path | None = None
+    kind: Literal["sgd", "adam"] = "sgd"
+    clamp: bool = False
+    limit: float | None = None
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ({"steps": np.int64(5)}, {"steps": 5}),
+        ({"steps": np.array(5)}, {"steps": 5}),
+        ({"rate": np.float32(0.5)}, {"rate": 0.5}),
+        ({"rate": np.float64(0.5)}, {"rate": 0.5}),
+        ({"rate": 1}, {"rate": 1.0}),
+        ({"limit": 2}, {"limit": 2.0}),
+        ({"sizes": [1, 2]}, {"sizes": (1, 2)}),
+        ({"sizes": np.arange(3)}, {"sizes": (0, 1, 2)}),
+        ({"place": "runs/x"}, {"place": Path("runs/x")}),
+        ({"clamp": np.bool_(True)}, {"clamp": True}),
+    ],
+    ids=str,
+)
+def test_what_means_the_same_becomes_plain_python(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    made = Asked(**given)
+    for name, value in meant.items():
+        assert getattr(made, name) == value and type(getattr(made, name)) is type(value)
+    assert all(type(size) is int for size in made.sizes)
+
+
+@pytest.mark.parametrize(
+    "given, line",
+    [
+        ({"steps": 3.5}, r"^Asked: steps=3\.5 is not a whole number; give an int$"),
+        ({"steps": "3"}, r"^Asked: steps='3' is not a whole number; give an int$"),
+        ({"steps": None}, "^Asked: steps=None is not a whole number; give an int$"),
+        ({"rate": math.nan}, "^Asked: rate=nan is not a number; give a float$"),
+        ({"sizes": (1, "a")}, r"^Asked: sizes=\(1, 'a'\): 'a' is not a whole number; give a tuple of int$"),
+        ({"clamp": "False"}, "^Asked: clamp='False' is not True or False; give one of them$"),
+        ({"kind": "adan"}, "^Asked: kind='adan' is unknown: did you mean 'adam'"),
+        ({"place": 3}, "^Asked: place=3 is not of type Path or None; give a Path or None$"),
+    ],
+    ids=str,
+)
+def test_anything_else_is_refused_on_construction(given: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        Asked(**given)
+
+
+def test_arguments_are_checked_as_fields_are() -> None:
+    @schema.checked
+    def measure(name: str, num_seeds: int = 5, **fields: Any) -> tuple[str, int, dict[str, Any]]:
+        return name, num_seeds, fields
+
+    found = measure("a", np.int64(3), other="x")
+    assert found == ("a", 3, {"other": "x"}) and type(found[1]) is int
+    with pytest.raises(ValueError, match=r"^measure: num_seeds=2\.5 is not a whole number; give an int$"):
+        measure("a", num_seeds=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name"):
+        measure()  # type: ignore[call-arg]
+
+
+def test_annotations_that_only_type_checkers_see_are_passed_over() -> None:
+    @dataclass(frozen=True)
+    class Local(Asked):
+        extra: Unseen = None  # type: ignore[name-defined]  # noqa: F821
+
+    assert Local(extra="anything").steps == 1
+    with pytest.raises(ValueError, match=r"^Local: steps=3\.5"):
+        Local(steps=3.5)  # type: ignore[arg-type]

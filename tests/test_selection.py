@@ -124,7 +124,7 @@ def test_the_whole_class_is_picked_where_it_is_asked_for(method: Method) -> None
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_more_images_than_a_class_has_are_refused(method: Method) -> None:
-    with pytest.raises(ValueError, match=r"class '2' has 7 training images, 8 are needed .* give --ipc 7"):
+    with pytest.raises(ValueError, match=r"class '2' has 7 training images, 8 are needed .* give ipc=7"):
         method.init(make_context(*draw_images(), ipc=8))
 
 

@@ -202,7 +202,7 @@ def test_descriptions_round_trip_through_json(spec: str, tmp_path: Path) -> None
 def test_a_description_without_matrix_asks_for_the_training_set(tmp_path: Path) -> None:
     description = fitted("zca", correlated()).describe()
     for cache in (None, tmp_path):
-        with pytest.raises(ValueError, match="training set with key train-key is needed; give it with --dataset"):
+        with pytest.raises(ValueError, match="training set with key train-key is needed; give it with dataset"):
             Transform.from_description(description, cache=cache)
 
 
@@ -240,9 +240,9 @@ def test_an_unknown_description_is_refused() -> None:
     ("spec", "images", "message"),
     [
         ("chanel", correlated(), "unknown transform 'chanel': did you mean 'channel'"),
-        ("channel", torch.zeros(5, 1, 4, 4), "channel 0 is constant: .*; give --transform none"),
+        ("channel", torch.zeros(5, 1, 4, 4), "channel 0 is constant: .*; give transform='none'"),
         ("zca-relative", torch.zeros(5, 1, 4, 4), "channel 0 is constant"),
-        ("zca", torch.zeros(2, 3, 65, 64), "too large for ZCA: .*; give --transform channel"),
+        ("zca", torch.zeros(2, 3, 65, 64), "too large for ZCA: .*; give transform='channel'"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(spec: str, images: Tensor, message: str) -> None:

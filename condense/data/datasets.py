@@ -28,7 +28,7 @@ from condense.data import store
 from condense.data.pixels import Array, brief, check_pixels, numpy_of, reason
 from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz
 from condense.files import expanded
-from condense.names import suggest
+from condense.names import spelt, suggest
 
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
 
@@ -301,9 +301,9 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
     try:
         train, test = read(True), read(False)
     except Exception as error:  # a damaged file raises nearly anything
-        mend = "check the network" if download else "add --download True"
+        mend = "check the network" if download else f"add {spelt('download', True)}"
         raise ValueError(
-            f"cannot read {name} from {root}: {reason(error)}; {mend}, or give --dataset PATH.npz"
+            f"cannot read {name} from {root}: {reason(error)}; {mend}, or give {spelt('dataset', 'PATH.npz')}"
         ) from error
     return _assemble(name, *train, *test, known=_table()[name])
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from condense.data.datasets import Known
 from condense.files import replacing
-from condense.names import suggest
+from condense.names import spelt, suggest
 
 if TYPE_CHECKING:
     from condense.data.images import Images
@@ -90,7 +90,7 @@ class Transform(ABC):
             raise ValueError(f"damaged description of a transform: {error!r}; write it again") from error
         if kind != "zca":
             raise ValueError(f"unknown transform {kind!r}: it is none of none, channel, zca; update condense")
-        needed = f"the training set with key {key} is needed; give it with --dataset"
+        needed = f"the training set with key {key} is needed; give it with {spelt('dataset')}"
         cached = _read_cache(cache, flavour, eps, key) if cache else None
         if cached:
             whitening = cached
@@ -234,7 +234,9 @@ def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tupl
     std = (torch.stack([chunk.square().sum((0, 2, 3)) for chunk in centred]).sum(0) / count).sqrt()
     rounded = [round(value, 6) for value in std.tolist()]
     if 0 in rounded:
-        raise ValueError(f"channel {rounded.index(0)} is constant: it cannot be normalised; give --transform none")
+        raise ValueError(
+            f"channel {rounded.index(0)} is constant: it cannot be normalised; give {spelt('transform', 'none')}"
+        )
     return tuple(round(value, 6) for value in mean.tolist()), tuple(rounded)
 
 
@@ -263,7 +265,7 @@ def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whi
     if d > _MAX_SIZE:
         raise ValueError(
             f"images of {d} values are too large for ZCA: at most {_MAX_SIZE} (3x64x64) are whitened; "
-            "give --transform channel"
+            f"give {spelt('transform', 'channel')}"
         )
     mean = torch.stack([chunk.flatten(1).sum(0) for chunk in _chunks(images)]).sum(0) / n
     scatter = torch.zeros(d, d, dtype=torch.float64)

@@ -43,6 +43,7 @@ from condense.data.reading import as_rgb, entries, read_images, read_npz
 from condense.data.transform import Transform
 from condense.exchange.tables import read_soft_labels
 from condense.files import check_expansion, read_foreign
+from condense.names import spelt
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels, Logits, Targets, Teacher
 from condense.synthetic.set import Origin, SyntheticSet
@@ -140,20 +141,23 @@ def as_set(
     shape, num = tuple(found.images.shape[1:]), arrays.num_classes
     if shape != arrays.image_shape:
         raise ValueError(
-            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give --dataset with the data they are of"
+            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give {spelt('dataset')} with the data "
+            "they are of"
         )
     labels, soft = found.labels, found.meaning != "classes"
     if found.classes and not soft:
         labels = torch.tensor(match(found.classes, arrays.classes))[labels]
     if soft and labels.shape[1] != num:
-        raise ValueError(f"labels for {labels.shape[1]} classes, {arrays.name} has {num}; give another --dataset")
+        raise ValueError(
+            f"labels for {labels.shape[1]} classes, {arrays.name} has {num}; give another {spelt('dataset')}"
+        )
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())}, {arrays.name} has {num} classes, 0..{num - 1}; "
             "give another --dataset"
         )
     if not decode.stores_pixels:
-        raise ValueError(f"published images are no {decode.name}; give --decode pixels or factor")
+        raise ValueError(f"published images are no {decode.name}; give {spelt('decode', 'pixels')} or factor")
     origin = Origin(
         dataset={
             "name": arrays.name,

@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from condense.inner.rollout import Rollout
 from condense.inner.rules import SGD, Adam, Params
+from condense.schema import Checked
 
 
 @dataclass(frozen=True)
-class Adjoint(ABC):
+class Adjoint(Checked, ABC):
     """A way to run a roll-out, and to get the gradient of what comes after back through it."""
 
     name: ClassVar[str]
@@ -73,6 +74,7 @@ class Checkpointed(Adjoint):
     """Distance of the points that are kept."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self.name, "every", self.every)
 
     def run(self, rollout: Rollout) -> Params:
@@ -111,6 +113,7 @@ class Truncated(Adjoint):
     """Steps before the window. The run ends with the window; later batches stay unused. None: all but it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self.name, "window", self.window)
 
     def run(self, rollout: Rollout) -> Params:
@@ -143,6 +146,7 @@ class RandomTruncated(Adjoint):
     """Steps that are differentiated."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self.name, "window", self.window)
         if not 0 <= self.lo <= self.hi:
             raise ValueError(f"{self.name}: lo {self.lo} and hi {self.hi} span no range; give 0 <= lo <= hi")

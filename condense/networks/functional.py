@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from condense.files import canonical_json
+from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, ImageShape, Network
 from condense.networks.foreign import Factory
 from condense.networks.registry import NetworkSpec, build, name_of, parse
@@ -142,7 +143,7 @@ class Functional:
         if not seen:
             raise ValueError(
                 f"{self.name} has no feature maps: none of its activations is a module that puts out (N, C, H, W); "
-                "give --network convnet"
+                f"give {spelt('network', 'convnet')}"
             )
         return seen, features
 

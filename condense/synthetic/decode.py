@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.names import spelt
+from condense.schema import Checked
+
 ImageShape = tuple[int, int, int]
 """(channels, height, width)"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode(ABC):
+class Decode(Checked, ABC):
     """How many images a latent holds, how images are stored and how they are read back."""
 
     name: ClassVar[str]
@@ -93,6 +96,7 @@ class Factor(Decode):
     """Images along each side of a stored image."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.factor < 1:
             raise ValueError(f"decode.factor must be at least 1, got {self.factor}; the published value is 2")
 
@@ -136,6 +140,7 @@ class DCT(Decode):
     """Coefficients kept of each channel; unset: a sixteenth of the pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.coefficients is not None and self.coefficients < 1:
             raise ValueError(f"decode.coefficients must be at least 1, got {self.coefficients}; try 64")
 
@@ -151,7 +156,7 @@ class DCT(Decode):
         if self.coefficients > pixels:
             raise ValueError(
                 f"decode.coefficients is {self.coefficients}, an image has {pixels} pixels a channel; "
-                f"give --decode.coefficients {pixels} or less"
+                f"give {spelt('decode.coefficients', pixels, 'DCT')} or less"
             )
         return self.coefficients
 
@@ -227,6 +232,7 @@ class Bases(Decode):
     """images: the best fit of as many bases to the initial images. xavier: Xavier-uniform, as published."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_bases < 1:
             raise ValueError(f"decode.num_bases must be at least 1, got {self.num_bases}; try 16")
 
@@ -235,8 +241,9 @@ class Bases(Decode):
         rows = (budget - self.num_bases * basis) // (num_classes * self.num_bases)
         if rows < 1:
             raise ValueError(
-                f"{self.num_bases} bases of {basis} numbers leave too few of the {budget} that --ipc {ipc} buys for an "
-                f"image of each class; give --decode.num-bases {budget // (basis + num_classes)} or less"
+                f"{self.num_bases} bases of {basis} numbers leave too few of the {budget} that {spelt('ipc', ipc)} "
+                "buys for an image of each class; give "
+                f"{spelt('decode.num_bases', budget // (basis + num_classes), 'Bases')} or less"
             )
         return rows
 
@@ -288,6 +295,7 @@ class Hallucinator(Decode):
     """Networks, and so images made of a latent."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_styles < 1:
             raise ValueError(f"decode.num_styles must be at least 1, got {self.num_styles}; the published value is 5")
 
@@ -297,7 +305,7 @@ class Hallucinator(Decode):
 
     def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
         if min(image_shape[1:]) < 3:
-            raise ValueError(f"{self.name} needs images of at least 3 x 3 pixels; give --decode pixels")
+            raise ValueError(f"{self.name} needs images of at least 3 x 3 pixels; give {spelt('decode', 'pixels')}")
         return ipc
 
     def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.schema import Checked
+
 
 class Provider(nn.Module, ABC):
     """Targets of the latents of one set."""
@@ -20,7 +22,7 @@ class Provider(nn.Module, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels(ABC):
+class Labels(Checked, ABC):
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
@@ -53,6 +55,7 @@ class Logits(Labels):
     """Initial probability of the image's class; the rest is shared evenly."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.confidence < 1:
             raise ValueError(f"labels.confidence must lie between 0 and 1, got {self.confidence}; try 0.9")
 
@@ -76,6 +79,7 @@ class Targets(Labels):
     """Of the initial targets: a one-hot vector less 1/C, times this."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.scale > 0:
             raise ValueError(f"labels.scale must be positive, got {self.scale}; try 1.0")
 

@@ -20,6 +20,7 @@ from condense.eval.crossarch import SetScorer, decoded, load_test, settled, tran
 from condense.eval.protocol import Protocol
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schema import Checked
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Split
 
@@ -103,7 +104,7 @@ class Findings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Application(ABC):
+class Application(Checked, ABC):
     """Its fields are its choices."""
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:

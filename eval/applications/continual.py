@@ -18,6 +18,7 @@ from torch import Tensor
 
 from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
 from condense.eval.protocol import fixed
+from condense.names import spelt
 from condense.synthetic.set import SyntheticSet
 
 
@@ -35,6 +36,7 @@ class Continual(Application):
     """How networks are trained."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_groups < 1 or self.num_seeds < 1:
             raise ValueError(f"num_groups and num_seeds must be at least 1, got {self.num_groups} and {self.num_seeds}")
 
@@ -42,7 +44,8 @@ class Continual(Application):
         num_classes = setting.arrays.num_classes
         if self.num_groups > num_classes:
             raise ValueError(
-                f"{num_classes} classes cannot arrive in {self.num_groups} groups; give --num-groups {num_classes}"
+                f"{num_classes} classes cannot arrive in {self.num_groups} groups; "
+                f"give {spelt('num_groups', num_classes)}"
             )
         plan, network = fixed(self.protocol), setting.network(self.network)
         memories = setting.to_train_on(baselines)

@@ -17,6 +17,7 @@ import torch
 
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.protocol import PROTOCOLS, fixed
+from condense.names import spelt
 from condense.synthetic.set import SyntheticSet
 
 
@@ -44,8 +45,9 @@ class NAS(Application):
     """Networks of each architecture, whose accuracies are averaged."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.architectures()) < 3:
-            raise ValueError("a ranking needs three architectures or more; give e.g. --widths 16 32 64")
+            raise ValueError(f"a ranking needs three architectures or more; give e.g. {spelt('widths', (16, 32, 64))}")
         if self.num_epochs < 1 or self.max_real < 1 or self.num_seeds < 1:
             raise ValueError("num_epochs, max_real and num_seeds must be at least 1; leave them at their defaults")
 

@@ -42,6 +42,7 @@ class Privacy(Application):
     """Epochs of the network that is trained on the members themselves."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.num_members, self.num_seeds, self.num_epochs) < 1:
             raise ValueError("num_members, num_seeds and num_epochs must be at least 1; leave them at their defaults")
 

@@ -28,6 +28,7 @@ from condense.eval.baselines import full_data, kept
 from condense.eval.crossarch import evaluate, require_held_out
 from condense.eval.protocol import Protocol, fixed, own
 from condense.files import checksum
+from condense.names import spelt
 from condense.synthetic.set import SyntheticSet
 
 
@@ -43,12 +44,13 @@ class Ranking(Application):
     """How networks are trained on images with classes. dd-ranking chooses its learning rate on held-out real images."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         if "random" not in baselines:
-            raise ValueError("the scores compare with random images; give --baselines random")
+            raise ValueError(f"the scores compare with random images; give {spelt('baselines', ('random',))}")
         if fixed(self.protocol).holds_out:
             require_held_out(syn)
         if syn.label_kind.space != "classes":

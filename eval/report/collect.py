@@ -13,6 +13,7 @@ from typing import Any
 from condense import runs
 from condense.eval import crossarch
 from condense.files import checksum, read_json
+from condense.names import spelt
 from condense.schema import from_json, mismatch
 from condense.synthetic.files import load
 from condense.synthetic.set import SyntheticSet
@@ -78,7 +79,7 @@ def collect(folder: Path) -> Run:
     if not folder.is_dir() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote")
     if not finished.exists():
-        raise ValueError(f"{folder} is not finished; the command that began it continues with --resume")
+        raise ValueError(f"{folder} is not finished; the command that began it continues with {spelt('resume', True)}")
     syn, evaluation = load(finished), folder / "evaluation.json"
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
     results = crossarch.read_complete(evaluation) if evaluation.exists() else []
