@@ -45,10 +45,9 @@ class Log:
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
         self._path, self._sinks = path, sinks
         with reporting(path):
-            cut = path.exists() and _is_cut(path)
+            if path.exists():
+                _end_with_a_line(path)
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process leaves every line
-            if cut:
-                self._file.write("\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line as it is; for events."""
@@ -80,12 +79,14 @@ LONGEST_LINE = 4 << 20
 """Bytes of one line of a log."""
 
 
-def _is_cut(path: Path) -> bool:
-    """Whether the last line of a file is half-written."""
-    with open(path, "rb") as file:
+def _end_with_a_line(path: Path) -> None:
+    """Cut off a half-written record at the end of a file, as a killed process leaves one."""
+    with open(path, "rb+") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        return file.read(1) not in (b"", b"\n")
+        file.seek(max(size - LONGEST_LINE, 0))
+        tail = file.read()
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

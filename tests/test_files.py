@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from condense import artifacts, runs
+from condense import artifacts
 from condense.eval import crossarch
 from condense.eval.report.collect import collect
 from condense.files import read_tensors
@@ -34,7 +34,7 @@ def test_a_run_of_version_0_1_is_read_as_it_was() -> None:
     assert run.method == "dm" and run.ipc == 1 and [line["step"] for line in run.log] == [1, 2]
     assert [row["network"] for row in run.results] == ["convnet:depth=1,width=4", "mlp"]
     assert run.uses[0]["rows"] == (("dm", "83.3", "72.2"),)
-    assert run.record["seconds"] == 0.04 and runs.source_of(OLD / "run", "") == "tiny"
+    assert run.record["seconds"] == 0.04 and run.record["dataset"] == "tiny"
     tensors, header = read_tensors(OLD / "run" / "checkpoint.safetensors", "checkpoint")
     assert header["step"] == 2 and tensors.keys() == load_file(OLD / "run" / "checkpoint.safetensors").keys()
     assert len(crossarch.read(OLD / "run" / "evaluation.json")) == 2

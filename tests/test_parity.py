@@ -117,16 +117,15 @@ def test_networks_at_full_size_put_out_what_the_published_ones_do(case: str) -> 
 
 @pytest.mark.parametrize("case", LARGE_NETWORKS)
 def test_fresh_weights_are_spread_as_the_published_ones(case: str) -> None:
-    """torch's generator draws the same numbers from the same seed in the release that recorded them."""
+    """torch's generator draws the same numbers from the same seed, to the rounding of the instruction set."""
     recorded = Recorded("01_networks_large")
     shape, name = case.split("/")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build(recorded.meta["variants"][name]["spec"], tuple(recorded.meta["shapes"][shape]), 10)
     parameters = [p.detach().double() for p in network.parameters()]
-    tolerance = TOLERANCE if torch.__version__ == recorded.meta["torch"] else 1e-5
-    assert_close(torch.stack([p.mean() for p in parameters]), recorded[f"{case}/init_mean"], tolerance)
-    assert_close(torch.cat([p.flatten()[:4] for p in parameters]), recorded[f"{case}/init_first"], tolerance)
+    assert_close(torch.stack([p.mean() for p in parameters]), recorded[f"{case}/init_mean"], 1e-5)
+    assert_close(torch.cat([p.flatten()[:4] for p in parameters]), recorded[f"{case}/init_first"], 1e-5)
 
 
 @pytest.mark.parametrize("case", OPERATIONS)

@@ -197,16 +197,19 @@ def cell(accuracy: float) -> Cell:
 def test_evaluations_at_once_keep_each_others_networks(tmp_path: Path) -> None:
     target, packed = tmp_path / "evaluation.json", cell(1.0)
 
+    def asked(number: int) -> dict[str, Any]:
+        return {"network": f"net{number}", "numbers": len(packed.pack())}
+
     def work(number: int) -> None:
         journal = Journal(target, 0)
         for k in range(8):
-            journal.add({"network": f"net{number}"}, k, packed)
+            journal.add(asked(number), k, packed)
         if number % 2:
             journal.remove()
 
     at_once(work)
     journal = Journal(target, 0)
-    found = [sorted(journal.find({"network": f"net{number}"})) for number in range(4)]
+    found = [sorted(journal.find(asked(number))) for number in range(4)]
     assert found == [list(range(8)), [], list(range(8)), []]
     journal.remove()
     assert list(tmp_path.iterdir()) == []
