@@ -91,7 +91,7 @@ def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("run.json", "log.jsonl", "checkpoint.previous.safetensors")
+        if path.is_file() and path.name not in ("run.json", "log.jsonl")
     }
     steps = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
     return found | {"log": steps, "record": sorted(json.loads((folder / "run.json").read_text()))}
