@@ -91,14 +91,15 @@ def cache_folder() -> Path | None:
     place = os.environ.get("CONDENSE_CACHE", "~/.cache/condense")
     try:
         if not place:
-            raise ValueError("CONDENSE_CACHE is empty; give a folder")
+            raise ValueError("CONDENSE_CACHE is empty")
         folder = expanded(place)
         check_writable(folder)
         return folder
     except ValueError as error:
         if place not in _uncached:
             _uncached.add(place)
-            warnings.warn(f"nothing is cached: {error}", stacklevel=2)
+            mend = "set CONDENSE_CACHE to a folder that can be written to"
+            warnings.warn(f"nothing is cached: {error}; {mend}", stacklevel=2)
         return None
 
 

@@ -256,13 +256,18 @@ def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
 def keep_compiled(folder: Path | None) -> None:
     """Let torch.compile keep what it makes in ``folder`` from run to run, unless the environment names a place.
 
-    torch makes this folder when it imports its compiler, and fails where it cannot. So without ``folder``, and with a
-    warning where it cannot be written to, the place is a temporary folder that is removed when the process ends.
+    torch makes this folder when it imports its compiler, and fails where it cannot; it also fails to compile where the
+    path has spaces, quotes or backslashes. In these cases, with a warning, and without ``folder`` the place is a
+    temporary folder, which is removed when the process ends.
     """
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     place = Path(named) if named else folder
     if place is not None:
         try:
+            if set(str(place.absolute())) & (set("'\"\\ ") - {os.sep}):
+                raise ValueError(
+                    f"compilers do not take the path {place}; set TORCHINDUCTOR_CACHE_DIR to another folder"
+                )
             check_writable(place)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
             return

@@ -22,6 +22,7 @@ import pytest
 
 import condense
 from condense import api, cli, engine, files, registry, runs
+from condense.compute import keep_compiled
 from condense.data.datasets import Arrays
 from condense.eval.protocol import PROTOCOLS
 from condense.files import content, read_header
@@ -91,7 +92,7 @@ def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("run.json", "log.jsonl", "checkpoint.previous.safetensors")
+        if path.is_file() and path.name not in ("run.json", "log.jsonl")
     }
     steps = [record for record in read_log(folder / "log.jsonl") if "event" not in record]
     return found | {"log": steps, "record": sorted(json.loads((folder / "run.json").read_text()))}
@@ -280,19 +281,20 @@ def test_a_cache_that_cannot_be_used_is_done_without(
     assert not list((tmp_path / "here").iterdir()) and len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("name", ["file", "with space", "quote'd", "back\\slash"])
 def test_compiled_code_goes_to_a_temporary_folder_where_its_place_cannot_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="compiled code is not kept: .*File exists"):
-        api.keep_compiled(tmp_path / "other")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
+    with pytest.warns(UserWarning, match="compiled code is not kept: "):
+        keep_compiled(tmp_path / "other")
     scratch = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert scratch.is_dir() and tmp_path not in scratch.parents
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    api.keep_compiled(tmp_path / "other")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
     scratch.rmdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    keep_compiled(tmp_path / "other")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
 
 
 def test_a_run_goes_on_wherever_its_data_lie(
