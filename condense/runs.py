@@ -16,6 +16,7 @@ from condense import __version__
 from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
 from condense.files import read_json, read_yaml, write_text
+from condense.names import printable
 from condense.recipe import Recipe, to_mapping
 from condense.schema import from_json, mismatch
 
@@ -39,7 +40,7 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
         raise ValueError(f"{folder} already holds a run; give --resume to continue it, or another --out")
     different = _difference(_read(written), to_mapping(plan))
     if different is not None:
-        name, old, new = different
+        name, old, new = (printable(str(part), 60) for part in different)
         raise ValueError(
             f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another --out"
         )

@@ -178,11 +178,13 @@ def _read_images_file(path: Path) -> Foreign:
 
 
 def _step_size(value: Any, path: Path) -> float:
-    """A positive number, or the first one of a tensor or of a list of numbers."""
+    """A positive number, or the first one of a tensor, an array or a list."""
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "uif":
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor) and _is_whole(value) and value.numel():
         value = value.detach().reshape(-1)[0].item()
-    elif isinstance(value, list | tuple) and value:
-        value = value[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(
             f"{path} holds {brief(value)}: a step size is a positive number; remove the file to do without"
@@ -209,6 +211,8 @@ def _read_npz(path: Path) -> Foreign:
     if images is None or labels is None:
         names = printable(", ".join(arrays) or "nothing", 100)
         raise ValueError(f"{path} holds {names}; it needs the arrays `images` and `labels`")
+    if images.dtype.kind not in "uif" or labels.dtype.kind not in "uif":
+        raise ValueError(f"{path} holds images of {images.dtype} and labels of {labels.dtype}; both must be numbers")
     scale = 255 if images.dtype == np.uint8 else 1
     images = images[:, None] if images.ndim == 3 else images
     if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
