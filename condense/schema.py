@@ -12,6 +12,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
+from condense.names import printable
+
 T = TypeVar("T")
 
 
@@ -97,7 +99,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
 def brief(value: Any) -> str:
     """A value in a message: on one line, without control characters, and short."""
     try:
-        text = repr(value)
+        text = printable(" ".join(repr(value).split()))
     except Exception:
         text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:56]}..."
