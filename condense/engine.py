@@ -222,7 +222,8 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
         template = _fields(state)
         values = _unflatten(template, found.state, tensors, "")
         if not isinstance(values, dict) or values.keys() != template.keys():
-            raise ValueError(f"it holds {brief(values)}, the state of the method has {', '.join(template)}")
+            found_names = list(values) if isinstance(values, dict) else values
+            raise ValueError(f"it holds {brief(found_names)}, the state of the method has {', '.join(template)}")
     except ValueError as error:
         raise ValueError(
             f"{source} does not fit the state of this method: {error}; choose another {spelt('out')} to begin anew"

@@ -17,7 +17,7 @@ from condense import __version__
 from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
 from condense.files import content, expanded, locked, read_json, read_yaml, write_text
-from condense.names import spelt
+from condense.names import printable, spelt
 from condense.recipe import Recipe, to_mapping
 from condense.schema import from_json, mismatch
 
@@ -75,7 +75,7 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
     theirs = {"fingerprint": ours["fingerprint"]} | _read(written) | {"dataset": ours["dataset"]}
     different = _difference(theirs, ours)
     if different is not None:
-        name, old, new = different
+        name, old, new = (printable(str(part), 60) for part in different)
         raise ValueError(
             f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
-from condense.names import suggest
+from condense.names import printable, suggest
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -161,7 +161,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
 def brief(value: Any) -> str:
     """A value in a message: on one line, without control characters, and short."""
     try:
-        text = repr(value)
+        text = printable(" ".join(repr(value).split()))
     except Exception:
         text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:56]}..."

@@ -96,8 +96,9 @@ class Result:
         for k, accuracy in enumerate(self.accuracies):
             scores = {name: of_each[k] for name, of_each in self.metrics.items()}
             from_json(Scores, {"accuracy": accuracy, **scores}, f"metrics of network {k}")
-        if len({len(of_classes) for of_classes in self.metrics["per_class"]}) > 1:
-            raise ValueError("metrics, per_class: networks of different numbers of classes")
+        for name in ("per_class", "reliability"):
+            if len({len(of_one) for of_one in self.metrics[name]}) > 1:
+                raise ValueError(f"metrics, {name}: networks of different numbers of classes or bins")
         sizes = self.stored_bytes.values()
         if min(self.full_bytes, self.num_images, *sizes) < 0 or not sum(sizes):
             raise ValueError(f"stored_bytes {brief(dict(self.stored_bytes))} are none, or fewer than none")

@@ -11,7 +11,7 @@ from condense import engine
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.files import write_tensors
+from condense.files import read_tensors, write_tensors
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
 from condense.rng import Rng
@@ -109,6 +109,48 @@ def test_a_checkpoint_of_another_recipe_is_refused(ctx: Context, tmp_path: Path)
     with pytest.raises(ValueError, match="another recipe"):
         run(Shrink(), ctx, tmp_path, resume=True)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: [["syn", 3]], "3 at '.syn' is not what the method keeps there"),
+        (lambda state: state[:1], "the state of the method has syn, optimisers, learned, average"),
+        (lambda state: [*state, ["more", 1]], "the state of the method has"),
+        (lambda state: [["syn", {"module": {"dict": []}}], *state[1:]], "what is kept at '.syn' does not fit"),
+        (lambda state: [*state[:1], ["optimisers", {"dict": [["latents", {"tensor": "x"}]]}], *state[2:]], "at '.opt"),
+        (lambda state: [["syn", {"module": {"dict": 3}}]], "is not what the method keeps there"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_method_is_refused(
+    change: Any, words: str, ctx: Context, tmp_path: Path
+) -> None:
+    run(Shrink(), ctx, tmp_path)
+    tensors, header = read_tensors(tmp_path / "checkpoint.safetensors", "checkpoint")
+    header["state"] = {"dict": change(header["state"]["dict"])}
+    write_tensors(tmp_path / "checkpoint.safetensors", tensors, header)
+    with pytest.raises(ValueError, match="does not fit the state of this method") as caught:
+        run(Shrink(), ctx, tmp_path, resume=True)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_a_later_step_is_refused(ctx: Context, tmp_path: Path) -> None:
+    run(Shrink(), ctx, tmp_path)
+    with pytest.raises(ValueError, match="is of step 12 of 11"):
+        run(Shrink(num_steps=11), ctx, tmp_path, resume=True)
+
+
+def test_a_log_with_a_bad_byte_does_not_stop_resumption(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 2)
+    with pytest.raises(ValueError):
+        run(Shrink(bad=7), ctx, tmp_path)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step": 3', b'"step": \xff', 1))
+    with pytest.warns(UserWarning, match=r"log\.jsonl has lines that hold no record; they are moved to"):
+        run(Shrink(), ctx, tmp_path, resume=True)
+    assert b"\xff" in (tmp_path / "log.jsonl.damaged").read_bytes()
 
 
 def test_validation_is_called_when_due_and_at_the_end(ctx: Context, tmp_path: Path) -> None:
