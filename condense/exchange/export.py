@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
     if path.exists():
-        raise ValueError(f"{path} exists already; remove it or give another place")
+        raise ValueError(f"{path} exists already; give another place")
     with torch.no_grad():
         images, targets = syn()
         pixels = transform.inverse(images).clamp(0, 1).cpu()
@@ -62,44 +64,51 @@ def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None
 
 def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """``CLASS/NNNN.png``, ``labels.csv`` (file, label, class) and, where labels are soft, ``soft_labels.parquet``."""
-    staged = path.with_name(f".{path.name}.next")
-    shutil.rmtree(staged, ignore_errors=True)
-    names = _write_images(syn, pixels, targets, staged)
-    with open(staged / "labels.csv", "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "label", "class"])
-        classes = syn.origin.dataset["classes"]
-        rows.writerows(
-            [name, label, classes[label]] for name, label in zip(names, _classes(targets).tolist(), strict=True)
-        )
-    if targets.dim() == 2:
-        arrow, parquet = tables.arrow()
-        soft = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
-        parquet.write_table(arrow.table({"file": names, "soft_label": soft}), staged / tables.SOFT_LABELS)
-    write_text(staged / "origin.json", _origin(syn) + "\n")
-    staged.rename(path)
+    with _staged(path) as staged:
+        names = _write_images(syn, pixels, targets, staged)
+        with open(staged / "labels.csv", "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file", "label", "class"])
+            classes = syn.origin.dataset["classes"]
+            rows.writerows(
+                [name, label, classes[label]] for name, label in zip(names, _classes(targets).tolist(), strict=True)
+            )
+        if targets.dim() == 2:
+            arrow, parquet = tables.arrow()
+            soft = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
+            parquet.write_table(arrow.table({"file": names, "soft_label": soft}), staged / tables.SOFT_LABELS)
+        write_text(staged / "origin.json", _origin(syn) + "\n")
 
 
 def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """A folder that ``datasets.load_dataset`` reads: ``data/train.parquet`` with images as PNG, classes and, where
-    labels are soft, their probabilities; and a card."""
+    labels are soft, their values for each class; and a card."""
     arrow, parquet = tables.arrow()
-    staged = path.with_name(f".{path.name}.next")
-    shutil.rmtree(staged, ignore_errors=True)
-    names = _write_images(syn, pixels, targets, staged / "images")
-    rows = [{"bytes": (staged / "images" / name).read_bytes(), "path": name} for name in names]
-    shutil.rmtree(staged / "images")
-    classes = list(syn.origin.dataset["classes"])
-    features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
-    columns = {"image": arrow.array(rows), "label": arrow.array(_classes(targets).tolist(), type=arrow.int64())}
-    if targets.dim() == 2:
-        columns["soft_label"] = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
-        features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
-    table = arrow.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    (staged / "data").mkdir()
-    parquet.write_table(table, staged / "data" / "train.parquet")
-    write_text(staged / "README.md", _card(syn, len(names)))
-    staged.rename(path)
+    with _staged(path) as staged:
+        names = _write_images(syn, pixels, targets, staged / "images")
+        rows = [{"bytes": (staged / "images" / name).read_bytes(), "path": name} for name in names]
+        shutil.rmtree(staged / "images")
+        classes = list(syn.origin.dataset["classes"])
+        features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+        columns = {"image": arrow.array(rows), "label": arrow.array(_classes(targets).tolist(), type=arrow.int64())}
+        if targets.dim() == 2:
+            columns["soft_label"] = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
+            features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
+        facts = {"huggingface": json.dumps({"info": {"features": features}})}
+        table = arrow.table(columns).replace_schema_metadata(facts)
+        (staged / "data").mkdir()
+        parquet.write_table(table, staged / "data" / "train.parquet")
+        write_text(staged / "README.md", _card(syn, len(names)))
+
+
+@contextlib.contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """A new folder to fill; on success it becomes ``path``, else it is removed."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        folder = Path(scratch, "new")
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
 
 
 FORMATS: dict[str, Callable[[SyntheticSet, Tensor, Tensor, Path], None]] = {

@@ -140,20 +140,20 @@ def as_set(
     shape, num = tuple(found.images.shape[1:]), arrays.num_classes
     if shape != arrays.image_shape:
         raise ValueError(
-            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give --dataset with the data they are of"
+            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give the dataset they were made from"
         )
     labels, soft = found.labels, found.meaning != "classes"
     if found.classes and not soft:
         labels = torch.tensor(match(found.classes, arrays.classes))[labels]
     if soft and labels.shape[1] != num:
-        raise ValueError(f"labels for {labels.shape[1]} classes, {arrays.name} has {num}; give another --dataset")
+        raise ValueError(f"labels for {labels.shape[1]} classes, {arrays.name} has {num}; give another dataset")
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())}, {arrays.name} has {num} classes, 0..{num - 1}; "
-            "give another --dataset"
+            "give another dataset"
         )
     if not decode.stores_pixels:
-        raise ValueError(f"published images are no {decode.name}; give --decode pixels or factor")
+        raise ValueError(f"published images are no {decode.name}; give pixels or factor for decode")
     origin = Origin(
         dataset={
             "name": arrays.name,
@@ -204,7 +204,7 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
         if label in seen:
             raise ValueError(
                 f"the folders {brief(seen[label])!r} and {brief(folder)!r} both match the class {classes[label]!r}; "
-                "put their images into one"
+                "give each class one folder"
             )
         seen[label] = folder
     return list(seen)
@@ -262,7 +262,7 @@ def _warn_of_other_space(found: Foreign, transform: Transform, spec: str) -> Non
     if found.space == "transformed" and low >= 0 and transform.describe()["kind"] != "none":
         warnings.warn(
             f"the images have values from {low:.3g} to {high:.3g}, none below 0, as if they had not gone through "
-            f"{spec}; pixels in [0, 1] are imported with --transform none, others are divided first",
+            f"{spec}; pixels in [0, 1] are imported with the transform none, others are divided first",
             stacklevel=2,
         )
 
