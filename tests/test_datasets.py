@@ -949,7 +949,7 @@ def test_odd_paths_are_refused(path: str) -> None:
         ([f"c{i}" for i in range(10_000)], "has 10000 names for 12 training images"),
         (["a", "b", "b"], "has two classes of the name b"),
         (["a", "b\n", "c"], r"class name 'b\\n'"),
-        (["a", "b" * 10_000, "c"], "has at most 200 characters"),
+        (["a", "b" * 10_000, "c"], "has at most 200 bytes"),
         ([1j, 2j, 3j], "is complex128 of shape"),
         ([["a", "b", "c"]], r"shape \(1, 3\)"),
         ([b"a", b"\xff", b"c"], "other than ASCII"),
@@ -1021,6 +1021,9 @@ def break_folder(folder: Path, case: str) -> None:
             (folder / "train" / "notes.txt").touch()
         case "an empty class":
             (folder / "train" / "bb").mkdir()
+        case "no test images":
+            for file in (folder / "test").glob("*/*"):
+                file.unlink()
         case "no test folder":
             (folder / "test").rename(folder / "tset")
 
@@ -1035,6 +1038,7 @@ def break_folder(folder: Path, case: str) -> None:
         ("a class in test only", "/d is no class"),
         ("a file among the classes", "notes.txt is no class"),
         ("an empty class", "bb has no image: each class"),
+        ("no test images", "test has no images: it holds a folder"),
         ("no test folder", "test is not a folder"),
     ],
 )

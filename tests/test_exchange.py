@@ -238,7 +238,7 @@ class TestValues:
         self, real: tuple[Tensor, Tensor], tmp_path: Path
     ) -> None:
         source = published.res(tmp_path, *real)
-        with pytest.warns(UserWarning, match="none below 0, as if they had not gone through channel.*--transform none"):
+        with pytest.warns(UserWarning, match=r"none below 0, as if .*through channel.*the transform none"):
             api.import_set(source, "digits")
         torch.testing.assert_close(pixels_of(api.import_set(source, "digits", transform="none")), real[0])
         with pytest.raises(ValueError, match="the images are uint8"):
@@ -469,6 +469,20 @@ def test_damaged_soft_labels_are_refused(damage: str, syn: SyntheticSet, tmp_pat
         read(folder)
     table.unlink()
     assert read(folder).meaning == "classes"
+
+
+@pytest.mark.parametrize("kind", ["folder", "huggingface"])
+def test_a_folder_that_cannot_be_finished_is_not_left(
+    kind: str, syn: SyntheticSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("condense.exchange.export.write_text", full)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*: No space left on device"):
+        api.export_set(syn, tmp_path / "out" / "there", kind)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from condense import artifacts, cli, exchange, recipe, tracking
+from condense import artifacts, cli, exchange, recipe, runs, tracking
 from condense.compute import peak_memory
 from condense.eval import crossarch
 from condense.eval.report.collect import collect, uses_of

@@ -353,6 +353,8 @@ def _load_folder(folder: Path) -> Arrays:
                 raise ValueError(f"{class_folder} has no image: each class needs at least one; move the folder away")
             files += inside
             labels[split] += [classes.index(class_folder.name)] * len(inside)
+        if not files:
+            raise ValueError(f"{folder / split} has no images: it holds a folder of images for each class; add them")
         for file, image in read_images(files):
             first = first or image.shape[:2]
             if image.shape[:2] != first:
@@ -396,9 +398,9 @@ def _load_datasets(parts: Sequence[Dataset[Any]]) -> Arrays:
                 "give two parts with the same classes"
             )
         images, labels = read[1]
-        if labels.max() < len(names[1]):
-            order = sorted(names[1], key=names[1].__getitem__)
-            read[1] = images, np.array([train[name] for name in order])[labels]
+        _check_range("the test part", labels, len(names[1]), "class_to_idx has to tell the labels of the items")
+        order = sorted(names[1], key=names[1].__getitem__)
+        read[1] = images, np.array([train[name] for name in order])[labels]
     count = int(read[0][1].max()) + 1
     return _assemble(
         "custom",

@@ -139,10 +139,11 @@ def check_names(where: str, names: Iterable[Any]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in map(str, names):
-        if len(name) > _LONGEST_NAME or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        odd = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+        if odd or len(name.encode()) > _LONGEST_NAME:
             raise ValueError(
-                f"{where} has the class name {brief(ascii(name))}: a name has at most {_LONGEST_NAME} characters, and "
-                "no line breaks or broken ones among them; rename the class"
+                f"{where} has the class name {brief(ascii(name))}: a name has at most {_LONGEST_NAME} bytes, and "
+                "no line breaks or broken characters; rename the class"
             )
         if name in found:
             raise ValueError(
@@ -152,4 +153,4 @@ def check_names(where: str, names: Iterable[Any]) -> list[str]:
     return list(found)
 
 
-_LONGEST_NAME = 200
+_LONGEST_NAME = 200  # bytes: with a number before it, the name of a folder

@@ -36,7 +36,7 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
     if path.exists():
-        raise ValueError(f"{path} exists already; remove it or give another place")
+        raise ValueError(f"{path} exists already; give another place")
     with torch.no_grad():
         images, targets = syn()
         pixels = transform.inverse(images).clamp(0, 1).cpu()
@@ -89,7 +89,7 @@ def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> N
 
 def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """A folder that ``datasets.load_dataset`` reads: ``data/train.parquet`` with images as PNG, classes and, where
-    labels are soft, their probabilities; and a card."""
+    labels are soft, their values for each class; and a card."""
     arrow, parquet = tables.arrow()
     names = _write_images(syn, pixels, targets, path / "images")
     rows = [{"bytes": (path / "images" / name).read_bytes(), "path": name} for name in names]

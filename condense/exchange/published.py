@@ -154,7 +154,7 @@ def as_set(
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())}, {arrays.name} has {num} classes, 0..{num - 1}; "
-            "give another --dataset"
+            f"give another {spelt('dataset')}"
         )
     if not decode.stores_pixels:
         raise ValueError(f"published images are no {decode.name}; give {spelt('decode', 'pixels')} or factor")
@@ -208,7 +208,7 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
         if label in seen:
             raise ValueError(
                 f"the folders {brief(seen[label])!r} and {brief(folder)!r} both match the class {classes[label]!r}; "
-                "put their images into one"
+                "give each class one folder"
             )
         seen[label] = folder
     return list(seen)
@@ -266,7 +266,7 @@ def _warn_of_other_space(found: Foreign, transform: Transform, spec: str) -> Non
     if found.space == "transformed" and low >= 0 and transform.describe()["kind"] != "none":
         warnings.warn(
             f"the images have values from {low:.3g} to {high:.3g}, none below 0, as if they had not gone through "
-            f"{spec}; pixels in [0, 1] are imported with --transform none, others are divided first",
+            f"{spec}; pixels in [0, 1] are imported with the transform none, others are divided first",
             stacklevel=2,
         )
 
