@@ -225,7 +225,7 @@ def list_(words: list[str]) -> None:
         "recipes": lambda: {name: _source(path) for name, path in recipe.recipe_files().items()},
         "protocols": lambda: {
             **{name: plan.describe() for name, plan in PROTOCOLS.items()},
-            "own": "the training stored in the file: its labels, its learned step size",
+            "own": "the training stored in the file: its network, its labels, its learned step size",
         },
     }
     if len(kinds) != 1 or kinds[0] not in tables:

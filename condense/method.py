@@ -95,13 +95,10 @@ class Lamb(torch.optim.Optimizer):
                 if not state:
                     state |= {"step": 0, "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
                 state["step"] += 1
-                state["mean"].lerp_(param.grad, 1 - beta_1)
-                state["square"].mul_(beta_2).addcmul_(param.grad, param.grad, value=1 - beta_2)
-                mean, square = (
-                    state["mean"] / (1 - beta_1 ** state["step"]),
-                    state["square"] / (1 - beta_2 ** state["step"]),
-                )
-                u = mean / (square.sqrt() + group["eps"])
+                mean, square, step = state["mean"], state["square"], state["step"]
+                mean.lerp_(param.grad, 1 - beta_1)
+                square.mul_(beta_2).addcmul_(param.grad, param.grad, value=1 - beta_2)
+                u = (mean / (1 - beta_1**step)) / ((square / (1 - beta_2**step)).sqrt() + group["eps"])
                 ratio = param.norm() / u.norm()
                 param.sub_(group["lr"] * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0) * u)
 
