@@ -89,7 +89,7 @@ class Augment(Checked):
     """Operations of this module, each at most once; none is the identity."""
     mode: Mode = "S"
     """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order. D: flip, color,
-    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
+    one of the others, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
     image has one operation of its own (DC's evaluation, RCIG's)."""
     align_corners: bool = False
     """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
@@ -168,7 +168,7 @@ class Augment(Checked):
         if ops and self.mode == "S":
             ops = _one_of(ops, gen)
         elif self.mode == "D":
-            geometric = _one_of([op for op in ops if op in ("crop", "scale", "rotate")], gen)
+            geometric = _one_of([op for op in ops if op not in ("flip", "color", "cutout")], gen)
             ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
         _, height, width = image_shape
         rows = 1 if siamese else num

@@ -110,8 +110,9 @@ class CAFE(GradientMethod):
             raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
 
     def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
-        forward = self.batch_real + 2 * self.batch_probe
-        return self.num_steps * num_classes * (forward / 3 + 2 * images_per_class)
+        epochs = min(self.window, self.max_epochs)  # between two updates, at least
+        forward = self.batch_real + (1 + epochs) * self.batch_probe
+        return self.num_steps * num_classes * (forward / 3 + (1 + epochs) * images_per_class)
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000 if task.augment.ops else 600)

@@ -174,6 +174,12 @@ def test_the_updates_of_a_student_are_bounded_and_a_fresh_one_follows(monkeypatc
     assert fresh == [False, True, False, True, False]
 
 
+def test_planned_work_counts_the_epochs_between_two_updates() -> None:
+    usual = CAFE(num_steps=1, batch_real=3, batch_probe=3)
+    assert usual.passes(0, 2, 5) == 2 * (1 + 11 + 11 * 5)
+    assert dataclasses.replace(usual, max_epochs=1).passes(0, 2, 5) == 2 * (1 + 2 + 2 * 5)
+
+
 def test_accuracies_are_of_training_images_only_and_fractions() -> None:
     ctx, method = make_context(NETWORK, "none"), small(batch_probe=256)
     state = method.init(ctx)
