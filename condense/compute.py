@@ -152,7 +152,7 @@ class _Precision(NamedTuple):
 
 def _precisions() -> list[_Precision]:
     """By the interface that this PyTorch has: it refuses to be asked by the older one once the newer was used."""
-    backends = torch.backends
+    backends: Any = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         operations = [
             *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),

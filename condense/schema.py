@@ -47,7 +47,8 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     kind = origin or annotation
     if not isinstance(kind, type):
         return None  # a type variable or an alias that says nothing at run time
-    if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str | bytes)):
+    fits = isinstance(value, kind)
+    if not fits or (kind is Sequence and isinstance(value, str | bytes)):
         return _not(value, annotation)
     if issubclass(kind, tuple) and args:
         return _of_tuple(value, args)
@@ -66,7 +67,7 @@ def check_fields(instance: Any, prefix: str = "") -> None:
         instance: a dataclass instance; fields that are dataclasses themselves are checked by their own constructor.
         prefix: what stands before the name of the field in the message, such as ``method.``.
     """
-    hints = annotations(type(instance))
+    hints = hints_of(type(instance))
     for field in dataclasses.fields(instance):
         line = mismatch(getattr(instance, field.name), hints[field.name])
         if line is not None:
@@ -84,7 +85,7 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
-        hints = annotations(type(self))
+        hints = hints_of(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             given = getattr(self, field.name)
             value = accepted(given, hints[field.name], type(self).__name__, field.name)
@@ -99,7 +100,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = signature.bind(*args, **kwargs)
-        hints = _hints_of(function)
+        hints = _hints_of_function(function)
         for name, value in given.arguments.items():
             if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
                 given.arguments[name] = accepted(value, hints[name], function.__name__, name)
@@ -108,7 +109,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-_hints_of = functools.cache(typing.get_type_hints)
+_hints_of_function = functools.cache(typing.get_type_hints)
 
 
 def accepted(value: Any, annotation: Any, owner: str, name: str) -> Any:
@@ -146,7 +147,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {_not(value, Mapping)}")
-    hints, found = annotations(kind), {}
+    hints, found = hints_of(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in value:
             found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
@@ -168,7 +169,7 @@ def brief(value: Any) -> str:
 
 
 @functools.cache
-def annotations(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
     """The resolved annotations of a dataclass, by field name; ``Any`` for those of a class whose annotations name what
     only type checkers import."""
     found: dict[str, Any] = {}
@@ -212,7 +213,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 def _in_python(annotation: Any) -> str:
     """What an annotation says, as a Python user names it."""
-    names = []
+    names: list[str] = []
     for option in _options(annotation):
         origin, args = typing.get_origin(option), typing.get_args(option)
         kind = origin or option

@@ -81,6 +81,11 @@ class Training(Checked):
                 f"training needs num_epochs >= 0, batch_size >= 1 and a finite lr > 0, got {self.num_epochs}, "
                 f"{self.batch_size} and {self.lr}; correct these fields"
             )
+        if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"training needs 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}; "
+                "usual values are 0.9 and 0.0005"
+            )
         for name, usual in {"cutmix": 0.5, "label_smoothing": 0.1}.items():
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)

@@ -53,6 +53,15 @@ class Protocol(Training):
     calibration: Calibration = "none"
     """How the confidence of the trained network is mended on held-out real images before it is scored."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 < lr < math.inf for lr in self.lr_grid):
+            raise ValueError(f"protocol.lr_grid needs finite learning rates > 0, got {self.lr_grid}; try 0.01 and 0.1")
+        if not all(min(pair) > 0 for pair in self.steps_for):
+            raise ValueError(
+                f"protocol.steps_for needs pairs (images, steps) > 0, got {self.steps_for}; try (100, 2000)"
+            )
+
     def augment_for(self, image_shape: ImageShape, own: str) -> Augment:
         """The augmentation of images of this shape; ``own`` is the data set's strategy. Raises ValueError on one that
         ``Augment.parse`` does not know."""

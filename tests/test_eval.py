@@ -348,8 +348,9 @@ class TestEvaluate:
 class TestFile:
     def test_a_row_says_what_decided_it(self, arrays: Arrays, tmp_path: Path) -> None:
         syn = make_set(arrays, recipe={"method": {"name": "dm"}})
+        plan = dataclasses.replace(SHORT, num_epochs=10)  # few, so that the two networks differ
         save(syn, tmp_path / "synthetic.safetensors")
-        run(syn, arrays, protocol=SHORT, seed=4).write(tmp_path / "evaluation.json")
+        run(syn, arrays, protocol=plan, seed=4).write(tmp_path / "evaluation.json")
         (row,) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
         assert row == {
             "method": "dm",
@@ -362,8 +363,8 @@ class TestFile:
             "interval": row["interval"],
             "n": 2,
             "protocol": "canonical*",
-            "protocol_hash": SHORT.hash,
-            "protocol_fields": SHORT.content(),
+            "protocol_hash": plan.hash,
+            "protocol_fields": plan.content(),
             "augment": "none",
             "seed": 4,
             "num_images": 3,
@@ -381,6 +382,7 @@ class TestFile:
             "compression": (arrays.x_train.nbytes + arrays.y_train.nbytes) / (3 * 64 * 4 + 3 * 8),
             "code": row["code"],
         }
+        assert len(set(row["accuracies"])) == 2 and max(row["accuracies"]) < 1
         assert row["seconds"] > 0 and row["peak_memory_bytes"] > 1e6
         # Student's t with one degree of freedom: its 97.5th percentile is tan(0.475 pi).
         half = math.tan(0.475 * math.pi) * row["std"] / math.sqrt(2)
