@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,18 +42,16 @@ GROUPS: dict[str, tuple[Group, int]] = {
 
 def main() -> None:
     words = _words()
+    root = process.preload()
     process.settle()
-    root = Path(tempfile.mkdtemp(prefix="torture-"))
-    here = os.getpid()
     try:
         sys.exit(_torture(World(root), words))
     finally:
-        if os.getpid() == here:
-            shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def _words() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", usage=__doc__, add_help=True)
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", usage=__doc__)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--share", type=float, default=1.0, help="of the cases that each group is meant to try")
@@ -104,5 +100,4 @@ def _state(words: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    process.preload()
     main()

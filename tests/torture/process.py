@@ -67,20 +67,20 @@ class _Report(ctypes.Structure):
     _fields_ = (("count", ctypes.c_long), ("call", ctypes.c_char * 16), ("path", ctypes.c_char * 496))
 
 
-def preload() -> None:
-    """Start this program again with the library that strikes calls; returns in the program that has it.
+def preload() -> Path:
+    """Start this program again with the library that strikes calls; in the program that has it, return its folder,
+    which is new and for any use.
 
     Raises:
-        ValueError: there is no C compiler.
+        RuntimeError: there is no C compiler.
     """
     if PRELOADED in os.environ:
-        return
-    library = Path(tempfile.mkdtemp(prefix="torture-"), "preload.so")
-    source = Path(__file__).with_name("preload.c")
+        return Path(os.environ[PRELOADED]).parent
+    library, source = Path(tempfile.mkdtemp(prefix="torture-"), "preload.so"), Path(__file__).with_name("preload.c")
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"cannot build {source.name}: {error}; install a C compiler") from error
+        raise RuntimeError(f"cannot build {source.name}: {error}; install a C compiler") from error
     wanted = {PRELOADED: str(library), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     os.execve(sys.executable, [sys.executable, "-m", __package__, *sys.argv[1:]], {**os.environ, **wanted})
 
