@@ -22,7 +22,7 @@ from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
-from condense.distributed import Ranks, joined
+from condense.distributed import AnotherFailed, Ranks, joined
 from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
@@ -338,9 +338,12 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
     """A command that the processes of torchrun share; only the first one prints."""
 
     def run(words: list[str]) -> None:
-        with joined(recipe.take(words, "--device")[1] or "auto") as ranks:
-            with contextlib.redirect_stdout(sys.stdout if ranks.first else None):
-                command(words, ranks)
+        try:
+            with joined(recipe.take(words, "--device")[1] or "auto") as ranks:
+                with contextlib.redirect_stdout(sys.stdout if ranks.first else None):
+                    command(words, ranks)
+        except AnotherFailed:  # one line is enough
+            raise SystemExit(2) from None
 
     return run
 

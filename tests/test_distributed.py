@@ -7,9 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense import api, cli, engine, registry
+from condense import api, cli, distributed, engine, registry
 from condense.artifacts import Trajectories, TrajectoryWriter, expert_file, read_manifest
 from condense.compute import Compute
 from condense.data.datasets import load
-from condense.distributed import Ranks, joined
+from condense.distributed import Ranks, joined, patience
 from condense.eval.protocol import PROTOCOLS
 from condense.files import read_tensors
 from condense.networks import Weights
@@ -256,9 +258,8 @@ def test_the_command_line(tiny_file: Path, tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
     refused = torchrun(2, *PATIENT, "-m", "condense", *words, run)
     lines = [line for line in refused.stderr.splitlines() if line.startswith("condense: ")]
-    assert refused.returncode != 0 and len(lines) == 2, refused.stderr
-    assert sum("already holds a run" in line and "rank" not in line for line in lines) == 1
-    assert sum("rank 1: another process" in line for line in lines) == 1
+    assert refused.returncode != 0 and len(lines) == 1, refused.stderr
+    assert "already holds a run" in lines[0] and "rank" not in lines[0]
     words = ["--num-seeds", "3", "--networks", "mlp", "--protocol.num-epochs", "5", "--device", "cpu"]
     words += ["--baselines", "k-center", "full"]
     scored = torchrun(2, "-m", "condense", "evaluate", run, *words, CONDENSE_CACHE=str(tmp_path / "cache"))
@@ -267,7 +268,164 @@ def test_the_command_line(tiny_file: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "one") == rows(tmp_path / "run")
 
 
+WAITING = """
+import os, signal, sys, time
+from pathlib import Path
+from condense import cli, commands, distributed
+distributed.SAID_AFTER, distributed.HEARD_WITHIN = 1.0, 2.0
+stopped, place, *words = sys.argv[1:]
+
+def first_ahead(self):
+    if self.rank == int(stopped):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return whole(self)
+
+whole, distributed.Ranks.first_ahead = distributed.Ranks.first_ahead, first_ahead
+Path(place, "imported" + os.environ["RANK"]).touch()
+while len(list(Path(place).glob("imported*"))) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.05)
+cli.main(words)
+"""
+"""A command; the process of that number stops when all have met. They set out together, however long imports take."""
+
+
+def side_by_side(size: int, *words: str, **environment: str) -> list[subprocess.Popen[str]]:
+    """Processes that meet as those of torchrun do, without the launcher that ends all when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words], env=os.environ | shared | environment | {"RANK": str(rank)}, cwd=ROOT, **pipes
+        )
+        for rank in range(size)
+    ]
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "stopped"), [(2, 1), (3, 2), (3, 0)])
+def test_a_process_that_hangs_is_named_and_given_up(size: int, stopped: int, tiny_file: Path, tmp_path: Path) -> None:
+    """Where it is the first one, nobody can be asked who else has arrived, and each of the others speaks."""
+    words = distill_words(tiny_file, tmp_path / "run")
+    begun = time.monotonic()
+    processes = side_by_side(size, "-c", WAITING, str(stopped), str(tmp_path), *words, CONDENSE_PATIENCE="6")
+    others = [process for rank, process in enumerate(processes) if rank != stopped]
+    said = [process.communicate(timeout=100)[1].splitlines() for process in others]
+    processes[stopped].kill()
+    processes[stopped].communicate()
+    assert all(process.returncode == 2 for process in others), said
+    assert time.monotonic() - begun < 100
+    first = 0 if stopped else 1
+    warning = rf"condense: warning: process {stopped} has not arrived where process {first} has waited for [124] s; "
+    assert any(re.fullmatch(warning + "this run gives up after 6 s", line) for line in said[0]), said
+    ends = [line for lines in said for line in lines if line.startswith("condense: ") and "warning" not in line]
+    assert all(f"process {stopped} did not arrive within 6 s; end all of them" in line for line in ends), said
+    assert len(ends) == (1 if stopped else 2) and all("CONDENSE_PATIENCE=SECONDS" in line for line in ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "refusing"), [(2, 1), (3, 0), (3, 2)])
+def test_of_data_that_one_process_refuses_its_line_alone_is_seen(
+    size: int, refusing: int, tiny_file: Path, tmp_path: Path
+) -> None:
+    words = distill_words(tiny_file, tmp_path / "run")
+    code = (
+        f"import os; from condense import cli; from condense.data import datasets\n"
+        f"if os.environ['RANK'] == '{refusing}': datasets._ARRAYS = ('x_missing',)\n"
+        f"cli.main({words!r})"
+    )
+    said = []
+    for process in side_by_side(size, "-c", code, CONDENSE_CACHE=str(tmp_path / "cache")):
+        said += process.communicate(timeout=100)[1].splitlines()
+        assert process.returncode == 2, said
+    (line,) = (line for line in said if not line.startswith("[W"))
+    rank = f"rank {refusing}: " if refusing else ""
+    assert line.startswith(f"condense: {rank}{tiny_file} has no x_missing"), said
+
+
 # In one process
+
+
+@pytest.fixture
+def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[distributed._Watch]]:
+    """What three processes know of each other."""
+    monkeypatch.setattr(distributed, "SAID_AFTER", 2.0)
+    monkeypatch.setattr(distributed, "HEARD_WITHIN", 2.0)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = [distributed._Watch(rank, 3, 7200.0) for rank in range(3)]
+    for watch in found:
+        watch.ask(store)
+        watch.meeting = 4
+    yield found
+    for watch in found:
+        watch.close()
+
+
+def test_who_has_not_arrived_is_said_by_one_process(
+    watches: list[distributed._Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: said.append(str(message)))
+    for watch in watches[1:]:
+        watch.meeting, watch.since = 5, time.monotonic()
+    end = time.monotonic() + 20
+    while not said and time.monotonic() < end:
+        time.sleep(0.05)
+    assert watches[1].missing() == watches[2].missing() == [0]
+    for watch in watches[1:]:
+        watch.since = None
+    wanted = r"process 0 has not arrived where process 1 has waited for [\d.]+ s; this run gives up after 2 h"
+    assert said and all(re.fullmatch(wanted, line) for line in said), said
+
+
+def test_of_processes_that_fail_one_speaks(watches: list[distributed._Watch]) -> None:
+    assert [watches[rank].speaks() for rank in (1, 0, 2)] == [True, False, False]
+    assert "process 1 of this run failed first" in str(watches[2].another_failed())
+    begun = time.monotonic()
+    watches[0].leave()
+    assert time.monotonic() - begun < 2
+
+
+def test_where_nobody_answers_the_first_process_is_missing(watches: list[distributed._Watch]) -> None:
+    for watch in watches:
+        watch.close()
+    for watch in watches:
+        watch._answered -= 3  # seconds
+    assert [watch.missing() for watch in watches] == [[1, 2], [0], [0]]
+    assert all(watch.speaks() for watch in watches)
+
+
+@pytest.mark.parametrize(
+    ("meeting", "late", "missing", "line"),
+    [
+        (0, True, [1], "cannot meet .*: process 1 did not arrive within 30 min; start all of them with torchrun"),
+        (0, False, [1], "cannot meet the other processes: address in use; start all of them with torchrun"),
+        (3, False, [], "another process of this run ended .*--resume.*"),
+        (3, True, [0, 1, 2], r"processes 0, 1 and 2 did not arrive within 2 h; .*--resume.* CONDENSE_PATIENCE=SECONDS"),
+        (3, True, [], "the processes exchanged nothing for 2 h, though all of them are there; .*"),
+    ],
+)
+def test_why_a_meeting_failed(meeting: int, late: bool, missing: list[int], line: str) -> None:
+    watch = distributed._Watch(0, 4, 7200.0)
+    watch.close()
+    watch.meeting = meeting
+    assert re.fullmatch(line, distributed._reason(watch, missing, late, RuntimeError("address in use\nat x.cpp")))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "soon"])
+def test_patience_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONDENSE_PATIENCE", raising=False)
+    assert patience() == 24 * 3600
+    monkeypatch.setenv("CONDENSE_PATIENCE", "90.5")
+    assert patience() == 90.5
+    monkeypatch.setenv("CONDENSE_PATIENCE", text)
+    with pytest.raises(ValueError, match=r"CONDENSE_PATIENCE is .* set it as in CONDENSE_PATIENCE=3600"):
+        patience()
 
 
 @pytest.mark.parametrize("size", range(1, 9))
