@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from condense.files import check_writable
 from condense.names import spelt
@@ -231,6 +232,17 @@ MAX_VARIANTS = 64
 """How many variants of one function (shapes, static inputs) torch.compile may keep."""
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Settings of torch.compile, in force where a compiled function is called.
+
+    Random numbers (dropout) come from the global generators in the order of the code, as they do eagerly: a function
+    and its derivative, compiled apart, then draw the same ones from the same state.
+    """
+    with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), inductor_config.patch(fallback_random=True):
+        yield
+
+
 def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` through torch.compile; from the first failure on as it is, with one warning."""
     compiled = torch.compile(fn, dynamic=False)
@@ -241,7 +253,7 @@ def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
         if failed:
             return fn(*inputs)
         try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+            with compiling():
                 return compiled(*inputs)
         except Exception as error:
             output = fn(*inputs)  # an error of its own is raised again here, undisguised

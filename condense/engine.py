@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -162,6 +163,14 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
         raise ValueError(
             f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
             f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
+        ) from error
+    except RuntimeError as error:
+        if not re.search("not (been )?implemented|does not support", str(error)):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{ctx.task.network.name} lacks a derivative that this method takes ({reason}): torch has none for one of "
+            "its layers; give another network, e.g. --network convnet"
         ) from error
 
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from condense.compute import compiled_or_eager
 from condense.names import suggest
+from condense.rng import Generators
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 Distance = Callable[[Tensors, Tensors], Tensor]
@@ -121,7 +122,7 @@ def matching_loss(
         images, targets: (N, C, H, W) and (N, ...); or of K sets at once, (K, N, C, H, W) and (K, N, ...). Then
             ``real_grads`` have K rows each, and the value is the sum over the sets.
         micro_batch: most images of one pass; more are gone through in pieces, for which ``loss_fn`` has to be a
-            mean over them. It changes nothing but rounding. One set only.
+            mean over them. It changes nothing but rounding, and which random numbers dropout draws. One set only.
     """
     inputs = (images, targets)
     wanted = tuple(i for i, x in enumerate(inputs) if x.requires_grad)
@@ -143,16 +144,20 @@ def feature_matching_loss(
     """``|real_mean - mean of features(images)|^2``, going through the images (N, C, H, W) in pieces.
 
     A scalar, differentiable once, in ``images`` only. The features of one piece at a time have a graph: the first
-    pass finds the mean, the second the gradients.
+    pass finds the mean, the second the gradients, with the same random numbers (dropout).
     """
     pieces = images.detach().split(micro_batch)
-    with torch.no_grad():
-        mean = torch.stack([features(piece).sum(0) for piece in pieces]).sum(0) / len(images)
+    sums, draws = [], []
+    for piece in pieces:
+        draws.append(Generators.of(images.device))
+        with torch.no_grad():
+            sums.append(features(piece).sum(0))
+    mean = torch.stack(sums).sum(0) / len(images)
     slope = 2 * (mean - real_mean) / len(images)
     gradients = []
-    for piece in pieces:
+    for piece, drawn in zip(pieces, draws, strict=True):
         piece = piece.clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), drawn.replayed():
             product = (features(piece) * slope).sum()
         gradients += torch.autograd.grad(product, piece)
     value = (real_mean - mean).square().sum()
@@ -197,7 +202,7 @@ def _of_sets(
     def one(real_grads: Mapping[str, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return _value_and_gradients(wanted, loss_fn, params, real_grads, distance, inputs)
 
-    values, gradients = torch.func.vmap(one)(real_grads, inputs)
+    values, gradients = torch.func.vmap(one, randomness="different")(real_grads, inputs)
     return values.sum(), gradients
 
 
@@ -211,17 +216,24 @@ def _in_pieces(
     micro_batch: int,
     compile: bool,  # noqa: A002
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``_value_and_gradients``: the gradient g first, then with c = dD/dg the gradients of <g, c>, by pieces."""
+    """``_value_and_gradients``: the gradient g first, then with c = dD/dg the gradients of <g, c>, by pieces; both
+    passes draw the same random numbers (dropout)."""
     gradient = _compiled(_gradient) if compile else _gradient
     along = _compiled(_slope_gradients) if compile else _slope_gradients
     pieces = list(zip(*(x.split(micro_batch) for x in inputs), strict=True))
     shares = [len(images) / len(inputs[0]) for images, _ in pieces]
-    found = [gradient(loss_fn, params, piece) for piece in pieces]
+    found, draws = [], []
+    for piece in pieces:
+        draws.append(Generators.of(inputs[0].device))
+        found.append(gradient(loss_fn, params, piece))
     grads = {
         name: torch.stack([share * g[name] for share, g in zip(shares, found, strict=True)]).sum(0) for name in params
     }
     into_grads, value = torch.func.grad_and_value(lambda g: distance(real_grads, g))(grads)
-    parts = [along(wanted, loss_fn, params, into_grads, piece) for piece in pieces]
+    parts = []
+    for piece, drawn in zip(pieces, draws, strict=True):
+        with drawn.replayed():
+            parts.append(along(wanted, loss_fn, params, into_grads, piece))
     gradients = tuple(
         torch.cat([share * part[k] for share, part in zip(shares, parts, strict=True)]) for k in range(len(wanted))
     )

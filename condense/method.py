@@ -140,7 +140,11 @@ class Context:
             labels: of these images; classes (n,) or logits (n, C).
             lr: initial learned step size, if the method learns one.
             interleave: let each C latents in a row be one of every class, instead of grouping them by class.
+
+        Raises:
+            ValueError: images or labels of another number or shape, or classes that are not grouped so.
         """
+        self._require_grouped(images, labels)
         copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
         grouped = images.unflatten(0, (classes, each, copies)).flatten(0, 1)
         labels = labels.unflatten(0, (classes * each, copies))[:, 0]
@@ -157,6 +161,27 @@ class Context:
         return SyntheticSet(
             latents, labels, self.origin, decode=self.decode, decoder=decoder, label_kind=self.labels, lr=lr
         )
+
+    def _require_grouped(self, images: Tensor, labels: Tensor) -> None:
+        """Raise ValueError where ``new_set`` cannot take these."""
+        each, classes = self.images_per_class, self.task.num_classes
+        wanted = (each * classes, *self.task.image_shape)
+        if images.shape != wanted:
+            raise ValueError(
+                f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: {each} are needed for each "
+                f"of {classes} classes; give ctx.images_per_class images of every class, as ctx.initial does"
+            )
+        if labels.shape not in (wanted[:1], (wanted[0], classes)):
+            raise ValueError(
+                f"the labels of a new set have shape {tuple(labels.shape)}: {len(images)} images have as many classes, "
+                f"or logits of {classes} classes; give shape {wanted[:1]} or {(wanted[0], classes)}"
+            )
+        grouped = torch.arange(classes, device=labels.device).repeat_interleave(each)
+        if labels.dim() == 1 and not torch.equal(labels, grouped.to(labels.dtype)):
+            raise ValueError(
+                f"the classes of a new set are not grouped: the first {each} images belong to class 0, the next "
+                f"{each} to class 1, and so on; order the images so, as ctx.initial does"
+            )
 
     def initial(self, kind: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
         """Images and classes to start from: real ones drawn per class, or standard normal noise.
@@ -427,8 +452,9 @@ class GradientMethod(Method):
         total = torch.zeros((), device=ctx.task.device)
         parts, at_once = ctx.ranks.deal(self.parts(ctx)), self.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
-            loss = self.losses(ctx, state, step, parts[first : first + at_once])
-            loss.backward()
+            with ctx.rng.forked("layers of a part", step, parts[first]):  # dropout, whichever process has the part
+                loss = self.losses(ctx, state, step, parts[first : first + at_once])
+                loss.backward()
             total += loss.detach()
         ctx.ranks.sum_([*(cast(Tensor, param.grad) for param in params), total])
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}

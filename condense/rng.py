@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from condense.names import spelt
 
@@ -53,3 +55,50 @@ def check_seed(seed: int, field: str = "seed") -> None:
     """Raise ValueError of a seed that is negative; ``field`` is where the user gave it."""
     if seed < 0:
         raise ValueError(f"{field} must be at least 0, got {seed}; give {spelt(field, 0)}")
+
+
+class Generators(NamedTuple):
+    """The states of the global generators that a computation on one device draws from.
+
+    Dropout draws from them. What is computed twice, once for its value and once for its derivative, has to draw the
+    same numbers both times: take ``of`` before the first time, and go through ``replayed`` the second time.
+    """
+
+    cpu: Tensor
+    device: torch.device
+    own: Tensor | None
+    """The state of the generator of ``device``, where that is not the CPU."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Generators:
+        """As they are now."""
+        return cls(torch.get_rng_state(), device, _state_of(device))
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the global generators go on from these states; on leaving they are as they were before."""
+        before = Generators.of(self.device)
+        self._set()
+        try:
+            yield
+        finally:
+            before._set()
+
+    def _set(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device.type == "cuda":
+            assert self.own is not None
+            torch.cuda.set_rng_state(self.own, self.device)
+        elif self.own is not None:
+            torch.get_device_module(self.device).set_rng_state(self.own)
+
+
+def _state_of(device: torch.device) -> Tensor | None:
+    if device.type in ("cpu", "meta"):
+        return None
+    state: Tensor
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+    else:
+        state = torch.get_device_module(device).get_rng_state()
+    return state

@@ -235,15 +235,15 @@ class Trainer:
         """``run`` of several networks at once, each with its own ``rng``: equal to rounding, dropout excepted.
 
         Raises:
-            ValueError: the architecture has buffers, as BatchNorm's running statistics are.
+            ValueError: the architecture has buffers, such as BatchNorm's running statistics.
         """
         if len(weights) == 1:
             single = None if on_epoch is None else lambda epochs, live: on_epoch(epochs, [live])
             return [self.run(weights[0], images, targets, rngs[0], on_epoch=single)]
         if weights[0].buffers:
             raise ValueError(
-                f"networks of {self.network.name} cannot be trained together: they keep running statistics; "
-                f"give {spelt('compute.networks', 1)}"
+                f"networks of {self.network.name} cannot be trained together: they have buffers, such as running "
+                f"statistics; give {spelt('compute.networks', 1)}"
             )
         names = list(weights[0].params)
         params = {name: torch.stack([w.params[name].detach() for w in weights]).requires_grad_() for name in names}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from condense.inner import Params, RandomTruncated
 from condense.method import Context
+from condense.methods.dm import has_batch_norm
 from condense.methods.unrolled import Unrolled
 from condense.names import spelt
 from condense.synthetic.set import SyntheticSet
@@ -53,7 +54,8 @@ class Bilevel(Unrolled):
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy on real images (N, C, H, W) in evaluation mode. BatchNorm alone takes their statistics: the
         pure steps of the network leave its running ones as they began."""
-        return loss_of(ctx.task.network.logits(theta, buffers, images, train=bool(buffers)), labels)
+        network = ctx.task.network
+        return loss_of(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
 
 
 def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:

@@ -176,12 +176,13 @@ def judged(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
         ValueError: it has BatchNorm, and the buffer no statistics of it.
     """
     network, experts = ctx.task.network, experts_of(ctx)
-    params, buffers = (_onto(network, table(expert, epoch)) for table in (experts.snapshot, experts.buffers))
+    params, buffers = _onto(network, experts.snapshot(expert, epoch)), experts.buffers(expert, epoch)
     if buffers.keys() != network.init(ctx.rng, "structure").buffers.keys():
         raise ValueError(
             f"experts of {experts.folder} cannot judge images: they came without the running statistics of "
             f"{network.name}; train experts with `condense buffer`, or give {spelt('labels', 'hard')}"
         )
+    buffers = network.restored(buffers)
     return torch.cat([network.logits(params, buffers, x, train=False) for x in images.detach().split(MAX_JUDGED)])
 
 

@@ -1,23 +1,26 @@
 """What every method promises; a method joins by being in the table of names."""
 
 import dataclasses
+import functools
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from condense import api, engine, registry
+from condense import api, engine, match, registry
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.files import checksum
-from condense.inner import ADJOINTS, Checkpointed, Full, Higher, RandomTruncated, Truncated
+from condense.inner import ADJOINTS, Checkpointed, Full, Higher, RandomTruncated, Truncated, rollout
 from condense.method import GradientMethod, Method, Optim
 from condense.methods import rcig
 from condense.methods.unrolled import Unrolled
+from condense.networks import Factory, ImageShape
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, SyntheticSet, load
 from condense.synthetic.decode import DCT, Bases, Decode, Hallucinator
@@ -82,10 +85,12 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tiny: Arrays, tiny_buffer: Path, tmp_path: Path) -> Run:
     """Distil a small method into a folder of its own."""
 
-    def run(name: str, out: str = "run", resume: bool = False, **fields: Any) -> SyntheticSet:
+    def run(
+        name: str, out: str = "run", resume: bool = False, own: Factory | None = None, **fields: Any
+    ) -> SyntheticSet:
         plan = Recipe(**{"method": small(name), "dataset": "tiny", "network": TINY, "ipc": 2} | EXACT | fields)
         options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffer, resume=resume, device="cpu")
-        return api.run(plan, options, arrays=tiny)
+        return api.run(plan, options, arrays=tiny, network=own)
 
     return run
 
@@ -167,6 +172,58 @@ def test_every_value_that_composes_is_resumed() -> None:
         optim.kind for method in methods if isinstance(method, GradientMethod) for optim in method.optims().values()
     }
     assert kinds == set(typing.get_args(typing.get_type_hints(Optim)["kind"]))
+
+
+def dropping(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    layers = [nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5)]
+    return nn.Sequential(*layers, nn.Linear(8, num_classes))
+
+
+@pytest.mark.parametrize("name", ["dd", "dm", "dsa", "frepo"])
+def test_nor_does_it_where_the_network_draws(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_and_resume(name, [2], run, tmp_path, monkeypatch, own=dropping)
+
+
+WAYS = {
+    "in pieces, several classes at once": Compute(channels_last=True, micro_batch=4, vmap_batch=12),
+    "bfloat16": Compute(autocast="bfloat16", adjoint_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LEARNING)
+def test_another_way_to_compute_gives_nearly_the_same(name: str, way: str, run: Run) -> None:
+    exact, other, start = (
+        run(name),
+        run(name, "other", compute=WAYS[way]),
+        run(name, "start", method=_frozen(small(name))),
+    )
+    moved, apart = ((exact.latents - syn.latents).norm() for syn in (start, other))
+    assert apart < (0.3 if way == "bfloat16" else 1e-3) * moved
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``torch.compile`` up to its graphs, which then run eagerly: making machine code takes most of the time."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    cached = (rollout._compiled, match._compiled)
+    for compiled in cached:
+        compiled.cache_clear()
+    yield
+    for compiled in cached:
+        compiled.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", ["mtt", "dsa", "dm"])
+def test_what_is_compiled_gives_nearly_the_same(name: str, run: Run) -> None:
+    network = {"mtt": TINY}.get(name, f"{TINY},norm=batch")
+    fast = dataclasses.replace(WAYS["in pieces, several classes at once"], compile=True)
+    exact, other = (run(name, out, network=network, compute=how) for out, how in (("a", Compute()), ("b", fast)))
+    torch.testing.assert_close(other.latents, exact.latents, rtol=1e-3, atol=1e-4)
 
 
 def composed(name: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from condense import engine
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
+from condense.distributed import Ranks
 from condense.files import read_tensors, write_tensors
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
@@ -267,3 +269,57 @@ def test_a_state_in_which_two_leaves_share_memory_is_never_written(late: bool, c
     with pytest.raises(AssertionError, match=r"state\.views\.low and state\.views\.high share memory"):
         run(Shares(), ctx, tmp_path)
     assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_what_a_part_draws_does_not_depend_on_the_process_that_has_it(ctx: Context) -> None:
+    drawn: dict[int, list[float]] = {}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Draws(Shrink):
+        def parts(self, ctx: Context) -> range:
+            return range(3)
+
+        def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
+            drawn.setdefault(part, []).append(torch.rand(()).item())
+            return super().loss(ctx, state, step, part)
+
+    @dataclass(frozen=True)
+    class Deals(Ranks):
+        def sum_(self, tensors: Any) -> None:
+            pass
+
+    for ranks in (Ranks(), *(Deals(rank=k, size=2) for k in range(2))):
+        there = dataclasses.replace(ctx, ranks=ranks)
+        with there.rng.forked("layers", 0):
+            Draws().step(there, Draws().init(there), 0)
+    assert all(first == second for first, second in drawn.values())
+    assert len({first for first, _ in drawn.values()}) == 3
+
+
+def test_a_layer_without_the_derivative_that_is_needed_is_refused(ctx: Context, tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Twice(Shrink):
+        def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
+            images = state.syn()[0]
+            (grad,) = torch.autograd.grad(torch.nn.functional.hardsigmoid(images).sum(), images, create_graph=True)
+            return grad.sum()
+
+    with pytest.raises(
+        ValueError, match=r"^mlp lacks a derivative .*hardsigmoid_backward is not implemented\).*; give"
+    ):
+        run(Twice(), ctx, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x[1:], y[1:]), r"images of a new set have shape \(5, 1, 8, 8\), not \(6, 1, 8, 8\)"),
+        (lambda x, y: (x[..., 1:], y), r"images of a new set have shape \(6, 1, 8, 7\), not"),
+        (lambda x, y: (x, y[1:]), r"labels of a new set have shape \(5,\)"),
+        (lambda x, y: (x, torch.zeros(6, 2)), r"labels of a new set have shape \(6, 2\)"),
+        (lambda x, y: (x, y.flip(0)), "classes of a new set are not grouped"),
+    ],
+)
+def test_a_new_set_of_another_number_or_order_is_refused(change: Any, message: str, ctx: Context) -> None:
+    with pytest.raises(ValueError, match=rf"{message}[^\n]*: [^\n]+; [^\n]+$"):
+        ctx.new_set(*change(*ctx.initial("real")))

@@ -199,3 +199,47 @@ def test_bad_values_are_refused(make: Any) -> None:
         with pytest.raises(ValueError, match=f"needs {steps} >= 1 and {rate} > 0, .*; take"):
             make(**field)
     assert Descent().rule == Adam(eps_root=0.0)
+
+
+@pytest.mark.parametrize(
+    "spec", ["convnet:depth=1,width=4,norm=batch", "convnet:depth=1,width=4,norm=layer", "vit:depth=1,width=6"]
+)
+def test_derivatives_of_derivatives_through_normalisation(spec: str) -> None:
+    """Each against central differences."""
+    network = Functional(spec, (1, 8, 8), 3, dtype=torch.float64)
+    params, buffers = network.init(Rng(0), "weights")
+    x, labels = draw(4, 1, 8, 8), torch.arange(4) % 3
+    v = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(params.items())}
+    step = torch.zeros_like(x)
+    step[0, 0, 3, 4] = 1e-5
+
+    def loss_fn(params: Theta, x: Tensor) -> Tensor:
+        return F.cross_entropy(network.logits(params, buffers, x), labels)
+
+    def slope(x: Tensor) -> Tensor:
+        grads = torch.func.grad(loss_fn)(params, x)
+        return torch.stack([(grads[name] * v[name]).sum() for name in v]).sum()
+
+    difference = (slope(x + step) - slope(x - step)) / 2e-5
+    (mixed,) = mixed_gradient(loss_fn, params, x.clone().requires_grad_(), v)
+    assert torch.allclose(mixed[0, 0, 3, 4], difference, rtol=1e-6)
+    if "batch" not in spec:
+        along = torch.func.grad(lambda x: pushforward(lambda p: loss_fn(p, x), params, v)[1])(x)
+        assert torch.allclose(along, mixed, rtol=1e-6)
+
+    ahead, behind = ({name: p + sign * 1e-5 * v[name] for name, p in params.items()} for sign in (1, -1))
+    grads = [torch.func.grad(loss_fn)(theta, x) for theta in (ahead, behind)]
+    for name, found in hessian_product(loss_fn, params, x)(v).items():
+        assert torch.allclose(found, (grads[0][name] - grads[1][name]) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+def test_every_product_is_with_one_and_the_same_hessian() -> None:
+    def loss_fn(theta: Theta, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        return least_squares(theta, (F.dropout(inputs[0], 0.5), inputs[1]))
+
+    theta = {"w": draw(4, 3), "b": draw(3)}
+    product = hessian_product(loss_fn, theta, (draw(6, 4), draw(6, 3)))
+    state = torch.get_rng_state()
+    first, second = product(theta), product(theta)
+    assert all(torch.equal(first[name], second[name]) for name in theta)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torchvision.models.efficientnet import MBConv, MBConvConfig
 
 from condense.augment import Augment
 from condense.inner import (
@@ -27,9 +30,10 @@ from condense.inner import (
     Rule,
     Tesla,
     Truncated,
+    rollout,
     unroll,
 )
-from condense.networks import Functional
+from condense.networks import Factory, Functional, ImageShape
 from condense.rng import Rng
 from tests.reference import unroll as twin
 
@@ -601,10 +605,115 @@ def test_an_error_of_the_loss_is_its_own_under_compile() -> None:
         unroll(loss_fn, mlp_theta(), batches[1:], lr=0.1, compile=True)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(
+    "network",
+    [
+        "convnet:depth=2,width=4",
+        "convnet:depth=2,width=4,norm=batch",
+        "convnet:depth=2,width=4,norm=layer",
+        "convnet:depth=2,width=4,norm=group",
+        "vit:depth=1,width=6",
+    ],
+)
+def test_what_is_compiled_equals_its_eager_twin(network: str, rule: Rule) -> None:
+    """A step and its way back, not compiled, where the rule has a state and everything wants a gradient."""
+    problem, lr = Convolutional(network, 2), torch.tensor(0.1, dtype=torch.float64)
+    images, labels, *rest = problem.batches[0]
+    with torch.no_grad():
+        theta = {name: p.clone() for name, p in problem.theta.items()}
+        point, _ = rollout._eager_advance(problem.loss_fn, rule, (theta, rule.init(theta)), problem.batches[1], lr)
+        leaves, spec = tree_flatten((images.detach(), labels.detach(), *rest))
+        batch = tree_unflatten(leaves, spec)
+        expected, _ = rollout._eager_advance(problem.loss_fn, rule, point, batch, lr)
+        after, grads = rollout._step(problem.loss_fn, rule, point, batch, lr)
+        lam = tree_map(lambda x: draw(x.numel(), seed=x.numel()).view_as(x), point)
+        args = (problem.loss_fn, rule, point, grads, leaves, (0, 1), spec, lr, lam)
+        found, twin = rollout._pullback(*args), rollout._eager_pullback(*args)
+    torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-12)
+    (before, into_batch, into_lr), (before_twin, into_batch_twin, into_lr_twin) = found, twin
+    assert len(into_batch) == 2 and all(x.any() for x in (*into_batch, into_lr))
+    torch.testing.assert_close(before, before_twin, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close((into_batch, into_lr), (tuple(into_batch_twin), into_lr_twin), rtol=1e-8, atol=1e-11)
+
+
+class Dropping:
+    """A network that draws at every step, in float64."""
+
+    def __init__(self, network: Factory | str, shape: ImageShape, num_steps: int, dtype: torch.dtype = torch.float64):
+        functional = Functional(network, shape, 3, dtype=dtype)
+        weights = functional.init(Rng(0), "weights")
+        self.theta = {name: p.requires_grad_() for name, p in weights.params.items()}
+        self.images = draw(4, *shape).to(dtype).requires_grad_()
+        self.batches = [(self.images, torch.arange(4) % 3)] * num_steps
+
+        def loss_fn(theta: Theta, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.cross_entropy(functional.logits(theta, weights.buffers, batch[0]), batch[1])
+
+        self.loss_fn = loss_fn
+
+    def gradients(self, adjoint: Adjoint, rule: Rule = SGD(momentum=0.5), **options: bool) -> Tensor:
+        with Rng(0).forked("dropout"):
+            state = torch.get_rng_state()
+            end = unroll(self.loss_fn, self.theta, self.batches, rule=rule, lr=0.1, adjoint=adjoint, **options)
+            assert not torch.equal(torch.get_rng_state(), state)
+            after = torch.get_rng_state()
+            found = gradients(end, self.images, *self.theta.values())
+            assert torch.equal(torch.get_rng_state(), after)
+        return found
+
+
+def with_dropout(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """Masks of two shapes."""
+    first = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(math.prod(image_shape), 6), nn.Tanh(), nn.Dropout(0.5)]
+    return nn.Sequential(*first, nn.Linear(6, num_classes))
+
+
+def with_stochastic_depth(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """Blocks of torchvision's EfficientNet, which drop branches, and a dropout of channels."""
+    config = MBConvConfig(2, 3, 1, 8, 8, 1)
+    blocks = [MBConv(config, 0.5, nn.BatchNorm2d) for _ in range(2)]
+    head = [nn.Dropout2d(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)]
+    return nn.Sequential(nn.Conv2d(image_shape[0], 8, 3, padding=1), *blocks, *head)
+
+
+@pytest.mark.parametrize("network", [with_dropout, with_stochastic_depth])
+@pytest.mark.parametrize("adjoint", [Exact(), Exact(snapshots="host"), Checkpointed(2), Truncated(9)], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adjoints_draw_what_the_roll_out_drew(
+    compiled: bool, adjoint: Adjoint, network: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "_compiled", lambda function: function)  # its functions, without torch.compile
+    problem = Dropping(network, (3, 8, 8), 3)
+    expected = problem.gradients(Full())
+    assert error(problem.gradients(Full()), expected) == 0
+    assert error(problem.gradients(adjoint, compile=compiled), expected) < 1e-9
+
+
+def test_a_network_of_torchvision_that_draws() -> None:
+    problem = Dropping("torchvision:mobilenet_v3_small", (3, 16, 16), 1)
+    assert error(problem.gradients(Exact(), SGD()), problem.gradients(Full(), SGD())) < 1e-6
+
+
+def test_what_is_checked_beforehand_draws_nothing() -> None:
+    """So that the first call of a loss function is like any other: resumed runs begin with one."""
+    problem, again = Dropping(with_dropout, (1, 8, 8), 2), Dropping(with_dropout, (1, 8, 8), 2)
+    again.loss_fn = problem.loss_fn
+    assert torch.equal(problem.gradients(Exact()), again.gradients(Exact()))
+
+
+def test_compiled_steps_draw_what_eager_ones_draw_and_are_compiled_once() -> None:
+    problem = Dropping(with_dropout, (1, 4, 4), 3, torch.float32)
+    expected = problem.gradients(Full())
+    assert error(problem.gradients(Exact(), compile=True), expected) < 1e-4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert error(problem.gradients(Checkpointed(2), compile=True), expected) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [SGD(), SGD(momentum=0.9), Adam()], ids=str)
 def test_compiled_equals_eager_and_compiles_once(rule: Rule) -> None:
-    network = "convnet:depth=2,width=6,norm=none,activation=swish"
+    network = "convnet:depth=2,width=6,norm=batch,activation=swish"
     eager, compiled = (Convolutional(network, 2, torch.float32) for _ in range(2))
     expected = gradients(eager.unroll(Exact(), rule), *eager.inputs)
     found = gradients(compiled.unroll(Exact(), rule, compile=True), *compiled.inputs)

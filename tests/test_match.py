@@ -289,6 +289,70 @@ def test_matching_loss_cannot_be_differentiated_twice() -> None:
         grad.sum().backward()
 
 
+class Dropping(Problem):
+    """With masks of two shapes in every pass."""
+
+    def __init__(self, soft: bool) -> None:
+        super().__init__(soft)
+        self.network.insert(3, nn.Dropout(0.5))
+        self.network.insert(6, nn.Dropout(0.3))
+        renamed = {"5.weight": "7.weight", "5.bias": "7.bias"}
+        self.params, self.real_grads = (
+            {renamed.get(name, name): x for name, x in tensors.items()} for tensors in (self.params, self.real_grads)
+        )
+
+
+def in_pieces_by_hand(problem: Problem, images: Tensor, micro_batch: int) -> Tensor:
+    """The distance of the mean gradient of all pieces, each with a graph."""
+    leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
+    pieces = zip(images.split(micro_batch), problem.targets.split(micro_batch), strict=True)
+    losses = [problem.loss_fn(leaves, piece) * (len(piece[0]) / len(images)) for piece in pieces]
+    grads = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), create_graph=True)
+    return match.mse_sum(problem.real_grads, dict(zip(leaves, grads, strict=True)))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_both_passes_over_the_pieces_draw_the_same(micro_batch: int) -> None:
+    problem = Dropping(soft=False)
+    images = problem.images.clone().requires_grad_()
+    values = []
+    for loss in (
+        partial(problem.loss, match.mse_sum, targets=problem.targets, micro_batch=micro_batch),
+        partial(in_pieces_by_hand, problem, micro_batch=micro_batch),
+    ):
+        with Rng(0).forked("dropout"):
+            value = loss(images=images)
+        values.append((value.detach(), torch.autograd.grad(value, images)[0]))
+    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
+
+
+def test_several_sets_draw_apart() -> None:
+    problem = Dropping(soft=False)
+    twice = {name: torch.stack([g, g]) for name, g in problem.real_grads.items()}
+    images = torch.stack([problem.images] * 2).requires_grad_()
+    value = match.matching_loss(
+        problem.loss_fn, problem.params, twice, match.mse_sum, images, torch.stack([problem.targets] * 2)
+    )
+    first, second = torch.autograd.grad(value, images)[0]
+    assert first.isfinite().all() and not torch.allclose(first, second)
+
+
+def test_both_passes_of_feature_matching_draw_the_same() -> None:
+    problem, real = Dropping(soft=False), torch.zeros(36, dtype=torch.float64)
+    images = problem.images.clone().requires_grad_()
+
+    def features(x: Tensor) -> Tensor:
+        return functional_call(problem.network[:-1], {k: p for k, p in problem.params.items() if k[0] != "7"}, (x,))
+
+    with Rng(0).forked("dropout"):
+        pieces = match.feature_matching_loss(features, real, images, 3)
+    with Rng(0).forked("dropout"):
+        mean = torch.cat([features(x) for x in images.split(3)]).mean(0)
+    whole = (real - mean).square().sum()
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad(pieces, images), torch.autograd.grad(whole, images))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_matching_loss_agrees_and_compiles_once_per_architecture() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
-from condense.networks import Functional, ImageShape, build, describe, names, parse, with_options
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.inner import pushforward
+from condense.networks import Factory, Functional, ImageShape, build, describe, names, parse, with_options
 from condense.rng import Rng
+from condense.train import Trainer, Training
+
+T = TypeVar("T")
 
 DIGITS, MNIST, CIFAR, TINY = (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)
 
@@ -393,6 +403,294 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ValueError, match=expected):
         parse("timm:resnet10t")
+
+
+class Attention(nn.Module):
+    """What ``nn.MultiheadAttention`` and an encoder layer of torch do with the rows of an image."""
+
+    def __init__(self, num_classes: int, need_weights: bool) -> None:
+        super().__init__()
+        self.need_weights = need_weights
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1, 2)
+        mixed, _ = self.attention(rows, rows, rows, need_weights=self.need_weights)
+        logits: Tensor = self.head(self.encoder(rows + mixed).mean(1))
+        return logits
+
+
+class Tied(nn.Module):
+    """Two layers with one matrix."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.second(self.first(x.flatten(1)).tanh()).tanh())
+        return logits
+
+
+class Reordering(nn.Module):
+    """Has buffers of whole numbers and of truth values, one that is random and one that is None."""
+
+    order: Tensor
+    kept: Tensor
+    scale: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(64))
+        self.register_buffer("kept", torch.arange(64) % 2 == 0)
+        self.register_buffer("scale", torch.randn(64))
+        self.register_buffer("nothing", None)
+        self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, self.order] * self.scale
+        logits: Tensor = self.head(self.norm(torch.where(self.kept, x, x.tanh())))
+        return logits
+
+
+def attention(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    return Attention(num_classes, need_weights=False)
+
+
+def attention_weights(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    return Attention(num_classes, need_weights=True)
+
+
+def tied(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    return Tied(num_classes)
+
+
+def reordering(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    return Reordering(num_classes)
+
+
+def frozen(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """Its first layer is random and stays so."""
+    first = nn.Linear(64, 16).requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, num_classes))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("spec", [attention, attention_weights, tied, reordering, frozen])
+def test_networks_of_others_under_every_transform(spec: Factory, train: bool) -> None:
+    """First and second order, forwards and backwards, several networks at once, and traced."""
+    functional = Functional(spec, DIGITS, 3, dtype=torch.float64)
+    members = [functional.init(Rng(0), "network", unit=k) for k in range(2)]
+    params, buffers = members[0]
+    x, labels = images(DIGITS, 5).double(), torch.arange(5) % 3
+    direction = {name: torch.ones_like(p) for name, p in params.items()}
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional.logits(params, buffers, x, train), labels)
+
+    def drawn(function: Callable[..., T], *args: Any) -> T:
+        with Rng(0).forked("dropout"):
+            return function(*args)
+
+    def slope(x: Tensor) -> Tensor:
+        grads = torch.func.grad(loss)(params, x)
+        return torch.stack([(grads[name] * direction[name]).sum() for name in grads]).sum()
+
+    def forwards(x: Tensor) -> Tensor:
+        along: Tensor = pushforward(lambda p: loss(p, x), params, direction)[1]
+        return along
+
+    ahead, behind = ({name: p + step * direction[name] for name, p in params.items()} for step in (1e-5, -1e-5))
+    value = torch.func.grad_and_value(loss)  # under a transform attention draws its dropout in another order
+    difference = (drawn(value, ahead, x)[1] - drawn(value, behind, x)[1]) / 2e-5
+    torch.testing.assert_close(drawn(slope, x), difference, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(drawn(forwards, x), difference, rtol=1e-5, atol=1e-8)
+    step = torch.zeros_like(x)
+    step[1, 0, 3, 4] = 1e-5
+    mixed = (drawn(slope, x + step) - drawn(slope, x - step)) / 2e-5
+    leaf = x.clone().requires_grad_()
+    backwards = drawn(torch.func.grad(slope), x)
+    torch.testing.assert_close(backwards[1, 0, 3, 4], mixed, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(torch.autograd.grad(drawn(slope, leaf), leaf)[0], backwards)
+    if not (spec is reordering and train):  # torch's own derivative of BatchNorm, taken forwards, has a wrong gradient
+        torch.testing.assert_close(drawn(torch.func.grad(forwards), x), backwards)
+
+    stacked = {name: torch.stack([member.params[name] for member in members]) for name in params}
+    many = torch.func.vmap(lambda p: functional.features(p, buffers, x, train), randomness="different")(stacked)
+    assert many.shape == (2, 5, functional.num_features) and many.isfinite().all()
+    torch.compiler.reset()
+    traced = torch.compile(torch.func.grad(loss), backend="eager", fullgraph=True)
+    torch.testing.assert_close(drawn(traced, params, x), drawn(torch.func.grad(loss), params, x))
+
+
+def test_torchvision_attention_is_differentiable_twice() -> None:
+    functional = Functional(lambda shape, num: VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=num), (3, 8, 8), 3)
+    params, buffers = functional.init(Rng(0), "network")
+    for train in (True, False):
+
+        def slope(x: Tensor, train: bool = train) -> Tensor:
+            grads = torch.func.grad(lambda p: functional.logits(p, buffers, x, train).square().sum())(params)
+            return functional.flatten(grads).square().sum()
+
+        assert torch.func.grad(slope)(images((3, 8, 8))).isfinite().all()
+
+
+def test_tied_parameters_are_one() -> None:
+    functional = Functional(tied, DIGITS, 3)
+    params, _ = functional.init(Rng(0), "network")
+    assert "body.first.weight" in params and "body.second.weight" not in params
+    assert functional.num_params == 64 * 64 + 2 * 64 + 3 * 65
+    with Rng(0).forked("network"):
+        network = tied(DIGITS, 3)
+    assert torch.equal(functional.logits(params, {}, images(DIGITS)), network(images(DIGITS)))
+
+
+def test_what_is_not_trained_is_the_same_in_every_network() -> None:
+    for spec, name in ((frozen, "body.1.weight"), (reordering, "body.scale")):
+        functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+        (params, buffers), (others, _) = (functional.init(Rng(seed), "network") for seed in range(2))
+        assert name not in params and not torch.equal(params["classifier.weight"], others["classifier.weight"])
+        again = Functional(spec, DIGITS, 3)
+        assert torch.equal(
+            functional.logits(params, buffers, x), again.logits(params, again.init(Rng(9), "n").buffers, x)
+        )
+        assert functional.identity() == again.identity()
+
+
+def test_frozen_layers_are_never_trained() -> None:
+    functional, x = Functional(frozen, DIGITS, 3), images(DIGITS, 6)
+    initial = functional.init(Rng(0), "network")
+    before = {name: p.clone() for name, p in functional._frozen.items()}
+    assert before.keys() == {"body.1.weight", "body.1.bias"} and not before.keys() & functional.shapes.keys()
+    training = Training(num_epochs=2, batch_size=3, lr=0.1)
+    trained = Trainer(functional, training, Augment(), Compute()).run(initial, x, torch.arange(6) % 3, Rng(0))
+    together = Trainer(functional, training, Augment(), Compute()).run_together(
+        [initial, initial], x, torch.arange(6) % 3, [Rng(0), Rng(1)]
+    )
+    for weights in (trained, *together):
+        assert weights.params.keys() == functional.shapes.keys() and not weights.buffers
+        assert not torch.equal(weights.params["classifier.weight"], initial.params["classifier.weight"])
+    assert all(torch.equal(p, before[name]) for name, p in functional._frozen.items())
+
+
+def test_a_network_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^custom:.*<lambda> has no parameter that requires grad: [^\n]+; leave"):
+        Functional(lambda shape, num: frozen(shape, num).requires_grad_(False), DIGITS, 3)
+
+
+def test_the_identity_says_what_is_frozen() -> None:
+    def factory(scale: float) -> Factory:
+        def build(image_shape: ImageShape, num_classes: int) -> nn.Module:
+            network = frozen(image_shape, num_classes)
+            nn.init.constant_(network.get_parameter("1.weight"), scale)
+            return network
+
+        return build
+
+    identities = [Functional(factory(scale), DIGITS, 3).identity() for scale in (1.0, 1.0, 2.0)]
+    assert identities[0] == identities[1] != identities[2]
+    assert "frozen" not in Functional(tiny, DIGITS, 3).identity()
+
+
+def test_buffers_keep_their_types() -> None:
+    functional = Functional(reordering, DIGITS, 3)
+    params, buffers = functional.init(Rng(0), "network")
+    types = {name.removeprefix("body."): buffer.dtype for name, buffer in buffers.items()}
+    assert types["order"] == types["norm.num_batches_tracked"] == torch.int64 and types["kept"] == torch.bool
+    restored = functional.restored({name: buffer.float() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        assert restored[name].dtype == buffer.dtype and torch.equal(restored[name], buffer)
+    x = images(DIGITS, 5)
+    expected = functional.logits(params, buffers, x, train=False)
+    assert torch.equal(functional.logits(params, restored, x, train=False), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(functional.logits(params, buffers, x, False).float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_a_callable_must_build_a_fresh_module_each_time() -> None:
+    module = tiny(DIGITS, 3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def same(image_shape: ImageShape, num_classes: int) -> nn.Module:
+        return module
+
+    functional = Functional(same, DIGITS, 3)
+    message = r"^custom:.*same returned the same module a second time: .*; build .* return copy.deepcopy\(module\) .*$"
+    with pytest.raises(ValueError, match=message):
+        functional.init(Rng(0), "network")
+    copied = Functional(lambda shape, num: copy.deepcopy(module), DIGITS, 3)
+    params, _ = copied.init(Rng(0), "network")
+    with torch.no_grad():
+        params["body.0.weight"].zero_()
+    after = module.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items()) and after.keys() == before.keys()
+
+
+def test_networks_that_share_a_part_do_not_disturb_each_other() -> None:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh()).requires_grad_(False)
+    functional = Functional(lambda shape, num: nn.Sequential(backbone, nn.Linear(16, num)), DIGITS, 3)
+    x = images(DIGITS)
+    for seed in range(2):
+        params, buffers = functional.init(Rng(seed), "network")
+        expected = backbone(x) @ params["classifier.weight"].T + params["classifier.bias"]
+        torch.testing.assert_close(functional.logits(params, buffers, x), expected)
+
+
+def test_a_buffer_made_in_the_first_pass_is_refused() -> None:
+    class Lazy(nn.Linear):
+        mean: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__(64, 3)
+            self.register_buffer("mean", None)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            if self.mean is None:
+                self.mean = input.mean(0)
+            return super().forward(input - self.mean)
+
+    with pytest.raises(ValueError, match=r"makes its buffer 1.mean in the first forward pass: [^\n]+; register"):
+        build(lambda shape, num: nn.Sequential(nn.Flatten(), Lazy()), DIGITS, 3)
+
+
+def test_a_module_that_cannot_be_copied_is_refused() -> None:
+    def factory(image_shape: ImageShape, num_classes: int) -> nn.Module:
+        network = tiny(image_shape, num_classes)
+        network.derived = network.get_parameter("0.weight") * 2
+        return network
+
+    with pytest.raises(
+        ValueError, match=r"^[^\n]+ cannot be copied: [^\n]+; return a module that copy.deepcopy takes$"
+    ):
+        build(factory, DIGITS, 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("convnet:width=1000000", "option width of convnet cannot be '1000000': it is a whole number from 1 to 10000"),
+        ("vit:depth=" + "9" * 5000, "whole number from 1 to 10000"),
+        ("mlp:width=10000", None),
+        ("convnet:width=10000", "convnet:width=10000 would have more than 1,000,000,000 parameters for 10 classes"),
+        ("convnet:depth=500,pooling=none,widen=true", "more than 1,000,000,000 parameters.*; give a smaller width"),
+    ],
+)
+def test_a_network_beyond_the_limit_is_refused_before_it_takes_memory(
+    spec: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Built(Exception):
+        pass
+
+    def refuse(*args: Any) -> None:
+        raise Built
+
+    monkeypatch.setattr("condense.networks.functional.build", refuse)
+    with pytest.raises(Built) if message is None else pytest.raises(ValueError, match=message):
+        Functional(spec, DIGITS, 10)
 
 
 # Weights as arguments

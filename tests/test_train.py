@@ -74,7 +74,7 @@ def test_running_statistics_are_not_shared() -> None:
     network = Functional("convnet:depth=1,width=4,norm=batch", (3, 8, 8), 3)
     trainer = Trainer(network, Training(), Augment(), Compute())
     weights = [network.init(Rng(k), "weights") for k in range(2)]
-    with pytest.raises(ValueError, match=r"keep running statistics; give compute=Compute\(networks=1\)"):
+    with pytest.raises(ValueError, match=r"such as running statistics; give compute=Compute\(networks=1\)"):
         trainer.run_together(weights, *data(), [Rng(0), Rng(1)])
 
 

@@ -46,8 +46,8 @@ class Exact(Adjoint):
     """The gradient of the full unroll, to rounding, at a fraction of its memory.
 
     The way forth keeps the parameters (and the state of the rule) of every step and no graph; compiled, also its
-    gradient. The way back builds the graph of one step at a time. Memory: N points, or two, and the graph of one
-    step. (Wang et al., 2018.)
+    gradient. The way back builds the graph of one step at a time; what a step draws from the global generators, as
+    dropout does, is drawn again as it was. Memory: N points, or two, and the graph of one step. (Wang et al., 2018.)
     """
 
     name: ClassVar[str] = "exact"
@@ -238,7 +238,7 @@ def _run_adjoint(rollout: Rollout, every: int, propagate: bool, snapshots: str =
 
 
 class _Unrolled(torch.autograd.Function):
-    """From what requires grad to theta_N; keeps every ``every``-th point.
+    """From what requires grad to theta_N; keeps every ``every``-th point, and what every step draws from.
 
     Without ``propagate`` the adjoint stays lam_N on the way back.
     """
@@ -247,9 +247,11 @@ class _Unrolled(torch.autograd.Function):
     def forward(ctx: Any, rollout: Rollout, every: int, propagate: bool, snapshots: str, *sources: Tensor) -> Any:
         ctx.rollout, ctx.every, ctx.propagate = rollout, every, propagate
         ctx.kept = _Kept(len(range(0, len(rollout), every)), snapshots)
+        ctx.draws = []
         point = rollout.start
         for t in range(len(rollout)):
             before = point
+            ctx.draws.append(rollout.generators())
             point, grads = rollout.advance(t, before)
             if t % every == 0:
                 ctx.kept.put(t // every, (before, grads if every == 1 else {}))
@@ -279,11 +281,13 @@ class _Unrolled(torch.autograd.Function):
             if ctx.every > 1:
                 segment = []
                 for t in range(start, stop):
-                    after, grads = rollout.advance(t, point)
+                    with ctx.draws[t].replayed():
+                        after, grads = rollout.advance(t, point)
                     segment.append((point, grads))
                     point = after
             for t in reversed(range(start, stop)):
-                lam_before, found = rollout.pullback(t, *segment.pop(), lam)
+                with ctx.draws[t].replayed():
+                    lam_before, found = rollout.pullback(t, *segment.pop(), lam)
                 for source, grad in found:
                     add(source, grad)
                 if ctx.propagate:
@@ -310,7 +314,7 @@ class _Kept:
             table[row].copy_(x)
 
     def get(self, row: int) -> Any:
-        # copies: forward derivatives, as the compiled step takes them, fail on views of a part of a tensor
+        # copies: a compiled step is then given tensors that look alike at every step
         rows = zip(self._tables, self._like, strict=True)
         leaves = [table[row].to(device, dtype, copy=True) for table, (dtype, device) in rows]
         return tree_unflatten(leaves, self._spec)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from condense.rng import Generators
+
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -23,20 +25,20 @@ def refuse_hidden_inputs(
     """Refuse a computation that depends on a tensor that requires grad and is not in its arguments.
 
     An adjoint returns gradients of declared inputs only: such a tensor would silently lose its own. A loss_fn
-    is checked once, ``prepare`` at every call.
+    is checked once, ``prepare`` at every call. What the check draws (dropout) leaves no trace.
 
     Raises:
         ValueError: naming the tensors.
     """
     item, theta = tree_map_only(Tensor, Tensor.detach, (item, theta))
-    with torch.enable_grad():
+    with torch.enable_grad(), Generators.of(next(iter(theta.values())).device).replayed():
         batch = prepare(item)
     for made in tree_leaves(batch):
         if isinstance(made, Tensor) and made.requires_grad:
             _refuse("prepare", made, {"": prepare, "batch": item})
     if loss_fn in _checked:
         return
-    with torch.enable_grad():
+    with torch.enable_grad(), Generators.of(next(iter(theta.values())).device).replayed():
         loss = loss_fn(theta, batch)
     if loss.requires_grad:
         _refuse("loss_fn", loss, {"": loss_fn, "batch": batch})

@@ -6,7 +6,8 @@ is. Differentiated, that says
     H dtheta*/dx = - d2L / dtheta dx,   and so   dF/dx = - d/dx <v, dL/dtheta>,   where  H v = dF/dtheta,
 
 H the Hessian of L in theta: symmetric, and positive definite where L is strictly convex. Only products with H are
-taken, each a derivative forwards of a gradient. What x does to F past theta*, the direct gradient, is no part of it.
+taken, each the gradient of a product with a gradient. What x does to F past theta*, the direct gradient, is no part
+of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from condense.inner.rollout import LossFn
 from condense.inner.rules import Adam, Params, Rule
+from condense.rng import Generators
 
 PLAIN_ADAM = Adam(eps_root=0.0)
 """Nothing is differentiated through its steps, so that its root needs no help at zero."""
@@ -40,7 +42,11 @@ class Minimum(NamedTuple):
 
 
 def pushforward(function: Callable[[Params], Any], params: Params, direction: Params) -> tuple[Any, Any]:
-    """The value of ``function`` at ``params``, and its derivative along ``direction``; differentiable again."""
+    """The value of ``function`` at ``params``, and its derivative along ``direction``.
+
+    It can be differentiated again, but not through BatchNorm in training mode nor ``F.layer_norm``: torch takes parts
+    of their derivatives forwards for constants, without a word.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
         found = torch.func.jvp(function, (params,), (direction,))
@@ -159,16 +165,20 @@ class Descent(Solver):
 
 
 def hessian_product(loss_fn: LossFn, theta: Params, inputs: Any) -> Product:
-    """The Hessian of ``loss_fn(theta, inputs)`` in ``theta``, as a function that multiplies by it."""
+    """The Hessian of ``loss_fn(theta, inputs)`` in ``theta``, as a function that multiplies by it.
+
+    Every product draws (dropout) what the first one would have drawn now: it is one and the same Hessian.
+    """
+    draws = Generators.of(next(iter(theta.values())).device)
     fixed = tree_map_only(Tensor, Tensor.detach, inputs)
     point = {name: p.detach().clone() for name, p in theta.items()}
 
-    def gradient(theta: Params) -> Params:
-        found: Params = torch.func.grad(loss_fn)(theta, fixed)
-        return found
+    def slope(theta: Params, v: Params) -> Tensor:
+        return _dot(torch.func.grad(loss_fn)(theta, fixed), v)
 
     def product(v: Params) -> Params:
-        along: Params = pushforward(gradient, point, v)[1]
+        with draws.replayed():
+            along: Params = torch.func.grad(slope)(point, v)
         return along
 
     return product
@@ -184,9 +194,7 @@ def mixed_gradient(loss_fn: LossFn, theta: Params, inputs: Any, v: Params) -> li
         merged = list(leaves)
         for i, x in zip(wanted, chosen, strict=True):
             merged[i] = x
-        batch = tree_unflatten(merged, spec)
-        along: Tensor = pushforward(lambda theta: loss_fn(theta, batch), point, v)[1]
-        return along
+        return _dot(torch.func.grad(loss_fn)(point, tree_unflatten(merged, spec)), v)
 
     with torch.no_grad():
         found: list[Tensor] = torch.func.grad(slope)([leaves[i] for i in wanted])

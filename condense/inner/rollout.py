@@ -1,9 +1,10 @@
 """The steps of an inner training run as pure functions: forward, forward with graph, and backward.
 
 Each exists twice. Eager, on plain autograd, which holds less memory than nested ``torch.func`` transforms; and on
-``torch.func``, which ``torch.compile`` can trace where it refuses double backward. There the way back through a
-step differentiates backwards what is a derivative forwards: with c the cotangent of the gradient g, the slope
-<g, c> of the loss along c has the gradients that are needed, and costs no product that the roll-out did already.
+``torch.func``, which ``torch.compile`` can trace where it refuses double backward. There the rule goes back by itself,
+with the gradient g that the roll-out kept; with c the cotangent of g, the gradients of the slope <g, c> are all that
+remains. The slope is a product with a gradient and no derivative forwards: torch takes those of BatchNorm and
+LayerNorm for constants where they are differentiated again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from condense.compute import MAX_VARIANTS
+from condense.compute import compiling
 from condense.inner.rules import Params, Rule, State
+from condense.rng import Generators
 
 Batch = tuple[Any, ...]
 """The input of one step, a pytree: its tensors may require grad, everything else in it is static."""
@@ -57,6 +59,10 @@ class Rollout:
     def recorded(self) -> bool:
         """Whether a gradient may be asked for."""
         return torch.is_grad_enabled() and bool(self.sources)
+
+    def generators(self) -> Generators:
+        """What the next step draws from, if it draws: dropout does."""
+        return Generators.of(self.lrs[0].device)
 
     def step(self, t: int, point: Point) -> Point:
         """Step ``t`` as autograd sees it: differentiable in the point, the batch and the learning rate."""
@@ -120,8 +126,7 @@ class Rollout:
         if not self.compile or function in failed:
             return eager(*args)
         try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
+            with compiling():
                 return _compiled(function)(*args)
         except Exception as error:
             output = eager(*args)  # an error of loss_fn's own is raised again here, undisguised
@@ -213,9 +218,8 @@ def _pullback(
     into_grads, into_state, into_theta, into_lr = torch.func.vjp(rule.update, grads, state, theta, lr)[1](lam)
 
     def slope(theta: Params, chosen: list[Tensor]) -> Tensor:
-        batch = _merged(leaves, where, chosen, spec)
-        along: Tensor = torch.func.jvp(lambda params: loss_fn(params, batch), (theta,), (into_grads,))[1]
-        return along
+        along = torch.func.grad(loss_fn)(theta, _merged(leaves, where, chosen, spec))
+        return torch.stack([(along[name] * into_grads[name]).sum() for name in theta]).sum()
 
     curvature, into_batch = torch.func.grad(slope, argnums=(0, 1))(theta, [leaves[i] for i in where])
     before = {name: into_theta[name] + curvature[name] for name in theta}

@@ -56,7 +56,7 @@ def unroll(
         ValueError: ``loss_fn`` or ``prepare`` uses another tensor that requires grad; ``lr`` has the wrong shape; the
             adjoint does not know the rule.
     """
-    # forward derivatives, as the compiled step takes them, fail on views of a part of a tensor
+    # copies where it is compiled: views of a part of a tensor would be another variant of the step
     theta = {name: p.clone() if compile else p for name, p in theta0.items()}
     if not batches:
         return theta

@@ -80,6 +80,19 @@ class QuickBatchNorm(nn.BatchNorm2d):
         return F.batch_norm(input, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm``, written out: derivatives of torch's own are wrong where one that was taken forwards is
+    differentiated again."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        axes = tuple(range(-len(self.normalized_shape), 0))
+        var, mean = torch.var_mean(input, axes, correction=0, keepdim=True)
+        output = (input - mean) * torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            output = output * self.weight
+        return output if self.bias is None else output + self.bias
+
+
 def make_norm(kind: Norm, channels: int) -> nn.Module:
     """The normalisation of (N, channels, H, W) maps, with learned scale and shift."""
     match kind:

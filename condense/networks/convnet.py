@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network, QuickBatchNorm, extra_padding, make_norm, too_small
+from condense.networks.base import ImageShape, LayerNorm, Network, QuickBatchNorm, extra_padding, make_norm, too_small
 
 Activation = Literal["relu", "sigmoid", "leakyrelu", "swish", "softplus"]
 Norm = Literal["instance", "batch", "layer", "group", "none", "batch-before"]
@@ -80,7 +80,7 @@ def _norm(kind: Norm, channels: int, height: int, width: int) -> nn.Module:
     """As ``make_norm``; of the three more, "layer" has a scale and a shift for every element of the map."""
     match kind:
         case "layer":
-            return nn.LayerNorm((channels, height, width))
+            return LayerNorm((channels, height, width))
         case "group":
             return nn.GroupNorm(4, channels)
         case "batch-before":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from condense.names import suggest
-from condense.networks.base import ImageShape, Network, too_small
+from condense.networks.base import ImageShape, LayerNorm, Network, too_small
 
 Factory = Callable[[ImageShape, int], nn.Module]
 """``factory(image_shape, num_classes)``: a fresh network, images (N, C, H, W) to logits (N, num_classes)."""
@@ -33,17 +36,33 @@ class Foreign(Network):
 
 
 def from_callable(name: str, factory: Factory, image_shape: ImageShape, num_classes: int) -> Network:
-    """What ``factory`` returns, as a Network; where it is one already, as it is.
+    """A copy of what ``factory`` returns, as a Network.
 
     Raises:
-        ValueError: it is no module, cannot take such images, or does not end in a linear layer.
+        ValueError: it is no module, or one that was returned before; it cannot be copied, cannot take such images, or
+            does not end in a linear layer.
     """
     module = factory(image_shape, num_classes)
-    if isinstance(module, Network):
-        return module
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} is no network: it returned {type(module).__name__}; return a torch.nn.Module from it")
-    return _take_apart(name, module, image_shape, num_classes)
+    if module in _returned:
+        raise ValueError(
+            f"{name} returned the same module a second time: experiments need fresh networks; build the module inside "
+            "the callable, or return copy.deepcopy(module) where every network is to start from the same weights"
+        )
+    _returned.add(module)
+    try:
+        module = copy.deepcopy(module)
+    except Exception as error:
+        raise ValueError(
+            f"{name} returned a {type(module).__name__} that cannot be copied: {_first_line(error)}; return a module "
+            "that copy.deepcopy takes"
+        ) from error
+    return module if isinstance(module, Network) else _take_apart(name, module, image_shape, num_classes)
+
+
+_returned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Of callables, what they returned as long as it lives."""
 
 
 def from_torchvision(name: str, image_shape: ImageShape, num_classes: int) -> Network:
@@ -79,8 +98,6 @@ def require_torchvision(name: str) -> None:
 def from_timm(name: str, image_shape: ImageShape, num_classes: int) -> Network:
     """``timm:resnet10t``: timm's architecture with random weights, made for images of this size where it asks for one.
 
-    Attention is not fused: the fused one has no second derivative.
-
     Raises:
         ValueError: timm is not installed, or the network cannot take such images or does not end in a linear layer.
     """
@@ -96,9 +113,6 @@ def from_timm(name: str, image_shape: ImageShape, num_classes: int) -> Network:
             module = create()
     except Exception as error:
         raise _refused(name, image_shape, error) from error
-    for part in module.modules():
-        if hasattr(part, "fused_attn"):
-            part.fused_attn = False
     return _take_apart(name, module, image_shape, num_classes)
 
 
@@ -138,15 +152,20 @@ LIBRARIES = {
 
 def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_classes: int) -> Network:
     """Try the module on two images in training mode, see which linear layer runs last, and split it off."""
+    for path, part in list(module.named_modules()):
+        if path and isinstance(part, nn.Hardsigmoid):
+            module.set_submodule(path, _Hardsigmoid())
+        if type(part) is nn.LayerNorm:
+            part.__class__ = LayerNorm
     calls: list[tuple[str, nn.Linear, Tensor]] = []
     hooks = [
         part.register_forward_hook(lambda part, _, output, path=path: calls.append((path, part, output)))
         for path, part in module.named_modules()
         if isinstance(part, nn.Linear)
     ]
-    buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
     x = torch.linspace(-1, 1, 2 * math.prod(image_shape)).reshape(2, *image_shape)
     try:
+        buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = functional_call(module.train(), buffers, (x,))
     except Exception as error:
@@ -154,6 +173,12 @@ def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_class
     finally:
         for hook in hooks:
             hook.remove()
+    made = [key for key, _ in module.named_buffers() if key not in buffers]
+    if made:
+        raise ValueError(
+            f"{name} makes its buffer {made[0]} in the first forward pass: its output would depend on what it saw "
+            "before; register the buffer with a tensor"
+        )
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
@@ -171,8 +196,18 @@ def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_class
 
 
 def _refused(name: str, image_shape: ImageShape, error: Exception) -> ValueError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return too_small(name, image_shape, reason, "use other images or another network")
+    return too_small(name, image_shape, _first_line(error), "use other images or another network")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class _Hardsigmoid(nn.Module):
+    """``nn.Hardsigmoid``, which has no second derivative in torch, as ``relu6(x + 3) / 6``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x + 3) / 6
 
 
 class _GrayToColour(nn.Module):

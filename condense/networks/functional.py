@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -12,18 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from condense.files import canonical_json
+from condense.files import canonical_json, checksum
 from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, ImageShape, Network
 from condense.networks.foreign import Factory
-from condense.networks.registry import NetworkSpec, build, name_of, parse
+from condense.networks.registry import NetworkSpec, build, from_here, name_of, parse, require_moderate
 from condense.rng import Rng
 
 
 class Weights(NamedTuple):
-    """What training changes of a network, by name: parameters, and buffers such as BatchNorm's statistics."""
+    """What training changes of a network, by name: parameters, and buffers such as BatchNorm's statistics.
+
+    A parameter with two names (tied weights) has its first; a frozen one (``requires_grad_(False)``) is in neither."""
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -32,7 +36,9 @@ class Weights(NamedTuple):
 class Functional:
     """One architecture for images of one shape; its weights are arguments.
 
-    The calls go through ``torch.func`` transforms, ``torch.compile`` and second derivatives.
+    The calls go through ``torch.func`` transforms, ``torch.compile`` and second derivatives. What is not trained
+    belongs to the architecture: frozen parameters, and the buffers that a network starts with, are the same in all
+    of its networks.
 
     Args:
         spec: what ``build`` takes.
@@ -57,13 +63,24 @@ class Functional:
         self.name = name_of(self._spec)
         self.image_shape, self.num_classes = image_shape, num_classes
         self.device, self.dtype = torch.device(device), dtype
-        with torch.random.fork_rng(devices=[]):
-            network = build(self._spec, image_shape, num_classes)
-        self.shapes = {name: tuple(param.shape) for name, param in network.named_parameters()}
-        """Parameter shapes, in the order of ``flatten``."""
+        require_moderate(self._spec, image_shape, num_classes)
+        with Rng(0).forked("architecture"):
+            network = build(self._spec, image_shape, num_classes).to(self.device, self.dtype)
+        self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
+        """Shapes of the parameters that are trained, in the order of ``flatten``."""
+        if not self.shapes:
+            raise ValueError(
+                f"{self.name} has no parameter that requires grad: there is nothing to train; leave "
+                "requires_grad on where the network is to learn"
+            )
         self.num_features = network.classifier.in_features
         """F: what the final linear layer sees of an image."""
         self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
+        self._frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
+        self._buffers = {name: buffer.detach() for name, buffer in network.named_buffers()}
+        self._aliases = _aliases(network)
+        # Networks of others may attend by fused kernels, which have no second derivative.
+        self._plain = not from_here(self._spec)
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
         self._train = copy.deepcopy(self._tracking)
@@ -71,6 +88,12 @@ class Functional:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 # Statistics of the batch alone: vmap refuses the update of running ones.
                 module.track_running_stats = False
+        for module in self._eval.modules():
+            # Both have another way through in evaluation, without derivatives; "training" is all that they go by.
+            if isinstance(module, nn.MultiheadAttention):
+                module.training, module.dropout = True, 0.0
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.training = True
 
     @cached_property
     def flops(self) -> float:
@@ -80,21 +103,31 @@ class Functional:
         return 3 * counter.get_total_flops() / 2
 
     def identity(self) -> dict[str, Any]:
-        """What tells this network from others, JSON-able; for callables with a hash of parameter shapes."""
+        """What tells this network from others, JSON-able; for callables with a hash of parameter shapes, and one of the
+        values of those that are frozen."""
         if isinstance(self._spec, NetworkSpec):
             return {"network": self.name}
         shapes = canonical_json([[name, list(shape)] for name, shape in self.shapes.items()])
-        return {"network": self.name, "shapes": hashlib.sha256(shapes.encode()).hexdigest()}
+        frozen = {"frozen": checksum(self._frozen)} if self._frozen else {}
+        return {"network": self.name, "shapes": hashlib.sha256(shapes.encode()).hexdigest()} | frozen
 
     def init(self, rng: Rng, name: str, step: int = 0, unit: int | str = 0) -> Weights:
-        """Fresh weights, a function of the key; the global generator stays untouched."""
+        """Fresh weights, a function of the key; the global generator stays untouched.
+
+        Raises:
+            ValueError: as ``build`` does.
+        """
         with rng.forked(name, step, unit):
             network = build(self._spec, self.image_shape, self.num_classes)
-        network.to(self.device, self.dtype)
+        found = dict(network.to(self.device, self.dtype).named_parameters())
         return Weights(
-            {key: param.detach() for key, param in network.named_parameters()},
-            {key: buffer.detach() for key, buffer in network.named_buffers()},
+            {key: found[key].detach() for key in self.shapes},
+            {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
+
+    def restored(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Buffers that were kept as float32 somewhere, on the device and in the types that the network has them in."""
+        return {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()}
 
     def logits(
         self,
@@ -138,8 +171,8 @@ class Functional:
             ValueError: the network has no such maps.
         """
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        weights = {f"network.{name}": value for name, value in {**params, **copies}.items()}
-        seen, features = functional_call(self._mapped[train], weights, (x,))
+        with self._attention():
+            seen, features = functional_call(self._mapped[train], self._weights(params, copies), (x,))
         if not seen:
             raise ValueError(
                 f"{self.name} has no feature maps: none of its activations is a module that puts out (N, C, H, W); "
@@ -170,9 +203,18 @@ class Functional:
         if not update_buffers:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         skeleton = (self._tracking if update_buffers else self._train) if train else self._eval
-        weights = {f"network.{name}": value for name, value in {**params, **buffers}.items()}
-        output: Tensor = functional_call(skeleton, weights, (x, embed, kept))
+        with self._attention():
+            output: Tensor = functional_call(skeleton, self._weights(params, buffers), (x, embed, kept))
         return output
+
+    def _weights(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a skeleton is called with: everything, under all of its names."""
+        values = {**self._frozen, **params, **buffers}
+        values |= {alias: values[name] for alias, name in self._aliases.items() if name in values}
+        return {f"network.{name}": value for name, value in values.items()}
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        return sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext()
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Parameters to one vector (num_params,)."""
@@ -183,6 +225,17 @@ class Functional:
         parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
         pairs = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
+
+
+def _aliases(network: Network) -> dict[str, str]:
+    """The further names of parameters and buffers that have several, with the first."""
+    first: dict[int, str] = {}
+    found = {}
+    for named in (network.named_parameters, network.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if first.setdefault(id(tensor), name) != name:
+                found[name] = first[id(tensor)]
+    return found
 
 
 class _Skeleton(nn.Module):

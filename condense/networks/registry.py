@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import nn
 
 from condense.networks.alexnet import AlexNet
@@ -21,6 +24,11 @@ from condense.networks.vgg import VGG11
 from condense.networks.vit import ViT
 
 Value = bool | int | str
+
+MAX_OPTION = 10_000
+"""The largest width, depth or number of heads that a string can ask for."""
+MAX_PARAMS = 10**9
+"""The most parameters of a network of this package: in float32 they take 4 GB, once."""
 
 _NETWORKS: dict[str, type[Network]] = {
     "alexnet": AlexNet,
@@ -89,6 +97,31 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
     return NetworkSpec(name, {key: value for key, value in options.items() if value != known[key].default})
 
 
+def from_here(spec: str | NetworkSpec | Factory) -> bool:
+    """Whether it is a network of this package."""
+    return isinstance(spec, str | NetworkSpec) and parse(spec).name in _NETWORKS
+
+
+def require_moderate(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classes: int) -> None:
+    """Raise ValueError where a network of this package would have more than ``MAX_PARAMS`` parameters."""
+    if isinstance(spec, str | NetworkSpec) and from_here(spec):
+        if _num_params(str(parse(spec)), tuple(image_shape), num_classes) > MAX_PARAMS:
+            raise ValueError(
+                f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_classes} classes of images of "
+                f"shape {tuple(image_shape)}: that is the limit; give a smaller width or depth"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _num_params(spec: str, image_shape: ImageShape, num_classes: int) -> float:
+    """Counted on a network without memory; infinite where torch cannot say the shapes."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(spec, image_shape, num_classes).parameters())
+    except (OverflowError, RuntimeError, TypeError):
+        return math.inf
+
+
 def build(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classes: int) -> Network:
     """A fresh network on the CPU. Its weights come from the global generator: call under ``Rng.forked``.
 
@@ -131,7 +164,7 @@ def with_options(name: str, **options: Value) -> str:
 
 @dataclass(frozen=True)
 class _Option:
-    """A keyword parameter of a network class: a whole number from 1, true or false, or one of some words."""
+    """A keyword parameter of a network class: a whole number, true or false, or one of some words."""
 
     default: Value
     choices: tuple[str, ...]
@@ -143,9 +176,11 @@ class _Option:
 
     def read(self, text: str, where: str) -> Value:
         if not self.choices:
-            if text.isdecimal() and int(text) > 0:
+            if text.isdecimal() and len(text) <= len(str(MAX_OPTION)) and 0 < int(text) <= MAX_OPTION:
                 return int(text)
-            raise ValueError(f"{where} cannot be {text!r}: it is a whole number from 1; give {self.default}, say")
+            raise ValueError(
+                f"{where} cannot be {text!r}: it is a whole number from 1 to {MAX_OPTION}; give {self.default}, say"
+            )
         word = text.lower()
         if word not in self.choices:
             allowed = ", ".join(self.choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network
+from condense.networks.base import ImageShape, LayerNorm, Network
 
 
 class ViT(Network):
@@ -35,7 +35,7 @@ class ViT(Network):
         self.position = nn.Parameter(torch.empty(rows * columns, width))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.classifier = nn.Linear(width, num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention = nn.Sequential(nn.LayerNorm(width), _Attention(width, heads))
+        self.attention = nn.Sequential(LayerNorm(width), _Attention(width, heads))
         self.hidden = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
