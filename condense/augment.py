@@ -97,8 +97,6 @@ class Augment(Checked):
     flips: bool = False
     """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
     FYI). Real images are not; in evaluation the set is, where its training or the protocol says so (RCIG's)."""
-    degrees: int = 15
-    """Largest angle of rotate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

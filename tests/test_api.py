@@ -308,7 +308,7 @@ def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_train
         (lambda: dataclasses.replace(PROTOCOLS["canonical"], momentum=-1), "0 <= momentum < 1"),
         (lambda: dataclasses.replace(PROTOCOLS["canonical"], lr_grid=(0.1, 0)), "lr_grid needs finite learning rates"),
         (lambda: dataclasses.replace(PROTOCOLS["canonical"], steps_for=[(0, 5)]), "steps_for needs pairs"),
-        (lambda: Augment(ops=("flip",), degrees="3"), "^Augment: degrees='3' is not a whole number"),
+        (lambda: Augment(ops=("flip",), flips="3"), "^Augment: flips='3' is not True or False"),
         (lambda: Truncated(window=2.5), r"^Truncated: window=2\.5 is not a whole number"),
         (lambda: Factor(factor="2"), "^Factor: factor='2' is not a whole number"),
         (lambda: Logits(confidence="high"), "^Logits: confidence='high' is not a number"),
