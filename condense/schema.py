@@ -60,20 +60,6 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     return None
 
 
-def check_fields(instance: Any, prefix: str = "") -> None:
-    """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type.
-
-    Args:
-        instance: a dataclass instance; fields that are dataclasses themselves are checked by their own constructor.
-        prefix: what stands before the name of the field in the message, such as ``method.``.
-    """
-    hints = hints_of(type(instance))
-    for field in dataclasses.fields(instance):
-        line = mismatch(getattr(instance, field.name), hints[field.name])
-        if line is not None:
-            raise ValueError(f"{prefix}{field.name}: {line}")
-
-
 class Checked:
     """Base of the dataclasses that a Python user makes: their fields are of the annotated types when they are made.
 
@@ -168,8 +154,7 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:56]}..."
 
 
-@functools.cache
-def hints_of(kind: type) -> dict[str, Any]:
+def _hints_of_class(kind: type) -> dict[str, Any]:
     """The resolved annotations of a dataclass, by field name; ``Any`` for those of a class whose annotations name what
     only type checkers import."""
     found: dict[str, Any] = {}
@@ -179,6 +164,9 @@ def hints_of(kind: type) -> dict[str, Any]:
         except NameError:
             found |= dict.fromkeys(inspect.get_annotations(base), Any)
     return found
+
+
+hints_of: Callable[[type], dict[str, Any]] = functools.cache(_hints_of_class)
 
 
 def _as_meant(value: Any, annotation: Any) -> Any:

@@ -73,12 +73,6 @@ def test_any_other_value_is_named(value: Any, annotation: Any) -> None:
     assert line is not None and "\n" not in line
 
 
-def test_fields_of_an_instance_are_checked_by_name() -> None:
-    schema.check_fields(Outer(3))
-    with pytest.raises(ValueError, match=r"^method\.steps: 3\.5 is not a whole number$"):
-        schema.check_fields(Outer(3.5), "method.")  # type: ignore[arg-type]
-
-
 def test_a_dataclass_is_made_of_json() -> None:
     found = schema.from_json(Outer, {"steps": 2, "inner": {"name": "n", "sizes": [1, 2]}, "later": 1}, "f.json")
     assert found == Outer(2, inner=Inner("n", (1, 2)))
