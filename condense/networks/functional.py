@@ -80,7 +80,7 @@ class Functional:
         self._buffers = {name: buffer.detach() for name, buffer in network.named_buffers()}
         self._aliases = _aliases(network)
         # Networks of others may attend by fused kernels, which have no second derivative.
-        self._plain = not from_here(self._spec)
+        self._foreign = not from_here(self._spec)
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
         self._train = copy.deepcopy(self._tracking)
@@ -214,7 +214,7 @@ class Functional:
         return {f"network.{name}": value for name, value in values.items()}
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
-        return sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext()
+        return sdpa_kernel(SDPBackend.MATH) if self._foreign else contextlib.nullcontext()
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Parameters to one vector (num_params,)."""
