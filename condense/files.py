@@ -119,7 +119,7 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
         )
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"it is not valid UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no valid JSON ({error.msg} in line {error.lineno})") from None

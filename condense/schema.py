@@ -16,6 +16,9 @@ from condense.names import printable
 
 T = TypeVar("T")
 
+field_types: Any = functools.cache(typing.get_type_hints)
+"""The resolved annotations of a dataclass, by field name."""
+
 
 def mismatch(value: Any, annotation: Any) -> str | None:
     """Why ``value`` is not of the annotated type, as "VALUE is not EXPECTED"; None where it is.
@@ -46,13 +49,14 @@ def mismatch(value: Any, annotation: Any) -> str | None:
         return None  # a type variable or an alias that says nothing at run time
     if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str | bytes)):
         return _not(value, annotation)
+    holder: Any = value
     if issubclass(kind, tuple) and args:
-        return _of_tuple(value, args)
+        return _of_tuple(holder, args)
     if issubclass(kind, Mapping) and args:
-        pairs = ((item, part) for pair in value.items() for item, part in zip(pair, args, strict=True))
+        pairs = ((item, part) for pair in holder.items() for item, part in zip(pair, args, strict=True))
         return next((line for item, part in pairs if (line := mismatch(item, part))), None)
     if issubclass(kind, Sequence) and args:
-        return next((line for item in value if (line := mismatch(item, args[0]))), None)
+        return next((line for item in holder if (line := mismatch(item, args[0]))), None)
     return None
 
 
@@ -63,7 +67,7 @@ def check_fields(instance: Any, prefix: str = "") -> None:
         instance: a dataclass instance; fields that are dataclasses themselves are checked by their own constructor.
         prefix: what stands before the name of the field in the message, such as ``method.``.
     """
-    hints = annotations(type(instance))
+    hints = field_types(type(instance))
     for field in dataclasses.fields(instance):
         line = mismatch(getattr(instance, field.name), hints[field.name])
         if line is not None:
@@ -84,7 +88,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {_not(value, Mapping)}")
-    hints, found = annotations(kind), {}
+    hints, found = field_types(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in value:
             found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
@@ -103,12 +107,6 @@ def brief(value: Any) -> str:
     except Exception:
         text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:56]}..."
-
-
-@functools.cache
-def annotations(kind: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass, by field name."""
-    return typing.get_type_hints(kind)
 
 
 def _converted(value: Any, annotation: Any, where: str) -> Any:

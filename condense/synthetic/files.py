@@ -176,7 +176,7 @@ def _origin(value: Mapping[str, Any]) -> Origin:
         from_json(_Artifact, artifact, "origin, artifacts")
     kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
     if kind is not None:
-        statistics = from_json(kind, origin.transform, "origin, transform")
+        statistics: Any = from_json(kind, origin.transform, "origin, transform")
         if isinstance(statistics, _Channel) and len(statistics.mean) != origin.image_shape[0]:
             raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.image_shape}")
     return origin
