@@ -377,7 +377,7 @@ def _check_optimiser(optimiser: torch.optim.Optimizer, values: Any, path: str) -
     fits = isinstance(values, dict) and values.keys() == {"state", "param_groups"}
     fits = fits and len(values["param_groups"]) == len(groups)
     fits = fits and all(
-        isinstance(ours, dict) and ours.keys() == theirs.keys() and ours["params"] == theirs["params"]
+        isinstance(ours, dict) and ours.keys() >= theirs.keys() and ours["params"] == theirs["params"]
         for ours, theirs in zip(values["param_groups"], groups, strict=False)
     )
     if not fits:

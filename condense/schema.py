@@ -50,13 +50,14 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     fits = isinstance(value, kind)
     if not fits or (kind is Sequence and isinstance(value, str | bytes)):
         return _not(value, annotation)
+    holder: Any = value
     if issubclass(kind, tuple) and args:
-        return _of_tuple(value, args)
+        return _of_tuple(holder, args)
     if issubclass(kind, Mapping) and args:
-        pairs = ((item, part) for pair in value.items() for item, part in zip(pair, args, strict=True))
+        pairs = ((item, part) for pair in holder.items() for item, part in zip(pair, args, strict=True))
         return next((line for item, part in pairs if (line := mismatch(item, part))), None)
     if issubclass(kind, Sequence) and args:
-        return next((line for item in value if (line := mismatch(item, args[0]))), None)
+        return next((line for item in holder if (line := mismatch(item, args[0]))), None)
     return None
 
 
