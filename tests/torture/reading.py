@@ -53,14 +53,17 @@ def mutations(world: World, seed: int, first: int) -> Iterator[str | None]:
     """Each case damages one file in one way, and reads it."""
     folder = world.copy("mutations")
     kinds = _kinds(folder)
+    originals = {kind.file: kind.file.read_bytes() for kind in kinds}
     position = mmap.mmap(-1, 8)
     losses = folder.parent / "losses.jsonl"
     while True:
         losses.write_text("")
+        for file, data in originals.items():  # a process that ended left one damaged
+            file.write_bytes(data)
         position[:] = first.to_bytes(8, "little")
         pid = os.fork()
         if pid == 0:
-            _read_batch(kinds, folder, seed, first, position, losses)
+            _read_batch(kinds, originals, folder, seed, first, position, losses)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         reached = int.from_bytes(position[:], "little")
         found = dict(json.loads(line) for line in losses.read_text().splitlines())
@@ -77,7 +80,15 @@ def _drawn(kinds: list[Kind], seed: int, number: int) -> tuple[Random, Kind]:
     return rng, rng.choice(kinds)
 
 
-def _read_batch(kinds: list[Kind], folder: Path, seed: int, first: int, position: mmap.mmap, losses: Path) -> None:
+def _read_batch(
+    kinds: list[Kind],
+    originals: dict[Path, bytes],
+    folder: Path,
+    seed: int,
+    first: int,
+    position: mmap.mmap,
+    losses: Path,
+) -> None:
     status = 1
     try:
         in_use = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
@@ -86,8 +97,7 @@ def _read_batch(kinds: list[Kind], folder: Path, seed: int, first: int, position
         os.chdir(folder)
         os.environ["CONDENSE_CACHE"] = str(folder / "cache")
         warnings.showwarning = lambda *_, **__: None
-        originals = {kind.file: kind.file.read_bytes() for kind in kinds}
-        with open(losses, "a") as lost, contextlib.redirect_stdout(io.StringIO()):
+        with open(losses, "a", buffering=1) as lost, contextlib.redirect_stdout(io.StringIO()):
             for number in range(first, first + BATCH):
                 position[:] = number.to_bytes(8, "little")
                 rng, kind = _drawn(kinds, seed, number)
@@ -105,6 +115,8 @@ def _read_batch(kinds: list[Kind], folder: Path, seed: int, first: int, position
                     signal.alarm(0)
                 kind.file.write_bytes(originals[kind.file])
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
