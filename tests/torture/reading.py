@@ -25,7 +25,7 @@ import yaml
 from condense import api, artifacts, exchange, recipe, runs, show
 from condense.buffers.imported import import_replay_buffers
 from condense.data import datasets
-from condense.eval.journal import Cell, Journal
+from condense.eval.journal import Cell, Journal, width
 from condense.eval.metrics import Scores
 from condense.files import read_tensors
 from condense.task import Split
@@ -164,7 +164,8 @@ def _npz(data: bytes, rng: Random) -> bytes:
 
 def _kinds(folder: Path) -> list[Kind]:
     """The files in ``folder``, some of which are made here, and their readers."""
-    run, buffer, decided_by = folder / "set", next((folder / "artifacts").iterdir()), {"network": "mlp"}
+    run, buffer = folder / "set", next((folder / "artifacts").iterdir())
+    decided_by = {"network": "mlp", "numbers": width(3)}
     plan, arrays = recipe.from_yaml(run / "recipe.yaml"), datasets.load(folder / "data.npz")
     task = api.plain_task(arrays, TINY, "channel", Split(val_fraction=0.0))
     spec = artifacts.TrajectorySpec({"network": TINY}, num_epochs=2)
