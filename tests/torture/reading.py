@@ -25,7 +25,7 @@ import yaml
 from condense import api, artifacts, exchange, recipe, runs, show
 from condense.buffers.imported import import_replay_buffers
 from condense.data import datasets
-from condense.eval.journal import Cell, Journal
+from condense.eval.journal import Cell, Journal, width
 from condense.eval.metrics import Scores
 from condense.files import read_tensors
 from condense.task import Split
@@ -53,14 +53,17 @@ def mutations(world: World, seed: int, first: int) -> Iterator[str | None]:
     """Each case damages one file in one way, and reads it."""
     folder = world.copy("mutations")
     kinds = _kinds(folder)
+    originals = {kind.file: kind.file.read_bytes() for kind in kinds}
     position = mmap.mmap(-1, 8)
     losses = folder.parent / "losses.jsonl"
     while True:
         losses.write_text("")
+        for file, data in originals.items():  # a process that ended left one damaged
+            file.write_bytes(data)
         position[:] = first.to_bytes(8, "little")
         pid = os.fork()
         if pid == 0:
-            _read_batch(kinds, folder, seed, first, position, losses)
+            _read_batch(kinds, originals, folder, seed, first, position, losses)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         reached = int.from_bytes(position[:], "little")
         found = dict(json.loads(line) for line in losses.read_text().splitlines())
@@ -77,7 +80,15 @@ def _drawn(kinds: list[Kind], seed: int, number: int) -> tuple[Random, Kind]:
     return rng, rng.choice(kinds)
 
 
-def _read_batch(kinds: list[Kind], folder: Path, seed: int, first: int, position: mmap.mmap, losses: Path) -> None:
+def _read_batch(
+    kinds: list[Kind],
+    originals: dict[Path, bytes],
+    folder: Path,
+    seed: int,
+    first: int,
+    position: mmap.mmap,
+    losses: Path,
+) -> None:
     status = 1
     try:
         in_use = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
@@ -86,8 +97,7 @@ def _read_batch(kinds: list[Kind], folder: Path, seed: int, first: int, position
         os.chdir(folder)
         os.environ["CONDENSE_CACHE"] = str(folder / "cache")
         warnings.showwarning = lambda *_, **__: None
-        originals = {kind.file: kind.file.read_bytes() for kind in kinds}
-        with open(losses, "a") as lost, contextlib.redirect_stdout(io.StringIO()):
+        with open(losses, "a", buffering=1) as lost, contextlib.redirect_stdout(io.StringIO()):
             for number in range(first, first + BATCH):
                 position[:] = number.to_bytes(8, "little")
                 rng, kind = _drawn(kinds, seed, number)
@@ -105,6 +115,8 @@ def _read_batch(kinds: list[Kind], folder: Path, seed: int, first: int, position
                     signal.alarm(0)
                 kind.file.write_bytes(originals[kind.file])
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -152,7 +164,8 @@ def _npz(data: bytes, rng: Random) -> bytes:
 
 def _kinds(folder: Path) -> list[Kind]:
     """The files in ``folder``, some of which are made here, and their readers."""
-    run, buffer, decided_by = folder / "set", next((folder / "artifacts").iterdir()), {"network": "mlp"}
+    run, buffer = folder / "set", next((folder / "artifacts").iterdir())
+    decided_by = {"network": "mlp", "numbers": width(3)}
     plan, arrays = recipe.from_yaml(run / "recipe.yaml"), datasets.load(folder / "data.npz")
     task = api.plain_task(arrays, TINY, "channel", Split(val_fraction=0.0))
     spec = artifacts.TrajectorySpec({"network": TINY}, num_epochs=2)
