@@ -238,7 +238,9 @@ def run(
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
     with ranks.first_ahead():
-        arrays = arrays or data_of(plan, options)
+        if arrays is None:
+            plan = located(plan, options)
+            arrays = _arrays(plan.dataset, options.download)
     _check_data(plan, arrays)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
@@ -633,20 +635,19 @@ def _arrays(dataset: Data, download: bool = False) -> Arrays:
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
 
 
-def data_of(plan: Recipe, options: RunOptions) -> Arrays:
-    """The data of a recipe: where it says they lie, else where the run in ``options.out`` recorded it.
+def located(plan: Recipe, options: RunOptions) -> Recipe:
+    """The recipe with the place of its data: where the run to be resumed recorded it, else as the recipe says.
 
     Raises:
-        ValueError: they are not there, or cannot be read.
+        ValueError: the recipe has a name and a fingerprint only, and there are no such data here.
     """
-    there = plan.dataset in names() or Path(plan.dataset).exists()
-    source = plan.dataset if there else runs.source_of(options.out, plan.dataset)
-    if plan.fingerprint is not None and source == plan.dataset and not there:
+    source = runs.source_of(options.out if options.resume else None, plan.dataset)
+    if plan.fingerprint is not None and source not in names() and not Path(source).exists():
         raise ValueError(
             f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
             f"known name and no file here; give {spelt('dataset', 'PATH')}"
         )
-    return _arrays(source, options.download)
+    return dataclasses.replace(plan, dataset=source)
 
 
 def _check_data(plan: Recipe, arrays: Arrays) -> None:

@@ -169,12 +169,13 @@ def distill(words: list[str], ranks: Ranks) -> None:
     budget = int(ipc) if ipc is not None and ipc.isdigit() else None
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
+    plan = command.recipe if arrays else api.located(command.recipe, command.options)
     with ranks.first_ahead():
-        arrays = arrays or api.data_of(command.recipe, command.options)
+        arrays = arrays or datasets.load(plan.dataset, download=command.options.download)
     _say_unknown(arrays)
     say(f"recipe: {origin}")
-    folder = api.run_folder(command.recipe, command.options, arrays)
-    api.run(command.recipe, command.options, arrays=arrays, ranks=ranks)
+    folder = api.run_folder(plan, command.options, arrays)
+    api.run(plan, command.options, arrays=arrays, ranks=ranks)
     say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense evaluate {folder}")
 
 

@@ -115,19 +115,22 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
 
 def write_source(folder: Path, dataset: str) -> None:
     """Where the data of a run lie, into ``run.json`` as the run begins."""
-    record = read_record(folder) | {"dataset": _place(dataset)}
+    record = read_record(folder) | {"dataset": _place(folder, dataset)}
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def _place(dataset: str) -> str:
-    local = dataset not in datasets.names() and expanded(dataset).exists()
-    return str(expanded(dataset).resolve()) if local else dataset
+def _place(folder: Path, dataset: str) -> str:
+    """Where the data lie; of data at hand that have a mere name, what the record says already."""
+    if dataset in datasets.names():
+        return dataset
+    place = expanded(dataset)
+    return str(place.resolve()) if place.exists() else str(read_record(folder).get("dataset", dataset))
 
 
 def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
     """``run.json``; ``seconds`` add up over resumptions."""
     record = {
-        "dataset": _place(dataset),
+        "dataset": _place(folder, dataset),
         "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union
+from typing import Any, Literal, ParamSpec, TypeVar, Union, cast
 
 from condense.names import printable, suggest
 
@@ -72,7 +72,7 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
-        hints = hints_of(type(self))
+        hints = hints_of(cast(Any, type(self)))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             given = getattr(self, field.name)
             value = accepted(given, hints[field.name], type(self).__name__, field.name)
@@ -134,7 +134,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {_not(value, Mapping)}")
-    hints, found = hints_of(kind), {}
+    hints, found = hints_of(cast(Any, kind)), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in value:
             found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")

@@ -18,7 +18,7 @@ import condense
 from condense import api
 from condense.api import find_recipe
 from condense.augment import Augment
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, load
 from condense.eval.crossarch import SetScorer
 from condense.eval.protocol import PROTOCOLS, named
 from condense.files import checksum
@@ -386,7 +386,10 @@ def test_a_recipe_of_a_run_finds_its_data_and_a_shared_one_asks_for_them(
     shared = tmp_path / "elsewhere" / "recipe.yaml"
     shared.parent.mkdir()
     shutil.copy(tmp_path / "run" / "recipe.yaml", shared)
-    condense.distill(shared, out=tmp_path / "run", resume=True, **fields)
+    record = tmp_path / "run" / "run.json"
+    for place in (None, load(tiny_file)):  # at hand, too, they leave the record as it is
+        condense.distill(shared, dataset=place, out=tmp_path / "run", resume=True, **fields)
+        assert json.loads(record.read_text())["dataset"] == str(tiny_file.resolve())
     with pytest.raises(ValueError, match=r"for the data set 'tiny' with fingerprint .* give dataset='PATH'$"):
         condense.distill(shared, out=tmp_path / "new", **fields)
     with pytest.raises(ValueError, match=r"digits has .* give dataset with the right data, or fingerprint=None"):

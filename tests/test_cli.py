@@ -268,6 +268,12 @@ def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest
     assert "recipe.yaml cannot be read: it is no valid YAML" in fails(capsys, *words, "--resume")
 
 
+def test_a_recipe_in_a_run_is_enough_to_resume_it(run_folder: Path, tiny_file: Path) -> None:
+    record = run_folder / "run.json"
+    main(["distill", str(run_folder / "recipe.yaml"), "--out", str(run_folder), "--resume"])
+    assert json.loads(record.read_text())["dataset"] == str(tiny_file.resolve())
+
+
 def test_show_says_what_was_measured_and_draws(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", str(run_folder), "--num-seeds", "2", "--networks", "mlp", "--protocol.num-epochs", "1"])
     capsys.readouterr()
