@@ -85,7 +85,7 @@ def run(
     checkpoint, previous = (folder / name for name in _CHECKPOINTS)
     done = _restore(state, ctx, checkpoint, previous) if resume and has_checkpoint(folder) else 0
     if done > method.num_steps:
-        raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another --out")
+        raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another {spelt('out')}")
     if ranks.first:
         for file in folder.glob("log*.jsonl"):
             cut_back(file, done)
@@ -170,7 +170,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{ctx.task.network.name} lacks a derivative that this method takes ({reason}): torch has none for one of "
-            "its layers; give another network, e.g. --network convnet"
+            f"its layers; give another network, e.g. {spelt('network', 'convnet')}"
         ) from error
 
 

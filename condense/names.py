@@ -17,9 +17,14 @@ def printable(text: str, longest: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def excerpt(value: object, longest: int = 200) -> str:
+    """``str(value)`` for a message: on one line, printable, at most ``longest`` characters."""
+    return printable(" ".join(str(value).split()), longest)
+
+
 def reason(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters."""
-    return printable(" ".join(str(error).split()) or type(error).__name__, 200)
+    """What an error says, as an ``excerpt``; its type where it says nothing."""
+    return excerpt(error) or type(error).__name__
 
 
 def suggest(name: str, known: Iterable[str], listing: str | None = None) -> str:

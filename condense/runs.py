@@ -32,19 +32,21 @@ def held(folder: Path) -> Iterator[None]:
         ValueError: it cannot be made; another process is running in it.
     """
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; choose another --out")
+        raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; choose another --out") from error
+        raise ValueError(
+            f"cannot make the run folder {folder}: {error.strerror}; choose another {spelt('out')}"
+        ) from error
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
         try:
             stack.enter_context(locked(folder / RECORD, wait=False))
         except BlockingIOError as error:
             raise ValueError(
-                f"{error} is running in {folder}; wait until it has ended, or choose another --out"
+                f"{error} is running in {folder}; wait until it has ended, or choose another {spelt('out')}"
             ) from None
         yield
 

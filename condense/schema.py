@@ -12,9 +12,9 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, cast
+from typing import Any, Literal, ParamSpec, TypeVar, Union
 
-from condense.names import printable, suggest
+from condense.names import excerpt, suggest
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -72,7 +72,7 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
-        hints = hints_of(cast(Any, type(self)))
+        hints = hints_of(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             given = getattr(self, field.name)
             value = accepted(given, hints[field.name], type(self).__name__, field.name)
@@ -134,7 +134,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {_not(value, Mapping)}")
-    hints, found = hints_of(cast(Any, kind)), {}
+    hints, found = hints_of(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in value:
             found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
@@ -147,12 +147,11 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
 
 
 def brief(value: Any) -> str:
-    """A value in a message: on one line, without control characters, and short."""
+    """``repr(value)`` for a message: on one line, printable, at most 60 characters."""
     try:
-        text = printable(" ".join(repr(value).split()))
-    except Exception:
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:56]}..."
+        return excerpt(repr(value), 60)
+    except Exception:  # a foreign class may represent itself in any way
+        return type(value).__name__
 
 
 def _hints_of_class(kind: type) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
     return complete
 
 
-_MEND = "move it away, and condense evaluate writes it anew; or give another --out"
+_MEND = "move it away, and condense evaluate writes it anew"
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from condense.data import store
-from condense.data.pixels import Array, brief, check_pixels, numpy_of, reason
+from condense.data.pixels import Array, check_pixels, numpy_of
 from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz
 from condense.files import expanded
-from condense.names import spelt, suggest
+from condense.names import excerpt, reason, spelt, suggest
 
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
 
@@ -224,11 +224,12 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
             return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
         there = path.exists()
     except OSError as error:  # a name that is too long
-        raise ValueError(f"no data set {brief(source)!r}: {reason(error)}; check the path") from error
+        raise ValueError(f"no data set {excerpt(source)!r}: {reason(error)}; check the path") from error
     if there:
         raise ValueError(f"no data set {str(source)!r}: it is neither a file nor a folder; give an .npz or a folder")
     raise ValueError(
-        f"no data set {brief(source)!r}: there is no such file or folder; by name {suggest(str(source)[:80], names())}"
+        f"no data set {excerpt(source)!r}: there is no such file or folder; by name "
+        f"{suggest(str(source)[:80], names())}"
     )
 
 
@@ -321,8 +322,8 @@ def _names_of(classes: Array, where: str, most: int) -> list[str]:
     """The array ``classes`` of a file as text; each class needs one of the ``most`` training images."""
     if classes.ndim != 1 or classes.dtype.kind not in "USbiufmM":
         raise ValueError(
-            f"classes{where} is {brief(classes.dtype)} of shape {brief(classes.shape)}: names are one axis of text; "
-            "give np.array([NAME, NAME, ...])"
+            f"classes{where} is {excerpt(classes.dtype)} of shape {excerpt(classes.shape)}: names are one axis of "
+            "text; give np.array([NAME, NAME, ...])"
         )
     if len(classes) > most:
         raise ValueError(
@@ -464,7 +465,7 @@ def _item(dataset: Dataset[Any], index: int) -> tuple[Array, int, type]:
     if not isinstance(item, tuple | list) or len(item) != 2:
         found = f"a {type(item).__name__}"
         if isinstance(item, dict):
-            found += f" with the keys {brief(', '.join(map(str, item)))}"
+            found += f" with the keys {excerpt(', '.join(map(str, item)))}"
         elif isinstance(item, tuple | list):
             found += f" of {len(item)}"
         raise ValueError(f"item {index} of {kind} is {found}: items are (image, label) pairs; return such a pair")
@@ -482,12 +483,12 @@ def _item(dataset: Dataset[Any], index: int) -> tuple[Array, int, type]:
     number = np.asarray(label) if not isinstance(label, Tensor) else numpy_of(f"label {index} of {kind}", label)
     if number.shape:
         raise ValueError(
-            f"label {index} of {kind} has shape {brief(number.shape)}: labels are single integers; "
+            f"label {index} of {kind} has shape {excerpt(number.shape)}: labels are single integers; "
             "give the class number"
         )
     if number.dtype.kind not in "iu":
         raise ValueError(
-            f"label {index} of {kind} is {brief(repr(label))}: labels must be integers; give the class number, "
+            f"label {index} of {kind} is {excerpt(repr(label))}: labels must be integers; give the class number, "
             "an int in 0..C-1"
         )
     return pixels, int(number), form
@@ -577,7 +578,7 @@ def _check_images(what: str, images: Tensor | Array, channels_first: bool) -> Ar
             )
         images = np.moveaxis(images, axes[0], 1)
     else:
-        raise ValueError(f"{what} has shape {brief(images.shape)}: images are NHW, NHWC or NCHW; reshape it")
+        raise ValueError(f"{what} has shape {excerpt(images.shape)}: images are NHW, NHWC or NCHW; reshape it")
     if images.size == 0:
         need = "at least one image is needed" if not len(images) else "an image has at least one pixel"
         raise ValueError(f"{what} is empty (shape {images.shape}): {need}; give other images")
@@ -594,7 +595,7 @@ def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) 
         elif labels.ndim == 2 and len(labels) == count:
             mend = "give the class numbers, y.argmax(1) where the rows are one-hot"
         raise ValueError(
-            f"{what} has shape {brief(labels.shape)}: there are {count} images, each needs one label; {mend}"
+            f"{what} has shape {excerpt(labels.shape)}: there are {count} images, each needs one label; {mend}"
         )
     kind = labels.dtype.kind
     if kind in "iu" and labels.max() <= np.iinfo(np.int64).max:
@@ -609,7 +610,7 @@ def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) 
         mend = renumber
     else:
         mend = "give the number of each image's class"
-    raise ValueError(f"{what} is {brief(labels.dtype)}: labels must be integers, 0..C-1; {mend}")
+    raise ValueError(f"{what} is {excerpt(labels.dtype)}: labels must be integers, 0..C-1; {mend}")
 
 
 def _check_range(what: str, labels: Array, count: int, mend: str) -> None:
@@ -633,5 +634,5 @@ def _without_class(empty: int, y_test: Any, classes: Sequence[str] | None, renum
     if y_test is not None and empty in numpy_of("y_test", y_test):
         return "the test part has some, so add training images, or leave its test images out and number the rest anew"
     if classes is not None:
-        return f"take the name {brief(classes[empty])!r} out of the classes and lower all labels above {empty} by one"
+        return f"take the name {excerpt(classes[empty])!r} out of the classes and lower all labels above {empty} by one"
     return renumber

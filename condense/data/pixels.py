@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from condense.names import excerpt, reason
+
 Array = NDArray[Any]
 
 
@@ -28,7 +30,7 @@ def check_pixels(what: str, images: Array) -> Array:
     if images.dtype.kind == "b":
         raise ValueError(f"{what} is bool: {_WANTED}; give x * 1.0")
     if images.dtype.kind not in "iuf":
-        raise ValueError(f"{what} is {brief(images.dtype)}: {_WANTED}; give numbers")
+        raise ValueError(f"{what} is {excerpt(images.dtype)}: {_WANTED}; give numbers")
     low, high = images.min(), images.max()
     if images.dtype.kind in "iu":
         raise ValueError(
@@ -74,18 +76,6 @@ def numpy_of(what: str, array: Tensor | Array) -> Array:
         raise ValueError(f"{what} is no array: {reason(error)}; give an ordinary tensor") from error
 
 
-def brief(value: object) -> str:
-    """``str(value)`` on one line, at most 200 characters of it."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 3]}..."
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line, or else its type."""
-    return brief(error) or type(error).__name__
-
-
-_LONGEST_QUOTE = 200
 _WANTED = "pixels are uint8 (0 to 255) or floats in [0, 1]"
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from condense.data.pixels import Array, brief, reason
+from condense.data.pixels import Array
 from condense.files import check_expansion
+from condense.names import excerpt, reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,7 +63,7 @@ def read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], lis
 
 
 def _read_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, stored: int) -> Array:
-    what = brief(member.filename)
+    what = excerpt(member.filename)
     check_expansion(what, member.file_size, min(member.compress_size, stored), "save it with np.savez if it is right")
     with file.open(member) as stream:
         version = np.lib.format.read_magic(stream)
@@ -72,7 +73,7 @@ def _read_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, stored: int) ->
     if dtype.hasobject:
         raise ValueError(f"{what} holds Python objects, which are never loaded")
     if not dtype.itemsize or header + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{what} declares the shape {brief(shape)} of {brief(dtype)}, which is not its size")
+        raise ValueError(f"{what} declares the shape {excerpt(shape)} of {excerpt(dtype)}, which is not its size")
     with file.open(member) as stream:
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
@@ -142,12 +143,12 @@ def check_names(where: str, names: Iterable[Any]) -> list[str]:
         odd = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
         if odd or len(name.encode()) > _LONGEST_NAME:
             raise ValueError(
-                f"{where} has the class name {brief(ascii(name))}: a name has at most {_LONGEST_NAME} bytes, and "
+                f"{where} has the class name {excerpt(ascii(name))}: a name has at most {_LONGEST_NAME} bytes, and "
                 "no line breaks or broken characters; rename the class"
             )
         if name in found:
             raise ValueError(
-                f"{where} has two classes of the name {brief(name)}: names tell classes apart; rename one of them"
+                f"{where} has two classes of the name {excerpt(name)}: names tell classes apart; rename one of them"
             )
         found[name] = None
     return list(found)

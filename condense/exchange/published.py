@@ -38,12 +38,12 @@ from torch import Tensor
 
 from condense import __version__
 from condense.data.datasets import Arrays, to_float
-from condense.data.pixels import Array, brief, check_pixels, numpy_of
+from condense.data.pixels import Array, check_pixels, numpy_of
 from condense.data.reading import as_rgb, entries, read_images, read_npz
 from condense.data.transform import Transform
 from condense.exchange.tables import read_soft_labels
 from condense.files import check_expansion, read_foreign
-from condense.names import spelt
+from condense.names import excerpt, spelt
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels, Logits, Targets, Teacher
 from condense.synthetic.set import Origin, SyntheticSet
@@ -199,7 +199,7 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
     if None in found:
         folder = folders[found.index(None)]
         raise ValueError(
-            f"the folder {brief(folder)!r} matches no class: there are {_some(classes)}, numbered "
+            f"the folder {excerpt(folder)!r} matches no class: there are {_some(classes)}, numbered "
             f"0..{len(classes) - 1}; rename the folders to the names of their classes"
         )
     seen: dict[int, str] = {}
@@ -207,8 +207,8 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
         assert label is not None
         if label in seen:
             raise ValueError(
-                f"the folders {brief(seen[label])!r} and {brief(folder)!r} both match the class {classes[label]!r}; "
-                "give each class one folder"
+                f"the folders {excerpt(seen[label])!r} and {excerpt(folder)!r} both match the class "
+                f"{classes[label]!r}; give each class one folder"
             )
         seen[label] = folder
     return list(seen)
@@ -239,7 +239,7 @@ def _key(name: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return brief(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return excerpt(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _warn_of_absent(classes: Tensor, arrays: Arrays) -> None:
@@ -314,7 +314,7 @@ def _rate(value: Any, path: Path) -> float:
             number = float(found.reshape(-1)[0])
     if not 0 < number < math.inf:
         raise ValueError(
-            f"{path} holds {brief(repr(value))}: a step size is one positive number; move the file away to do without"
+            f"{path} holds {excerpt(repr(value))}: a step size is one positive number; move the file away to do without"
         )
     return number
 
@@ -390,12 +390,14 @@ def _checked(
     """Args: ``meaning`` as the file says it of labels of two axes, None where it does not."""
     if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not images.size:
         raise ValueError(
-            f"{path}: images {brief(images.shape)} and labels {brief(labels.shape)}; (N, C, H, W) and (N,) or "
+            f"{path}: images {excerpt(images.shape)} and labels {excerpt(labels.shape)}; (N, C, H, W) and (N,) or "
             "(N, classes) are needed"
         )
     for what, array in (("images", images), ("labels", labels)):
         if array.dtype.kind not in "iufb":
-            raise ValueError(f"{path}: the {what} are {brief(array.dtype)}, not numbers; save them as float32 or int64")
+            raise ValueError(
+                f"{path}: the {what} are {excerpt(array.dtype)}, not numbers; save them as float32 or int64"
+            )
         if not np.isfinite(array).all():
             raise ValueError(f"{path} holds {what} that are not finite; get it again")
     if space == "pixels":

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from condense.data.pixels import Array, reason
+from condense.data.pixels import Array
 from condense.files import check_expansion
+from condense.names import reason
 
 SOFT_LABELS = "soft_labels.parquet"
 
