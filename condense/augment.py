@@ -166,7 +166,7 @@ class Augment(Checked):
         if ops and self.mode == "S":
             ops = _one_of(ops, gen)
         elif self.mode == "D":
-            geometric = _one_of([op for op in ops if op not in ("flip", "color", "cutout")], gen)
+            geometric = _one_of([op for op in ops if op in ("crop", "scale", "rotate")], gen)
             ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
         _, height, width = image_shape
         rows = 1 if siamese else num

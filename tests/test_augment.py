@@ -206,7 +206,6 @@ def test_the_mode_of_idc_agrees_with_the_twin(siamese: bool) -> None:
         (("color", "crop", "cutout"), ("color", "crop", "cutout")),
         (("cutout", "flip"), ("flip", "cutout")),
         (("color",), ("color",)),
-        (("crop-dc", "flip"), ("flip", "crop-dc")),
         ((), ()),
     ],
 )

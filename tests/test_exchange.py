@@ -479,7 +479,8 @@ def test_a_folder_that_cannot_be_finished_is_not_left(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["condense.exchange.export"], "write_text", full)  # the package has a function there
+    monkeypatch.setattr(sys.modules["condense.exchange.export"], "_origin", full)  # the package has a function there
+    monkeypatch.setattr(sys.modules["condense.exchange.export"], "_card", full)
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"cannot write .*: No space left on device"):
         api.export_set(syn, tmp_path / "out" / "there", kind)

@@ -308,7 +308,9 @@ def _read_images_file(path: Path) -> Foreign:
 def _rate(value: Any, path: Path) -> float:
     """A learned step size."""
     number = float("nan")
-    if isinstance(value, Tensor | float | int):
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Tensor | float | int) and not isinstance(value, bool):
         found = _plain(torch.as_tensor(value), path)
         if found.size == 1 and found.dtype.kind in "iuf":
             number = float(found.reshape(-1)[0])

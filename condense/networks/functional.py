@@ -99,7 +99,7 @@ class Functional:
     def flops(self) -> float:
         """Floating-point operations of one image's forward and backward pass, in matrix products and convolutions."""
         with FlopCounterMode(display=False) as counter:
-            self._eval(torch.empty(2, *self.image_shape, device="meta"), False)
+            self._eval(torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
 
     def identity(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Functional:
 
     def require_maps(self) -> None:
         """Raise ValueError where ``maps`` would."""
-        self.maps({}, {}, torch.empty(2, *self.image_shape, device="meta"), train=False)
+        self.maps({}, {}, torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), train=False)
 
     @cached_property
     def _mapped(self) -> dict[bool, _Mapped]:
