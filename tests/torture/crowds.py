@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import signal
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
-
-import torch._dynamo  # noqa: F401  processes that meet import it; it takes long
 
 from condense import api, cli, distributed
 from condense.distributed import Ranks
@@ -140,6 +139,7 @@ PATIENCE = 12.0
 def ranks(world: World, seed: int, first: int) -> Iterator[str | None]:
     """Two or three processes distil together; one is killed, stopped or refuses. The others end with status 2 and one
     line in all, that of the refusing one where there is one. Resumed, they make the bytes of undisturbed ones."""
+    importlib.import_module("torch._dynamo")  # as processes that meet do; it takes long
     distributed.SAID_AFTER, distributed.HEARD_WITHIN = 2.0, 4.0
     expected: dict[int, dict[str, Any]] = {}
     for number in itertools.count(first):
