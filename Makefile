@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix check lint format types bench bench-growth clean
+.PHONY: help demo test test-slow test-matrix torture check lint format types bench bench-growth clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,6 +36,10 @@ test-slow: .venv/dev ## the tests that take longer than the rest together
 
 test-matrix: .venv/dev .venv-oldest/dev ## the tests under other instruction sets, threads and the oldest torch (about an hour)
 	$(BIN)/python -m tests.matrix
+
+torture: .venv/dev ## kills, full disks, damaged files, crowds (over an hour; goes on where it stopped)
+	mkdir -p build
+	$(BIN)/python -m tests.torture --state build/torture.json
 
 check: lint types test ## what must hold before a change is merged
 

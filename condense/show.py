@@ -134,7 +134,8 @@ def _facts(title: str, facts: Mapping[str, Any]) -> None:
 
 def _sparkline(values: Sequence[float], width: int = 20) -> str:
     """The course of the values in at most ``width`` characters, each the mean of a stretch."""
-    size = -(-len(values) // width)
-    means = [statistics.fmean(values[i : i + size]) for i in range(0, len(values), size)]
+    size, largest = -(-len(values) // width), max(map(abs, values)) or 1.0
+    shares = [value / largest for value in values]  # the sum of very large values would overflow
+    means = [statistics.fmean(shares[i : i + size]) for i in range(0, len(shares), size)]
     low, high = min(means), max(means)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low))] if high > low else "▄" for value in means)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from condense.artifacts import TrajectorySpec
 from condense.augment import Augment, Params
 from condense.compute import Compute
 from condense.data.transform import Transform, channel_statistics, fit
@@ -159,11 +157,11 @@ def test_whitening_is_the_published_one(name: str, spec: str, count: str) -> Non
 def test_gradient_matching_takes_the_published_steps(name: str, kind: type[DC]) -> None:
     recorded = Recorded(name)
     h, num_steps = recorded.hyper, len(recorded["images"])
-    ctx = context(recorded["real_images"], recorded["real_labels"], h["network"], h["ipc"], h["augment"])
+    ctx = context(recorded["real_images"], recorded["real_labels"], h["network"], h["ipc"], augment=h["augment"])
     network = ctx.task.network
 
     def student(step: int) -> dict[str, Tensor]:
-        return recorded.weights(f"student{min(step // h['outer_loop'], h['students'] - 1)}", network)
+        return recorded.weights(recorded[f"student{min(step // h['outer_loop'], h['students'] - 1)}"], network.shapes)
 
     network.given = student  # type: ignore[attr-defined]
     matched = iter(recorded["real_index"].flatten(0, 1))
@@ -197,7 +195,9 @@ def test_gradient_matching_takes_the_published_steps(name: str, kind: type[DC]) 
             assert state.syn.latents.grad is not None
             assert_close(state.syn.latents.grad, recorded["image_grads"][step], TOLERANCE)
             if step == 0:
-                assert_all_close(state.params, recorded.weights("student0_after_step0", network), TOLERANCE)
+                assert_all_close(
+                    state.params, recorded.weights(recorded["student0_after_step0"], network.shapes), TOLERANCE
+                )
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_gradient_matching_takes_the_published_steps(name: str, kind: type[DC]) 
 def test_distribution_matching_takes_the_published_steps(name: str, kind: type[DM] | type[DataDAM]) -> None:
     recorded = Recorded(name)
     h = recorded.hyper
-    ctx = context(recorded["real_images"], recorded["real_labels"], h["network"], h["ipc"], h["augment"])
+    ctx = context(recorded["real_images"], recorded["real_labels"], h["network"], h["ipc"], augment=h["augment"])
     network, num_steps = ctx.task.network, len(recorded["images"])
-    network.given = lambda step: recorded.weights(f"network{min(step, num_steps - 1)}", network)  # type: ignore[attr-defined]
+    network.given = lambda step: recorded.weights(recorded[f"network{min(step, num_steps - 1)}"], network.shapes)  # type: ignore[attr-defined]
     real = iter(recorded["real_index"].flatten(0, 1))
     optim = Optim(lr=h["lr_img"], momentum=h["momentum_img"])
     method = kind(num_steps=num_steps, batch_real=h["batch_real"], optim=optim)
@@ -233,21 +233,21 @@ class GivenExperts:
 
     num_experts = 1
 
-    def __init__(self, recorded: Recorded, network: Functional) -> None:
-        self.recorded, self.network = recorded, network
-        self.num_epochs = recorded.hyper["expert_epochs"] + 1
+    def __init__(self, recorded: Recorded) -> None:
+        self.recorded, self.num_epochs = recorded, recorded.hyper["expert_epochs"] + 1
+        self.names = Functional(recorded.hyper["network"], (3, 8, 8), 3).shapes
 
-    def pair(self, expert: int, start: int, target: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return tuple(self.recorded.weights(f"{part}{expert}", self.network) for part in ("start", "target"))  # type: ignore[return-value]
+    def pair(self, expert: int, start: int, target: int) -> tuple[dict[str, Tensor], ...]:
+        vectors = (self.recorded[f"{part}{expert}"] for part in ("start", "target"))
+        return tuple(self.recorded.weights(vector, self.names) for vector in vectors)
 
 
 def test_trajectory_matching_takes_the_published_steps() -> None:
     recorded = Recorded("06_mtt")
     h, initial = recorded.hyper, recorded["initial"]
     classes = torch.arange(3).repeat_interleave(h["ipc"])
-    artifacts: dict[Any, Any] = {}
-    ctx = context(initial, classes, h["network"], h["ipc"], h["augment"], artifacts)
-    artifacts[TrajectorySpec] = GivenExperts(recorded, ctx.task.network)
+    experts = GivenExperts(recorded)
+    ctx = context(initial, classes, h["network"], h["ipc"], augment=h["augment"], experts=experts)
     method = MTT(
         num_steps=len(recorded["images"]),
         syn_steps=h["syn_steps"],
@@ -288,7 +288,7 @@ def test_gsam_takes_the_published_steps(case: str, norm: str) -> None:
     recorded = Recorded("09_ftd_gsam")
     h = recorded.hyper
     network = Functional(f"convnet:depth=2,width=8,norm={norm}", (3, 8, 8), 4, dtype=torch.float64)
-    start = recorded.weights(f"{case}/start", network)
+    start = recorded.weights(recorded[f"{case}/start"], network.shapes)
     weights = Weights(start, network.init(Rng(0), "weights").buffers)
     velocity = {name: torch.zeros_like(p) for name, p in start.items()} if h["momentum"][case] else None
     plan = Training(
@@ -306,7 +306,9 @@ def test_gsam_takes_the_published_steps(case: str, norm: str) -> None:
         x, y = recorded["x"][step], recorded["y"][step]
         weights = trainer.run(weights, x, y, Rng(step), velocity=velocity)
         if f"{case}/after{step + 1}" in recorded:
-            assert_all_close(weights.params, recorded.weights(f"{case}/after{step + 1}", network), TOLERANCE)
+            assert_all_close(
+                weights.params, recorded.weights(recorded[f"{case}/after{step + 1}"], network.shapes), TOLERANCE
+            )
     for key in recorded.keys(f"{case}/buffers/"):
         assert_close(weights.buffers[key.split("/")[-1]], recorded[key], TOLERANCE)
 
@@ -335,12 +337,12 @@ def test_an_evaluation_trains_as_the_published_one_until_the_learning_rate_drops
     orders = iter(recorded[f"{case}/orders"][:20])
     draws = list(recorded.draws(f"{case}/aug"))[:60]
     with drawing(each=iter(draws), orders=orders):
-        start = Weights(recorded.weights("start", network), {})
+        start = Weights(recorded.weights(recorded["start"], network.shapes), {})
         Trainer(network, plan, augment, Compute()).run(
             start, recorded["images"], recorded["labels"], Rng(0), on_epoch=keep
         )
     for epoch in (1, 5, 10):
-        assert_all_close(after[epoch], recorded.weights(f"{case}/after{epoch}", network), TOLERANCE)
+        assert_all_close(after[epoch], recorded.weights(recorded[f"{case}/after{epoch}"], network.shapes), TOLERANCE)
 
 
 def test_fred_decodes_as_published() -> None:

@@ -10,7 +10,7 @@ from condense.method import Optim
 from condense.methods.cafe import CAFE
 from condense.networks import Functional, Weights
 from condense.task import Labelled
-from tests.recorded import Recorded, apart, context
+from tests.parity.recorded import Recorded, apart, context
 
 
 @pytest.mark.parametrize("case", ["plain", "dsa"])

@@ -12,7 +12,7 @@ from condense.method import Context, Optim
 from condense.methods.datm import DATM
 from condense.methods.mtt import TrajectoryMatching
 from condense.synthetic import Logits
-from tests.recorded import Recorded, apart, context
+from tests.parity.recorded import Recorded, apart, context
 
 RECORDED = Recorded("08_datm")
 HYPER = RECORDED.hyper

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,15 +21,15 @@ from condense.methods import pool
 from condense.methods.frepo import half_squared_error, margin_loss
 from condense.networks import Functional
 from condense.rng import Rng
+from tests.parity.recorded import Recorded, apart
 
 NETWORK = "convnet:depth=3,width=4,widen=true,norm=none"
 
 
 def recorded(name: str) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """The arrays of a file in ``tests/parity``, and what it says of itself."""
-    with np.load(Path(__file__).parent / "parity" / f"{name}.npz") as file:
-        arrays = {key: file[key] for key in file.files}
-    return arrays, json.loads(str(arrays.pop("meta")))
+    found = Recorded(name)
+    return found.arrays, found.meta
 
 
 def tensor(array: np.ndarray[Any, Any]) -> Tensor:
@@ -41,8 +39,7 @@ def tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 def difference(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
     """The largest difference, relative to the largest value expected."""
-    wanted = tensor(expected)
-    return float((found.detach() - wanted).abs().max() / wanted.abs().max())
+    return apart(found, tensor(expected))
 
 
 @pytest.mark.parametrize("case", ["plain", "flip"])

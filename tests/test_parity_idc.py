@@ -9,7 +9,7 @@ from condense.augment import Augment, Params
 from condense.match import matching_loss, named_distance
 from condense.networks import Functional
 from condense.synthetic import Factor
-from tests.recorded import Recorded, apart
+from tests.parity.recorded import Recorded, apart
 
 RECORDED = Recorded("12_idc")
 CLASSES = torch.tensor([0, 0, 1, 1])

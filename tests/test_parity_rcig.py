@@ -6,9 +6,7 @@ change is that the matrix of the last layer has no part in the move and in the l
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +20,13 @@ from condense.inner.implicit import PLAIN_ADAM
 from condense.method import Optim
 from condense.methods.rcig import HEAD, Convexified, outer_loss
 from condense.networks import Functional
+from tests.parity.recorded import Recorded, apart
 
 
 def recorded() -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """The arrays of the file, and the hyper-parameters that it names."""
-    with np.load(Path(__file__).parent / "parity" / "16_rcig.npz") as file:
-        arrays = {key: file[key] for key in file.files}
-    return arrays, json.loads(str(arrays.pop("meta")))["hyper"]
+    found = Recorded("16_rcig")
+    return found.arrays, found.hyper
 
 
 def tensor(array: np.ndarray[Any, Any]) -> Tensor:
@@ -38,8 +36,7 @@ def tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 def difference(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
     """The largest difference, relative to the largest value expected."""
-    wanted = tensor(expected)
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return apart(found, tensor(expected))
 
 
 def problem(case: str, kind: type[Convexified] = Convexified) -> tuple[Convexified, tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from condense.inner import Adjoint, Exact, Tesla
 from condense.method import Context, GradientState, Optim
 from condense.methods.mtt import TrajectoryMatching
 from condense.methods.tesla import TESLA
-from tests.recorded import Recorded, apart, context
+from tests.parity.recorded import Recorded, apart, context
 
 RECORDED = Recorded("07_tesla")
 HYPER = RECORDED.hyper

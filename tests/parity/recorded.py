@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from condense.artifacts import TrajectorySpec
 from condense.augment import Augment, Params
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -22,7 +22,7 @@ from condense.method import Context
 from condense.methods.mtt import TrajectoryMatching
 from condense.networks import Functional, Weights
 from condense.rng import Rng
-from condense.synthetic import Hard, Origin, Pixels
+from condense.synthetic import Hard, Labels, Origin, Pixels
 from condense.task import Labelled, Split, make_task
 from condense.train import Trainer
 
@@ -32,35 +32,32 @@ class Recorded:
 
     def __init__(self, name: str) -> None:
         with np.load(Path(__file__).with_name(f"{name}.npz"), allow_pickle=False) as file:
-            self._arrays = {key: file[key] for key in file.files}
-        self.meta: dict[str, Any] = json.loads(str(self._arrays.pop("meta")))
+            self.arrays = {key: file[key] for key in file.files}
+        self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")))
         self.hyper: dict[str, Any] = self.meta.get("hyper", {})
 
     def __getitem__(self, key: str) -> Tensor:
-        array = torch.as_tensor(self._arrays[key])
+        array = torch.as_tensor(self.arrays[key])
         return array.double() if array.is_floating_point() else array.long()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._arrays
+        return key in self.arrays
 
     def keys(self, prefix: str = "") -> list[str]:
-        return [key for key in self._arrays if key.startswith(prefix)]
+        return [key for key in self.arrays if key.startswith(prefix)]
 
-    def array(self, key: str) -> np.ndarray[Any, Any]:
-        return self._arrays[key]
-
-    def weights(self, key: str, network: Functional) -> dict[str, Tensor]:
-        """A recorded vector as the parameters of ``network``, whose layers are in the same order."""
-        sizes = [math.prod(shape) for _, shape in self.meta["parameters"]]
-        parts = self[key].split(sizes)
-        return {name: part.view(shape) for (name, shape), part in zip(network.shapes.items(), parts, strict=True)}
+    def weights(self, vector: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """A vector of all parameters by name; the layers of both networks are in the same order."""
+        shapes = [torch.Size(shape) for _, shape in self.meta["parameters"]]
+        parts = vector.split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
     def draws(self, prefix: str) -> Iterator[Params]:
         """The recorded augmentations in the order of their use: one operation each."""
         if f"{prefix}_op" not in self:
             return
         first = 0
-        for op, rows in zip(self.array(f"{prefix}_op"), self.array(f"{prefix}_rows"), strict=True):
+        for op, rows in zip(self.arrays[f"{prefix}_op"], self.arrays[f"{prefix}_rows"], strict=True):
             values = self[f"{prefix}_values"][first : first + rows]
             first += rows
             yield Params({str(op): operation(str(op), values)})
@@ -84,26 +81,28 @@ def operation(name: str, values: Tensor) -> Tensor:
 class GivenWeights(Functional):
     """A network whose fresh weights are the recorded ones, by the step that asks for them."""
 
-    given: Callable[[int], Mapping[str, Tensor]]
+    given: Callable[[int], Mapping[str, Tensor]] | None = None
 
     def init(self, rng: Rng, name: str, step: int = 0, unit: int = 0) -> Weights:
         found = super().init(rng, name, step, unit)
-        if name not in ("student", "network"):
+        if self.given is None or name not in ("student", "network"):
             return found
         return Weights({key: p.clone() for key, p in self.given(step).items()}, found.buffers)
 
 
 def context(
     images: Tensor,
-    labels: Tensor,
+    classes: Tensor,
     network: str,
     ipc: int,
-    augment: str,
-    artifacts: Mapping[Any, Any] | None = None,
+    *,
+    augment: str = "none",
+    labels: Labels | None = None,
+    experts: Any = None,
 ) -> Context:
     """The context of a method on recorded real images (N, C, H, W) in float64, untransformed."""
-    shape, num_classes = tuple(images.shape[1:]), int(labels.max()) + 1
-    arrays = load((torch.rand(images.shape), labels))
+    shape, num_classes = tuple(images.shape[1:]), int(classes.max()) + 1
+    arrays = load((torch.rand(images.shape), classes))
     task = make_task(
         arrays,
         transform="none",
@@ -112,9 +111,10 @@ def context(
         augment=Augment.parse(augment),
         device=torch.device("cpu"),
     )
-    task = dataclasses.replace(task, train=Labelled(images, labels))
+    task = dataclasses.replace(task, train=Labelled(images, classes))
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
-    return Context(task, Rng(0), ipc, Pixels(), Hard(), Compute(), origin, {} if artifacts is None else artifacts)
+    artifacts = {} if experts is None else {TrajectorySpec: experts}
+    return Context(task, Rng(0), ipc, Pixels(), labels or Hard(), Compute(), origin, artifacts)
 
 
 @contextlib.contextmanager
@@ -169,11 +169,15 @@ def drawing(
     assert left == 0, f"{left} recorded draws were not used"
 
 
-def assert_close(found: Tensor | float, wanted: Tensor | float, tolerance: float) -> None:
-    """The largest difference is below ``tolerance`` times the largest wanted value."""
-    a, b = (torch.as_tensor(x).detach().double() for x in (found, wanted))
-    assert a.shape == b.shape
-    error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest wanted value."""
+    assert found.shape == wanted.shape
+    return float((found.detach() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def assert_close(found: Tensor | float, wanted: Tensor, tolerance: float) -> None:
+    """``apart`` is at most ``tolerance``."""
+    error = apart(torch.as_tensor(found).double(), wanted)
     assert error <= tolerance, f"off by {error:.1e}, allowed are {tolerance:.0e}"
 
 
