@@ -48,7 +48,7 @@ def import_replay_buffers(
     identity = {**task.identity(), "origin": "imported"}
     writer = TrajectoryWriter(dst_root, task.name, identity, Weights(params, {}))
     if writer.experts:
-        raise ValueError(f"{writer.folder} was imported already; remove it or choose another destination")
+        raise ValueError(f"{writer.folder} was imported already; move it away or choose another destination")
     for done, file in enumerate(files, 1):
         for number, expert in enumerate(_items(_load(file), str(file), "experts")):
             table = _table(expert, task.network, f"{file}, expert {number}")

@@ -607,11 +607,16 @@ def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
     return dataclasses.replace(named("own", made), **changed)
 
 
+def choose_compiled_folder() -> None:
+    """Say where torch.compile keeps what it makes; torch's compiler must not be imported before."""
+    cache = cache_folder()
+    keep_compiled(cache and cache / "compiled")
+
+
 def _prepare(device: str) -> torch.device:
     """The device of this name, and the process made ready for work on it."""
     chosen = resolve_device(device)
-    cache = cache_folder()
-    keep_compiled(cache and cache / "compiled")
+    choose_compiled_folder()
     if chosen.type == "cpu":
         keep_freed_memory()
     return chosen

@@ -38,7 +38,7 @@ FORMAT = 1
 DEFAULT_ROOT = Path("artifacts")
 MANIFEST = "manifest.json"
 
-_MEND = "restore it, or delete it and build the buffer again, which trains what is missing"
+_MEND = "restore it, or move it away and build the buffer again, which trains what is missing"
 
 
 class Artifact:
@@ -341,7 +341,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
     manifest = read_json(path, mend="restore it, or give the folder of a buffer")
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != _hash(manifest):
-        raise ValueError(f"{path} is damaged: its checksum does not fit; restore it, or remove {folder}")
+        raise ValueError(f"{path} is damaged: its checksum does not fit; restore it, or move {folder} away")
     head = from_json(_Manifest, manifest, str(path))
     if head.format != FORMAT or kind not in (None, head.kind):
         found, wanted = f"{printable(head.kind, 60)} of format {head.format}", f"{kind or 'format'} {FORMAT}"

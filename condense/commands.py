@@ -22,7 +22,7 @@ from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
-from condense.distributed import AnotherFailed, Ranks, joined
+from condense.distributed import AnotherFailed, Ranks, joined, size_of_environment
 from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
@@ -298,7 +298,7 @@ def _holds_experts(path: Path) -> bool:
 
 def _import_set(source: Path, target: Path, command: Import) -> None:
     if target.exists():
-        raise ValueError(f"{target} exists already; remove it or give another name")
+        raise ValueError(f"{target} exists already; move it away or give another name")
     syn = api.import_set(
         source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
     )
@@ -339,6 +339,8 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
     """A command that the processes of torchrun share; only the first one prints."""
 
     def run(words: list[str]) -> None:
+        if size_of_environment() > 1:
+            api.choose_compiled_folder()  # a process group is made with torch's compiler imported
         try:
             with joined(recipe.take(words, "--device")[1] or "auto") as ranks:
                 with contextlib.redirect_stdout(sys.stdout if ranks.first else None):

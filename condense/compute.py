@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor_config
 
 from condense.files import check_writable
 from condense.names import spelt
@@ -239,7 +238,9 @@ def compiling() -> Iterator[None]:
     Random numbers (dropout) come from the global generators in the order of the code, as they do eagerly: a function
     and its derivative, compiled apart, then draw the same ones from the same state.
     """
-    with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), inductor_config.patch(fallback_random=True):
+    from torch._inductor import config  # importing it makes the cache folder, which ``keep_compiled`` chooses
+
+    with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), config.patch(fallback_random=True):
         yield
 
 

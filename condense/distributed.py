@@ -134,7 +134,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     Raises:
         ValueError: a device that processes cannot share; fewer GPUs than processes; the others are not to be found.
     """
-    rank, size = rank_of_environment(), _of_environment("WORLD_SIZE", 1)
+    rank, size = rank_of_environment(), size_of_environment()
     restarts = _of_environment("TORCHELASTIC_RESTART_COUNT", 0)
     if size <= 1:
         yield Ranks(restarted=restarts > 0)
@@ -184,6 +184,15 @@ def rank_of_environment() -> int:
         ValueError: the environment says something that is no number.
     """
     return _of_environment("RANK", 0)
+
+
+def size_of_environment() -> int:
+    """Number of processes as torchrun says it; 1 outside torchrun.
+
+    Raises:
+        ValueError: the environment holds something else.
+    """
+    return _of_environment("WORLD_SIZE", 1)
 
 
 def _of_environment(name: str, otherwise: int) -> int:

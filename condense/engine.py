@@ -225,7 +225,7 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
     found = from_json(_Checkpoint, header, str(source))
     if found.recipe_hash != ctx.origin.recipe_hash:
         raise ValueError(
-            f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')} or remove that run"
+            f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')}, or move that run away"
         )
     try:
         template = _fields(state)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -295,6 +296,25 @@ def test_compiled_code_goes_to_a_temporary_folder_where_its_place_cannot_be_used
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     keep_compiled(tmp_path / "other")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_command(size: str, tmp_path: Path) -> None:
+    """Of two processes the other one never comes, which is noticed after the compiler was imported."""
+    words = [sys.executable, "-m", "condense", "distill", "random", "--ipc", "1", "--network", "mlp"]
+    group = {"WORLD_SIZE": size, "RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}
+    found = subprocess.run(
+        [*words, "--device", "cpu", "--out", str(tmp_path / "run")],
+        env={**os.environ, **group, "TORCHINDUCTOR_CACHE_DIR": "/dev/null/x", "CONDENSE_PATIENCE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "compiled code is not kept: cannot write /dev/null/x" in found.stderr
+    if size == "1":
+        assert found.returncode == 0, found.stderr
+    else:
+        assert found.returncode == 2 and "Errno" not in found.stderr, found.stderr
 
 
 def test_a_run_goes_on_wherever_its_data_lie(

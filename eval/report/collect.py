@@ -112,7 +112,7 @@ def uses_of(folder: Path) -> list[Mapping[str, Any]]:
     Raises:
         ValueError: a file of that name holds something else.
     """
-    mend = "remove it or run condense apply again"
+    mend = "move it away, or run condense apply again"
     found: list[Mapping[str, Any]] = []
     for file in sorted(folder.glob("apply-*.json")):
         content = read_json(file, mend=mend, finite=False)
