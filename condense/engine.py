@@ -325,7 +325,10 @@ def _unflatten(template: Any, skeleton: Any, tensors: Mapping[str, Tensor], path
             _same_kind(template, 0.0, path)
             return float(content)
         case "module" if isinstance(template, nn.Module):
-            values = _unflatten(dict(template.state_dict()), content, tensors, path)
+            expected = dict(template.state_dict())
+            values = _unflatten(expected, content, tensors, path)
+            if not isinstance(values, dict) or values.keys() != expected.keys():
+                raise ValueError(f"what is kept at {path!r} does not fit: it has other names")
             return _loaded(template, values, path)
         case "optimiser" if isinstance(template, torch.optim.Optimizer):
             values = _unflatten(template.state_dict(), content, tensors, path)
