@@ -182,7 +182,8 @@ class Functional:
 
     def require_maps(self) -> None:
         """Raise ValueError where ``maps`` would."""
-        self.maps({}, {}, torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), train=False)
+        frozen = {name: p.to("meta") for name, p in self._frozen.items()}
+        self.maps(frozen, {}, torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), train=False)
 
     @cached_property
     def _mapped(self) -> dict[bool, _Mapped]:
