@@ -89,7 +89,7 @@ class Augment(Checked):
     """Operations of this module, each at most once; none is the identity."""
     mode: Mode = "S"
     """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order. D: flip, color,
-    one of the others, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
+    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
     image has one operation of its own (DC's evaluation, RCIG's)."""
     align_corners: bool = False
     """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
