@@ -11,17 +11,17 @@ Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation",
 * ``scale``: both axes of the sampling grid are multiplied by factors in [1/1.2, 1.2], independently.
 * ``rotate``: the sampling grid is turned by up to 15 degrees. It is the grid of normalised coordinates: an
   image that is not square is sheared as well.
-* ``crop-dc``, ``scale-dc``, ``rotate-dc``: as DC evaluates (Zhao, Mopuri and Bilen 2021). The window of a crop moves
-  one pixel less far down and right than up and left; what is shown becomes 0.8 to 1.2 times as wide and as high; a
-  rotation is by up to 45 degrees. What crop and rotation uncover takes the mean of the batch in its channel, as the
-  operation finds the batch.
+* ``crop-dc``, ``scale-dc``, ``rotate-dc``: the operations of DC's evaluation on MNIST (Zhao, Mopuri and Bilen 2021).
+  A crop moves its window by up to an eighth of each side, and one pixel less to the right and down than to the left and
+  up. Scaling makes the image 0.8 to 1.2 times as wide and, independently, as high. A rotation is by up to 45 degrees.
+  Pixels that a crop or a rotation uncovers take the mean of the batch in their channel, before the operation.
 
 The milder operations with which Zhou et al. (2022, FRePo) and Loo et al. (2023, RCIG) evaluate have names of their own:
 
 * ``jitter``: brightness x + b, b in [-0.25, 0.25]; then contrast and saturation as under ``color``, their factors
   log-uniform in [exp(-0.25), exp(0.25)].
-* ``zoom``: the image is magnified by a factor log-uniform in [0.8, 1.25], about a point such that the smaller of the
-  image and the window stays wholly inside the other.
+* ``zoom``: the image is magnified by a factor log-uniform in [0.8, 1.25] and moved at random: a magnified image still
+  covers the whole frame, and a reduced one stays wholly inside it.
 * ``translate``: a translation by up to an eighth of each side, not by whole pixels.
 * ``cutout-quarter``: a rectangle of a quarter of each side, wholly inside, becomes zero.
 
@@ -60,7 +60,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
 
 
 MILD = ("jitter", "zoom", "rotate", "translate", "cutout-quarter")
-"""What networks that regress on a set of grey images are evaluated with; colour images are flipped as well."""
+"""The operations of FRePo's evaluation on grey images; on colour images there is ``flip`` as well."""
 
 
 class Params(NamedTuple):
@@ -89,14 +89,15 @@ class Augment(Checked):
     """Operations of this module, each at most once; none is the identity."""
     mode: Mode = "S"
     """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order. D: flip, color,
-    one of the others, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
+    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
     image has one operation of its own (DC's evaluation, RCIG's)."""
     align_corners: bool = False
     """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
     DATM) or for their outer edges (False: DC, DSA, DM)."""
     flips: bool = False
     """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
-    FYI). Real images are not; in evaluation the set is, where its training or the protocol says so (RCIG's)."""
+    FYI). Real images are never mirrored. In an evaluation the set is mirrored where the protocol or the set's own
+    training has ``flips``, as RCIG's have."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -101,14 +101,14 @@ class Compute(Checked):
         if not self.exact:
             yield
             return
-        before = [get() for get, _, _ in _PRECISIONS]
+        before = [switch.get() for switch in _PRECISIONS]
         try:
-            for _, set_, full in _PRECISIONS:
-                set_(full)
+            for switch in _PRECISIONS:
+                switch.set_(switch.full)
             yield
         finally:
-            for (_, set_, _), value in zip(_PRECISIONS, before, strict=True):
-                set_(value)
+            for switch, value in zip(_PRECISIONS, before, strict=True):
+                switch.restore(value)
 
     def first_order_identity(self) -> dict[str, Any]:
         """What decides the bits of plain training."""
@@ -144,10 +144,20 @@ class _Precision(NamedTuple):
     set_: Callable[[Any], None]
     full: Any
     """Its value for arithmetic of full precision."""
+    inherits: Any = None
+    """The value that lets it follow PyTorch's switch for all operations, where there is such a switch."""
 
     @staticmethod
-    def of(owner: Any, name: str, full: Any) -> _Precision:
-        return _Precision(functools.partial(getattr, owner, name), functools.partial(setattr, owner, name), full)
+    def of(owner: Any, name: str, full: Any, inherits: Any = None) -> _Precision:
+        get, set_ = functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+        return _Precision(get, set_, full, inherits)
+
+    def restore(self, value: Any) -> None:
+        """Give it back the value that ``get`` gave; where it can be inherited, so that it still is."""
+        if self.inherits is not None:
+            self.set_(self.inherits)
+        if self.get() != value:
+            self.set_(value)
 
 
 def _precisions() -> list[_Precision]:
@@ -158,7 +168,7 @@ def _precisions() -> list[_Precision]:
             *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
             *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
         ]
-        return [_Precision.of(operation, "fp32_precision", "ieee") for operation in operations]
+        return [_Precision.of(operation, "fp32_precision", "ieee", "none") for operation in operations]
     matmul = _Precision(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
     return [matmul, _Precision.of(backends.cudnn, "allow_tf32", False)]
 

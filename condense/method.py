@@ -420,7 +420,8 @@ class GradientMethod(Method):
         """This part's share; the loss of the step is the sum over parts."""
 
     def parts_at_once(self, ctx: Context) -> int:
-        """How many parts ``losses`` is given together; bounded by memory, it changes nothing but rounding."""
+        """How many parts ``losses`` is given together; bounded by memory. It changes nothing but rounding, and which
+        random numbers the layers of a network draw (dropout)."""
         return 1
 
     def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Tensor:
@@ -432,7 +433,7 @@ class GradientMethod(Method):
         return self.clip
 
     def skips(self, loss: float) -> bool:
-        """Whether nothing is updated in a step with this loss, which may then be not finite."""
+        """Whether a step with this loss updates nothing. Its loss and gradients may then be infinite or NaN."""
         return False
 
     def after(self, ctx: Context, state: Any, step: int) -> None:

@@ -25,9 +25,9 @@ STRATEGIES = {
     "frepo": (Augment(MILD), Augment(("flip", *MILD))),
     "rcig": (Augment(MILD[1:], mode="P"), Augment(("flip", *MILD), mode="P", flips=True)),
 }
-"""The augmentations of Zhou et al. (2022) and Loo et al. (2023), for images of one channel and of more. The first does
-one operation to all images of a batch, the second one to each image, and joins a set of colour images by its mirror
-images."""
+"""The augmentations of Zhou et al. (2022) and Loo et al. (2023), for images of one channel and of more. The first
+applies one operation to all images of a batch. The second applies an operation of its own to each image, and adds the
+mirror images to a set of colour images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class Protocol(Training):
         return Augment.parse(self.augment, own=own)
 
     def resolved(self, num_images: int, lr: Tensor | None = None, copies: int = 1) -> Protocol:
-        """The training of a set of so many images whose learned step size is ``lr``; ``copies`` of each are trained on,
-        with mirror images 2."""
+        """The training of a set of so many images whose learned step size is ``lr``. ``copies``: how many images are
+        trained on for each of the set, 2 where its mirror images are added."""
         changes: dict[str, Any] = {}
         if self.steps_for:
             _, steps = min(self.steps_for, key=lambda pair: abs(math.log(pair[0] / num_images)))

@@ -52,8 +52,8 @@ class Bilevel(Unrolled):
             )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy on real images (N, C, H, W) in evaluation mode. BatchNorm alone takes their statistics: the
-        pure steps of the network leave its running ones as they began."""
+        """Cross-entropy on real images (N, C, H, W) in evaluation mode. A network with BatchNorm is in training mode
+        and takes their statistics: the pure steps of the network leave its running ones as they began."""
         network = ctx.task.network
         return loss_of(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
 

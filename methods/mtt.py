@@ -144,7 +144,7 @@ class TrajectoryMatching(Unrolled):
         return self.masked(ctx, batches, step, part)
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
-        """With labels by a teacher, those that are stored are what the target snapshot of the last step says."""
+        """Labels by a teacher are stored as the softmax that the target snapshot of the last step gives."""
         syn = super().finalize(ctx, state, steps)
         if ctx.labels.name != "teacher":
             return syn

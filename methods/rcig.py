@@ -52,7 +52,7 @@ FIRST_LR_INNER, FIRST_LR_ADJOINT = 1e-5, 5e-5
 RAISE, BACK_OFF = 1.2, 0.84
 """Its factors: for the next attempt, and for the rate that is kept, relative to the first one that fails."""
 RISE = 1e-3
-"""A curve rises where it does so by more than this share of its largest magnitude: less could be rounding."""
+"""A rise counts where it is more than this share of the curve's largest magnitude: a smaller one could be rounding."""
 ADAPT_EVERY = 50
 """Steps after which the inner learning rate is adapted."""
 
@@ -154,7 +154,7 @@ class RCIG(GradientMethod):
         )
 
     def training_network(self, task: Task) -> str:
-        """Softplus stands for the ReLU of the networks that learn from the set."""
+        """With ReLU, where softplus takes its place in the distillation."""
         name = task.network.name
         return with_options(name, activation="relu") if "activation=softplus" in name else name
 
@@ -342,8 +342,8 @@ def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:
 
 
 def adaptation(above: float, monotone: float) -> float:
-    """Factor of the inner learning rate. Of the last ``ADAPT_EVERY`` runs so many ended above their start, and so many
-    only fell."""
+    """Factor of the inner learning rate, where of the last ``ADAPT_EVERY`` runs ``above`` ended above their start and
+    ``monotone`` only fell."""
     if above >= 0.29 * ADAPT_EVERY:
         return 0.9
     return 1.05 if monotone >= 0.7 * ADAPT_EVERY else 1.0

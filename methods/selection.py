@@ -289,15 +289,12 @@ def smallest(values: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, num: int) -> Tensor:
-    """Indices (num,) of the highest of the scores (n,), from the top; ties keep the order of the indices.
-
-    A tie is a chain: each score of it is within rounding of the next one.
-    """
-    ordered, order = scores.sort(descending=True, stable=True)
-    steps = ordered[:-1] > ordered[1:] + rounding(scores)
-    level = torch.empty_like(order)
-    level[order] = torch.cat([steps.new_zeros(1), steps]).cumsum(0)
-    return level.argsort(stable=True)[:num]
+    """Indices (num,) of the highest of the scores (n,), from the top; of a tie the lowest index comes first."""
+    left, chosen = -scores, torch.empty(num, dtype=torch.long, device=scores.device)
+    for i in range(num):
+        chosen[i] = smallest(left)
+        left[chosen[i]] = torch.inf
+    return chosen
 
 
 def rounding(values: Tensor) -> Tensor:

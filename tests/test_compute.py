@@ -214,7 +214,7 @@ def imprecise() -> Iterator[list[Any]]:
     yield precisions()
     torch.set_float32_matmul_precision("highest")
     for switch, value in zip(compute._PRECISIONS, before, strict=True):
-        switch.set_(value)
+        switch.restore(value)
 
 
 def test_exact_is_full_precision_inside_a_run_and_only_there(
@@ -245,6 +245,23 @@ def test_exact_is_full_precision_inside_a_run_and_only_there(
         api.apply("continual", out / "run", tiny, num_groups=1, num_seeds=1, network="mlp", **fields)
         assert seen.pop("training") == seen.pop("step") == (full if exact else imprecise)
         assert precisions() == imprecise
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no switch for all operations")
+def test_a_switch_for_all_operations_keeps_its_effect() -> None:
+    before, everywhere = precisions(), torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert precisions() == ["tf32"] * len(before)
+        with Compute(exact=True).arithmetic():
+            assert precisions() == ["ieee"] * len(before)
+        assert precisions() == ["tf32"] * len(before)
+        torch.backends.fp32_precision = "ieee"
+        assert precisions() == ["ieee"] * len(before)
+    finally:
+        torch.backends.fp32_precision = everywhere
+        for switch, value in zip(compute._PRECISIONS, before, strict=True):
+            switch.restore(value)
 
 
 def test_precision_is_restored_after_an_error(imprecise: list[Any]) -> None:

@@ -201,7 +201,7 @@ def test_another_way_to_compute_gives_nearly_the_same(name: str, way: str, run: 
         run(name, "start", method=_frozen(small(name))),
     )
     moved, apart = ((exact.latents - syn.latents).norm() for syn in (start, other))
-    assert apart < (0.3 if way == "bfloat16" else 1e-3) * moved
+    assert apart < (0.6 if way == "bfloat16" else 1e-3) * moved
 
 
 @pytest.fixture

@@ -561,6 +561,17 @@ def test_what_is_not_trained_is_the_same_in_every_network() -> None:
         assert functional.identity() == again.identity()
 
 
+def test_a_network_with_frozen_layers_has_maps() -> None:
+    def factory(image_shape: ImageShape, num_classes: int) -> nn.Module:
+        first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)).requires_grad_(False)
+        return nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes))
+
+    functional = Functional(factory, DIGITS, 3)
+    functional.require_maps()
+    (seen,), _ = functional.maps(*functional.init(Rng(0), "network"), images(DIGITS, 5))
+    assert seen.shape == (5, 4, 8, 8)
+
+
 def test_frozen_layers_are_never_trained() -> None:
     functional, x = Functional(frozen, DIGITS, 3), images(DIGITS, 6)
     initial = functional.init(Rng(0), "network")

@@ -106,6 +106,15 @@ def test_sets_of_one_name_keep_their_own_rows(tiny_file: Path, tmp_path: Path) -
     assert points.count("<title>measured: ") == len(means)
 
 
+def test_the_point_of_a_set_is_that_of_the_network_it_is_meant_for(tiny_file: Path, tmp_path: Path) -> None:
+    """FRePo distils with a norm and is evaluated without."""
+    fields: dict[str, Any] = {"num_steps": 1, "batch_real": 4, "pool_size": 1, "training_epochs": 1, "device": "cpu"}
+    condense.distill("frepo", dataset=tiny_file, network=f"{TINY},norm=batch", ipc=1, out=tmp_path, **fields)
+    condense.evaluate(tmp_path, protocol="own", num_seeds=1, device="cpu")
+    text = api.report([tmp_path]).read_text(encoding="utf-8")
+    assert "convnet:depth=1,norm=none,width=4" in text and text.count("<title>measured: ") == 1
+
+
 def test_of_several_answers_the_one_of_most_networks_is_shown(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

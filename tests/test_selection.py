@@ -222,6 +222,12 @@ def test_scores_that_differ_by_rounding_tie(seed: int) -> None:
     assert smallest(scores) == 0 and smallest(-scores[:3]) == 1 and smallest(torch.tensor([2.0, 1.0, 1 + 1e-4])) == 1
 
 
+def test_scores_that_are_close_together_tie_with_the_best_of_them_only() -> None:
+    """Each of a thousand scores is within rounding of the next one, as small errors of many images are."""
+    scores = torch.cat([torch.tensor([-1.0]), -8e-6 * torch.arange(1000).flip(0)])
+    assert highest(scores, 3).tolist() == [999, 1000, 997]
+
+
 @pytest.mark.parametrize("method", [Herding(), KCenter(), KMeans()], ids=lambda m: type(m).__name__)
 def test_features_that_differ_by_rounding_change_no_pick(method: FeatureSelection) -> None:
     """Twelve images, each of them there three times, as one processor and as another one embeds them."""

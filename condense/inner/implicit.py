@@ -44,8 +44,8 @@ class Minimum(NamedTuple):
 def pushforward(function: Callable[[Params], Any], params: Params, direction: Params) -> tuple[Any, Any]:
     """The value of ``function`` at ``params``, and its derivative along ``direction``.
 
-    It can be differentiated again, but not through BatchNorm in training mode nor ``F.layer_norm``: torch takes parts
-    of their derivatives forwards for constants, without a word.
+    It can be differentiated again, except through BatchNorm in training mode, ``F.instance_norm`` and ``F.layer_norm``:
+    torch treats parts of their forward-mode derivatives as constants, and the result is wrong without a warning.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
@@ -167,7 +167,7 @@ class Descent(Solver):
 def hessian_product(loss_fn: LossFn, theta: Params, inputs: Any) -> Product:
     """The Hessian of ``loss_fn(theta, inputs)`` in ``theta``, as a function that multiplies by it.
 
-    Every product draws (dropout) what the first one would have drawn now: it is one and the same Hessian.
+    A network with dropout draws the same masks for every product, so that all are products with one Hessian.
     """
     draws = Generators.of(next(iter(theta.values())).device)
     fixed = tree_map_only(Tensor, Tensor.detach, inputs)

@@ -3,8 +3,8 @@
 Each exists twice. Eager, on plain autograd, which holds less memory than nested ``torch.func`` transforms; and on
 ``torch.func``, which ``torch.compile`` can trace where it refuses double backward. There the rule goes back by itself,
 with the gradient g that the roll-out kept; with c the cotangent of g, the gradients of the slope <g, c> are all that
-remains. The slope is a product with a gradient and no derivative forwards: torch takes those of BatchNorm and
-LayerNorm for constants where they are differentiated again.
+remains. The slope is a product with a gradient and not a forward-mode derivative, of which torch treats parts as
+constants in BatchNorm and LayerNorm where it is differentiated again.
 """
 
 from __future__ import annotations

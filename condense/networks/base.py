@@ -81,8 +81,7 @@ class QuickBatchNorm(nn.BatchNorm2d):
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm``, written out: derivatives of torch's own are wrong where one that was taken forwards is
-    differentiated again."""
+    """``nn.LayerNorm``, written out: of torch's own, the gradient of a forward-mode derivative is wrong."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         axes = tuple(range(-len(self.normalized_shape), 0))

@@ -77,7 +77,7 @@ class ConvNet(Network):
 
 
 def _norm(kind: Norm, channels: int, height: int, width: int) -> nn.Module:
-    """As ``make_norm``; of the three more, "layer" has a scale and a shift for every element of the map."""
+    """As ``make_norm``, with three more kinds; "layer" has a scale and a shift for every element of the map."""
     match kind:
         case "layer":
             return LayerNorm((channels, height, width))

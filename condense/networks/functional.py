@@ -89,7 +89,7 @@ class Functional:
                 # Statistics of the batch alone: vmap refuses the update of running ones.
                 module.track_running_stats = False
         for module in self._eval.modules():
-            # Both have another way through in evaluation, without derivatives; "training" is all that they go by.
+            # In evaluation mode both take a fused path, which has no derivatives; their flag ``training`` decides it.
             if isinstance(module, nn.MultiheadAttention):
                 module.training, module.dropout = True, 0.0
             if isinstance(module, nn.TransformerEncoderLayer):
@@ -126,7 +126,7 @@ class Functional:
         )
 
     def restored(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Buffers that were kept as float32 somewhere, on the device and in the types that the network has them in."""
+        """Buffers that were stored as float32, on the network's device and in their own types again."""
         return {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()}
 
     def logits(
@@ -182,7 +182,8 @@ class Functional:
 
     def require_maps(self) -> None:
         """Raise ValueError where ``maps`` would."""
-        self.maps({}, {}, torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), train=False)
+        frozen = {name: p.to("meta") for name, p in self._frozen.items()}
+        self.maps(frozen, {}, torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), train=False)
 
     @cached_property
     def _mapped(self) -> dict[bool, _Mapped]:

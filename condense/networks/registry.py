@@ -154,7 +154,7 @@ def name_of(spec: str | NetworkSpec | Factory) -> str:
 
 
 def with_options(name: str, **options: Value) -> str:
-    """The network ``name`` with other options; as it is where it has no such option, or one that lacks the value."""
+    """The network ``name`` with these options; unchanged where it lacks one of them, or where one lacks the value."""
     spec = NetworkSpec(name) if name.startswith("custom:") else parse(name)
     known = _options(spec.name) if spec.name in _NETWORKS else {}
     if any(key not in known or _spell(value) not in known[key].choices for key, value in options.items()):

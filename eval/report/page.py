@@ -236,8 +236,8 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The results of all runs, each with the name of what was trained on and the network that its run was distilled
-    on."""
+    """The results of all runs, each with the name of what was trained on and the network that the set of its run is
+    meant to train."""
     rows: list[Mapping[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
         for row in run.results:
@@ -247,7 +247,7 @@ def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, 
                 label = "full data"
             else:
                 label = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
-            rows.append({**row, "set": label, "distilled_on": run.network})
+            rows.append({**row, "set": label, "meant_for": run.syn.origin.training.get("network", run.network)})
     return rows
 
 
@@ -294,7 +294,7 @@ def percent(mean: float, std: float | None) -> str:
 
 def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy against bytes: what was measured here beside what papers state."""
-    own_network = [row for row in rows if row["synthetic_sha256"] is not None and row["network"] == row["distilled_on"]]
+    own_network = [row for row in rows if row["synthetic_sha256"] is not None and row["network"] == row["meant_for"]]
     groups, measured = by_protocol(own_network), []
     for protocol, of_protocol in groups.items():
         for name, cells in by_set(of_protocol, "set").items():
