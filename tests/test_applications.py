@@ -11,11 +11,13 @@ import scipy.stats
 import torch
 
 from condense import api, cli
+from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.eval import protocol
-from condense.eval.applications import APPLICATIONS
+from condense.eval.applications import APPLICATIONS, Setting
 from condense.eval.applications.nas import rank_correlations
 from condense.eval.applications.privacy import membership_auc
+from condense.synthetic import load
 
 TINY = "convnet:depth=1,width=4"
 
@@ -40,6 +42,14 @@ def test_continual_tests_the_classes_seen_on_what_was_kept_of_them(run: Path, ti
     written = json.loads((run / "apply-continual.json").read_text())
     assert written["application"] == "continual" and written["num_groups"] == 3
     assert written["accuracies"] == found.record["accuracies"]
+
+
+def test_a_protocol_with_steps_by_size_trains_for_as_many_in_use_as_in_an_evaluation(run: Path, tiny: Arrays) -> None:
+    setting = Setting(syn=load(run), arrays=tiny, device=torch.device("cpu"), compute=Compute())
+    plan = protocol.PROTOCOLS["frepo"]
+    scorer = setting.scorer(setting.network("mlp"), plan, num_images=12)
+    assert scorer._trainer.training == plan.resolved(12)
+    assert scorer._trainer.training.num_epochs != plan.num_epochs
 
 
 def test_a_baseline_by_the_method_of_the_set_does_not_take_its_place(run: Path, tiny: Arrays) -> None:

@@ -73,6 +73,7 @@ class Setting:
     def scorer(self, network: Functional, plan: Protocol, num_images: int) -> SetScorer:
         """Trains and scores networks under a protocol, for training sets of about so many images."""
         augment = plan.augment_for(self.arrays.image_shape, self.arrays.strategy)
+        plan = plan.resolved(num_images, copies=augment.copies)
         return SetScorer(network, plan, settled(self.compute, network, plan, num_images), augment)
 
     def contenders(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, SyntheticSet]:
