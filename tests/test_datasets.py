@@ -5,6 +5,7 @@ import io
 import mmap
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -776,6 +777,15 @@ def test_pictures_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
     assert load(pairs([Image.open(file)] * 2, [0, 1])).x_train[0].tolist() == expected.x_train[0].tolist()
 
 
+def test_odd_tags_of_a_picture_do_not_matter(tmp_path: Path) -> None:
+    """The quarter turn, and a resolution that is text."""
+    tags = struct.pack("<HHHI4sHHI4sI", 2, 0x0112, 3, 1, b"\6\0\0\0", 0x011A, 2, 4, b"72/1", 0)
+    upright, turned = Image.fromarray(GRAY), tmp_path / "turned.jpg"
+    upright.save(turned, quality=100, exif=b"Exif\0\0II*\0\10\0\0\0" + tags)
+    read = load(pairs([Image.open(turned), Image.open(turned)], [0, 1])).x_train[0, 0]
+    assert np.abs(read.astype(int) - np.rot90(GRAY, -1)).max() <= 2
+
+
 def test_what_an_earlier_version_decoded_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did not turn pictures."""
     folder = save_folder(tmp_path / "pets", colour())
@@ -941,6 +951,34 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/dev/null", "a" * 5000, "a\0b", "~nobody-of-this-name/x"])
 def test_odd_paths_are_refused(path: str) -> None:
     fails(path, "cannot expand .*: the home folder is not known" if path.startswith("~") else "no data set")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to one"])
+def test_a_path_that_is_not_utf_8_is_refused(kind: str, tmp_path: Path) -> None:
+    """The set would be named after it, and could not be read again."""
+    odd = tmp_path / os.fsdecode(b"\xe4")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    if kind == "file":
+        np.savez(odd / "a.npz", **colour())
+        fails(odd / "a.npz", "its path is not valid UTF-8; rename it")
+    else:
+        folder = save_folder(odd, colour())
+        (tmp_path / "link").symlink_to(folder)
+        fails(folder if kind == "folder" else tmp_path / "link", "its path is not valid UTF-8; rename it")
+
+
+def test_names_of_pictures_may_be_in_any_encoding(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    expected = load(folder).fingerprint
+    try:
+        (folder / "train" / "a" / "000.png").rename(folder / "train" / "a" / os.fsdecode(b"\xe4.png"))
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    for _ in range(2):
+        assert load(folder, cache=tmp_path / "cache").fingerprint == expected
 
 
 @pytest.mark.parametrize(

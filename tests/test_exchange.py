@@ -156,6 +156,9 @@ class TestFolders:
             (["n10", "n2"], ["1", "2", "10"], [2, 1]),
             (["a-b", "a_b"], ["a_b", "a-b"], [1, 0]),
             (["e\u0301t\u00e9"], ["hiver", "\u00e9t\u00e9"], [1]),
+            (["000-e-t-", "001-hiver"], ["e\u0301t/", "hiver"], [0, 1]),
+            (["000-001", "001-01", "002-1"], ["001", "01", "1"], [0, 1, 2]),
+            (["000-a-b", "001-0-a-b"], ["a b", "0-a b"], [0, 1]),
         ],
     )
     def test_they_match_by_name_then_by_number(self, folders: list[str], classes: Any, expected: list[int]) -> None:

@@ -41,6 +41,7 @@ from condense.data.datasets import Arrays, to_float
 from condense.data.pixels import Array, check_pixels, numpy_of
 from condense.data.reading import as_rgb, entries, read_images, read_npz
 from condense.data.transform import Transform
+from condense.exchange.export import class_folder
 from condense.exchange.tables import read_soft_labels
 from condense.files import check_expansion, read_foreign
 from condense.names import excerpt, spelt
@@ -215,6 +216,9 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _by_name(folders: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    exported = {class_folder(label, name): label for label, name in enumerate(classes)}
+    if exported.keys() >= set(folders):
+        return [exported[folder] for folder in folders]
     exact = {name: label for label, name in enumerate(classes)}
     keys: dict[str, int | None] = {}
     for label, name in enumerate(classes):
