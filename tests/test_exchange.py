@@ -205,6 +205,13 @@ class TestFolders:
         assert found.images[0].unique().tolist() == pytest.approx([0.2])
         assert found.images[1, :, 0, 0].tolist() == [1, 0, 0]
 
+    def test_no_picture_is_passed_over(self, tmp_path: Path) -> None:
+        (tmp_path / "0").mkdir()
+        for name in ("a.png", "b.TIF", "c.gif", "d.JPEG", "e.tga", "f.jp2"):
+            Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "0" / name)
+        (tmp_path / "0" / "notes.txt").write_text("no picture")
+        assert len(read(tmp_path).images) == 6
+
     def test_sixteen_bits_do_not_saturate(self, tmp_path: Path) -> None:
         (tmp_path / "0").mkdir()
         Image.fromarray(np.full((4, 4), 9999, np.uint16)).save(tmp_path / "0" / "a.png")

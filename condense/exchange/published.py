@@ -54,7 +54,7 @@ Meaning = Literal["classes", "logits", "probabilities", "values"]
 
 LAYOUTS = ("npz", "folder", "pair", "res", "images")
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 _IMAGE_KEYS = ("images", "x", "x_train", "data", "image")
 _LABEL_KEYS = ("soft_labels", "labels", "y", "y_train", "targets", "label")
 _SUM = 1e-2  # how far probabilities in half precision may be from a sum of 1
@@ -155,7 +155,7 @@ def as_set(
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())}, {arrays.name} has {num} classes, 0..{num - 1}; "
-            f"give another {spelt('dataset')}"
+            f"give another {spelt('dataset')}, or number the classes as it does"
         )
     if not decode.stores_pixels:
         raise ValueError(f"published images are no {decode.name}; give {spelt('decode', 'pixels')} or factor")
