@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from condense.data import Arrays, fingerprint, load, names, to_float
+from tests.mutations import mutate_bytes
 
 Split = dict[str, Any]
 
@@ -1002,26 +1004,6 @@ def test_the_number_of_classes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     fails((np.zeros((6, 1, 1), np.uint8), np.arange(6)), "has 6 classes: 5 are the most")
 
 
-def mutations(content: bytes, num: int) -> Iterator[bytes]:
-    """The content with a few bytes changed, or cut out, or put in, or its end cut off."""
-    draw = np.random.default_rng(0)
-    for _ in range(num):
-        changed = bytearray(content)
-        for _ in range(draw.integers(1, 4)):
-            first = int(draw.integers(0, len(changed) + 1))
-            last = first + int(draw.integers(0, 9))
-            match draw.integers(0, 4):
-                case 0:
-                    del changed[first:last]
-                case 1:
-                    changed[first:first] = draw.bytes(last - first)
-                case 2:
-                    changed[first:last] = draw.bytes(len(changed[first:last]))
-                case _:
-                    del changed[first + len(content) // 2 :]
-        yield bytes(changed)
-
-
 @pytest.mark.parametrize("kind", ["npz", "png", "jpeg"])
 def test_a_damaged_file_loads_or_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     source = save(tmp_path / "a.npz", **colour(6, 4)) if kind == "npz" else save_folder(tmp_path / "pets", colour(6, 4))
@@ -1030,9 +1012,9 @@ def test_a_damaged_file_loads_or_is_refused_in_one_line(kind: str, tmp_path: Pat
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.open(file).save(file, "JPEG", exif=exif)
-    refused = 0
-    for content in mutations(file.read_bytes(), 200):
-        file.write_bytes(content)
+    refused, content = 0, file.read_bytes()
+    for i in range(200):
+        file.write_bytes(mutate_bytes(content, Random(i)))
         try:
             with warnings.catch_warnings(action="error"):
                 load(source)

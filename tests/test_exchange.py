@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from condense.data.transform import Transform
 from condense.exchange import FORMATS, is_foreign, read
 from condense.exchange.published import match
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, SyntheticSet, Targets, Teacher, load, save
+from tests.mutations import mutate_bytes
 from tests.reference import published
-from tests.test_datasets import mutations
 
 N, C = 20, 10
 DIGITS = load_data("digits")
@@ -330,9 +331,9 @@ class TestValues:
             file = source / "0" / "class000_id000.jpg"
         else:
             source = file = self.write(tmp_path / ("a.npz" if layout == "npz" else "a.pt"), real[0][:2], real[1][:2])
-        refused = 0
-        for content in mutations(file.read_bytes(), 150):
-            file.write_bytes(content)
+        refused, content = 0, file.read_bytes()
+        for i in range(150):
+            file.write_bytes(mutate_bytes(content, Random(i)))
             try:
                 with warnings.catch_warnings(action="error"):
                     read(source)
