@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from condense.data import Arrays, fingerprint, load, names, to_float
+from condense.data.reading import pixels_of
 from tests.mutations import mutate_bytes
 
 Split = dict[str, Any]
@@ -777,6 +778,13 @@ def test_pictures_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
     Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
     assert np.array_equal(load(folder, cache=tmp_path / "cache").x_train, expected.x_train)
     assert load(pairs([Image.open(file)] * 2, [0, 1])).x_train[0].tolist() == expected.x_train[0].tolist()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    image = Image.fromarray(RGB)
+    image.getexif()[0x0112] = orientation
+    assert np.array_equal(pixels_of(image), np.asarray(ImageOps.exif_transpose(image)))
 
 
 def test_odd_tags_of_a_picture_do_not_matter(tmp_path: Path) -> None:

@@ -471,7 +471,7 @@ def test_damaged_soft_labels_are_refused(damage: str, syn: SyntheticSet, tmp_pat
     api.export_set(syn, folder, "folder")
     table = folder / "soft_labels.parquet"
     if not table.exists():
-        return
+        pytest.skip("hard labels have no table")
     if damage == "cut":
         table.write_bytes(table.read_bytes()[:-9])
     else:

@@ -22,7 +22,6 @@ share (``new007``), which counts from 0.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -43,7 +42,7 @@ from condense.data.reading import as_rgb, entries, read_images, read_npz
 from condense.data.transform import Transform
 from condense.exchange.export import class_folder
 from condense.exchange.tables import read_soft_labels
-from condense.files import check_expansion, read_foreign
+from condense.files import check_expansion, parse_json, read_foreign
 from condense.names import excerpt, spelt
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels, Logits, Targets, Teacher
@@ -376,8 +375,8 @@ def _image_files(folder: Path) -> list[Path]:
 def _meaning_of(origin: str | bytes) -> Meaning | None:
     """What our own export says of its soft labels in the JSON text of its origin."""
     try:
-        said = json.loads(origin)["targets"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        said = parse_json(origin)["targets"]
+    except (ValueError, KeyError, TypeError):
         return None
     return said if said in get_args(Meaning) else None
 
