@@ -135,7 +135,7 @@ def make_buffer(
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
     check_seed(seed)
     with ranks.first_ahead():
-        arrays = _arrays(dataset, download)
+        arrays = read_data(dataset, download)
         skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     title = f"experts {task.name} {task.network.name}"
@@ -175,7 +175,7 @@ def distill(
     if "ipc" in fields:
         fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
     with ranks.first_ahead():
-        arrays = None if dataset is None else _arrays(dataset, options.download)
+        arrays = None if dataset is None else read_data(dataset, options.download)
     if isinstance(method, Recipe):
         base = method
     elif isinstance(method, Method):
@@ -240,7 +240,7 @@ def run(
     with ranks.first_ahead():
         if arrays is None:
             plan = located(plan, options)
-            arrays = _arrays(plan.dataset, options.download)
+            arrays = read_data(plan.dataset, options.download)
     _check_data(plan, arrays)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
@@ -479,12 +479,12 @@ def open_set(
     """
     if isinstance(syn, SyntheticSet):
         source = str(syn.origin.dataset["name"]) if dataset is None else dataset
-        return syn, _arrays(source, download)
+        return syn, read_data(source, download)
     path = expanded(syn)
     if not exchange.is_foreign(path):
         found = load(path)
         source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
-        return found, _arrays(source, download)
+        return found, read_data(source, download)
     read = exchange.read(path)
     if dataset is None:
         raise ValueError(
@@ -495,7 +495,7 @@ def open_set(
             f"{path} does not say through which transform its images went; first `condense import {path} "
             "set.safetensors --dataset NAME --transform channel` (or zca)"
         )
-    arrays = _arrays(dataset, download)
+    arrays = read_data(dataset, download)
     return _adopt(read, arrays, "channel", Pixels()), arrays
 
 
@@ -514,7 +514,7 @@ def import_set(
         ValueError: it cannot be read, or does not fit the data.
     """
     chosen = recipe.choice("decode", decode)
-    return _adopt(exchange.read(expanded(path)), _arrays(dataset, download), transform, chosen)
+    return _adopt(exchange.read(expanded(path)), read_data(dataset, download), transform, chosen)
 
 
 @checked
@@ -636,7 +636,8 @@ def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     return expanded(options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}")
 
 
-def _arrays(dataset: Data, download: bool = False) -> Arrays:
+def read_data(dataset: Data, download: bool = False) -> Arrays:
+    """A data set, through the cache of decoded data. Raises ValueError as ``condense.data.load`` does."""
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
 
 

@@ -426,7 +426,10 @@ def read_header(path: Path) -> dict[str, Any]:
             "`condense import --help`"
         ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}; it may be cut short, restore it") from error
+        raise ValueError(
+            f"{path} cannot be read as safetensors: {error}; it may be cut short or of another kind, so restore it or "
+            "give another file"
+        ) from error
     if "header_sha256" in header and header["header_sha256"] != _header_checksum(header):
         raise ValueError(f"{path} is damaged: its checksum does not fit its header; write it again or restore it")
     return header

@@ -67,6 +67,15 @@ def test_the_main_job(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "mtt" in printed and "2 experts x 3 epochs" in printed
 
 
+def test_every_command_reads_decoded_data_from_the_cache(
+    run_folder: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("condense.data.datasets.read_npz", lambda *_: pytest.fail("decoded again"))
+    main(random_words(tiny_file, run_folder.with_name("again")))
+    main(["buffer", "--dataset", str(tiny_file), "--network", TINY, "--num-experts", "1", "--num-epochs", "2"])
+    main(["evaluate", str(run_folder), "--networks", TINY, "--num-seeds", "1", "--protocol.num-epochs", "1"])
+
+
 def test_own_says_which_network_it_trains(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(run_folder), "--protocol", "own", "--protocol.num-epochs", "1", "--num-seeds", "1"]
     main(words)

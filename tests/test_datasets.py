@@ -5,6 +5,7 @@ import io
 import mmap
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from condense.data import Arrays, fingerprint, load, names, to_float
+from condense.data.reading import pixels_of
+from tests.mutations import mutate_bytes
 
 Split = dict[str, Any]
 
@@ -776,6 +780,22 @@ def test_pictures_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
     assert load(pairs([Image.open(file)] * 2, [0, 1])).x_train[0].tolist() == expected.x_train[0].tolist()
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    image = Image.fromarray(RGB)
+    image.getexif()[0x0112] = orientation
+    assert np.array_equal(pixels_of(image), np.asarray(ImageOps.exif_transpose(image)))
+
+
+def test_odd_tags_of_a_picture_do_not_matter(tmp_path: Path) -> None:
+    """The quarter turn, and a resolution that is text."""
+    tags = struct.pack("<HHHI4sHHI4sI", 2, 0x0112, 3, 1, b"\6\0\0\0", 0x011A, 2, 4, b"72/1", 0)
+    upright, turned = Image.fromarray(GRAY), tmp_path / "turned.jpg"
+    upright.save(turned, quality=100, exif=b"Exif\0\0II*\0\10\0\0\0" + tags)
+    read = load(pairs([Image.open(turned), Image.open(turned)], [0, 1])).x_train[0, 0]
+    assert np.abs(read.astype(int) - np.rot90(GRAY, -1)).max() <= 2
+
+
 def test_what_an_earlier_version_decoded_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did not turn pictures."""
     folder = save_folder(tmp_path / "pets", colour())
@@ -943,6 +963,34 @@ def test_odd_paths_are_refused(path: str) -> None:
     fails(path, "cannot expand .*: the home folder is not known" if path.startswith("~") else "no data set")
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link to one"])
+def test_a_path_that_is_not_utf_8_is_refused(kind: str, tmp_path: Path) -> None:
+    """The set would be named after it, and could not be read again."""
+    odd = tmp_path / os.fsdecode(b"\xe4")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    if kind == "file":
+        np.savez(odd / "a.npz", **colour())
+        fails(odd / "a.npz", "its path is not valid UTF-8; rename it")
+    else:
+        folder = save_folder(odd, colour())
+        (tmp_path / "link").symlink_to(folder)
+        fails(folder if kind == "folder" else tmp_path / "link", "its path is not valid UTF-8; rename it")
+
+
+def test_names_of_pictures_may_be_in_any_encoding(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    expected = load(folder).fingerprint
+    try:
+        (folder / "train" / "a" / "000.png").rename(folder / "train" / "a" / os.fsdecode(b"\xe4.png"))
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    for _ in range(2):
+        assert load(folder, cache=tmp_path / "cache").fingerprint == expected
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
@@ -964,26 +1012,6 @@ def test_the_number_of_classes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     fails((np.zeros((6, 1, 1), np.uint8), np.arange(6)), "has 6 classes: 5 are the most")
 
 
-def mutations(content: bytes, num: int) -> Iterator[bytes]:
-    """The content with a few bytes changed, or cut out, or put in, or its end cut off."""
-    draw = np.random.default_rng(0)
-    for _ in range(num):
-        changed = bytearray(content)
-        for _ in range(draw.integers(1, 4)):
-            first = int(draw.integers(0, len(changed) + 1))
-            last = first + int(draw.integers(0, 9))
-            match draw.integers(0, 4):
-                case 0:
-                    del changed[first:last]
-                case 1:
-                    changed[first:first] = draw.bytes(last - first)
-                case 2:
-                    changed[first:last] = draw.bytes(len(changed[first:last]))
-                case _:
-                    del changed[first + len(content) // 2 :]
-        yield bytes(changed)
-
-
 @pytest.mark.parametrize("kind", ["npz", "png", "jpeg"])
 def test_a_damaged_file_loads_or_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     source = save(tmp_path / "a.npz", **colour(6, 4)) if kind == "npz" else save_folder(tmp_path / "pets", colour(6, 4))
@@ -992,9 +1020,9 @@ def test_a_damaged_file_loads_or_is_refused_in_one_line(kind: str, tmp_path: Pat
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.open(file).save(file, "JPEG", exif=exif)
-    refused = 0
-    for content in mutations(file.read_bytes(), 200):
-        file.write_bytes(content)
+    refused, content = 0, file.read_bytes()
+    for i in range(200):
+        file.write_bytes(mutate_bytes(content, Random(i)))
         try:
             with warnings.catch_warnings(action="error"):
                 load(source)

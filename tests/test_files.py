@@ -17,7 +17,7 @@ from condense.compute import peak_memory
 from condense.eval import crossarch
 from condense.eval.report.collect import collect, uses_of
 from condense.files import parse_json, read_foreign, read_header, read_json, read_tensors, read_yaml
-from condense.synthetic import Factor, load, save
+from condense.synthetic import DCT, Factor, Origin, SyntheticSet, load, save
 from condense.tracking import cut_back, progress, read_log
 from tests import mutations
 
@@ -95,8 +95,10 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (
             "decode-pixels",
             put("origin", "dataset", "image_shape", value=[1, 8, 10**6]),
-            "a side that is not in 1..4096",
+            r"images of shape \(1, 8, 8\), the data set has",
         ),
+        ("decode-pixels", put("origin", "dataset", "image_shape", value=[1, 0, 8]), "a side below 1"),
+        ("decode-dct", put("origin", "dataset", "image_shape", value=[1, 1, 5000]), "a side of more than 4096"),
         ("decode-pixels", put("origin", "recipe", "method", value=[]), r"recipe, method: \[\] is not a mapping"),
         ("decode-pixels", put("origin", "recipe", "split", value={"part": 1}), "split has fields that are unknown"),
         ("decode-pixels", put("origin", "recipe", "ipc", value=0), "ipc is 0"),
@@ -145,6 +147,17 @@ def test_a_small_file_takes_little_memory(
     before = peak_memory(torch.device("cpu"))
     assert re.search(words, one_line(lambda: load(path)))
     assert peak_memory(torch.device("cpu")) - before < 200 << 20
+
+
+def test_what_is_saved_is_loaded_whatever_the_shape_of_the_images(tmp_path: Path) -> None:
+    """Signals of one row are images, too."""
+    dataset = {"name": "signals", "fingerprint": "f", "classes": ["a", "b"], "image_shape": [1, 1, 6000]}
+    origin = Origin(dataset=dataset, transform={"kind": "none"})
+    syn = SyntheticSet(torch.rand(2, 1, 1, 6000), torch.arange(2), origin)
+    save(syn, tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors").latents, syn.latents)
+    syn.decode = DCT()
+    assert "a side of more than 4096" in one_line(lambda: save(syn, tmp_path / "b.safetensors"))
 
 
 def test_a_set_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:

@@ -218,11 +218,13 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
     try:
         path = expanded(source)
+        there = path.exists()
+        if there:
+            _check_encoding(path)
         if path.is_dir():
             return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
         if path.is_file():
             return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
-        there = path.exists()
     except OSError as error:  # a name that is too long
         raise ValueError(f"no data set {excerpt(source)!r}: {reason(error)}; check the path") from error
     if there:
@@ -233,6 +235,15 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
     )
 
 
+def _check_encoding(path: Path) -> None:
+    """Raises ValueError where a path is not UTF-8: sets and ``run.json`` name it, and could not be read again."""
+    whole = path.resolve()
+    try:
+        str(whole).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cannot read {excerpt(whole)}: its path is not valid UTF-8; rename it") from error
+
+
 def _kept(
     cache: Path | None, kind: str, path: Path, files: Callable[[], Iterable[Path]], read: Callable[[], Arrays]
 ) -> Arrays:
@@ -240,7 +251,7 @@ def _kept(
     before = store.stamp(path, files()) if cache else None
     if cache is None or before is None:
         return read()
-    digest = hashlib.sha256(f"{kind}/{path.resolve()}".encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(f"{kind}/{path.resolve()}")).hexdigest()
     entry = cache / "decoded" / digest[:16]
     if found := _from_store(entry, before):
         return found

@@ -10,7 +10,7 @@ import math
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,17 @@ _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP
 
 MOST_PIXELS = 1 << 26
 """Of one picture: 8192 x 8192."""
+
+_TURNS: Mapping[Any, str] = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What undoes each EXIF orientation. ``ImageOps.exif_transpose`` writes all other tags again, and fails on odd ones."""
 
 
 def entries(folder: Path) -> list[Path]:
@@ -114,14 +125,16 @@ def pixels_of(image: Image.Image) -> Array:
     Raises:
         ValueError: it has more than 8 bits a value, or colours that do not convert to RGB.
     """
-    from PIL import ImageOps
+    from PIL import ExifTags, Image
 
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"its pixels have more than 8 bits (mode {image.mode}); with TOP, the greatest value that a pixel can have "
             "(65535 for 16 bits), Image.fromarray((np.asarray(image) / TOP * 255).round().astype('uint8')) has 8"
         )
-    image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(Image.Transpose[turn])
     return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
 
 

@@ -113,12 +113,16 @@ FORMATS: dict[str, Callable[[SyntheticSet, Tensor, Tensor, Path], None]] = {
 }
 
 
+def class_folder(label: int, name: str) -> str:
+    """The folder that holds the images of a class: its number and its name, in characters that file systems take."""
+    return f"{label:03d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
 def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Path) -> list[str]:
     """PNG files below ``folder``, a folder a class; their names."""
     classes, names = syn.origin.dataset["classes"], []
     for i, (image, label) in enumerate(zip((pixels * 255).round().byte(), _classes(targets).tolist(), strict=True)):
-        safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(classes[label]))
-        name = f"{label:03d}-{safe}/{i:05d}.png"
+        name = f"{class_folder(label, classes[label])}/{i:05d}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         array = image.permute(1, 2, 0).numpy()
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(folder / name)

@@ -22,7 +22,6 @@ share (``new007``), which counts from 0.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -41,8 +40,9 @@ from condense.data.datasets import Arrays, to_float
 from condense.data.pixels import Array, check_pixels, numpy_of
 from condense.data.reading import as_rgb, entries, read_images, read_npz
 from condense.data.transform import Transform
+from condense.exchange.export import class_folder
 from condense.exchange.tables import read_soft_labels
-from condense.files import check_expansion, read_foreign
+from condense.files import check_expansion, parse_json, read_foreign
 from condense.names import excerpt, spelt
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels, Logits, Targets, Teacher
@@ -53,7 +53,7 @@ Meaning = Literal["classes", "logits", "probabilities", "values"]
 
 LAYOUTS = ("npz", "folder", "pair", "res", "images")
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 _IMAGE_KEYS = ("images", "x", "x_train", "data", "image")
 _LABEL_KEYS = ("soft_labels", "labels", "y", "y_train", "targets", "label")
 _SUM = 1e-2  # how far probabilities in half precision may be from a sum of 1
@@ -154,7 +154,7 @@ def as_set(
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())}, {arrays.name} has {num} classes, 0..{num - 1}; "
-            f"give another {spelt('dataset')}"
+            f"give another {spelt('dataset')}, or number the classes as it does"
         )
     if not decode.stores_pixels:
         raise ValueError(f"published images are no {decode.name}; give {spelt('decode', 'pixels')} or factor")
@@ -215,6 +215,9 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _by_name(folders: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    exported = {class_folder(label, name): label for label, name in enumerate(classes)}
+    if exported.keys() >= set(folders):
+        return [exported[folder] for folder in folders]
     exact = {name: label for label, name in enumerate(classes)}
     keys: dict[str, int | None] = {}
     for label, name in enumerate(classes):
@@ -372,8 +375,8 @@ def _image_files(folder: Path) -> list[Path]:
 def _meaning_of(origin: str | bytes) -> Meaning | None:
     """What our own export says of its soft labels in the JSON text of its origin."""
     try:
-        said = json.loads(origin)["targets"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        said = parse_json(origin)["targets"]
+    except (ValueError, KeyError, TypeError):
         return None
     return said if said in get_args(Meaning) else None
 

@@ -25,7 +25,7 @@ MOST_DECODED = 1 << 30
 """Bytes of decoded images that any set may have; beyond, as many as ``MOST_EXPANDED`` times what it stores."""
 MOST_EXPANDED = 1000
 LONGEST_SIDE = 4096
-"""Most channels, rows or columns of an image in a file."""
+"""Most channels, rows or columns of an image that is not stored as pixels."""
 
 
 def save(syn: SyntheticSet, path: Path | str) -> None:
@@ -137,7 +137,12 @@ def _check_values(syn: SyntheticSet) -> None:
 
 
 def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where the decoded images would take far more memory than what is stored."""
+    """Raises ValueError where the images, or what makes them, would take far more memory than what is stored."""
+    if not decode.stores_pixels and max(origin.image_shape) > LONGEST_SIDE:
+        raise ValueError(
+            f"images of shape {brief(origin.image_shape)} have a side of more than {LONGEST_SIDE}, the most that the "
+            f"decoder {decode.name} makes"
+        )
     images = num_latents * decode.expansion
     size = images * math.prod(origin.image_shape) * tensors["latents"].itemsize
     stored = sum(tensor.nbytes for tensor in tensors.values())
@@ -205,8 +210,8 @@ class _Dataset:
     def __post_init__(self) -> None:
         if not self.classes:
             raise ValueError("it has no classes")
-        if not all(1 <= side <= LONGEST_SIDE for side in self.image_shape):
-            raise ValueError(f"image_shape {brief(self.image_shape)} has a side that is not in 1..{LONGEST_SIDE}")
+        if min(self.image_shape) < 1:
+            raise ValueError(f"image_shape {brief(self.image_shape)} has a side below 1")
 
 
 @dataclass(frozen=True)
