@@ -135,7 +135,7 @@ def make_buffer(
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
     check_seed(seed)
     with ranks.first_ahead():
-        arrays = _arrays(dataset, download)
+        arrays = open_data(dataset, download)
         skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     title = f"experts {task.name} {task.network.name}"
@@ -175,7 +175,7 @@ def distill(
     if "ipc" in fields:
         fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
     with ranks.first_ahead():
-        arrays = None if dataset is None else _arrays(dataset, options.download)
+        arrays = None if dataset is None else open_data(dataset, options.download)
     if isinstance(method, Recipe):
         base = method
     elif isinstance(method, Method):
@@ -240,7 +240,7 @@ def run(
     with ranks.first_ahead():
         if arrays is None:
             plan = located(plan, options)
-            arrays = _arrays(plan.dataset, options.download)
+            arrays = open_data(plan.dataset, options.download)
     _check_data(plan, arrays)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
@@ -479,12 +479,12 @@ def open_set(
     """
     if isinstance(syn, SyntheticSet):
         source = str(syn.origin.dataset["name"]) if dataset is None else dataset
-        return syn, _arrays(source, download)
+        return syn, open_data(source, download)
     path = expanded(syn)
     if not exchange.is_foreign(path):
         found = load(path)
         source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
-        return found, _arrays(source, download)
+        return found, open_data(source, download)
     read = exchange.read(path)
     if dataset is None:
         raise ValueError(
@@ -495,7 +495,7 @@ def open_set(
             f"{path} does not say through which transform its images went; first `condense import {path} "
             "set.safetensors --dataset NAME --transform channel` (or zca)"
         )
-    arrays = _arrays(dataset, download)
+    arrays = open_data(dataset, download)
     return _adopt(read, arrays, "channel", Pixels()), arrays
 
 
@@ -514,7 +514,7 @@ def import_set(
         ValueError: it cannot be read, or does not fit the data.
     """
     chosen = recipe.choice("decode", decode)
-    return _adopt(exchange.read(expanded(path)), _arrays(dataset, download), transform, chosen)
+    return _adopt(exchange.read(expanded(path)), open_data(dataset, download), transform, chosen)
 
 
 @checked
@@ -591,6 +591,8 @@ def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decod
 def _check_place(target: Path | None) -> None:
     """Raise ValueError before the work where its results could not be written."""
     if target is not None:
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder; give a file for the results as {spelt('out')}")
         if not target.parent.is_dir():
             raise ValueError(
                 f"there is no folder {target.parent} for the results; make it or give another {spelt('out')}"
@@ -636,7 +638,8 @@ def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     return expanded(options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}")
 
 
-def _arrays(dataset: Data, download: bool = False) -> Arrays:
+def open_data(dataset: Data, download: bool = False) -> Arrays:
+    """The data, decoded once and then mapped from the cache; see ``condense.data.datasets.load``."""
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
 
 
@@ -646,8 +649,9 @@ def located(plan: Recipe, options: RunOptions) -> Recipe:
     Raises:
         ValueError: the recipe has a name and a fingerprint only, and there are no such data here.
     """
-    source = runs.source_of(options.out if options.resume else None, plan.dataset)
-    if plan.fingerprint is not None and source not in names() and not Path(source).exists():
+    run = expanded(options.out) if options.resume and options.out is not None else None
+    source = runs.source_of(run, plan.dataset)
+    if plan.fingerprint is not None and source not in names() and not expanded(source).exists():
         raise ValueError(
             f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
             f"known name and no file here; give {spelt('dataset', 'PATH')}"

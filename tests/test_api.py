@@ -386,6 +386,9 @@ def test_a_recipe_of_a_run_finds_its_data_and_a_shared_one_asks_for_them(
     shared = tmp_path / "elsewhere" / "recipe.yaml"
     shared.parent.mkdir()
     shutil.copy(tmp_path / "run" / "recipe.yaml", shared)
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        condense.distill(shared, out="~/run", resume=True, **fields)
     record = tmp_path / "run" / "run.json"
     for place in (None, load(tiny_file)):  # at hand, too, they leave the record as it is
         condense.distill(shared, dataset=place, out=tmp_path / "run", resume=True, **fields)
@@ -437,6 +440,17 @@ def test_a_method_of_a_script_is_resumed_by_that_script(tiny: Arrays, tmp_path: 
     first = condense.distill(Mine(num_steps=1, batch_real=4), **fields)
     again = condense.distill(Mine(num_steps=1, batch_real=4), resume=True, **fields)
     assert torch.equal(first.latents, again.latents)
+
+
+def test_results_are_not_sent_to_a_folder(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(SetScorer, "score", None)
+    for use in (
+        lambda: condense.evaluate(tmp_path / "run", tiny, out=tmp_path, device="cpu"),
+        lambda: api.apply("continual", tmp_path / "run", tiny, out=tmp_path, device="cpu"),
+    ):
+        with pytest.raises(ValueError, match=r"is a folder; give a file for the results as out$"):
+            use()
 
 
 def test_one_name_serves_where_several_may_stand(tiny: Arrays, tmp_path: Path) -> None:
