@@ -297,6 +297,8 @@ def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_train
         (lambda: condense.distill("dm", out=3), "^RunOptions: out=3 is not of type Path or None"),
         (lambda: condense.distill("dm", split=Split(val_fraction=2)), "^split.val_fraction must lie in"),
         (lambda: condense.distill(3), "^distill: method=3 is not"),
+        (lambda: condense.load(3), "^load: path=3 is not"),
+        (lambda: condense.save("x", "y"), "^save: syn='x' is not of type SyntheticSet; give a SyntheticSet$"),
         (lambda: condense.make_buffer("digits", num_experts="3"), "^Experts: num_experts='3' is not a whole number"),
         (lambda: condense.make_buffer("digits", seed=-1), "^seed must be at least 0"),
         (lambda: condense.evaluate("x", num_seeds=2.5), r"^evaluate: num_seeds=2\.5 is not a whole number"),
