@@ -168,7 +168,7 @@ def distill(
     Raises:
         ValueError: one line that names the culprit and the mend.
     """
-    ours = {f.name for f in dataclasses.fields(RunOptions)}
+    ours = [f.name for f in dataclasses.fields(RunOptions)]
     given: dict[str, Any] = {k: _option(k, v) for k, v in fields.items() if k in ours}
     options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
@@ -331,10 +331,9 @@ def evaluate(
     """Train fresh networks on a set and score each once, at its last epoch, on the test split.
 
     ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``networks`` are by default those
-    of ``default_networks``; the results name them. ``baselines`` are
-    methods or recipes run at the same ``budget``, images a class or bytes, and ``full`` for all training data; those
-    with soft labels are trained on them. ``ranks``, of ``condense.distributed.joined``, deal the networks out among the
-    processes of torchrun.
+    of ``default_networks``; the results name them. ``baselines`` are methods or recipes that are run at the same
+    ``budget``, images a class or bytes, and ``full`` for all training data; sets with soft labels are trained on these.
+    ``ranks``, of ``condense.distributed.joined``, deal the networks out among the processes of torchrun.
 
     An evaluation that was stopped goes on with the networks that are missing. Baselines are kept in the cache.
 
@@ -664,7 +663,7 @@ def _check_data(plan: Recipe, arrays: Arrays) -> None:
         raise ValueError(
             f"the recipe is for data with fingerprint {plan.fingerprint[:12]}, {arrays.name} has "
             f"{arrays.fingerprint['train'][:12]}; give {spelt('dataset')} with the right data, or "
-            f"{spelt('fingerprint', None)} to distil these by that recipe"
+            f"{spelt('fingerprint', None)} to distil these data by that recipe"
         )
 
 

@@ -353,7 +353,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What the manifest of any artifact says."""
+    """The fields that the manifest of every artifact has."""
 
     kind: str
     format: int
@@ -362,7 +362,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class _Identity:
-    """What of the identity of trajectories is looked at."""
+    """The fields of the identity of trajectories that are used here."""
 
     network: str
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -383,7 +383,7 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class _TrajectoryManifest:
-    """What the manifest of trajectories says besides; see ``TrajectoryWriter.save``."""
+    """The other fields of the manifest of trajectories; see ``TrajectoryWriter.save``."""
 
     dataset: str
     identity: _Identity
@@ -406,7 +406,7 @@ class _TrajectoryManifest:
 
 @dataclass(frozen=True)
 class _ExpertHeader:
-    """Of the file of one expert."""
+    """The header of the file of one expert."""
 
     buffer: str
     rows: Mapping[str, Sequence[str]]

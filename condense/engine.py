@@ -255,7 +255,7 @@ class _Checkpoint:
 
     def __post_init__(self) -> None:
         if self.step < 0:
-            raise ValueError(f"step {self.step} is none")
+            raise ValueError(f"step {self.step} is negative")
 
 
 def _laid_out(state: State) -> tuple[dict[str, Tensor], Any]:
@@ -368,7 +368,7 @@ def _same_kind(template: Any, value: Any, path: str) -> None:
 def _loaded(template: Any, values: Any, path: str) -> Any:
     try:
         template.load_state_dict(values)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # torch's word for names or shapes that differ
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # names or shapes that differ
         raise ValueError(f"what is kept at {path!r} does not fit: {reason(error)}") from error
     return template
 

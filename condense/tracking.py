@@ -122,8 +122,8 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line as it stands, and its record, None where it holds none; without a half-written one at the end. A line
-    that is too long comes in pieces."""
+    """Each line and its record, or None where the line holds no record. A half-written line at the end is left out; a
+    line that is too long comes in pieces."""
     if not path.exists():
         return
     require_file(path, "move it away")
