@@ -135,7 +135,7 @@ def make_buffer(
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
     check_seed(seed)
     with ranks.first_ahead():
-        arrays = read_data(dataset, download)
+        arrays = open_data(dataset, download)
         skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     title = f"experts {task.name} {task.network.name}"
@@ -168,14 +168,14 @@ def distill(
     Raises:
         ValueError: one line that names the culprit and the mend.
     """
-    ours = {f.name for f in dataclasses.fields(RunOptions)}
+    ours = [f.name for f in dataclasses.fields(RunOptions)]
     given: dict[str, Any] = {k: _option(k, v) for k, v in fields.items() if k in ours}
     options = dataclasses.replace(options, **given)
     fields = {k: v for k, v in fields.items() if k not in ours}
     if "ipc" in fields:
         fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
     with ranks.first_ahead():
-        arrays = None if dataset is None else read_data(dataset, options.download)
+        arrays = None if dataset is None else open_data(dataset, options.download)
     if isinstance(method, Recipe):
         base = method
     elif isinstance(method, Method):
@@ -240,7 +240,7 @@ def run(
     with ranks.first_ahead():
         if arrays is None:
             plan = located(plan, options)
-            arrays = read_data(plan.dataset, options.download)
+            arrays = open_data(plan.dataset, options.download)
     _check_data(plan, arrays)
     device = _prepare(options.device)
     skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
@@ -331,10 +331,9 @@ def evaluate(
     """Train fresh networks on a set and score each once, at its last epoch, on the test split.
 
     ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``networks`` are by default those
-    of ``default_networks``; the results name them. ``baselines`` are
-    methods or recipes run at the same ``budget``, images a class or bytes, and ``full`` for all training data; those
-    with soft labels are trained on them. ``ranks``, of ``condense.distributed.joined``, deal the networks out among the
-    processes of torchrun.
+    of ``default_networks``; the results name them. ``baselines`` are methods or recipes that are run at the same
+    ``budget``, images a class or bytes, and ``full`` for all training data; sets with soft labels are trained on these.
+    ``ranks``, of ``condense.distributed.joined``, deal the networks out among the processes of torchrun.
 
     An evaluation that was stopped goes on with the networks that are missing. Baselines are kept in the cache.
 
@@ -479,12 +478,12 @@ def open_set(
     """
     if isinstance(syn, SyntheticSet):
         source = str(syn.origin.dataset["name"]) if dataset is None else dataset
-        return syn, read_data(source, download)
+        return syn, open_data(source, download)
     path = expanded(syn)
     if not exchange.is_foreign(path):
         found = load(path)
         source = runs.source_of(path, str(found.origin.dataset["name"])) if dataset is None else dataset
-        return found, read_data(source, download)
+        return found, open_data(source, download)
     read = exchange.read(path)
     if dataset is None:
         raise ValueError(
@@ -495,7 +494,7 @@ def open_set(
             f"{path} does not say through which transform its images went; first `condense import {path} "
             "set.safetensors --dataset NAME --transform channel` (or zca)"
         )
-    arrays = read_data(dataset, download)
+    arrays = open_data(dataset, download)
     return _adopt(read, arrays, "channel", Pixels()), arrays
 
 
@@ -514,7 +513,7 @@ def import_set(
         ValueError: it cannot be read, or does not fit the data.
     """
     chosen = recipe.choice("decode", decode)
-    return _adopt(exchange.read(expanded(path)), read_data(dataset, download), transform, chosen)
+    return _adopt(exchange.read(expanded(path)), open_data(dataset, download), transform, chosen)
 
 
 @checked
@@ -591,6 +590,8 @@ def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decod
 def _check_place(target: Path | None) -> None:
     """Raise ValueError before the work where its results could not be written."""
     if target is not None:
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder; give a file for the results as {spelt('out')}")
         if not target.parent.is_dir():
             raise ValueError(
                 f"there is no folder {target.parent} for the results; make it or give another {spelt('out')}"
@@ -636,8 +637,8 @@ def run_folder(plan: Recipe, options: RunOptions, arrays: Arrays) -> Path:
     return expanded(options.out or Path("runs") / f"{method}-{arrays.name}-ipc{plan.ipc}-seed{plan.seed}")
 
 
-def read_data(dataset: Data, download: bool = False) -> Arrays:
-    """A data set, through the cache of decoded data. Raises ValueError as ``condense.data.load`` does."""
+def open_data(dataset: Data, download: bool = False) -> Arrays:
+    """The data, decoded once and then mapped from the cache; see ``condense.data.datasets.load``."""
     return dataset if isinstance(dataset, Arrays) else load_data(dataset, download=download, cache=cache_folder())
 
 
@@ -647,8 +648,9 @@ def located(plan: Recipe, options: RunOptions) -> Recipe:
     Raises:
         ValueError: the recipe has a name and a fingerprint only, and there are no such data here.
     """
-    source = runs.source_of(options.out if options.resume else None, plan.dataset)
-    if plan.fingerprint is not None and source not in names() and not Path(source).exists():
+    run = expanded(options.out) if options.resume and options.out is not None else None
+    source = runs.source_of(run, plan.dataset)
+    if plan.fingerprint is not None and source not in names() and not expanded(source).exists():
         raise ValueError(
             f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
             f"known name and no file here; give {spelt('dataset', 'PATH')}"
@@ -661,7 +663,7 @@ def _check_data(plan: Recipe, arrays: Arrays) -> None:
         raise ValueError(
             f"the recipe is for data with fingerprint {plan.fingerprint[:12]}, {arrays.name} has "
             f"{arrays.fingerprint['train'][:12]}; give {spelt('dataset')} with the right data, or "
-            f"{spelt('fingerprint', None)} to distil these by that recipe"
+            f"{spelt('fingerprint', None)} to distil these data by that recipe"
         )
 
 

@@ -29,7 +29,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from condense.files import canonical_json, locked, read_header, read_json, read_row, replacing, write_text
+from condense.data import datasets
+from condense.files import canonical_json, expanded, locked, read_header, read_json, read_row, replacing, write_text
 from condense.names import printable, spelt
 from condense.networks import Weights
 from condense.schema import from_json
@@ -320,7 +321,9 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
         nearest = min(misfits, key=lambda folder: len(misfits[folder]))
         why = f"the nearest is {nearest.name}, where {', '.join(misfits[nearest][:3])}"
     out = "" if is_artifact or root == DEFAULT_ROOT else f" --out {shlex.quote(str(root))}"
-    command = f"`{spec.command(dataset)}{out}`"
+    in_python = dataset not in datasets.names() and not expanded(dataset).exists()  # no command finds such data
+    with_what = "make_buffer in Python, from the same data and with the fields of " if in_python else ""
+    command = f"{with_what}`{spec.command(dataset)}{out}`"
     raise ValueError(f"no {spec.kind} for {dataset} in {root}: {why}; build them with {command}")
 
 
@@ -353,7 +356,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What the manifest of any artifact says."""
+    """The fields that the manifest of every artifact has."""
 
     kind: str
     format: int
@@ -362,7 +365,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class _Identity:
-    """What of the identity of trajectories is looked at."""
+    """The fields of the identity of trajectories that are used here."""
 
     network: str
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -383,7 +386,7 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class _TrajectoryManifest:
-    """What the manifest of trajectories says besides; see ``TrajectoryWriter.save``."""
+    """The other fields of the manifest of trajectories; see ``TrajectoryWriter.save``."""
 
     dataset: str
     identity: _Identity
@@ -406,7 +409,7 @@ class _TrajectoryManifest:
 
 @dataclass(frozen=True)
 class _ExpertHeader:
-    """Of the file of one expert."""
+    """The header of the file of one expert."""
 
     buffer: str
     rows: Mapping[str, Sequence[str]]

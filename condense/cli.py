@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from condense.distributed import rank_of_environment
-from condense.names import flags, printable, suggest
+from condense.names import excerpt, flags, suggest
 
 USAGE = """\
 usage: condense COMMAND ...
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"condense: {_rank()}{_one_line(error)}", file=sys.stderr)
+        print(f"condense: {_rank()}{excerpt(error, LONGEST_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         print(f"condense: {_rank()}stopped; to go on: {_again(words)}", file=sys.stderr)
@@ -108,10 +108,6 @@ def _rank() -> str:
     return ""
 
 
-def _one_line(message: object) -> str:
-    return printable(" ".join(str(message).split()), LONGEST_MESSAGE)
-
-
 def _say_warning(
     message: Warning | str,
     category: type[Warning],
@@ -120,4 +116,4 @@ def _say_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"condense: warning: {_one_line(message)}", file=sys.stderr)
+    print(f"condense: warning: {excerpt(message, LONGEST_MESSAGE)}", file=sys.stderr)

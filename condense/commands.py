@@ -165,13 +165,13 @@ def distill(words: list[str], ranks: Ranks) -> None:
     arrays = None
     if source is not None and not _asks_for_help(flags):
         with ranks.first_ahead():
-            arrays = api.read_data(source, download=recipe.take(flags, "--download")[1] == "True")
+            arrays = api.open_data(source, download=recipe.take(flags, "--download")[1] == "True")
     budget = int(ipc) if ipc is not None and ipc.isdigit() else None
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
     plan = command.recipe if arrays else api.located(command.recipe, command.options)
     with ranks.first_ahead():
-        arrays = arrays or api.read_data(plan.dataset, download=command.options.download)
+        arrays = arrays or api.open_data(plan.dataset, download=command.options.download)
     _say_unknown(arrays)
     say(f"recipe: {origin}")
     folder = api.run_folder(plan, command.options, arrays)
@@ -182,7 +182,7 @@ def distill(words: list[str], ranks: Ranks) -> None:
 def buffer(words: list[str], ranks: Ranks) -> None:
     command = recipe.parse(Buffer, words, Buffer(), prog="condense buffer")
     with ranks.first_ahead():
-        arrays = api.read_data(command.dataset, download=command.download)
+        arrays = api.open_data(command.dataset, download=command.download)
     _say_unknown(arrays)
     folder = api.make_buffer(**_fields(command) | {"dataset": arrays}, ranks=ranks)
     say(f"{folder}")
@@ -267,7 +267,7 @@ def import_(words: list[str]) -> None:
         raise ValueError(
             f"{words[0]} looks like a set; name a file for it, e.g. condense import {words[0]} set.safetensors"
         )
-    arrays = api.read_data(command.dataset, download=command.download)
+    arrays = api.open_data(command.dataset, download=command.download)
     task = api.plain_task(arrays, command.network, command.transform, command.split)
     with progress("import", 100) as bar:
 

@@ -31,8 +31,9 @@ T = TypeVar("T")
 PATIENCE = "CONDENSE_PATIENCE"
 """The environment variable that says how many seconds a process waits for another one before it gives up."""
 USUAL_PATIENCE = 24 * 3600.0
-"""Seconds, where that variable is not set. A process that ended is noticed at once, by its connection; this bounds how
-much longer than another one a process may work between two meetings, such as on the last of its experts."""
+"""Seconds that apply where that variable is not set. They bound how much longer than the others a process may work
+between two meetings, for instance on the last of its experts. That a process ended is noticed at once, because its
+connection breaks."""
 JOINING = 1800.0
 """Seconds in which all processes have to start."""
 SAID_AFTER = 30.0
@@ -118,8 +119,9 @@ class Ranks:
 
 
 _exchanged: collections.deque[Tensor] = collections.deque(maxlen=4)
-"""What the processes exchanged last. A thread of gloo may let go of it as late as the group ends: of tensors that are
-held here it can, of others it would ask the interpreter, which waits for this thread or has ended."""
+"""The tensors that were exchanged last. A thread of gloo may drop its reference to a tensor as late as the end of the
+group. If that were the last reference, the thread would need Python's interpreter, which waits for the thread or has
+ended; so the tensors are held here."""
 
 
 @contextlib.contextmanager
@@ -282,17 +284,17 @@ def _take_gpu(device: str) -> bool:
 
 
 class _Watch:
-    """What this process knows of the others while it waits for them.
+    """What this process knows of the others while it waits for them in a *meeting*, which is a collective operation.
 
-    Two threads run beside the work: one asks the store, the other one warns. The store lies in the first process, and
-    where that one is stopped, a question never returns.
+    Two threads run beside the work: one asks the store, the other one warns. The store is a part of the first process,
+    and while that process is stopped, a question to the store does not return.
     """
 
     def __init__(self, rank: int, size: int, seconds: float) -> None:
         self.rank, self.size, self._seconds = rank, size, seconds
         self.meeting = -1
-        """Number of the meeting that this process waits in or was in last; equal in every process. In meeting 0 they
-        join."""
+        """Number of the meeting that this process waits in, or was in last. All processes count alike; in meeting 0
+        they join."""
         self.since: float | None = None
         """When it began to wait, by the monotonic clock; None while it works."""
         self._seen: dict[int, int] = {}
@@ -315,7 +317,7 @@ class _Watch:
         return self._seconds if self.meeting else min(self._seconds, JOINING)
 
     def ask(self, store: TCPStore) -> None:
-        """From here on the others can be asked in the store, through a connection that serves nothing else."""
+        """Begin to ask the store about the others, through a connection that serves nothing else."""
         import torch.distributed as dist
 
         limit = datetime.timedelta(seconds=HEARD_WITHIN)
@@ -352,7 +354,7 @@ class _Watch:
         self.close()
 
     def _until(self, done: Callable[[], bool]) -> None:
-        """Return when ``done``, or where it takes too long, or nobody asks."""
+        """Return once ``done`` is true, after ``HEARD_WITHIN`` seconds, or where no thread asks the store."""
         end = time.monotonic() + HEARD_WITHIN
         while not done() and time.monotonic() < end and self._asking is not None and self._asking.is_alive():
             self._now.set()
@@ -442,7 +444,7 @@ def _reason(watch: _Watch, missing: Sequence[int], late: bool, error: RuntimeErr
     if not late:
         return _ENDED
     absent = absent or f"the processes exchanged nothing for {limit}, though all of them are there"
-    return f"{absent}; end all of them, then {_AGAIN}; where one may work for longer, set {PATIENCE}=SECONDS"
+    return f"{absent}; end all of them, then {_AGAIN}; if a process may take longer than that, set {PATIENCE}=SECONDS"
 
 
 def _processes(ranks: Sequence[int]) -> str:

@@ -83,7 +83,10 @@ def run(
     ranks, parts = ctx.ranks, method.parts(ctx)
     _laid_out(state)
     checkpoint, previous = (folder / name for name in _CHECKPOINTS)
-    done = _restore(state, ctx, checkpoint, previous) if resume and has_checkpoint(folder) else 0
+    done, restored = 0, checkpoint
+    if resume and has_checkpoint(folder):
+        done, restored = _restore(state, ctx, checkpoint, previous)
+    keep = previous if restored == checkpoint else None  # a damaged one must not take the place of the good one
     if done > method.num_steps:
         raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another {spelt('out')}")
     if ranks.first:
@@ -120,8 +123,8 @@ def run(
             due = done - saved_at >= CHECKPOINT_STEPS or time.monotonic() - saved_time >= CHECKPOINT_SECONDS
             if due or done == method.num_steps:
                 log.sync()
-                _checkpoint(state, ctx, done, checkpoint, previous)
-                saved_at, saved_time = done, time.monotonic()
+                _checkpoint(state, ctx, done, checkpoint, keep)
+                saved_at, saved_time, keep = done, time.monotonic(), previous
         syn = method.finalize(ctx, state, done)
         if log is not None:
             save(syn, folder / "synthetic.safetensors")
@@ -199,7 +202,7 @@ def _idle(method: Method, ctx: Context) -> str:
     return f"{idle}: a step of this recipe divides among {len(parts)} at most; {mend}"
 
 
-def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previous: Path) -> None:
+def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, keep: Path | None) -> None:
     tensors, skeleton = _laid_out(state)
     header = {
         "kind": "checkpoint",
@@ -209,11 +212,11 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, previou
         "state": skeleton,
     }
     copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a file cannot hold two views of one storage
-    write_tensors(checkpoint, copies, header, keep=previous)
+    write_tensors(checkpoint, copies, header, keep=keep)
 
 
-def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> int:
-    """Load the newest readable checkpoint into ``state``; returns the steps done."""
+def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> tuple[int, Path]:
+    """Load the newest readable checkpoint into ``state``; returns the steps done and its file."""
     source = checkpoint
     try:
         tensors, header = read_tensors(source, "checkpoint")
@@ -239,7 +242,7 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> in
         ) from error
     for name, value in values.items():
         setattr(state, name, value)
-    return found.step
+    return found.step, source
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ class _Checkpoint:
 
     def __post_init__(self) -> None:
         if self.step < 0:
-            raise ValueError(f"step {self.step} is none")
+            raise ValueError(f"step {self.step} is negative")
 
 
 def _laid_out(state: State) -> tuple[dict[str, Tensor], Any]:
@@ -368,7 +371,7 @@ def _same_kind(template: Any, value: Any, path: str) -> None:
 def _loaded(template: Any, values: Any, path: str) -> Any:
     try:
         template.load_state_dict(values)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # torch's word for names or shapes that differ
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # names or shapes that differ
         raise ValueError(f"what is kept at {path!r} does not fit: {reason(error)}") from error
     return template
 

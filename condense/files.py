@@ -113,8 +113,8 @@ _MENDS = {
 def temporary(folder: Path, *, is_folder: bool = False) -> Iterator[Path]:
     """A new hidden file (or folder) in ``folder`` to write to; at the end it is removed, unless it was renamed.
 
-    It is locked while it is in use. So what a killed process left is told from what another process is writing, and
-    is removed when the same folder is next written to.
+    It is locked while it is in use. The lock tells what another process is writing from what a killed process left;
+    the latter is removed when something is next written to the same folder.
 
     Raises:
         OSError: it cannot be made.
@@ -183,7 +183,8 @@ _TEMPORARY = re.compile(r"\.condense-[0-9a-f]{32}\.tmp|\..+\.[0-9a-f]{32}\.tmp|\
 """Names that ``temporary`` makes, and those of version 0.1.0."""
 
 _YOUNG, _OLD = 60, 7 * 24 * 3600
-"""Seconds for which a temporary file may be about to be locked, and after which none is written any more."""
+"""Ages in seconds: up to the first, a process may have made a temporary file and not locked it yet; beyond the second,
+a temporary file counts as left behind where there are no locks."""
 
 
 def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
@@ -353,7 +354,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def check_expansion(what: str, size: int, stored: int, mend: str) -> None:
-    """Refuse what a few stored bytes say that they hold, before memory is taken for it.
+    """Refuse a file whose content would take far more memory than it has bytes, before the memory is taken.
 
     Args:
         what: the culprit, for the message.
@@ -585,7 +586,7 @@ def _layout(file: FileIO) -> _Layout:
         raise ValueError("its header is no mapping")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its metadata are no texts")
+        raise ValueError("its metadata hold something else than text")
     entries = {name: from_json(_Entry, entry, f"its tensor {brief(name)}") for name, entry in found.items()}
     spans = sorted(entry.data_offsets for entry in entries.values())
     if any(before[1] != after[0] for before, after in itertools.pairwise([(0, 0), *spans, (size - 8 - length, 0)])):

@@ -306,15 +306,17 @@ def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(box: str) -> str:
-    """What tyro prints in a frame, as one line: the complaint and the nearest flags."""
+    """What tyro prints in a frame, as one line: the complaint, and the nearest flags besides those it is about."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     lines = [line for line in lines if line]
     ends = ("Perhaps", "Argument helptext", "For full", "--")
     end = next((i for i, line in enumerate(lines) if i and line.startswith(ends)), len(lines))
-    complaints = lines[1:end]
+    complaint = " ".join(lines[1:end] or lines)
+    given = re.findall(r"--[\w.-]*\w", complaint)
     near = [line.split()[0] for line in lines[end:] if line.startswith("--")]
-    advice = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-    return " ".join(complaints or lines) + advice + "; --help lists the flags"
+    near = [flag for flag in dict.fromkeys(near) if flag not in given]
+    advice = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{complaint}{advice}; --help lists the flags"
 
 
 def _of_fields(line: str) -> str:

@@ -61,7 +61,7 @@ def load(name: str) -> type[Method]:
         )
     try:
         found = operator.attrgetter(attribute)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         if name in methods:
             mend = "reinstall the package it comes from"
         elif module == "__main__":

@@ -73,7 +73,7 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
             f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
         )
     ours = to_mapping(plan)
-    # the fingerprint says which data; version 0.1.0 wrote none, and where the data lay
+    # the fingerprint identifies the data; version 0.1.0 wrote no fingerprint, and the path of the data
     theirs = {"fingerprint": ours["fingerprint"]} | _read(written) | {"dataset": ours["dataset"]}
     different = _difference(theirs, ours)
     if different is not None:
@@ -122,7 +122,8 @@ def write_source(folder: Path, dataset: str) -> None:
 
 
 def _place(folder: Path, dataset: str) -> str:
-    """Where the data lie; of data at hand that have a mere name, what the record says already."""
+    """Where the data lie. Data that were passed in Python have a name and no place: theirs is the place that the
+    record holds already, else the name."""
     if dataset in datasets.names():
         return dataset
     place = expanded(dataset)
@@ -167,8 +168,8 @@ def _is_of_record(name: str, value: Any) -> bool:
 
 
 def source_of(path: Path | None, name: str) -> str:
-    """Where the data of a set lie: as its run recorded it (``path``: the run, or a file in it), else ``name``; so too
-    where they are not there any more."""
+    """Where the data of a set lie: the place that its run recorded (``path`` is the run, or a file in it), or ``name``
+    where no place is recorded or nothing is there any more."""
     for folder in () if path is None else (path, *path.parents[:2]):
         place = str(read_record(folder).get("dataset", ""))
         if place in datasets.names() or (place and Path(place).exists()):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
+import torch
+
 from condense.names import excerpt, suggest
 
 T = TypeVar("T")
@@ -33,7 +35,11 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     if origin is typing.Annotated:
         return mismatch(value, args[0])
     if origin in (Union, types.UnionType):
-        return None if any(mismatch(value, option) is None for option in args) else _not(value, annotation)
+        lines = [line for option in args if (line := mismatch(value, option)) is not None]
+        if len(lines) < len(args):
+            return None
+        of_value = f"{brief(value)} is not "
+        return next((line for line in lines if not line.startswith(of_value)), _not(value, annotation))
     if origin is Literal:
         # `True == 1`: the type decides too
         return None if any(value == x and type(value) is type(x) for x in args) else _not(value, annotation)
@@ -65,7 +71,8 @@ class Checked:
     """Base of the dataclasses that a Python user makes: their fields are of the annotated types when they are made.
 
     What means the same is converted: numpy's numbers, a list where a tuple is expected, an ``int`` where a ``float``
-    is, text where a ``Path`` is. A subclass with a ``__post_init__`` of its own calls this one first.
+    is, text where a ``Path`` is, a ``torch.device`` where its name is. A subclass with a ``__post_init__`` of its own
+    calls this one first.
 
     Raises:
         ValueError: a value of another type, on construction.
@@ -180,6 +187,8 @@ def _as_meant(value: Any, annotation: Any) -> Any:
         return float(value) if abs(value) < 2**1000 else value
     if type(value) is str and Path in options and str not in options:
         return Path(value)
+    if isinstance(value, torch.device) and str in options:
+        return str(value)
     args = next((typing.get_args(option) for option in options if typing.get_origin(option) is tuple), ())
     if args and args[0] in (int, float) and len(getattr(value, "shape", ())) == 1:
         value = value.tolist()

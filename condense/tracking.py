@@ -24,7 +24,7 @@ from rich.progress import (
 
 from condense.distributed import rank_of_environment
 from condense.files import parse_json, replacing, reporting, require_file
-from condense.names import printable, suggest
+from condense.names import printable, reason, suggest
 
 
 class Sink(Protocol):
@@ -122,8 +122,8 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line as it stands, and its record, None where it holds none; without a half-written one at the end. A line
-    that is too long comes in pieces."""
+    """Each line and its record, or None where the line holds no record. A half-written line at the end is left out; a
+    line that is too long comes in pieces."""
     if not path.exists():
         return
     require_file(path, "move it away")
@@ -168,8 +168,7 @@ class _Wandb:
         try:
             self._run = self._init(wandb, folder, recipe)
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"wandb refused: {reason}; run wandb login, or set WANDB_MODE=offline") from error
+            raise ValueError(f"wandb refused: {reason(error)}; run wandb login, or set WANDB_MODE=offline") from error
 
     @staticmethod
     def _init(wandb: Any, folder: Path, recipe: Mapping[str, Any]) -> Any:

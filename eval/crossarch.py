@@ -101,7 +101,10 @@ class Result:
                 raise ValueError(f"metrics, {name}: networks of different numbers of classes or bins")
         sizes = self.stored_bytes.values()
         if min(self.full_bytes, self.num_images, *sizes) < 0 or not sum(sizes):
-            raise ValueError(f"stored_bytes {brief(dict(self.stored_bytes))} are none, or fewer than none")
+            raise ValueError(
+                f"num_images, full_bytes or stored_bytes {brief(dict(self.stored_bytes))} are negative, or nothing is "
+                "stored"
+            )
 
     @property
     def n(self) -> int:

@@ -297,6 +297,8 @@ def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_train
         (lambda: condense.distill("dm", out=3), "^RunOptions: out=3 is not of type Path or None"),
         (lambda: condense.distill("dm", split=Split(val_fraction=2)), "^split.val_fraction must lie in"),
         (lambda: condense.distill(3), "^distill: method=3 is not"),
+        (lambda: condense.load(3), "^load: path=3 is not"),
+        (lambda: condense.save("x", "y"), "^save: syn='x' is not of type SyntheticSet; give a SyntheticSet$"),
         (lambda: condense.make_buffer("digits", num_experts="3"), "^Experts: num_experts='3' is not a whole number"),
         (lambda: condense.make_buffer("digits", seed=-1), "^seed must be at least 0"),
         (lambda: condense.evaluate("x", num_seeds=2.5), r"^evaluate: num_seeds=2\.5 is not a whole number"),
@@ -386,6 +388,9 @@ def test_a_recipe_of_a_run_finds_its_data_and_a_shared_one_asks_for_them(
     shared = tmp_path / "elsewhere" / "recipe.yaml"
     shared.parent.mkdir()
     shutil.copy(tmp_path / "run" / "recipe.yaml", shared)
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        condense.distill(shared, out="~/run", resume=True, **fields)
     record = tmp_path / "run" / "run.json"
     for place in (None, load(tiny_file)):  # at hand, too, they leave the record as it is
         condense.distill(shared, dataset=place, out=tmp_path / "run", resume=True, **fields)
@@ -437,6 +442,17 @@ def test_a_method_of_a_script_is_resumed_by_that_script(tiny: Arrays, tmp_path: 
     first = condense.distill(Mine(num_steps=1, batch_real=4), **fields)
     again = condense.distill(Mine(num_steps=1, batch_real=4), resume=True, **fields)
     assert torch.equal(first.latents, again.latents)
+
+
+def test_results_are_not_sent_to_a_folder(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(SetScorer, "score", None)
+    for use in (
+        lambda: condense.evaluate(tmp_path / "run", tiny, out=tmp_path, device="cpu"),
+        lambda: api.apply("continual", tmp_path / "run", tiny, out=tmp_path, device="cpu"),
+    ):
+        with pytest.raises(ValueError, match=r"is a folder; give a file for the results as out$"):
+            use()
 
 
 def test_one_name_serves_where_several_may_stand(tiny: Arrays, tmp_path: Path) -> None:

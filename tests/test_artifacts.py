@@ -137,7 +137,14 @@ def test_nothing_serves(tmp_path: Path, spec: TrajectorySpec, difference: str) -
 
 def test_nothing_there(tmp_path: Path) -> None:
     message = one_line(lambda: find(tmp_path / "absent", wanted(), "digits"))
-    assert "there are none" in message and "condense buffer" in message
+    assert "there are none" in message and "build them with `condense buffer" in message
+
+
+def test_data_at_hand_are_no_word_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "build them with make_buffer in Python" in one_line(lambda: find(tmp_path, wanted(), "data.npz"))
+    (tmp_path / "data.npz").touch()
+    assert "build them with `condense buffer" in one_line(lambda: find(tmp_path, wanted(), "data.npz"))
 
 
 def test_command() -> None:

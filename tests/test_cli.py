@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from condense.cli import main
+from condense.data import datasets
 
 TINY = "convnet:depth=1,width=4"
 
@@ -309,3 +310,12 @@ def test_help_is_fast_because_torch_is_not_imported() -> None:
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert time.perf_counter() - begun < 10  # a guard against hanging; the import is what is tested
+
+
+def test_data_that_a_command_decoded_are_mapped_by_the_next(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(random_words(tiny_file, tmp_path / "one"))
+    assert len(list((tmp_path / "cache" / "decoded").iterdir())) == 1
+    monkeypatch.setattr(datasets, "_load_npz", None)
+    main(random_words(tiny_file, tmp_path / "other"))

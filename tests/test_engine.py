@@ -94,8 +94,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         run(Shrink(bad=7), ctx, tmp_path)
     newest = tmp_path / "checkpoint.safetensors"
     newest.write_bytes(newest.read_bytes()[:-10])
-    run(Shrink(), ctx, tmp_path, resume=True)
+    with pytest.raises(ValueError):
+        run(Shrink(bad=7), ctx, tmp_path, resume=True)
     assert '{"event": "resume", "step": 4}' in (tmp_path / "log.jsonl").read_text()
+    for name, step in (("checkpoint", 6), ("checkpoint.previous", 4)):  # the damaged one was not kept instead of it
+        assert read_tensors(tmp_path / f"{name}.safetensors", "checkpoint")[1]["step"] == step
+    run(Shrink(), ctx, tmp_path, resume=True)
 
 
 def test_resume_without_a_checkpoint_starts_afresh(ctx: Context, tmp_path: Path) -> None:

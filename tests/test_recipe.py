@@ -72,6 +72,12 @@ def test_bad_flags_get_one_line(words: list[str], complaint: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_advice_does_not_repeat_the_flag_in_the_complaint() -> None:
+    for words in (["--method.num-steps", "3.5"], ["--method.optim.lr", "abc"]):
+        with pytest.raises(ValueError, match=f"Error parsing {words[0]}: .*'{words[1]}'; --help lists the flags$"):
+            recipe.parse(Distill, words, Distill(recipe=Recipe(method=registry.load("dm")())))
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -178,6 +184,7 @@ def test_a_class_that_nobody_listed_is_found_by_its_import_path(
         hidden.replace("ours:make.<locals>.Hidden", "__main__:Mine"): "run that script again",
         hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "put its folder on PYTHONPATH",
         hidden.replace("ours:make.<locals>.Hidden", "os:system"): "not a Method",
+        hidden.replace("ours:make.<locals>.Hidden", ".ours:Mine"): "cannot be loaded",
     }.items():
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=complaint):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from condense import schema
 
@@ -103,6 +104,8 @@ class Asked(schema.Checked):
     kind: Literal["sgd", "adam"] = "sgd"
     clamp: bool = False
     limit: float | None = None
+    device: str = "auto"
+    names: str | Sequence[str] = ()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,7 @@ class Asked(schema.Checked):
         ({"sizes": np.arange(3)}, {"sizes": (0, 1, 2)}),
         ({"place": "runs/x"}, {"place": Path("runs/x")}),
         ({"clamp": np.bool_(True)}, {"clamp": True}),
+        ({"device": torch.device("cuda", 1)}, {"device": "cuda:1"}),
     ],
     ids=str,
 )
@@ -138,6 +142,8 @@ def test_what_means_the_same_becomes_plain_python(given: dict[str, Any], meant: 
         ({"sizes": (1, "a")}, r"^Asked: sizes=\(1, 'a'\): 'a' is not a whole number; give a tuple of int$"),
         ({"clamp": "False"}, "^Asked: clamp='False' is not True or False; give one of them$"),
         ({"kind": "adan"}, "^Asked: kind='adan' is unknown: did you mean 'adam'"),
+        ({"names": ["a", 3]}, r"^Asked: names=\['a', 3\]: 3 is not text; give a str or a Sequence$"),
+        ({"names": 3}, "^Asked: names=3 is not text or a sequence; give a str or a Sequence$"),
         ({"place": 3}, "^Asked: place=3 is not of type Path or None; give a Path or None$"),
     ],
     ids=str,

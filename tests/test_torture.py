@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the suite needs a C compiler")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="the suite needs Linux and a C compiler"
+)
 @pytest.mark.parametrize(
     "groups", [["kills", "faults", "mutations", "crowds"], pytest.param(["ranks"], marks=pytest.mark.slow)]
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from condense.files import FORMAT, expanded, read_tensors, write_tensors
-from condense.schema import brief, from_json
+from condense.schema import brief, checked, from_json
 from condense.synthetic.decode import DECODERS, Decode
 from condense.synthetic.labels import LABELS, Labels
 from condense.synthetic.set import Origin, SyntheticSet
@@ -28,6 +28,7 @@ LONGEST_SIDE = 4096
 """Most channels, rows or columns of an image that is not stored as pixels."""
 
 
+@checked
 def save(syn: SyntheticSet, path: Path | str) -> None:
     """Write the set; equal sets give equal bytes.
 
@@ -47,6 +48,7 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
     write_tensors(expanded(path), tensors, header)
 
 
+@checked
 def load(path: Path | str) -> SyntheticSet:
     """Read a set written by ``save``, or the set of a run folder.
 
