@@ -360,7 +360,8 @@ def test_of_data_that_one_process_refuses_its_line_alone_is_seen(
     words = distill_words(tiny_file, tmp_path / "run")
     code = (
         f"import os; from condense import cli; from condense.data import datasets\n"
-        f"if os.environ['RANK'] == '{refusing}': datasets._ARRAYS = ('x_missing',)\n"
+        f"if os.environ['RANK'] == '{refusing}':\n"
+        f"    datasets._ARRAYS, os.environ['CONDENSE_CACHE'] = ('x_missing',), {str(tmp_path / 'own')!r}\n"
         f"cli.main({words!r})"
     )
     said = []
