@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if words[0] not in COMMANDS:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
+        if "RANK" in os.environ:  # what torch's own library says of a process that is gone, this package says in a line
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from condense import commands
 
         with flags(), warnings.catch_warnings(), _stopped_by_sigterm():

@@ -1,6 +1,7 @@
 """The command line as a user meets it: good commands end in 0, bad input in one line and 2."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def run_folder(tiny_file: Path, tmp_path: Path) -> Path:
     out = tmp_path / "run"
     main(random_words(tiny_file, out))
     return out
+
+
+def test_warnings_of_torchs_library_are_left_out_where_processes_work_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    main(["list", "decoders"])
+    assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    main(["list", "decoders"])
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "INFO"
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "")
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    main(["list", "decoders"])
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
 
 
 def test_the_main_job(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

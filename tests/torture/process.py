@@ -25,6 +25,9 @@ PRELOADED = "TORTURE_PRELOADED"
 LONGEST = 120
 """Seconds after which a command counts as hung."""
 
+_NO_ERRORS = ("condense: warning: ", "[W", "Exception raised from ", "frame #")
+"""How warnings begin: ours, and those of torch's library, with the call stack below them."""
+
 
 @dataclass(frozen=True)
 class Blow:
@@ -149,7 +152,7 @@ class Command:
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         lines = self._said.read_text(errors="replace").splitlines()
         self._said.unlink()
-        said = [line for line in lines if line.strip() and not line.startswith(("condense: warning: ", "[W"))]
+        said = [line for line in lines if line.strip() and not line.startswith(_NO_ERRORS)]
         report = self._report
         struck = f"{report.call.decode()} of {report.path.decode(errors='replace')}" if report.call else ""
         return Ended(status, said, report.count, struck)
