@@ -609,9 +609,12 @@ def _own(made: SyntheticSet, plan: Protocol, found: SyntheticSet) -> Protocol:
 
 
 def choose_compiled_folder() -> None:
-    """Say where torch.compile keeps what it makes; torch's compiler must not be imported before."""
+    """Say where torch.compile keeps what it makes; torch's compiler must not be imported before.
+
+    Each instruction set has a folder of its own: torch takes code of another one from its cache, which gives NaN.
+    """
     cache = cache_folder()
-    keep_compiled(cache and cache / "compiled")
+    keep_compiled(cache and cache / "compiled" / torch.backends.cpu.get_cpu_capability().lower())
 
 
 def _prepare(device: str) -> torch.device:

@@ -46,7 +46,10 @@ CELLS = (
 def run(cell: Cell, words: list[str], workers: int) -> bool:
     """Run one cell, print its row, and say whether everything passed."""
     command = [str(cell.python), "-m", "pytest", "-q", "-n", str(workers), *words]
-    environment = os.environ | cell.environment | {"OMP_NUM_THREADS": str(cell.threads)}
+    apart = {
+        "TORCHINDUCTOR_CACHE_DIR": str(LOGS / "compiled" / cell.name)
+    }  # code of one instruction set fails on another
+    environment = os.environ | cell.environment | apart | {"OMP_NUM_THREADS": str(cell.threads)}
     begun = time.monotonic()
     with open(LOGS / f"{cell.name}.log", "w", encoding="utf-8") as log:
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ PRELOADED = "TORTURE_PRELOADED"
 LONGEST = 120
 """Seconds after which a command counts as hung."""
 
-_NO_ERRORS = ("condense: warning: ", "[W", "Exception raised from ", "frame #")
+_NO_ERROR = re.compile(
+    r"condense: warning: |(\[rank\d+\]:)?\[W|Exception raised from |frame #|<omitting python frames>"
+)
 """How warnings begin: ours, and those of torch's library, with the call stack below them."""
 
 
@@ -152,7 +155,7 @@ class Command:
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         lines = self._said.read_text(errors="replace").splitlines()
         self._said.unlink()
-        said = [line for line in lines if line.strip() and not line.startswith(_NO_ERRORS)]
+        said = [line for line in lines if line.strip() and not _NO_ERROR.match(line)]
         report = self._report
         struck = f"{report.call.decode()} of {report.path.decode(errors='replace')}" if report.call else ""
         return Ended(status, said, report.count, struck)
