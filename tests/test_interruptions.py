@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import condense
 from condense import api, cli, engine, files, registry, runs
@@ -315,6 +316,18 @@ def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_command(size: s
         assert found.returncode == 0, found.stderr
     else:
         assert found.returncode == 2 and "Errno" not in found.stderr, found.stderr
+
+
+def test_each_instruction_set_keeps_its_compiled_code_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes the code of another one from its cache, and computes NaN with it."""
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path))
+    places = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        api.choose_compiled_folder()
+        places.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert places == [str(tmp_path / "compiled" / name) for name in ("avx2", "avx512")]
 
 
 def test_a_run_goes_on_wherever_its_data_lie(

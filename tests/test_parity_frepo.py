@@ -21,7 +21,7 @@ from condense.methods import pool
 from condense.methods.frepo import half_squared_error, margin_loss
 from condense.networks import Functional
 from condense.rng import Rng
-from tests.parity.recorded import Recorded, apart
+from tests.parity.recorded import Recorded, difference, tensor
 
 NETWORK = "convnet:depth=3,width=4,widen=true,norm=none"
 
@@ -30,16 +30,6 @@ def recorded(name: str) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]
     """The arrays of a file in ``tests/parity``, and what it says of itself."""
     found = Recorded(name)
     return found.arrays, found.meta
-
-
-def tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    found = torch.from_numpy(np.asarray(array))
-    return found.double() if found.is_floating_point() else found.long()
-
-
-def difference(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
-    """The largest difference, relative to the largest value expected."""
-    return apart(found, tensor(expected))
 
 
 @pytest.mark.parametrize("case", ["plain", "flip"])

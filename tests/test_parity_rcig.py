@@ -20,23 +20,13 @@ from condense.inner.implicit import PLAIN_ADAM
 from condense.method import Optim
 from condense.methods.rcig import HEAD, Convexified, outer_loss
 from condense.networks import Functional
-from tests.parity.recorded import Recorded, apart
+from tests.parity.recorded import Recorded, difference, tensor
 
 
 def recorded() -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """The arrays of the file, and the hyper-parameters that it names."""
     found = Recorded("16_rcig")
     return found.arrays, found.hyper
-
-
-def tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    found = torch.from_numpy(np.asarray(array))
-    return found.double() if found.is_floating_point() else found.long()
-
-
-def difference(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
-    """The largest difference, relative to the largest value expected."""
-    return apart(found, tensor(expected))
 
 
 def problem(case: str, kind: type[Convexified] = Convexified) -> tuple[Convexified, tuple[Tensor, Tensor]]:

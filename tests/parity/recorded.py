@@ -37,8 +37,7 @@ class Recorded:
         self.hyper: dict[str, Any] = self.meta.get("hyper", {})
 
     def __getitem__(self, key: str) -> Tensor:
-        array = torch.as_tensor(self.arrays[key])
-        return array.double() if array.is_floating_point() else array.long()
+        return tensor(self.arrays[key])
 
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
@@ -167,6 +166,17 @@ def drawing(
         yield
     left = sum(1 for source in (from_one, from_each, by_epoch, permuting) for _ in source)
     assert left == 0, f"{left} recorded draws were not used"
+
+
+def tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """float64, or int64 where the numbers are whole."""
+    found = torch.as_tensor(array)
+    return found.double() if found.is_floating_point() else found.long()
+
+
+def difference(found: Tensor, wanted: np.ndarray[Any, Any]) -> float:
+    """``apart`` for a recorded array."""
+    return apart(found, tensor(wanted))
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
