@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.harness import alone, reset_peak, status_bytes
 from condense.artifacts import Trajectories, TrajectoryWriter
-from condense.networks import Functional, ImageShape
+from condense.networks import Functional, InputShape
 from condense.rng import Rng
 
 EXPERT_EPOCHS = 2
@@ -36,13 +36,13 @@ class Layout:
     """What a buffer holds."""
 
     network: str = "convnet"
-    image_shape: ImageShape = (3, 32, 32)
+    input_shape: InputShape = (3, 32, 32)
     num_experts: int = 10
     num_epochs: int = 50
 
 
 FULL = Layout()
-QUICK = Layout(network="convnet:depth=1,width=4", image_shape=(3, 8, 8), num_experts=2, num_epochs=4)
+QUICK = Layout(network="convnet:depth=1,width=4", input_shape=(3, 8, 8), num_experts=2, num_epochs=4)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Cost:
 
 def write(folder: Path, layout: Layout) -> Path:
     """Both formats, with the same weights; returns the folder of ours."""
-    network, rng = Functional(layout.network, layout.image_shape, 10), Rng(0)
+    network, rng = Functional(layout.network, layout.input_shape, 10), Rng(0)
     writer = TrajectoryWriter(folder, "cifar10", {"network": network.name}, network.init(rng, "layout"))
     published = []
     for expert in range(layout.num_experts):

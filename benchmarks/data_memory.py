@@ -42,7 +42,7 @@ def measure(file: str, transform: str, cache: Path | None) -> str:
     own, peak, begun = own_mb(), peak_mb(), time.perf_counter()
     arrays = load(file, cache=cache)
     loaded = time.perf_counter()
-    network = Functional("convnet", arrays.image_shape, arrays.num_classes)
+    network = Functional("convnet", arrays.input_shape, arrays.num_classes)
     split = Split(val_fraction=0.1)
     cpu = torch.device("cpu")
     task = make_task(

@@ -95,7 +95,7 @@ def experts(engine: bool, num_experts: int) -> Run:
 
 def reading(engine: bool, num_experts: int) -> Run:
     """Opening a buffer of so many experts of 50 epochs and reading one pair."""
-    layout = buffer_read.Layout(network="convnet:depth=2,width=32", image_shape=(3, 16, 16), num_experts=num_experts)
+    layout = buffer_read.Layout(network="convnet:depth=2,width=32", input_shape=(3, 16, 16), num_experts=num_experts)
     folder = buffer_read.write(scratch(), layout)
     return lambda: (buffer_read.ours if engine else buffer_read.published)(folder)(num_experts - 1, 0)
 

@@ -71,7 +71,7 @@ class Scale:
     compute: Compute = EXACT
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, int, int]:
         return 3, self.side, self.side
 
     @property
@@ -121,8 +121,8 @@ def arrays(scale: Scale) -> Arrays:
     y = np.repeat(np.arange(scale.num_classes), num)
     tints = 0.3 + 0.7 * rng.random((scale.num_classes, 3, 1, 1))
     pixels = digits[[rng.choice(np.flatnonzero(labels == label % 10)) for label in y]].reshape(-1, 1, 8, 8) / 16
-    enlarged = F.interpolate(torch.tensor(pixels, dtype=torch.float32), size=scale.image_shape[1:], mode="bilinear")
-    x = enlarged.numpy() * tints[y] + 0.1 * rng.random((len(y), *scale.image_shape))
+    enlarged = F.interpolate(torch.tensor(pixels, dtype=torch.float32), size=scale.input_shape[1:], mode="bilinear")
+    x = enlarged.numpy() * tints[y] + 0.1 * rng.random((len(y), *scale.input_shape))
     images = torch.tensor((x / x.max() * 255).astype(np.uint8))
     return load_data((images, torch.tensor(y)))
 
@@ -132,7 +132,7 @@ def make(scale: Scale, device: torch.device) -> Task:
         arrays(scale),
         transform="channel",
         split=Split(val_fraction=0.0),
-        network=Functional(scale.network, scale.image_shape, scale.num_classes, device),
+        network=Functional(scale.network, scale.input_shape, scale.num_classes, device),
         augment=Augment.parse(STRATEGY),
         device=device,
     )
@@ -152,7 +152,7 @@ def context(scale: Scale, task: Task, buffer: Path | None = None) -> Context:
 
 
 def fresh(scale: Scale, device: torch.device) -> textbook.ConvNet:
-    return textbook.ConvNet(scale.image_shape, scale.num_classes, scale.depth, scale.width).to(device)
+    return textbook.ConvNet(scale.input_shape, scale.num_classes, scale.depth, scale.width).to(device)
 
 
 def by_class(task: Task) -> list[Tensor]:

@@ -102,7 +102,7 @@ def main() -> None:
         print(f"{EXPERTS.batch_size}, accuracy on them after each epoch {' '.join(f'{a:.3f}' for a in accuracies)}\n")
         print("| images a class | start epoch | lr | steps | loss | error of TESLA | cosine | seconds |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
-        for row in rows(task.train, experts, Functional("convnet", task.image_shape, 10, dtype=torch.float64)):
+        for row in rows(task.train, experts, Functional("convnet", task.input_shape, 10, dtype=torch.float64)):
             print(row, flush=True)
     print(f"\n{(time.perf_counter() - begun) / 60:.0f} minutes in all")
 

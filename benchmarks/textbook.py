@@ -22,9 +22,9 @@ Params = dict[str, Tensor]
 class ConvNet(nn.Module):
     """Blocks of 3x3 convolution, instance norm as GroupNorm(C, C), ReLU and 2x2 mean, then a linear layer."""
 
-    def __init__(self, image_shape: Sequence[int], num_classes: int, depth: int = 3, width: int = 128) -> None:
+    def __init__(self, input_shape: Sequence[int], num_classes: int, depth: int = 3, width: int = 128) -> None:
         super().__init__()
-        channels, height, breadth = image_shape
+        channels, height, breadth = input_shape
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers += [

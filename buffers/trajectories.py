@@ -167,7 +167,7 @@ def build(
     ranks.barrier()  # all have seen what is missing, before one adds to it
     trainer = Trainer(network, plan.training(), task.augment, compute)
     measure = _measure(task, Scorer(network, compute), rng)
-    mine, at_once = ranks.deal(missing), compute.networks or 1
+    mine, at_once = ranks.shard(missing), compute.networks or 1
     for group in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
         begun, keys = time.perf_counter(), [rng.child("expert", expert) for expert in group]
         initial = [network.init(key, "initial weights") for key in keys]

@@ -127,16 +127,16 @@ def make_buffer(
     """Train expert trajectories, or the ones still missing, and return the buffer's folder.
 
     ``fields`` are fields of ``Experts``: ``make_buffer("digits", num_experts=5, num_epochs=10)``. ``ranks``, of
-    ``condense.distributed.joined``, deal the experts out among the processes of torchrun.
+    ``condense.distributed.init_distributed``, deal the experts out among the processes of torchrun.
 
     Raises:
         ValueError: bad data, network or field; the disk is full.
     """
     plan = dataclasses.replace(experts, **_known_fields(fields, experts))
     check_seed(seed)
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         arrays = open_data(dataset, download)
-        skeleton = Functional(network, arrays.image_shape, arrays.num_classes, _prepare(device))
+        skeleton = Functional(network, arrays.input_shape, arrays.num_classes, _prepare(device))
         task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
     title = f"experts {task.name} {task.network.name}"
     with compute.arithmetic(), progress(title, plan.num_experts * plan.num_epochs) as bar:
@@ -163,7 +163,7 @@ def distill(
     ``method`` is a name (with its published recipe for this data set and budget, where there is one), the name or
     path of a recipe, a ``Method`` or a ``Recipe``. ``fields`` are, by name, fields of ``RunOptions`` (out, resume,
     ...), of the recipe (ipc, seed, ...) or of the method (num_steps, ...). ``ranks``, of
-    ``condense.distributed.joined``, deal the parts of a step out among the processes of torchrun.
+    ``condense.distributed.init_distributed``, deal the parts of a step out among the processes of torchrun.
 
     Raises:
         ValueError: one line that names the culprit and the mend.
@@ -174,7 +174,7 @@ def distill(
     fields = {k: v for k, v in fields.items() if k not in ours}
     if "ipc" in fields:
         fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         arrays = None if dataset is None else open_data(dataset, options.download)
     if isinstance(method, Recipe):
         base = method
@@ -237,13 +237,13 @@ def run(
     Raises:
         ValueError: the folder holds another run; see also ``condense.engine.run``.
     """
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         if arrays is None:
             plan = located(plan, options)
             arrays = open_data(plan.dataset, options.download)
     _check_data(plan, arrays)
     device = _prepare(options.device)
-    skeleton = Functional(network or plan.network, arrays.image_shape, arrays.num_classes, device)
+    skeleton = Functional(network or plan.network, arrays.input_shape, arrays.num_classes, device)
     plan = dataclasses.replace(plan, split=plan.split.resolved(selects=options.eval_every > 0), network=skeleton.name)
     if options.eval_every and not plan.split.val_fraction:
         raise ValueError(
@@ -269,7 +269,7 @@ def _run_in(
 ) -> SyntheticSet:
     """Run a recipe whose split and network are settled in a folder that is held by the first process."""
     resume, device = options.resume or ranks.restarted, skeleton.device
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         plan = dataclasses.replace(
             plan, compute=_settle(plan, arrays, skeleton, runs.settled(folder) if resume else None)
         )
@@ -333,7 +333,7 @@ def evaluate(
     ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``networks`` are by default those
     of ``default_networks``; the results name them. ``baselines`` are methods or recipes that are run at the same
     ``budget``, images a class or bytes, and ``full`` for all training data; sets with soft labels are trained on these.
-    ``ranks``, of ``condense.distributed.joined``, deal the networks out among the processes of torchrun.
+    ``ranks``, of ``condense.distributed.init_distributed``, deal the networks out among the processes of torchrun.
 
     An evaluation that was stopped goes on with the networks that are missing. Baselines are kept in the cache.
 
@@ -341,7 +341,7 @@ def evaluate(
         ValueError: the set does not belong to this data set; bad network or protocol.
     """
     path = None if isinstance(syn, SyntheticSet) else expanded(syn)
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         found, arrays = open_set(syn, dataset, download=download)
     target = expanded(out) if out is not None else _evaluation_path(path)
     baselines = (baselines,) if isinstance(baselines, str) else baselines
@@ -386,7 +386,7 @@ def evaluate(
                 made = rivals[name]()
                 if budget == "bytes" and sum(made.cost()) > sum(found.cost()):
                     warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {sum(found.cost())}", stacklevel=2)
-                ranks.same(list(made.state_dict().values()))
+                ranks.broadcast(list(made.state_dict().values()))
                 theirs = plan if plan.name != "own" else _own(made, plan, found)
                 if made.label_kind.space == "probabilities":
                     theirs = dataclasses.replace(theirs, labels="own")
@@ -582,7 +582,7 @@ def export_set(syn: SyntheticSet | Path | str, out: Path | str, kind: str, datas
     exchange.export(found, _pixels(found, syn, dataset), expanded(out), kind)
 
 
-def _adopt(read: exchange.Foreign, arrays: Arrays, transform: str, decode: Decode) -> SyntheticSet:
+def _adopt(read: exchange.External, arrays: Arrays, transform: str, decode: Decode) -> SyntheticSet:
     task = plain_task(arrays, "mlp", transform, Split(val_fraction=0.0))
     return exchange.as_set(read, arrays, task.transform, transform, decode=decode)
 
@@ -628,9 +628,9 @@ def _prepare(device: str) -> torch.device:
 
 def _settle(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None = None) -> Compute:
     """The recipe's ``compute`` with nothing left open: a function of its planned work, or of what is settled."""
-    latents = plan.decode.latents_per_class(plan.ipc, arrays.image_shape, arrays.num_classes)
+    latents = plan.decode.latents_per_class(plan.ipc, arrays.input_shape, arrays.num_classes)
     per_class = latents * plan.decode.expansion
-    passes = plan.method.passes(len(arrays.x_train), arrays.num_classes, per_class)
+    passes = plan.method.estimated_work(len(arrays.x_train), arrays.num_classes, per_class)
     return plan.compute.resolved(network.flops * passes, network.device, earlier)
 
 
@@ -689,7 +689,7 @@ def _task(arrays: Arrays, network: Functional, *, transform: str, split: Split, 
 
 def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Task:
     """A task on the CPU without augmentation, for what only needs shapes and identities."""
-    skeleton = Functional(network, arrays.image_shape, arrays.num_classes)
+    skeleton = Functional(network, arrays.input_shape, arrays.num_classes)
     return _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment="none")
 
 
@@ -710,7 +710,7 @@ def _rivals(
         return {}
     stored = str(syn.origin.recipe.get("network", "convnet"))
     chosen = otherwise if stored.startswith("custom:") else stored
-    network = Functional(chosen, arrays.image_shape, arrays.num_classes, device)
+    network = Functional(chosen, arrays.input_shape, arrays.num_classes, device)
     recipes = {name: _baseline_recipe(name, syn, arrays, network, seed, budget) for name in names}
     return {name: functools.partial(_baseline, name, plan, arrays, network) for name, plan in recipes.items()}
 
@@ -764,7 +764,7 @@ def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
     least one."""
     classes = syn.origin.num_classes
     labels = plan.labels.build(torch.zeros(1, dtype=torch.long), classes).state_dict().values()
-    each = math.prod(syn.origin.image_shape) * syn.latents.itemsize + sum(t.nbytes for t in labels)
+    each = math.prod(syn.origin.input_shape) * syn.latents.itemsize + sum(t.nbytes for t in labels)
     return max(1, sum(syn.cost()) // (classes * each))
 
 
@@ -800,7 +800,7 @@ def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks 
 
 
 def _check_composition(plan: Recipe) -> None:
-    reason = plan.method.conflict(plan.decode, plan.labels, plan.transform)
+    reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
 

@@ -157,7 +157,7 @@ class Augment(Checked):
             return images, targets
         return torch.cat([images, images.flip(3)]), torch.cat([targets, targets])
 
-    def sample(self, gen: torch.Generator, num: int, image_shape: Sequence[int], siamese: bool) -> Params:
+    def sample(self, gen: torch.Generator, num: int, input_shape: Sequence[int], siamese: bool) -> Params:
         """Draw for ``num`` images of shape (C, H, W) from a CPU generator.
 
         A siamese draw is one row that all images share. It fits a batch of any size: the real one and the
@@ -169,7 +169,7 @@ class Augment(Checked):
         elif self.mode == "D":
             geometric = _one_of([op for op in ops if op in ("crop", "scale", "rotate")], gen)
             ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
-        _, height, width = image_shape
+        _, height, width = input_shape
         rows = 1 if siamese else num
         values = {op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops}
         if self.mode == "P" and ops:

@@ -22,7 +22,7 @@ from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
-from condense.distributed import AnotherFailed, Ranks, joined, size_of_environment
+from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
@@ -164,13 +164,13 @@ def distill(words: list[str], ranks: Ranks) -> None:
     source, ipc = recipe.take(flags, "--dataset")[1], recipe.take(flags, "--ipc")[1]
     arrays = None
     if source is not None and not _asks_for_help(flags):
-        with ranks.first_ahead():
+        with ranks.rank_zero_first():
             arrays = api.open_data(source, download=recipe.take(flags, "--download")[1] == "True")
     budget = int(ipc) if ipc is not None and ipc.isdigit() else None
     base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
     plan = command.recipe if arrays else api.located(command.recipe, command.options)
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         arrays = arrays or api.open_data(plan.dataset, download=command.options.download)
     _say_unknown(arrays)
     say(f"recipe: {origin}")
@@ -181,7 +181,7 @@ def distill(words: list[str], ranks: Ranks) -> None:
 
 def buffer(words: list[str], ranks: Ranks) -> None:
     command = recipe.parse(Buffer, words, Buffer(), prog="condense buffer")
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         arrays = api.open_data(command.dataset, download=command.download)
     _say_unknown(arrays)
     folder = api.make_buffer(**_fields(command) | {"dataset": arrays}, ranks=ranks)
@@ -194,7 +194,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
     flags, name = recipe.take(words[1:], "--protocol")
     source = recipe.take(flags, "--dataset")[1]
-    with ranks.first_ahead():
+    with ranks.rank_zero_first():
         syn, arrays = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
     plan = protocol.named(name or "canonical", syn)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
@@ -342,7 +342,7 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
         if size_of_environment() > 1:
             api.choose_compiled_folder()  # a process group is made with torch's compiler imported
         try:
-            with joined(recipe.take(words, "--device")[1] or "auto") as ranks:
+            with init_distributed(recipe.take(words, "--device")[1] or "auto") as ranks:
                 with contextlib.redirect_stdout(sys.stdout if ranks.first else None):
                     command(words, ranks)
         except AnotherFailed:  # one line is enough

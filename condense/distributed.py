@@ -65,11 +65,11 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def deal(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """The share of this process: every ``size``-th item. The shares are disjoint and leave nothing out."""
         return items[self.rank :: self.size]
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Add up the tensors of all processes, in place: any shapes, one device, the same in every process."""
         if self.size == 1:
             return
@@ -83,7 +83,7 @@ class Ranks:
                 dist.all_reduce(flat)
             _scatter(flat, tensors)
 
-    def same(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace the tensors by those of the first process, in place: any shapes, types and devices."""
         if self.size == 1:
             return
@@ -106,10 +106,10 @@ class Ranks:
         if self.size > 1:
             import torch
 
-            self.sum_([torch.zeros(1)])
+            self.all_reduce_([torch.zeros(1)])
 
     @contextlib.contextmanager
-    def first_ahead(self) -> Iterator[None]:
+    def rank_zero_first(self) -> Iterator[None]:
         """The first process goes through the block before the others: what it fetches or caches they find."""
         if not self.first:
             self.barrier()
@@ -125,7 +125,7 @@ ended; so the tensors are held here."""
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[Ranks]:
+def init_distributed(device: str = "auto") -> Iterator[Ranks]:
     """Meet the other processes of torchrun, for the work inside; only the first one passes warnings on.
 
     Outside torchrun, or where there is one process, no process group is made.
@@ -160,7 +160,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
             if rank:
                 warnings.simplefilter("ignore")
             total = torch.tensor([restarts])  # each machine's launcher counts for itself
-            Ranks(rank, size).sum_([total])
+            Ranks(rank, size).all_reduce_([total])
             ranks = Ranks(rank, size, restarted=bool(total))
             yield ranks
             ranks.barrier()

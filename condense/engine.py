@@ -105,7 +105,7 @@ def run(
         saved_at, saved_time = done, time.monotonic()
         while done < method.num_steps:
             if shares is not None:  # before the step, so that no checkpoint is ahead of it
-                shares.write({"step": done + 1, "parts": list(ranks.deal(parts))})
+                shares.write({"step": done + 1, "parts": list(ranks.shard(parts))})
             record = _step(method, ctx, state, done, checkpoint)
             done += 1
             if log is None:
@@ -156,7 +156,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
             record = method.step(ctx, state, done)
         if ctx.task.device.type == "cuda":  # kernels that add up in no fixed order would lead the processes apart
             live, _ = _laid_out(state)
-            ctx.ranks.same([tensor for tensor in live.values() if tensor.is_floating_point()])
+            ctx.ranks.broadcast([tensor for tensor in live.values() if tensor.is_floating_point()])
         record |= image_statistics(state.syn)
         require_finite(record)
         return record
@@ -180,7 +180,7 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
 def _agree(ranks: Ranks, done: int, folder: Path) -> None:
     """Raise ValueError where the processes would go on from different steps; returns when all are here."""
     total = torch.tensor([done])
-    ranks.sum_([total])
+    ranks.all_reduce_([total])
     if total.item() != done * ranks.size:
         raise ValueError(
             f"the processes found checkpoints of different steps in {folder}, this one {done}: every machine has to "

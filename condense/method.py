@@ -123,7 +123,7 @@ class Context:
     @property
     def latents_per_class(self) -> int:
         """Latents a class that the budget of ``ipc`` images buys."""
-        return self.decode.latents_per_class(self.ipc, self.task.image_shape, self.task.num_classes)
+        return self.decode.latents_per_class(self.ipc, self.task.input_shape, self.task.num_classes)
 
     @property
     def images_per_class(self) -> int:
@@ -148,7 +148,7 @@ class Context:
         copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
         grouped = images.unflatten(0, (classes, each, copies)).flatten(0, 1)
         labels = labels.unflatten(0, (classes * each, copies))[:, 0]
-        decoder = self.decode.build(self.task.image_shape, classes).to(images.device)
+        decoder = self.decode.build(self.task.input_shape, classes).to(images.device)
         latents = self.decode.encode(
             grouped.transpose(0, 1).flatten(0, 1),
             labels if labels.dim() == 1 else labels.argmax(1),
@@ -165,7 +165,7 @@ class Context:
     def _require_grouped(self, images: Tensor, labels: Tensor) -> None:
         """Raise ValueError where ``new_set`` cannot take these."""
         each, classes = self.images_per_class, self.task.num_classes
-        wanted = (each * classes, *self.task.image_shape)
+        wanted = (each * classes, *self.task.input_shape)
         if images.shape != wanted:
             raise ValueError(
                 f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: {each} are needed for each "
@@ -192,7 +192,7 @@ class Context:
         num, task = self.images_per_class, self.task
         labels = torch.arange(task.num_classes, device=task.device).repeat_interleave(num)
         if kind == "noise":
-            noise = torch.randn(len(labels), *task.image_shape, generator=self.rng("initial images"))
+            noise = torch.randn(len(labels), *task.input_shape, generator=self.rng("initial images"))
             return noise.to(task.device), labels
         self.require_images()
         drawn = [task.train.draw(c, num, self.rng("initial images", 0, c)) for c in range(task.num_classes)]
@@ -216,8 +216,8 @@ class Context:
         network, buffers = self.task.network, self.task.network.init(Rng(0), "buffers").buffers
 
         def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-            images, targets, *kept = batch
-            return loss_of(network.logits(params, buffers, images, True, False, *kept).to(images.dtype), targets)
+            images, targets, *mask = batch
+            return loss_of(network.logits(params, buffers, images, True, False, *mask).to(images.dtype), targets)
 
         return self.compute.second_order(loss_fn, network.device)
 
@@ -296,7 +296,7 @@ class Method(Checked, ABC):
         """The artifacts to be found on disk before the run begins."""
         return ()
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         """Planned work of all steps: images times passes forth and back through the network. A forward pass alone
         is a third, a step that is differentiated twice about four. What is small is not compiled.
 
@@ -319,7 +319,7 @@ class Method(Checked, ABC):
         """The augmentation of that training: the one it was distilled with."""
         return replace(task.augment, flips=False)
 
-    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         """Why a set with this decoder and these labels makes no sense here, and what to give instead; None: it does."""
         if labels.learned and not self.learns_labels:
             return f"gives labels no gradient: {labels.name} would stay as they begin; give {spelt('labels', 'hard')}"
@@ -387,12 +387,12 @@ class GradientMethod(Method):
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"method.ema must lie between 0 and 1, got {self.ema}; try 0.999")
 
-    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         if self.clamp and not decode.stores_pixels:
             return f"cannot clamp pixels that {decode.name} does not store; give {spelt('method.clamp', False)}"
         if self.clamp and transform not in ("none", "channel"):
             return f"cannot clamp pixels whitened by {transform}; give {spelt('method.clamp', False)}"
-        return super().conflict(decode, labels, transform)
+        return super().incompatibility(decode, labels, transform)
 
     def optims(self) -> dict[str, Optim]:
         """The optimiser of each leaf."""
@@ -451,13 +451,13 @@ class GradientMethod(Method):
         for param in params:
             param.grad = torch.zeros_like(param)
         total = torch.zeros((), device=ctx.task.device)
-        parts, at_once = ctx.ranks.deal(self.parts(ctx)), self.parts_at_once(ctx)
+        parts, at_once = ctx.ranks.shard(self.parts(ctx)), self.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
             with ctx.rng.forked("layers of a part", step, parts[first]):  # dropout, whichever process has the part
                 loss = self.losses(ctx, state, step, parts[first : first + at_once])
                 loss.backward()
             total += loss.detach()
-        ctx.ranks.sum_([*(cast(Tensor, param.grad) for param in params), total])
+        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in params), total])
         values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
         skipped = self.skips(record["loss"])

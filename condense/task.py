@@ -92,7 +92,7 @@ class Task:
 
     name: str
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
     fingerprint: str
     """Of the whole training split, before validation is carved from it."""
     train: Labelled
@@ -114,7 +114,7 @@ class Task:
             "name": self.name,
             "fingerprint": self.fingerprint,
             "classes": list(self.classes),
-            "image_shape": list(self.image_shape),
+            "input_shape": list(self.input_shape),
         }
 
     def identity(self) -> Mapping[str, Any]:
@@ -151,16 +151,16 @@ def make_task(
         )
     pixels = Images.of(arrays.x_train, device)
     key = f"{arrays.fingerprint['train']}-{split.val_fraction}-{split.seed}"
-    fitted = fit(transform, pixels.part(train_index), known=arrays.known, key=key, cache=cache)
-    images = pixels.through(fitted)
+    fitted = fit(transform, pixels.subset(train_index), known=arrays.known, key=key, cache=cache)
+    images = pixels.with_transform(fitted)
 
     def part(index: Tensor) -> Labelled:
-        return Labelled(images.part(index), labels[index].to(device))
+        return Labelled(images.subset(index), labels[index].to(device))
 
     return Task(
         name=arrays.name,
         classes=arrays.classes,
-        image_shape=arrays.image_shape,
+        input_shape=arrays.input_shape,
         fingerprint=arrays.fingerprint["train"],
         train=part(train_index),
         val=part(val_index) if len(val_index) else None,

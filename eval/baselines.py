@@ -59,7 +59,7 @@ def full_data(
         arrays,
         transform=transform,
         split=Split(val_fraction=0.0),
-        network=Functional(network, arrays.image_shape, arrays.num_classes, device),
+        network=Functional(network, arrays.input_shape, arrays.num_classes, device),
         augment=Augment(),
         device=device,
         cache=cache,

@@ -32,7 +32,7 @@ from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, locked, read_json, write_text
 from condense.kernels import centred
 from condense.names import spelt
-from condense.networks import Functional, ImageShape, Weights
+from condense.networks import Functional, InputShape, Weights
 from condense.rng import Rng
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
@@ -40,8 +40,8 @@ from condense.task import Labelled, Split, make_task
 from condense.tracking import Bar
 from condense.train import Scorer, Trainer, Training
 
-Network = str | Callable[[ImageShape, int], torch.nn.Module]
-"""A network string, or a callable (image_shape, num_classes) -> module."""
+Network = str | Callable[[InputShape, int], torch.nn.Module]
+"""A network string, or a callable (input_shape, num_classes) -> module."""
 
 BRIEF = dataclasses.replace(PROTOCOLS["canonical"], name="brief", num_epochs=100)
 """For a look at the validation split while distilling."""
@@ -319,7 +319,7 @@ def measure(
         ValueError: another process ended; the journal cannot be written. What was trained is in it.
     """
     name = recorded_name(protocol, syn)
-    augment = protocol.augment_for(arrays.image_shape, arrays.strategy)
+    augment = protocol.augment_for(arrays.input_shape, arrays.strategy)
     device = networks[0].device
     common: dict[str, Any] = {
         "protocol_hash": protocol.hash,
@@ -358,7 +358,7 @@ def measure(
     ]
     cells = _found(decided_by, num_seeds, width(arrays.num_classes), journal, ranks)
     trained = torch.zeros_like(cells)
-    mine = ranks.deal(cells[:, :, 0].isnan().nonzero().tolist())
+    mine = ranks.shard(cells[:, :, 0].isnan().nonzero().tolist())
     for i, network in enumerate(networks):
         units = [k for of, k in mine if of == i]
         if not units:
@@ -389,7 +389,7 @@ def measure(
                     trained[i, k] = cell.pack()
                     if journal is not None:
                         journal.add(decided_by[i], k, cell)
-    ranks.sum_([trained])
+    ranks.all_reduce_([trained])
     cells = torch.where(cells[:, :, :1].isnan(), trained, cells)
     unpacked = [[Cell.unpack(cell) for cell in row] for row in cells]
     return [
@@ -458,7 +458,7 @@ def _found(
             for k, cell in journal.find(key).items():
                 if k < num_seeds:
                     row[k] = cell.pack()
-    ranks.same([cells])
+    ranks.broadcast([cells])
     return cells
 
 
@@ -504,7 +504,7 @@ def evaluate(
     check(syn, arrays)
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
-    skeletons = [Functional(network, arrays.image_shape, arrays.num_classes, device) for network in networks]
+    skeletons = [Functional(network, arrays.input_shape, arrays.num_classes, device) for network in networks]
     images, targets = decoded(syn, soft=protocol.labels == "own")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
         targets = centred(targets, arrays.num_classes, torch.float32)
@@ -554,7 +554,9 @@ def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Lab
     """
     if not len(arrays.x_test):
         raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
-    return Labelled(Images.of(arrays.x_test, device).through(transform), torch.from_numpy(arrays.y_test).to(device))
+    return Labelled(
+        Images.of(arrays.x_test, device).with_transform(transform), torch.from_numpy(arrays.y_test).to(device)
+    )
 
 
 def load_held_out(syn: SyntheticSet, arrays: Arrays, transform: Transform, device: torch.device) -> Labelled:
@@ -566,7 +568,7 @@ def load_held_out(syn: SyntheticSet, arrays: Arrays, transform: Transform, devic
     split = require_held_out(syn)
     labels = torch.from_numpy(arrays.y_train)
     _, index = split.indices(labels)
-    images = Images.of(arrays.x_train, device).part(index).through(transform)
+    images = Images.of(arrays.x_train, device).subset(index).with_transform(transform)
     return Labelled(images, labels[index].to(device))
 
 
@@ -595,7 +597,7 @@ def _teachers(
     for network in networks:
         labeller = network
         if protocol.teacher != "same":
-            labeller = Functional(protocol.teacher, arrays.image_shape, arrays.num_classes, network.device)
+            labeller = Functional(protocol.teacher, arrays.input_shape, arrays.num_classes, network.device)
         task = make_task(
             arrays,
             transform=recipe.get("transform", "channel"),
@@ -615,7 +617,7 @@ def check(syn: SyntheticSet, arrays: Arrays) -> None:
     origin = syn.origin
     for what, ours, theirs in (
         ("fingerprint", origin.dataset["fingerprint"][:12], arrays.fingerprint["train"][:12]),
-        ("image shape", origin.image_shape, arrays.image_shape),
+        ("image shape", origin.input_shape, arrays.input_shape),
         ("number of classes", origin.num_classes, arrays.num_classes),
     ):
         if ours != theirs:
@@ -631,5 +633,5 @@ def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Trans
     if description.get("kind") == "zca":
         split = Split(**syn.origin.recipe.get("split", {}))
         train_index, _ = split.indices(torch.from_numpy(arrays.y_train))
-        images = Images.of(arrays.x_train, torch.device("cpu")).part(train_index)
+        images = Images.of(arrays.x_train, torch.device("cpu")).subset(train_index)
     return Transform.from_description(description, images, cache)

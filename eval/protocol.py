@@ -16,7 +16,7 @@ from condense.augment import MILD, Augment
 from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import spelt, suggest
-from condense.networks import ImageShape
+from condense.networks import InputShape
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
 from condense.train import Training
@@ -62,12 +62,12 @@ class Protocol(Training):
                 f"protocol.steps_for needs pairs (images, steps) > 0, got {self.steps_for}; try (100, 2000)"
             )
 
-    def augment_for(self, image_shape: ImageShape, own: str) -> Augment:
+    def augment_for(self, input_shape: InputShape, own: str) -> Augment:
         """The augmentation of images of this shape; ``own`` is the data set's strategy. Raises ValueError on one that
         ``Augment.parse`` does not know."""
         if self.augment in STRATEGIES:
             grey, colour = STRATEGIES[self.augment]
-            return grey if image_shape[0] == 1 else colour
+            return grey if input_shape[0] == 1 else colour
         return Augment.parse(self.augment, own=own)
 
     def resolved(self, num_images: int, lr: Tensor | None = None, copies: int = 1) -> Protocol:

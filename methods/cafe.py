@@ -109,7 +109,7 @@ class CAFE(GradientMethod):
         if not self.lr_student > 0:
             raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         epochs = min(self.window, self.max_epochs)  # between two updates, at least
         forward = self.batch_real + (1 + epochs) * self.batch_probe
         return self.num_steps * num_classes * (forward / 3 + (1 + epochs) * images_per_class)

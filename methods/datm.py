@@ -45,7 +45,7 @@ class DATM(TrajectoryMatching):
     syn_steps: int = 80
     """Steps of the student on the set."""
     correct_only: bool = True
-    """Start from real images that an expert classifies correctly, see ``well_known``; else from any."""
+    """Start from real images that an expert classifies correctly, see ``correctly_classified``; else from any."""
     min_start_epoch: int = 0
     """First epoch of an expert at which the student may start."""
     first_max_epoch: int | None = None
@@ -79,7 +79,9 @@ class DATM(TrajectoryMatching):
     def init(self, ctx: Context) -> GradientState:
         images, classes = ctx.initial(self.start)
         if self.start == "real" and self.correct_only:
-            images = torch.cat([well_known(ctx, c, ctx.images_per_class) for c in range(ctx.task.num_classes)])
+            images = torch.cat(
+                [correctly_classified(ctx, c, ctx.images_per_class) for c in range(ctx.task.num_classes)]
+            )
         syn = ctx.new_set(images, mean_logits(ctx, images, classes), lr=self.lr)
         return GradientState(syn=syn, optimisers=self.optimisers(syn))
 
@@ -93,7 +95,7 @@ class DATM(TrajectoryMatching):
         return not loss <= self.threshold  # a loss that is no number is skipped as well
 
 
-def well_known(ctx: Context, label: int, num: int) -> Tensor:
+def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
     """Real images of a class, in a random order, that the first expert classifies correctly; where they are too few,
     then those that the next ones do, then any."""
     members = ctx.task.train.by_class[label]

@@ -161,7 +161,7 @@ class GradientMatching(GradientMethod):
 
     def batches(self, ctx: Context, state: StudentState, step: int, part: int) -> Batches:
         """What is compared for one class, under the same augmentation."""
-        augment, shape = self.augment(ctx), ctx.task.image_shape
+        augment, shape = self.augment(ctx), ctx.task.input_shape
         drawn = augment.sample(ctx.rng("siamese", step, part), 1, shape, siamese=True)
         real = ctx.task.train.draw(part, self.batch_real, ctx.rng("real", step, part))
         images, targets = augment.mirrored(*self.synthetic(ctx, state, step, part))
@@ -210,7 +210,7 @@ class Condensation(GradientMatching):
             inner if self.inner_epochs is None else self.inner_epochs,
         )
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         _, inner_epochs = self.loops(images_per_class)
         return self.num_steps * num_classes * (self.batch_real + (3 + inner_epochs) * images_per_class)
 

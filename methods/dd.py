@@ -60,7 +60,7 @@ class DD(Bilevel):
         super().__post_init__()
         self.positive("images_per_step", "inner_epochs", "lr", "num_networks", "batch_real")
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         inner = 4 * self.inner_epochs * num_classes * images_per_class
         return self.num_steps * self.num_networks * (inner + self.batch_real)
 
@@ -103,6 +103,6 @@ class DD(Bilevel):
         size = self.images_per_step * task.num_classes
         pieces = torch.arange(len(images), device=images.device).split(size) * self.inner_epochs
         rngs = (ctx.rng("augment", step, f"{part}/{t}") for t in range(len(pieces)))
-        draws = (task.augment.sample(rng, size * task.augment.copies, task.image_shape, siamese=False) for rng in rngs)
+        draws = (task.augment.sample(rng, size * task.augment.copies, task.input_shape, siamese=False) for rng in rngs)
         batches = [Minibatch(images, targets, index, drawn) for index, drawn in zip(pieces, draws, strict=True)]
         return self.masked(ctx, batches, step, part)

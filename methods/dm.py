@@ -69,7 +69,7 @@ class DistributionMatching(GradientMethod):
     def features(self, ctx: Context, state: DMState) -> Features:
         """psi of the step: images (N, C, H, W) to what their class means are compared in, (N, F)."""
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return self.num_steps * num_classes * (self.batch_real / 3 + images_per_class)
 
     def init(self, ctx: Context) -> DMState:
@@ -121,7 +121,7 @@ def pairs(
     """Real and synthetic images (n, C, H, W) of each class, both under the same augmentation."""
     augment, found = ctx.task.augment, []
     for c in classes:
-        drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.image_shape, siamese=True)
+        drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.input_shape, siamese=True)
         real = ctx.task.train.draw(c, batch_real, ctx.rng("real", step, c))
         images, _ = augment.mirrored(*syn(syn.index_of(c)))
         found.append((augment.apply(real, drawn), augment.apply(images, drawn)))

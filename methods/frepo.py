@@ -88,7 +88,7 @@ class FRePo(GradientMethod):
             if not getattr(self, name) > 0:
                 raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {published}")
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         num_synthetic = num_classes * images_per_class
         return self.num_steps * (self.batch_real / 3 + num_synthetic + min(num_synthetic, self.batch_pool))
 
@@ -112,7 +112,7 @@ class FRePo(GradientMethod):
         """That of the recipe; of a recipe without, the published one."""
         if task.augment.ops:
             return super().training_augment(task)
-        return Augment(MILD if task.image_shape[0] == 1 else ("flip", *MILD))
+        return Augment(MILD if task.input_shape[0] == 1 else ("flip", *MILD))
 
     def init(self, ctx: Context) -> PoolState:
         syn = ctx.new_set(*ctx.initial(self.start))

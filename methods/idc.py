@@ -38,7 +38,7 @@ from condense.train import Training
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealStudents(GradientMatching):
+class IDCBase(GradientMatching):
     """What IDC and IDC-I share, which is everything: they differ by the decoder that their recipes name."""
 
     num_steps: int = 200000
@@ -85,7 +85,7 @@ class RealStudents(GradientMatching):
                 raise ValueError(f"method.{name} must lie in [0, 1], got {probability}; the published value is 0.5")
         Augment(self.matched)  # refuses what is no operation
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         matching = num_classes * (self.batch_real + 3 * min(self.batch_syn, images_per_class))
         return self.num_steps * (matching + min(self.num_student, num_images))
 
@@ -97,7 +97,7 @@ class RealStudents(GradientMatching):
 
     def weight(self, ctx: Context) -> float:
         """Of the objective: the published factor of the learning rate, which under SGD is the same."""
-        _, height, width = ctx.task.image_shape
+        _, height, width = ctx.task.input_shape
         return ctx.ipc / 10 * height * width / self.base_size**2
 
     def init(self, ctx: Context) -> StudentState:
@@ -137,13 +137,13 @@ class RealStudents(GradientMatching):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class IDC(RealStudents):
+class IDC(IDCBase):
     """Gradient matching at students of real data; stored images hold four."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class IDCI(RealStudents):
+class IDCI(IDCBase):
     """IDC with its images stored as they are."""
 
 

@@ -90,10 +90,10 @@ class KIP(GradientMethod):
         if not self.b_std >= 0:
             raise ValueError(f"method.b_std must be at least 0, got {self.b_std}; try 0.1")
 
-    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         if self.solve_labels and labels.name != "targets":
             return f"cannot store solved targets in {labels.name} labels; give {spelt('labels', 'targets')}"
-        return super().conflict(decode, labels, transform)
+        return super().incompatibility(decode, labels, transform)
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000, batch_size=100, lr=0.01, weight_decay=1e-3, decay_at=None, loss="mse")
@@ -165,5 +165,5 @@ def support(ctx: Context, images: Tensor, targets: Tensor, step: int) -> tuple[T
     """The decoded set as a regression sees it in this step: mirrored and augmented, each image by its own draw."""
     augment = ctx.task.augment
     images, targets = augment.mirrored(images, targets)
-    drawn = augment.sample(ctx.rng("augment", step), len(images), ctx.task.image_shape, siamese=False)
+    drawn = augment.sample(ctx.rng("augment", step), len(images), ctx.task.input_shape, siamese=False)
     return augment.apply(images, drawn), targets

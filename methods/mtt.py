@@ -88,7 +88,7 @@ class TrajectoryMatching(Unrolled):
         last_epoch = self.max_start_epoch - 1 + self.expert_epochs
         return (TrajectorySpec(identity=task.identity(), num_epochs=last_epoch, experts=self.experts),)
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = self.batch_syn or num_classes * images_per_class
         return 4 * self.num_steps * self.num_trajectories * self.syn_steps * batch
 
@@ -106,8 +106,8 @@ class TrajectoryMatching(Unrolled):
         start, target = self.snapshots(ctx, step, part)
         images, targets = state.syn()
         if ctx.labels.name == "teacher":
-            expert, epoch = self.piece(ctx, step, part)
-            targets = judged(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
+            expert, epoch = self.sample_segment(ctx, step, part)
+            targets = expert_logits(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
         batches = self.batches(ctx, images, targets, step, part)
         adjoint = self.adjoint.resolve(ctx.rng("adjoint", step, part))
         theta = self.train(ctx, start, batches, rule=SGD(), lr=cast(Tensor, state.syn.lr), adjoint=adjoint)
@@ -115,11 +115,11 @@ class TrajectoryMatching(Unrolled):
 
     def snapshots(self, ctx: Context, step: int, part: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Where the student starts and what it aims at."""
-        expert, epoch = self.piece(ctx, step, part)
+        expert, epoch = self.sample_segment(ctx, step, part)
         start, target = experts_of(ctx).pair(expert, epoch, epoch + self.expert_epochs)
         return _onto(ctx.task.network, start), _onto(ctx.task.network, target)
 
-    def piece(self, ctx: Context, step: int, part: int) -> tuple[int, int]:
+    def sample_segment(self, ctx: Context, step: int, part: int) -> tuple[int, int]:
         """Which piece of a trajectory is matched: an expert and a start epoch, drawn for this part."""
         generator, epochs = ctx.rng("trajectory", step, part), self.start_epochs(step)
         expert = int(torch.randint(experts_of(ctx).num_experts, (), generator=generator))
@@ -137,7 +137,7 @@ class TrajectoryMatching(Unrolled):
             drawn = ctx.task.augment.sample(
                 ctx.rng("augment", step, f"{part}/{n}"),
                 len(index) * ctx.task.augment.copies,
-                ctx.task.image_shape,
+                ctx.task.input_shape,
                 siamese=False,
             )
             batches.append(Minibatch(images, targets, index.to(images.device), drawn))
@@ -149,10 +149,10 @@ class TrajectoryMatching(Unrolled):
         if ctx.labels.name != "teacher":
             return syn
         labelled = copy.deepcopy(syn)
-        expert, epoch = self.piece(ctx, steps - 1, self.num_trajectories - 1)
+        expert, epoch = self.sample_segment(ctx, steps - 1, self.num_trajectories - 1)
         with torch.no_grad():
             images, _ = labelled()
-            found = judged(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
+            found = expert_logits(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
             cast(Assigned, labelled.provider).assign(found.unflatten(0, (-1, len(labelled))).mean(0))
         return labelled
 
@@ -169,7 +169,7 @@ def experts_of(ctx: Context) -> Trajectories:
 
 
 @torch.no_grad()
-def judged(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
+def expert_logits(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
     """Logits (N, C) that an expert has for images as they are, after so many epochs.
 
     Raises:
@@ -189,7 +189,7 @@ def judged(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
 def judged_by_all(ctx: Context, images: Tensor) -> Iterator[Tensor]:
     """The logits (N, C) of every expert at the end of its training."""
     experts = experts_of(ctx)
-    return (judged(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
+    return (expert_logits(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
 
 
 def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:

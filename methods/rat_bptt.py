@@ -70,7 +70,7 @@ class RaTBPTT(Bilevel):
         if not 0 <= self.clip_decay < 1:
             raise ValueError(f"method.clip_decay must lie in [0, 1), got {self.clip_decay}; a usual value is 0.9")
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = num_classes * min(self.batch_per_class, images_per_class)
         return self.num_steps * (self.batch_real + 2.5 * self.inner_steps * batch)
 
@@ -111,7 +111,7 @@ class RaTBPTT(Bilevel):
 
     def drawn(self, ctx: Context, num: int, step: int, unit: int | str) -> Params:
         """Parameters of the augmentation of so many images."""
-        return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.image_shape, siamese=False)
+        return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
     def longest(self, state: RaTState, norm: float) -> float | None:
         """As published, the mean takes the new norm in before it bounds it."""

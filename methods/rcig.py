@@ -135,7 +135,7 @@ class RCIG(GradientMethod):
     def optims(self) -> dict[str, Optim]:
         return super().optims() | {"temperature": self.optim_temperature}
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         syn = num_classes * images_per_class
         passes = self.inner_steps + self.adjoint_steps + 5 + self.max_train_steps / 2
         return self.num_steps * (passes * syn + 1.3 * self.batch_real)
@@ -162,7 +162,7 @@ class RCIG(GradientMethod):
         """That of the recipe; of a recipe without, the published one. Mirror images are joined as in distillation."""
         if task.augment.ops:
             return task.augment
-        ops = MILD[1:] if task.image_shape[0] == 1 else ("flip", *MILD)
+        ops = MILD[1:] if task.input_shape[0] == 1 else ("flip", *MILD)
         return Augment(ops, mode="P", flips=task.augment.flips)
 
     def init(self, ctx: Context) -> RCIGState:
@@ -216,7 +216,7 @@ class RCIG(GradientMethod):
             num_steps=num_steps,
         )
         state.pool[slot] = pool.fresh(ctx, step + 1, slot) if member["age"] >= self.max_age else member
-        ctx.ranks.same([state.tally])
+        ctx.ranks.broadcast([state.tally])
         if (step + 1) % ADAPT_EVERY == 0:
             state.lr_inner *= adaptation(*state.tally.tolist())
             state.tally = torch.zeros_like(state.tally)

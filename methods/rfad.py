@@ -89,18 +89,18 @@ class RFAD(GradientMethod):
         if not self.ridge > 0:
             raise ValueError(f"method.ridge must be positive, got {self.ridge}; the published value is 0.005")
 
-    def conflict(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
         if self.pixel_map and decode.name != "pixels":
             mend = spelt("method.pixel_map", False)
             return f"cannot fold its map of pixels into the latents of {decode.name}; give {mend}"
         if self.pixel_map and self.clamp:
             return f"cannot clamp pixels that its map moves afterwards; give {spelt('method.clamp', False)}"
-        return super().conflict(decode, labels, transform)
+        return super().incompatibility(decode, labels, transform)
 
     def optims(self) -> dict[str, Optim]:
         return super().optims() | {"temperature": self.optim_temperature, "pixel_map": self.optim_pixel_map}
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         real = min(self.batch_real, num_images) * self.num_batches
         return self.num_steps * self.num_networks * (real / 3 + images_per_class * num_classes)
 
@@ -113,7 +113,7 @@ class RFAD(GradientMethod):
         if self.objective == "platt":
             learned["temperature"] = nn.Parameter(torch.zeros((), device=device))
         if self.pixel_map:
-            learned["pixel_map"] = nn.Parameter(torch.eye(math.prod(ctx.task.image_shape), device=device))
+            learned["pixel_map"] = nn.Parameter(torch.eye(math.prod(ctx.task.input_shape), device=device))
         return GradientState(syn=syn, optimisers=self.optimisers(syn, learned), learned=learned)
 
     def parts(self, ctx: Context) -> Sequence[int]:

@@ -67,7 +67,7 @@ class RTP(Bilevel):
         if self.ways is not None and self.ways < 2:
             raise ValueError(f"method.ways must be at least 2, got {self.ways}: one class is no task; give 2")
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = num_classes * min(self.batch_per_class, images_per_class)
         return self.num_steps * (4 * self.inner_steps * batch + num_classes * self.batch_real)
 
@@ -101,7 +101,7 @@ class RTP(Bilevel):
         images, targets = state.syn()
         members = class_members(state.syn, len(images), classes)
         size = sum(min(self.batch_per_class, len(index)) for index in members) * ctx.task.augment.copies
-        drawn = ctx.task.augment.sample(ctx.rng("augment", step), size, ctx.task.image_shape, siamese=False)
+        drawn = ctx.task.augment.sample(ctx.rng("augment", step), size, ctx.task.input_shape, siamese=False)
         indices = (
             draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n)).to(images.device)
             for n in range(self.inner_steps)

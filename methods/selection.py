@@ -107,7 +107,7 @@ class FeatureSelection(Selection):
     """Epochs of training of that network. Few: ordering the images of a class needs no converged network, and
     a baseline should cost less than what it is compared with."""
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * (self.num_epochs + 1 / 3) if self.features == "network" else 0.0
 
     @final
@@ -214,7 +214,7 @@ class Forgetting(ScoreSelection):
                 f"{self.num_epochs}; try 20"
             )
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * self.num_epochs * 4 / 3
 
     def scores(self, ctx: Context) -> Tensor:
@@ -245,7 +245,7 @@ class EL2N(ScoreSelection):
         if self.num_networks < 1:
             raise ValueError(f"method.num_networks must be at least 1, got {self.num_networks}; try 3")
 
-    def passes(self, num_images: int, num_classes: int, images_per_class: int) -> float:
+    def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * self.num_networks * (self.num_epochs + 1 / 3)
 
     def scores(self, ctx: Context) -> Tensor:

@@ -69,11 +69,14 @@ class Unrolled(GradientMethod):
             return batches
         task = ctx.task
 
-        def kept(n: int, batch: Minibatch) -> Tensor:
+        def feature_mask(n: int, batch: Minibatch) -> Tensor:
             size = len(batch.chosen) * task.augment.copies, task.network.num_features
             return torch.rand(size, generator=ctx.rng("mask", step, f"{part}/{n}")) >= self.mask
 
-        return [batch._replace(kept=kept(n, batch).to(batch.images.device)) for n, batch in enumerate(batches)]
+        return [
+            batch._replace(feature_mask=feature_mask(n, batch).to(batch.images.device))
+            for n, batch in enumerate(batches)
+        ]
 
 
 class Minibatch(NamedTuple):
@@ -83,12 +86,12 @@ class Minibatch(NamedTuple):
     chosen: Tensor
     """Indices (m,) of the images that the step sees."""
     drawn: Drawn
-    kept: Tensor | None = None
+    feature_mask: Tensor | None = None
     """Which features (m, F) of the augmented images the classifier sees; None: all."""
 
 
 def prepared(augment: Augment, batch: Minibatch) -> tuple[Tensor, ...]:
-    """What the network sees of a minibatch: augmented images (m, C, H, W), their targets, and ``kept`` if there is."""
+    """What the network sees of a minibatch: augmented images (m, C, H, W), targets, and any ``feature_mask``."""
     images, targets = augment.mirrored(batch.images[batch.chosen], batch.targets[batch.chosen])
     images = augment.apply(images, batch.drawn)
-    return (images, targets) if batch.kept is None else (images, targets, batch.kept)
+    return (images, targets) if batch.feature_mask is None else (images, targets, batch.feature_mask)

@@ -34,10 +34,10 @@ TINY = "convnet:depth=1,width=4"
 SHORT = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
 
 
-def pooled(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def pooled(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """A network that is not ours."""
     return nn.Sequential(
-        nn.Conv2d(image_shape[0], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes)
+        nn.Conv2d(input_shape[0], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes)
     )
 
 
@@ -77,7 +77,7 @@ def test_a_method_or_a_recipe_serves_as_well_as_a_name(tiny: Arrays, tmp_path: P
 
 def test_a_network_of_the_same_name_and_another_shape_is_another_recipe(tiny: Arrays, tmp_path: Path) -> None:
     def make(width: int) -> object:
-        def net(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        def net(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
             return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))
 
         return net
@@ -187,8 +187,8 @@ def test_own_brings_the_network_that_the_set_is_meant_for(tiny: Arrays, tmp_path
 
 
 def test_a_set_for_a_network_without_a_name_asks_for_networks(tiny: Arrays, tmp_path: Path) -> None:
-    def mine(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+    def mine(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
 
     condense.distill("random", dataset=tiny, network=mine, ipc=1, out=tmp_path / "run")
     with pytest.raises(ValueError, match=r"only its code can build; give the networks to train"):
@@ -203,7 +203,7 @@ def test_a_network_without_a_name_is_trained_again(
     condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
 
     def evaluate(activation: type[nn.Module]) -> float:
-        def factory(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        def factory(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
             return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), activation(), nn.Linear(8, num_classes))
 
         fields: dict[str, Any] = {"networks": [factory], "num_seeds": 1, "baselines": ["full"], "device": "cpu"}

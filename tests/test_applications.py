@@ -132,8 +132,8 @@ def test_a_proxy_that_tells_nothing_apart_correlates_with_nothing() -> None:
 
 
 def test_the_area_under_the_curve() -> None:
-    members, strangers = torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.5, 1.0])
-    assert membership_auc(members, strangers) == pytest.approx(5 / 6)
+    members, non_members = torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.5, 1.0])
+    assert membership_auc(members, non_members) == pytest.approx(5 / 6)
     assert membership_auc(members, members) == 0.5
 
 

@@ -90,7 +90,7 @@ def seen(ctx: Context, batch: Any) -> tuple[Any, Tensor]:
     if ctx.task.augment.flips:
         images, targets = torch.cat([images, images.flip(3)]), torch.cat([targets, targets])
     images = ctx.task.augment.apply(images, batch.drawn)
-    return (images if batch.kept is None else (images, batch.kept)), targets
+    return (images if batch.feature_mask is None else (images, batch.feature_mask)), targets
 
 
 def real(ctx: Context, method: Any, step: int, part: int = 0) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def losses(method: Bilevel, ctx: Context, state: Any, step: int) -> Tensor:
                 for t in range(method.inner_epochs * len(images) // size):
                     first = t * size % len(images)
                     num, key = size * (2 if task.augment.flips else 1), ctx.rng("augment", step, f"{k}/{t}")
-                    drawn = task.augment.sample(key, num, task.image_shape, siamese=False)
+                    drawn = task.augment.sample(key, num, task.input_shape, siamese=False)
                     index = torch.arange(first, first + size)
                     kept = torch.rand(num, 64, generator=ctx.rng("mask", step, f"{k}/{t}")) >= method.mask
                     kept = kept if method.mask else None
@@ -215,7 +215,7 @@ def test_every_image_of_every_inner_step_has_a_mask_of_its_own(method: Bilevel) 
         ctx, last = context("color_crop:flips=true", seed=seed), {DD: 0, RaTBPTT: 4, RTP: [0, 1, 2]}[type(method)]
         masked = dataclasses.replace(method, mask=0.3)
         batches = masked.batches(ctx, begin(masked, ctx), step, last)  # type: ignore[attr-defined]
-        return torch.stack([batch.kept for batch in batches])
+        return torch.stack([batch.feature_mask for batch in batches])
 
     found = masks(1)
     assert found.shape == (4, 6, 64) and len(found.flatten(0, 1).unique(dim=0)) == 24

@@ -45,13 +45,13 @@ def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]
     task, augment, draws = ctx.task, ctx.task.augment, ctx.rng
 
     def network(step: int) -> Network:
-        student = build(task.network.name, task.image_shape, task.num_classes).to(task.network.dtype)
+        student = build(task.network.name, task.input_shape, task.num_classes).to(task.network.dtype)
         weights = task.network.init(draws, "student", step)
         student.load_state_dict({**weights.params, **weights.buffers})
         return student
 
     def siamese(step: int, c: int, x: Tensor) -> Tensor:
-        drawn = augment.sample(draws("siamese", step, c), 1, task.image_shape, siamese=True)
+        drawn = augment.sample(draws("siamese", step, c), 1, task.input_shape, siamese=True)
         return augment.apply(x, drawn)
 
     def batches(step: int, epoch: int) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
@@ -59,7 +59,7 @@ def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]
         order = torch.randperm(ctx.ipc * task.num_classes, generator=rng("order", 0))
 
         def treatment(batch: int, num: int) -> Callable[[Tensor], Tensor]:
-            drawn = augment.sample(rng("augment", 0, batch), num, task.image_shape, siamese=False)
+            drawn = augment.sample(rng("augment", 0, batch), num, task.input_shape, siamese=False)
             return lambda x: augment.apply(x, drawn)
 
         return [(i, treatment(batch, len(i))) for batch, i in enumerate(order.split(method.batch_student))]
@@ -176,8 +176,8 @@ def test_the_updates_of_a_student_are_bounded_and_a_fresh_one_follows(monkeypatc
 
 def test_planned_work_counts_the_epochs_between_two_updates() -> None:
     usual = CAFE(num_steps=1, batch_real=3, batch_probe=3)
-    assert usual.passes(0, 2, 5) == 2 * (1 + 11 + 11 * 5)
-    assert dataclasses.replace(usual, max_epochs=1).passes(0, 2, 5) == 2 * (1 + 2 + 2 * 5)
+    assert usual.estimated_work(0, 2, 5) == 2 * (1 + 11 + 11 * 5)
+    assert dataclasses.replace(usual, max_epochs=1).estimated_work(0, 2, 5) == 2 * (1 + 2 + 2 * 5)
 
 
 def test_accuracies_are_of_training_images_only_and_fractions() -> None:

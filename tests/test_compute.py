@@ -76,7 +76,7 @@ def test_planned_work_counts_steps_images_and_the_network() -> None:
     assert small.flops == 3 * 2 * (4 * 9 * 64 + 4 * 16 * 3)
     assert wide.flops == 2 * small.flops
     plan = api.find_recipe("dm", "digits", 10)[0].method
-    work = plan.passes(1000, 10, 10)
+    work = plan.estimated_work(1000, 10, 10)
     assert work == plan.num_steps * 10 * (plan.batch_real / 3 + 10)  # type: ignore[attr-defined]
 
 

@@ -20,7 +20,7 @@ from condense.inner import ADJOINTS, Checkpointed, Full, Higher, RandomTruncated
 from condense.method import GradientMethod, Method, Optim
 from condense.methods import rcig
 from condense.methods.unrolled import Unrolled
-from condense.networks import Factory, ImageShape
+from condense.networks import Factory, InputShape
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, SyntheticSet, load
 from condense.synthetic.decode import DCT, Bases, Decode, Hallucinator
@@ -174,7 +174,7 @@ def test_every_value_that_composes_is_resumed() -> None:
     assert kinds == set(typing.get_args(typing.get_type_hints(Optim)["kind"]))
 
 
-def dropping(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def dropping(input_shape: InputShape, num_classes: int) -> nn.Module:
     layers = [nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5)]
     return nn.Sequential(*layers, nn.Linear(8, num_classes))
 

@@ -85,7 +85,7 @@ def test_digits_are_embedded_and_split_by_stored_order() -> None:
         "train": arrays.known.train,
         "test": arrays.known.test,
     }
-    assert (arrays.name, arrays.image_shape, arrays.num_classes) == ("digits", (1, 8, 8), 10)
+    assert (arrays.name, arrays.input_shape, arrays.num_classes) == ("digits", (1, 8, 8), 10)
     assert len(arrays.y_train) + len(arrays.y_test) == 1797
     for label in range(10):
         total = (arrays.y_train == label).sum() + (arrays.y_test == label).sum()
@@ -119,7 +119,7 @@ def test_cifar10_is_recognised(shared_data: Path, tmp_path: Path) -> None:
     files = (shared_data / "unpack.py", shared_data / "cifar10_packed.npz", tmp_path / "mine.npz")
     subprocess.run([sys.executable, *files], check=True)
     arrays = load(tmp_path / "mine.npz")
-    assert arrays.name == "cifar10" and arrays.image_shape == (3, 32, 32)
+    assert arrays.name == "cifar10" and arrays.input_shape == (3, 32, 32)
 
 
 def test_known_train_images_without_test_are_known_and_with_another_test_are_not() -> None:
@@ -153,7 +153,7 @@ def test_npz_layouts_and_dtypes_give_the_same_arrays(tmp_path: Path, layout: str
             data[key] = data[key].astype(dtype) / 255
     arrays = load(save(tmp_path / "mine.npz", **data))
     assert (arrays.name, arrays.known, arrays.classes) == ("mine", None, ("0", "1", "2"))
-    assert arrays.image_shape == (3, 6, 6)
+    assert arrays.input_shape == (3, 6, 6)
     assert arrays.x_train.dtype == np.uint8 and np.array_equal(arrays.x_train, expected)
     assert arrays.y_train.dtype == np.int64
     assert arrays.strategy == "color_crop_cutout_scale_rotate"
@@ -164,7 +164,7 @@ def test_npz_layouts_and_dtypes_give_the_same_arrays(tmp_path: Path, layout: str
 def test_npz_gray_images_and_class_names(tmp_path: Path) -> None:
     data = {key: value[..., 0] if key[0] == "x" else value for key, value in colour().items()}
     arrays = load(save(tmp_path / "gray.npz", **data, classes=["ant", "bee", "cat"]))
-    assert arrays.image_shape == (1, 6, 6) and arrays.classes == ("ant", "bee", "cat")
+    assert arrays.input_shape == (1, 6, 6) and arrays.classes == ("ant", "bee", "cat")
 
 
 def test_where_both_axes_could_hold_channels_files_are_nhwc_and_tensors_nchw(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_where_both_axes_could_hold_channels_files_are_nhwc_and_tensors_nchw(tmp
         "x_train": np.zeros((12, 3, 5, 1), np.uint8),
         "x_test": np.zeros((6, 3, 5, 1), np.uint8),
     }
-    assert load(save(tmp_path / "both.npz", **data)).image_shape == (1, 3, 5)
-    assert load((torch.from_numpy(data["x_train"]), torch.from_numpy(data["y_train"]))).image_shape == (
+    assert load(save(tmp_path / "both.npz", **data)).input_shape == (1, 3, 5)
+    assert load((torch.from_numpy(data["x_train"]), torch.from_numpy(data["y_train"]))).input_shape == (
         3,
         5,
         1,
@@ -214,7 +214,7 @@ def test_image_folder_with_some_gray_images_is_rgb(tmp_path: Path) -> None:
     Image.fromarray(gray).save(folder / "train" / "a" / "000.png")
     (folder / "train" / ".hidden").touch()
     arrays = load(str(folder))
-    assert arrays.image_shape == (3, 6, 6)
+    assert arrays.input_shape == (3, 6, 6)
     assert np.array_equal(arrays.x_train[0], np.stack([gray] * 3))
 
 
@@ -279,7 +279,7 @@ def test_colour_names_take_the_layout_of_torchvision(name: str, monkeypatch: pyt
     monkeypatch.setattr(torchvision.datasets, name.upper(), fake)
     arrays = load(name, root="/somewhere", download=True)
     assert calls == [("/somewhere", True, "train"), ("/somewhere", True, "test")]
-    assert arrays.name == name and arrays.image_shape == (3, 32, 32)
+    assert arrays.name == name and arrays.input_shape == (3, 32, 32)
 
 
 def test_importing_the_package_does_not_import_torchvision() -> None:
@@ -767,7 +767,7 @@ def test_pictures_of_every_mode_look_the_same(mode: str, tmp_path: Path) -> None
 
 def test_gray_pictures_of_a_dataset_stand_beside_coloured_ones() -> None:
     arrays = load(pairs([Image.fromarray(GRAY), Image.fromarray(RGB)], [0, 1]))
-    assert np.array_equal(arrays.x_train[0], np.stack([GRAY] * 3)) and arrays.image_shape == (3, 6, 6)
+    assert np.array_equal(arrays.x_train[0], np.stack([GRAY] * 3)) and arrays.input_shape == (3, 6, 6)
 
 
 def test_pictures_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
@@ -922,7 +922,7 @@ def test_promises_are_compared_with_what_is_stored(tmp_path: Path, monkeypatch: 
     data = colour() | {"x_train": np.zeros((12, 300, 300, 3), np.uint8), "x_test": np.zeros((6, 300, 300, 3), np.uint8)}
     np.savez_compressed(path, **data)
     fails(path, "save it with np.savez if it is right")
-    assert load(save(path, **data)).image_shape == (3, 300, 300)
+    assert load(save(path, **data)).input_shape == (3, 300, 300)
 
 
 def test_a_picture_that_declares_too_much_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

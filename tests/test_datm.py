@@ -19,8 +19,8 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.inner import Exact, Tesla
 from condense.method import Context, GradientState, Optim
-from condense.methods.datm import CONFIDENCE, DATM, mean_logits, well_known
-from condense.methods.mtt import MTT, TrajectoryMatching, experts_of, judged
+from condense.methods.datm import CONFIDENCE, DATM, correctly_classified, mean_logits
+from condense.methods.mtt import MTT, TrajectoryMatching, expert_logits, experts_of
 from condense.methods.tesla import TESLA
 from condense.networks import Functional, Weights, build
 from condense.recipe import Recipe, from_yaml, recipe_files
@@ -181,7 +181,7 @@ def test_images_begin_where_experts_are_right(
 
     def chosen(num: int) -> set[int]:
         everything = ctx.task.train.images[:]
-        return {int((everything - x).flatten(1).abs().sum(1).argmin()) for x in well_known(ctx, 1, num)}
+        return {int((everything - x).flatten(1).abs().sum(1).argmin()) for x in correctly_classified(ctx, 1, num)}
 
     first, second = set(members[:2].tolist()), set(members[2:5].tolist())
     judge([first, second])
@@ -306,11 +306,11 @@ class TestTeacher:
         buffer, images = experts_of(ctx), task.train.images[:4]
         live = Weights(buffer.snapshot(0, 2), buffer.buffers(0, 2))
         expected = task.network.logits(*live, images, train=False)
-        assert torch.equal(judged(ctx, 0, 2, images), expected)
-        assert not torch.allclose(judged(ctx, 0, 1, images), expected)
+        assert torch.equal(expert_logits(ctx, 0, 2, images), expected)
+        assert not torch.allclose(expert_logits(ctx, 0, 1, images), expected)
         monkeypatch.setattr(Trajectories, "buffers", lambda *_: {})
         with pytest.raises(ValueError, match=r"without the running statistics of .*; train experts with"):
-            judged(ctx, 0, 2, images)
+            expert_logits(ctx, 0, 2, images)
 
 
 class TestSharpness:

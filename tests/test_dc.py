@@ -72,13 +72,13 @@ def twin(method: Condensation, ctx: Context) -> Iterator[tuple[float, Tensor]]:
     outer_loop, inner_epochs = method.loops(ctx.ipc)
 
     def network(step: int) -> nn.Module:
-        student = build(task.network.name, task.image_shape, task.num_classes).to(task.network.dtype)
+        student = build(task.network.name, task.input_shape, task.num_classes).to(task.network.dtype)
         weights = task.network.init(draws, "student", step)
         student.load_state_dict({**weights.params, **weights.buffers})
         return student
 
     def siamese(step: int, c: int, x: Tensor) -> Tensor:
-        drawn = augment.sample(draws("siamese", step, c), 1, task.image_shape, siamese=True)
+        drawn = augment.sample(draws("siamese", step, c), 1, task.input_shape, siamese=True)
         return augment.apply(x, drawn)
 
     def epoch(step: int, number: int) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
@@ -86,7 +86,7 @@ def twin(method: Condensation, ctx: Context) -> Iterator[tuple[float, Tensor]]:
         order = torch.randperm(ctx.ipc * task.num_classes, generator=rng("order", number))
 
         def treatment(batch: int, num: int) -> Callable[[Tensor], Tensor]:
-            drawn = augment.sample(rng("augment", number, batch), num, task.image_shape, siamese=False)
+            drawn = augment.sample(rng("augment", number, batch), num, task.input_shape, siamese=False)
             return lambda x: augment.apply(x, drawn)
 
         pieces = order.split(method.batch_student)

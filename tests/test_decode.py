@@ -30,11 +30,11 @@ from condense.synthetic import (
     load,
     save,
 )
-from condense.synthetic.decode import ImageShape, dct, inverse_dct
+from condense.synthetic.decode import InputShape, dct, inverse_dct
 from tests.conftest import TINY
 
 NUM_CLASSES = 3
-SHAPES: list[ImageShape] = [(1, 8, 8), (3, 7, 9)]
+SHAPES: list[InputShape] = [(1, 8, 8), (3, 7, 9)]
 EVERY = [
     Pixels(),
     Factor(factor=2),
@@ -50,23 +50,23 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw(decode: Decode, shape: ImageShape, ipc: int = 2) -> tuple[Tensor, Tensor]:
+def draw(decode: Decode, shape: InputShape, ipc: int = 2) -> tuple[Tensor, Tensor]:
     """Initial images (expansion * N, C, H, W) and the classes (N,) of their latents."""
     each = decode.latents_per_class(ipc, shape, NUM_CLASSES)
     classes = torch.arange(NUM_CLASSES).repeat_interleave(each)
     return torch.randn(decode.expansion * len(classes), *shape, generator=generator()), classes
 
 
-def encoded(decode: Decode, shape: ImageShape, ipc: int = 2, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+def encoded(decode: Decode, shape: InputShape, ipc: int = 2, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """decoder, latents, classes."""
     images, classes = draw(decode, shape, ipc)
     decoder = decode.build(shape, NUM_CLASSES)
     return decoder, decode.encode(images, classes, decoder, generator(seed)), classes
 
 
-def synthetic(decode: Decode, shape: ImageShape, ipc: int = 2) -> SyntheticSet:
+def synthetic(decode: Decode, shape: InputShape, ipc: int = 2) -> SyntheticSet:
     decoder, latents, classes = encoded(decode, shape, ipc)
-    dataset = {"name": "made up", "fingerprint": "f", "classes": list("abc"), "image_shape": list(shape)}
+    dataset = {"name": "made up", "fingerprint": "f", "classes": list("abc"), "input_shape": list(shape)}
     return SyntheticSet(
         latents, classes, Origin(dataset=dataset, transform={"kind": "none"}), decode=decode, decoder=decoder
     )
@@ -78,7 +78,7 @@ def test_every_decoder_is_held_to_this() -> None:
 
 @shapes
 @pytest.mark.parametrize("decode", EVERY, ids=str)
-def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decode, shape: ImageShape) -> None:
+def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decode, shape: InputShape) -> None:
     decoder, latents, classes = encoded(decode, shape)
     images = decoder(latents, classes)
     assert images.shape == (decode.expansion * len(latents), *shape) and images.isfinite().all()
@@ -89,7 +89,7 @@ def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decod
 
 @shapes
 @pytest.mark.parametrize("decode", EVERY, ids=str)
-def test_latents_are_within_the_budget(decode: Decode, shape: ImageShape) -> None:
+def test_latents_are_within_the_budget(decode: Decode, shape: InputShape) -> None:
     syn = synthetic(decode, shape)
     shared = sum(p.numel() for p in syn.decoder.parameters()) if isinstance(decode, Bases) else 0
     assert syn.latents.numel() + shared <= 2 * NUM_CLASSES * math.prod(shape)
@@ -97,7 +97,7 @@ def test_latents_are_within_the_budget(decode: Decode, shape: ImageShape) -> Non
 
 @shapes
 @pytest.mark.parametrize("decode", EVERY, ids=str)
-def test_gradient_reaches_every_latent_and_all_of_the_decoder(decode: Decode, shape: ImageShape) -> None:
+def test_gradient_reaches_every_latent_and_all_of_the_decoder(decode: Decode, shape: InputShape) -> None:
     syn = synthetic(decode, shape)
     images, _ = syn()
     (images * torch.randn(images.shape, generator=generator(1))).sum().backward()
@@ -121,7 +121,7 @@ def test_the_generator_alone_decides(decode: Decode) -> None:
 
 @shapes
 @pytest.mark.parametrize("decode", EVERY, ids=str)
-def test_a_loaded_set_decodes_to_the_bit(decode: Decode, shape: ImageShape, tmp_path: Path) -> None:
+def test_a_loaded_set_decodes_to_the_bit(decode: Decode, shape: InputShape, tmp_path: Path) -> None:
     syn = synthetic(decode, shape)
     with torch.no_grad():
         for param in syn.parameters():
@@ -200,7 +200,7 @@ def test_dct_buys_as_many_images_as_its_floats(kept: int | None, images: int) ->
 
 
 @shapes
-def test_bases_are_upsampled_and_summed(shape: ImageShape) -> None:
+def test_bases_are_upsampled_and_summed(shape: InputShape) -> None:
     decoder, latents, classes = encoded(Bases(num_bases=5), shape)
     small = (shape[0], math.ceil(shape[1] / 2), math.ceil(shape[2] / 2))
     assert decoder.bases.shape == (5, *small)
@@ -244,7 +244,7 @@ def test_bases_as_published_begin_xavier_uniform() -> None:
     [((3, 32, 32), 10, 1, 115), ((3, 32, 32), 10, 10, 1843), ((1, 8, 8), 10, 1, 2), ((1, 7, 7), 3, 2, 0)],
 )
 def test_bases_leave_the_rest_of_the_budget_to_coefficients(
-    shape: ImageShape, num_classes: int, ipc: int, rows: int
+    shape: InputShape, num_classes: int, ipc: int, rows: int
 ) -> None:
     """Of a budget of ipc * C images: 16 bases at half resolution, then rows of 16 coefficients."""
     if rows:
@@ -256,7 +256,7 @@ def test_bases_leave_the_rest_of_the_budget_to_coefficients(
 
 
 @shapes
-def test_styles_at_once_are_styles_one_by_one(shape: ImageShape) -> None:
+def test_styles_at_once_are_styles_one_by_one(shape: InputShape) -> None:
     """The twin: the layers of torch, style after style."""
     syn = synthetic(Hallucinator(num_styles=3), shape)
     channels, decoder = shape[0], syn.decoder

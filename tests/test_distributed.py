@@ -25,7 +25,7 @@ from condense import api, cli, distributed, engine, registry
 from condense.artifacts import Trajectories, TrajectoryWriter, expert_file, read_manifest
 from condense.compute import Compute
 from condense.data.datasets import load
-from condense.distributed import Ranks, joined, patience
+from condense.distributed import Ranks, init_distributed, patience
 from condense.eval.protocol import PROTOCOLS
 from condense.files import read_tensors
 from condense.networks import Weights
@@ -109,17 +109,17 @@ def struck_down(data: Path, out: Path, ranks: Ranks) -> None:
 
 def kill_in_step(ranks: Ranks, rank: int, step: int) -> None:
     """From here on this process is killed in that step, after its own part of the work, if it is number ``rank``."""
-    total = Ranks.sum_
+    total = Ranks.all_reduce_
     done = 0
 
-    def sum_(self: Ranks, tensors: Any) -> None:
+    def all_reduce_(self: Ranks, tensors: Any) -> None:
         nonlocal done
         done += len(tensors) > 1  # gradients and the loss
         if ranks.rank == rank and done == step + 1:
             os.kill(os.getpid(), signal.SIGKILL)
         total(self, tensors)
 
-    Ranks.sum_ = sum_  # type: ignore[method-assign]
+    Ranks.all_reduce_ = all_reduce_  # type: ignore[method-assign]
 
 
 def command_line(data: Path, out: Path) -> None:
@@ -299,7 +299,7 @@ from condense import cli, commands, distributed
 distributed.SAID_AFTER, distributed.HEARD_WITHIN = 1.0, 2.0
 stopped, place, *words = sys.argv[1:]
 
-def first_ahead(self):
+def rank_zero_first(self):
     if self.rank == int(stopped):
         os.kill(os.getpid(), signal.SIGSTOP)
     return whole(self)
@@ -455,27 +455,27 @@ def test_patience_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_shares_are_disjoint_and_leave_nothing_out(size: int) -> None:
-    shares = [Ranks(rank, size).deal(range(5)) for rank in range(size)]
+    shares = [Ranks(rank, size).shard(range(5)) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == list(range(5))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert Ranks().deal("abc") == "abc"
+    assert Ranks().shard("abc") == "abc"
 
 
 def test_alone_nothing_is_exchanged() -> None:
-    with joined() as ranks:
+    with init_distributed() as ranks:
         assert ranks == Ranks(0, 1) and not torch.distributed.is_initialized()
         values = [torch.ones(2), torch.zeros((), dtype=torch.int64)]
-        ranks.sum_(values)
-        ranks.same(values)
+        ranks.all_reduce_(values)
+        ranks.broadcast(values)
         ranks.barrier()
-        with ranks.first_ahead():
+        with ranks.rank_zero_first():
             assert [value.tolist() for value in values] == [[1, 1], 0]
 
 
 def test_a_launcher_that_starts_one_process_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"}.items():
         monkeypatch.setenv(name, value)
-    with joined() as ranks:
+    with init_distributed() as ranks:
         assert ranks == Ranks(0, 1, restarted=True)
 
 
@@ -487,7 +487,7 @@ def test_processes_that_cannot_meet(device: str, complaint: str, monkeypatch: py
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ValueError, match=complaint) as caught, joined(device):
+    with pytest.raises(ValueError, match=complaint) as caught, init_distributed(device):
         pass
     assert "\n" not in str(caught.value)
 
@@ -515,7 +515,7 @@ def test_a_broken_collective_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
     monkeypatch.setattr(torch.distributed, "broadcast", broken)
     values = [torch.ones(2)]
-    for collective in (Ranks(1, 2).sum_, Ranks(1, 2).same):
+    for collective in (Ranks(1, 2).all_reduce_, Ranks(1, 2).broadcast):
         with pytest.raises(ValueError, match=r"another process .* ended .*--resume"):
             collective(values)
 
@@ -524,10 +524,10 @@ def test_sums_and_copies_keep_shapes_and_types(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))
     monkeypatch.setattr(torch.distributed, "broadcast", lambda flat, source: flat.add_(1))
     values = [torch.ones(2, 3, requires_grad=True), torch.tensor(3.0), torch.ones(4)[::2]]
-    Ranks(0, 2).sum_(values)
+    Ranks(0, 2).all_reduce_(values)
     assert [value.tolist() for value in values] == [[[2, 2, 2], [2, 2, 2]], 6, [2, 2]]
     mixed = [torch.tensor([1, 2]), torch.tensor(0.5), torch.tensor([3])]
-    Ranks(0, 2).same(mixed)
+    Ranks(0, 2).broadcast(mixed)
     assert [value.tolist() for value in mixed] == [[2, 3], 1.5, [4]]
 
 
@@ -613,5 +613,5 @@ if __name__ == "__main__":
     if job == "command_line":
         command_line(data, out)
     else:
-        with joined("cpu") as all_ranks:
+        with init_distributed("cpu") as all_ranks:
             {"everything": everything, "on_digits": on_digits, "struck_down": struck_down}[job](data, out, all_ranks)

@@ -58,13 +58,13 @@ def twin(method: DM, ctx: Context) -> Iterator[tuple[float, list[Tensor]]]:
     task = ctx.task
 
     def network(step: int) -> Network:
-        psi = build(task.network.name, task.image_shape, task.num_classes)
+        psi = build(task.network.name, task.input_shape, task.num_classes)
         weights = task.network.init(ctx.rng, "network", step)
         psi.load_state_dict({**weights.params, **weights.buffers})
         return psi
 
     def augment(step: int, c: int, x: Tensor) -> Tensor:
-        drawn = task.augment.sample(ctx.rng("siamese", step, c), 1, task.image_shape, siamese=True)
+        drawn = task.augment.sample(ctx.rng("siamese", step, c), 1, task.input_shape, siamese=True)
         return task.augment.apply(x, drawn)
 
     return distribution_matching(

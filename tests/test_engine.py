@@ -44,7 +44,7 @@ def ctx(tiny: Arrays) -> Context:
         tiny,
         transform="channel",
         split=Split(val_fraction=0.0),
-        network=Functional("mlp", tiny.image_shape, 3, "cpu"),
+        network=Functional("mlp", tiny.input_shape, 3, "cpu"),
         augment=Augment(),
         device=torch.device("cpu"),
     )
@@ -290,7 +290,7 @@ def test_what_a_part_draws_does_not_depend_on_the_process_that_has_it(ctx: Conte
 
     @dataclass(frozen=True)
     class Deals(Ranks):
-        def sum_(self, tensors: Any) -> None:
+        def all_reduce_(self, tensors: Any) -> None:
             pass
 
     for ranks in (Ranks(), *(Deals(rank=k, size=2) for k in range(2))):

@@ -60,7 +60,7 @@ def make_set(arrays: Arrays, *, labels: Tensor | None = None, **options: Any) ->
             "name": arrays.name,
             "fingerprint": arrays.fingerprint["train"],
             "classes": list(arrays.classes),
-            "image_shape": list(arrays.image_shape),
+            "input_shape": list(arrays.input_shape),
         },
         transform=options.pop("transform", {"kind": "none"}),
         training=options.pop("training", {}),
@@ -293,8 +293,8 @@ class TestEvaluate:
         torch.testing.assert_close(scored[0][:], transform(to_float(arrays.x_test)))
 
     def test_callables_are_networks_too(self, arrays: Arrays) -> None:
-        def linear(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-            return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+        def linear(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+            return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
 
         (result,) = run(make_set(arrays), arrays, networks=[linear]).results
         assert "linear" in result.network and result.num_params == 64 * 3 + 3

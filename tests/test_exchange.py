@@ -452,7 +452,7 @@ def test_out_and_in_again_keeps_the_targets(
     kind: str, labels: Labels, real: tuple[Tensor, Tensor], channel: Transform, tmp_path: Path
 ) -> None:
     images, classes = real
-    dataset = {"name": "digits", "fingerprint": "", "classes": list(DIGITS.classes), "image_shape": [1, 8, 8]}
+    dataset = {"name": "digits", "fingerprint": "", "classes": list(DIGITS.classes), "input_shape": [1, 8, 8]}
     origin = Origin(dataset=dataset, transform=channel.describe())
     scores = 3 * torch.eye(C)[classes] + torch.rand(N, C)
     syn = SyntheticSet(channel(images), scores, origin, label_kind=labels)

@@ -30,7 +30,7 @@ def test_sets_of_version_0_1_are_read_as_they_were(file: Path) -> None:
     syn = load(file)
     kind, _, name = file.stem.partition("-")
     assert name == (syn.decode.name if kind == "decode" else syn.label_kind.name)
-    assert syn.origin.method == "random" and syn.origin.image_shape == (1, 8, 8) and syn.origin.num_classes == 3
+    assert syn.origin.method == "random" and syn.origin.input_shape == (1, 8, 8) and syn.origin.num_classes == 3
     written, read = load_file(file), syn.state_dict()
     assert written.keys() == read.keys()
     for name, tensor in written.items():
@@ -91,14 +91,14 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     ("name", "change", "words"),
     [
         ("decode-pixels", put("origin", "dataset", "classes", value=3), "dataset, classes: 3 is not"),
-        ("decode-pixels", put("origin", "dataset", "image_shape", value=["1", "8", "8"]), "'1' is not a whole number"),
+        ("decode-pixels", put("origin", "dataset", "input_shape", value=["1", "8", "8"]), "'1' is not a whole number"),
         (
             "decode-pixels",
-            put("origin", "dataset", "image_shape", value=[1, 8, 10**6]),
+            put("origin", "dataset", "input_shape", value=[1, 8, 10**6]),
             r"images of shape \(1, 8, 8\), the data set has",
         ),
-        ("decode-pixels", put("origin", "dataset", "image_shape", value=[1, 0, 8]), "a side below 1"),
-        ("decode-dct", put("origin", "dataset", "image_shape", value=[1, 1, 5000]), "a side of more than 4096"),
+        ("decode-pixels", put("origin", "dataset", "input_shape", value=[1, 0, 8]), "a side below 1"),
+        ("decode-dct", put("origin", "dataset", "input_shape", value=[1, 1, 5000]), "a side of more than 4096"),
         ("decode-pixels", put("origin", "recipe", "method", value=[]), r"recipe, method: \[\] is not a mapping"),
         ("decode-pixels", put("origin", "recipe", "split", value={"part": 1}), "split has fields that are unknown"),
         ("decode-pixels", put("origin", "recipe", "ipc", value=0), "ipc is 0"),
@@ -129,12 +129,12 @@ def test_a_header_of_other_types_or_values_is_refused(
         ("decode-dct", put("decode", "coefficients", value=10**9), "has 64 pixels a channel"),
         (
             "decode-dct",
-            put("origin", "dataset", "image_shape", value=[1, 4096, 4096]),
+            put("origin", "dataset", "input_shape", value=[1, 4096, 4096]),
             "would make 24 images of 1.61 GB",
         ),
         (
             "decode-bases",
-            put("origin", "dataset", "image_shape", value=[1, 4096, 4096]),
+            put("origin", "dataset", "input_shape", value=[1, 4096, 4096]),
             "(GB|images of shape|bases is)",
         ),
         ("labels-logits", put("origin", "dataset", "classes", value=["a"] * 100_000), "is torch.float32 of shape"),
@@ -151,7 +151,7 @@ def test_a_small_file_takes_little_memory(
 
 def test_what_is_saved_is_loaded_whatever_the_shape_of_the_images(tmp_path: Path) -> None:
     """Signals of one row are images, too."""
-    dataset = {"name": "signals", "fingerprint": "f", "classes": ["a", "b"], "image_shape": [1, 1, 6000]}
+    dataset = {"name": "signals", "fingerprint": "f", "classes": ["a", "b"], "input_shape": [1, 1, 6000]}
     origin = Origin(dataset=dataset, transform={"kind": "none"})
     syn = SyntheticSet(torch.rand(2, 1, 1, 6000), torch.arange(2), origin)
     save(syn, tmp_path / "a.safetensors")

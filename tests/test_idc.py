@@ -15,7 +15,7 @@ from condense.compute import Compute
 from condense.data.datasets import load
 from condense.method import Context, Optim
 from condense.methods.dc import StudentState
-from condense.methods.idc import IDC, IDCI, RealStudents
+from condense.methods.idc import IDC, IDCI, IDCBase
 from condense.networks import Functional, build
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
@@ -55,13 +55,13 @@ def make_context(
     return Context(task, Rng(seed), ipc, decode or Pixels(), labels or Hard(), compute or Compute(), origin)
 
 
-def begin(method: RealStudents, ctx: Context) -> StudentState:
+def begin(method: IDCBase, ctx: Context) -> StudentState:
     state = method.init(ctx)
     state.syn.to(ctx.task.network.dtype)
     return state
 
 
-def run(method: RealStudents, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
+def run(method: IDCBase, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor]]:
     """The record and the latents after each step."""
     state = begin(method, ctx)
     for step in range(method.num_steps):
@@ -69,8 +69,8 @@ def run(method: RealStudents, ctx: Context) -> Iterator[tuple[dict[str, float], 
         yield record, state.syn.latents.detach().clone()
 
 
-def twin(method: RealStudents, ctx: Context, lr: float, momentum: float) -> Iterator[tuple[float, list[Tensor]]]:
-    task, draws, shape, num_classes = ctx.task, ctx.rng, ctx.task.image_shape, ctx.task.num_classes
+def twin(method: IDCBase, ctx: Context, lr: float, momentum: float) -> Iterator[tuple[float, list[Tensor]]]:
+    task, draws, shape, num_classes = ctx.task, ctx.rng, ctx.task.input_shape, ctx.task.num_classes
     matched, trained = (Augment.parse(f"{ops}:mode=D") for ops in ("_".join(method.matched), "color_crop"))
 
     def network(step: int) -> nn.Module:
@@ -300,7 +300,7 @@ STD = {"cifar10": 0.2009, "svhn": 0.1987, "mnist": 0.3081, "fashion-mnist": 0.35
 
 
 @pytest.mark.parametrize(("kind", "name", "decode"), [(IDC, "idc", Factor(factor=2)), (IDCI, "idc-i", Pixels())])
-def test_recipes_hold_the_published_values(kind: type[RealStudents], name: str, decode: Decode) -> None:
+def test_recipes_hold_the_published_values(kind: type[IDCBase], name: str, decode: Decode) -> None:
     recipes = {
         key: from_yaml(path) for key, path in recipe_files().items() if key == name or key.startswith(f"{name}-")
     }
@@ -310,7 +310,7 @@ def test_recipes_hold_the_published_values(kind: type[RealStudents], name: str, 
         gray = "mnist" in dataset
         for ipc in (1, 10, 50):
             recipe = recipes.pop(f"{name}-{dataset}-ipc{ipc}")
-            assert isinstance(recipe.method, RealStudents)
+            assert isinstance(recipe.method, IDCBase)
             assert (recipe.dataset, recipe.ipc, recipe.decode) == (dataset, ipc, decode)
             assert (recipe.augment, recipe.network, recipe.transform) == ("dsa:mode=D", "convnet", "channel")
             plain = (name, dataset) == ("idc", "mnist")
@@ -360,8 +360,8 @@ def test_refuses_networks_without_convolutions_and_decoders_whose_pixels_cannot_
         name = "waves"
         stores_pixels = False
 
-    assert "cannot clamp" in str(IDC().conflict(Waves(), Hard(), "channel"))
-    assert IDC(clamp=False).conflict(Waves(), Hard(), "channel") is None
+    assert "cannot clamp" in str(IDC().incompatibility(Waves(), Hard(), "channel"))
+    assert IDC(clamp=False).incompatibility(Waves(), Hard(), "channel") is None
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def task_of(arrays: Arrays, spec: str = "channel", device: torch.device = CPU, v
         arrays,
         transform=spec,
         split=Split(val_fraction=val_fraction),
-        network=Functional("convnet:depth=1,width=4", arrays.image_shape, arrays.num_classes, device),
+        network=Functional("convnet:depth=1,width=4", arrays.input_shape, arrays.num_classes, device),
         augment=Augment(),
         device=device,
     )
@@ -148,7 +148,7 @@ def test_fitting_reads_images_in_chunks_and_fits_the_same(spec: str) -> None:
     arrays = load(source(num=6000))
     whole = torch.tensor(arrays.x_train, dtype=torch.float32) / 255
     index = torch.arange(1, 6000)
-    part = Images.of(arrays.x_train, CPU).part(index)
+    part = Images.of(arrays.x_train, CPU).subset(index)
     fits = [fit(spec, images, known=None, key="key", cache=None) for images in (whole[index], part)]
     assert fits[0].describe() == fits[1].describe()
     assert channel_statistics(part) == channel_statistics(whole[index])

@@ -33,7 +33,7 @@ from condense.inner import (
     rollout,
     unroll,
 )
-from condense.networks import Factory, Functional, ImageShape
+from condense.networks import Factory, Functional, InputShape
 from condense.rng import Rng
 from tests.reference import unroll as twin
 
@@ -640,7 +640,7 @@ def test_what_is_compiled_equals_its_eager_twin(network: str, rule: Rule) -> Non
 class Dropping:
     """A network that draws at every step, in float64."""
 
-    def __init__(self, network: Factory | str, shape: ImageShape, num_steps: int, dtype: torch.dtype = torch.float64):
+    def __init__(self, network: Factory | str, shape: InputShape, num_steps: int, dtype: torch.dtype = torch.float64):
         functional = Functional(network, shape, 3, dtype=dtype)
         weights = functional.init(Rng(0), "weights")
         self.theta = {name: p.requires_grad_() for name, p in weights.params.items()}
@@ -663,18 +663,18 @@ class Dropping:
         return found
 
 
-def with_dropout(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def with_dropout(input_shape: InputShape, num_classes: int) -> nn.Module:
     """Masks of two shapes."""
-    first = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(math.prod(image_shape), 6), nn.Tanh(), nn.Dropout(0.5)]
+    first = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(math.prod(input_shape), 6), nn.Tanh(), nn.Dropout(0.5)]
     return nn.Sequential(*first, nn.Linear(6, num_classes))
 
 
-def with_stochastic_depth(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def with_stochastic_depth(input_shape: InputShape, num_classes: int) -> nn.Module:
     """Blocks of torchvision's EfficientNet, which drop branches, and a dropout of channels."""
     config = MBConvConfig(2, 3, 1, 8, 8, 1)
     blocks = [MBConv(config, 0.5, nn.BatchNorm2d) for _ in range(2)]
     head = [nn.Dropout2d(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)]
-    return nn.Sequential(nn.Conv2d(image_shape[0], 8, 3, padding=1), *blocks, *head)
+    return nn.Sequential(nn.Conv2d(input_shape[0], 8, 3, padding=1), *blocks, *head)
 
 
 @pytest.mark.parametrize("network", [with_dropout, with_stochastic_depth])

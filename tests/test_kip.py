@@ -84,7 +84,7 @@ def test_agrees_with_the_slow_twin_step_by_step(kernel: Any, augment: str, label
         return torch.cat(drawn), torch.arange(3).repeat_interleave(4)
 
     def treatment(step: int, x: Tensor) -> Tensor:
-        drawn = ctx.task.augment.sample(ctx.rng("augment", step), len(x), ctx.task.image_shape, siamese=False)
+        drawn = ctx.task.augment.sample(ctx.rng("augment", step), len(x), ctx.task.input_shape, siamese=False)
         return ctx.task.augment.apply(x, drawn)
 
     images, _ = begin(method, ctx).syn()
@@ -205,9 +205,9 @@ def test_no_other_labels_fit_better_than_the_solved_ones(augment: str, decode: D
 
 @pytest.mark.parametrize("labels", [Hard(), Logits()])
 def test_solved_labels_need_a_place_that_holds_any_value(labels: Labels) -> None:
-    reason = KIP(solve_labels=True).conflict(Pixels(), labels, "channel")
+    reason = KIP(solve_labels=True).incompatibility(Pixels(), labels, "channel")
     assert reason is not None and reason.endswith("; give labels='targets'")
-    assert KIP(solve_labels=True).conflict(Pixels(), Targets(), "channel") is None
+    assert KIP(solve_labels=True).incompatibility(Pixels(), Targets(), "channel") is None
 
 
 def test_the_regression_is_logged_where_images_are_held_out() -> None:

@@ -50,7 +50,7 @@ def ctx(tiny: Arrays) -> Context:
         tiny,
         transform="channel",
         split=Split(val_fraction=0.0),
-        network=Functional("mlp", tiny.image_shape, 3, "cpu"),
+        network=Functional("mlp", tiny.input_shape, 3, "cpu"),
         augment=Augment(),
         device=torch.device("cpu"),
     )
@@ -229,8 +229,8 @@ def test_mirror_images_have_no_part_in_training_on_the_set(ctx: Context) -> None
 @pytest.mark.parametrize("name", DECODERS)
 def test_clamp_is_refused_where_no_pixels_are_stored_or_they_are_whitened(name: str) -> None:
     method, decode = Pull(clamp=True), DECODERS[name]()
-    refused = method.conflict(decode, Hard(), "channel")
+    refused = method.incompatibility(decode, Hard(), "channel")
     assert (refused is None) == decode.stores_pixels == (name in ("pixels", "factor"))
     assert refused is None or refused.endswith(f"{name} does not store; give clamp=False")
-    assert "give clamp=False" in str(method.conflict(Pixels(), Hard(), "zca"))
-    assert Pull().conflict(decode, Hard(), "zca") is None
+    assert "give clamp=False" in str(method.incompatibility(Pixels(), Hard(), "zca"))
+    assert Pull().incompatibility(decode, Hard(), "zca") is None

@@ -144,7 +144,7 @@ def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
                 left = torch.randperm(len(images), generator=generator).tolist()
             count = len(left) % size or size
             left, index = left[:-count], left[-count:]
-            drawn = task.augment.sample(draws("augment", step, f"{part}/{n}"), count, task.image_shape, siamese=False)
+            drawn = task.augment.sample(draws("augment", step, f"{part}/{n}"), count, task.input_shape, siamese=False)
             chosen.append((index, lambda x, drawn=drawn: task.augment.apply(x, drawn)))  # type: ignore[misc]
         return chosen
 
@@ -152,7 +152,7 @@ def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
         images,
         labels,
         method.num_steps,
-        network=build(task.network.name, task.image_shape, task.num_classes).to(images.dtype),
+        network=build(task.network.name, task.input_shape, task.num_classes).to(images.dtype),
         pairs=pairs,
         minibatches=pieces,
         lr=method.lr,
@@ -287,7 +287,9 @@ def test_masked_training_is_differentiated_exactly(make_context: Callable[..., C
         x, y = images[batch.chosen], labels[batch.chosen]
         if ctx.task.augment.flips:
             x, y = torch.cat([x, x.flip(3)]), torch.cat([y, y])
-        features = ctx.task.network.features(theta, {}, ctx.task.augment.apply(x, batch.drawn)).where(batch.kept, 0.0)
+        features = ctx.task.network.features(theta, {}, ctx.task.augment.apply(x, batch.drawn)).where(
+            batch.feature_mask, 0.0
+        )
         error = F.cross_entropy(F.linear(features, theta["classifier.weight"], theta["classifier.bias"]), y)
         grads = torch.autograd.grad(error, list(theta.values()), create_graph=True)
         theta = {name: p - state.syn.lr * g for (name, p), g in zip(theta.items(), grads, strict=True)}
@@ -303,7 +305,7 @@ def test_every_image_of_every_inner_step_has_a_mask_of_its_own(make_context: Cal
 
     def masks(step: int, part: int, seed: int = 0) -> Tensor:
         ctx = make_context(seed=seed)
-        return torch.stack([b.kept for b in method.batches(ctx, *begin(method, ctx).syn(), step, part)])
+        return torch.stack([b.feature_mask for b in method.batches(ctx, *begin(method, ctx).syn(), step, part)])
 
     found = masks(1, 0)
     assert found.shape == (4, 6, 64) and len(found.flatten(0, 1).unique(dim=0)) == 24

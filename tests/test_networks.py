@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.inner import pushforward
-from condense.networks import Factory, Functional, ImageShape, build, describe, names, parse, with_options
+from condense.networks import Factory, Functional, InputShape, build, describe, names, parse, with_options
 from condense.rng import Rng
 from condense.train import Trainer, Training
 
@@ -49,9 +49,9 @@ REFUSED = {
 }
 
 
-def tiny(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def tiny(input_shape: InputShape, num_classes: int) -> nn.Module:
     """What a user might write."""
-    channels = image_shape[0]
+    channels = input_shape[0]
     body = [nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     return nn.Sequential(*body, nn.Dropout(0.5), nn.Linear(16, num_classes))
 
@@ -71,11 +71,11 @@ class Counting(nn.Sequential):
         return output
 
 
-def counting(image_shape: ImageShape, num_classes: int) -> nn.Module:
-    return Counting(nn.Flatten(), nn.Linear(math.prod(image_shape), num_classes))
+def counting(input_shape: InputShape, num_classes: int) -> nn.Module:
+    return Counting(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
 
 
-def images(shape: ImageShape, num: int = 2) -> Tensor:
+def images(shape: InputShape, num: int = 2) -> Tensor:
     return torch.randn(num, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,7 +83,7 @@ def images(shape: ImageShape, num: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("spec", "image_shape", "num_classes", "num_params"),
+    ("spec", "input_shape", "num_classes", "num_params"),
     [
         ("convnet", CIFAR, 10, 320_010),
         ("convnet", MNIST, 10, 317_706),
@@ -100,12 +100,12 @@ def images(shape: ImageShape, num: int = 2) -> Tensor:
         ("resnet18:ap=true", CIFAR, 10, 11_173_962 + 15 * 512 * 10),
     ],
 )
-def test_number_of_parameters(spec: str, image_shape: ImageShape, num_classes: int, num_params: int) -> None:
-    assert Functional(spec, image_shape, num_classes).num_params == num_params
+def test_number_of_parameters(spec: str, input_shape: InputShape, num_classes: int, num_params: int) -> None:
+    assert Functional(spec, input_shape, num_classes).num_params == num_params
 
 
 @pytest.mark.parametrize(
-    ("spec", "image_shape", "num_features"),
+    ("spec", "input_shape", "num_features"),
     [
         ("convnet", DIGITS, 128),
         ("convnet", MNIST, 2048),
@@ -124,22 +124,22 @@ def test_number_of_parameters(spec: str, image_shape: ImageShape, num_classes: i
         ("vit", MNIST, 192),
     ],
 )
-def test_number_of_features(spec: str, image_shape: ImageShape, num_features: int) -> None:
-    network = build(spec, image_shape, 10)
+def test_number_of_features(spec: str, input_shape: InputShape, num_features: int) -> None:
+    network = build(spec, input_shape, 10)
     assert network.classifier.in_features == num_features
-    assert network.embed(images(image_shape)).shape == (2, num_features)
+    assert network.embed(images(input_shape)).shape == (2, num_features)
 
 
-@pytest.mark.parametrize("image_shape", [DIGITS, MNIST, CIFAR, TINY])
+@pytest.mark.parametrize("input_shape", [DIGITS, MNIST, CIFAR, TINY])
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_network_takes_the_size_or_says_why_not(spec: str, image_shape: ImageShape) -> None:
-    if (spec, image_shape) in REFUSED:
+def test_every_network_takes_the_size_or_says_why_not(spec: str, input_shape: InputShape) -> None:
+    if (spec, input_shape) in REFUSED:
         with pytest.raises(ValueError, match=rf"{spec.partition(':')[0]}.* cannot take 8x8 images: .*; .*"):
-            build(spec, image_shape, 3)
+            build(spec, input_shape, 3)
         return
     with Rng(0).forked("network"):
-        network = build(spec, image_shape, 3)
-    x = images(image_shape).requires_grad_()
+        network = build(spec, input_shape, 3)
+    x = images(input_shape).requires_grad_()
     logits = network(x)
     assert logits.shape == (2, 3) and logits.isfinite().all()
     assert torch.equal(logits, network.classifier(network.embed(x)))
@@ -147,10 +147,10 @@ def test_every_network_takes_the_size_or_says_why_not(spec: str, image_shape: Im
     assert gradient.isfinite().all() and gradient.flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("image_shape", [(1, 9, 13), (2, 20, 17), (3, 33, 40)])
+@pytest.mark.parametrize("input_shape", [(1, 9, 13), (2, 20, 17), (3, 33, 40)])
 @pytest.mark.parametrize("spec", ["convnet", "alexnet", "resnet18:norm=batch", "vit"])
-def test_odd_shapes(spec: str, image_shape: ImageShape) -> None:
-    assert build(spec, image_shape, 3)(images(image_shape)).shape == (2, 3)
+def test_odd_shapes(spec: str, input_shape: InputShape) -> None:
+    assert build(spec, input_shape, 3)(images(input_shape)).shape == (2, 3)
 
 
 def test_too_deep_a_convnet_names_the_depth_that_fits() -> None:
@@ -285,7 +285,7 @@ def test_options_that_do_not_divide(spec: str) -> None:
         build(spec, CIFAR, 10)
 
 
-# Foreign networks
+# External networks
 
 
 def test_a_callable_is_a_network() -> None:
@@ -330,7 +330,7 @@ def test_a_callable_may_return_a_network() -> None:
 )
 def test_bad_callables(layers: list[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        build(lambda image_shape, num_classes: nn.Sequential(*layers), DIGITS, 3)
+        build(lambda input_shape, num_classes: nn.Sequential(*layers), DIGITS, 3)
     assert "\n" not in str(caught.value)
 
 
@@ -339,33 +339,33 @@ def test_a_module_is_not_a_callable_that_builds_one() -> None:
         build(tiny(DIGITS, 3), DIGITS, 3)
 
 
-@pytest.mark.parametrize("image_shape", [MNIST, CIFAR])
-def test_torchvision(image_shape: ImageShape) -> None:
-    network = build("torchvision:resnet18", image_shape, 10).eval()
+@pytest.mark.parametrize("input_shape", [MNIST, CIFAR])
+def test_torchvision(input_shape: InputShape) -> None:
+    network = build("torchvision:resnet18", input_shape, 10).eval()
     assert network.classifier.in_features == 512
-    x = images(image_shape)
+    x = images(input_shape)
     assert torch.equal(network.classifier(network.embed(x)), network(x))
 
 
 @pytest.mark.parametrize(
-    ("spec", "image_shape", "message"),
+    ("spec", "input_shape", "message"),
     [
         ("torchvision:alexnet", DIGITS, "torchvision:alexnet cannot take 8x8 images"),
         ("torchvision:resnet18", (4, 32, 32), "cannot take images of 4 channels"),
         ("torchvision:squeezenet1_1", CIFAR, "does not end in a linear layer"),
     ],
 )
-def test_torchvision_refusals(spec: str, image_shape: ImageShape, message: str) -> None:
+def test_torchvision_refusals(spec: str, input_shape: InputShape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(spec, image_shape, 10)
+        build(spec, input_shape, 10)
 
 
-@pytest.mark.parametrize("image_shape", [(1, 32, 32), CIFAR])
+@pytest.mark.parametrize("input_shape", [(1, 32, 32), CIFAR])
 @pytest.mark.parametrize(("spec", "width"), [("timm:resnet10t", 512), ("timm:vit_tiny_patch16_224", 192)])
-def test_timm(spec: str, width: int, image_shape: ImageShape) -> None:
-    network = build(spec, image_shape, 10).eval()
+def test_timm(spec: str, width: int, input_shape: InputShape) -> None:
+    network = build(spec, input_shape, 10).eval()
     assert network.classifier.in_features == width
-    x = images(image_shape)
+    x = images(input_shape)
     assert torch.equal(network.classifier(network.embed(x)), network(x))
 
 
@@ -383,16 +383,16 @@ def test_timm_is_differentiable_twice(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "image_shape", "message"),
+    ("spec", "input_shape", "message"),
     [
         ("timm:vit_tiny_patch16_224", DIGITS, "timm:vit_tiny_patch16_224 cannot take 8x8 images"),
         ("timm:swin_tiny_patch4_window7_224", (3, 2, 2), "timm:swin_tiny_patch4_window7_224 cannot take 2x2 images"),
         ("timm:levit_128s", CIFAR, "does not end in a linear layer"),
     ],
 )
-def test_timm_refusals(spec: str, image_shape: ImageShape, message: str) -> None:
+def test_timm_refusals(spec: str, input_shape: InputShape, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        build(spec, image_shape, 10)
+        build(spec, input_shape, 10)
     assert "\n" not in str(caught.value)
 
 
@@ -457,23 +457,23 @@ class Reordering(nn.Module):
         return logits
 
 
-def attention(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def attention(input_shape: InputShape, num_classes: int) -> nn.Module:
     return Attention(num_classes, need_weights=False)
 
 
-def attention_weights(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def attention_weights(input_shape: InputShape, num_classes: int) -> nn.Module:
     return Attention(num_classes, need_weights=True)
 
 
-def tied(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def tied(input_shape: InputShape, num_classes: int) -> nn.Module:
     return Tied(num_classes)
 
 
-def reordering(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def reordering(input_shape: InputShape, num_classes: int) -> nn.Module:
     return Reordering(num_classes)
 
 
-def frozen(image_shape: ImageShape, num_classes: int) -> nn.Module:
+def frozen(input_shape: InputShape, num_classes: int) -> nn.Module:
     """Its first layer is random and stays so."""
     first = nn.Linear(64, 16).requires_grad_(False)
     return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, num_classes))
@@ -562,7 +562,7 @@ def test_what_is_not_trained_is_the_same_in_every_network() -> None:
 
 
 def test_a_network_with_frozen_layers_has_maps() -> None:
-    def factory(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def factory(input_shape: InputShape, num_classes: int) -> nn.Module:
         first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)).requires_grad_(False)
         return nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes))
 
@@ -595,8 +595,8 @@ def test_a_network_with_nothing_to_train_is_refused() -> None:
 
 def test_the_identity_says_what_is_frozen() -> None:
     def factory(scale: float) -> Factory:
-        def build(image_shape: ImageShape, num_classes: int) -> nn.Module:
-            network = frozen(image_shape, num_classes)
+        def build(input_shape: InputShape, num_classes: int) -> nn.Module:
+            network = frozen(input_shape, num_classes)
             nn.init.constant_(network.get_parameter("1.weight"), scale)
             return network
 
@@ -626,7 +626,7 @@ def test_a_callable_must_build_a_fresh_module_each_time() -> None:
     module = tiny(DIGITS, 3)
     before = {name: value.clone() for name, value in module.state_dict().items()}
 
-    def same(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def same(input_shape: InputShape, num_classes: int) -> nn.Module:
         return module
 
     functional = Functional(same, DIGITS, 3)
@@ -669,8 +669,8 @@ def test_a_buffer_made_in_the_first_pass_is_refused() -> None:
 
 
 def test_a_module_that_cannot_be_copied_is_refused() -> None:
-    def factory(image_shape: ImageShape, num_classes: int) -> nn.Module:
-        network = tiny(image_shape, num_classes)
+    def factory(input_shape: InputShape, num_classes: int) -> nn.Module:
+        network = tiny(input_shape, num_classes)
         network.derived = network.get_parameter("0.weight") * 2
         return network
 
@@ -777,7 +777,7 @@ def test_maps_are_what_the_activations_put_out(spec: str, train: bool) -> None:
         (tiny, DIGITS, [6]),
     ],
 )
-def test_every_network_with_activations_of_images_has_maps(spec: str, shape: ImageShape, sizes: list[int]) -> None:
+def test_every_network_with_activations_of_images_has_maps(spec: str, shape: InputShape, sizes: list[int]) -> None:
     functional = Functional(spec, shape, 3)
     functional.require_maps()
     with Rng(0).forked("dropout"):
@@ -826,8 +826,8 @@ def test_a_call_that_fails_leaves_no_maps_behind() -> None:
     assert len(functional.maps(*weights, images(CIFAR))[0]) == 2
 
 
-def counting_maps(image_shape: ImageShape, num_classes: int) -> nn.Module:
-    layers = [nn.Conv2d(image_shape[0], 2, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+def counting_maps(input_shape: InputShape, num_classes: int) -> nn.Module:
+    layers = [nn.Conv2d(input_shape[0], 2, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return Counting(*layers, nn.Linear(2, num_classes))
 
 

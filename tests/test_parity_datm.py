@@ -94,7 +94,7 @@ def test_the_beginning_and_every_step_agree(monkeypatch: pytest.MonkeyPatch) -> 
     epochs = RECORDED["start_epochs"].tolist()
     monkeypatch.setattr(torch, "randperm", lambda n, **k: next(orders) if n == 9 else randperm(n, **k))
     monkeypatch.setattr(Augment, "sample", lambda *_, **__: next(drawn))
-    monkeypatch.setattr(TrajectoryMatching, "piece", lambda self, ctx, step, part: (step, epochs[step]))
+    monkeypatch.setattr(TrajectoryMatching, "sample_segment", lambda self, ctx, step, part: (step, epochs[step]))
     updates = 0
     for step, updated in enumerate(RECORDED["updated"].tolist()):
         before, lr = state.syn.latents.detach().clone(), log_lr.exp().item()

@@ -30,7 +30,7 @@ def begin(adjoint: Adjoint, patch: pytest.MonkeyPatch) -> tuple[TESLA, Context, 
     start = RECORDED["initial"]
     ctx = context(start, CLASSES, HYPER["network"], HYPER["ipc"], augment=HYPER["augment"], experts=Experts())
     patch.setattr(Context, "initial", lambda *_: (start, CLASSES))
-    patch.setattr(TrajectoryMatching, "piece", lambda self, ctx, step, part: (step, 0))
+    patch.setattr(TrajectoryMatching, "sample_segment", lambda self, ctx, step, part: (step, 0))
     patch.setattr(Augment, "sample", lambda *_, **__: next(drawn))
     patch.setattr(torch, "randperm", lambda n, **k: next(orders) if n == len(start) else randperm(n, **k))
     method = TESLA(

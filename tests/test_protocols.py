@@ -42,7 +42,7 @@ def make_set(arrays: Arrays, *, val_fraction: float = 0.25, lr: Any = None, kind
             "name": arrays.name,
             "fingerprint": arrays.fingerprint["train"],
             "classes": list(arrays.classes),
-            "image_shape": list(arrays.image_shape),
+            "input_shape": list(arrays.input_shape),
         },
         transform={"kind": "none"},
         recipe={"split": {"val_fraction": val_fraction, "seed": 0}, "transform": "none"},

@@ -141,8 +141,8 @@ def test_values_and_gradients_are_those_of_the_twin_step_by_step(augment: str) -
 
 
 def test_a_network_from_elsewhere_is_taken_apart_at_its_last_layer() -> None:
-    def factory(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        size = math.prod(image_shape)
+    def factory(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        size = math.prod(input_shape)
         return nn.Sequential(nn.Flatten(), nn.Linear(size, 4), nn.Softplus(), nn.Linear(4, num_classes, bias=False))
 
     ctx = context()

@@ -256,7 +256,7 @@ def test_the_bytes_of_a_published_row_are_those_of_a_set_of_ours(tmp_path: Path)
     syn = condense.distill("random", dataset="digits", network="mlp", ipc=10, out=tmp_path / "run", device="cpu")
     from condense.eval.report.page import _published_bytes
 
-    assert _published_bytes(syn.origin.image_shape, 10, 10, "hard") == sum(syn.cost())
+    assert _published_bytes(syn.origin.input_shape, 10, 10, "hard") == sum(syn.cost())
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_agrees_with_the_slow_twin_step_by_step(objective: Any, pixel_map: bool,
     def networks(step: int) -> Sequence[nn.Module]:
         made = []
         for k in range(3):
-            network = build(NETWORK, task.image_shape, 3).double()
+            network = build(NETWORK, task.input_shape, 3).double()
             network.load_state_dict(gaussian(task.network, draws, step, k).params)
             made.append(Embed(network))
         return made
@@ -188,12 +188,12 @@ def test_the_map_of_pixels_is_folded_into_the_stored_images() -> None:
 
 
 def test_a_map_that_cannot_be_folded_is_refused() -> None:
-    reason = RFAD(pixel_map=True).conflict(Factor(), Hard(), "channel")
+    reason = RFAD(pixel_map=True).incompatibility(Factor(), Hard(), "channel")
     assert reason is not None and "factor" in reason and reason.endswith("; give pixel_map=False")
-    assert RFAD(pixel_map=True).conflict(Pixels(), Hard(), "channel") is None
-    reason = RFAD(pixel_map=True, clamp=True).conflict(Pixels(), Hard(), "channel")
+    assert RFAD(pixel_map=True).incompatibility(Pixels(), Hard(), "channel") is None
+    reason = RFAD(pixel_map=True, clamp=True).incompatibility(Pixels(), Hard(), "channel")
     assert reason is not None and reason.endswith("; give clamp=False")
-    assert RFAD(clamp=True).conflict(Factor(), Hard(), "channel") is None
+    assert RFAD(clamp=True).incompatibility(Factor(), Hard(), "channel") is None
 
 
 def test_a_run_with_all_that_it_can_learn_resumes_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from condense.synthetic import (
 from condense.synthetic.labels import Assigned
 
 ORIGIN = Origin(
-    dataset={"name": "tiny", "fingerprint": "f", "classes": ["a", "b", "c"], "image_shape": [1, 8, 8]},
+    dataset={"name": "tiny", "fingerprint": "f", "classes": ["a", "b", "c"], "input_shape": [1, 8, 8]},
     transform={"kind": "none"},
     training={"num_epochs": 1},
 )

@@ -85,7 +85,7 @@ class Arrays:
         return len(self.classes)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.x_train.shape[1:]
         return channels, height, width
 

@@ -33,11 +33,11 @@ class Images:
         raw = torch.from_numpy(np.require(array, requirements="W")).to(device)
         return cls(raw, torch.arange(len(raw), device=device), Identity())
 
-    def part(self, index: Tensor) -> Images:
+    def subset(self, index: Tensor) -> Images:
         """The images at ``index`` (K,), over the same memory."""
         return replace(self, rows=self.rows[index.to(self.device)])
 
-    def through(self, transform: Transform) -> Images:
+    def with_transform(self, transform: Transform) -> Images:
         """These images, with pixels in [0, 1], in another space.
 
         What is not pointwise is done here and kept in float32: a matrix product a draw would cost more than all

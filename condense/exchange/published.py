@@ -66,7 +66,7 @@ _LABELS: dict[Meaning, Labels] = {
 
 
 @dataclass(frozen=True)
-class Foreign:
+class External:
     """Labelled images of unknown origin."""
 
     layout: str
@@ -91,7 +91,7 @@ def is_foreign(path: Path) -> bool:
     return path.suffix in (".npz", ".pt", ".pth")
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> External:
     """Find out the layout of a file or folder, and read it.
 
     Raises:
@@ -123,7 +123,7 @@ def read(path: Path) -> Foreign:
 
 
 def as_set(
-    found: Foreign, arrays: Arrays, transform: Transform, spec: str, *, decode: Decode = Pixels()
+    found: External, arrays: Arrays, transform: Transform, spec: str, *, decode: Decode = Pixels()
 ) -> SyntheticSet:
     """A set of ours from published images.
 
@@ -139,9 +139,9 @@ def as_set(
         ValueError: other image shape, or classes that the data set does not have.
     """
     shape, num = tuple(found.images.shape[1:]), arrays.num_classes
-    if shape != arrays.image_shape:
+    if shape != arrays.input_shape:
         raise ValueError(
-            f"images of shape {shape}, {arrays.name} has {arrays.image_shape}; give {spelt('dataset')} with the data "
+            f"images of shape {shape}, {arrays.name} has {arrays.input_shape}; give {spelt('dataset')} with the data "
             "they are of"
         )
     labels, soft = found.labels, found.meaning != "classes"
@@ -163,7 +163,7 @@ def as_set(
             "name": arrays.name,
             "fingerprint": arrays.fingerprint["train"],
             "classes": list(arrays.classes),
-            "image_shape": list(arrays.image_shape),
+            "input_shape": list(arrays.input_shape),
         },
         transform=transform.describe(),
         recipe={
@@ -264,7 +264,7 @@ def _warn_of_absent(classes: Tensor, arrays: Arrays) -> None:
         )
 
 
-def _warn_of_other_space(found: Foreign, transform: Transform, spec: str) -> None:
+def _warn_of_other_space(found: External, transform: Transform, spec: str) -> None:
     low, high = float(found.images.min()), float(found.images.max())
     if found.space == "transformed" and low >= 0 and transform.describe()["kind"] != "none":
         warnings.warn(
@@ -284,7 +284,7 @@ def _load(path: Path) -> Any:
     return read_foreign(path, holds="tensors", mend="tensors", allowed=scalars)
 
 
-def _pair(value: Any, path: Path, layout: str, space: Space, lr: float | None = None) -> Foreign:
+def _pair(value: Any, path: Path, layout: str, space: Space, lr: float | None = None) -> External:
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(x, Tensor) for x in value):
         raise ValueError(
             f"{path} has no pair of images and labels as the layout `{layout}` has it; save the two tensors as a list"
@@ -301,7 +301,7 @@ def _plain(tensor: Tensor, path: Path) -> Array:
     return numpy_of(f"a tensor in {path}", tensor)
 
 
-def _read_images_file(path: Path) -> Foreign:
+def _read_images_file(path: Path) -> External:
     tail = path.name.removeprefix("images")
     labels, rate = path.with_name("labels" + tail), path.with_name("lr" + tail)
     lr = _rate(_load(rate), rate) if rate.exists() else None
@@ -324,7 +324,7 @@ def _rate(value: Any, path: Path) -> float:
     return number
 
 
-def _read_npz(path: Path) -> Foreign:
+def _read_npz(path: Path) -> External:
     arrays, names = read_npz(path, (*_IMAGE_KEYS, *_LABEL_KEYS, "origin"))
     images = next((arrays[key] for key in _IMAGE_KEYS if key in arrays), None)
     labels = next((arrays[key] for key in _LABEL_KEYS if key in arrays), None)
@@ -340,7 +340,7 @@ def _read_npz(path: Path) -> Foreign:
     return _checked(images, labels, path, "npz", "pixels", meaning=_meaning_of(text))
 
 
-def _read_folder(path: Path) -> Foreign:
+def _read_folder(path: Path) -> External:
     folders = _image_folders(path)
     if not folders:
         raise ValueError(f"{path} has no folders of images: CLASS/*.png or CLASS/*.jpg; give such a folder")
@@ -391,7 +391,7 @@ def _checked(
     *,
     meaning: Meaning | None = None,
     classes: tuple[str, ...] = (),
-) -> Foreign:
+) -> External:
     """Args: ``meaning`` as the file says it of labels of two axes, None where it does not."""
     if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not images.size:
         raise ValueError(
@@ -421,11 +421,11 @@ def _checked(
             )
         if np.abs(labels.astype(np.float64)).max() > 2**53:
             raise ValueError(f"{path}: labels up to {labels.max():g} are no classes; give 0..C-1")
-        return Foreign(layout, found, torch.from_numpy(labels.astype(np.int64)), "classes", space, lr, classes)
+        return External(layout, found, torch.from_numpy(labels.astype(np.int64)), "classes", space, lr, classes)
     soft = torch.from_numpy(labels.astype(np.float32))
     if not soft.isfinite().all():
         raise ValueError(f"{path} holds labels beyond float32; get it again")
-    return Foreign(layout, found, soft, meaning or _meaning(soft, path), space, lr, classes)
+    return External(layout, found, soft, meaning or _meaning(soft, path), space, lr, classes)
 
 
 def _meaning(labels: Tensor, path: Path) -> Meaning:

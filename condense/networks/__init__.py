@@ -1,8 +1,8 @@
 """Networks by name, and as pure functions of their weights."""
 
-from condense.networks.base import ImageShape as ImageShape
+from condense.networks.base import InputShape as InputShape
 from condense.networks.base import Network as Network
-from condense.networks.foreign import Factory as Factory
+from condense.networks.external import Factory as Factory
 from condense.networks.functional import Functional as Functional
 from condense.networks.functional import Weights as Weights
 from condense.networks.registry import NetworkSpec as NetworkSpec

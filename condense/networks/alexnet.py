@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network, extra_padding, make_norm, too_small
+from condense.networks.base import InputShape, Network, extra_padding, make_norm, too_small
 
 
 class AlexNet(Network):
@@ -18,14 +18,14 @@ class AlexNet(Network):
         ValueError: images under 8x8.
     """
 
-    def __init__(self, image_shape: ImageShape, num_classes: int, *, norm: Literal["none", "batch"] = "none") -> None:
+    def __init__(self, input_shape: InputShape, num_classes: int, *, norm: Literal["none", "batch"] = "none") -> None:
         super().__init__()
-        channels, *sides = image_shape
+        channels, *sides = input_shape
         if min(sides) < 8:
             raise too_small(
-                "alexnet", image_shape, "its three poolings need 8x8", "use larger images, or convnet or mlp"
+                "alexnet", input_shape, "its three poolings need 8x8", "use larger images, or convnet or mlp"
             )
-        extra = extra_padding(image_shape)
+        extra = extra_padding(input_shape)
         height, width = ((side + 2 * extra) // 8 for side in sides)
         layers: list[nn.Module] = []
         for outputs, kernel, padding, pool in (

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ImageShape = tuple[int, int, int]
+InputShape = tuple[int, int, int]
 """(channels, height, width)"""
 
 Norm = Literal["instance", "batch", "none"]
@@ -40,9 +40,9 @@ class Network(nn.Module, ABC):
         return logits
 
 
-def extra_padding(image_shape: ImageShape) -> int:
+def extra_padding(input_shape: InputShape) -> int:
     """What the field's networks pad more at their first convolution: 2 for 28x28 gray images, as if 32x32."""
-    return 2 if tuple(image_shape) == (1, 28, 28) else 0
+    return 2 if tuple(input_shape) == (1, 28, 28) else 0
 
 
 class InstanceNorm(nn.GroupNorm):
@@ -103,7 +103,7 @@ def make_norm(kind: Norm, channels: int) -> nn.Module:
             return nn.Identity()
 
 
-def too_small(network: str, image_shape: ImageShape, why: str, remedy: str) -> ValueError:
+def too_small(network: str, input_shape: InputShape, why: str, remedy: str) -> ValueError:
     """The error of a network that cannot take images of this size."""
-    _, height, width = image_shape
+    _, height, width = input_shape
     return ValueError(f"{network} cannot take {height}x{width} images: {why}; {remedy}")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, LayerNorm, Network, QuickBatchNorm, extra_padding, make_norm, too_small
+from condense.networks.base import InputShape, LayerNorm, Network, QuickBatchNorm, extra_padding, make_norm, too_small
 
 Activation = Literal["relu", "sigmoid", "leakyrelu", "swish", "softplus"]
 Norm = Literal["instance", "batch", "layer", "group", "none", "batch-before"]
@@ -28,7 +28,7 @@ class ConvNet(Network):
 
     def __init__(
         self,
-        image_shape: ImageShape,
+        input_shape: InputShape,
         num_classes: int,
         *,
         depth: int = 3,
@@ -39,13 +39,13 @@ class ConvNet(Network):
         widen: bool = False,
     ) -> None:
         super().__init__()
-        extra = extra_padding(image_shape)
-        channels, height, breadth = image_shape[0], image_shape[1] + 2 * extra, image_shape[2] + 2 * extra
+        extra = extra_padding(input_shape)
+        channels, height, breadth = input_shape[0], input_shape[1] + 2 * extra, input_shape[2] + 2 * extra
         fitting = min(height, breadth).bit_length() - 1
         if pooling != "none" and depth > fitting:
             raise too_small(
                 f"convnet:depth={depth}",
-                image_shape,
+                input_shape,
                 "each block halves the maps and the last would have no pixel left",
                 f"give depth={fitting} or less, or pooling=none" if fitting else "give pooling=none",
             )

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condense.files import canonical_json, checksum
 from condense.names import spelt
-from condense.networks.base import ACTIVATIONS, ImageShape, Network
-from condense.networks.foreign import Factory
+from condense.networks.base import ACTIVATIONS, InputShape, Network
+from condense.networks.external import Factory
 from condense.networks.registry import NetworkSpec, build, from_here, name_of, parse, require_moderate
 from condense.rng import Rng
 
@@ -42,7 +42,7 @@ class Functional:
 
     Args:
         spec: what ``build`` takes.
-        image_shape: (channels, height, width).
+        input_shape: (channels, height, width).
         num_classes: the number of logits.
         device: of the weights that ``init`` makes, and of the calls.
         dtype: of the same.
@@ -54,18 +54,18 @@ class Functional:
     def __init__(
         self,
         spec: str | NetworkSpec | Factory,
-        image_shape: ImageShape,
+        input_shape: InputShape,
         num_classes: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._spec = parse(spec) if isinstance(spec, str) else spec
         self.name = name_of(self._spec)
-        self.image_shape, self.num_classes = image_shape, num_classes
+        self.input_shape, self.num_classes = input_shape, num_classes
         self.device, self.dtype = torch.device(device), dtype
-        require_moderate(self._spec, image_shape, num_classes)
+        require_moderate(self._spec, input_shape, num_classes)
         with Rng(0).forked("architecture"):
-            network = build(self._spec, image_shape, num_classes).to(self.device, self.dtype)
+            network = build(self._spec, input_shape, num_classes).to(self.device, self.dtype)
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
         """Shapes of the parameters that are trained, in the order of ``flatten``."""
         if not self.shapes:
@@ -99,7 +99,7 @@ class Functional:
     def flops(self) -> float:
         """Floating-point operations of one image's forward and backward pass, in matrix products and convolutions."""
         with FlopCounterMode(display=False) as counter:
-            self._eval(torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), False)
+            self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
 
     def identity(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Functional:
             ValueError: as ``build`` does.
         """
         with rng.forked(name, step, unit):
-            network = build(self._spec, self.image_shape, self.num_classes)
+            network = build(self._spec, self.input_shape, self.num_classes)
         found = dict(network.to(self.device, self.dtype).named_parameters())
         return Weights(
             {key: found[key].detach() for key in self.shapes},
@@ -136,7 +136,7 @@ class Functional:
         x: Tensor,
         train: bool = True,
         update_buffers: bool = False,
-        kept: Tensor | None = None,
+        feature_mask: Tensor | None = None,
     ) -> Tensor:
         """Images (N, C, H, W) to logits (N, num_classes).
 
@@ -145,9 +145,9 @@ class Functional:
             x: images.
             train: BatchNorm takes its statistics from the batch (else from ``buffers``) and dropout is on.
             update_buffers: in training mode, update the tensors of ``buffers`` in place, else never.
-            kept: (N, F), what the features are multiplied by before the final linear layer; None: nothing.
+            feature_mask: (N, F), what the features are multiplied by before the final linear layer; None: nothing.
         """
-        return self._call(False, params, buffers, x, train, update_buffers, kept)
+        return self._call(False, params, buffers, x, train, update_buffers, feature_mask)
 
     def features(
         self,
@@ -183,7 +183,7 @@ class Functional:
     def require_maps(self) -> None:
         """Raise ValueError where ``maps`` would."""
         frozen = {name: p.to("meta") for name, p in self._frozen.items()}
-        self.maps(frozen, {}, torch.empty(2, *self.image_shape, device="meta", dtype=self.dtype), train=False)
+        self.maps(frozen, {}, torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), train=False)
 
     @cached_property
     def _mapped(self) -> dict[bool, _Mapped]:
@@ -199,13 +199,13 @@ class Functional:
         x: Tensor,
         train: bool,
         update_buffers: bool,
-        kept: Tensor | None = None,
+        feature_mask: Tensor | None = None,
     ) -> Tensor:
         if not update_buffers:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         skeleton = (self._tracking if update_buffers else self._train) if train else self._eval
         with self._attention():
-            output: Tensor = functional_call(skeleton, self._weights(params, buffers), (x, embed, kept))
+            output: Tensor = functional_call(skeleton, self._weights(params, buffers), (x, embed, feature_mask))
         return output
 
     def _weights(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,10 +246,12 @@ class _Skeleton(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, embed: bool, kept: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embed: bool, feature_mask: Tensor | None = None) -> Tensor:
         if embed:
             return self.network.embed(x)
-        output: Tensor = self.network(x) if kept is None else self.network.classifier(self.network.embed(x) * kept)
+        output: Tensor = (
+            self.network(x) if feature_mask is None else self.network.classifier(self.network.embed(x) * feature_mask)
+        )
         return output
 
 

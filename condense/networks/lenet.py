@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network, extra_padding, too_small
+from condense.networks.base import InputShape, Network, extra_padding, too_small
 
 
 class LeNet(Network):
@@ -16,17 +16,17 @@ class LeNet(Network):
         ValueError: images under 16x16.
     """
 
-    def __init__(self, image_shape: ImageShape, num_classes: int) -> None:
+    def __init__(self, input_shape: InputShape, num_classes: int) -> None:
         super().__init__()
-        channels, *sides = image_shape
+        channels, *sides = input_shape
         if min(sides) < 16:
             raise too_small(
                 "lenet",
-                image_shape,
+                input_shape,
                 "two unpadded 5x5 convolutions and two poolings need 16x16",
                 "use larger images, or convnet or mlp",
             )
-        extra = extra_padding(image_shape)
+        extra = extra_padding(input_shape)
         height, width = (((side + 2 * extra - 4) // 2 - 4) // 2 for side in sides)
         self.features = nn.Sequential(
             *(nn.Conv2d(channels, 6, 5, padding=extra), nn.ReLU(), nn.MaxPool2d(2)),

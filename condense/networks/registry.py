@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from condense.networks.alexnet import AlexNet
-from condense.networks.base import ImageShape, Network
+from condense.networks.base import InputShape, Network
 from condense.networks.convnet import ConvNet
-from condense.networks.foreign import LIBRARIES, Factory, from_callable
+from condense.networks.external import LIBRARIES, Factory, from_callable
 from condense.networks.lenet import LeNet
 from condense.networks.mlp import MLP
 from condense.networks.resnet import ResNet18
@@ -102,32 +102,32 @@ def from_here(spec: str | NetworkSpec | Factory) -> bool:
     return isinstance(spec, str | NetworkSpec) and parse(spec).name in _NETWORKS
 
 
-def require_moderate(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classes: int) -> None:
+def require_moderate(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> None:
     """Raise ValueError where a network of this package would have more than ``MAX_PARAMS`` parameters."""
     if isinstance(spec, str | NetworkSpec) and from_here(spec):
-        if _num_params(str(parse(spec)), tuple(image_shape), num_classes) > MAX_PARAMS:
+        if _num_params(str(parse(spec)), tuple(input_shape), num_classes) > MAX_PARAMS:
             raise ValueError(
                 f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_classes} classes of images of "
-                f"shape {tuple(image_shape)}: that is the limit; give a smaller width or depth"
+                f"shape {tuple(input_shape)}: that is the limit; give a smaller width or depth"
             )
 
 
 @functools.lru_cache(maxsize=64)
-def _num_params(spec: str, image_shape: ImageShape, num_classes: int) -> float:
+def _num_params(spec: str, input_shape: InputShape, num_classes: int) -> float:
     """Counted on a network without memory; infinite where torch cannot say the shapes."""
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in build(spec, image_shape, num_classes).parameters())
+            return sum(p.numel() for p in build(spec, input_shape, num_classes).parameters())
     except (OverflowError, RuntimeError, TypeError):
         return math.inf
 
 
-def build(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classes: int) -> Network:
+def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> Network:
     """A fresh network on the CPU. Its weights come from the global generator: call under ``Rng.forked``.
 
     Args:
-        spec: a name with options, or ``factory(image_shape, num_classes) -> nn.Module``.
-        image_shape: (channels, height, width).
+        spec: a name with options, or ``factory(input_shape, num_classes) -> nn.Module``.
+        input_shape: (channels, height, width).
         num_classes: the number of logits.
 
     Raises:
@@ -136,14 +136,14 @@ def build(spec: str | NetworkSpec | Factory, image_shape: ImageShape, num_classe
     if isinstance(spec, nn.Module):
         raise ValueError(
             f"network={type(spec).__name__}(...) is one network: experiments need fresh ones; "
-            "give a callable of (image_shape, num_classes) that builds it"
+            "give a callable of (input_shape, num_classes) that builds it"
         )
     if not isinstance(spec, str | NetworkSpec):
-        return from_callable(name_of(spec), spec, image_shape, num_classes)
+        return from_callable(name_of(spec), spec, input_shape, num_classes)
     spec = parse(spec)
     if spec.name not in _NETWORKS:
-        return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, image_shape, num_classes)
-    return _NETWORKS[spec.name](image_shape, num_classes, **spec.options)
+        return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, input_shape, num_classes)
+    return _NETWORKS[spec.name](input_shape, num_classes, **spec.options)
 
 
 def name_of(spec: str | NetworkSpec | Factory) -> str:

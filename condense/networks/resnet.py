@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network, Norm, make_norm, too_small
+from condense.networks.base import InputShape, Network, Norm, make_norm, too_small
 
 
 class ResNet18(Network):
@@ -22,26 +22,26 @@ class ResNet18(Network):
 
     def __init__(
         self,
-        image_shape: ImageShape,
+        input_shape: InputShape,
         num_classes: int,
         *,
         norm: Literal["instance", "batch"] = "instance",
         ap: bool = False,
     ) -> None:
         super().__init__()
-        channels, *sides = image_shape
+        channels, *sides = input_shape
         height, width = (side // 8 if ap else -(-side // 8) for side in sides)
         if min(height, width) < 1:
             raise too_small(
                 "resnet18:ap=true",
-                image_shape,
+                input_shape,
                 "its three poolings need 8x8",
                 "use larger images, or ap=false",
             )
         if norm == "instance" and height * width == 1:
             raise too_small(
                 "resnet18",
-                image_shape,
+                input_shape,
                 "its last maps have a single pixel, which instance norm makes constant",
                 "use larger images, or norm=batch",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, Network, Norm, extra_padding, make_norm, too_small
+from condense.networks.base import InputShape, Network, Norm, extra_padding, make_norm, too_small
 
 # Simonyan and Zisserman (2015), table 1, column A: output channels of the convolutions between poolings.
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -19,19 +19,19 @@ class VGG11(Network):
 
     def __init__(
         self,
-        image_shape: ImageShape,
+        input_shape: InputShape,
         num_classes: int,
         *,
         norm: Norm = "instance",
     ) -> None:
         super().__init__()
-        extra = extra_padding(image_shape)
-        channels, *sides = image_shape
+        extra = extra_padding(input_shape)
+        channels, *sides = input_shape
         height, width = ((side + 2 * extra) // 32 for side in sides)
         if min(height, width) < 1:
             raise too_small(
                 "vgg11",
-                image_shape,
+                input_shape,
                 "its five poolings need 32x32",
                 "use larger images, or convnet or alexnet",
             )

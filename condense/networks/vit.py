@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from condense.networks.base import ImageShape, LayerNorm, Network
+from condense.networks.base import InputShape, LayerNorm, Network
 
 
 class ViT(Network):
@@ -19,7 +19,7 @@ class ViT(Network):
     """
 
     def __init__(
-        self, image_shape: ImageShape, num_classes: int, *, depth: int = 6, width: int = 192, heads: int = 3
+        self, input_shape: InputShape, num_classes: int, *, depth: int = 6, width: int = 192, heads: int = 3
     ) -> None:
         super().__init__()
         if width % heads:
@@ -27,7 +27,7 @@ class ViT(Network):
                 f"vit:heads={heads} cannot take width={width}: every head has an equal share of it; "
                 f"give width={width + -width % heads}"
             )
-        channels, *sides = image_shape
+        channels, *sides = input_shape
         patch = max(2, round(min(sides) / 8))
         rows, columns = (-(-side // patch) for side in sides)
         top, left = ((-side % patch + 1) // 2 for side in sides)

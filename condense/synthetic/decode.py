@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from condense.names import spelt
 from condense.schema import Checked
 
-ImageShape = tuple[int, int, int]
+InputShape = tuple[int, int, int]
 """(channels, height, width)"""
 
 
@@ -35,7 +35,7 @@ class Decode(Checked, ABC):
         """Images decoded from one latent."""
         return 1
 
-    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
         """Latents of a class that the floats of ``ipc`` images buy.
 
         Raises:
@@ -44,7 +44,7 @@ class Decode(Checked, ABC):
         return ipc
 
     @abstractmethod
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """The decoder: ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, C, H, W)``, copy-major:
         image ``k * N + i`` is copy k of latent i.
 
@@ -71,7 +71,7 @@ class Pixels(Decode):
     name: ClassVar[str] = "pixels"
     stores_pixels: ClassVar[bool] = True
 
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         return _AsTheyAre()
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
@@ -111,8 +111,8 @@ class Factor(Decode):
         rows = torch.cat(list(torch.cat(list(grid.unbind(1)), dim=-1).unbind(0)), dim=-2)
         return rows[..., :h, :w].contiguous()
 
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
-        return _Crops(self.factor, image_shape[-2:])
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _Crops(self.factor, input_shape[-2:])
 
 
 class _Crops(nn.Module):
@@ -144,13 +144,13 @@ class DCT(Decode):
         if self.coefficients is not None and self.coefficients < 1:
             raise ValueError(f"decode.coefficients must be at least 1, got {self.coefficients}; try 64")
 
-    def kept(self, image_shape: ImageShape) -> int:
+    def kept(self, input_shape: InputShape) -> int:
         """``coefficients`` for images of this shape.
 
         Raises:
             ValueError: more than there are pixels.
         """
-        pixels = math.prod(image_shape[1:])
+        pixels = math.prod(input_shape[1:])
         if self.coefficients is None:
             return max(1, pixels // 16)
         if self.coefficients > pixels:
@@ -160,11 +160,11 @@ class DCT(Decode):
             )
         return self.coefficients
 
-    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
-        return ipc * math.prod(image_shape[1:]) // self.kept(image_shape)
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        return ipc * math.prod(input_shape[1:]) // self.kept(input_shape)
 
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
-        return _Frequencies(image_shape[1:], num_classes, self.kept(image_shape))
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _Frequencies(input_shape[1:], num_classes, self.kept(input_shape))
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, _Frequencies)
@@ -236,8 +236,8 @@ class Bases(Decode):
         if self.num_bases < 1:
             raise ValueError(f"decode.num_bases must be at least 1, got {self.num_bases}; try 16")
 
-    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
-        basis, budget = math.prod(_halved(image_shape)), ipc * num_classes * math.prod(image_shape)
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        basis, budget = math.prod(_halved(input_shape)), ipc * num_classes * math.prod(input_shape)
         rows = (budget - self.num_bases * basis) // (num_classes * self.num_bases)
         if rows < 1:
             raise ValueError(
@@ -247,8 +247,8 @@ class Bases(Decode):
             )
         return rows
 
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
-        return _Bases(self.num_bases, image_shape)
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _Bases(self.num_bases, input_shape)
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, _Bases)
@@ -267,19 +267,19 @@ class Bases(Decode):
 
 
 class _Bases(nn.Module):
-    def __init__(self, num_bases: int, image_shape: ImageShape) -> None:
+    def __init__(self, num_bases: int, input_shape: InputShape) -> None:
         super().__init__()
-        self.size = image_shape[1:]
-        self.bases = nn.Parameter(torch.zeros(num_bases, *_halved(image_shape)))
+        self.size = input_shape[1:]
+        self.bases = nn.Parameter(torch.zeros(num_bases, *_halved(input_shape)))
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
         bases = F.interpolate(self.bases, size=self.size, mode="bilinear", align_corners=False)
         return torch.einsum("nk,kchw->nchw", latents, bases)
 
 
-def _halved(image_shape: ImageShape) -> ImageShape:
+def _halved(input_shape: InputShape) -> InputShape:
     """Half the resolution, rounded up."""
-    channels, height, width = image_shape
+    channels, height, width = input_shape
     return channels, -(-height // 2), -(-width // 2)
 
 
@@ -303,13 +303,13 @@ class Hallucinator(Decode):
     def expansion(self) -> int:
         return self.num_styles
 
-    def latents_per_class(self, ipc: int, image_shape: ImageShape, num_classes: int) -> int:
-        if min(image_shape[1:]) < 3:
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        if min(input_shape[1:]) < 3:
             raise ValueError(f"{self.name} needs images of at least 3 x 3 pixels; give {spelt('decode', 'pixels')}")
         return ipc
 
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
-        return _Styles(self.num_styles, image_shape)
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _Styles(self.num_styles, input_shape)
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, _Styles)
@@ -327,9 +327,9 @@ _DIFFERENCE = 0.2
 class _Styles(nn.Module):
     """All styles at once: as groups of channels."""
 
-    def __init__(self, num_styles: int, image_shape: ImageShape) -> None:
+    def __init__(self, num_styles: int, input_shape: InputShape) -> None:
         super().__init__()
-        channels, height, width = image_shape
+        channels, height, width = input_shape
         self.num_styles, rows = num_styles, num_styles * channels
         nothing = nn.init.dirac_(torch.empty(channels, channels, 3, 3)).repeat(num_styles, 1, 1, 1)
         self.kernels, self.bias = nn.Parameter(nothing.clone()), nn.Parameter(torch.zeros(rows))

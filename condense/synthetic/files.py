@@ -115,8 +115,8 @@ def _skeleton(
         shape = tuple(syn.decoder(syn.latents[:1], syn.classes[:1]).shape[1:])
     except (RuntimeError, IndexError) as error:  # torch's word for shapes that do not go together
         raise ValueError(f"the decoder {decode.name} does not take latents of shape {tuple(latents.shape)}") from error
-    if shape != origin.image_shape:
-        raise ValueError(f"images of shape {shape}, the data set has {origin.image_shape}")
+    if shape != origin.input_shape:
+        raise ValueError(f"images of shape {shape}, the data set has {origin.input_shape}")
     return syn
 
 
@@ -140,13 +140,13 @@ def _check_values(syn: SyntheticSet) -> None:
 
 def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError where the images, or what makes them, would take far more memory than what is stored."""
-    if not decode.stores_pixels and max(origin.image_shape) > LONGEST_SIDE:
+    if not decode.stores_pixels and max(origin.input_shape) > LONGEST_SIDE:
         raise ValueError(
-            f"images of shape {brief(origin.image_shape)} have a side of more than {LONGEST_SIDE}, the most that the "
+            f"images of shape {brief(origin.input_shape)} have a side of more than {LONGEST_SIDE}, the most that the "
             f"decoder {decode.name} makes"
         )
     images = num_latents * decode.expansion
-    size = images * math.prod(origin.image_shape) * tensors["latents"].itemsize
+    size = images * math.prod(origin.input_shape) * tensors["latents"].itemsize
     stored = sum(tensor.nbytes for tensor in tensors.values())
     most = max(MOST_DECODED, MOST_EXPANDED * stored)
     if size > most:
@@ -177,6 +177,9 @@ def _choose(fields: Mapping[str, Any], table: Mapping[str, type[T]], where: str)
 def _origin(value: Mapping[str, Any]) -> Origin:
     """What a file says of itself, with everything checked that is looked at later."""
     origin = from_json(Origin, value, "origin")
+    if "image_shape" in origin.dataset:  # as version 0.1 calls it
+        renamed = {"input_shape" if key == "image_shape" else key: item for key, item in origin.dataset.items()}
+        origin = dataclasses.replace(origin, dataset=renamed)
     from_json(_Dataset, origin.dataset, "origin, dataset")
     from_json(_Recipe, origin.recipe, "origin, recipe")
     for artifact in origin.artifacts:
@@ -184,8 +187,8 @@ def _origin(value: Mapping[str, Any]) -> Origin:
     kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
     if kind is not None:
         statistics: object = from_json(kind, origin.transform, "origin, transform")
-        if isinstance(statistics, _Channel) and len(statistics.mean) != origin.image_shape[0]:
-            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.image_shape}")
+        if isinstance(statistics, _Channel) and len(statistics.mean) != origin.input_shape[0]:
+            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.input_shape}")
     return origin
 
 
@@ -207,13 +210,13 @@ class _Dataset:
     name: str
     fingerprint: str
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
 
     def __post_init__(self) -> None:
         if not self.classes:
             raise ValueError("it has no classes")
-        if min(self.image_shape) < 1:
-            raise ValueError(f"image_shape {brief(self.image_shape)} has a side below 1")
+        if min(self.input_shape) < 1:
+            raise ValueError(f"input_shape {brief(self.input_shape)} has a side below 1")
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ class Origin:
         return str(self.recipe.get("method", {}).get("name", ""))
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        c, h, w = self.dataset["image_shape"]
+    def input_shape(self) -> tuple[int, int, int]:
+        c, h, w = self.dataset["input_shape"]
         return (c, h, w)
 
 
@@ -87,7 +87,7 @@ class SyntheticSet(nn.Module):
         self.latents = nn.Parameter(latents.detach().clone())
         self._members: tuple[int, list[Tensor]] | None = None
         if decoder is None:
-            decoder = self.decode.build(origin.image_shape, origin.num_classes).to(latents.device)
+            decoder = self.decode.build(origin.input_shape, origin.num_classes).to(latents.device)
         self.decoder = decoder
         self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
         self.register_buffer("classes", labels.long() if labels.dim() == 1 else labels.argmax(1))

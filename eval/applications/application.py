@@ -49,8 +49,8 @@ class Setting:
         """The training images that the set was made from, and those held out."""
         labels = torch.from_numpy(self.arrays.y_train)
         split = Split(**self.syn.origin.recipe.get("split", {"val_fraction": 0.0}))
-        images = Images.of(self.arrays.x_train, self.device).through(self.transform)
-        train, val = (Labelled(images.part(i), labels[i].to(self.device)) for i in split.indices(labels))
+        images = Images.of(self.arrays.x_train, self.device).with_transform(self.transform)
+        train, val = (Labelled(images.subset(i), labels[i].to(self.device)) for i in split.indices(labels))
         return train, val
 
     @property
@@ -68,11 +68,11 @@ class Setting:
         return int(self.syn.origin.recipe.get("ipc", len(self.syn) // self.arrays.num_classes))
 
     def network(self, name: str) -> Functional:
-        return Functional(name, self.arrays.image_shape, self.arrays.num_classes, self.device)
+        return Functional(name, self.arrays.input_shape, self.arrays.num_classes, self.device)
 
     def scorer(self, network: Functional, plan: Protocol, num_images: int) -> SetScorer:
         """Trains and scores networks under a protocol, for training sets of about so many images."""
-        augment = plan.augment_for(self.arrays.image_shape, self.arrays.strategy)
+        augment = plan.augment_for(self.arrays.input_shape, self.arrays.strategy)
         plan = plan.resolved(num_images, copies=augment.copies)
         return SetScorer(network, plan, settled(self.compute, network, plan, num_images), augment)
 

@@ -57,7 +57,7 @@ class NAS(Application):
         return [f"convnet:width={w},depth={d},norm={n},pooling={p},activation={a}" for w, d, n, p, a in grid]
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        judged, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
+        scored, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
         real_images, real_labels = setting.train.sample(self.max_real, setting.rng("nas")("real"))
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         plan = fixed(self.protocol)
@@ -68,7 +68,7 @@ class NAS(Application):
             rngs = [setting.rng(f"nas/{network.name}", seed) for seed in range(self.num_seeds)]
             for name, (images, labels) in {**proxies, "real": (real_images, real_labels)}.items():
                 scorer = setting.scorer(network, real_plan if name == "real" else plan, len(images))
-                scores = [scorer.score(images, labels, judged.images, judged.labels, [rng])[0] for rng in rngs]
+                scores = [scorer.score(images, labels, scored.images, scored.labels, [rng])[0] for rng in rngs]
                 found[name].append(float(torch.tensor([s.accuracy for s in scores]).mean()))
         truth, rows, record = found["real"], [], {}
         best = max(truth)

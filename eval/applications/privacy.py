@@ -47,17 +47,17 @@ class Privacy(Application):
             raise ValueError("num_members, num_seeds and num_epochs must be at least 1; leave them at their defaults")
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        strangers_from, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
+        others, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
         rng = setting.rng("privacy")
-        num = min(self.num_members, len(setting.train), len(strangers_from))
+        num = min(self.num_members, len(setting.train), len(others))
         members = Labelled(*setting.train.sample(num, rng("members")))
-        strangers = Labelled(*strangers_from.sample(num, rng("strangers")))
+        non_members = Labelled(*others.sample(num, rng("non_members")))
         network, plan = setting.network(self.network), fixed(self.protocol)
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         judge = Scorer(network, setting.compute)
         jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
         nearest = {name: _nearest(setting, images) for name, (_, images, _) in jobs.items()}
-        usual = _nearest(setting, strangers.images[:])
+        usual = _nearest(setting, non_members.images[:])
         jobs["the members themselves"] = real_plan, members.images[:], members.labels
         rows: list[tuple[str, ...]] = []
         record: dict[str, dict[str, list[float]]] = {}
@@ -65,7 +65,7 @@ class Privacy(Application):
             scorer, aucs = setting.scorer(network, training, len(images)), []
             for seed in range(self.num_seeds):
                 weights = scorer.train(images, labels, setting.rng("privacy", seed))
-                aucs.append(membership_auc(_losses(judge, weights, members), _losses(judge, weights, strangers)))
+                aucs.append(membership_auc(_losses(judge, weights, members), _losses(judge, weights, non_members)))
             found = torch.tensor(aucs)
             spread = f" ± {found.std().item():.3f}" if len(aucs) > 1 else ""
             record[name] = {"auc": aucs}
@@ -80,14 +80,14 @@ class Privacy(Application):
             rows,
             f"{num} members against {num} {where} images, n = {self.num_seeds}; real images that are no members lie "
             f"{usual.median().item():.2f} from the nearest (first percentile {usual.quantile(0.01).item():.2f})",
-            {"num_members": num, "strangers": where, "usual_nearest": usual.tolist(), "found": record},
+            {"num_members": num, "non_members": where, "usual_nearest": usual.tolist(), "found": record},
         )
 
 
-def membership_auc(members: Tensor, strangers: Tensor) -> float:
+def membership_auc(members: Tensor, non_members: Tensor) -> float:
     """Area under the ROC curve of the attack that a smaller loss is a member's; losses (N,) and (M,)."""
-    truth = torch.cat([torch.ones_like(members), torch.zeros_like(strangers)])
-    return float(roc_auc_score(truth.numpy(), -torch.cat([members, strangers]).numpy()))
+    truth = torch.cat([torch.ones_like(members), torch.zeros_like(non_members)])
+    return float(roc_auc_score(truth.numpy(), -torch.cat([members, non_members]).numpy()))
 
 
 def _losses(judge: Scorer, weights: Weights, real: Labelled) -> Tensor:

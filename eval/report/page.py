@@ -311,7 +311,7 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
         for ipc, (mean, std) in row["accuracy"].items():
             if ipc in budgets:
                 label = f"{row['method']}, ipc {ipc}"
-                total = _published_bytes(origin.image_shape, origin.num_classes, int(ipc), row["labels"])
+                total = _published_bytes(origin.input_shape, origin.num_classes, int(ipc), row["labels"])
                 point = Point(
                     label=row["method"] + ("" if row["verified"] else " (unverified)"),
                     num_bytes=total,
@@ -338,9 +338,9 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
     return {"dataset": dataset, "svg": Markup(svg), "rows": own + lines, "published": bool(published)}
 
 
-def _published_bytes(image_shape: tuple[int, int, int], num_classes: int, ipc: int, labels: str) -> int:
+def _published_bytes(input_shape: tuple[int, int, int], num_classes: int, ipc: int, labels: str) -> int:
     """As a set of ours would store it: float32 pixels, classes of eight bytes or float32 targets."""
-    channels, height, width = image_shape
+    channels, height, width = input_shape
     return ipc * num_classes * (4 * channels * height * width + (8 if labels == "hard" else 4 * num_classes))
 
 

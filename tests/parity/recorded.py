@@ -159,7 +159,7 @@ def drawing(
     if length == 0:
         patches.append((Trainer, "_order", lambda self, num, rng, epoch: next(by_epoch)))
     else:
-        patches.append((TrajectoryMatching, "piece", lambda self, ctx, step, part: (step, 0)))
+        patches.append((TrajectoryMatching, "sample_segment", lambda self, ctx, step, part: (step, 0)))
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in patches:
             stack.enter_context(mock.patch.object(owner, name, replacement))

@@ -193,16 +193,16 @@ def _meet(
     told["CONDENSE_PATIENCE"] = str(PATIENCE)
 
     def job(words: Words) -> None:
-        whole, met = Ranks.sum_, 0
+        whole, met = Ranks.all_reduce_, 0
 
-        def sum_(self: Ranks, tensors: Any) -> None:
+        def all_reduce_(self: Ranks, tensors: Any) -> None:
             nonlocal met
             met += 1
             if self.rank == victim and met == meeting and deed is not None:
                 deed()
             whole(self, tensors)
 
-        Ranks.sum_ = sum_  # type: ignore[method-assign]
+        Ranks.all_reduce_ = all_reduce_  # type: ignore[method-assign]
         cli.main(words)
 
     started = [Command(folder, words, environment={**told, "RANK": str(rank)}, job=job) for rank in range(size)]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from condense.names import suggest
-from condense.networks.base import ImageShape, LayerNorm, Network, too_small
+from condense.networks.base import InputShape, LayerNorm, Network, too_small
 
-Factory = Callable[[ImageShape, int], nn.Module]
-"""``factory(image_shape, num_classes)``: a fresh network, images (N, C, H, W) to logits (N, num_classes)."""
+Factory = Callable[[InputShape, int], nn.Module]
+"""``factory(input_shape, num_classes)``: a fresh network, images (N, C, H, W) to logits (N, num_classes)."""
 
 
-class Foreign(Network):
+class External(Network):
     """A network taken apart at its last linear layer: ``body``, then ``classifier``."""
 
     def __init__(self, body: nn.Module, classifier: nn.Linear) -> None:
@@ -35,14 +35,14 @@ class Foreign(Network):
         return features
 
 
-def from_callable(name: str, factory: Factory, image_shape: ImageShape, num_classes: int) -> Network:
+def from_callable(name: str, factory: Factory, input_shape: InputShape, num_classes: int) -> Network:
     """A copy of what ``factory`` returns, as a Network.
 
     Raises:
         ValueError: it is no module, or one that was returned before; it cannot be copied, cannot take such images, or
             does not end in a linear layer.
     """
-    module = factory(image_shape, num_classes)
+    module = factory(input_shape, num_classes)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} is no network: it returned {type(module).__name__}; return a torch.nn.Module from it")
     if module in _returned:
@@ -58,14 +58,14 @@ def from_callable(name: str, factory: Factory, image_shape: ImageShape, num_clas
             f"{name} returned a {type(module).__name__} that cannot be copied: {_first_line(error)}; return a module "
             "that copy.deepcopy takes"
         ) from error
-    return module if isinstance(module, Network) else _take_apart(name, module, image_shape, num_classes)
+    return module if isinstance(module, Network) else _take_apart(name, module, input_shape, num_classes)
 
 
 _returned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Of callables, what they returned as long as it lives."""
 
 
-def from_torchvision(name: str, image_shape: ImageShape, num_classes: int) -> Network:
+def from_torchvision(name: str, input_shape: InputShape, num_classes: int) -> Network:
     """``torchvision:resnet50``: torchvision's architecture with random weights.
 
     Gray images are repeated to the three channels that these networks expect.
@@ -75,15 +75,15 @@ def from_torchvision(name: str, image_shape: ImageShape, num_classes: int) -> Ne
     """
     from torchvision.models import get_model
 
-    if image_shape[0] not in (1, 3):
+    if input_shape[0] not in (1, 3):
         raise ValueError(
-            f"{name} cannot take images of {image_shape[0]} channels: torchvision's networks expect 3, "
+            f"{name} cannot take images of {input_shape[0]} channels: torchvision's networks expect 3, "
             "and 1 is repeated; give convnet or another network of this package"
         )
     module = get_model(name.partition(":")[2], weights=None, num_classes=num_classes)
-    if image_shape[0] == 1:
+    if input_shape[0] == 1:
         module = nn.Sequential(_GrayToColour(), module)
-    return _take_apart(name, module, image_shape, num_classes)
+    return _take_apart(name, module, input_shape, num_classes)
 
 
 def require_torchvision(name: str) -> None:
@@ -95,14 +95,14 @@ def require_torchvision(name: str) -> None:
         raise ValueError(f"unknown network 'torchvision:{name}': no such classifier; {suggest(name, known)}")
 
 
-def from_timm(name: str, image_shape: ImageShape, num_classes: int) -> Network:
+def from_timm(name: str, input_shape: InputShape, num_classes: int) -> Network:
     """``timm:resnet10t``: timm's architecture with random weights, made for images of this size where it asks for one.
 
     Raises:
         ValueError: timm is not installed, or the network cannot take such images or does not end in a linear layer.
     """
     architecture = name.partition(":")[2]
-    channels, *size = image_shape
+    channels, *size = input_shape
     create = functools.partial(
         _timm(architecture).create_model, architecture, pretrained=False, num_classes=num_classes, in_chans=channels
     )
@@ -112,8 +112,8 @@ def from_timm(name: str, image_shape: ImageShape, num_classes: int) -> Network:
         except TypeError:
             module = create()
     except Exception as error:
-        raise _refused(name, image_shape, error) from error
-    return _take_apart(name, module, image_shape, num_classes)
+        raise _refused(name, input_shape, error) from error
+    return _take_apart(name, module, input_shape, num_classes)
 
 
 def require_timm(name: str) -> None:
@@ -140,7 +140,7 @@ class Library(NamedTuple):
 
     require: Callable[[str], None]
     """Raises ValueError for a name that it does not have."""
-    build: Callable[[str, ImageShape, int], Network]
+    build: Callable[[str, InputShape, int], Network]
     """From ``library:name``."""
 
 
@@ -150,7 +150,7 @@ LIBRARIES = {
 }
 
 
-def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_classes: int) -> Network:
+def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_classes: int) -> Network:
     """Try the module on two images in training mode, see which linear layer runs last, and split it off."""
     for path, part in list(module.named_modules()):
         if path and isinstance(part, nn.Hardsigmoid):
@@ -163,13 +163,13 @@ def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_class
         for path, part in module.named_modules()
         if isinstance(part, nn.Linear)
     ]
-    x = torch.linspace(-1, 1, 2 * math.prod(image_shape)).reshape(2, *image_shape)
+    x = torch.linspace(-1, 1, 2 * math.prod(input_shape)).reshape(2, *input_shape)
     try:
         buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = functional_call(module.train(), buffers, (x,))
     except Exception as error:
-        raise _refused(name, image_shape, error) from error
+        raise _refused(name, input_shape, error) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -192,11 +192,11 @@ def _take_apart(name: str, module: nn.Module, image_shape: ImageShape, num_class
         )
     path, classifier, _ = calls[-1]
     module.set_submodule(path, nn.Identity())
-    return Foreign(module, classifier)
+    return External(module, classifier)
 
 
-def _refused(name: str, image_shape: ImageShape, error: Exception) -> ValueError:
-    return too_small(name, image_shape, _first_line(error), "use other images or another network")
+def _refused(name: str, input_shape: InputShape, error: Exception) -> ValueError:
+    return too_small(name, input_shape, _first_line(error), "use other images or another network")
 
 
 def _first_line(error: Exception) -> str:
