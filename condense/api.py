@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from condense import artifacts, engine, exchange, picture, recipe, registry, run
 from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
+from condense.cache import cache_folder as cache_folder
 from condense.compute import Compute, forget_peak, keep_compiled, resolve_device
 from condense.data.datasets import Arrays, names
 from condense.data.datasets import load as load_data
@@ -36,7 +36,7 @@ from condense.eval.baselines import full_data, kept
 from condense.eval.crossarch import Network
 from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named, own_network
-from condense.files import check_writable, expanded, reporting, temporary, write_text
+from condense.files import expanded, reporting, temporary, write_text
 from condense.method import Context, Method
 from condense.names import spelt, suggest
 from condense.networks import Functional
@@ -81,30 +81,6 @@ class RunOptions(Checked):
         super().__post_init__()
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be at least 0, got {self.eval_every}; give {spelt('eval_every', 100)}")
-
-
-def cache_folder() -> Path | None:
-    """Where derived data are kept: $CONDENSE_CACHE, else ~/.cache/condense.
-
-    None where nothing can be kept there, with one warning for each place.
-    """
-    place = os.environ.get("CONDENSE_CACHE", "~/.cache/condense")
-    try:
-        if not place:
-            raise ValueError("CONDENSE_CACHE is empty")
-        folder = expanded(place)
-        check_writable(folder)
-        return folder
-    except ValueError as error:
-        if place not in _uncached:
-            _uncached.add(place)
-            mend = "set CONDENSE_CACHE to a folder that can be written to"
-            warnings.warn(f"nothing is cached: {error}; {mend}", stacklevel=2)
-        return None
-
-
-_uncached: set[str] = set()
-"""Places for the cache of which a warning was given."""
 
 
 @checked

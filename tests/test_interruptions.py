@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import condense
-from condense import api, cli, engine, files, registry, runs
+from condense import api, cache, cli, engine, files, registry, runs
 from condense.compute import keep_compiled
 from condense.data.datasets import Arrays
 from condense.eval.protocol import PROTOCOLS
@@ -268,7 +268,7 @@ def test_a_cache_that_cannot_be_used_is_done_without(
     else:
         monkeypatch.setenv("CONDENSE_CACHE", named[place])
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(api, "_uncached", set())
+    monkeypatch.setattr(cache, "_uncached", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         condense.distill("random", dataset=tiny_file, network="mlp", ipc=2, out=tmp_path / "run", device="cpu")
