@@ -14,7 +14,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from condense.data import store
-from condense.data.pixels import Array, check_pixels, numpy_of
-from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz
+from condense.data.layout import InputShape, kind
+from condense.data.pixels import Array, numpy_of
+from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz, text_of
+from condense.data.samples import IN_FILE, STANDARD, check_samples
 from condense.files import expanded
 from condense.names import excerpt, reason, spelt, suggest
 
@@ -65,10 +67,11 @@ class Known:
 class Arrays:
     """A checked data set.
 
-    Images are NCHW with one or three channels: uint8 (0..255), or float32 in [0, 1] where the source holds
-    values other than k/255. Labels are int64, 0..C-1, each with at least one training image. The test arrays
-    are empty where only training data were given. ``known`` is None for data that the table does not list. Arrays
-    that were found in a cache are mapped from its files.
+    Images (N, C, H, W) and clips (N, T, C, H, W) have one or three channels and are uint8 (0..255), or float32 in
+    [0, 1] where the source holds values other than k/255. Series (N, C, L) are float32 and finite. Labels are int64,
+    0..C-1, each with at least one training sample. The test arrays are empty where only training data were given.
+    ``known`` is None for data that the table does not list. Arrays that were found in a cache are mapped from its
+    files.
     """
 
     name: str
@@ -85,16 +88,19 @@ class Arrays:
         return len(self.classes)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.x_train.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> InputShape:
+        """Of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
+        return self.x_train.shape[1:]
 
     @property
     def strategy(self) -> str:
-        """The augmentation strategy of the literature; for unknown data every operation but the flip.
+        """The augmentation strategy of the literature; for unknown images every operation but the flip.
 
-        Pixels do not tell whether a mirrored image keeps its class, so a flip has to be asked for.
+        Pixels do not tell whether a mirrored image keeps its class, so a flip has to be asked for. Series and clips
+        are not augmented.
         """
+        if kind(self.input_shape) != "images":
+            return "none"
         return self.known.augment if self.known else "color_crop_cutout_scale_rotate"
 
 
@@ -111,7 +117,12 @@ def describe(name: str) -> str:
 
 
 def load(
-    source: Source, *, root: str | Path | None = None, download: bool = False, cache: Path | None = None
+    source: Source,
+    *,
+    layout: str | None = None,
+    root: str | Path | None = None,
+    download: bool = False,
+    cache: Path | None = None,
 ) -> Arrays:
     """Read, check and fingerprint a data set.
 
@@ -123,33 +134,43 @@ def load(
     * a name of ``names()``: ``digits`` is embedded (scikit-learn; of each class every fifth image is test),
       the others are read through torchvision from ``root`` (default: $CONDENSE_DATA, else
       ~/.cache/condense/data) and downloaded only if ``download`` is true;
-    * a path to an ``.npz`` file with x_train, y_train, x_test, y_test and, optionally, classes (their names).
-      Images are NHW, NHWC or NCHW; of four axes the last holds the channels if its length is 1 or 3, else the
-      second;
+    * a path to an ``.npz`` file with x_train, y_train, x_test, y_test and, optionally, classes (their names) and
+      layout (see ``condense.data.samples``). A file without a layout holds series NCL if it has an array
+      ``length_train`` and three axes of floats, as the UCR and UEA archives are stored; else images NHW, NHWC or
+      NCHW or clips NTHWC or NTCHW, whose last axis holds the channels if its length is 1 or 3;
     * a folder with train/CLASS/* and test/CLASS/*: 8-bit images of one size, gray if all of them are, else
       RGB. They are turned the way their EXIF orientation says; an alpha channel is dropped;
-    * a torch Dataset of (image, label) pairs, all of it for training, or a pair (train, test) of them. Images
-      are PIL images, arrays (HW, HWC) or tensors (HW, CHW), and the same at every reading. Where both have
-      torchvision's ``class_to_idx``, the labels of the test part are matched by the names of the classes;
-    * tensors or arrays (x_train, y_train) or (x_train, y_train, x_test, y_test). Arrays are laid out as in a
-      file; of the four axes of a tensor the second holds the channels if its length is 1 or 3, else the last.
+    * a torch Dataset of (sample, label) pairs, all of it for training, or a pair (train, test) of them. Images
+      are PIL images, arrays (HW, HWC) or tensors (HW, CHW); other samples are arrays or tensors. They are the same
+      at every reading. Where both have torchvision's ``class_to_idx``, the labels of the test part are matched by
+      the names of the classes;
+    * tensors or arrays (x_train, y_train) or (x_train, y_train, x_test, y_test).
+
+    ``layout`` names the axes of a Dataset's samples, with N in front, or of tensors or arrays. Without it they are
+    images or clips: arrays are laid out as in a file, tensors have the channels before rows and columns if the length
+    of that axis is 1 or 3, else at the end.
 
     Pixels are uint8 (0..255) or floats in [0, 1]; a split of floats that are all exactly k/255 is stored as
-    uint8, so both forms are one data set.
+    uint8, so both forms are one data set. Series are finite floats, or integers that float32 holds exactly.
 
     Raises:
         ValueError: in one line, for anything that is missing, damaged or not of this form.
     """
     if isinstance(source, str | Path):
+        if layout is not None:
+            raise ValueError(
+                f"layout={excerpt(layout)!r} with {excerpt(source)!r}: it says the axes of arrays and Datasets; add an "
+                f"entry to an .npz file, {IN_FILE.format(excerpt(layout))}, and leave it out for names and folders"
+            )
         return _load_path(source, root, download, cache)
     parts = list(source) if isinstance(source, tuple | list) else [source]
     datasets = [part for part in parts if isinstance(part, Dataset)]
     arrays = [part for part in parts if isinstance(part, Tensor | np.ndarray)]
     if len(datasets) == len(parts) and len(parts) in (1, 2):
-        return _load_datasets(datasets)
+        return _load_datasets(datasets, layout)
     if len(arrays) != len(parts) or len(parts) not in (2, 4):
         raise ValueError(_no_source(parts))
-    return _assemble("custom", *arrays, channels_first=isinstance(arrays[0], Tensor))
+    return _assemble("custom", *arrays, layout=layout, channels_first=isinstance(arrays[0], Tensor))
 
 
 def _no_source(parts: Sequence[Any]) -> str:
@@ -178,10 +199,10 @@ def to_float(images: Array | Tensor) -> Tensor:
 
 
 def fingerprint(images: Array, labels: Array) -> str:
-    """A sha256 over what a split holds, whatever the order of its images.
+    """A sha256 over what a split holds, whatever the order of its samples.
 
-    Each image (its bytes as uint8 or little-endian float32) is hashed with its label; the sorted hashes are
-    hashed with the image shape.
+    Each sample (its bytes as uint8 or little-endian float32) is hashed with its label; the sorted hashes are
+    hashed with the type and the shape of a sample.
     """
     if images.dtype != np.uint8:
         images = images.astype("<f4")
@@ -321,12 +342,26 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
 
 
 def _load_npz(path: Path) -> Arrays:
-    found, _ = read_npz(path, (*_ARRAYS, "classes"))
+    found, present = read_npz(path, (*_ARRAYS, "classes", "layout"))
     missing = [key for key in _ARRAYS if key not in found]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: all of {', '.join(_ARRAYS)} are needed; add them")
     classes = _names_of(found["classes"], f" of {path}", len(found["x_train"])) if "classes" in found else None
-    return _assemble(path.stem, *(found[key] for key in _ARRAYS), classes=classes, where=f" of {path}")
+    return _assemble(
+        path.stem,
+        *(found[key] for key in _ARRAYS),
+        classes=classes,
+        layout=_layout_of(path, found, present),
+        where=f" of {path}",
+    )
+
+
+def _layout_of(path: Path, found: Mapping[str, Array], present: Collection[str]) -> str | None:
+    """What an ``.npz`` file says of the axes of its samples; the archives UCR and UEA say it by their lengths."""
+    if "layout" in found:
+        return text_of(f"layout of {path}", found["layout"])
+    samples = found["x_train"]
+    return STANDARD["series"] if "length_train" in present and samples.ndim == 3 and samples.dtype.kind == "f" else None
 
 
 def _names_of(classes: Array, where: str, most: int) -> list[str]:
@@ -397,7 +432,7 @@ def _visible(folder: Path) -> list[Path]:
     return entries(folder)
 
 
-def _load_datasets(parts: Sequence[Dataset[Any]]) -> Arrays:
+def _load_datasets(parts: Sequence[Dataset[Any]], layout: str | None) -> Arrays:
     """One Dataset for training and, optionally, one for testing."""
     read = [_read_dataset(part) for part in parts]
     names = [_class_indices(part) for part in parts]
@@ -418,6 +453,7 @@ def _load_datasets(parts: Sequence[Dataset[Any]]) -> Arrays:
         "custom",
         *(array for part in read for array in part),
         classes=sorted(train, key=train.__getitem__) if train and len(train) == count else None,
+        layout=layout,
         channels_first=isinstance(read[0][0], Tensor),
     )
 
@@ -454,7 +490,7 @@ def _read_dataset(dataset: Dataset[Any]) -> tuple[Tensor | Array, Array]:
         image, label, form = _item(dataset, index)
         images.append(image)
         labels.append(label)
-        axes = 3 if form in (Tensor, np.ndarray) else 2  # of PIL images, gray ones may stand beside coloured ones
+        axes = None if form in (Tensor, np.ndarray) else 2  # of PIL images, gray ones may stand beside coloured ones
         if image.shape[:axes] != images[0].shape[:axes]:
             raise ValueError(
                 f"image {index} of {kind} has shape {image.shape}, the first has {images[0].shape}: "
@@ -513,13 +549,15 @@ def _assemble(
     y_test: Any = None,
     *,
     classes: Sequence[str] | None = None,
+    layout: str | None = None,
     channels_first: bool = False,
     known: Known | None = None,
     where: str = "",
 ) -> Arrays:
     """Check everything and put it in order; ``where`` names the file in messages."""
     renumber = _renumber(with_test=x_test is not None)
-    x_train = _check_images(f"x_train{where}", x_train, channels_first)
+    remedy = IN_FILE if where else 'condense.data.load(..., layout="{}")'
+    x_train = check_samples(f"x_train{where}", x_train, layout, channels_first=channels_first, remedy=remedy)
     y_train = _check_labels(f"y_train{where}", y_train, len(x_train), renumber)
     classes = None if classes is None else check_names(f"classes{where}", classes)
     present = np.unique(y_train)
@@ -538,13 +576,13 @@ def _assemble(
     if x_test is None:
         x_test, y_test = np.empty((0, *x_train.shape[1:]), x_train.dtype), np.empty(0, np.int64)
     else:
-        x_test = _check_images(f"x_test{where}", x_test, channels_first)
+        x_test = check_samples(f"x_test{where}", x_test, layout, channels_first=channels_first, remedy=remedy)
         y_test = _check_labels(f"y_test{where}", y_test, len(x_test), renumber)
         _check_range(f"y_test{where}", y_test, count, "leave out the test images of other classes")
         if x_test.shape[1:] != x_train.shape[1:]:
             raise ValueError(
-                f"x_test{where} has images of shape {x_test.shape[1:]}, x_train of shape {x_train.shape[1:]} "
-                "(channels, height, width): they must agree; convert one of them"
+                f"x_test{where} has samples of shape {x_test.shape[1:]}, x_train of shape {x_train.shape[1:]} "
+                f"({', '.join(STANDARD[kind(x_train.shape[1:])][1:])}): they must agree; convert one of them"
             )
     found = {"train": fingerprint(x_train, y_train), "test": fingerprint(x_test, y_test)}
     known = known or _recognise(found, has_test=len(x_test) > 0)
@@ -574,26 +612,6 @@ def _recognise(found: dict[str, str], has_test: bool) -> Known | None:
         if known.train == found["train"] and (known.test == found["test"] or not has_test):
             return known
     return None
-
-
-def _check_images(what: str, images: Tensor | Array, channels_first: bool) -> Array:
-    images = numpy_of(what, images)
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4:
-        axes = [axis for axis in ((1, 3) if channels_first else (3, 1)) if images.shape[axis] in (1, 3)]
-        if not axes:
-            raise ValueError(
-                f"{what} has shape {images.shape}: neither its second nor its last axis has length 1 or 3; "
-                "give NHW, NHWC or NCHW"
-            )
-        images = np.moveaxis(images, axes[0], 1)
-    else:
-        raise ValueError(f"{what} has shape {excerpt(images.shape)}: images are NHW, NHWC or NCHW; reshape it")
-    if images.size == 0:
-        need = "at least one image is needed" if not len(images) else "an image has at least one pixel"
-        raise ValueError(f"{what} is empty (shape {images.shape}): {need}; give other images")
-    return check_pixels(what, images)
 
 
 def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) -> Array:

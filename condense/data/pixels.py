@@ -1,4 +1,4 @@
-"""Pixels that a user gives: one check for data sets and for the sets of others, with the step that mends each fault."""
+"""Values that a user gives: one check for data sets and for the sets of others, with the step that mends each fault."""
 
 from __future__ import annotations
 
@@ -47,6 +47,30 @@ def check_pixels(what: str, images: Array) -> Array:
     quantised = np.rint(images * 255).astype(np.uint8)
     exact = np.array_equal(quantised.astype(np.float32) / 255, images)
     return quantised if exact else images
+
+
+def check_series(what: str, series: Array) -> Array:
+    """Series of any shape as float32. Integers are taken where float32 holds them exactly.
+
+    Args:
+        what: the name of the array, for the message.
+        series: finite floats or integers.
+
+    Raises:
+        ValueError: another type; values that are not finite; values that float32 does not hold.
+    """
+    if series.dtype.kind not in "iuf":
+        mend = "x * 1.0" if series.dtype.kind == "b" else "numbers"
+        raise ValueError(f"{what} is {excerpt(series.dtype)}: series are finite floats; give {mend}")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(series, dtype=np.float32)
+    if not np.isfinite(series).all():
+        raise ValueError(f"{what} has NaN or infinite values: series are finite floats; clean the data")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{what} has values up to {np.abs(series).max():g}: float32 ends before; divide them")
+    if series.dtype.kind != "f" and not np.array_equal(values.astype(np.float64), series):
+        raise ValueError(f"{what} is {series.dtype} with values that float32 does not hold exactly; divide them")
+    return values
 
 
 def numpy_of(what: str, array: Tensor | Array) -> Array:

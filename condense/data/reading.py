@@ -89,6 +89,20 @@ def _read_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, stored: int) ->
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 
+def text_of(what: str, array: Array) -> str:
+    """The text that an array of one element holds, bytes or str.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    text = array.item() if array.size == 1 and array.dtype.kind in "US" else None
+    if isinstance(text, bytes):
+        text = text.decode("ascii", "replace")
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {excerpt(array.dtype)} of shape {excerpt(array.shape)}: it is one text; give NCL")
+    return text
+
+
 def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, Array]]:
     """Each picture with its file: HW where it is gray, HWC in RGB where it has colour, uint8.
 
