@@ -169,7 +169,7 @@ class Augment(Checked):
         elif self.mode == "D":
             geometric = _one_of([op for op in ops if op in ("crop", "scale", "rotate")], gen)
             ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
-        _, height, width = input_shape
+        height, width = input_shape[-2:]
         rows = 1 if siamese else num
         values = {op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops}
         if self.mode == "P" and ops:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.data.layout import kind
 from condense.distributed import Ranks
 from condense.names import spelt
 from condense.rng import Rng
@@ -380,7 +381,7 @@ class GradientMethod(Method):
     ema: float | None = None
     """Decay of a running average of the set, which is then what is stored; unset: the set as it is."""
     clamp: bool = False
-    """After each step, move pixels that left [0, 1] back to the border."""
+    """After each step, move pixels that left [0, 1] back to the border; series have no border."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -476,7 +477,7 @@ class GradientMethod(Method):
             if not skipped:
                 optimiser.step()
         with torch.no_grad():
-            if self.clamp:
+            if self.clamp and kind(ctx.task.input_shape) != "series":
                 latents = state.syn.latents
                 low, high = (ctx.task.transform(torch.full_like(latents[:1], end)) for end in (0.0, 1.0))
                 latents.clamp_(low, high)

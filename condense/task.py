@@ -14,6 +14,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.data.datasets import Arrays
 from condense.data.images import Images
+from condense.data.layout import InputShape
 from condense.data.transform import Transform, fit
 from condense.names import spelt
 from condense.networks import Functional
@@ -58,8 +59,8 @@ class Split(Checked):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images (N, C, H, W), float32 in the transformed space as they are taken out, and their classes (N,) int64, on
-    one device."""
+    """Samples (N, *input_shape), float32 in the transformed space as they are taken out, and their classes (N,) int64,
+    on one device."""
 
     images: Tensor | Images
     labels: Tensor
@@ -80,8 +81,8 @@ class Labelled:
         return self.images[index.to(self.images.device, non_blocking=True)]
 
     def sample(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``num`` images (num, C, H, W) of any class, without replacement, and their classes; all, shuffled, where
-        there are fewer."""
+        """``num`` samples (num, *input_shape) of any class, without replacement, and their classes; all, shuffled,
+        where there are fewer."""
         index = torch.randperm(len(self), generator=generator)[:num].to(self.images.device, non_blocking=True)
         return self.images[index], self.labels[index]
 
@@ -92,7 +93,7 @@ class Task:
 
     name: str
     classes: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: InputShape
     fingerprint: str
     """Of the whole training split, before validation is carved from it."""
     train: Labelled

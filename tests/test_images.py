@@ -183,3 +183,26 @@ def test_draws_on_a_gpu_are_the_same_and_wait_for_nothing(kind: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert drawn.is_cuda and torch.equal(drawn.cpu(), draw(here.train))
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((2, 9), "NCL"), ((2, 3, 4, 4), "NTCHW")])
+@pytest.mark.parametrize("spec", SPECS)
+def test_series_and_clips_are_drawn_like_images(shape: tuple[int, ...], layout: str, spec: str) -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.permutation(np.arange(40) % 2)
+    samples = draw.normal(size=(40, *shape)) if layout == "NCL" else draw.random((40, *shape))
+    arrays = load((samples, labels), layout=layout)
+    task = make_task(
+        arrays,
+        transform=spec,
+        split=Split(val_fraction=0.25),
+        network=Functional("mlp", arrays.input_shape, 2, CPU),
+        augment=Augment(),
+        device=CPU,
+    )
+    assert task.input_shape == shape and task.dataset()["input_shape"] == list(shape)
+    rows = [torch.from_numpy(arrays.x_train)[index] for index in task.split.indices(torch.from_numpy(arrays.y_train))]
+    assert task.val is not None
+    for part, raw in zip((task.train, task.val), rows, strict=True):
+        torch.testing.assert_close(part.images[:], task.transform(raw))
+        assert part.images.shape == raw.shape

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from condense.data.layout import channel_axis
 from condense.files import read_header
 from condense.synthetic import (
     LABELS,
@@ -207,3 +208,16 @@ def test_copies_of_a_latent_share_its_target_and_a_file_keeps_it(kind: str, tmp_
     again = load(tmp_path / "a.safetensors")
     assert again.label_kind == syn.label_kind and torch.equal(again()[1], syn()[1])
     assert again.cost().labels == (6 * 8 if kind == "hard" else 6 * 3 * 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 1, 8, 8)])
+def test_sets_of_series_and_clips_are_saved_and_loaded(shape: tuple[int, ...], tmp_path: Path) -> None:
+    dataset = {**ORIGIN.dataset, "input_shape": list(shape)}
+    channels = shape[channel_axis(shape)]
+    origin = Origin(dataset=dataset, transform={"kind": "channel", "mean": [0.5] * channels, "std": [0.25] * channels})
+    syn = SyntheticSet(torch.randn(6, *shape), torch.arange(3).repeat_interleave(2), origin)
+    save(syn, tmp_path / "set.safetensors")
+    again = load(tmp_path / "set.safetensors")
+    assert again.origin.input_shape == shape and torch.equal(again.latents, syn.latents)
+    values = again.to_dataset("pixels").tensors[0]  # type: ignore[attr-defined]
+    assert values.shape == (6, *shape) and (bool((values < 0).any()) == (len(shape) == 2))

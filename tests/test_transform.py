@@ -257,3 +257,58 @@ def test_the_device_does_not_matter(spec: str) -> None:
     here, there = fitted(spec, images), fitted(spec, images.cuda())
     torch.testing.assert_close(there(images.cuda()).cpu(), here(images), rtol=1e-4, atol=1e-4)
     assert here.describe() == there.describe()
+
+
+SHAPES = [(2, 9), (3, 4, 4), (2, 3, 4, 4)]
+"""A series, an image and a clip."""
+
+
+def samples_of(shape: tuple[int, ...], num: int = 300) -> Tensor:
+    """Samples whose channels differ in mean and in spread; series leave [0, 1]."""
+    gen = torch.Generator().manual_seed(0)
+    axis = 1 if len(shape) == 4 else 0
+    by_channel = torch.linspace(0.2, 0.8, shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    noise = torch.rand(num, *shape, generator=gen) - 0.5
+    return 20 * noise * by_channel - 5 * by_channel if len(shape) == 2 else 0.5 * by_channel + 0.4 * by_channel * noise
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_any_shape_is_transformed_and_back(spec: str, shape: tuple[int, ...]) -> None:
+    x = samples_of(shape)
+    transform = fitted(spec, x)
+    assert transform(x).shape == x.shape
+    torch.testing.assert_close(transform.inverse(transform(x)), x, rtol=1e-4, atol=1e-4)
+    again = Transform.from_description(json.loads(json.dumps(transform.describe())), x)
+    torch.testing.assert_close(again(x), transform(x))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_channels_of_any_shape_are_standardised(shape: tuple[int, ...]) -> None:
+    x = samples_of(shape)
+    channels = fitted("channel", x)(x).movedim(2 if len(shape) == 4 else 1, 0).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(len(channels)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(channels.std(1, correction=0), torch.ones(len(channels)), rtol=0, atol=1e-4)
+    mean, std = channel_statistics(x)
+    assert len(mean) == len(std) == len(channels)
+
+
+def test_relative_zca_of_clips_scales_each_channel() -> None:
+    """Scaling the channels of clips changes nothing but the rounding, as it does for images."""
+    x = samples_of((2, 3, 4, 4))
+    scaled = x * torch.tensor([1.0, 0.5, 0.25])[:, None, None]
+    expected, found = (fitted("zca-relative", clips)(clips) for clips in (x, scaled))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((3, 5000), "series"), ((8, 3, 32, 32), "clips")])
+def test_what_is_too_large_for_zca_is_refused_by_its_kind(shape: tuple[int, ...], kind: str) -> None:
+    with pytest.raises(ValueError, match=f"^{kind} of .* too large for ZCA: .*; give transform='channel'"):
+        fitted("zca", torch.zeros(2, *shape))
+
+
+def test_pixels_are_clamped_on_the_way_back_and_series_are_not() -> None:
+    transform = fitted("none", torch.zeros(1, 1, 1, 1))
+    for shape in SHAPES:
+        values = transform.to_data(torch.full((2, *shape), 3.0))
+        assert values.max() == (3 if len(shape) == 2 else 1)

@@ -1,4 +1,4 @@
-"""Images where they are drawn from: kept as they were read, transformed as they are taken out."""
+"""Samples where they are drawn from: kept as they were read, transformed as they are taken out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Behaves like a float32 tensor (N, C, H, W) that is indexed, sliced and split; none of its size exists.
+    """Behaves like a float32 tensor (N, *input_shape) that is indexed, sliced and split; none of its size exists.
 
-    ``raw`` (M, C, H, W), uint8 or float32, lies on the device where images are wanted; on a CPU it is the memory,
-    or the mapped file, of the array it was made of. ``rows`` (N,) are the images of ``raw`` that belong to it.
+    Series and clips are held like images. ``raw`` (M, *input_shape), uint8 or float32, lies on the device where samples
+    are wanted; on a CPU it is the memory, or the mapped file, of the array it was made of. ``rows`` (N,) are the
+    samples of ``raw`` that belong to it.
     """
 
     raw: Tensor
@@ -29,16 +30,16 @@ class Images:
 
     @classmethod
     def of(cls, array: Array, device: torch.device) -> Images:
-        """All images of an array (N, C, H, W), uint8 or float32, with pixels in [0, 1]."""
+        """All samples of an array (N, *input_shape): pixels, uint8 or float32 in [0, 1], or series, float32."""
         raw = torch.from_numpy(np.require(array, requirements="W")).to(device)
         return cls(raw, torch.arange(len(raw), device=device), Identity())
 
     def subset(self, index: Tensor) -> Images:
-        """The images at ``index`` (K,), over the same memory."""
+        """The samples at ``index`` (K,), over the same memory."""
         return replace(self, rows=self.rows[index.to(self.device)])
 
     def with_transform(self, transform: Transform) -> Images:
-        """These images, with pixels in [0, 1], in another space.
+        """These samples, with the values of the data, in another space.
 
         What is not pointwise is done here and kept in float32: a matrix product a draw would cost more than all
         the rest of it.
@@ -62,7 +63,7 @@ class Images:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The images at ``index``, positions (K,) on any device, or a slice: (K, C, H, W), new memory."""
+        """The samples at ``index``, positions (K,) on any device, or a slice: (K, *input_shape), new memory."""
         if isinstance(index, Tensor):
             index = index.to(self.device, non_blocking=True)
         return self.transform(to_float(self.raw.index_select(0, self.rows[index])))

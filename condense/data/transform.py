@@ -1,4 +1,8 @@
-"""Invertible, describable maps from pixels in [0, 1] to the space that networks see, fitted on train.
+"""Invertible, describable maps from the values of the data to the space that networks see, fitted on train.
+
+The values are pixels in [0, 1] for images and clips, any floats for series. ``channel`` standardises a channel over
+all samples, points, frames, rows and columns; the points that pad a series to the common length are counted like the
+others. In the ZCAs a sample is the vector of all its values.
 
 ``none``          x' = x
 ``channel``       x' = (x - mean_c) / std_c for each channel c
@@ -22,7 +26,7 @@ import json
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +37,7 @@ import torch
 from torch import Tensor
 
 from condense.data.datasets import Known
+from condense.data.layout import channel_axis, kind
 from condense.files import replacing
 from condense.names import spelt, suggest
 
@@ -48,18 +53,23 @@ _CHUNK = 4096
 
 
 class Transform(ABC):
-    """A differentiable map of images (N, C, H, W) on any device and in any floating dtype."""
+    """A differentiable map of samples (N, *input_shape) on any device and in any floating dtype."""
 
     pointwise: ClassVar[bool] = True
-    """A value depends on one pixel, so that mapping a batch costs next to nothing."""
+    """A value depends on one value, so that mapping a batch costs next to nothing."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """Pixels in [0, 1] to the space of the networks."""
+        """The values of the data to the space of the networks."""
 
     @abstractmethod
     def inverse(self, x: Tensor) -> Tensor:
-        """Back to pixels, not clamped."""
+        """Back to the values of the data, not clamped."""
+
+    def to_data(self, x: Tensor) -> Tensor:
+        """The inverse, with pixels clamped to [0, 1]; series are not clamped."""
+        values = self.inverse(x)
+        return values if kind(values.shape[1:]) == "series" else values.clamp(0, 1)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -72,7 +82,7 @@ class Transform(ABC):
         """The transform that ``describe`` described.
 
         A whitening matrix is too large for a description: it is read from the folder ``cache``, or fitted
-        again to ``images``, the training images (N, C, H, W) in [0, 1] that it was fitted to. Another machine
+        again to ``images``, the training samples (N, *input_shape) that it was fitted to. Another machine
         rounds otherwise, so the matrix has to agree in its trace, not in its sha256.
 
         Raises:
@@ -128,15 +138,21 @@ class ChannelNorm(Transform):
 
     @functools.cached_property
     def _constants(self) -> _Constants:
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)[:, :, None, None]
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
         return _Constants(mean, std)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation in a shape that broadcasts against ``x``."""
+        shape = _by_channel(x.shape[1:])
         mean, std = self._constants.like(x)
+        return mean.reshape(shape), std.reshape(shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean, std = self._statistics(x)
         return (x - mean).div_(std)
 
     def inverse(self, x: Tensor) -> Tensor:
-        mean, std = self._constants.like(x)
+        mean, std = self._statistics(x)
         return x * std + mean
 
     def describe(self) -> dict[str, Any]:
@@ -147,7 +163,7 @@ class ChannelNorm(Transform):
 class Whitening(Transform):
     """``zca`` (flavour absolute) and ``zca-relative`` (flavour relative): x' = (x - mean) @ matrix.
 
-    ``mean`` (d,) is the mean training image and ``matrix`` (d, d) its whitening, both float32. The channel
+    ``mean`` (d,) is the mean training sample and ``matrix`` (d, d) its whitening, both float32. The channel
     normalisation of the relative flavour is part of them: the mean absorbs its centring, the rows its scale.
     """
 
@@ -196,15 +212,15 @@ class Whitening(Transform):
 
 
 def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, cache: Path | None) -> Transform:
-    """Fit a transform to training images (N, C, H, W) in [0, 1], read a chunk at a time.
+    """Fit a transform to training samples (N, *input_shape), read a chunk at a time.
 
     ``channel`` takes the published constants of a known data set, else the measured ones
                 (``channel_statistics``). A ZCA matrix is fitted on the CPU in float64 and kept in the folder
-                ``cache`` under ``key``, which has to name these images: the fingerprint of the data and what
+                ``cache`` under ``key``, which has to name these samples: the fingerprint of the data and what
                 was split off.
 
     Raises:
-        ValueError: unknown spec; a channel without variation; images too large for ZCA.
+        ValueError: unknown spec; a channel without variation; samples too large for ZCA.
     """
     if spec == "none":
         return Identity()
@@ -223,21 +239,30 @@ def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, ca
 
 
 def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation of each channel of (N, C, H, W), to six decimals.
+    """Mean and population standard deviation of each channel of samples (N, *input_shape), to six decimals.
 
     Raises:
         ValueError: a channel is constant.
     """
-    count = len(images) * math.prod(images.shape[2:])
-    mean = torch.stack([chunk.sum((0, 2, 3)) for chunk in _chunks(images)]).sum(0) / count
-    centred = (chunk - mean[:, None, None] for chunk in _chunks(images))
-    std = (torch.stack([chunk.square().sum((0, 2, 3)) for chunk in centred]).sum(0) / count).sqrt()
+    shape = images.shape[1:]
+    channels = channel_axis(shape) + 1
+    axes = [axis for axis in range(len(shape) + 1) if axis != channels]
+    count = len(images) * math.prod(shape) // images.shape[channels]
+    mean = torch.stack([chunk.sum(axes) for chunk in _chunks(images)]).sum(0) / count
+    centred = (chunk - mean.reshape(_by_channel(shape)) for chunk in _chunks(images))
+    std = (torch.stack([chunk.square().sum(axes) for chunk in centred]).sum(0) / count).sqrt()
     rounded = [round(value, 6) for value in std.tolist()]
     if 0 in rounded:
         raise ValueError(
             f"channel {rounded.index(0)} is constant: it cannot be normalised; give {spelt('transform', 'none')}"
         )
     return tuple(round(value, 6) for value in mean.tolist()), tuple(rounded)
+
+
+def _by_channel(shape: Sequence[int]) -> list[int]:
+    """The shape of one value for each channel that broadcasts against samples of this shape."""
+    axis = channel_axis(shape)
+    return [-1 if i == axis else 1 for i in range(len(shape))]
 
 
 def _chunks(images: Tensor | Images) -> Iterator[Tensor]:
@@ -264,7 +289,7 @@ def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whi
     n, d = len(images), math.prod(images.shape[1:])
     if d > _MAX_SIZE:
         raise ValueError(
-            f"images of {d} values are too large for ZCA: at most {_MAX_SIZE} (3x64x64) are whitened; "
+            f"{kind(images.shape[1:])} of {d} values are too large for ZCA: {_MAX_SIZE} (3x64x64) are the most; "
             f"give {spelt('transform', 'channel')}"
         )
     mean = torch.stack([chunk.flatten(1).sum(0) for chunk in _chunks(images)]).sum(0) / n
@@ -278,7 +303,8 @@ def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whi
         values = values.clamp_min(0) + eps
     else:
         _, std = channel_statistics(images)
-        scale = torch.tensor(std, dtype=torch.float64).repeat_interleave(d // len(std))
+        shape = images.shape[1:]
+        scale = torch.tensor(std, dtype=torch.float64).reshape(_by_channel(shape)).expand(shape).flatten()
         sigma = scatter / n / torch.outer(scale, scale)
         sigma.diagonal().add_(eps * sigma.trace() / d)
         values, vectors = torch.linalg.eigh(sigma)

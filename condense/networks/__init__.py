@@ -1,6 +1,6 @@
 """Networks by name, and as pure functions of their weights."""
 
-from condense.networks.base import InputShape as InputShape
+from condense.data.layout import InputShape as InputShape
 from condense.networks.base import Network as Network
 from condense.networks.external import Factory as Factory
 from condense.networks.functional import Functional as Functional

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-InputShape = tuple[int, int, int]
-"""(channels, height, width)"""
+from condense.data.layout import InputShape
 
 Norm = Literal["instance", "batch", "none"]
 

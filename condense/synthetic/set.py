@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from condense.data.layout import InputShape
 from condense.data.transform import Transform
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
@@ -20,7 +21,7 @@ class Origin:
     """What a set says of itself; JSON values only, a pure function of recipe, data and code."""
 
     dataset: Mapping[str, Any]
-    """name, fingerprint of the training split, classes, image shape."""
+    """name, fingerprint of the training split, classes, input shape."""
     transform: Mapping[str, Any]
     """Description of the transform: latents live in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -44,9 +45,8 @@ class Origin:
         return str(self.recipe.get("method", {}).get("name", ""))
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        c, h, w = self.dataset["input_shape"]
-        return (c, h, w)
+    def input_shape(self) -> InputShape:
+        return tuple(self.dataset["input_shape"])
 
 
 class Cost(NamedTuple):
@@ -99,7 +99,7 @@ class SyntheticSet(nn.Module):
         return len(self.latents)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n', C, H, W) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
+        """Images (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])
@@ -137,12 +137,13 @@ class SyntheticSet(nn.Module):
     def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:
         """An ordinary dataset of (image, target), decoded, on the CPU.
 
-        ``transformed`` is the space networks are trained in; ``pixels`` is [0, 1].
+        ``transformed`` is the space networks are trained in; ``pixels`` is that of the data: [0, 1] for images and
+        clips, any values for series.
 
         Raises:
             ValueError: ``pixels`` asked of a whitened set whose matrix is not at hand.
         """
         images, targets = self()
         if space == "pixels":
-            images = Transform.from_description(dict(self.origin.transform)).inverse(images).clamp(0, 1)
+            images = Transform.from_description(dict(self.origin.transform)).to_data(images)
         return TensorDataset(images.cpu(), targets.cpu())

@@ -97,9 +97,9 @@ def _losses(judge: Scorer, weights: Weights, real: Labelled) -> Tensor:
 
 def _nearest(setting: Setting, images: Tensor) -> Tensor:
     """Distance (N,) in pixel space of each image to the nearest training image."""
-    pixels = setting.transform.inverse(images).clamp(0, 1).flatten(1)
+    pixels = setting.transform.to_data(images).flatten(1)
     best = torch.full((len(pixels),), torch.inf, device=pixels.device)
     for batch in setting.train.images.split(1000):
-        real = setting.transform.inverse(batch).clamp(0, 1).flatten(1)
+        real = setting.transform.to_data(batch).flatten(1)
         best = best.minimum(torch.cdist(pixels, real).min(1).values)
     return best.cpu()
