@@ -1,15 +1,23 @@
-"""A synthetic set as pictures, in pixel space: a grid with one row a class, or a strip for each class."""
+"""A synthetic set as pictures: a grid with one row a class, or a strip for each class.
+
+An image is its own picture. A clip is a contact sheet of its frames, in rows from left to right. A series is a plot
+with one line for each channel; all plots of a set share one scale.
+"""
 
 from __future__ import annotations
 
+import colorsys
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from condense.data.layout import kind
 from condense.data.transform import Transform
 from condense.files import replacing
 from condense.synthetic.set import SyntheticSet
@@ -17,17 +25,32 @@ from condense.synthetic.set import SyntheticSet
 GAP = 2
 BACKGROUND = 1.0
 
+_PLOT_HEIGHT = 64
+_PLOT_WIDTHS = (96, 192)
+"""Least and most pixels of a plot from left to right; between them there is one for each point of the series."""
+_MARGIN = 2
+"""Pixels of a plot above the greatest value and below the least."""
+_OVERSAMPLING = 2
+
 
 @torch.no_grad()
 def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[Tensor]:
-    """Decoded images in [0, 1], (n, C, h, w) of each class, at most ``columns`` of them."""
-    images = transform.inverse(syn()[0]).clamp(0, 1).cpu()
-    source = syn.classes.cpu().repeat(len(images) // len(syn))
-    return [images[source == c][:columns] for c in range(syn.origin.num_classes)]
+    """Pictures in [0, 1], (n, C, h, w) of each class with one or three channels C, at most ``columns`` of them."""
+    samples = transform.to_data(syn()[0]).cpu()
+    source = syn.classes.cpu().repeat(len(samples) // len(syn))
+    rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes)]
+    match kind(syn.origin.input_shape):
+        case "images":
+            return rows
+        case "clips":
+            return [_contact_sheets(row) for row in rows]
+        case "series":
+            shown = torch.cat(rows)
+            return [_plots(row, shown.min().item(), shown.max().item()) for row in rows]
 
 
 def grid(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of images (n, C, h, w) on one canvas (C, height, width)."""
+    """Rows of pictures (n, C, h, w) on one canvas (C, height, width)."""
     _, channels, h, w = rows[0].shape
     widest = max(len(row) for row in rows)
     canvas = torch.full((channels, len(rows) * (h + GAP) + GAP, widest * (w + GAP) + GAP), BACKGROUND)
@@ -39,7 +62,7 @@ def grid(rows: Sequence[Tensor]) -> Tensor:
 
 
 def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 10) -> None:
-    """Write the grid as a PNG, enlarged so that small images can be seen."""
+    """Write the grid as a PNG, enlarged so that small pictures can be seen."""
     image = _image(grid(by_class(syn, transform, columns=columns)))
     scale = max(1, round(700 / max(image.size)))
     with replacing(path) as fresh:
@@ -47,7 +70,7 @@ def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 
 
 
 def strip(images: Tensor) -> bytes:
-    """Images (n, C, h, w) of one or three channels in a row, as a PNG that is transparent between them."""
+    """Pictures (n, C, h, w) of one or three channels in a row, as a PNG that is transparent between them."""
     n, _, h, w = images.shape
     canvas = Image.new("RGBA" if images.shape[1] == 3 else "LA", (n * (w + GAP) - GAP, h))
     for k, image in enumerate(images):
@@ -55,6 +78,37 @@ def strip(images: Tensor) -> bytes:
     file = io.BytesIO()
     canvas.save(file, format="PNG", optimize=True)
     return file.getvalue()
+
+
+def _contact_sheets(clips: Tensor) -> Tensor:
+    """Clips (n, T, C, H, W) as pictures (n, C, h, w) of their frames, in as many columns as make it nearly square."""
+    n, frames, channels, height, width = clips.shape
+    columns = math.ceil(math.sqrt(frames))
+    rows = -(-frames // columns)
+    sheets = torch.full((n, channels, rows * (height + 1) - 1, columns * (width + 1) - 1), BACKGROUND)
+    for t in range(frames):
+        top, left = t // columns * (height + 1), t % columns * (width + 1)
+        sheets[:, :, top : top + height, left : left + width] = clips[:, t]
+    return sheets
+
+
+def _plots(series: Tensor, low: float, high: float) -> Tensor:
+    """Series (n, C, L) as pictures (n, 3, h, w): a line for each channel, from ``low`` at the bottom to ``high``."""
+    n, channels, length = series.shape
+    size = min(max(length, _PLOT_WIDTHS[0]), _PLOT_WIDTHS[1]), _PLOT_HEIGHT
+    width, height = (_OVERSAMPLING * side for side in size)
+    x = np.linspace(0, width - 1, max(length, 2))
+    bottom, top = height - _OVERSAMPLING * _MARGIN, _OVERSAMPLING * _MARGIN
+    y = bottom + (top - bottom) * (series.double() - low) / max(high - low, 1e-12)
+    plots = torch.empty(n, 3, height // _OVERSAMPLING, width // _OVERSAMPLING)
+    for plot, lines in zip(plots, y.expand(n, channels, len(x)).numpy(), strict=True):
+        canvas = Image.new("RGB", (width, height), "#f4f4f4")
+        pen = ImageDraw.Draw(canvas)
+        for channel, line in enumerate(lines):
+            red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(0.6 + channel / channels, 0.8, 0.75))
+            pen.line(list(zip(x, line, strict=True)), fill=(red, green, blue), width=_OVERSAMPLING)
+        plot.copy_(torch.from_numpy(np.array(canvas.reduce(_OVERSAMPLING))).permute(2, 0, 1) / 255)
+    return plots
 
 
 def _image(pixels: Tensor) -> Image.Image:

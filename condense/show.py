@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from condense import api, artifacts, runs
+from condense.data.layout import kind
 from condense.eval import crossarch
 from condense.eval.report import readable_bytes, steps_of, uses_of
 from condense.files import read_header
@@ -52,12 +53,12 @@ def _file(path: Path) -> None:
 def _set(title: str, syn: SyntheticSet) -> None:
     origin, cost = syn.origin, syn.cost()
     images, _ = syn()
-    rate = syn.lr
+    rate, shape = syn.lr, origin.input_shape
     _facts(
         title,
         {
             "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
-            "images": f"{len(images)} of {'x'.join(map(str, origin.input_shape))}, {origin.num_classes} classes",
+            kind(shape): f"{len(images)} of {'x'.join(map(str, shape))}, {origin.num_classes} classes",
             "method": origin.method or "unknown",
             "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
             "transform": origin.transform.get("kind"),

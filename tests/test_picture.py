@@ -1,0 +1,74 @@
+"""Sets as pictures."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condense import picture
+from condense.data import Transform
+from condense.synthetic import Origin, SyntheticSet
+
+NONE = Transform.from_description({"kind": "none"})
+
+
+def set_of(samples: Tensor, classes: list[int]) -> SyntheticSet:
+    """A set of two classes that holds these samples."""
+    dataset = {"name": "mine", "fingerprint": "f", "classes": ["a", "b"], "input_shape": list(samples.shape[1:])}
+    return SyntheticSet(samples, torch.tensor(classes), Origin(dataset=dataset, transform=NONE.describe()))
+
+
+def test_images_are_their_own_pictures() -> None:
+    images = torch.rand(5, 3, 4, 6)
+    rows = picture.by_class(set_of(images, [1, 0, 1, 1, 0]), NONE, columns=2)
+    assert torch.equal(rows[0], images[[1, 4]]) and torch.equal(rows[1], images[[0, 2]])
+
+
+def test_clips_are_sheets_of_their_frames() -> None:
+    clips = torch.rand(2, 5, 1, 4, 6)
+    (sheets, _) = picture.by_class(set_of(clips, [0, 1]), NONE)
+    assert sheets.shape == (1, 1, 2 * 4 + 1, 3 * 6 + 2)
+    for t, (top, left) in enumerate([(0, 0), (0, 7), (0, 14), (5, 0), (5, 7)]):
+        assert torch.equal(sheets[0, :, top : top + 4, left : left + 6], clips[0, t])
+    assert (sheets[0, :, 5:, 14:] == picture.BACKGROUND).all() and (sheets[0, :, 4] == picture.BACKGROUND).all()
+
+
+def test_series_are_plots_on_one_scale() -> None:
+    """A line at the bottom of the scale, one that rises to its top, and one in the middle."""
+    series = torch.stack([torch.full((1, 96), -2.0), torch.linspace(-2, 6, 96)[None], torch.full((1, 96), 2.0)])
+    rows = picture.by_class(set_of(series, [0, 0, 1]), NONE)
+    ink = [(plot.mean(0) < 0.8).numpy() for row in rows for plot in row]
+    height, width = ink[0].shape
+    assert rows[0].shape[1] == 3
+    bottom, rising, middle = (np.argmax(lines, axis=0) for lines in ink)
+    assert all(lines.any(axis=0).all() for lines in ink)
+    assert bottom.min() >= height - 4 and abs(int(middle[width // 2]) - height // 2) <= 1
+    assert rising[0] >= height - 4 and rising[-1] <= 3 and (np.diff(rising.astype(int)) <= 0).all()
+
+
+def test_each_channel_has_a_line_of_its_own_colour() -> None:
+    series = torch.tensor([0.0, 1.0, 2.0])[None, :, None].expand(1, 3, 50)
+    (plots, _) = picture.by_class(set_of(series, [0]), NONE)
+    lines = plots[0, :, :, 40].T
+    colours = {tuple(colour) for colour in lines[(lines.amax(1) - lines.amin(1)) > 0.4].mul(10).round().tolist()}
+    assert len(colours) >= 3
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (2, 30), (1, 1), (4, 1, 8, 8), (4, 3, 8, 8)])
+def test_every_shape_is_drawn_and_stripped(shape: tuple[int, ...], tmp_path: Path) -> None:
+    syn = set_of(torch.rand(3, *shape), [0, 0, 1])
+    picture.draw(syn, NONE, tmp_path / "set.png")
+    with Image.open(tmp_path / "set.png") as image:
+        assert min(image.size) > 100
+    rows = picture.by_class(syn, NONE)
+    with Image.open(BytesIO(picture.strip(rows[0]))) as image:
+        assert image.size == (2 * rows[0].shape[3] + picture.GAP, rows[0].shape[2])
+
+
+def test_a_series_that_never_changes_is_drawn(tmp_path: Path) -> None:
+    picture.draw(set_of(torch.zeros(2, 1, 20), [0, 1]), NONE, tmp_path / "set.png")
+    assert (tmp_path / "set.png").stat().st_size
