@@ -507,3 +507,67 @@ def test_the_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         cli.main(["export", str(out), str(tmp_path / "b"), "--format", "tar"])
     assert leave.value.code == 2 and "unknown format" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture(params=["series", "clips"])
+def other_data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A data set of two classes of series or clips that differ in their mean."""
+    shape = {"series": (2, 9), "clips": (3, 1, 4, 4)}[request.param]
+    labels = np.arange(16) % 2
+    levels = labels.reshape(-1, *(1 for _ in shape))
+    draws = np.random.default_rng(0).random((16, *shape))
+    samples = 6 * levels - 3 + draws if request.param == "series" else 0.5 * levels + 0.5 * draws
+    layout = {"series": "NCL", "clips": "NTCHW"}[request.param]
+    np.savez(tmp_path / "data.npz", x_train=samples, y_train=labels, x_test=samples, y_test=labels, layout=layout)
+    return tmp_path / "data.npz"
+
+
+class TestOtherShapes:
+    def test_arrays_go_out_and_come_in(self, other_data: Path, tmp_path: Path) -> None:
+        syn = api.distill("random", dataset=other_data, network="mlp", ipc=2, out=tmp_path / "run", device="cpu")
+        api.export_set(syn, tmp_path / "a.npz", "npz")
+        with np.load(tmp_path / "a.npz") as file:
+            (name,) = {"series", "clips"} & set(file)
+            np.testing.assert_allclose(file[name], pixels_of(syn).numpy())
+            assert str(file["layout"]) == {"series": "NCL", "clips": "NTCHW"}[name]
+        again = api.import_set(tmp_path / "a.npz", str(other_data))
+        torch.testing.assert_close(again()[0], syn()[0])
+        assert again.origin.input_shape == syn.origin.input_shape
+
+    @pytest.mark.parametrize("kind", ["folder", "huggingface"])
+    def test_formats_of_images_are_refused(self, kind: str, other_data: Path, tmp_path: Path) -> None:
+        syn = api.distill("random", dataset=other_data, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+        with pytest.raises(ValueError, match=f"the format {kind} is for images, this set has .*; give the format npz"):
+            api.export_set(syn, tmp_path / "out", kind)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("form", ["last", "first", "tensors"])
+    def test_arrays_of_others_are_evaluated(
+        self, form: str, other_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With the channels at the end or in front, or as tensors in the space of the data."""
+        with np.load(other_data) as file:
+            samples, labels, layout = file["x_train"][:4], file["y_train"][:4], str(file["layout"])
+        path = tmp_path / ("mine.pt" if form == "tensors" else "mine.npz")
+        if form == "tensors":
+            torch.save([torch.from_numpy(samples), torch.from_numpy(labels)], path)
+        elif form == "last":
+            axis = layout.index("C")
+            np.savez(path, x=np.moveaxis(samples, axis, -1), y=labels, layout=layout.replace("C", "") + "C")
+        else:
+            np.savez(path, x=samples, y=labels, layout=layout)
+        words = ["--networks", "mlp", "--num-seeds", "1", "--protocol.num-epochs", "60", "--device", "cpu"]
+        cli.main(["evaluate", str(path), "--dataset", str(other_data), *words])
+        assert "imported:" in capsys.readouterr().out
+        (row,) = json.loads((tmp_path / "mine.evaluation.json").read_text())["results"]
+        assert row["num_images"] == 4 and row["mean"] == 1
+
+    def test_series_without_a_layout_are_asked_for_it(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).normal(size=(4, 2, 9)), y=np.arange(4))
+        with pytest.raises(ValueError, match=r'if these are series, say so, np.savez\(..., layout="NCL"\)'):
+            read(tmp_path / "a.npz")
+
+    def test_samples_of_another_shape_are_refused(self, other_data: Path, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x=np.zeros((4, 3, 7)), y=np.arange(4) % 2, layout="NCL")
+        with pytest.raises(ValueError, match=r"samples of shape \(3, 7\), data has .*; give dataset"):
+            api.import_set(tmp_path / "a.npz", str(other_data))

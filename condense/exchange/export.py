@@ -1,4 +1,7 @@
-"""A set in formats that others read: arrays, a folder of images, a Hugging Face data set."""
+"""A set in formats that others read: arrays, a folder of images, a Hugging Face data set.
+
+Arrays take any set. Folders and Hugging Face data sets hold images alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from condense.data import layout
+from condense.data.samples import STANDARD
 from condense.data.transform import Transform
 from condense.exchange import tables
 from condense.files import canonical_json, replacing, reporting, temporary
@@ -22,24 +27,28 @@ from condense.synthetic.set import SyntheticSet
 
 
 def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> None:
-    """Write the decoded images in [0, 1] with their labels.
+    """Write the decoded samples, as the data set has them, with their labels.
 
     Args:
         syn: the set.
-        transform: of the set, for the way back to pixels.
+        transform: of the set, whose inverse leads back to the values of the data.
         path: a file for ``npz``, else a folder that does not exist yet.
         kind: one of ``FORMATS``.
 
     Raises:
-        ValueError: something is there already; it cannot be written; a library for this format is missing.
+        ValueError: something is there already; it cannot be written; a library for this format is missing; the format
+            is for images and the set has none.
     """
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
+    samples = layout.kind(syn.origin.input_shape)
+    if samples != "images" and kind != "npz":
+        raise ValueError(f"the format {kind} is for images, this set has {samples}; give the format npz")
     if path.exists():
         raise ValueError(f"{path} exists already; give another place")
     with torch.no_grad():
         images, targets = syn()
-        pixels = transform.inverse(images).clamp(0, 1).cpu()
+        pixels = transform.to_data(images).cpu()
     targets = targets.cpu()
     with reporting(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +65,13 @@ def _making(folder: Path) -> Iterator[Path]:
 
 
 def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
-    """Arrays ``images`` (N, C, H, W) float32 in [0, 1], ``labels`` (N,), ``soft_labels`` (N, C) where there are any,
-    ``classes``, and ``origin``, the JSON that the set says of itself."""
+    """Arrays ``images`` or ``clips``, float32 in [0, 1], or ``series``, float32; ``layout``, which names their axes;
+    ``labels`` (N,), ``soft_labels`` (N, classes) where there are any, ``classes``, and ``origin``, the JSON that the
+    set says of itself."""
+    samples = layout.kind(syn.origin.input_shape)
     arrays: dict[str, Any] = {
-        "images": pixels.numpy(),
+        samples: pixels.numpy(),
+        "layout": np.array(STANDARD[samples]),
         "labels": _classes(targets).numpy(),
         "classes": np.array(syn.origin.dataset["classes"]),
         "origin": np.array(_origin(syn)),

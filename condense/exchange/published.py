@@ -1,13 +1,18 @@
-"""Labelled images as other people publish them.
+"""Labelled samples as other people publish them: images, and in the layouts of arrays and tensors clips and series.
 
     layout   what it is                                                        pixels
-    npz      images and labels of any origin                                   [0, 1] or 0..255
+    npz      samples and labels of any origin; the entry ``layout`` names      [0, 1] or 0..255
+             the axes as in a data set, without it four axes are NCHW or NHWC
+             and five NTCHW or NTHWC
     folder   CLASS/*.jpg, *.png: SRe2L, CDA, RDED and others                   0..255
     pair     a ``.pt`` with the list [images, labels]: IDC                     [0, 1]
     res      ``res_*.pt`` of DC, DSA and DM: {"data": [[images, labels], ..]}  transformed
     images   ``images_*.pt`` beside ``labels_*.pt`` and, where the step size   transformed
              is learned, ``lr_*.pt``: MTT, TESLA, FTD; DATM, whose labels are
              logits
+
+In a ``.pt`` images are (N, C, H, W), clips (N, T, C, H, W) and series (N, C, L). The values of series are those of the
+data set where images are pixels.
 
 No file says on which data or through which transform it was made: that is the caller's word. A ``.pt`` is read with
 ``weights_only=True``, so nothing in it is ever run.
@@ -37,8 +42,10 @@ from torch import Tensor
 
 from condense import __version__
 from condense.data.datasets import Arrays, to_float
-from condense.data.pixels import Array, check_pixels, numpy_of
-from condense.data.reading import as_rgb, entries, read_images, read_npz
+from condense.data.layout import kind
+from condense.data.pixels import Array, check_pixels, check_series, numpy_of
+from condense.data.reading import as_rgb, entries, read_images, read_npz, text_of
+from condense.data.samples import IN_FILE, check_samples
 from condense.data.transform import Transform
 from condense.exchange.export import class_folder
 from condense.exchange.tables import read_soft_labels
@@ -54,7 +61,7 @@ Meaning = Literal["classes", "logits", "probabilities", "values"]
 LAYOUTS = ("npz", "folder", "pair", "res", "images")
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
-_IMAGE_KEYS = ("images", "x", "x_train", "data", "image")
+_SAMPLE_KEYS = ("images", "clips", "series", "x", "x_train", "data", "image")
 _LABEL_KEYS = ("soft_labels", "labels", "y", "y_train", "targets", "label")
 _SUM = 1e-2  # how far probabilities in half precision may be from a sum of 1
 _LABELS: dict[Meaning, Labels] = {
@@ -67,17 +74,17 @@ _LABELS: dict[Meaning, Labels] = {
 
 @dataclass(frozen=True)
 class External:
-    """Labelled images of unknown origin."""
+    """Labelled samples of unknown origin."""
 
     layout: str
     images: Tensor
-    """(N, C, H, W), float32."""
+    """(N, C, H, W), or clips (N, T, C, H, W) or series (N, C, L); float32."""
     labels: Tensor
     """Classes (N,) int64, or (N, classes) float32."""
     meaning: Meaning
     """Of the labels: values are regression targets, which only our own exports have."""
     space: Space
-    """pixels: in [0, 1]. transformed: as networks see them."""
+    """pixels: in [0, 1], or as the data set has them for series. transformed: as networks see them."""
     lr: float | None = None
     """A learned step size."""
     classes: tuple[str, ...] = ()
@@ -141,7 +148,7 @@ def as_set(
     shape, num = tuple(found.images.shape[1:]), arrays.num_classes
     if shape != arrays.input_shape:
         raise ValueError(
-            f"images of shape {shape}, {arrays.name} has {arrays.input_shape}; give {spelt('dataset')} with the data "
+            f"samples of shape {shape}, {arrays.name} has {arrays.input_shape}; give {spelt('dataset')} with the data "
             "they are of"
         )
     labels, soft = found.labels, found.meaning != "classes"
@@ -325,16 +332,17 @@ def _rate(value: Any, path: Path) -> float:
 
 
 def _read_npz(path: Path) -> External:
-    arrays, names = read_npz(path, (*_IMAGE_KEYS, *_LABEL_KEYS, "origin"))
-    images = next((arrays[key] for key in _IMAGE_KEYS if key in arrays), None)
+    arrays, names = read_npz(path, (*_SAMPLE_KEYS, *_LABEL_KEYS, "layout", "origin"))
+    images = next((arrays[key] for key in _SAMPLE_KEYS if key in arrays), None)
     labels = next((arrays[key] for key in _LABEL_KEYS if key in arrays), None)
     if images is None or labels is None:
         raise ValueError(
             f"{path} holds {_some(names) or 'nothing'}: the arrays `images` and `labels` are needed; add or rename them"
         )
-    images = images[:, None] if images.ndim == 3 else images
-    if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
+    if images.size:  # else _checked says what is needed
+        layout = text_of(f"layout of {path}", arrays["layout"]) if "layout" in arrays else None
+        what = f"{path}: the array of samples"
+        images = check_samples(what, images, layout, channels_first=True, remedy=IN_FILE)
     origin = arrays.get("origin")
     text = str(origin) if origin is not None and origin.dtype.kind == "U" and origin.ndim == 0 else ""
     return _checked(images, labels, path, "npz", "pixels", meaning=_meaning_of(text))
@@ -393,10 +401,10 @@ def _checked(
     classes: tuple[str, ...] = (),
 ) -> External:
     """Args: ``meaning`` as the file says it of labels of two axes, None where it does not."""
-    if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not images.size:
+    if images.ndim not in (3, 4, 5) or labels.ndim not in (1, 2) or len(images) != len(labels) or not images.size:
         raise ValueError(
-            f"{path}: images {excerpt(images.shape)} and labels {excerpt(labels.shape)}; (N, C, H, W) and (N,) or "
-            "(N, classes) are needed"
+            f"{path}: samples {excerpt(images.shape)} and labels {excerpt(labels.shape)}; (N, C, L), (N, T, C, H, W) "
+            "or (N, C, H, W) and (N,) or (N, classes) are needed"
         )
     for what, array in (("images", images), ("labels", labels)):
         if array.dtype.kind not in "iufb":
@@ -406,7 +414,8 @@ def _checked(
         if not np.isfinite(array).all():
             raise ValueError(f"{path} holds {what} that are not finite; get it again")
     if space == "pixels":
-        images = check_pixels(f"{path}: the array of images", images)
+        check = check_series if kind(images.shape[1:]) == "series" else check_pixels
+        images = check(f"{path}: the array of samples", images)
     elif images.dtype.kind != "f":
         raise ValueError(
             f"{path}: the images are {images.dtype}, networks see floats in the layout `{layout}`; save "
