@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from condense import picture
+from condense import api, cli, picture
 from condense.data import Transform
 from condense.synthetic import Origin, SyntheticSet
 
@@ -72,3 +72,21 @@ def test_every_shape_is_drawn_and_stripped(shape: tuple[int, ...], tmp_path: Pat
 def test_a_series_that_never_changes_is_drawn(tmp_path: Path) -> None:
     picture.draw(set_of(torch.zeros(2, 1, 20), [0, 1]), NONE, tmp_path / "set.png")
     assert (tmp_path / "set.png").stat().st_size
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("NCL", (2, 9)), ("NTCHW", (3, 1, 4, 4))])
+@pytest.mark.parametrize("transform", ["channel", "zca"])
+def test_runs_are_shown_and_reported(
+    layout: str, shape: tuple[int, ...], transform: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the page, too, a set that is whitened is drawn in the values of its data."""
+    samples, labels = np.random.default_rng(0).random((40, *shape)), np.arange(40) % 2
+    data, run = tmp_path / "data.npz", tmp_path / "run"
+    np.savez(data, x_train=samples, y_train=labels, x_test=samples, y_test=labels, layout=layout)
+    api.distill("random", dataset=data, network="mlp", ipc=2, transform=transform, out=run, device="cpu")
+    cli.main(["show", str(run), "--png", str(tmp_path / "mine.png")])
+    assert (tmp_path / "mine.png").read_bytes() == (run / "synthetic.png").read_bytes()
+    said = capsys.readouterr().out
+    assert ("series" if layout == "NCL" else "clips") in said and f"4 of {'x'.join(map(str, shape))}, 2 classes" in said
+    page = api.report(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png;base64,') == 2

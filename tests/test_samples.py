@@ -234,3 +234,14 @@ def test_real_data_load(name: str, shared_data: Path, tmp_path: Path) -> None:
     assert (len(arrays.x_train), len(arrays.x_test)) == (train, test)
     assert arrays.x_train.dtype == (np.float32 if floats else np.uint8)
     assert (arrays.strategy == "none") == (kind(shape) != "images")
+
+
+def test_the_page_about_inputs_makes_files_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "inputs.md"
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(page), "exec"), names)
+    assert names["arrays"].input_shape == (3, 128)
+    shapes = {"series.npz": (3, 128), "images.npz": (3, 32, 32), "clips.npz": (16, 3, 32, 32)}
+    assert {name: load(tmp_path / name).input_shape for name in shapes} == shapes
