@@ -14,6 +14,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.data.datasets import Arrays
 from condense.data.images import Images
+from condense.data.layout import InputShape
 from condense.data.transform import Transform, fit
 from condense.names import spelt
 from condense.networks import Functional
@@ -92,7 +93,7 @@ class Task:
 
     name: str
     classes: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: InputShape
     fingerprint: str
     """Of the whole training split, before validation is carved from it."""
     train: Labelled
@@ -140,7 +141,11 @@ def make_task(
     """Carve validation and fit the transform on what is left of the training data.
 
     Both parts are views of one array: on a CPU the memory of ``arrays``, else a copy on ``device``.
+
+    Raises:
+        ValueError: a class is left without training images, or the augmentation takes samples of another kind.
     """
+    augment.require_kind(arrays.input_shape)
     labels = torch.from_numpy(arrays.y_train)
     train_index, val_index = split.indices(labels)
     left = labels[train_index].bincount(minlength=arrays.num_classes)

@@ -10,6 +10,9 @@ from typing import Literal, TypeAlias
 
 Kind: TypeAlias = Literal["series", "images", "clips"]
 
+InputShape: TypeAlias = tuple[int, ...]
+"""(C, L), (C, H, W) or (T, C, H, W)"""
+
 _KINDS: dict[int, Kind] = {2: "series", 3: "images", 4: "clips"}
 
 
@@ -34,3 +37,19 @@ def channel_axis(shape: Sequence[int]) -> int:
         ValueError: the shape is of none of these kinds.
     """
     return 1 if kind(shape) == "clips" else 0
+
+
+def sides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of all axes of a sample but that of the channels: (L,), (H, W) or (T, H, W).
+
+    Raises:
+        ValueError: the shape is of none of these kinds.
+    """
+    axis = channel_axis(shape)
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def require_kind(what: str, takes: Sequence[Kind], shape: Sequence[int], remedy: str) -> None:
+    """Raise ValueError, in one line that ends in ``remedy``, unless ``what`` takes samples of this shape."""
+    if kind(shape) not in takes:
+        raise ValueError(f"{what} takes {' and '.join(takes)}, not {kind(shape)} of shape {tuple(shape)}; {remedy}")

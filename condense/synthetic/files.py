@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from condense.data.layout import channel_axis, kind
 from condense.files import FORMAT, expanded, read_tensors, write_tensors
 from condense.schema import brief, checked, from_json
 from condense.synthetic.decode import DECODERS, Decode
@@ -187,7 +188,8 @@ def _origin(value: Mapping[str, Any]) -> Origin:
     kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
     if kind is not None:
         statistics: object = from_json(kind, origin.transform, "origin, transform")
-        if isinstance(statistics, _Channel) and len(statistics.mean) != origin.input_shape[0]:
+        channels = origin.input_shape[channel_axis(origin.input_shape)]
+        if isinstance(statistics, _Channel) and len(statistics.mean) != channels:
             raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.input_shape}")
     return origin
 
@@ -210,11 +212,12 @@ class _Dataset:
     name: str
     fingerprint: str
     classes: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if not self.classes:
             raise ValueError("it has no classes")
+        kind(self.input_shape)
         if min(self.input_shape) < 1:
             raise ValueError(f"input_shape {brief(self.input_shape)} has a side below 1")
 

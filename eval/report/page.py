@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -338,10 +339,9 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
     return {"dataset": dataset, "svg": Markup(svg), "rows": own + lines, "published": bool(published)}
 
 
-def _published_bytes(input_shape: tuple[int, int, int], num_classes: int, ipc: int, labels: str) -> int:
+def _published_bytes(input_shape: tuple[int, ...], num_classes: int, ipc: int, labels: str) -> int:
     """As a set of ours would store it: float32 pixels, classes of eight bytes or float32 targets."""
-    channels, height, width = input_shape
-    return ipc * num_classes * (4 * channels * height * width + (8 if labels == "hard" else 4 * num_classes))
+    return ipc * num_classes * (4 * math.prod(input_shape) + (8 if labels == "hard" else 4 * num_classes))
 
 
 def _commands(run: Run) -> list[str]:
