@@ -86,7 +86,7 @@ class RunOptions(Checked):
 @checked
 def make_buffer(
     dataset: Data = "digits",
-    network: Network = "convnet",
+    network: Network = "auto",
     *,
     experts: Experts = Experts(),
     transform: str = "channel",
@@ -438,7 +438,7 @@ def default_networks(syn: SyntheticSet, protocol: Protocol) -> tuple[str, ...]:
     Raises:
         ValueError: that network has no name, since it was given as a callable.
     """
-    return (own_network(syn),) if protocol.name == "own" else ("convnet",)
+    return (own_network(syn),) if protocol.name == "own" else ("auto",)
 
 
 @checked
@@ -684,7 +684,7 @@ def _rivals(
     """
     if not names:
         return {}
-    stored = str(syn.origin.recipe.get("network", "convnet"))
+    stored = str(syn.origin.recipe.get("network", "auto"))
     chosen = otherwise if stored.startswith("custom:") else stored
     network = Functional(chosen, arrays.input_shape, arrays.num_classes, device)
     recipes = {name: _baseline_recipe(name, syn, arrays, network, seed, budget) for name in names}
