@@ -21,7 +21,7 @@ class Origin:
     """What a set says of itself; JSON values only, a pure function of recipe, data and code."""
 
     dataset: Mapping[str, Any]
-    """name, fingerprint of the training split, classes, image shape."""
+    """name, fingerprint of the training split, classes, input shape."""
     transform: Mapping[str, Any]
     """Description of the transform: latents live in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +46,7 @@ class Origin:
 
     @property
     def input_shape(self) -> InputShape:
+        """Of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
         return tuple(self.dataset["input_shape"])
 
 
@@ -105,7 +106,7 @@ class SyntheticSet(nn.Module):
         return len(self.latents)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
+        """Samples (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])
