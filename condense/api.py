@@ -227,6 +227,7 @@ def run(
             f"give {spelt('split.val_fraction', 0.1)}"
         )
     _check_composition(plan)
+    plan.decode.require_kind(arrays.input_shape)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
     source, plan = plan.dataset, _shared(plan, arrays)
@@ -711,6 +712,7 @@ def _baseline_recipe(
         seed=seed,
     )
     _check_composition(plan)
+    plan.decode.require_kind(arrays.input_shape)
     return dataclasses.replace(plan, compute=_settle(plan, arrays, network))
 
 
