@@ -86,7 +86,7 @@ class RunOptions(Checked):
 @checked
 def make_buffer(
     dataset: Data = "digits",
-    network: Network = "convnet",
+    network: Network = "auto",
     *,
     experts: Experts = Experts(),
     transform: str = "channel",
@@ -227,6 +227,7 @@ def run(
             f"give {spelt('split.val_fraction', 0.1)}"
         )
     _check_composition(plan)
+    plan.decode.require_kind(arrays.input_shape)
     check_sinks(options.track)
     folder = run_folder(plan, options, arrays)
     source, plan = plan.dataset, _shared(plan, arrays)
@@ -438,7 +439,7 @@ def default_networks(syn: SyntheticSet, protocol: Protocol) -> tuple[str, ...]:
     Raises:
         ValueError: that network has no name, since it was given as a callable.
     """
-    return (own_network(syn),) if protocol.name == "own" else ("convnet",)
+    return (own_network(syn),) if protocol.name == "own" else ("auto",)
 
 
 @checked
@@ -684,7 +685,7 @@ def _rivals(
     """
     if not names:
         return {}
-    stored = str(syn.origin.recipe.get("network", "convnet"))
+    stored = str(syn.origin.recipe.get("network", "auto"))
     chosen = otherwise if stored.startswith("custom:") else stored
     network = Functional(chosen, arrays.input_shape, arrays.num_classes, device)
     recipes = {name: _baseline_recipe(name, syn, arrays, network, seed, budget) for name in names}
@@ -711,6 +712,7 @@ def _baseline_recipe(
         seed=seed,
     )
     _check_composition(plan)
+    plan.decode.require_kind(arrays.input_shape)
     return dataclasses.replace(plan, compute=_settle(plan, arrays, network))
 
 

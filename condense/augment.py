@@ -1,7 +1,8 @@
 """Differentiable Siamese augmentation (DSA): a draw is a value, applying it is a pure function.
 
 Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021. Images are
-(N, C, H, W) and normalised: zero, which fills whatever an operation uncovers, is the mean of the data.
+(N, C, H, W) and normalised: zero, which fills whatever an operation uncovers, is the mean of the data. Clips are
+(N, T, C, H, W): all frames of a clip undergo the same draw, each as an image of its own. No operation takes series.
 
 * ``color``: brightness x + b, b in [-0.5, 0.5]; then saturation (x - m) s + m, s in [0, 2], m the mean over
   channels; then contrast (x - m) c + m, c in [0.5, 1.5], m the mean over channels and pixels.
@@ -42,7 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.names import suggest
+from condense.data.layout import InputShape, Kind, kind, require_kind
+from condense.names import spelt, suggest
 from condense.schema import Checked
 
 Mode = Literal["S", "M", "D", "P"]
@@ -59,8 +61,18 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
 }
 
 
+TAKES: tuple[Kind, ...] = ("images", "clips")
+"""The kinds of samples that operations take; all operations are alike in this."""
+
 MILD = ("jitter", "zoom", "rotate", "translate", "cutout-quarter")
 """The operations of FRePo's evaluation on grey images; on colour images there is ``flip`` as well."""
+
+
+def mild(input_shape: InputShape) -> tuple[str, ...]:
+    """The operations of FRePo's evaluation on images of this shape; none on series and clips, of which it has none."""
+    if kind(input_shape) != "images":
+        return ()
+    return MILD if input_shape[0] == 1 else ("flip", *MILD)
 
 
 class Params(NamedTuple):
@@ -146,23 +158,33 @@ class Augment(Checked):
             fields |= {"mode": self.mode, "align_corners": self.align_corners}
         return fields
 
+    def require_kind(self, input_shape: Sequence[int]) -> None:
+        """Raise ValueError where an operation does not take samples of this shape."""
+        if self.ops or self.flips:
+            remedy = f"give {spelt('augment', 'none')}"
+            require_kind(f"augmentation {str(self)!r}", TAKES, input_shape, remedy)
+
     @property
     def copies(self) -> int:
         """How many images ``mirrored`` makes of one."""
         return 2 if self.flips else 1
 
     def mirrored(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Synthetic images (n, C, H, W) and targets (n, ...); with ``flips`` also mirrored, behind the others."""
+        """Synthetic images (n, ..., H, W) and targets (n, ...); with ``flips`` also mirrored, behind the others."""
         if not self.flips:
             return images, targets
-        return torch.cat([images, images.flip(3)]), torch.cat([targets, targets])
+        return torch.cat([images, images.flip(-1)]), torch.cat([targets, targets])
 
     def sample(self, gen: torch.Generator, num: int, input_shape: Sequence[int], siamese: bool) -> Params:
-        """Draw for ``num`` images of shape (C, H, W) from a CPU generator.
+        """Draw for ``num`` images of shape (C, H, W), or clips of shape (T, C, H, W), from a CPU generator.
 
         A siamese draw is one row that all images share. It fits a batch of any size: the real one and the
         synthetic one alike.
+
+        Raises:
+            ValueError: there are operations, and the shape is that of a series.
         """
+        self.require_kind(input_shape)
         ops = self.ops
         if ops and self.mode == "S":
             ops = _one_of(ops, gen)
@@ -179,7 +201,12 @@ class Augment(Checked):
         return Params(values)
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
-        """Images (N, C, H, W) under ``params``: draws nothing, differentiable in ``x``, keeps its dtype."""
+        """Images (N, C, H, W) or clips (N, T, C, H, W) under ``params``: draws nothing, differentiable in ``x``, keeps
+        its dtype."""
+        if x.dim() == 5 and params.values:
+            frames = x.shape[1]
+            rows = {name: v if len(v) == 1 else v.repeat_interleave(frames, 0) for name, v in params.values.items()}
+            return self.apply(x.flatten(0, 1), Params(rows)).unflatten(0, (-1, frames))
         for name, value in params.to(x.device).values.items():
             assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
             x = _OPERATIONS[name].apply(x, value, self.align_corners)

@@ -49,8 +49,8 @@ class Distill:
 class Buffer:
     dataset: str = "digits"
     """Name of a data set, an .npz file or an image folder."""
-    network: str = "convnet"
-    """Network to train, e.g. convnet:depth=3."""
+    network: str = "auto"
+    """Network to train, e.g. convnet:depth=3; auto is the ConvNet for the kind of data."""
     experts: Annotated[Experts, Flat] = Experts()
     transform: str = "channel"
     """none, channel, zca or zca-relative."""
@@ -73,8 +73,8 @@ class Buffer:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     networks: tuple[str, ...] = ()
-    """Architectures to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t; default: convnet, but under the
-    protocol own the network that the set is meant for."""
+    """Architectures to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t; default: the ConvNet for the
+    kind of data, but under the protocol own the network that the set is meant for."""
     num_seeds: int = 5
     """Fresh networks of each."""
     protocol: Protocol = PROTOCOLS["canonical"]

@@ -44,7 +44,7 @@ class Compute(Checked):
     autocast: Literal["none", "bfloat16"] | None = None
     """Arithmetic of first-order forward and backward passes."""
     channels_last: bool | None = None
-    """Memory layout of images in first-order work."""
+    """Memory layout of images in first-order work; series and clips have but one."""
     micro_batch: int | None = None
     """Most images of one pass where a method matches a whole class or set; bounds the memory."""
     vmap_batch: int | None = None
@@ -120,8 +120,10 @@ class Compute(Checked):
         return found
 
     def layout(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) as first-order work wants them in memory."""
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        """Samples (N, *input_shape) as first-order work wants them in memory; series and clips stay as they are."""
+        if self.channels_last and images.dim() == 4:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
     def first_order(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         """``fn`` under this policy; for functions that are differentiated at most once.

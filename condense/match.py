@@ -49,7 +49,8 @@ def global_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
 
 
 def convolution_mse_sum(a: Tensors, b: Tensors) -> Tensor:
-    """``mse_sum`` of convolution weights, which are the parameters with four axes; the others count nothing.
+    """``mse_sum`` of convolution weights, which are the parameters with the most axes, three to five: channels out, in,
+    and one for each axis of the kernel. The others count nothing.
 
     Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
     """
@@ -94,7 +95,8 @@ def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor
 
 
 def attention_map(maps: Tensor, power: float) -> Tensor:
-    """Where feature maps (N, C, H, W) are strong, (N, H W): sums over channels of |x|^power, of norm 1 for each image.
+    """Where feature maps (N, C, ...) are strong, (N, number of places): sums over channels of |x|^power, of norm 1 for
+    each image.
 
     Sajedi et al., "DataDAM: Efficient Dataset Distillation with Attention Matching", ICCV 2023.
     """
@@ -119,15 +121,16 @@ def matching_loss(
     could not be differentiated twice; a new architecture, distance or shape compiles anew.
 
     Args:
-        images, targets: (N, C, H, W) and (N, ...); or of K sets at once, (K, N, C, H, W) and (K, N, ...). Then
-            ``real_grads`` have K rows each, and the value is the sum over the sets.
+        real_grads: by parameter, of its shape; or of K sets at once, with K in front.
+        images, targets: (N, *input_shape) and (N, ...); of K sets (K, N, *input_shape) and (K, N, ...). The value is
+            then the sum over the sets.
         micro_batch: most images of one pass; more are gone through in pieces, for which ``loss_fn`` has to be a
             mean over them. It changes nothing but rounding, and which random numbers dropout draws. One set only.
     """
     inputs = (images, targets)
     wanted = tuple(i for i, x in enumerate(inputs) if x.requires_grad)
     fixed = (images.detach(), targets.detach())
-    sets = images.dim() == 5
+    sets = any(real_grads[name].dim() > p.dim() for name, p in params.items())
     evaluate = _of_sets if sets else _value_and_gradients
     run = _compiled(evaluate) if compile else evaluate
     with torch.no_grad():
@@ -141,7 +144,7 @@ def matching_loss(
 def feature_matching_loss(
     features: Callable[[Tensor], Tensor], real_mean: Tensor, images: Tensor, micro_batch: int
 ) -> Tensor:
-    """``|real_mean - mean of features(images)|^2``, going through the images (N, C, H, W) in pieces.
+    """``|real_mean - mean of features(images)|^2``, going through the images (N, *input_shape) in pieces.
 
     A scalar, differentiable once, in ``images`` only. The features of one piece at a time have a graph: the first
     pass finds the mean, the second the gradients, with the same random numbers (dropout).
@@ -290,8 +293,10 @@ def _pairs(a: Tensors, b: Tensors) -> list[tuple[Tensor, Tensor]]:
 
 
 def _over_convolutions(distance: Callable[[Tensor, Tensor], Tensor], a: Tensors, b: Tensors) -> Tensor:
-    pairs = [(x, y) for x, y in _pairs(a, b) if x.ndim == 4]
-    assert pairs, "no convolution among the parameters"
+    pairs = _pairs(a, b)
+    axes = max(x.ndim for x, _ in pairs)
+    assert axes > 2, "no convolution among the parameters"
+    pairs = [(x, y) for x, y in pairs if x.ndim == axes]
     return torch.stack([distance(x, y) for x, y in pairs]).sum()
 
 

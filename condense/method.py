@@ -235,7 +235,7 @@ class Context:
 
     @cached_property
     def maps(self) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], tuple[list[Tensor], Tensor]]:
-        """``maps(params, buffers, images)``: what each activation puts out, (N, c, h, w), and the features (N, F);
+        """``maps(params, buffers, images)``: what each activation puts out, (N, c, ...), and the features (N, F);
         otherwise as ``features``.
 
         Raises:

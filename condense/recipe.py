@@ -54,8 +54,9 @@ class Recipe(Checked):
     """none, channel, zca (absolute regulariser) or zca-relative."""
     split: Split = Split()
     """The validation part of the training data."""
-    network: str = "convnet"
-    """Network to distil with, e.g. convnet:depth=3,norm=batch."""
+    network: str = "auto"
+    """Network to distil with, e.g. convnet:depth=3,norm=batch; auto is the ConvNet for the kind of data, and takes
+    options likewise."""
     ipc: int = 10
     """Images per class: the budget of stored images."""
     augment: str = "dsa"

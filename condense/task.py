@@ -141,7 +141,11 @@ def make_task(
     """Carve validation and fit the transform on what is left of the training data.
 
     Both parts are views of one array: on a CPU the memory of ``arrays``, else a copy on ``device``.
+
+    Raises:
+        ValueError: a class is left without training images, or the augmentation takes samples of another kind.
     """
+    augment.require_kind(arrays.input_shape)
     labels = torch.from_numpy(arrays.y_train)
     train_index, val_index = split.indices(labels)
     left = labels[train_index].bincount(minlength=arrays.num_classes)

@@ -17,6 +17,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
+from condense.data.layout import sides
 from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
@@ -353,27 +354,28 @@ def sharpness_aware(
 
 
 def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) of which a rectangle comes from another image, and targets (N, C) mixed by its area.
+    """Samples (N, *input_shape) of which a part comes from another, and targets (N, C) mixed by its share.
 
-    Yun et al. (2019): the area kept is uniform over (0, 1), before the rectangle is cut at the border; it is the same
-    for the whole batch, which stays as it is with one minus the ``probability``.
+    The part is a rectangle of an image, the same rectangle of all frames of a clip, or a time span of a series. Yun et
+    al. (2019): its share is uniform over (0, 1), before it is cut at the border; it is the same for the whole batch,
+    which stays as it is with one minus the ``probability``.
     """
     u = torch.rand(4, generator=generator).tolist()
     other = torch.randperm(len(x), generator=generator).to(x.device)
     if u[0] >= probability:
         return x, y
-    height, width = x.shape[2:]
-    side = math.sqrt(u[1])
-    top, bottom = _cut(u[2], side, height)
-    left, right = _cut(u[3], side, width)
+    sizes = sides(x.shape[1:])[-2:]
+    length = math.sqrt(u[1]) if len(sizes) == 2 else u[1]
+    spans = [_cut(centre, length, size) for centre, size in zip(u[2:], sizes, strict=False)]
+    part = (..., *(slice(*span) for span in spans))
     mixed = x.clone()
-    mixed[:, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
-    share = (bottom - top) * (right - left) / (height * width)
+    mixed[part] = x[part][other]
+    share = math.prod(last - first for first, last in spans) / math.prod(sizes)
     return mixed, y * (1 - share) + y[other] * share
 
 
 def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) and targets (N, C), each blended with another of the batch by one weight from
+    """Samples (N, *input_shape) and targets (N, C), each blended with another of the batch by one weight from
     Beta(alpha, alpha) for all."""
     seed = int(torch.randint(2**31, (), generator=generator))
     weight = float(np.random.default_rng(seed).beta(alpha, alpha))

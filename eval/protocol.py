@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from condense.augment import MILD, Augment
+from condense.data.layout import channel_axis
 from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import spelt, suggest
@@ -67,7 +68,7 @@ class Protocol(Training):
         ``Augment.parse`` does not know."""
         if self.augment in STRATEGIES:
             grey, colour = STRATEGIES[self.augment]
-            return grey if input_shape[0] == 1 else colour
+            return grey if input_shape[channel_axis(input_shape)] == 1 else colour
         return Augment.parse(self.augment, own=own)
 
     def resolved(self, num_images: int, lr: Tensor | None = None, copies: int = 1) -> Protocol:

@@ -35,7 +35,7 @@ from condense.compute import Compute
 from condense.match import LossFn, matching_loss, named_distance
 from condense.method import Context, GradientMethod, GradientState
 from condense.names import spelt
-from condense.networks import Functional, Weights
+from condense.networks import Functional, Weights, default_for
 from condense.task import Task
 from condense.train import Trainer, Training, loss_of
 
@@ -112,15 +112,16 @@ class GradientMatching(GradientMethod):
         return ctx.task.augment
 
     def synthetic(self, ctx: Context, state: StudentState, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """The images (m, C, H, W) and targets of a class that take part in a step."""
+        """The images (m, *input_shape) and targets of a class that take part in a step."""
         return state.syn(state.syn.index_of(part))
 
     def init(self, ctx: Context) -> StudentState:
         params, buffers = fresh_student(ctx, 0)
-        if self.distance.endswith("-conv") and all(p.ndim != 4 for p in params.values()):
+        axes = 1 + len(ctx.task.input_shape)
+        if self.distance.endswith("-conv") and all(p.ndim != axes for p in params.values()):
             raise ValueError(
                 f"{ctx.task.network.name} has no convolutions, which {self.distance} compares; "
-                f"give {spelt('network', 'convnet')} or {spelt('method.distance', 'mse')}"
+                f"give {spelt('network', default_for(ctx.task.input_shape))} or {spelt('method.distance', 'mse')}"
             )
         syn = ctx.new_set(*ctx.initial(self.start))
         return StudentState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
@@ -179,9 +180,9 @@ class GradientMatching(GradientMethod):
 
 class Batches(NamedTuple):
     real: Tensor
-    """(n, C, H, W)"""
+    """(n, *input_shape)"""
     images: Tensor
-    """(m, C, H, W), with their graph to the set."""
+    """(m, *input_shape), with their graph to the set."""
     targets: Tensor
     """Of the synthetic images: (m,) or (m, num_classes)."""
 

@@ -28,7 +28,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from condense.augment import MILD, Augment
+from condense.augment import Augment, mild
 from condense.compute import Compute
 from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context, GradientMethod, GradientState, Optim
@@ -112,7 +112,7 @@ class FRePo(GradientMethod):
         """That of the recipe; of a recipe without, the published one."""
         if task.augment.ops:
             return super().training_augment(task)
-        return Augment(MILD if task.input_shape[0] == 1 else ("flip", *MILD))
+        return Augment(mild(task.input_shape))
 
     def init(self, ctx: Context) -> PoolState:
         syn = ctx.new_set(*ctx.initial(self.start))

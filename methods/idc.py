@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from condense.augment import Augment
+from condense.data.layout import sides
 from condense.method import Context, Optim
 from condense.methods.dc import DistanceName, GradientMatching, StudentState, student_trainer
 from condense.networks import Weights
@@ -96,8 +97,9 @@ class IDCBase(GradientMatching):
         return _beside_cutmix(super().training_augment(task), self.cutmix)
 
     def weight(self, ctx: Context) -> float:
-        """Of the objective: the published factor of the learning rate, which under SGD is the same."""
-        _, height, width = ctx.task.input_shape
+        """Of the objective: the published factor of the learning rate, which under SGD is the same. A series has one
+        side only."""
+        height, width = (self.base_size, *sides(ctx.task.input_shape))[-2:]
         return ctx.ipc / 10 * height * width / self.base_size**2
 
     def init(self, ctx: Context) -> StudentState:

@@ -82,7 +82,8 @@ class RaTBPTT(Bilevel):
 
     def init(self, ctx: Context) -> RaTState:
         images, labels = ctx.initial("noise")
-        syn = ctx.new_set(images / images.flatten(1).norm(dim=1)[:, None, None, None], labels)
+        rows = images.flatten(1)
+        syn = ctx.new_set((rows / rows.norm(dim=1, keepdim=True)).view_as(images), labels)
         return RaTState(syn=syn, optimisers=self.optimisers(syn))
 
     def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:

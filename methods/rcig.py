@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import MILD, Augment
+from condense.augment import MILD, Augment, mild
 from condense.inner import Descent, Minimum, Params, minimise, mixed_gradient, pushforward
 from condense.kernels import feature_kernel, ridge_solve
 from condense.match import differentiated
@@ -162,7 +162,7 @@ class RCIG(GradientMethod):
         """That of the recipe; of a recipe without, the published one. Mirror images are joined as in distillation."""
         if task.augment.ops:
             return task.augment
-        ops = MILD[1:] if task.input_shape[0] == 1 else ("flip", *MILD)
+        ops = MILD[1:] if mild(task.input_shape) == MILD else mild(task.input_shape)
         return Augment(ops, mode="P", flips=task.augment.flips)
 
     def init(self, ctx: Context) -> RCIGState:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from condense.augment import MILD, Augment, Mode, Params
+from condense.augment import MILD, Augment, Mode, Params, mild
 from condense.rng import Rng
 from tests.reference import dsa
 
@@ -354,6 +354,38 @@ def test_part_of_a_batch() -> None:
         whole = augment.apply(x, params)
         assert torch.equal(augment.apply(x[index], params.take(index)), whole[index])
         assert torch.equal(augment.apply(x[2:5], params.take(slice(2, 5))), whole[2:5])
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+def test_all_frames_of_a_clip_undergo_the_same_draw(siamese: bool) -> None:
+    augment, clips = (
+        Augment((*OPS, "jitter", "zoom", "translate", "cutout-quarter"), "M"),
+        images(8).unflatten(0, (2, 4)),
+    )
+    params = augment.sample(Rng(0)("augment"), 2, (4, *SHAPE), siamese)
+    augmented = augment.apply(clips, params)
+    assert augmented.shape == clips.shape
+    for k, (clip, expected) in enumerate(zip(clips, augmented, strict=True)):
+        torch.testing.assert_close(augment.apply(clip, params.take(slice(k, k + 1))), expected)
+
+
+def test_a_clip_is_mirrored_from_left_to_right() -> None:
+    clips = images(8).unflatten(0, (2, 4))
+    both, _ = Augment(flips=True).mirrored(clips, torch.arange(2))
+    assert torch.equal(both, torch.cat([clips, clips.flip(4)]))
+
+
+@pytest.mark.parametrize("augment", [Augment(("crop",)), Augment(flips=True)])
+def test_no_operation_takes_series(augment: Augment) -> None:
+    with pytest.raises(ValueError, match=r"takes images and clips, not series .*; give augment='none'$"):
+        augment.sample(Rng(0)("augment"), 2, (3, 16), siamese=False)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(Augment().apply(x, Augment().sample(Rng(0)("augment"), 2, (3, 16), siamese=False)), x)
+
+
+def test_the_mild_operations_are_for_images() -> None:
+    assert mild((1, 8, 8)) == MILD and mild((3, 8, 8)) == ("flip", *MILD)
+    assert mild((3, 16)) == mild((1, 3, 8, 8)) == ()
 
 
 def test_a_draw_for_other_images_does_not_fit() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from condense import api, recipe
 from condense.data.datasets import Arrays
+from condense.data.layout import InputShape, kind
 from condense.recipe import Recipe
 from condense.registry import load as method
 from condense.synthetic import (
@@ -30,7 +31,7 @@ from condense.synthetic import (
     load,
     save,
 )
-from condense.synthetic.decode import InputShape, dct, inverse_dct
+from condense.synthetic.decode import dct, inverse_dct
 from tests.conftest import TINY
 
 NUM_CLASSES = 3
@@ -43,7 +44,13 @@ EVERY = [
     Bases(num_bases=5, start="xavier"),
     Hallucinator(num_styles=3),
 ]
+SERIES, CLIPS = (3, 16), (3, 2, 8, 7)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+cases = pytest.mark.parametrize(
+    ("decode", "shape"),
+    [(decode, shape) for shape in (*SHAPES, SERIES, CLIPS) for decode in EVERY if kind(shape) in decode.takes],
+    ids=str,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -51,7 +58,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def draw(decode: Decode, shape: InputShape, ipc: int = 2) -> tuple[Tensor, Tensor]:
-    """Initial images (expansion * N, C, H, W) and the classes (N,) of their latents."""
+    """Initial images (expansion * N, *shape) and the classes (N,) of their latents."""
     each = decode.latents_per_class(ipc, shape, NUM_CLASSES)
     classes = torch.arange(NUM_CLASSES).repeat_interleave(each)
     return torch.randn(decode.expansion * len(classes), *shape, generator=generator()), classes
@@ -76,8 +83,7 @@ def test_every_decoder_is_held_to_this() -> None:
     assert {type(decode) for decode in EVERY} == set(DECODERS.values())
 
 
-@shapes
-@pytest.mark.parametrize("decode", EVERY, ids=str)
+@cases
 def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decode, shape: InputShape) -> None:
     decoder, latents, classes = encoded(decode, shape)
     images = decoder(latents, classes)
@@ -87,16 +93,14 @@ def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decod
     torch.testing.assert_close(decoder(latents[order], classes[order]), copies)
 
 
-@shapes
-@pytest.mark.parametrize("decode", EVERY, ids=str)
+@cases
 def test_latents_are_within_the_budget(decode: Decode, shape: InputShape) -> None:
     syn = synthetic(decode, shape)
     shared = sum(p.numel() for p in syn.decoder.parameters()) if isinstance(decode, Bases) else 0
     assert syn.latents.numel() + shared <= 2 * NUM_CLASSES * math.prod(shape)
 
 
-@shapes
-@pytest.mark.parametrize("decode", EVERY, ids=str)
+@cases
 def test_gradient_reaches_every_latent_and_all_of_the_decoder(decode: Decode, shape: InputShape) -> None:
     syn = synthetic(decode, shape)
     images, _ = syn()
@@ -119,8 +123,7 @@ def test_the_generator_alone_decides(decode: Decode) -> None:
     assert same == (not isinstance(decode, Hallucinator) and getattr(decode, "start", "images") == "images")
 
 
-@shapes
-@pytest.mark.parametrize("decode", EVERY, ids=str)
+@cases
 def test_a_loaded_set_decodes_to_the_bit(decode: Decode, shape: InputShape, tmp_path: Path) -> None:
     syn = synthetic(decode, shape)
     with torch.no_grad():
@@ -209,6 +212,28 @@ def test_bases_are_upsampled_and_summed(shape: InputShape) -> None:
         assert isinstance(half, Tensor)
         expected = F.interpolate(half[None], size=shape[1:], mode="bilinear")[0]
         torch.testing.assert_close(decoder(latents, classes)[i], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "small", "mode"), [((3, 15), (3, 8), "linear"), ((5, 2, 8, 7), (3, 2, 4, 4), "trilinear")]
+)
+def test_bases_of_series_and_clips_have_half_the_resolution(shape: InputShape, small: InputShape, mode: str) -> None:
+    decoder, latents, classes = encoded(Bases(num_bases=5), shape)
+    assert decoder.bases.shape == (5, *small)
+    clips = len(shape) == 4
+    half = torch.einsum("nk,k...->n...", latents, decoder.bases.transpose(1, 2) if clips else decoder.bases)
+    size = (shape[0], *shape[2:]) if clips else shape[1:]
+    expected = F.interpolate(half, size=size, mode=mode)
+    torch.testing.assert_close(decoder(latents, classes), expected.transpose(1, 2) if clips else expected)
+
+
+@pytest.mark.parametrize("shape", [SERIES, CLIPS])
+@pytest.mark.parametrize("decode", [decode for decode in EVERY if decode.takes == ("images",)], ids=str)
+def test_a_decoder_that_does_not_make_such_samples_names_those_that_do(decode: Decode, shape: InputShape) -> None:
+    origin = Origin(dataset={"classes": ["a", "b"], "input_shape": list(shape)}, transform={"kind": "none"})
+    line = rf"^decoder {decode.name} takes images, not {kind(shape)} .*; give decode='pixels'; .* are pixels, bases$"
+    with pytest.raises(ValueError, match=line):
+        SyntheticSet(torch.zeros(2, *shape), torch.arange(2), origin, decode=decode)
 
 
 def test_bases_begin_at_the_best_fit() -> None:

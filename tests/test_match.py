@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from condense import match
 from condense.augment import Augment
+from condense.networks.base import CONVOLUTIONS, make_pooling
 from condense.rng import Rng
 from tests.reference import distances
 
@@ -145,23 +146,24 @@ def test_feature_mean_distance() -> None:
 class Problem:
     """A small ConvNet, the gradients of a real batch, and a synthetic batch."""
 
-    def __init__(self, soft: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+    def __init__(self, soft: bool, dtype: torch.dtype = torch.float64, seed: int = 0, axes: int = 2) -> None:
+        """``axes``: of the maps of the network; 1 for series, 2 for images."""
         with Rng(seed).forked("network"):
             network = nn.Sequential(
-                nn.Conv2d(2, 4, 3, padding=1),
+                CONVOLUTIONS[axes - 1](2, 4, 3, padding=1),
                 nn.GroupNorm(4, 4),
                 nn.Softplus(),
-                nn.AvgPool2d(2),
+                make_pooling("avg", 2, axes),
                 nn.Flatten(),
-                nn.Linear(36, 3),
+                nn.Linear(4 * 3**axes, 3),
             ).to(dtype)
-        gen = Rng(seed)("batches")
+        gen, shape = Rng(seed)("batches"), (2, *(6 for _ in range(axes)))
         self.params = {name: p.detach() for name, p in network.named_parameters()}
-        self.images = torch.randn(4, 2, 6, 6, generator=gen, dtype=dtype)
+        self.images = torch.randn(4, *shape, generator=gen, dtype=dtype)
         self.targets = torch.randint(3, (4,), generator=gen)
         if soft:
             self.targets = torch.randn(4, 3, generator=gen, dtype=dtype).softmax(1)
-        real = torch.randn(8, 2, 6, 6, generator=gen, dtype=dtype), torch.randint(3, (8,), generator=gen)
+        real = torch.randn(8, *shape, generator=gen, dtype=dtype), torch.randint(3, (8,), generator=gen)
 
         self.network = network
         self.real_grads = torch.func.grad(self.loss_fn)(self.params, real)
@@ -239,6 +241,42 @@ def test_matching_loss_of_several_sets_is_their_sum(name: str, soft: bool) -> No
         for a, b in zip(together, torch.autograd.grad(alone, (x, y) if soft else (x,)), strict=True):
             torch.testing.assert_close(a[k], b, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(value.detach(), total.to(value.dtype))
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("name", match.DISTANCES)
+def test_matching_loss_of_series_and_clips(name: str, axes: int) -> None:
+    """Alone, in pieces, and of two sets that are the same."""
+    problem, distance = Problem(False, axes=axes), match.DISTANCES[name]
+    leaf = problem.images.clone().requires_grad_()
+    value = problem.double_backward(distance, leaf, problem.targets)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert gradient.abs().max() > 1e-4
+    for options in ({}, {"micro_batch": 3}):
+        ours = problem.loss(distance, leaf, problem.targets, **options)
+        torch.testing.assert_close(ours, value)
+        torch.testing.assert_close(torch.autograd.grad(ours, leaf)[0], gradient)
+    twice = {key: torch.stack([g, g]) for key, g in problem.real_grads.items()}
+    images, targets = torch.stack([leaf, leaf]), torch.stack([problem.targets, problem.targets])
+    both = match.matching_loss(problem.loss_fn, problem.params, twice, distance, images, targets)
+    torch.testing.assert_close(both, 2 * value)
+    torch.testing.assert_close(torch.autograd.grad(both, leaf)[0], 2 * gradient)
+
+
+def test_convolutions_are_the_parameters_with_the_most_axes() -> None:
+    """A norm by layer has three axes for images, as many as the convolutions for series have."""
+    image = {"conv": torch.ones(4, 2, 3, 3), "norm": torch.ones(4, 6, 6), "linear": torch.ones(3, 4)}
+    series = {"conv": torch.ones(4, 2, 3), "norm": torch.ones(4, 6), "linear": torch.ones(3, 4)}
+    for params, count in ((image, 72), (series, 24)):
+        zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+        assert match.convolution_mse_sum(params, zeros) == count
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (2, 5, 6, 3), (2, 5, 4, 6, 3)])
+def test_an_attention_map_has_a_number_for_each_place(shape: tuple[int, ...]) -> None:
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([m.abs().square().sum(0).flatten() / m.abs().square().sum(0).norm() for m in maps])
+    torch.testing.assert_close(match.attention_map(maps, 2), expected)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 5])

@@ -17,13 +17,25 @@ from torchvision.models import VisionTransformer
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.inner import pushforward
-from condense.networks import Factory, Functional, InputShape, build, describe, names, parse, with_options
+from condense.networks import (
+    Factory,
+    Functional,
+    InputShape,
+    build,
+    default_for,
+    describe,
+    names,
+    parse,
+    resolve,
+    with_options,
+)
 from condense.rng import Rng
 from condense.train import Trainer, Training
 
 T = TypeVar("T")
 
 DIGITS, MNIST, CIFAR, TINY = (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)
+SERIES, CLIPS, VIDEO = (3, 16), (4, 3, 16, 16), (16, 3, 64, 64)
 
 SPECS = [
     "convnet",
@@ -98,6 +110,12 @@ def images(shape: InputShape, num: int = 2) -> Tensor:
         ("resnet18", CIFAR, 10, 11_173_962),
         ("resnet18:norm=batch", CIFAR, 10, 11_173_962),
         ("resnet18:ap=true", CIFAR, 10, 11_173_962 + 15 * 512 * 10),
+        ("mlp", SERIES, 10, 49 * 128 + 129 * 128 + 129 * 10),
+        ("mlp", CLIPS, 10, (4 * 3 * 16 * 16 + 1) * 128 + 129 * 128 + 129 * 10),
+        ("convnet1d", SERIES, 10, (3 * 3 + 1) * 128 + 2 * (3 * 128 + 1) * 128 + 3 * 256 + (2 * 128 + 1) * 10),
+        ("convnet1d:norm=none", (1, 427), 6, 4 * 128 + 2 * (3 * 128 + 1) * 128 + (53 * 128 + 1) * 6),
+        ("convnet3d", VIDEO, 6, (3 * 147 + 1) * 64 + (64 * 147 + 1) * 128 + (128 * 147 + 1) * 128 + 129 * 6),
+        ("convnet3d:depth=1,width=8,norm=instance", CLIPS, 6, (3 * 147 + 1) * 8 + 16 + 9 * 6),
     ],
 )
 def test_number_of_parameters(spec: str, input_shape: InputShape, num_classes: int, num_params: int) -> None:
@@ -122,12 +140,107 @@ def test_number_of_parameters(spec: str, input_shape: InputShape, num_classes: i
         ("resnet18:ap=true", MNIST, 512 * 9),
         ("resnet18:ap=true", CIFAR, 512 * 16),
         ("vit", MNIST, 192),
+        ("convnet1d", (12, 29), 128 * 3),
+        ("convnet1d:depth=2,pooling=none", SERIES, 128 * 16),
+        ("convnet3d", VIDEO, 128),
+        ("convnet3d:depth=2,width=4", CLIPS, 8),
     ],
 )
 def test_number_of_features(spec: str, input_shape: InputShape, num_features: int) -> None:
-    network = build(spec, input_shape, 10)
+    network = build(spec, input_shape, 10).eval()
     assert network.classifier.in_features == num_features
     assert network.embed(images(input_shape)).shape == (2, num_features)
+
+
+def convnet1d_twin() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (3, 8, 8):
+        layers += [nn.Conv1d(channels, 8, 3, padding=1), nn.InstanceNorm1d(8, affine=True), nn.ReLU(), nn.AvgPool1d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 5))
+
+
+class ConvNet3dTwin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(3, 4, (3, 7, 7), (1, 2, 2), (1, 3, 3))
+        self.second = nn.Conv3d(4, 8, (3, 7, 7), (1, 2, 2), (1, 3, 3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clips (N, 4, 3, 32, 32)."""
+        x = nn.functional.max_pool3d(self.first(x.permute(0, 2, 1, 3, 4)).relu(), (1, 2, 2))
+        x = nn.functional.max_pool3d(self.second(x).relu(), (2, 2, 2))
+        assert x.shape[1:] == (8, 2, 2, 2)
+        logits: Tensor = self.head(x.mean((3, 4)).max(2).values)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "twin"),
+    [
+        ("convnet1d:width=8", SERIES, convnet1d_twin),
+        ("convnet3d:depth=2,width=4", (4, 3, 32, 32), ConvNet3dTwin),
+    ],
+)
+def test_networks_for_series_and_clips_agree_with_twins(
+    spec: str, shape: InputShape, twin: Callable[[], nn.Module]
+) -> None:
+    with Rng(0).forked("network"):
+        network, other = build(spec, shape, 5).eval(), twin().eval()
+    for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        theirs.data.copy_(ours)
+    x = images(shape)
+    torch.testing.assert_close(network(x), other(x))
+
+
+def test_half_of_the_features_of_a_clip_are_hidden_in_training() -> None:
+    spec = "convnet3d:depth=2,width=4"
+    functional, plain = Functional(spec, CLIPS, 3), Functional(f"{spec},dropout=false", CLIPS, 3)
+    (params, buffers), x = functional.init(Rng(0), "network"), images(CLIPS, 5)
+    assert torch.equal(functional.logits(params, buffers, x, train=False), plain.logits(params, buffers, x))
+    assert torch.equal(functional.features(params, buffers, x), plain.features(params, buffers, x))
+    with Rng(0).forked("dropout"):
+        hidden = functional.logits(params, buffers, x)
+    with Rng(0).forked("dropout"):
+        mask = torch.nn.functional.dropout(torch.ones(5, 8))
+    torch.testing.assert_close(hidden, plain.logits(params, buffers, x, feature_mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "line"),
+    [
+        ("convnet", SERIES, r"network convnet takes images, not series of shape \(3, 16\); give network='convnet1d'; "),
+        ("convnet1d:width=8", DIGITS, r"network convnet1d takes series, not images of shape .* are alexnet, convnet, "),
+        ("resnet18", CLIPS, r"network resnet18 takes images, not clips .*'convnet3d'; .* are convnet3d, mlp$"),
+        ("timm:resnet10t", SERIES, "network timm:resnet10t takes images, not series .*; .* are convnet1d, mlp$"),
+        ("torchvision:resnet18", CLIPS, "network torchvision:resnet18 takes images, not clips .* are convnet3d, mlp$"),
+        ("mlp", (2, 3, 4, 5, 6), "has 5 axes: a series has two"),
+        ("convnet1d:depth=5", SERIES, "convnet1d:depth=5 cannot take series of length 16: .*; give depth=4 or less"),
+        ("convnet3d", CLIPS, "convnet3d:depth=3 cannot take clips of 4 frames of 16x16 pixels: .*; give depth=2$"),
+        (
+            "convnet3d:depth=1",
+            (4, 3, 2, 2),
+            "cannot take clips of 4 frames of 2x2 pixels: .*; use larger clips, or mlp",
+        ),
+    ],
+)
+def test_a_network_that_does_not_take_the_data_names_those_that_do(spec: str, shape: InputShape, line: str) -> None:
+    for make in (build, Functional):
+        with pytest.raises(ValueError, match=line) as caught:
+            make(spec, shape, 2)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_network_of_data_for_which_none_is_named() -> None:
+    assert [default_for(shape) for shape in (SERIES, CIFAR, VIDEO)] == ["convnet1d", "convnet", "convnet3d"]
+    for shape in (SERIES, CIFAR, VIDEO):
+        assert str(resolve("auto", shape)) == Functional("auto", shape, 2).name == default_for(shape)
+        assert str(resolve(" auto: width=8 , depth=3", shape)) == f"{default_for(shape)}:width=8"
+        assert resolve("mlp", shape) == parse("mlp")
+    assert str(resolve("auto:norm=none", CIFAR)) == "convnet:norm=none"
+    assert str(resolve("auto:norm=none", VIDEO)) == "convnet3d"
+    with pytest.raises(ValueError, match="unknown option 'widen' of convnet3d"):
+        resolve("auto:widen=true", VIDEO)
 
 
 @pytest.mark.parametrize("input_shape", [DIGITS, MNIST, CIFAR, TINY])
@@ -189,11 +302,19 @@ def test_instance_norm_is_per_image_and_channel() -> None:
     torch.testing.assert_close(maps.var((2, 3), correction=0), torch.ones(2, 4), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("spec", ["convnet", "alexnet", "resnet18:norm=batch,ap=true", "vit:depth=2"])
-def test_second_derivatives(spec: str) -> None:
-    functional = Functional(spec, DIGITS, 3)
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        *((spec, DIGITS) for spec in ("convnet", "alexnet", "resnet18:norm=batch,ap=true", "vit:depth=2")),
+        ("convnet1d", SERIES),
+        ("convnet3d:depth=2,width=4", CLIPS),
+        ("convnet3d:depth=2,width=4,norm=instance", CLIPS),
+    ],
+)
+def test_second_derivatives(spec: str, shape: InputShape) -> None:
+    functional = Functional(spec, shape, 3)
     params, buffers = functional.init(Rng(0), "network")
-    x = images(DIGITS).requires_grad_()
+    x = images(shape).requires_grad_()
     gradients = torch.func.grad(lambda p: functional.logits(p, buffers, x).square().sum())(params)
     (second,) = torch.autograd.grad(functional.flatten(gradients).square().sum(), x)
     assert second.isfinite().all() and second.any()
@@ -203,7 +324,7 @@ def test_second_derivatives(spec: str) -> None:
 
 
 def test_names() -> None:
-    assert names() == ["alexnet", "convnet", "lenet", "mlp", "resnet18", "vgg11", "vit"]
+    assert names() == ["alexnet", "convnet", "convnet1d", "convnet3d", "lenet", "mlp", "resnet18", "vgg11", "vit"]
     for name in names():
         assert str(parse(name)) == name
         assert "\n" not in describe(name)
@@ -786,6 +907,21 @@ def test_every_network_with_activations_of_images_has_maps(spec: str, shape: Inp
     assert features.dim() == 2
 
 
+@pytest.mark.parametrize(
+    ("spec", "shape", "sizes"),
+    [
+        ("convnet1d:width=4", SERIES, [(16,), (8,), (4,)]),
+        ("convnet3d:depth=2,width=4", CLIPS, [(4, 8, 8), (4, 2, 2)]),
+    ],
+)
+def test_maps_of_series_and_clips(spec: str, shape: InputShape, sizes: list[tuple[int, ...]]) -> None:
+    functional = Functional(spec, shape, 3)
+    maps, features = functional.maps(*functional.init(Rng(0), "network"), images(shape))
+    assert [tuple(m.shape[2:]) for m in maps] == sizes and features.shape == (2, functional.num_features)
+    with pytest.raises(ValueError, match=f"has no feature maps: .*; give network='{default_for(shape)}'"):
+        Functional("mlp", shape, 3).require_maps()
+
+
 @pytest.mark.parametrize("spec", ["mlp", "vit:depth=1", counting])
 def test_a_network_without_maps_says_so(spec: str) -> None:
     functional = Functional(spec, DIGITS, 3)
@@ -871,9 +1007,20 @@ def test_buffers_of_foreign_layers_change_only_on_demand() -> None:
     assert buffers["body.calls"] == 1
 
 
-@pytest.mark.parametrize("spec", ["convnet:width=8", "convnet:width=8,norm=batch", "vit:depth=1"])
-def test_transforms(spec: str) -> None:
-    functional, x = Functional(spec, DIGITS, 3), images(DIGITS, 5)
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("convnet:width=8", DIGITS),
+        ("convnet:width=8,norm=batch", DIGITS),
+        ("vit:depth=1", DIGITS),
+        ("convnet1d:width=8", SERIES),
+        ("convnet1d:width=8,norm=batch,pooling=max", SERIES),
+        ("convnet3d:depth=2,width=4,dropout=false", CLIPS),
+        ("convnet3d:depth=2,width=4,norm=instance,dropout=false", CLIPS),
+    ],
+)
+def test_transforms(spec: str, shape: InputShape) -> None:
+    functional, x = Functional(spec, shape, 3), images(shape, 5)
     members = [functional.init(Rng(0), "network", unit=k) for k in range(2)]
     params, buffers = members[0]
     labels = torch.arange(5) % 3

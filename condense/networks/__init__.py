@@ -7,7 +7,9 @@ from condense.networks.functional import Functional as Functional
 from condense.networks.functional import Weights as Weights
 from condense.networks.registry import NetworkSpec as NetworkSpec
 from condense.networks.registry import build as build
+from condense.networks.registry import default_for as default_for
 from condense.networks.registry import describe as describe
 from condense.networks.registry import names as names
 from condense.networks.registry import parse as parse
+from condense.networks.registry import resolve as resolve
 from condense.networks.registry import with_options as with_options

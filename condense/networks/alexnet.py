@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condense.networks.base import InputShape, Network, extra_padding, make_norm, too_small
+from condense.data.layout import InputShape
+from condense.networks.base import Network, extra_padding, make_norm, too_small
 
 
 class AlexNet(Network):

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from condense.data.layout import InputShape
 from condense.names import suggest
-from condense.networks.base import InputShape, LayerNorm, Network, too_small
+from condense.networks.base import LayerNorm, Network, too_small
 
 Factory = Callable[[InputShape, int], nn.Module]
-"""``factory(input_shape, num_classes)``: a fresh network, images (N, C, H, W) to logits (N, num_classes)."""
+"""``factory(input_shape, num_classes)``: a fresh network, samples (N, *input_shape) to logits (N, num_classes)."""
 
 
 class External(Network):
@@ -39,7 +40,7 @@ def from_callable(name: str, factory: Factory, input_shape: InputShape, num_clas
     """A copy of what ``factory`` returns, as a Network.
 
     Raises:
-        ValueError: it is no module, or one that was returned before; it cannot be copied, cannot take such images, or
+        ValueError: it is no module, or one that was returned before; it cannot be copied, cannot take such samples, or
             does not end in a linear layer.
     """
     module = factory(input_shape, num_classes)
@@ -151,7 +152,7 @@ LIBRARIES = {
 
 
 def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_classes: int) -> Network:
-    """Try the module on two images in training mode, see which linear layer runs last, and split it off."""
+    """Try the module on two samples in training mode, see which linear layer runs last, and split it off."""
     for path, part in list(module.named_modules()):
         if path and isinstance(part, nn.Hardsigmoid):
             module.set_submodule(path, _Hardsigmoid())
@@ -196,7 +197,7 @@ def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_class
 
 
 def _refused(name: str, input_shape: InputShape, error: Exception) -> ValueError:
-    return too_small(name, input_shape, _first_line(error), "use other images or another network")
+    return too_small(name, input_shape, _first_line(error), "use other data or another network")
 
 
 def _first_line(error: Exception) -> str:

@@ -16,11 +16,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from condense.data.layout import InputShape
 from condense.files import canonical_json, checksum
 from condense.names import spelt
-from condense.networks.base import ACTIVATIONS, InputShape, Network
+from condense.networks.base import ACTIVATIONS, Network
 from condense.networks.external import Factory
-from condense.networks.registry import NetworkSpec, build, from_here, name_of, parse, require_moderate
+from condense.networks.registry import NetworkSpec, build, default_for, from_here, name_of, require_moderate, resolve
 from condense.rng import Rng
 
 
@@ -34,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class Functional:
-    """One architecture for images of one shape; its weights are arguments.
+    """One architecture for samples of one shape; its weights are arguments.
 
     The calls go through ``torch.func`` transforms, ``torch.compile`` and second derivatives. What is not trained
     belongs to the architecture: frozen parameters, and the buffers that a network starts with, are the same in all
@@ -42,7 +43,7 @@ class Functional:
 
     Args:
         spec: what ``build`` takes.
-        input_shape: (channels, height, width).
+        input_shape: of a sample: (C, L), (C, H, W) or (T, C, H, W).
         num_classes: the number of logits.
         device: of the weights that ``init`` makes, and of the calls.
         dtype: of the same.
@@ -59,7 +60,7 @@ class Functional:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._spec = parse(spec) if isinstance(spec, str) else spec
+        self._spec = resolve(spec, input_shape) if isinstance(spec, str | NetworkSpec) else spec
         self.name = name_of(self._spec)
         self.input_shape, self.num_classes = input_shape, num_classes
         self.device, self.dtype = torch.device(device), dtype
@@ -74,7 +75,7 @@ class Functional:
                 "requires_grad on where the network is to learn"
             )
         self.num_features = network.classifier.in_features
-        """F: what the final linear layer sees of an image."""
+        """F: what the final linear layer sees of a sample."""
         self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
         self._frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
         self._buffers = {name: buffer.detach() for name, buffer in network.named_buffers()}
@@ -97,7 +98,7 @@ class Functional:
 
     @cached_property
     def flops(self) -> float:
-        """Floating-point operations of one image's forward and backward pass, in matrix products and convolutions."""
+        """Floating-point operations of one sample's forward and backward pass, in matrix products and convolutions."""
         with FlopCounterMode(display=False) as counter:
             self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
@@ -138,11 +139,11 @@ class Functional:
         update_buffers: bool = False,
         feature_mask: Tensor | None = None,
     ) -> Tensor:
-        """Images (N, C, H, W) to logits (N, num_classes).
+        """Samples (N, *input_shape) to logits (N, num_classes).
 
         Args:
             params, buffers: as in ``Weights``.
-            x: images.
+            x: samples.
             train: BatchNorm takes its statistics from the batch (else from ``buffers``) and dropout is on.
             update_buffers: in training mode, update the tensors of ``buffers`` in place, else never.
             feature_mask: (N, F), what the features are multiplied by before the final linear layer; None: nothing.
@@ -157,15 +158,16 @@ class Functional:
         train: bool = True,
         update_buffers: bool = False,
     ) -> Tensor:
-        """Images (N, C, H, W) to the input of the final linear layer (N, F); arguments as for ``logits``."""
+        """Samples (N, *input_shape) to the input of the final linear layer (N, F); arguments as for ``logits``."""
         return self._call(True, params, buffers, x, train, update_buffers)
 
     def maps(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor, train: bool = True
     ) -> tuple[list[Tensor], Tensor]:
-        """Images (N, C, H, W) to what each activation puts out, before any pooling, and the features (N, F).
+        """Samples (N, *input_shape) to what each activation puts out, before any pooling, and the features (N, F).
 
-        The maps (N, c, h, w) come in the order of the forward pass; activations of other shapes have none.
+        The maps (N, c, l), (N, c, h, w) or (N, c, t, h, w) come in the order of the forward pass; activations of other
+        shapes have none.
 
         Raises:
             ValueError: the network has no such maps.
@@ -175,8 +177,8 @@ class Functional:
             seen, features = functional_call(self._mapped[train], self._weights(params, copies), (x,))
         if not seen:
             raise ValueError(
-                f"{self.name} has no feature maps: none of its activations is a module that puts out (N, C, H, W); "
-                f"give {spelt('network', 'convnet')}"
+                f"{self.name} has no feature maps: none of its activations is a module whose output has channels and "
+                f"spatial axes; give {spelt('network', default_for(self.input_shape))}"
             )
         return seen, features
 
@@ -189,7 +191,8 @@ class Functional:
     def _mapped(self) -> dict[bool, _Mapped]:
         """By ``train``."""
         skeletons = {True: self._train, False: self._eval}
-        return {train: _Mapped(copy.deepcopy(skeleton.network)) for train, skeleton in skeletons.items()}
+        axes = len(self.input_shape) + 1
+        return {train: _Mapped(copy.deepcopy(skeleton.network), axes) for train, skeleton in skeletons.items()}
 
     def _call(
         self,
@@ -256,18 +259,18 @@ class _Skeleton(nn.Module):
 
 
 class _Mapped(nn.Module):
-    """``embed``, with the maps that activations put out on the way."""
+    """``embed``, with the maps, tensors of so many axes, that activations put out on the way."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, axes: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.axes = network, axes
         self.seen: list[Tensor] = []
         for module in network.modules():
             if isinstance(module, ACTIVATIONS):
                 module.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.dim() == 4:
+        if output.dim() == self.axes:
             self.seen.append(output)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:

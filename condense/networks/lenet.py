@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from condense.networks.base import InputShape, Network, extra_padding, too_small
+from condense.data.layout import InputShape
+from condense.networks.base import Network, extra_padding, too_small
 
 
 class LeNet(Network):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from condense.networks.base import InputShape, Network
+from condense.data.layout import InputShape, Kind
+from condense.networks.base import Network
 
 
 class MLP(Network):
-    """Two hidden layers of 128 units with ReLU on the flattened pixels."""
+    """Two hidden layers of 128 units with ReLU on the flattened input, of any shape."""
+
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 
     def __init__(self, input_shape: InputShape, num_classes: int, *, width: int = 128) -> None:
         super().__init__()

@@ -13,9 +13,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from condense.data.layout import InputShape, Kind, kind, require_kind
+from condense.names import spelt
 from condense.networks.alexnet import AlexNet
-from condense.networks.base import InputShape, Network
-from condense.networks.convnet import ConvNet
+from condense.networks.base import Network
+from condense.networks.convnet import ConvNet, ConvNet1d
+from condense.networks.convnet3d import ConvNet3d
 from condense.networks.external import LIBRARIES, Factory, from_callable
 from condense.networks.lenet import LeNet
 from condense.networks.mlp import MLP
@@ -33,12 +36,19 @@ MAX_PARAMS = 10**9
 _NETWORKS: dict[str, type[Network]] = {
     "alexnet": AlexNet,
     "convnet": ConvNet,
+    "convnet1d": ConvNet1d,
+    "convnet3d": ConvNet3d,
     "lenet": LeNet,
     "mlp": MLP,
     "resnet18": ResNet18,
     "vgg11": VGG11,
     "vit": ViT,
 }
+
+AUTO = "auto"
+"""The name that ``resolve`` replaces by the default network for the data."""
+
+_DEFAULTS: dict[Kind, str] = {"series": "convnet1d", "images": "convnet", "clips": "convnet3d"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,36 @@ def describe(name: str) -> str:
     return f"{summary} [{options}]" if options else summary
 
 
+def default_for(input_shape: InputShape) -> str:
+    """The network for samples of this shape where none is named: convnet1d, convnet or convnet3d.
+
+    Raises:
+        ValueError: samples have two, three or four axes.
+    """
+    return _DEFAULTS[kind(input_shape)]
+
+
+def resolve(spec: str | NetworkSpec, input_shape: InputShape) -> NetworkSpec:
+    """The network that ``spec`` names for samples of this shape. ``auto`` stands for the name of the default network,
+    and may have options: ``auto:width=32``.
+
+    Raises:
+        ValueError: ``parse`` refuses the spec, or the network takes samples of another kind.
+    """
+    spec = parse(spec)
+    name, _, options = spec.name.partition(":")
+    if name == AUTO:
+        spec = parse(f"{default_for(input_shape)}:{options}")
+    takes = _NETWORKS[spec.name].takes if spec.name in _NETWORKS else Network.takes
+    fitting = [name for name, network in _NETWORKS.items() if kind(input_shape) in network.takes]
+    remedy = f"give {spelt('network', default_for(input_shape))}; networks for {kind(input_shape)} are "
+    require_kind(f"network {spec.name}", takes, input_shape, remedy + ", ".join(fitting))
+    return spec
+
+
 def parse(spec: str | NetworkSpec) -> NetworkSpec:
-    """``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``.
+    """``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``; ``auto`` and its options are
+    read by ``resolve``.
 
     Raises:
         ValueError: an unknown name or option, or a value the option does not take.
@@ -75,6 +113,8 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
     if isinstance(spec, NetworkSpec):
         return spec
     name, _, rest = spec.strip().partition(":")
+    if name == AUTO:
+        return NetworkSpec(spec.strip())
     if name in LIBRARIES:
         LIBRARIES[name].require(rest)
         return NetworkSpec(f"{name}:{rest}")
@@ -107,8 +147,8 @@ def require_moderate(spec: str | NetworkSpec | Factory, input_shape: InputShape,
     if isinstance(spec, str | NetworkSpec) and from_here(spec):
         if _num_params(str(parse(spec)), tuple(input_shape), num_classes) > MAX_PARAMS:
             raise ValueError(
-                f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_classes} classes of images of "
-                f"shape {tuple(input_shape)}: that is the limit; give a smaller width or depth"
+                f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_classes} classes of samples "
+                f"of shape {tuple(input_shape)}: that is the limit; give a smaller width or depth"
             )
 
 
@@ -127,11 +167,11 @@ def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classe
 
     Args:
         spec: a name with options, or ``factory(input_shape, num_classes) -> nn.Module``.
-        input_shape: (channels, height, width).
+        input_shape: of a sample: (C, L), (C, H, W) or (T, C, H, W).
         num_classes: the number of logits.
 
     Raises:
-        ValueError: ``parse`` refuses the spec, or the network cannot take such images.
+        ValueError: ``resolve`` refuses the spec, or the network cannot take samples of this size.
     """
     if isinstance(spec, nn.Module):
         raise ValueError(
@@ -140,7 +180,7 @@ def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classe
         )
     if not isinstance(spec, str | NetworkSpec):
         return from_callable(name_of(spec), spec, input_shape, num_classes)
-    spec = parse(spec)
+    spec = resolve(spec, input_shape)
     if spec.name not in _NETWORKS:
         return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, input_shape, num_classes)
     return _NETWORKS[spec.name](input_shape, num_classes, **spec.options)

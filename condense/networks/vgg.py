@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from condense.networks.base import InputShape, Network, Norm, extra_padding, make_norm, too_small
+from condense.data.layout import InputShape
+from condense.networks.base import Network, Norm, extra_padding, make_norm, too_small
 
 # Simonyan and Zisserman (2015), table 1, column A: output channels of the convolutions between poolings.
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))

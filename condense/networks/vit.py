@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from condense.networks.base import InputShape, LayerNorm, Network
+from condense.data.layout import InputShape
+from condense.networks.base import LayerNorm, Network
 
 
 class ViT(Network):

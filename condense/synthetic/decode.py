@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.data.layout import InputShape, Kind, channel_axis, kind, require_kind, sides
 from condense.names import spelt
 from condense.schema import Checked
-
-InputShape = tuple[int, int, int]
-"""(channels, height, width)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,14 @@ class Decode(Checked, ABC):
     name: ClassVar[str]
     stores_pixels: ClassVar[bool] = False
     """An entry of a latent is a pixel value of an image."""
+    takes: ClassVar[tuple[Kind, ...]] = ("images",)
+    """The kinds of samples that the decoder makes."""
+
+    def require_kind(self, input_shape: InputShape) -> None:
+        """Raise ValueError where the decoder does not make samples of this shape."""
+        fitting = [name for name, decoder in DECODERS.items() if kind(input_shape) in decoder.takes]
+        remedy = f"give {spelt('decode', Pixels.name)}; decoders for {kind(input_shape)} are {', '.join(fitting)}"
+        require_kind(f"decoder {self.name}", self.takes, input_shape, remedy)
 
     @property
     def expansion(self) -> int:
@@ -45,8 +52,8 @@ class Decode(Checked, ABC):
 
     @abstractmethod
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        """The decoder: ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, C, H, W)``, copy-major:
-        image ``k * N + i`` is copy k of latent i.
+        """The decoder: ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, *input_shape)``,
+        copy-major: image ``k * N + i`` is copy k of latent i.
 
         What it learns are parameters, what it has to remember buffers; their shapes follow from the arguments and
         the fields, so that a file can be read back."""
@@ -57,7 +64,7 @@ class Decode(Checked, ABC):
         depends on these, or is random, is set in place.
 
         Args:
-            images: (expansion * N, C, H, W), copy-major.
+            images: (expansion * N, *input_shape), copy-major.
             classes: of the latents, (N,).
             decoder: as ``build`` made it.
             generator: on the CPU.
@@ -70,6 +77,7 @@ class Pixels(Decode):
 
     name: ClassVar[str] = "pixels"
     stores_pixels: ClassVar[bool] = True
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         return _AsTheyAre()
@@ -112,7 +120,8 @@ class Factor(Decode):
         return rows[..., :h, :w].contiguous()
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        return _Crops(self.factor, input_shape[-2:])
+        height, width = input_shape[-2:]
+        return _Crops(self.factor, (height, width))
 
 
 class _Crops(nn.Module):
@@ -181,7 +190,7 @@ class _Frequencies(nn.Module):
     positions: Tensor
     """Of the coefficients of each class in a flattened spectrum, (num_classes, k), ascending."""
 
-    def __init__(self, size: tuple[int, int], num_classes: int, kept: int) -> None:
+    def __init__(self, size: tuple[int, ...], num_classes: int, kept: int) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("positions", torch.arange(kept, dtype=torch.int32).repeat(num_classes, 1))
@@ -226,6 +235,7 @@ class Bases(Decode):
     of coefficients."""
 
     name: ClassVar[str] = "bases"
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
     num_bases: int = 16
     """Basis images."""
     start: Literal["images", "xavier"] = "images"
@@ -258,7 +268,7 @@ class Bases(Decode):
         coefficients = images.new_empty(len(images), len(bases), device="cpu")
         if self.start == "xavier":
             return nn.init.xavier_uniform_(coefficients, generator=generator).to(images.device)
-        small = F.interpolate(images, size=bases.shape[2:], mode="area").flatten(1)
+        small = _resized(images, bases.shape[1:], "area").flatten(1)
         u, s, v = torch.linalg.svd(small, full_matrices=False)
         rank = min(len(s), len(bases))
         root = s[:rank].sqrt()
@@ -269,18 +279,26 @@ class Bases(Decode):
 class _Bases(nn.Module):
     def __init__(self, num_bases: int, input_shape: InputShape) -> None:
         super().__init__()
-        self.size = input_shape[1:]
+        self.input_shape = input_shape
         self.bases = nn.Parameter(torch.zeros(num_bases, *_halved(input_shape)))
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
-        bases = F.interpolate(self.bases, size=self.size, mode="bilinear", align_corners=False)
-        return torch.einsum("nk,kchw->nchw", latents, bases)
+        return torch.einsum("nk,k...->n...", latents, _resized(self.bases, self.input_shape, "linear"))
 
 
 def _halved(input_shape: InputShape) -> InputShape:
-    """Half the resolution, rounded up."""
-    channels, height, width = input_shape
-    return channels, -(-height // 2), -(-width // 2)
+    """Half the resolution of every axis but the channels', rounded up."""
+    channels = channel_axis(input_shape)
+    return tuple(size if axis == channels else -(-size // 2) for axis, size in enumerate(input_shape))
+
+
+def _resized(samples: Tensor, shape: Sequence[int], mode: Literal["area", "linear"]) -> Tensor:
+    """Samples (N, ...), interpolated to (N, *shape), with as many channels."""
+    channels, size = channel_axis(shape), sides(shape)
+    align = None if mode == "area" else False
+    name = "area" if mode == "area" else ("linear", "bilinear", "trilinear")[len(size) - 1]
+    resized = F.interpolate(samples.movedim(channels + 1, 1), size=size, mode=name, align_corners=align)
+    return resized.movedim(1, channels + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

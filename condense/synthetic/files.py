@@ -190,7 +190,7 @@ def _origin(value: Mapping[str, Any]) -> Origin:
         statistics: object = from_json(kind, origin.transform, "origin, transform")
         channels = origin.input_shape[channel_axis(origin.input_shape)]
         if isinstance(statistics, _Channel) and len(statistics.mean) != channels:
-            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.input_shape}")
+            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, samples of {origin.input_shape}")
     return origin
 
 

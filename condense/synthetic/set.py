@@ -46,6 +46,7 @@ class Origin:
 
     @property
     def input_shape(self) -> InputShape:
+        """Of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
         return tuple(self.dataset["input_shape"])
 
 
@@ -60,12 +61,17 @@ class Cost(NamedTuple):
 class SyntheticSet(nn.Module):
     """``forward(index) -> (images, targets)``; learnable leaves are parameters, frozen ones buffers.
 
+    Images are samples of the data set, which may be series or clips.
+
     Args:
         latents: (N, ...), in the transformed space.
         labels: classes (N,) or logits (N, C).
         decode, label_kind: how latents become images and what the targets are.
         decoder: of ``decode``, on the device of the latents; None: as it is built.
         lr: initial step size, scalar or one per inner step (T,); learned as its logarithm, hence positive.
+
+    Raises:
+        ValueError: the decoder does not make samples of this shape.
     """
 
     latents: nn.Parameter
@@ -84,6 +90,7 @@ class SyntheticSet(nn.Module):
     ) -> None:
         super().__init__()
         self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
+        self.decode.require_kind(origin.input_shape)
         self.latents = nn.Parameter(latents.detach().clone())
         self._members: tuple[int, list[Tensor]] | None = None
         if decoder is None:
@@ -99,7 +106,7 @@ class SyntheticSet(nn.Module):
         return len(self.latents)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
+        """Samples (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])
