@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense.names import spelt
+from condense.plugins import Registry, subclass_of
 from condense.schema import Checked
 
 InputShape = tuple[int, int, int]
@@ -343,4 +344,9 @@ class _Styles(nn.Module):
         return x.unflatten(1, (self.num_styles, -1)).transpose(0, 1).flatten(0, 1)
 
 
-DECODERS: dict[str, type[Decode]] = {d.name: d for d in (Pixels, Factor, DCT, Bases, Hallucinator)}
+DECODERS: Registry[type[Decode]] = Registry(
+    "decoder",
+    "condense.decoders",
+    {decode.name: decode for decode in (Pixels, Factor, DCT, Bases, Hallucinator)},
+    subclass_of(Decode),
+)
