@@ -178,8 +178,11 @@ def every_leaf_learns(method: Method | type[Method], *, buffers: Path | None = N
     with ctx.compute.arithmetic():
         state = trial.method.init(ctx)
         before = {name: [p.detach().clone() for p in params] for name, params in _leaves(state).items()}
-        for step in range(trial.method.num_steps):
-            trial.method.step(ctx, state, step)
+        try:
+            for step in range(trial.method.num_steps):
+                trial.method.step(ctx, state, step)
+        except FloatingPointError as error:
+            trial.breaks(f"it diverges: {error}", "check it with lower learning rates")
     for name, params in _leaves(state).items():
         for old, new in zip(before[name], params, strict=True):
             if torch.equal(old, new):
@@ -218,7 +221,10 @@ def any_number_of_processes_agrees(
     with ctx.compute.arithmetic():
         start = trial.method.init(ctx).syn.latents.detach().clone()
     alone = trial.distil(ctx)
-    both = _in_lockstep(lambda ranks: trial.distil(dataclasses.replace(ctx, ranks=ranks)), 2)
+    try:
+        both = _in_lockstep(lambda ranks: trial.distil(dataclasses.replace(ctx, ranks=ranks)), 2)
+    except _OutOfStep:
+        trial.breaks("two processes do not exchange the same tensors", "let every process call ctx.ranks alike")
     if checksum(both[0].state_dict()) != checksum(both[1].state_dict()):
         trial.breaks("two processes end with two sets", f"{advice}, and what follows the update on the state")
     moved, apart = ((alone.latents - other).norm() for other in (start, both[0].latents))
@@ -240,6 +246,10 @@ CHECKS: tuple[Callable[..., None], ...] = (
 
 class _Stop(KeyboardInterrupt):
     """The user stops a run."""
+
+
+class _OutOfStep(RuntimeError):
+    """Processes meet to exchange different things, or one meets nobody."""
 
 
 class _Trial:
@@ -395,9 +405,11 @@ class _Meetings:
         self._pass_on(rank)
         self.wait_for_turn(rank)
         torch.set_rng_state(generator)
-        if any(len(self.brought[other]) <= number for other in range(self.size)):
-            raise BrokenPromise("one process meets the others more often than they do; let all take the same steps")
-        return [self.brought[other][number] for other in range(self.size)]
+        brought = [lists[number] for lists in self.brought.values() if len(lists) > number]
+        shapes = [[tensor.shape for tensor in tensors] for tensors in brought]
+        if len(brought) < self.size or any(each != shapes[0] for each in shapes):
+            raise _OutOfStep
+        return brought
 
     def wait_for_turn(self, rank: int) -> None:
         with self._changed:
