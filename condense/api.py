@@ -187,14 +187,14 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
     if name.endswith((".yaml", ".yml")):
         found = recipe.from_yaml(expanded(name))
         return dataclasses.replace(found, dataset=runs.source_of(expanded(name), found.dataset)), name
-    if name in registry.table() or ":" in name:
+    if name in registry.METHODS or ":" in name:
         best = recipe.published(name, dataset or "digits", ipc or 10)
         if best is None:
             return Recipe(method=registry.load(name)()), "the defaults of the method"
         return recipe.from_yaml(built_in[best]), best
     if name in built_in:
         return recipe.from_yaml(built_in[name]), name
-    raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.table())}")
+    raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.METHODS)}")
 
 
 @checked
@@ -720,7 +720,7 @@ def _baseline(name: str, plan: Recipe, arrays: Arrays, network: Functional) -> S
     """The set that a recipe of ``_baseline_recipe`` makes; made once, then cached."""
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, artifacts.DEFAULT_ROOT, arrays.name)
-    known = registry.name_of(plan.method) in registry.METHODS and not network.name.startswith("custom:")
+    known = registry.name_of(plan.method) in registry.METHODS.own and not network.name.startswith("custom:")
     cache, file = cache_folder(), f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
     kept_as = cache / "baselines" / file if known and cache else None
     if kept_as is not None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, exchange, networks, recipe, registry
+from condense import api, exchange, networks, recipe
 from condense import show as glance
 from condense.api import RunOptions
 from condense.buffers.imported import import_replay_buffers
@@ -27,9 +27,11 @@ from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import expanded
-from condense.method import Method
+from condense.inner import ADJOINTS
 from condense.names import printable, suggest
+from condense.plugins import summaries
 from condense.recipe import Recipe
+from condense.registry import METHODS
 from condense.synthetic import DECODERS, LABELS, Decode, save
 from condense.synthetic.decode import Pixels
 from condense.table import print_results, print_table
@@ -213,19 +215,20 @@ def show(words: list[str]) -> None:
 
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
-        say("usage: condense list methods|decoders|labels|datasets|networks|recipes|protocols [--json]")
+        say("usage: condense list methods|decoders|labels|adjoints|datasets|networks|recipes|protocols [--json]")
         return
     as_json = "--json" in words
     kinds = [word for word in words if word != "--json"]
     tables: dict[str, Callable[[], dict[str, str]]] = {
-        "methods": lambda: {name: _summary(cls) for name, cls in _methods().items()},
-        "decoders": lambda: {name: _summary(cls) for name, cls in DECODERS.items()},
-        "labels": lambda: {name: _summary(cls) for name, cls in LABELS.items()},
-        "datasets": lambda: {name: datasets.describe(name) for name in datasets.names()},
-        "networks": lambda: {name: networks.describe(name) for name in networks.names()},
+        "methods": lambda: summaries(METHODS, lambda name: _summary(METHODS[name])),
+        "decoders": lambda: summaries(DECODERS, lambda name: _summary(DECODERS[name])),
+        "labels": lambda: summaries(LABELS, lambda name: _summary(LABELS[name])),
+        "adjoints": lambda: summaries(ADJOINTS, lambda name: _summary(ADJOINTS[name])),
+        "datasets": lambda: summaries(datasets.names(), datasets.describe),
+        "networks": lambda: summaries(networks.names(), networks.describe),
         "recipes": lambda: {name: _source(path) for name, path in recipe.recipe_files().items()},
         "protocols": lambda: {
-            **{name: plan.describe() for name, plan in PROTOCOLS.items()},
+            **summaries(PROTOCOLS, lambda name: PROTOCOLS[name].describe()),
             "own": "the training stored in the file: its network, its labels, its learned step size",
         },
     }
@@ -241,16 +244,19 @@ def list_(words: list[str]) -> None:
         return
     families: dict[str, dict[str, str]] = {}
     width = max(map(len, found)) + 2
-    for name, cls in _methods().items():
-        families.setdefault(cls.family, {})[name] = found[name]
+    for name, line in found.items():
+        families.setdefault(_family(name), {})[name] = line
     for family, rows in families.items():
         say(f"{family}:")
         for name, line in rows.items():
             say(f"  {name:<{width}}{line}")
 
 
-def _methods() -> dict[str, type[Method]]:
-    return {name: registry.load(name) for name in registry.table()}
+def _family(method: str) -> str:
+    try:
+        return METHODS[method].family
+    except ValueError:
+        return "cannot be loaded"
 
 
 def import_(words: list[str]) -> None:

@@ -360,6 +360,13 @@ class GradientState(State):
         return self.syn.leaves() | {name: [param] for name, param in self.learned.items()}
 
 
+Loss = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+"""A scalar to descend; or (scalar, terms), where terms are the scalars by name that the log tells apart."""
+
+MAX_TERMS = 16
+"""The most terms of a loss. All processes add up so many numbers, since one without a part does not know the names."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradientMethod(Method):
     """Learns the set by gradient descent. ``step`` is final: a method says its ``parts``, their ``loss`` and what
@@ -417,33 +424,49 @@ class GradientMethod(Method):
         return (0,)
 
     @abstractmethod
-    def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
-        """This part's share; the loss of the step is the sum over parts."""
+    def loss(self, ctx: Context, state: Any, step: int, part: int) -> Loss:
+        """The loss of one part, a scalar; the loss of the step is the sum over parts.
+
+        It may come with the terms that it consists of, ``(loss, {"alignment": ..., "margin": ...})``: scalars, at most
+        ``MAX_TERMS``, of the same names in every part. They are summed over parts like the loss and logged as
+        ``loss_alignment`` and ``loss_margin``; no gradient is taken of them.
+        """
 
     def parts_at_once(self, ctx: Context) -> int:
         """How many parts ``losses`` is given together; bounded by memory. It changes nothing but rounding, and which
         random numbers the layers of a network draw (dropout)."""
         return 1
 
-    def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Tensor:
-        """The share of several parts, for methods that compute them faster together than one by one."""
-        return torch.stack([self.loss(ctx, state, step, part) for part in parts]).sum()
+    def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Loss:
+        """The loss of several parts, for methods that compute them faster together than one by one."""
+        values, terms = zip(*(_with_terms(self.loss(ctx, state, step, part)) for part in parts), strict=True)
+        names = dict.fromkeys(name for each in terms for name in each)
+        return torch.stack(values).sum(), {
+            name: torch.stack([each[name] for each in terms if name in each]).sum() for name in names
+        }
 
-    def longest(self, state: Any, norm: float) -> float | None:
-        """The largest norm allowed of the images' gradient, which has ``norm``; None: any."""
-        return self.clip
+    def update(self, state: Any, record: dict[str, float]) -> None:
+        """Update the leaves by their gradients, which every process has: clip that of the images, step the optimisers.
 
-    def skips(self, loss: float) -> bool:
-        """Whether a step with this loss updates nothing. Its loss and gradients may then be infinite or NaN."""
-        return False
+        A method with a rule of its own for either overrides this.
 
-    def after(self, ctx: Context, state: Any, step: int) -> None:
-        """What follows the update of the set: advance a student, age a pool."""
-        return
+        Args:
+            record: what the log will say of the step, to which entries may be added: ``loss``, its terms, the norm
+                ``grad_NAME`` of each leaf's gradient and its learning rate ``lr_NAME``.
 
-    def monitor(self, ctx: Context, state: Any, step: int) -> Mapping[str, float]:
-        """What else the log says of a step that is done."""
-        return {}
+        Raises:
+            FloatingPointError: a number of the record is not finite.
+        """
+        require_finite(record)
+        if self.clip is not None:
+            clip_grad(state.syn.latents, record["grad_latents"], self.clip)
+        for optimiser in state.optimisers.values():
+            optimiser.step()
+
+    def after(self, ctx: Context, state: Any, step: int) -> Mapping[str, float] | None:
+        """What follows the update of the set: train a student, replace a network. Returns what else the log is to say
+        of the step, if anything."""
+        return None
 
     @final
     def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
@@ -451,31 +474,30 @@ class GradientMethod(Method):
         params = [param for group in leaves.values() for param in group]
         for param in params:
             param.grad = torch.zeros_like(param)
-        total = torch.zeros((), device=ctx.task.device)
+        total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
+        names = [str(number) for number in range(MAX_TERMS)]
         parts, at_once = ctx.ranks.shard(self.parts(ctx)), self.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
             with ctx.rng.forked("layers of a part", step, parts[first]):  # dropout, whichever process has the part
-                loss = self.losses(ctx, state, step, parts[first : first + at_once])
+                loss, terms = _with_terms(self.losses(ctx, state, step, parts[first : first + at_once]))
                 loss.backward()
-            total += loss.detach()
+            if first and sorted(terms) != names:
+                raise ValueError(
+                    f"the parts of a loss have different terms, {', '.join(sorted(terms))} and {', '.join(names)}: "
+                    "each is a sum over all parts; return the same names for every part"
+                )
+            names = sorted(terms)
+            total[0] += loss.detach()
+            if terms:
+                total[1 : 1 + len(terms)] += torch.stack([terms[name].detach().to(total) for name in names])
         ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in params), total])
-        values = {"loss": total} | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
+        values = {"loss": total[0]} | {f"loss_{name}": value for name, value in zip(names, total[1:], strict=False)}
+        values |= {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-        skipped = self.skips(record["loss"])
-        if skipped:
-            record = {name: value for name, value in record.items() if math.isfinite(value)} | {"skipped": 1.0}
-        else:
-            require_finite(record)
-        longest = None if skipped else self.longest(state, record["grad_latents"])
-        if longest is not None and record["grad_latents"] > longest:
-            for param in leaves["latents"]:
-                assert param.grad is not None
-                param.grad.mul_(longest / record["grad_latents"])
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
             record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step / self.num_steps)
-            if not skipped:
-                optimiser.step()
+        self.update(state, record)
         with torch.no_grad():
             if self.clamp and kind(ctx.task.input_shape) != "series":
                 latents = state.syn.latents
@@ -487,8 +509,7 @@ class GradientMethod(Method):
                     state.average[name] = torch.lerp(param, mean, self.ema)
         if state.syn.lr is not None:
             record["syn_lr"] = state.syn.lr.detach().mean().item()
-        self.after(ctx, state, step)
-        return record | dict(self.monitor(ctx, state, step))
+        return record | dict(self.after(ctx, state, step) or {})
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
         if self.ema is None:
@@ -503,6 +524,20 @@ def require_finite(record: Mapping[str, float]) -> None:
     """Raise FloatingPointError, with all of the record, where a number is not finite."""
     if not all(map(math.isfinite, record.values())):
         raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
+
+
+def clip_grad(param: nn.Parameter, norm: float, max_norm: float) -> None:
+    """Scale the gradient of ``param``, which has this ``norm``, down to ``max_norm`` where it is longer."""
+    if norm > max_norm:
+        cast(Tensor, param.grad).mul_(max_norm / norm)
+
+
+def _with_terms(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """A loss with its terms. Raises ValueError where it has too many."""
+    value, terms = (loss, {}) if isinstance(loss, Tensor) else loss
+    if len(terms) > MAX_TERMS:
+        raise ValueError(f"a loss has {len(terms)} terms, at most {MAX_TERMS} are logged; return fewer of them")
+    return value, terms
 
 
 def _norm(params: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from condense.files import canonical_json, read_yaml
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method
 from condense.names import speaks_flags, spelt, suggest
+from condense.plugins import Registry
 from condense.rng import check_seed
 from condense.schema import Checked, mismatch
 from condense.synthetic.decode import DECODERS, Decode, Pixels
@@ -36,7 +37,7 @@ from condense.task import Split
 
 T = TypeVar("T")
 
-CHOICES: dict[type, Mapping[str, type]] = {Decode: DECODERS, Labels: LABELS, Adjoint: ADJOINTS}
+CHOICES: dict[type, Registry[type[Any]]] = {Decode: DECODERS, Labels: LABELS, Adjoint: ADJOINTS}
 """Base class -> name -> class, for every kind of choice but the method itself."""
 
 
@@ -93,8 +94,19 @@ def to_mapping(value: Any) -> Any:
         return {"name": registry.name_of(value), **fields}
     for base, options in CHOICES.items():
         if isinstance(value, base):
-            return {"name": next(name for name, cls in options.items() if cls is type(value)), **fields}
+            return {"name": _listed(type(value), options), **fields}
     return fields
+
+
+def _listed(cls: type, options: Registry[type[Any]]) -> str:
+    """The name of a choice. Raises ValueError where it has none, since a file could not say what it is."""
+    name = options.name_of(cls)
+    if name is None:
+        raise ValueError(
+            f"{cls.__module__}.{cls.__name__} has no name that a file could hold: it is no {options.kind} of this "
+            f"package or of an installed one; list it under the entry-point group {options.group}"
+        )
+    return name
 
 
 def choice(field: str, value: Any) -> Any:
@@ -103,7 +115,7 @@ def choice(field: str, value: Any) -> Any:
     Raises:
         ValueError: a name that is not known.
     """
-    tables: dict[str, Mapping[str, type]] = {"decode": DECODERS, "labels": LABELS, "adjoint": ADJOINTS}
+    tables: dict[str, Registry[type[Any]]] = {"decode": DECODERS, "labels": LABELS, "adjoint": ADJOINTS}
     options = tables.get(field)
     if options is None or not isinstance(value, str):
         return value
@@ -221,8 +233,7 @@ def _choices(value: Any, path: str = "") -> Iterator[str]:
         current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
         options = CHOICES.get(hints[field.name])
         if options is not None:
-            chosen = next(name for name, cls in options.items() if cls is type(current))
-            yield f"--{flag} {{{','.join(options)}}} (default: {chosen})"
+            yield f"--{flag} {{{','.join(options)}}} (default: {_listed(type(current), options)})"
         if dataclasses.is_dataclass(current):
             yield from _choices(current, _nested(path, field.name))
 

@@ -18,6 +18,7 @@ from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import spelt, suggest
 from condense.networks import InputShape
+from condense.plugins import Registry, instance_of
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
 from condense.train import Training
@@ -137,7 +138,7 @@ _REGRESSION = dataclasses.replace(
     labels="own",
 )
 
-PROTOCOLS: dict[str, Protocol] = {
+_PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         _CANONICAL,
@@ -195,6 +196,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
+
+PROTOCOLS: Registry[Protocol] = Registry("protocol", "condense.protocols", _PROTOCOLS, instance_of(Protocol))
 """``canonical``: the published tables without augmentation (Zhao, Mopuri and Bilen, "Dataset Condensation
 with Gradient Matching", ICLR 2021). Deviations from the published code: it runs one epoch more, drops the
 learning rate a little after half, and loses the momentum there. ``canonical-dsa``: the tables with

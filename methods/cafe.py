@@ -35,7 +35,7 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods.dm import has_batch_norm, pairs
 from condense.networks import Functional, Weights
 from condense.task import Task
@@ -123,7 +123,7 @@ class CAFE(GradientMethod):
         params, buffers = ctx.task.network.init(ctx.rng, "student", 0)
         return CAFEState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
 
-    def loss(self, ctx: Context, state: CAFEState, step: int, part: int) -> Tensor:
+    def loss(self, ctx: Context, state: CAFEState, step: int, part: int) -> Loss:
         real, syn = pairs(ctx, state.syn, step, range(ctx.task.num_classes), self.batch_real)
         levels = partial(_levels, ctx, state)
         with torch.no_grad():
@@ -132,7 +132,9 @@ class CAFE(GradientMethod):
             else:
                 wanted = [_in_pieces(levels, images, ctx.compute.micro_batch) for images in real]
         found = _together(levels, syn)
-        return self.alignment(wanted, found) + self.discrimination * discrimination(wanted, found)
+        aligned = self.alignment(wanted, found)
+        discriminated = self.discrimination * discrimination(wanted, found)
+        return aligned + discriminated, {"alignment": aligned, "discrimination": discriminated}
 
     def alignment(self, real: Sequence[Levels], syn: Sequence[Levels]) -> Tensor:
         """Squared distances of the class means at every level, weighted and summed."""

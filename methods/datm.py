@@ -91,8 +91,14 @@ class DATM(TrajectoryMatching):
             end = min(end, self.first_max_epoch + (end - self.first_max_epoch) * step // self.expansion_steps)
         return range(self.min_start_epoch, end)
 
-    def skips(self, loss: float) -> bool:
-        return not loss <= self.threshold  # a loss that is no number is skipped as well
+    def update(self, state: GradientState, record: dict[str, float]) -> None:
+        """Nothing where the loss is above ``threshold`` or not a number; gradients may then not be finite either."""
+        if record["loss"] <= self.threshold:
+            super().update(state, record)
+            return
+        for name in [name for name, value in record.items() if not math.isfinite(value)]:
+            del record[name]
+        record["skipped"] = 1.0
 
 
 def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:

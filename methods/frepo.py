@@ -31,7 +31,7 @@ from torch import Tensor
 from condense.augment import Augment, mild
 from condense.compute import Compute
 from condense.kernels import centred, feature_kernel, regression
-from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
 from condense.networks import Functional, with_options
 from condense.task import Task
@@ -119,7 +119,7 @@ class FRePo(GradientMethod):
         members = [pool.fresh(ctx, 0, slot, slot * self.max_age // self.pool_size) for slot in range(self.pool_size)]
         return PoolState(syn=syn, optimisers=self.optimisers(syn), pool=members)
 
-    def loss(self, ctx: Context, state: PoolState, step: int, part: int) -> Tensor:
+    def loss(self, ctx: Context, state: PoolState, step: int, part: int) -> Loss:
         member = state.pool[pool.draw(ctx, self.pool_size, step)]
         features = frozen_features(ctx.task.network, ctx.compute)
         images, targets = state.syn()
@@ -133,7 +133,10 @@ class FRePo(GradientMethod):
         k_ss, k_ts = feature_kernel(phi_s, phi_s), feature_kernel(phi_t, phi_s)
         wanted = centred(classes, ctx.task.num_classes, real.dtype)
         error = half_squared_error(regression(k_ts, k_ss, values, self.ridge), wanted)
-        return error + margin_loss(labels) if ctx.labels.learned else error
+        if not ctx.labels.learned:
+            return error
+        margin = margin_loss(labels)
+        return error + margin, {"regression": error, "margin": margin}
 
     def after(self, ctx: Context, state: PoolState, step: int) -> None:
         """The network that was used trains for a step on the updated set, or gives way to a fresh one."""

@@ -113,7 +113,8 @@ class KIP(GradientMethod):
         predicted = self._regression(torch.cat(drawn), images, regression_targets(targets, ctx.labels.space, classes))
         return 0.5 * (predicted - wanted).square().mean()
 
-    def monitor(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, float]:
+    def after(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, float]:
+        """Every ``VAL_EVERY`` steps and at the end: the accuracy of the regression on the validation images."""
         val = ctx.task.val
         if val is None or ((step + 1) % VAL_EVERY and step + 1 < self.num_steps):
             return {}

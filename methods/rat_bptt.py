@@ -23,7 +23,7 @@ from torch import Tensor
 
 from condense.augment import Params
 from condense.inner import Adam, Adjoint, RandomTruncated, Truncated
-from condense.method import Context, GradientState, Optim
+from condense.method import Context, GradientState, Optim, clip_grad, require_finite
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
 from condense.task import Task
@@ -114,7 +114,12 @@ class RaTBPTT(Bilevel):
         """Parameters of the augmentation of so many images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
-    def longest(self, state: RaTState, norm: float) -> float | None:
-        """As published, the mean takes the new norm in before it bounds it."""
+    def update(self, state: RaTState, record: dict[str, float]) -> None:
+        """As published, the running mean takes the new norm in before it bounds it."""
+        require_finite(record)
+        norm = record["grad_latents"]
         state.norm = self.clip_decay * state.norm + (1 - self.clip_decay) * norm if state.norm else norm
-        return None if self.clip is None else self.clip * state.norm
+        if self.clip is not None:
+            clip_grad(state.syn.latents, norm, self.clip * state.norm)
+        for optimiser in state.optimisers.values():
+            optimiser.step()

@@ -38,7 +38,7 @@ from condense.augment import MILD, Augment, mild
 from condense.inner import Descent, Minimum, Params, minimise, mixed_gradient, pushforward
 from condense.kernels import feature_kernel, ridge_solve
 from condense.match import differentiated
-from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
 from condense.networks import Functional, with_options
 from condense.task import Task
@@ -180,7 +180,7 @@ class RCIG(GradientMethod):
         self.search(ctx, state)
         return state
 
-    def loss(self, ctx: Context, state: RCIGState, step: int, part: int) -> Tensor:
+    def loss(self, ctx: Context, state: RCIGState, step: int, part: int) -> Loss:
         images, targets = state.syn()
         values, tau = pool.targets_of(ctx, targets), state.learned["temperature"]
         batch, net = (images.detach(), values.detach()), self.convexified(ctx, state, step)
@@ -196,7 +196,8 @@ class RCIG(GradientMethod):
         gradients = [d + no_longer_than(d, -m) for d, m in zip(direct, mixed, strict=True)] + [into_tau]
         known = [(x, g) for x, g in zip((images, values, tau), gradients, strict=True) if x.requires_grad]
         inputs, into = zip(*known, strict=True)
-        return differentiated(value, into, inputs)
+        lead = largest_lead(values.detach())
+        return differentiated(value, into, inputs), {"cross_entropy": value + lead, "lead": -lead}
 
     def after(self, ctx: Context, state: RCIGState, step: int) -> None:
         """Train the network that was used on the updated set; adapt the inner learning rate from time to time."""
@@ -304,9 +305,13 @@ class Convexified:
 def outer_loss(net: Convexified, real: tuple[Tensor, Tensor], move: Params, batch: Batch, tau: Tensor) -> Tensor:
     """Cross-entropy on real images and their classes, less the lead of the largest target as far as it counts."""
     images, classes = real
-    first, second = batch[1].topk(2, 1).values.unbind(1)
-    lead = (first - second).clamp(max=1 / (2 * batch[1].shape[1])).mean()
-    return F.cross_entropy(tau.exp() * net.predict(move, batch, images), classes) - lead
+    return F.cross_entropy(tau.exp() * net.predict(move, batch, images), classes) - largest_lead(batch[1])
+
+
+def largest_lead(values: Tensor) -> Tensor:
+    """Mean over targets (n, num_classes) of how far the largest leads the second, which counts up to 1/(2 C)."""
+    first, second = values.topk(2, 1).values.unbind(1)
+    return (first - second).clamp(max=1 / (2 * values.shape[1])).mean()
 
 
 def no_longer_than(direct: Tensor, implicit: Tensor) -> Tensor:

@@ -197,11 +197,11 @@ def test_alignment_is_zero_where_the_synthetic_images_are_the_real_ones() -> Non
     ctx = dataclasses.replace(ctx, task=task)
     method = small(start="real", discrimination=0.0)
     state = method.init(ctx)
-    assert method.loss(ctx, state, 0, 0).item() < 1e-6
-    assert small(start="real").loss(ctx, state, 0, 0).item() > 1e-3
+    assert method.loss(ctx, state, 0, 0)[0].item() < 1e-6
+    assert small(start="real").loss(ctx, state, 0, 0)[0].item() > 1e-3
     with torch.no_grad():
         state.syn.latents[0].mul_(-1)
-    assert method.loss(ctx, state, 0, 0).item() > 1e-2
+    assert method.loss(ctx, state, 0, 0)[0].item() > 1e-2
 
 
 def test_discrimination_by_hand() -> None:
@@ -216,7 +216,7 @@ def test_discrimination_moves_the_images_alone(monkeypatch: pytest.MonkeyPatch) 
     weights = dict.fromkeys(("weight_early", "weight_last", "weight_features"), 0.0)
     ctx, method = make_context(NETWORK, "none"), small(**weights, discrimination=1.0)
     state = method.init(ctx)
-    loss = method.loss(ctx, state, 0, 0)
+    loss = method.loss(ctx, state, 0, 0)[0]
     loss.backward()
     assert state.syn.latents.grad is not None and state.syn.latents.grad.flatten(1).norm(dim=1).all()
     assert not any(p.requires_grad for p in state.params.values())
@@ -225,14 +225,14 @@ def test_discrimination_moves_the_images_alone(monkeypatch: pytest.MonkeyPatch) 
 def test_the_loss_does_not_depend_on_the_order_of_the_classes() -> None:
     ctx, method = make_context(NETWORK, "none"), small(batch_real=256)
     state = method.init(ctx)
-    loss = method.loss(ctx, state, 0, 0)
+    loss = method.loss(ctx, state, 0, 0)[0]
     order = torch.tensor([2, 0, 1])  # new class i was class order[i]
     train = ctx.task.train
     task = dataclasses.replace(ctx.task, train=Labelled(train.images, order.argsort()[train.labels]))
     renamed = dataclasses.replace(ctx, task=task)
     with torch.no_grad():
         state.syn.latents.copy_(state.syn.latents.unflatten(0, (3, 2))[order].flatten(0, 1))
-    torch.testing.assert_close(method.loss(renamed, state, 0, 0), loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(method.loss(renamed, state, 0, 0)[0], loss, rtol=1e-4, atol=1e-4)
 
 
 def test_every_weight_weighs_its_part() -> None:
@@ -241,13 +241,13 @@ def test_every_weight_weighs_its_part() -> None:
 
     def loss(**weights: float) -> float:
         method = small(**dict.fromkeys(names, 0.0) | weights)
-        return method.loss(ctx, method.init(ctx), 0, 0).item()
+        return method.loss(ctx, method.init(ctx), 0, 0)[0].item()
 
     alone = {name: loss(**{name: 1.0}) for name in names}
     assert all(value > 0 for value in alone.values()) and len(set(alone.values())) == 4
     usual = small()
     expected = sum(getattr(usual, name) * alone[name] for name in names)
-    assert usual.loss(ctx, usual.init(ctx), 0, 0).item() == pytest.approx(expected, rel=1e-4)
+    assert usual.loss(ctx, usual.init(ctx), 0, 0)[0].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_descends_from_noise() -> None:
@@ -300,7 +300,7 @@ def test_a_network_without_maps_is_refused_before_the_first_step() -> None:
 def test_any_number_of_maps_will_do() -> None:
     ctx = make_context("resnet18:norm=batch", "none", ipc=1)
     assert isinstance(ctx.task.network, Functional)
-    assert torch.isfinite(small().loss(ctx, small().init(ctx), 0, 0))
+    assert torch.isfinite(small().loss(ctx, small().init(ctx), 0, 0)[0])
 
 
 def test_recipes_hold_the_published_values() -> None:

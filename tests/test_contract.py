@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,23 @@ import pytest
 import torch
 from torch import nn
 
-from condense import api, engine, match, registry
+from condense import api, match, registry
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.files import checksum
 from condense.inner import ADJOINTS, Checkpointed, Full, Higher, RandomTruncated, Truncated, rollout
 from condense.method import GradientMethod, Method, Optim
 from condense.methods import rcig
 from condense.methods.unrolled import Unrolled
-from condense.networks import Factory, InputShape
+from condense.networks import InputShape
 from condense.recipe import Recipe
-from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, SyntheticSet, load
-from condense.synthetic.decode import DCT, Bases, Decode, Hallucinator
-from condense.synthetic.labels import Labels, Targets, Teacher
+from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, SyntheticSet
+from condense.synthetic.decode import DCT, Bases, Hallucinator
+from condense.synthetic.labels import Targets, Teacher
+from condense.testing import CHECKS, resumes_to_the_byte
 
 TINY = "convnet:depth=1,width=4"
 
 EXACT: dict[str, Any] = {"compute": Compute(exact=True)}
-FAST: dict[str, Any] = {"compute": Compute().resolved(math.inf, torch.device("cpu"))}
 NUM_STEPS = 4
 SMALL: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 6},
@@ -85,51 +84,23 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tiny: Arrays, tiny_buffer: Path, tmp_path: Path) -> Run:
     """Distil a small method into a folder of its own."""
 
-    def run(
-        name: str, out: str = "run", resume: bool = False, own: Factory | None = None, **fields: Any
-    ) -> SyntheticSet:
+    def run(name: str, out: str = "run", **fields: Any) -> SyntheticSet:
         plan = Recipe(**{"method": small(name), "dataset": "tiny", "network": TINY, "ipc": 2} | EXACT | fields)
-        options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffer, resume=resume, device="cpu")
-        return api.run(plan, options, arrays=tiny, network=own)
+        options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffer, device="cpu")
+        return api.run(plan, options, arrays=tiny)
 
     return run
 
 
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_set_has_the_right_shape_and_is_finite(name: str, run: Run) -> None:
-    syn = run(name)
-    images, targets = syn()
-    assert images.shape == (6, 1, 8, 8) and images.isfinite().all()
-    classes = targets.argmax(1) if targets.dim() == 2 else targets
-    assert classes.tolist() == syn.classes.tolist() and sorted(classes.tolist()) == [0, 0, 1, 1, 2, 2]
+def test_it_keeps_its_promises(name: str, check: Callable[..., None]) -> None:
+    check(small(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_seed_decides_the_result_and_the_global_generator_is_not_touched(name: str, run: Run) -> None:
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    first = checksum(run(name, "a").state_dict())
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(8)
-    assert checksum(run(name, "b").state_dict()) == first
-    if name in ("random", *LEARNING):
-        assert checksum(run(name, "c", seed=1).state_dict()) != first
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_file_gives_back_the_set(name: str, run: Run, tmp_path: Path) -> None:
-    syn = run(name)
-    again = load(tmp_path / "run")
-    assert checksum(again.state_dict()) == checksum(syn.state_dict())
-    assert again.origin.recipe["method"]["name"] == name
-    assert again.origin.training["num_epochs"] > 0
-
-
-@pytest.mark.parametrize("name", LEARNING)
-def test_stopping_and_resuming_changes_no_byte(
-    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_and_resume(name, range(1, NUM_STEPS), run, tmp_path, monkeypatch)
+def test_images_drawn_by_another_seed_are_other_ones(run: Run) -> None:
+    one, other = run("random", "one"), run("random", "other", seed=1)
+    assert not torch.equal(one.latents, other.latents)
 
 
 RESUMED: list[tuple[str, dict[str, Any]]] = [
@@ -156,10 +127,9 @@ RESUMED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "fields"), RESUMED)
-def test_nor_does_it_with_any_decoder_labels_adjoint_or_optimiser(
-    name: str, fields: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_and_resume(name, [2], run, tmp_path, monkeypatch, **composed(name, fields))
+def test_it_resumes_to_the_byte_with_any_decoder_labels_adjoint_or_optimiser(name: str, fields: dict[str, Any]) -> None:
+    plan = composed(name, fields)
+    resumes_to_the_byte(plan.pop("method"), **plan)
 
 
 def test_every_value_that_composes_is_resumed() -> None:
@@ -180,10 +150,8 @@ def dropping(input_shape: InputShape, num_classes: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["dd", "dm", "dsa", "frepo"])
-def test_nor_does_it_where_the_network_draws(
-    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_and_resume(name, [2], run, tmp_path, monkeypatch, own=dropping)
+def test_it_resumes_to_the_byte_where_the_network_draws(name: str) -> None:
+    resumes_to_the_byte(small(name), network=dropping)
 
 
 WAYS = {
@@ -234,52 +202,8 @@ def composed(name: str, fields: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", LEARNING)
-def test_nor_does_it_where_the_work_is_compiled(
-    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_and_resume(name, [2], run, tmp_path, monkeypatch, **FAST)
-
-
-def stop_and_resume(
-    name: str, stops: Sequence[int], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any
-) -> None:
-    """A whole run, and one that is stopped before each of these steps and then resumed."""
-    run(name, "whole", **fields)
-    method = type(small(name))
-    step = GradientMethod.step
-    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
-    for stop in stops:
-
-        def killed(self: Any, ctx: Any, state: Any, done: int, stop: int = stop) -> dict[str, float]:
-            if done == stop:
-                raise KeyboardInterrupt
-            return step(self, ctx, state, done)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(method, "step", killed)
-            with pytest.raises(KeyboardInterrupt):
-                run(name, "stopped", resume=stop > stops[0], **fields)
-        torch.compiler.reset()  # as in a new process
-    run(name, "stopped", resume=True, **fields)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for file in ("synthetic.safetensors", f"snapshots/step_{NUM_STEPS:07d}.safetensors"):
-        assert (stopped / file).read_bytes() == (whole / file).read_bytes()
-    lines = (stopped / "log.jsonl").read_text().splitlines()
-    assert all(f'{{"event": "resume", "step": {stop}}}' in lines for stop in stops)
-    assert [line for line in lines if "event" not in line] == (whole / "log.jsonl").read_text().splitlines()
-
-
-@pytest.mark.parametrize("name", LEARNING)
-@pytest.mark.parametrize("decode", [Factor(factor=2)])
-@pytest.mark.parametrize("labels", [Logits()])
-def test_every_learnable_leaf_receives_gradient(name: str, decode: Decode, labels: Labels, run: Run) -> None:
-    if not registry.load(name).learns_labels:
-        labels = Hard()
-    start = run(name, "start", decode=decode, labels=labels, method=_frozen(small(name)))
-    end = run(name, "end", decode=decode, labels=labels)
-    for leaf, params in end.leaves().items():
-        moved = [not torch.equal(a, b) for a, b in zip(params, start.leaves()[leaf], strict=True)]
-        assert all(moved), leaf
+def test_it_resumes_to_the_byte_where_the_work_is_compiled(name: str) -> None:
+    resumes_to_the_byte(small(name), compute=Compute().resolved(math.inf, torch.device("cpu")))
 
 
 def _frozen(method: Method) -> Method:

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import condense
-from condense import api, cache, cli, engine, files, registry, runs
+from condense import api, cache, cli, engine, files, runs
 from condense.compute import keep_compiled
 from condense.data.datasets import Arrays
 from condense.eval.protocol import PROTOCOLS
@@ -112,11 +112,8 @@ def whole(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 
 
 def tiny_run(tiny: Arrays, out: Path, *, resume: bool = False) -> None:
-    """Two steps; to look for plugins would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "table", lambda: registry.METHODS)
-        fields = {"network": "mlp", "ipc": 1, "device": "cpu", "resume": resume}
-        condense.distill(DM(num_steps=2, batch_real=4), dataset=tiny, out=out, **fields)
+    fields = {"network": "mlp", "ipc": 1, "device": "cpu", "resume": resume}
+    condense.distill(DM(num_steps=2, batch_real=4), dataset=tiny, out=out, **fields)
 
 
 @pytest.mark.parametrize(

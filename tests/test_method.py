@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense import engine
+from condense import engine, testing
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
@@ -234,3 +235,92 @@ def test_clamp_is_refused_where_no_pixels_are_stored_or_they_are_whitened(name: 
     assert refused is None or refused.endswith(f"{name} does not store; give clamp=False")
     assert "give clamp=False" in str(method.incompatibility(Pixels(), Hard(), "zca"))
     assert Pull().incompatibility(decode, Hard(), "zca") is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms(Pull):
+    """A loss of two parts, each with terms."""
+
+    num_steps: int = 1
+
+    def parts(self, ctx: Context) -> range:
+        return range(2)
+
+    def loss(self, ctx: Context, state: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        near, small = super().loss(ctx, state, step, part), state.syn()[0].square().sum()
+        return near + small, {"near": near, "small": small}
+
+
+def test_terms_are_summed_over_parts_and_logged_and_add_nothing_to_the_gradient(ctx: Context, tmp_path: Path) -> None:
+    method = Terms()
+    state = method.init(ctx)
+    expected = [method.loss(ctx, state, 0, part) for part in range(2)]
+    grads = torch.autograd.grad(expected[0][0] + expected[1][0], state.syn.latents)
+    engine.run(method, ctx, state, tmp_path)
+    (line,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    for name in ("near", "small"):
+        assert line[f"loss_{name}"] == pytest.approx(sum(terms[name].item() for _, terms in expected), rel=1e-5)
+    assert line["loss"] == pytest.approx(line["loss_near"] + line["loss_small"], rel=1e-5)
+    assert line["grad_latents"] == pytest.approx(grads[0].norm().item(), rel=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermsByPart(Terms):
+    def loss(self, ctx: Context, state: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        value, terms = super().loss(ctx, state, step, part)
+        return value, {f"{name} {part}": term for name, term in terms.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyTerms(Terms):
+    def loss(self, ctx: Context, state: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        value, terms = super().loss(ctx, state, step, part)
+        return value, {str(number): terms["near"] for number in range(17)}
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [(TermsByPart(), "different terms, near 1, small 1 and near 0, small 0"), (ManyTerms(), "17 terms, at most 16")],
+)
+def test_terms_that_cannot_be_summed_are_refused(method: Terms, complaint: str, ctx: Context) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        method.step(ctx, method.init(ctx), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneTerm(Pull):
+    """One part, so that a second process has none and does not know the term."""
+
+    num_steps: int = 2
+
+    def loss(self, ctx: Context, state: Any, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        value = super().loss(ctx, state, step, part)
+        return value, {"whole": value}
+
+
+def test_a_process_without_a_part_adds_nothing_to_the_terms() -> None:
+    testing.any_number_of_processes_agrees(OneTerm())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Pull):
+    """Updates by a rule of its own, and has more to say."""
+
+    def update(self, state: Any, record: dict[str, float]) -> None:
+        record["seen"] = record["grad_latents"]
+        if record["lr_latents"] < 0.01:
+            super().update(state, record)
+
+    def after(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
+        return {"largest": state.syn.latents.abs().max().item()}
+
+
+def test_an_update_of_its_own_sees_gradients_and_rates_and_what_follows_is_logged(ctx: Context) -> None:
+    method = Own(num_steps=2, optim=Optim(lr=0.01, halve_at=(0.5,)))
+    state = method.init(ctx)
+    before = state.syn.latents.clone()
+    record = method.step(ctx, state, 0)
+    assert torch.equal(state.syn.latents, before) and record["seen"] == record["grad_latents"] > 0
+    record = method.step(ctx, state, 1)
+    assert not torch.equal(state.syn.latents, before)
+    assert record["largest"] == state.syn.latents.abs().max().item()

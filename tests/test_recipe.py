@@ -183,7 +183,7 @@ def test_a_class_that_nobody_listed_is_found_by_its_import_path(
         hidden: "class inside a function",
         hidden.replace("ours:make.<locals>.Hidden", "__main__:Mine"): "run that script again",
         hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "put its folder on PYTHONPATH",
-        hidden.replace("ours:make.<locals>.Hidden", "os:system"): "not a Method",
+        hidden.replace("ours:make.<locals>.Hidden", "os:system"): "not a subclass of condense.method.Method",
         hidden.replace("ours:make.<locals>.Hidden", ".ours:Mine"): "cannot be loaded",
     }.items():
         (tmp_path / "mine.yaml").write_text(text)

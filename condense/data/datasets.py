@@ -8,8 +8,10 @@ ones of cifar10); those of digits are measured here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -31,6 +33,7 @@ from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_
 from condense.data.samples import IN_FILE, STANDARD, check_samples
 from condense.files import expanded
 from condense.names import excerpt, reason, spelt, suggest
+from condense.plugins import Registry
 
 Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
 
@@ -104,13 +107,28 @@ class Arrays:
         return self.known.augment if self.known else "color_crop_cutout_scale_rotate"
 
 
+Loader: TypeAlias = Callable[[Path, bool], Source]
+"""``loader(root, download)``: a data set of another package, as a path or as what a Python user may hold. ``root`` is
+the folder of downloaded data, ``download`` whether the user allows to download. Its docstring describes the data."""
+
+LOADERS: Registry[Loader] = Registry(
+    "data set",
+    "condense.datasets",
+    {},
+    lambda name, value: None if callable(value) else f"is {value!r} and not a function of (root, download)",
+)
+"""Data sets of other packages by name; a name that the literature uses cannot be taken."""
+
+
 def names() -> list[str]:
     """The names that ``load`` takes."""
-    return list(_table())
+    return list(dict.fromkeys([*_table(), *LOADERS]))
 
 
 def describe(name: str) -> str:
-    """One line about a known data set."""
+    """One line about a data set that has a name."""
+    if name not in _table():
+        return (inspect.getdoc(LOADERS[name]) or "").partition("\n")[0]
     known = _table()[name]
     classes = ", ".join(known.classes[:3])
     return f"{len(known.classes)} classes ({classes}, ...); DSA by {known.augment.replace('_', ', ')}"
@@ -234,9 +252,10 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
     if source == "digits":
         return _load_digits()
     if source in _TORCHVISION:
-        name, files = str(source), _TORCHVISION[str(source)][1]
-        place = expanded(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data")
+        name, files, place = str(source), _TORCHVISION[str(source)][1], _root(root)
         return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
+    if isinstance(source, str) and source in LOADERS:
+        return _load_plugin(source, _root(root), download, cache)
     try:
         path = expanded(source)
         there = path.exists()
@@ -254,6 +273,24 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         f"no data set {excerpt(source)!r}: there is no such file or folder; by name "
         f"{suggest(str(source)[:80], names())}"
     )
+
+
+def _root(root: str | Path | None) -> Path:
+    """Where data that have a name lie."""
+    return expanded(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data")
+
+
+def _load_plugin(name: str, root: Path, download: bool, cache: Path | None) -> Arrays:
+    """A data set of another package."""
+    try:
+        source = LOADERS[name](root, download)
+        arrays = load(Path(source) if isinstance(source, str | Path) else source, cache=cache)
+    except Exception as error:  # the code of a stranger may raise anything
+        raise ValueError(
+            f"cannot read the data set {name!r} of the package {LOADERS.package(name)}: {reason(error)}; "
+            f"correct or update that package, or give {spelt('dataset', 'PATH.npz')}"
+        ) from error
+    return dataclasses.replace(arrays, name=name)
 
 
 def _check_encoding(path: Path) -> None:

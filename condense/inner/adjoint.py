@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from condense.inner.rollout import Rollout
 from condense.inner.rules import SGD, Adam, Params
+from condense.plugins import Registry, subclass_of
 from condense.schema import Checked
 
 
@@ -215,9 +216,12 @@ class Higher(Adjoint):
         return dict(zip(theta, params if rollout.recorded else [p.detach() for p in params], strict=True))
 
 
-ADJOINTS: dict[str, type[Adjoint]] = {
-    kind.name: kind for kind in (Exact, Checkpointed, Full, Truncated, RandomTruncated, Tesla, Higher)
-}
+ADJOINTS: Registry[type[Adjoint]] = Registry(
+    "adjoint",
+    "condense.adjoints",
+    {kind.name: kind for kind in (Exact, Checkpointed, Full, Truncated, RandomTruncated, Tesla, Higher)},
+    subclass_of(Adjoint),
+)
 
 
 def _require_positive(owner: str, field: str, value: int) -> None:

@@ -25,6 +25,7 @@ from condense.networks.mlp import MLP
 from condense.networks.resnet import ResNet18
 from condense.networks.vgg import VGG11
 from condense.networks.vit import ViT
+from condense.plugins import Registry, subclass_of
 
 Value = bool | int | str
 
@@ -33,17 +34,22 @@ MAX_OPTION = 10_000
 MAX_PARAMS = 10**9
 """The most parameters of a network of this package: in float32 they take 4 GB, once."""
 
-_NETWORKS: dict[str, type[Network]] = {
-    "alexnet": AlexNet,
-    "convnet": ConvNet,
-    "convnet1d": ConvNet1d,
-    "convnet3d": ConvNet3d,
-    "lenet": LeNet,
-    "mlp": MLP,
-    "resnet18": ResNet18,
-    "vgg11": VGG11,
-    "vit": ViT,
-}
+NETWORKS: Registry[type[Network]] = Registry(
+    "network",
+    "condense.networks",
+    {
+        "alexnet": AlexNet,
+        "convnet": ConvNet,
+        "convnet1d": ConvNet1d,
+        "convnet3d": ConvNet3d,
+        "lenet": LeNet,
+        "mlp": MLP,
+        "resnet18": ResNet18,
+        "vgg11": VGG11,
+        "vit": ViT,
+    },
+    subclass_of(Network),
+)
 
 AUTO = "auto"
 """The name that ``resolve`` replaces by the default network for the data."""
@@ -65,13 +71,14 @@ class NetworkSpec:
 
 
 def names() -> list[str]:
-    """The networks of this package; besides them ``torchvision:NAME``, ``timm:NAME`` and callables can be given."""
-    return list(_NETWORKS)
+    """The networks of this package and of others that are installed; besides them ``torchvision:NAME``, ``timm:NAME``
+    and callables can be given."""
+    return list(NETWORKS)
 
 
 def describe(name: str) -> str:
     """One line: what the network is, and its options with their values, the default first."""
-    summary = (inspect.getdoc(_NETWORKS[name]) or "").partition("\n")[0]
+    summary = (inspect.getdoc(NETWORKS[name]) or "").partition("\n")[0]
     options = " ".join(f"{key}={option.values}" for key, option in _options(name).items())
     return f"{summary} [{options}]" if options else summary
 
@@ -96,8 +103,8 @@ def resolve(spec: str | NetworkSpec, input_shape: InputShape) -> NetworkSpec:
     name, _, options = spec.name.partition(":")
     if name == AUTO:
         spec = parse(f"{default_for(input_shape)}:{options}")
-    takes = _NETWORKS[spec.name].takes if spec.name in _NETWORKS else Network.takes
-    fitting = [name for name, network in _NETWORKS.items() if kind(input_shape) in network.takes]
+    takes = NETWORKS[spec.name].takes if spec.name in NETWORKS else Network.takes
+    fitting = [name for name, network in NETWORKS.items() if kind(input_shape) in network.takes]
     remedy = f"give {spelt('network', default_for(input_shape))}; networks for {kind(input_shape)} are "
     require_kind(f"network {spec.name}", takes, input_shape, remedy + ", ".join(fitting))
     return spec
@@ -118,10 +125,10 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
     if name in LIBRARIES:
         LIBRARIES[name].require(rest)
         return NetworkSpec(f"{name}:{rest}")
-    if name not in _NETWORKS:
+    if name not in NETWORKS:
         raise ValueError(
-            f"unknown network {name!r}: there is no such name; {_guess(name, _NETWORKS)}give one of "
-            f"{', '.join(_NETWORKS)}, torchvision:NAME or timm:NAME"
+            f"unknown network {name!r}: there is no such name; {_guess(name, NETWORKS)}give one of "
+            f"{', '.join(NETWORKS)}, torchvision:NAME or timm:NAME"
         )
     known, options = _options(name), dict[str, Value]()
     for item in filter(None, rest.split(",")):
@@ -139,7 +146,7 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
 
 def from_here(spec: str | NetworkSpec | Factory) -> bool:
     """Whether it is a network of this package."""
-    return isinstance(spec, str | NetworkSpec) and parse(spec).name in _NETWORKS
+    return isinstance(spec, str | NetworkSpec) and parse(spec).name in NETWORKS
 
 
 def require_moderate(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> None:
@@ -181,9 +188,9 @@ def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classe
     if not isinstance(spec, str | NetworkSpec):
         return from_callable(name_of(spec), spec, input_shape, num_classes)
     spec = resolve(spec, input_shape)
-    if spec.name not in _NETWORKS:
+    if spec.name not in NETWORKS:
         return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, input_shape, num_classes)
-    return _NETWORKS[spec.name](input_shape, num_classes, **spec.options)
+    return NETWORKS[spec.name](input_shape, num_classes, **spec.options)
 
 
 def name_of(spec: str | NetworkSpec | Factory) -> str:
@@ -196,7 +203,7 @@ def name_of(spec: str | NetworkSpec | Factory) -> str:
 def with_options(name: str, **options: Value) -> str:
     """The network ``name`` with these options; unchanged where it lacks one of them, or where one lacks the value."""
     spec = NetworkSpec(name) if name.startswith("custom:") else parse(name)
-    known = _options(spec.name) if spec.name in _NETWORKS else {}
+    known = _options(spec.name) if spec.name in NETWORKS else {}
     if any(key not in known or _spell(value) not in known[key].choices for key, value in options.items()):
         return name
     return str(parse(str(NetworkSpec(spec.name, {**spec.options, **options}))))
@@ -231,7 +238,7 @@ class _Option:
 
 
 def _options(name: str) -> dict[str, _Option]:
-    constructor = _NETWORKS[name].__init__
+    constructor = NETWORKS[name].__init__
     hints = get_type_hints(constructor)
     options = {}
     for key, parameter in inspect.signature(constructor).parameters.items():

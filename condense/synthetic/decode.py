@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from condense.data.layout import InputShape, Kind, channel_axis, kind, require_kind, sides
 from condense.names import spelt
+from condense.plugins import Registry, subclass_of
 from condense.schema import Checked
 
 
@@ -361,4 +362,9 @@ class _Styles(nn.Module):
         return x.unflatten(1, (self.num_styles, -1)).transpose(0, 1).flatten(0, 1)
 
 
-DECODERS: dict[str, type[Decode]] = {d.name: d for d in (Pixels, Factor, DCT, Bases, Hallucinator)}
+DECODERS: Registry[type[Decode]] = Registry(
+    "decoder",
+    "condense.decoders",
+    {decode.name: decode for decode in (Pixels, Factor, DCT, Bases, Hallucinator)},
+    subclass_of(Decode),
+)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from condense.data.layout import channel_axis, kind
 from condense.files import FORMAT, expanded, read_tensors, write_tensors
+from condense.plugins import Registry
 from condense.schema import brief, checked, from_json
 from condense.synthetic.decode import DECODERS, Decode
 from condense.synthetic.labels import LABELS, Labels
@@ -42,8 +43,8 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
         "kind": "synthetic set",
         "format": FORMAT,
         "space": "transformed",
-        "decode": _choice(syn.decode),
-        "labels": _choice(syn.label_kind),
+        "decode": _choice(syn.decode, DECODERS),
+        "labels": _choice(syn.label_kind, LABELS),
         "origin": dataclasses.asdict(syn.origin),
     }
     write_tensors(expanded(path), tensors, header)
@@ -157,18 +158,23 @@ def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[st
         )
 
 
-def _choice(value: Any) -> dict[str, Any]:
-    return {"name": value.name, **dataclasses.asdict(value)}
+def _choice(value: Any, table: Registry[type[T]]) -> dict[str, Any]:
+    """What a header says of a decoder or labels: the fields, and the package that provides the class if it is not this
+    one."""
+    package = table.package(value.name) if value.name in table else None
+    return {"name": value.name, **dataclasses.asdict(value)} | ({} if package is None else {"package": package})
 
 
-def _choose(fields: Mapping[str, Any], table: Mapping[str, type[T]], where: str) -> T:
+def _choose(fields: Mapping[str, Any], table: Registry[type[T]], where: str) -> T:
     """The decoder or labels that a header describes."""
-    name = from_json(_Named, fields, where).name
+    named = from_json(_Named, fields, where)
+    name = named.name
     if name not in table:
-        raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; update condense")
+        provider = f"install the package {brief(named.package)}" if named.package else "update condense"
+        raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; {provider}")
     known = {f.name for f in dataclasses.fields(table[name])}  # type: ignore[arg-type]
     for key, value in fields.items():
-        if key != "name" and key not in known:
+        if key not in ("name", "package") and key not in known:
             raise ValueError(f"{where}: {name} has no field {brief(key)}; update condense")
         if isinstance(value, int) and value >= 2**31:
             raise ValueError(f"{where}, {key}: {value} is too large")
@@ -205,6 +211,7 @@ class _Header:
 @dataclass(frozen=True)
 class _Named:
     name: str
+    package: str = ""
 
 
 @dataclass(frozen=True)

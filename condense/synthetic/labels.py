@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.plugins import Registry, subclass_of
 from condense.schema import Checked
 
 
@@ -153,4 +154,9 @@ class Assigned(Provider):
         return self.probabilities[index]
 
 
-LABELS: dict[str, type[Labels]] = {kind.name: kind for kind in (Hard, Logits, Targets, Teacher)}
+LABELS: Registry[type[Labels]] = Registry(
+    "kind of labels",
+    "condense.labels",
+    {kind.name: kind for kind in (Hard, Logits, Targets, Teacher)},
+    subclass_of(Labels),
+)

@@ -1,0 +1,156 @@
+"""Values by name: those of this package, and those that other packages provide through entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from condense.names import reason, suggest
+
+T = TypeVar("T", covariant=True)
+
+
+class Registry(Mapping[str, T]):
+    """name -> value, usually a class. Values of other packages are imported when they are asked for.
+
+    Looking a name up raises KeyError where there is no such name, and ValueError, in a line that names the package,
+    where the value of another package cannot be imported or is not of this kind.
+
+    Args:
+        kind: what a value is, for messages: ``decoder``.
+        group: the entry-point group of other packages: ``name = "package.module:attribute"``.
+        own: the values of this package, or their import paths ``module:attribute``. Their names cannot be taken.
+        complaint: ``complaint(name, value)`` says why a value cannot be listed under a name ("is not ..."), or None.
+    """
+
+    def __init__(
+        self, kind: str, group: str, own: Mapping[str, T | str], complaint: Callable[[str, Any], str | None]
+    ) -> None:
+        self.kind, self.group, self.own, self.complaint = kind, group, own, complaint
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.own
+        yield from self._entries()
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self._entries())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self._entries()
+
+    def __getitem__(self, name: str) -> T:
+        if name in self.own:
+            value: Any = self.own[name]
+            return import_path(value) if isinstance(value, str) else value
+        entries = self._entries()[name]
+        if len(entries) > 1:
+            raise ValueError(
+                f"the {self.kind} {name!r} comes with several packages, {', '.join(map(_package, entries))}; "
+                "uninstall all but one"
+            )
+        package, advice = _package(entries[0]), "update or uninstall that package"
+        try:
+            value = import_path(entries[0].value)
+        except Exception as error:  # the code of a stranger may raise anything
+            raise ValueError(
+                f"the {self.kind} {name!r} of the package {package} cannot be loaded: {reason(error)}; {advice}"
+            ) from error
+        complaint = self.complaint(name, value)
+        if complaint is not None:
+            raise ValueError(f"the {self.kind} {name!r} of the package {package} {complaint}; {advice}")
+        return value
+
+    def named(self, name: str) -> T:
+        """The value of a name. Raises ValueError, with the nearest names, where there is none."""
+        if name not in self:
+            raise ValueError(f"unknown {self.kind} {name!r}: {suggest(name, self)}")
+        return self[name]
+
+    def package(self, name: str) -> str | None:
+        """The distribution package that provides a name; None for a name of this package."""
+        return None if name in self.own else _package(self._entries()[name][0])
+
+    def name_of(self, cls: type) -> str | None:
+        """The name under which a class is listed; None where it is not."""
+        path = f"{cls.__module__}:{cls.__qualname__}"
+        for name, value in self.own.items():
+            if value is cls or value == path:
+                return name
+        for name, (entry, *_) in self._entries().items():
+            nearby = entry.module.partition(".")[0] == cls.__module__.partition(".")[0]  # others need no import
+            if entry.value == path or (nearby and self._leads_to(name, cls)):
+                return name
+        return None
+
+    def _leads_to(self, name: str, cls: type) -> bool:
+        try:
+            return self[name] is cls
+        except ValueError:
+            return False
+
+    def _entries(self) -> dict[str, list[EntryPoint]]:
+        entries: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=self.group):
+            if entry.name not in self.own:
+                entries.setdefault(entry.name, []).append(entry)
+        return entries
+
+
+def summaries(names: Iterable[str], describe: Callable[[str], str]) -> dict[str, str]:
+    """A line about each name; about one that cannot be loaded, the reason."""
+    lines = {}
+    for name in names:
+        try:
+            lines[name] = describe(name)
+        except ValueError as error:
+            lines[name] = str(error)
+    return lines
+
+
+def import_path(path: str) -> Any:
+    """What ``module:attribute`` leads to; the attribute may be nested, ``Outer.Inner``. Raises what the import does."""
+    module, _, attribute = path.partition(":")
+    return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def subclass_of(base: type) -> Callable[[str, Any], str | None]:
+    """The complaint about what is not a concrete subclass of ``base`` that can be chosen by its name alone: a name in
+    its class variable ``name`` has to be the one that it is listed under, and fields need defaults."""
+
+    def complaint(name: str, value: Any) -> str | None:
+        if not (isinstance(value, type) and issubclass(value, base)):
+            return f"is {value!r} and not a subclass of {base.__module__}.{base.__name__}"
+        missing = sorted(getattr(value, "__abstractmethods__", ()))
+        if missing:
+            return f"does not define {', '.join(missing)}"
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        for field in fields:
+            if field.init and field.default is field.default_factory is dataclasses.MISSING:
+                return f"has no default for its field {field.name}"
+        return _misnamed(name, value)
+
+    return complaint
+
+
+def instance_of(base: type) -> Callable[[str, Any], str | None]:
+    """The complaint about what is not a ``base`` with the name that it is listed under."""
+
+    def complaint(name: str, value: Any) -> str | None:
+        if not isinstance(value, base):
+            return f"is {value!r} and not a {base.__module__}.{base.__name__}"
+        return _misnamed(name, value)
+
+    return complaint
+
+
+def _misnamed(name: str, value: Any) -> str | None:
+    own = getattr(value, "name", name)
+    return None if own == name else f"calls itself {own!r}"
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.module.partition(".")[0]
