@@ -19,6 +19,7 @@ from condense.compute import Compute
 from condense.data.datasets import load
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.task import Split, Task, make_task
 
 NETWORK = "convnet:depth=1,width=4"
@@ -182,13 +183,14 @@ def test_deleted_expert_is_trained_again(task: Task, tmp_path: Path) -> None:
     assert content(made(task, tmp_path)) == before
 
 
-def test_decay_epoch_does_not_depend_on_the_extent(task: Task, tmp_path: Path) -> None:
+def test_a_drop_after_an_epoch_does_not_depend_on_the_extent(task: Task, tmp_path: Path) -> None:
     for epoch in range(1, 30):
         for num_epochs in range(1, 60):
-            training = Experts(decay_epoch=epoch, num_epochs=num_epochs, lr=1.0).training()
+            schedule = Schedule(drop_after=(epoch,))
+            training = Experts(schedule=schedule, num_epochs=num_epochs, lr=1.0).training()
             lrs = [training.lr_at(done, 1) for done in range(num_epochs)]
             assert lrs == [1.0 if done < epoch else 0.1 for done in range(num_epochs)]
-    plan = replace(PLAN, decay_epoch=2)
+    plan = replace(PLAN, schedule=Schedule(drop_after=(2,)))
     assert made(task, tmp_path, plan) != made(task, tmp_path)
     with pytest.warns(UserWarning, match="again from scratch"):
         assert made(task, tmp_path, replace(plan, num_epochs=4)) == made(task, tmp_path, plan)

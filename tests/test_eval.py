@@ -28,6 +28,7 @@ from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_nam
 from condense.files import read_header
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic import Factor, Logits, Origin, SyntheticSet, save
 from condense.task import Split
 from condense.train import Scorer, Training
@@ -96,7 +97,7 @@ class TestProtocols:
 
     def test_the_hash_is_of_the_content(self) -> None:
         assert dataclasses.replace(CANONICAL, name="mine").hash == CANONICAL.hash
-        changes: list[dict[str, Any]] = [{}, {"lr": 1.0}, {"decay_at": None}, {"labels": "own"}]
+        changes: list[dict[str, Any]] = [{}, {"lr": 1.0}, {"schedule": Schedule()}, {"labels": "own"}]
         assert len({dataclasses.replace(CANONICAL, **change).hash for change in changes}) == 4
 
     def test_canonical_drops_the_rate_exactly_once_at_half(self) -> None:
@@ -166,7 +167,7 @@ class TestOwn:
         record = Training(num_epochs=2, batch_size=2, order="stored", momentum=0.0, weight_decay=0.0).content()
         syn = make_set(arrays, training=record, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
         plan, (images, labels) = own(syn), decoded(syn, soft=True)
-        assert plan.rates == pytest.approx((0.1, 0.2, 0.3, 0.4))
+        assert plan.schedule.lr_per_step == pytest.approx((0.1, 0.2, 0.3, 0.4))
         network, rng = Functional("mlp", SHAPE, CLASSES), Rng(1)
         found = SetScorer(network, plan, Compute()).train(images, labels, rng).params
         params = SetScorer(network, Training(num_epochs=0), Compute()).train(images, labels, rng).params
@@ -176,12 +177,12 @@ class TestOwn:
                 return torch.nn.functional.cross_entropy(network.logits(params, {}, images[batch]), labels[batch])
 
             grads = torch.func.grad(loss)(params)
-            params = {name: p - plan.rates[step] * grads[name] for name, p in params.items()}
+            params = {name: p - plan.schedule.lr_per_step[step] * grads[name] for name, p in params.items()}
         torch.testing.assert_close(found, params)
 
     def test_soft_labels_and_learned_rate_act_only_here(self, arrays: Arrays) -> None:
         soft = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.9], [0.0, 1.0, 2.0]])
-        record = dataclasses.asdict(Training(num_epochs=20))
+        record = Training(num_epochs=20).content()
         syn = make_set(arrays, labels=soft, label_kind=Logits(), training=record, lr=0.05)
         by_canonical, by_own = (run(syn, arrays, protocol=plan).results[0] for plan in (SHORT, own(syn)))
         assert by_canonical.accuracies == run(make_set(arrays), arrays).results[0].accuracies
