@@ -115,14 +115,14 @@ class Training(Checked):
 
         ``velocity``, one tensor a parameter, is sgd's momentum where a training continues; steps change it in place.
         """
-        decay = {"lr": self.lr, "weight_decay": self.weight_decay}
-        if self.optimiser == "sgd":
-            sgd = torch.optim.SGD(params.values(), momentum=self.momentum, **decay)
-            for name, buffer in (velocity or {}).items():
-                sgd.state[params[name]]["momentum_buffer"] = buffer
-            return sgd
-        kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
-        return kind(params.values(), betas=(self.momentum, 0.999), **decay)
+        lr, decay = self.lr, self.weight_decay
+        if self.optimiser != "sgd":
+            kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
+            return kind(params.values(), lr=lr, betas=(self.momentum, 0.999), weight_decay=decay)
+        sgd = torch.optim.SGD(params.values(), lr=lr, momentum=self.momentum, weight_decay=decay)
+        for name, buffer in (velocity or {}).items():
+            sgd.state[params[name]]["momentum_buffer"] = buffer
+        return sgd
 
     def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over a batch. ``targets``: classes (N,), or probabilities or values (N, C)."""

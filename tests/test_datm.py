@@ -329,10 +329,10 @@ class TestSharpness:
         start, found, trainer = self.train(task, rho=0.5, alpha=0.3)
         network = task.network
         gradients = []
+        source = trainer.source(task.train.images, task.train.labels, Rng(4), task.augment)
         for epoch in range(2):
-            order = torch.randperm(len(task.train), generator=Rng(4)("order", epoch))
-            for batch, index in enumerate(order.split(12)):
-                x, y = trainer._batch(task.train.images, task.train.labels, Rng(4), epoch, batch, index)
+            for index in range(source.num_batches):
+                x, y = source.batch(epoch, index)
 
                 def gradient(w: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
                     leaf = w.clone().requires_grad_()

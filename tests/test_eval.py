@@ -30,9 +30,11 @@ from condense.networks import Functional
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Factor, Logits, Origin, SyntheticSet, save
+from condense.synthetic import load as load_set
 from condense.task import Split
 from condense.train import Scorer, Training
 
+OLD = Path(__file__).parent / "fixtures" / "v0_1"
 CPU = torch.device("cpu")
 CLASSES = 3
 SHAPE = (1, 8, 8)
@@ -162,6 +164,19 @@ class TestOwn:
     def test_a_record_that_this_version_cannot_follow(self, arrays: Arrays) -> None:
         with pytest.raises(ValueError, match="curriculum"):
             own(make_set(arrays, training={"curriculum": "hard first"}))
+
+    @pytest.mark.parametrize("record", [{"decay_at": "late"}, {"rates": [0.1, -1.0]}, {"schedule": {"drop_at": [0.5]}}])
+    def test_nor_a_schedule_that_is_none(self, record: dict[str, Any], arrays: Arrays) -> None:
+        with pytest.raises(ValueError, match="this version cannot train as the set is meant to be trained") as raised:
+            own(make_set(arrays, training=record))
+        assert "\n" not in str(raised.value)
+
+    def test_records_of_version_0_1_are_read_as_they_are(self) -> None:
+        for file in (OLD / "run" / "synthetic.safetensors", *OLD.glob("*.safetensors")):
+            syn = load_set(file)
+            read = json.loads(json.dumps(own(syn).content()))
+            learned = {} if syn.lr is None else {"rates" if syn.lr.dim() else "lr": syn.lr.tolist()}
+            assert read == {"labels": "own", **syn.origin.training, **learned}
 
     def test_a_step_size_for_every_step_is_followed_in_order(self, arrays: Arrays) -> None:
         record = Training(num_epochs=2, batch_size=2, order="stored", momentum=0.0, weight_decay=0.0).content()

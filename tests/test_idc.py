@@ -23,7 +23,8 @@ from condense.schedule import Schedule
 from condense.sources import Examples
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
-from condense.train import Trainer, Training, cutmix, one_hot
+from condense.train import Trainer, Training
+from condense.views import cutmix, one_hot
 from tests.reference.idc import idc
 
 COUNTS = (8, 11, 9)

@@ -17,7 +17,7 @@ from condense.eval.crossarch import Result, evaluate
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.networks import Functional
 from condense.rng import Rng
-from condense.sources import Examples, Relabelled
+from condense.sources import Batch, Examples, Relabelled
 from condense.synthetic import Labels, Logits, Origin, SyntheticSet, Targets
 from condense.train import Scorer, Trainer, Training
 
@@ -192,14 +192,13 @@ def test_the_strategies_that_go_with_colour_are_frozen() -> None:
 def test_a_colour_set_is_joined_by_its_mirror_images(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = stripes(90, 0)
     arrays = load((images.expand(-1, 3, -1, -1), labels, images[:30].expand(-1, 3, -1, -1), labels[:30]))
-    seen: list[Tensor] = []
-    batch = Trainer._batch
+    seen, batch = list[Tensor](), Examples.batch
 
-    def spy(self: Trainer, images: Any, *rest: Any) -> Any:
-        seen.append(images)
-        return batch(self, images, *rest)
+    def spy(self: Examples, epoch: int, index: int) -> Batch:
+        seen.append(self.images[:])
+        return batch(self, epoch, index)
 
-    monkeypatch.setattr(Trainer, "_batch", spy)
+    monkeypatch.setattr(Examples, "batch", spy)
     plan = dataclasses.replace(PROTOCOLS["rcig"], num_epochs=1, steps_for=())
     result = run(make_set(arrays), arrays, plan)
     assert result.num_images == 6 and result.augment.endswith("mode=P,flips=true")
