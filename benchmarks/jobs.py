@@ -191,11 +191,9 @@ def expert_textbook(scale: Scale, device: torch.device) -> Run:
 
 def expert_engine(scale: Scale, device: torch.device) -> Run:
     task, num = make(scale, device), num_expert_images(scale)
-    trainer = Trainer(
-        task.network, Experts(num_epochs=1, batch_size=scale.batch).training(), task.augment, scale.compute
-    )
-    weights = task.network.init(Rng(0), "weights")
-    return partial(trainer.run, weights, task.train.images[:num], task.train.labels[:num], Rng(0))
+    trainer = Trainer(task.network, Experts(num_epochs=1, batch_size=scale.batch).training(), scale.compute)
+    source = trainer.source(task.train.images[:num], task.train.labels[:num], Rng(0), task.augment)
+    return partial(trainer.run, task.network.init(Rng(0), "weights"), source)
 
 
 # Evaluation: a fresh network on the synthetic images, some epochs of canonical-dsa.

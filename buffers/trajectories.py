@@ -7,7 +7,8 @@ is its last epoch over and over.
 
 Expert e draws its initialisation, batch order and augmentation from keys of its own. So a buffer grows
 without touching what is there, an interrupted build goes on with the next expert, and an expert trained for
-longer begins with the same epochs. For this the learning rate drops at an epoch, not at a fraction of them.
+longer begins with the same epochs. A schedule that depends on the length of the training, such as a cosine, rules
+that out: the number of epochs is then part of what identifies the buffer.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor
 
 from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pack
+from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
 from condense.distributed import Ranks
 from condense.names import spelt
 from condense.networks import Weights
 from condense.rng import Rng
+from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked
 from condense.task import Task
 from condense.train import Scorer, Trainer, Training
@@ -56,10 +59,13 @@ class Experts(Checked):
     """L2 penalty, added to the gradient."""
     batch_size: int = 256
     """Images a step; the last batch of an epoch may be smaller."""
-    decay_epoch: int | None = None
-    """Epochs done when the learning rate drops, once; None: never."""
-    decay: float = 0.1
-    """Factor of that drop; the momentum is kept."""
+    schedule: Schedule = CONSTANT
+    """How the learning rate changes; ``drop_after`` and ``warmup_steps`` do not depend on the number of epochs."""
+    augment: str = "dsa"
+    """none, dsa (the task's augmentation) or a strategy; options as in dsa:mode=M,align_corners=true. Every image has
+    its own draw."""
+    cutmix: float = 0.0
+    """Probability that CutMix is applied to a batch."""
     rho: float = 0.0
     """How far adaptive GSAM goes uphill for its gradient: 0.01 for FTD and DATM; 0: plain gradients."""
     alpha: float = 0.0
@@ -82,19 +88,23 @@ class Experts(Checked):
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            # Half an epoch early: Training multiplies by num_epochs, and rounding must not delay the drop.
-            decay_at=None if self.decay_epoch is None else (self.decay_epoch - 0.5) / self.num_epochs,
-            decay=self.decay,
+            schedule=self.schedule,
+            cutmix=self.cutmix,
             rho=self.rho,
             alpha=self.alpha,
         )
 
+    def augmentation(self, own: Augment) -> Augment:
+        """What ``augment`` names, for a task whose augmentation is ``own``. Raises ValueError as ``Augment.parse``."""
+        return own if self.augment == "dsa" else Augment.parse(self.augment, own="_".join(own.ops) or "none")
+
     def identity(self) -> dict[str, Any]:
-        """What decides a trajectory, but not its length."""
-        apart = ("num_epochs", "decay_at", "decay")
-        training = {name: value for name, value in self.training().content().items() if name not in apart}
-        schedule = {} if self.decay_epoch is None else {"decay_epoch": self.decay_epoch, "decay": self.decay}
-        return training | schedule
+        """What decides a trajectory, augmentation excepted: its length only where the schedule depends on it."""
+        content, schedule = self.training().content(), self.schedule
+        apart = set() if schedule.depends_on_length else {"num_epochs"}
+        apart |= set() if schedule.drop_at else {"decay_at"}
+        apart |= set() if schedule.drop_at or schedule.drop_after else {"decay"}
+        return {name: value for name, value in content.items() if name not in apart}
 
 
 def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str, Any]:
@@ -102,7 +112,7 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
     return {
         **task.identity(),
         "training": plan.identity(),
-        "augment": task.augment.content(),
+        "augment": plan.augmentation(task.augment).content(),
         "compute": compute.first_order_identity(),
         "seed": seed,
     }
@@ -140,7 +150,8 @@ def build(
         ValueError: new experts would be shorter than the present ones; an expert diverged; the buffer is
             damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
-    if task.augment.flips:
+    augment = plan.augmentation(task.augment)
+    if augment.flips:
         raise ValueError(
             f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
         )
@@ -165,7 +176,7 @@ def build(
             stacklevel=2,
         )
     ranks.barrier()  # all have seen what is missing, before one adds to it
-    trainer = Trainer(network, plan.training(), task.augment, compute)
+    trainer = Trainer(network, plan.training(), compute)
     measure = _measure(task, Scorer(network, compute), rng)
     mine, at_once = ranks.shard(missing), compute.networks or 1
     for group in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
@@ -177,7 +188,9 @@ def build(
             for recorder, one in zip(recorders, weights, strict=True):
                 recorder(epoch, one)
 
-        trainer.run_together(initial, task.train.images, task.train.labels, keys, on_epoch=record)
+        images, labels = task.train.images, task.train.labels
+        sources = [trainer.source(images, labels, key, augment) for key in keys]
+        trainer.run_together(initial, sources, on_epoch=record)
         seconds = round((time.perf_counter() - begun) / len(group), 3)
         for expert, recorder in zip(group, recorders, strict=True):
             about = {"origin": "trained", "device": task.device.type, "seconds": seconds, **recorder.accuracies}

@@ -91,7 +91,6 @@ def make_buffer(
     experts: Experts = Experts(),
     transform: str = "channel",
     split: Split = Split(val_fraction=0.0),
-    augment: str = "dsa",
     compute: Compute = Compute(),
     out: Path | str = "artifacts",
     seed: int = 0,
@@ -113,7 +112,7 @@ def make_buffer(
     with ranks.rank_zero_first():
         arrays = open_data(dataset, download)
         skeleton = Functional(network, arrays.input_shape, arrays.num_classes, _prepare(device))
-        task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment=augment)
+        task = _task(arrays, skeleton, transform=transform, split=split.resolved(False), augment="dsa")
     title = f"experts {task.name} {task.network.name}"
     with compute.arithmetic(), progress(title, plan.num_experts * plan.num_epochs) as bar:
 

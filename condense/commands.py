@@ -56,8 +56,6 @@ class Buffer:
     experts: Annotated[Experts, Flat] = Experts()
     transform: str = "channel"
     """none, channel, zca or zca-relative."""
-    augment: str = "dsa"
-    """none, dsa or a strategy; options as in dsa:mode=M,align_corners=true."""
     split: Split = Split(val_fraction=0.0)
     """The validation part, held out of training."""
     compute: Switch[Compute] = Compute()

@@ -20,12 +20,13 @@ from condense.data.layout import kind
 from condense.distributed import Ranks
 from condense.names import spelt
 from condense.rng import Rng
+from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Task
-from condense.train import Training, cosine, loss_of
+from condense.train import Training, loss_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,8 @@ class Optim(Checked):
     """Learning rate."""
     momentum: float = 0.5
     """Momentum of sgd; first beta of the others."""
-    cosine_to: float | None = None
-    """Share of lr at the end of the run, reached along a cosine; unset: lr stays."""
-    halve_at: tuple[float, ...] = ()
-    """Fractions of the run at which lr is halved."""
+    schedule: Schedule = CONSTANT
+    """How the learning rate changes over the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,10 +49,6 @@ class Optim(Checked):
                 f"an optimiser needs a finite lr >= 0 and 0 <= momentum < 1, got {self.lr} and {self.momentum}; "
                 f"correct these fields, e.g. {spelt('method.optim.lr', 0.1)}"
             )
-        if self.cosine_to is not None and not 0 <= self.cosine_to <= 1:
-            raise ValueError(f"an optimiser's cosine_to must lie in [0, 1], got {self.cosine_to}; try 0.1")
-        if not all(0 <= at <= 1 for at in self.halve_at):
-            raise ValueError(f"an optimiser's halve_at are fractions of the run, got {self.halve_at}; try 0.5")
 
     def build(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         betas = (self.momentum, 0.999)
@@ -69,12 +64,13 @@ class Optim(Checked):
 
                 return AdaBelief(params, lr=self.lr, betas=betas, eps=1e-16, foreach=False)
 
-    def lr_at(self, done: float) -> float:
-        """The learning rate when the fraction ``done`` of the run lies behind."""
-        lr = self.lr * 0.5 ** sum(done >= at for at in self.halve_at)
-        if self.cosine_to is None:
-            return lr
-        return lr * cosine(self.cosine_to, done)
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """The learning rate of a step, counted from 0, of a run of so many."""
+        return self.schedule.lr_at(self.lr, step, num_steps)
+
+    def content(self) -> dict[str, Any]:
+        """The fields as recipes and sets hold them, see ``Schedule.optimiser_content``."""
+        return {"kind": self.kind, "lr": self.lr, "momentum": self.momentum, **self.schedule.optimiser_content()}
 
 
 class Lamb(torch.optim.Optimizer):
@@ -496,7 +492,7 @@ class GradientMethod(Method):
         record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
-            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step / self.num_steps)
+            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step, self.num_steps)
         self.update(state, record)
         with torch.no_grad():
             if self.clamp and kind(ctx.task.input_shape) != "series":

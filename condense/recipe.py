@@ -26,10 +26,11 @@ from condense import registry
 from condense.compute import Compute
 from condense.files import canonical_json, read_yaml
 from condense.inner import ADJOINTS, Adjoint
-from condense.method import Method
+from condense.method import Method, Optim
 from condense.names import speaks_flags, spelt, suggest
 from condense.plugins import Registry
 from condense.rng import check_seed
+from condense.schedule import nested
 from condense.schema import Checked, mismatch
 from condense.synthetic.decode import DECODERS, Decode, Pixels
 from condense.synthetic.labels import LABELS, Hard, Labels
@@ -89,6 +90,8 @@ def to_mapping(value: Any) -> Any:
     """Nested dicts of plain values; a choice becomes a dict with its ``name``."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Optim):
+        return value.content()
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Method):
         return {"name": registry.name_of(value), **fields}
@@ -140,11 +143,23 @@ def from_mapping(mapping: Mapping[str, Any], source: str) -> Recipe:
         if not isinstance(name, str):
             raise ValueError("it names no method; begin it with `method: {name: dm}`")
         base = Recipe(method=registry.load(name)())
+        mapping = {**mapping, "method": _with_schedules(method, base.method)}
         _check(mapping, base, "")
         return parse(tyro.conf.FlagConversionOff[Recipe], list(_flags(mapping)), base)
     except ValueError as error:
         line = str(error) if speaks_flags() else _of_fields(str(error))
         raise ValueError(f"recipe {source}: {line}") from error
+
+
+def _with_schedules(fields: Any, method: Method) -> Any:
+    """The fields of a method, with the schedule of each optimiser as a field of its own (see ``schedule.nested``)."""
+    if not isinstance(fields, Mapping):
+        return fields
+    optims = {name for name, value in vars(method).items() if isinstance(value, Optim)}
+    return {
+        key: nested(value) if isinstance(value, Mapping) and str(key).replace("-", "_") in optims else value
+        for key, value in fields.items()
+    }
 
 
 def from_yaml(path: Path) -> Recipe:

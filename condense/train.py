@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
-from condense.data.layout import sides
 from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
+from condense.schedule import DROP_AT_HALF, Schedule
 from condense.schema import Checked
+from condense.sources import Batch, Examples, Source
+from condense.views import Views, one_hot
 
 Tensors = dict[str, Tensor]
 Objective = Callable[[bool], Tensor]
@@ -42,23 +44,13 @@ class Training(Checked):
     """Momentum of sgd; first beta of the others."""
     weight_decay: float = 5e-4
     """L2 penalty, added to the gradient; of adamw, taken from the weights."""
-    decay_at: float | tuple[float, ...] | None = 0.5
-    """Fraction of the epochs after which the learning rate drops, or several; None: never."""
-    decay: float = 0.1
-    """Factor of a drop; the momentum is kept."""
+    schedule: Schedule = DROP_AT_HALF
+    """How the learning rate changes; drops keep the momentum."""
     loss: Literal["cross-entropy", "mse", "kl"] = "cross-entropy"
     """mse: half the squared distance to the targets, summed over classes, averaged over images. kl: the divergence of
     the softmax at ``temperature`` from the targets."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """sgd, adam or adamw."""
-    warmup_steps: int = 0
-    """Steps in which the learning rate first rises from nothing, linearly."""
-    cosine_to: float | None = None
-    """Share of lr at the end of a half wave of a cosine, in place of drops; None: no cosine."""
-    cosine_span: float = 1.0
-    """How much of that half wave the training goes through."""
-    rates: tuple[float, ...] = ()
-    """A learning rate for every step, in place of lr and all schedules."""
     order: Literal["shuffled", "stored"] = "shuffled"
     """shuffled: a new order in each epoch. stored: the batches are pieces of the set as it is, in their order."""
     cutmix: float = 0.0
@@ -103,34 +95,34 @@ class Training(Checked):
             )
 
     def content(self) -> dict[str, Any]:
-        """The fields, for hashes and files. Those that came after the first results were written stay out of it while
-        they have their default, or those results would lose their companions."""
-        values = dataclasses.asdict(self)
-        return {
-            f.name: values[f.name]
-            for f in dataclasses.fields(self)
-            if f.name in _FIRST_FIELDS or values[f.name] != f.default
-        }
+        """The fields, for hashes and files; the schedule as flat ones. Fields that came after the first results were
+        written are left out while they have their default, so that those results still compare."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "schedule":
+                values |= self.schedule.content()
+            elif field.name in _FIRST_FIELDS or value != field.default:
+                values[field.name] = value
+        return values
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 through all epochs."""
-        if self.rates:
-            return self.rates[min(step, len(self.rates) - 1)]
-        if step < self.warmup_steps:
-            return self.lr * step / self.warmup_steps
-        if self.cosine_to is not None:
-            done = (step - self.warmup_steps) / max(self.num_epochs * steps_per_epoch - self.warmup_steps, 1)
-            return self.lr * cosine(self.cosine_to, done * self.cosine_span)
-        drops = (self.decay_at,) if isinstance(self.decay_at, float | int) else self.decay_at or ()
-        epoch = step // steps_per_epoch
-        return self.lr * self.decay ** sum(epoch >= at * self.num_epochs for at in drops)
+        return self.schedule.lr_at(self.lr, step, self.num_epochs * steps_per_epoch, steps_per_epoch)
 
-    def optimise(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of these parameters."""
-        if self.optimiser == "sgd":
-            return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
-        return kind(params, lr=self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+    def optimise(self, params: Tensors, velocity: Tensors | None = None) -> torch.optim.Optimizer:
+        """The optimiser of these parameters.
+
+        ``velocity``, one tensor a parameter, is sgd's momentum where a training continues; steps change it in place.
+        """
+        lr, decay = self.lr, self.weight_decay
+        if self.optimiser != "sgd":
+            kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
+            return kind(params.values(), lr=lr, betas=(self.momentum, 0.999), weight_decay=decay)
+        sgd = torch.optim.SGD(params.values(), lr=lr, momentum=self.momentum, weight_decay=decay)
+        for name, buffer in (velocity or {}).items():
+            sgd.state[params[name]]["momentum_buffer"] = buffer
+        return sgd
 
     def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over a batch. ``targets``: classes (N,), or probabilities or values (N, C)."""
@@ -142,23 +134,13 @@ class Training(Checked):
         return F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
 
 
-_FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay decay_at decay loss name augment labels".split()
+_FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay loss name augment labels".split()
 """Of ``Training``, and of the protocols made of it."""
-
-
-def cosine(end: float, done: float) -> float:
-    """From 1 to ``end`` along a half wave, of which the fraction ``done`` lies behind."""
-    return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of a batch; ``targets``: classes (N,) or probabilities (N, C)."""
     return F.cross_entropy(logits, targets)
-
-
-def one_hot(targets: Tensor, num_classes: int) -> Tensor:
-    """Classes (N,) as rows (N, num_classes), float32; what has rows already stays as it is."""
-    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
 
 
 class Trainer:
@@ -168,22 +150,20 @@ class Trainer:
         self,
         network: Functional,
         training: Training,
-        augment: Augment,
         compute: Compute,
-        teacher: Callable[[Tensor], Tensor] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """``teacher``: images to logits; where there is one, its softmax at ``training.temperature`` on each batch as
-        the network sees it takes the place of the targets."""
-        self.network, self.training, self.augment, self.compute = network, training, augment, compute
-        self.teacher = teacher
+        """``loss(logits, targets)``: the mean loss of a batch, in place of that of ``training``."""
+        self.network, self.training, self.compute = network, training, compute
+        loss_of = loss or training.loss_of
 
         def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor, update: bool) -> Tensor:
             logits = network.logits(params, buffers, images, train=True, update_buffers=update)
-            return training.loss_of(logits.float(), targets)
+            return loss_of(logits.to(images.dtype), targets)
 
         def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
-                return training.loss_of(network.logits(params, {}, images, train=True).float(), targets)
+                return loss_of(network.logits(params, {}, images, train=True).to(images.dtype), targets)
 
             losses: Tensor = torch.func.vmap(one, randomness="different")(params, images, targets)
             return losses.sum()
@@ -191,56 +171,65 @@ class Trainer:
         self._loss = compute.first_order(loss_fn, network.device)
         self._losses = compute.first_order(losses_fn, network.device)
 
+    def source(self, images: Tensor | Images, targets: Tensor, rng: Rng, augment: Augment = Augment()) -> Examples:
+        """Batches of ``images`` (N, C, H, W) and ``targets`` (N,) or (N, num_outputs), with the batch size, order,
+        CutMix and MixUp that ``training`` names. All draws are keyed by ``rng``, epoch and batch."""
+        plan = self.training
+        return Examples(
+            images,
+            targets,
+            rng,
+            batch_size=plan.batch_size,
+            num_classes=self.network.num_classes,
+            order=plan.order,
+            views=Views(augment=augment, cutmix=plan.cutmix, mixup=plan.mixup),
+        )
+
     def run(
         self,
         weights: Weights,
-        images: Tensor | Images,
-        targets: Tensor,
-        rng: Rng,
+        source: Source,
         *,
-        velocity: Tensors | None = None,
+        optimiser: Callable[[Tensors], torch.optim.Optimizer] | None = None,
         on_epoch: Callable[[int, Weights], None] | None = None,
     ) -> Weights:
-        """Train a copy of ``weights`` on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C).
+        """Train a copy of ``weights`` on the batches of ``source``.
 
-        Batch order and augmentation are keyed by ``rng``, epoch and batch. ``velocity``, one tensor a parameter, is
-        sgd's momentum where a training goes on; it is changed in place. ``on_epoch(epochs_done, weights)`` sees the
-        live weights after each epoch: clone what you keep.
+        Args:
+            optimiser: makes the optimiser of the live parameters, where a training continues or has a rule of its own;
+                default: ``training.optimise``.
+            on_epoch: ``on_epoch(epochs_done, weights)`` sees the live weights after each epoch: clone what you keep.
         """
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
         live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
 
-        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> Objective:
-            x, y = self._batch(images, targets, rng, epoch, batch, indices[0])
-            return functools.partial(self._loss, *live, self.compute.layout(x), y)
+        def objective(batches: Sequence[Batch]) -> Objective:
+            (batch,) = batches
+            return functools.partial(self._loss, *live, self.compute.layout(batch.images), batch.targets)
 
         def after(epochs: int) -> None:
             if on_epoch is not None:
                 on_epoch(epochs, live)
 
-        optimiser = self.training.optimise(params.values())
-        for name, buffer in (velocity or {}).items():
-            optimiser.state[params[name]]["momentum_buffer"] = buffer
-        self._epochs(optimiser, len(images), [rng], prepare, after)
+        self._epochs((optimiser or self.training.optimise)(params), [source], objective, after)
         return Weights({name: p.detach() for name, p in params.items()}, live.buffers)
 
     def run_together(
         self,
         weights: Sequence[Weights],
-        images: Tensor | Images,
-        targets: Tensor,
-        rngs: Sequence[Rng],
+        sources: Sequence[Source],
         *,
         on_epoch: Callable[[int, Sequence[Weights]], None] | None = None,
     ) -> list[Weights]:
-        """``run`` of several networks at once, each with its own ``rng``: equal to rounding, dropout excepted.
+        """``run`` of several networks at once, each with its own source, all with batches of the same shapes: equal to
+        rounding, dropout excepted.
 
         Raises:
             ValueError: the architecture has buffers, such as BatchNorm's running statistics.
         """
         if len(weights) == 1:
             single = None if on_epoch is None else lambda epochs, live: on_epoch(epochs, [live])
-            return [self.run(weights[0], images, targets, rngs[0], on_epoch=single)]
+            return [self.run(weights[0], sources[0], on_epoch=single)]
         if weights[0].buffers:
             raise ValueError(
                 f"networks of {self.network.name} cannot be trained together: they have buffers, such as running "
@@ -252,66 +241,38 @@ class Trainer:
         def live() -> list[Weights]:
             return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
 
-        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> Objective:
-            pairs = zip(rngs, indices, strict=True)
-            xs, ys = zip(*(self._batch(images, targets, *(rng, epoch, batch, i)) for rng, i in pairs), strict=True)
-            x, y = torch.stack(xs), torch.stack(ys)
+        def objective(batches: Sequence[Batch]) -> Objective:
+            x, y = torch.stack([b.images for b in batches]), torch.stack([b.targets for b in batches])
             return lambda update: cast(Tensor, self._losses(params, x, y))
 
         def after(epochs: int) -> None:
             if on_epoch is not None:
                 on_epoch(epochs, live())
 
-        self._epochs(self.training.optimise(params.values()), len(images), rngs, prepare, after)
+        self._epochs(self.training.optimise(params), sources, objective, after)
         return live()
 
     def _epochs(
         self,
         optimiser: torch.optim.Optimizer,
-        num_images: int,
-        rngs: Sequence[Rng],
-        prepare: Callable[[int, int, Sequence[Tensor]], Objective],
+        sources: Sequence[Source],
+        objective_of: Callable[[Sequence[Batch]], Objective],
         after: Callable[[int], None],
     ) -> None:
-        """``prepare(epoch, batch, indices)`` gives the loss of a batch; ``indices`` has those of every network."""
-        plan = self.training
-        num_batches = -(-num_images // plan.batch_size)
-        with rngs[0].forked("layers"):  # dropout of foreign networks
+        """``objective_of`` makes the loss of a batch from those of every network."""
+        plan, num_batches, rng = self.training, sources[0].num_batches, sources[0].rng
+        with contextlib.nullcontext() if rng is None else rng.forked("layers"):  # dropout of external networks
             for epoch in range(plan.num_epochs):
-                orders = [self._order(num_images, rng, epoch) for rng in rngs]
-                for batch, indices in enumerate(zip(*(order.split(plan.batch_size) for order in orders), strict=True)):
-                    optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + batch, num_batches)
-                    objective = prepare(epoch, batch, indices)
+                for index in range(num_batches):
+                    optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + index, num_batches)
+                    objective = objective_of([source.batch(epoch, index) for source in sources])
                     optimiser.zero_grad(set_to_none=True)
                     objective(True).backward()
                     if plan.rho:
                         params = optimiser.param_groups[0]["params"]
-                        sharpness_aware(params, objective, plan.rho, plan.alpha, len(rngs))
+                        sharpness_aware(params, objective, plan.rho, plan.alpha, len(sources))
                     optimiser.step()
                 after(epoch + 1)
-
-    def _order(self, num_images: int, rng: Rng, epoch: int) -> Tensor:
-        if self.training.order == "stored":
-            return torch.arange(num_images, device=self.network.device)
-        return torch.randperm(num_images, generator=rng("order", epoch)).to(self.network.device)
-
-    def _batch(
-        self, images: Tensor | Images, targets: Tensor, rng: Rng, epoch: int, batch: int, index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Augmented images and targets."""
-        x, y = self.augment.mirrored(images[index], targets[index])
-        drawn = self.augment.sample(rng("augment", epoch, batch), len(x), tuple(x.shape[1:]), siamese=False)
-        x = self.augment.apply(x, drawn)
-        if self.training.cutmix or self.training.mixup:
-            y = one_hot(y, self.network.num_classes)
-        if self.training.cutmix:
-            x, y = cutmix(x, y, self.training.cutmix, rng("cutmix", epoch, batch))
-        if self.training.mixup:
-            x, y = mixup(x, y, self.training.mixup, rng("mixup", epoch, batch))
-        if self.teacher is not None:
-            with torch.no_grad():
-                y = (self.teacher(x) / self.training.temperature).softmax(1)
-        return x, y
 
 
 def sharpness_aware(
@@ -351,41 +312,6 @@ def sharpness_aware(
         for p, old, x, y in zip(params, before, g, h, strict=True):
             p.copy_(old)
             p.grad = (y - alpha * (x - along * y)).view_as(p)
-
-
-def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Samples (N, *input_shape) of which a part comes from another, and targets (N, C) mixed by its share.
-
-    The part is a rectangle of an image, the same rectangle of all frames of a clip, or a time span of a series. Yun et
-    al. (2019): its share is uniform over (0, 1), before it is cut at the border; it is the same for the whole batch,
-    which stays as it is with one minus the ``probability``.
-    """
-    u = torch.rand(4, generator=generator).tolist()
-    other = torch.randperm(len(x), generator=generator).to(x.device)
-    if u[0] >= probability:
-        return x, y
-    sizes = sides(x.shape[1:])[-2:]
-    length = math.sqrt(u[1]) if len(sizes) == 2 else u[1]
-    spans = [_cut(centre, length, size) for centre, size in zip(u[2:], sizes, strict=False)]
-    part = (..., *(slice(*span) for span in spans))
-    mixed = x.clone()
-    mixed[part] = x[part][other]
-    share = math.prod(last - first for first, last in spans) / math.prod(sizes)
-    return mixed, y * (1 - share) + y[other] * share
-
-
-def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Samples (N, *input_shape) and targets (N, C), each blended with another of the batch by one weight from
-    Beta(alpha, alpha) for all."""
-    seed = int(torch.randint(2**31, (), generator=generator))
-    weight = float(np.random.default_rng(seed).beta(alpha, alpha))
-    other = torch.randperm(len(x), generator=generator).to(x.device)
-    return weight * x + (1 - weight) * x[other], weight * y + (1 - weight) * y[other]
-
-
-def _cut(centre: float, side: float, size: int) -> tuple[int, int]:
-    middle, half = int(centre * size), int(side * size) // 2
-    return max(middle - half, 0), min(middle + half, size)
 
 
 class Scorer:

@@ -35,6 +35,7 @@ from condense.names import spelt
 from condense.networks import Functional, InputShape, Weights
 from condense.rng import Rng
 from condense.schema import brief, from_json
+from condense.sources import Relabelled, Source
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Split, make_task
 from condense.tracking import Bar
@@ -231,8 +232,8 @@ class SetScorer:
         augment: Augment = Augment(),
         teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.network = network
-        self._trainer, self._scorer = Trainer(network, plan, augment, compute, teacher), Scorer(network, compute)
+        self.network, self._augment, self._teacher = network, augment, teacher
+        self._trainer, self._scorer = Trainer(network, plan, compute), Scorer(network, compute)
 
     def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
         """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
@@ -268,9 +269,14 @@ class SetScorer:
         self, images: Tensor | Images, targets: Tensor, rngs: Sequence[Rng], on_epoch: OnEpoch | None
     ) -> list[Weights]:
         weights = [self.network.init(rng, "weights") for rng in rngs]
-        keys = [rng.child("training") for rng in rngs]
+        sources = [self._source(images, targets, rng.child("training")) for rng in rngs]
         each = None if on_epoch is None else lambda done, live: on_epoch(done, live[0])
-        return self._trainer.run_together(weights, images, targets, keys, on_epoch=each)
+        return self._trainer.run_together(weights, sources, on_epoch=each)
+
+    def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
+        """The batches of the plan; labelled by the teacher, where there is one."""
+        source = self._trainer.source(images, targets, rng, self._augment)
+        return Relabelled(source, self._teacher, self._trainer.training.temperature) if self._teacher else source
 
 
 USUAL_SEEDS = 5

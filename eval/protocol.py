@@ -19,6 +19,7 @@ from condense.files import canonical_json
 from condense.names import spelt, suggest
 from condense.networks import InputShape
 from condense.plugins import Registry, instance_of
+from condense.schedule import FLAT_NAMES, Schedule, nested
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
 from condense.train import Training
@@ -90,13 +91,11 @@ class Protocol(Training):
 
     def describe(self) -> str:
         """One line."""
-        drop = "" if self.decay_at is None else f" (x {self.decay:g} at {self.decay_at} of them)"
-        drop = drop if self.cosine_to is None else f" (cosine to {self.cosine_to:g})"
         length = "steps by size" if self.steps_for else f"{self.num_epochs} epochs"
         lr = "learned" if self.learned_lr else "by validation" if self.lr_grid else f"{self.lr:g}"
         labels = f"by a teacher ({self.teacher})" if self.teacher else self.labels
         return (
-            f"{length}, batch {self.batch_size}, {self.optimiser} lr {lr}{drop}, "
+            f"{length}, batch {self.batch_size}, {self.optimiser} lr {lr}{self.schedule.describe()}, "
             f"momentum {self.momentum:g}, weight decay {self.weight_decay:g}, {self.loss}, "
             f"augmentation {self.augment}, labels {labels}"
         )
@@ -120,8 +119,7 @@ _CANONICAL = Protocol(
     lr=0.01,
     momentum=0.9,
     weight_decay=5e-4,
-    decay_at=0.5,
-    decay=0.1,
+    schedule=Schedule(drop_at=(0.5,), drop_factor=0.1),
     loss="cross-entropy",
     augment="none",
     labels="hard",
@@ -131,9 +129,7 @@ _REGRESSION = dataclasses.replace(
     _CANONICAL,
     optimiser="adam",
     weight_decay=0.0,
-    decay_at=None,
-    warmup_steps=500,
-    cosine_to=0.01,
+    schedule=Schedule(warmup_steps=500, cosine_to=0.01),
     loss="mse",
     labels="own",
 )
@@ -177,9 +173,7 @@ _PROTOCOLS = {
             optimiser="adamw",
             lr=1e-3,
             weight_decay=0.01,
-            decay_at=None,
-            cosine_to=0.0,
-            cosine_span=0.5,
+            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
             loss="kl",
             temperature=20.0,
             cutmix=1.0,
@@ -239,10 +233,11 @@ def own(syn: SyntheticSet) -> Protocol:
         )
     if syn.lr is not None:
         record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
+    known = {f.name for f in dataclasses.fields(Protocol)} - {"name", "labels", "schedule"} | set(FLAT_NAMES)
     try:
-        for name in record.keys() - {f.name for f in dataclasses.fields(Protocol)} | record.keys() & {"name", "labels"}:
+        for name in record.keys() - known:
             raise ValueError(f"it knows no field {brief(name)} of a training")
-        return from_json(Protocol, {"name": "own", "labels": "own", **record}, "training")
+        return from_json(Protocol, {"name": "own", "labels": "own", **nested(record)}, "training")
     except ValueError as error:
         raise ValueError(
             f"this version cannot train as the set is meant to be trained: {error}; "

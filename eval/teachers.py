@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from condense import __version__
-from condense.augment import Augment
 from condense.compute import Compute
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import canonical_json, check_writable, read_tensors, write_tensors
@@ -43,8 +42,8 @@ def trained(task: Task, *, seed: int, compute: Compute, cache: Path | None) -> W
     kept = None if file is None else _read(file, weights)
     if kept is not None:
         return kept
-    trainer = Trainer(task.network, plan, Augment(), compute)
-    weights = trainer.run(weights, task.train.images, task.train.labels, rng.child("training"))
+    trainer = Trainer(task.network, plan, compute)
+    weights = trainer.run(weights, trainer.source(task.train.images, task.train.labels, rng.child("training")))
     if file is not None:
         tensors = {f"params.{k}": v for k, v in weights.params.items()}
         tensors |= {f"buffers.{k}": v for k, v in weights.buffers.items()}

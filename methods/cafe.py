@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.augment import Augment
 from condense.compute import Compute
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods.dm import has_batch_norm, pairs
 from condense.networks import Functional, Weights
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Scorer, Trainer, Training
 
@@ -64,7 +64,7 @@ class CAFE(GradientMethod):
 
     num_steps: int = 20000
     """Updates of the images. The published number is 2000 students, of ``window`` updates each or more."""
-    optim: Optim = Optim(lr=0.1, momentum=0.5, halve_at=(0.6, 0.8, 0.9))
+    optim: Optim = Optim(lr=0.1, momentum=0.5, schedule=Schedule(drop_at=(0.6, 0.8, 0.9), drop_factor=0.5))
     """Optimiser of the images (latents)."""
     start: Literal["real", "noise"] = "noise"
     """Images to start from: real ones drawn per class, or standard normal noise."""
@@ -161,7 +161,8 @@ class CAFE(GradientMethod):
             images, targets = state.syn()
         trainer, recent = self._compiled(ctx).trainer, list[float]()
         for epoch in range(1, self.max_epochs + 1):
-            student = trainer.run(student, images, targets, ctx.rng.child("training", f"{step}/{epoch}"))
+            rng = ctx.rng.child("training", f"{step}/{epoch}")
+            student = trainer.run(student, trainer.source(images, targets, rng, ctx.task.augment))
             recent = [*recent, self.accuracy(ctx, student, step, epoch)][-self.window :]
             if len(recent) == self.window and _spread(recent) > self.moved:
                 break
@@ -180,9 +181,9 @@ class CAFE(GradientMethod):
             lr=self.lr_student,
             momentum=0.0,
             weight_decay=0.0,
-            decay_at=None,
+            schedule=Schedule(),
         )
-        return _compile(ctx.task.network, training, ctx.task.augment, ctx.compute)
+        return _compile(ctx.task.network, training, ctx.compute)
 
 
 class Levels(NamedTuple):
@@ -241,5 +242,5 @@ class _Compiled(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _compile(network: Functional, training: Training, augment: Augment, compute: Compute) -> _Compiled:
-    return _Compiled(Trainer(network, training, augment, compute), Scorer(network, compute))
+def _compile(network: Functional, training: Training, compute: Compute) -> _Compiled:
+    return _Compiled(Trainer(network, training, compute), Scorer(network, compute))

@@ -36,6 +36,7 @@ from condense.match import LossFn, matching_loss, named_distance
 from condense.method import Context, GradientMethod, GradientState
 from condense.names import spelt
 from condense.networks import Functional, Weights, default_for
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Trainer, Training, loss_of
 
@@ -227,14 +228,14 @@ class Condensation(GradientMatching):
             lr=self.lr_student,
             momentum=0.0,
             weight_decay=0.0,
-            decay_at=None,
+            schedule=Schedule(),
         )
         with torch.no_grad():
             images, targets = state.syn()
         # it mirrors each minibatch, where the augmentation asks for it
-        trainer = student_trainer(task.network, training, task.augment, ctx.compute)
-        weights = Weights(state.params, state.buffers)
-        student = trainer.run(weights, images, targets, ctx.rng.child("training", step))
+        trainer = student_trainer(task.network, training, ctx.compute)
+        source = trainer.source(images, targets, ctx.rng.child("training", step), task.augment)
+        student = trainer.run(Weights(state.params, state.buffers), source)
         set_statistics(ctx, student, step + 1)
         return student
 

@@ -26,8 +26,12 @@ from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel
 from condense.methods.unrolled import Minibatch
 from condense.names import spelt
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
+
+TENTHS = Schedule(drop_at=tuple(k / 10 for k in range(1, 10)), drop_factor=0.5)
+"""The learning rate is halved after each tenth of the run."""
 
 
 @final
@@ -51,9 +55,9 @@ class DD(Bilevel):
     """Networks of an update; the loss is their mean."""
     batch_real: int = 1024
     """Real images that a network is scored on."""
-    optim: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, halve_at=tuple(k / 10 for k in range(1, 10)))
+    optim: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, schedule=TENTHS)
     """Optimiser of the images (latents)."""
-    optim_lr: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, halve_at=tuple(k / 10 for k in range(1, 10)))
+    optim_lr: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, schedule=TENTHS)
     """Optimiser of the logarithms of the step sizes."""
 
     def __post_init__(self) -> None:
@@ -72,7 +76,7 @@ class DD(Bilevel):
             lr=self.lr,
             momentum=0.0,
             weight_decay=0.0,
-            decay_at=None,
+            schedule=Schedule(),
             order="stored",
         )
 

@@ -34,6 +34,7 @@ from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
 from condense.networks import Functional, with_options
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
 
@@ -69,11 +70,11 @@ class FRePo(GradientMethod):
     """Images of the set in a step of a network; all of them where there are fewer."""
     training_epochs: int = 2000
     """Epochs of the training that the set is meant for, in batches of up to 500."""
-    optim: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, cosine_to=0.1)
+    optim: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
     """Optimiser of the images (latents)."""
-    optim_labels: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, cosine_to=0.1)
+    optim_labels: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
     """Optimiser of learned labels."""
-    optim_decoder: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, cosine_to=0.1)
+    optim_decoder: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
     """Optimiser of a decoder with parameters."""
 
     def __post_init__(self) -> None:
@@ -98,11 +99,9 @@ class FRePo(GradientMethod):
             batch_size=500,
             lr=3e-4,
             weight_decay=0.0,
-            decay_at=None,
+            schedule=Schedule(warmup_steps=500, cosine_to=0.01),
             loss="mse",
             optimiser="adam",
-            warmup_steps=500,
-            cosine_to=0.01,
         )
 
     def training_network(self, task: Task) -> str:

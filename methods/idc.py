@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, final
 
 import torch
@@ -34,6 +35,7 @@ from condense.data.layout import sides
 from condense.method import Context, Optim
 from condense.methods.dc import DistanceName, GradientMatching, StudentState, student_trainer
 from condense.networks import Weights
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
 
@@ -91,7 +93,12 @@ class IDCBase(GradientMatching):
         return self.num_steps * (matching + min(self.num_student, num_images))
 
     def training(self, task: Task) -> Training:
-        return Training(num_epochs=1000, batch_size=64, decay_at=(2 / 3, 5 / 6), decay=0.2, cutmix=self.cutmix)
+        return Training(
+            num_epochs=1000,
+            batch_size=64,
+            schedule=Schedule(drop_at=(2 / 3, 5 / 6), drop_factor=0.2),
+            cutmix=self.cutmix,
+        )
 
     def training_augment(self, task: Task) -> Augment:
         return _beside_cutmix(super().training_augment(task), self.cutmix)
@@ -128,13 +135,18 @@ class IDCBase(GradientMatching):
         """By one epoch on real images under the matched operations; ``state.velocity`` goes on."""
         task = ctx.task
         training = Training(
-            num_epochs=1, batch_size=self.batch_student, lr=self.lr_student, decay_at=None, cutmix=self.cutmix_student
+            num_epochs=1,
+            batch_size=self.batch_student,
+            lr=self.lr_student,
+            schedule=Schedule(),
+            cutmix=self.cutmix_student,
         )
         augment = _beside_cutmix(replace(self.augment(ctx), flips=False), self.cutmix_student)
-        trainer = student_trainer(task.network, training, augment, ctx.compute)
+        trainer = student_trainer(task.network, training, ctx.compute)
         images, classes = task.train.sample(self.num_student, ctx.rng("student images", step))
-        weights = Weights(state.params, state.buffers)
-        return trainer.run(weights, images, classes, ctx.rng.child("training", step), velocity=state.velocity)
+        source = trainer.source(images, classes, ctx.rng.child("training", step), augment)
+        optimiser = partial(training.optimise, velocity=state.velocity)
+        return trainer.run(Weights(state.params, state.buffers), source, optimiser=optimiser)
 
 
 @final

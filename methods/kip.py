@@ -34,6 +34,7 @@ from condense.data.images import Images
 from condense.kernels import centred, fully_connected, regression, regression_targets
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.names import spelt
+from condense.schedule import Schedule
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
@@ -96,7 +97,7 @@ class KIP(GradientMethod):
         return super().incompatibility(decode, labels, transform)
 
     def training(self, task: Task) -> Training:
-        return Training(num_epochs=1000, batch_size=100, lr=0.01, weight_decay=1e-3, decay_at=None, loss="mse")
+        return Training(num_epochs=1000, batch_size=100, lr=0.01, weight_decay=1e-3, schedule=Schedule(), loss="mse")
 
     def init(self, ctx: Context) -> GradientState:
         syn = ctx.new_set(*ctx.initial(self.start))

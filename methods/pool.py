@@ -18,7 +18,10 @@ from condense.inner.implicit import PLAIN_ADAM
 from condense.inner.rules import AdamState
 from condense.kernels import regression_targets
 from condense.method import Context
-from condense.networks import Functional
+from condense.networks import Functional, Weights
+from condense.schedule import Schedule
+from condense.sources import Minibatches
+from condense.train import Trainer, Training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, targets) -> scalar``, both (n, C); a function of a module, for it is part of what is compiled once."""
@@ -68,34 +71,37 @@ def train(
         generator: draws the minibatches, each without replacement.
         batch_size: images a step; None, or where there are fewer: all of them.
     """
-    gradient = _gradient(ctx.task.network, loss, ctx.compute)
-    images, targets, rate = images.detach(), targets.detach(), torch.tensor(lr, device=images.device)
-    params, state = member["params"], AdamState(**member["adam"])
-    buffers = {name: buffer.clone() for name, buffer in member["buffers"].items()}
-    for _ in range(num_steps):
-        index = torch.randperm(len(images), generator=generator)[:batch_size].to(images.device)
-        grads = gradient(params, buffers, images[index], targets[index])
-        with torch.no_grad():
-            params, state = PLAIN_ADAM.update(grads, state, params, rate)
-    return Member(params=params, buffers=buffers, adam=state._asdict(), age=member["age"] + num_steps)
+    num, device = len(images), images.device
+    indices = [torch.randperm(num, generator=generator)[:batch_size].to(device) for _ in range(num_steps)]
+    source = Minibatches(images.detach(), targets.detach(), indices)
+    adam: list[_Adam] = []
+
+    def optimiser(params: dict[str, Tensor]) -> _Adam:
+        adam.append(_Adam(params, lr, AdamState(**member["adam"])))
+        return adam[0]
+
+    weights = Weights(member["params"], member["buffers"])
+    params, buffers = _trainer(ctx.task.network, loss, lr, ctx.compute).run(weights, source, optimiser=optimiser)
+    return Member(params=params, buffers=buffers, adam=adam[0].memory._asdict(), age=member["age"] + num_steps)
 
 
 @lru_cache(maxsize=4)
-def _gradient(network: Functional, loss: Loss, compute: Compute) -> Callable[..., dict[str, Tensor]]:
-    """The gradient in the parameters; moves BatchNorm's running statistics in ``buffers``."""
+def _trainer(network: Functional, loss: Loss, lr: float, compute: Compute) -> Trainer:
+    """One epoch is the steps of one call."""
+    return Trainer(network, Training(num_epochs=1, lr=lr, schedule=Schedule()), compute, loss)
 
-    def value(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
-        logits = network.logits(params, buffers, images, train=True, update_buffers=True)
-        return loss(logits.to(images.dtype), targets)
 
-    first_order = compute.first_order(value, network.device)
+class _Adam(torch.optim.Optimizer):
+    """``PLAIN_ADAM`` on live parameters; continues from what a member remembers."""
 
-    def gradient(
-        params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, targets: Tensor
-    ) -> dict[str, Tensor]:
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = first_order(leaves, buffers, compute.layout(images), targets)
-        grads = torch.autograd.grad(found, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, grads, strict=True))
+    def __init__(self, params: dict[str, Tensor], lr: float, memory: AdamState) -> None:
+        super().__init__(params.values(), {"lr": lr})
+        self.named, self.memory = params, memory
 
-    return gradient
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.named.items()}
+        lr = torch.tensor(self.param_groups[0]["lr"], device=next(iter(grads.values())).device)
+        updated, self.memory = PLAIN_ADAM.update(grads, self.memory, self.named, lr)
+        for name, p in self.named.items():
+            p.copy_(updated[name])

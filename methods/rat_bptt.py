@@ -26,6 +26,7 @@ from condense.inner import Adam, Adjoint, RandomTruncated, Truncated
 from condense.method import Context, GradientState, Optim, clip_grad, require_finite
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
 
@@ -77,7 +78,7 @@ class RaTBPTT(Bilevel):
     def training(self, task: Task) -> Training:
         batch = self.batch_per_class * task.num_classes
         return Training(
-            num_epochs=1000, batch_size=batch, optimiser="adam", lr=self.lr, weight_decay=0.0, decay_at=None
+            num_epochs=1000, batch_size=batch, optimiser="adam", lr=self.lr, weight_decay=0.0, schedule=Schedule()
         )
 
     def init(self, ctx: Context) -> RaTState:

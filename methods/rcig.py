@@ -41,6 +41,7 @@ from condense.match import differentiated
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
 from condense.networks import Functional, with_options
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
 
@@ -146,11 +147,9 @@ class RCIG(GradientMethod):
             batch_size=256,
             lr=1e-4,
             weight_decay=0.0,
-            decay_at=None,
+            schedule=Schedule(warmup_steps=500, cosine_to=0.01),
             loss="mse",
             optimiser="adam",
-            warmup_steps=500,
-            cosine_to=0.01,
         )
 
     def training_network(self, task: Task) -> str:

@@ -38,6 +38,7 @@ from condense.methods.kip import support
 from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
@@ -105,7 +106,7 @@ class RFAD(GradientMethod):
         return self.num_steps * self.num_networks * (real / 3 + images_per_class * num_classes)
 
     def training(self, task: Task) -> Training:
-        return Training(num_epochs=1000, batch_size=500, lr=0.01, weight_decay=0.0, decay_at=None, loss="mse")
+        return Training(num_epochs=1000, batch_size=500, lr=0.01, weight_decay=0.0, schedule=Schedule(), loss="mse")
 
     def init(self, ctx: Context) -> GradientState:
         syn, device = ctx.new_set(*ctx.initial(self.start)), ctx.task.device

@@ -30,6 +30,7 @@ from condense.inner import SGD
 from condense.method import Context, GradientState
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
+from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
 
@@ -74,7 +75,7 @@ class RTP(Bilevel):
     def training(self, task: Task) -> Training:
         batch = self.batch_per_class * task.num_classes
         return Training(
-            num_epochs=300, batch_size=batch, lr=self.lr, momentum=self.momentum, weight_decay=0.0, decay_at=None
+            num_epochs=300, batch_size=batch, lr=self.lr, momentum=self.momentum, weight_decay=0.0, schedule=Schedule()
         )
 
     def init(self, ctx: Context) -> GradientState:

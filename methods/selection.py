@@ -42,7 +42,6 @@ import sklearn.cluster
 import torch
 from torch import Tensor
 
-from condense.augment import Augment
 from condense.method import Context, Method, State
 from condense.networks import Weights
 from condense.synthetic.labels import Assigned
@@ -260,10 +259,11 @@ def trained(
 ) -> Iterator[Weights]:
     """The recipe's network, trained on the real images, as often as is asked for; ``on_epoch`` as in ``Trainer``."""
     network, train = ctx.task.network, ctx.task.train
-    trainer = Trainer(network, Training(num_epochs=num_epochs), Augment(), ctx.compute)
+    trainer = Trainer(network, Training(num_epochs=num_epochs), ctx.compute)
     for k in range(num_networks):
         rng = ctx.rng.child("features", k)
-        yield trainer.run(network.init(rng, "network"), train.images, train.labels, rng, on_epoch=on_epoch)
+        source = trainer.source(train.images, train.labels, rng)
+        yield trainer.run(network.init(rng, "network"), source, on_epoch=on_epoch)
 
 
 def forgetting_events(correct: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from condense.match import feature_mean_distance, layerwise_cosine, matching_los
 from condense.methods.dc import frozen_loss
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.train import Trainer, Training, loss_of
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory and disk are read from /proc")
@@ -142,10 +143,9 @@ def test_textbook_network(twins: Twins) -> None:
 
 def test_textbook_training(twins: Twins) -> None:
     x, y = images(12), torch.arange(12) % 4
-    plan = Training(num_epochs=3, batch_size=12, lr=0.1, momentum=0.9, weight_decay=0.01, decay_at=None)
-    trained = Trainer(twins.network, plan, Augment(), Compute()).run(
-        twins.network.init(Rng(0), "weights"), x, y, Rng(0)
-    )
+    plan = Training(num_epochs=3, batch_size=12, lr=0.1, momentum=0.9, weight_decay=0.01, schedule=Schedule())
+    trainer = Trainer(twins.network, plan, Compute())
+    trained = trainer.run(twins.network.init(Rng(0), "weights"), trainer.source(x, y, Rng(0)))
     textbook.train(twins.net, x, y, 3, lr=0.1, momentum=0.9, weight_decay=0.01, batch_size=12)
     torch.testing.assert_close(dict(twins.net.named_parameters()), trained.params, check_dtype=True)
 

@@ -25,6 +25,7 @@ from condense.methods.unrolled import Minibatch
 from condense.networks import Functional
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic import Bases, Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
 from condense.train import Trainer
@@ -276,10 +277,13 @@ class TestDD:
         expected = method.train(
             ctx, weights.params, method.batches(ctx, state, 1, 0), rule=Descent(), lr=state.syn.lr, adjoint=Full()
         )
-        plan = dataclasses.replace(method.training(ctx.task), rates=tuple(state.syn.lr.tolist()))
-        trainer = Trainer(ctx.task.network, plan, method.training_augment(ctx.task), Compute())
+        plan = dataclasses.replace(
+            method.training(ctx.task), schedule=Schedule(lr_per_step=tuple(state.syn.lr.tolist()))
+        )
+        trainer = Trainer(ctx.task.network, plan, Compute())
         images, targets = (x.detach() for x in state.syn())
-        torch.testing.assert_close(trainer.run(weights, images, targets, Rng(5)).params, dict(expected))
+        source = trainer.source(images, targets, Rng(5), method.training_augment(ctx.task))
+        torch.testing.assert_close(trainer.run(weights, source).params, dict(expected))
 
     def test_batches_that_do_not_divide_the_budget_are_refused(self) -> None:
         with pytest.raises(ValueError, match="no whole number of batches of 2"):
@@ -418,7 +422,7 @@ def test_the_recipes_hold_the_published_values() -> None:
     files = recipe_files()
     dd: Any = from_yaml(files["dd-mnist-ipc10"]).method
     assert (dd.inner_epochs, dd.images_per_step, dd.lr, dd.batch_real) == (3, 1, 0.02, 1024)
-    assert (dd.optim.kind, dd.optim.lr, dd.optim.momentum, len(dd.optim.halve_at)) == ("adam", 0.01, 0.5, 9)
+    assert (dd.optim.kind, dd.optim.lr, dd.optim.momentum, len(dd.optim.schedule.drop_at)) == ("adam", 0.01, 0.5, 9)
     rat: Any = from_yaml(files["rat-bptt-cifar10-ipc10"]).method
     assert rat.adjoint == RandomTruncated(0, 140, 60) and (rat.lr, rat.batch_real, rat.clip) == (1e-3, 5000, 2.0)
     assert rat.num_steps == 10 * 60000 and (rat.optim.kind, rat.optim.lr) == ("adam", 1e-3)

@@ -19,7 +19,9 @@ from condense.compute import Compute
 from condense.data.datasets import load
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.task import Split, Task, make_task
+from condense.train import Trainer
 
 NETWORK = "convnet:depth=1,width=4"
 PLAN = Experts(num_experts=2, num_epochs=3, lr=0.1, batch_size=16)
@@ -182,16 +184,60 @@ def test_deleted_expert_is_trained_again(task: Task, tmp_path: Path) -> None:
     assert content(made(task, tmp_path)) == before
 
 
-def test_decay_epoch_does_not_depend_on_the_extent(task: Task, tmp_path: Path) -> None:
+def test_a_drop_after_an_epoch_does_not_depend_on_the_extent(task: Task, tmp_path: Path) -> None:
     for epoch in range(1, 30):
         for num_epochs in range(1, 60):
-            training = Experts(decay_epoch=epoch, num_epochs=num_epochs, lr=1.0).training()
+            schedule = Schedule(drop_after=(epoch,))
+            training = Experts(schedule=schedule, num_epochs=num_epochs, lr=1.0).training()
             lrs = [training.lr_at(done, 1) for done in range(num_epochs)]
             assert lrs == [1.0 if done < epoch else 0.1 for done in range(num_epochs)]
-    plan = replace(PLAN, decay_epoch=2)
+    plan = replace(PLAN, schedule=Schedule(drop_after=(2,)))
     assert made(task, tmp_path, plan) != made(task, tmp_path)
     with pytest.warns(UserWarning, match="again from scratch"):
         assert made(task, tmp_path, replace(plan, num_epochs=4)) == made(task, tmp_path, plan)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(cosine_to=0.0), Schedule(drop_at=(0.5,))])
+def test_under_a_schedule_that_depends_on_the_length_a_longer_training_is_another_buffer(
+    schedule: Schedule, task: Task, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, num_experts=1, schedule=schedule)
+    short, long = (made(task, tmp_path, replace(plan, num_epochs=n)) for n in (2, 3))
+    assert short != long and made(task, tmp_path, replace(plan, num_epochs=2, num_experts=2)) == short
+    assert [read_manifest(folder)["identity"]["training"]["num_epochs"] for folder in (short, long)] == [2, 3]
+    last = [flat(opened(folder).snapshot(0, 2)) for folder in (short, long)]
+    assert not torch.equal(*last)
+
+
+def test_the_identity_of_usual_experts_is_frozen() -> None:
+    """It names the folders that users have."""
+    usual = {"batch_size": 256, "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "loss": "cross-entropy"}
+    assert Experts().identity() == usual
+    assert Experts(num_epochs=7, cutmix=0.5).identity() == usual | {"cutmix": 0.5}
+    dropped = Experts(schedule=Schedule(drop_after=(15,), drop_factor=0.2))
+    assert dropped.identity() == usual | {"decay_epoch": 15, "decay": 0.2}
+
+
+def test_the_augmentation_of_experts_is_a_field(task: Task, tmp_path: Path) -> None:
+    plan = replace(PLAN, num_experts=1, num_epochs=1)
+    none = made(task, tmp_path / "a", replace(plan, augment="none"))
+    assert none.name == made(replace(task, augment=Augment()), tmp_path / "b", plan).name
+    several = made(task, tmp_path / "a", replace(plan, augment="dsa:mode=M"))
+    assert read_manifest(several)["identity"]["augment"]["ops"] == list(task.augment.ops)
+    assert len({none, several, made(task, tmp_path / "a", plan)}) == 3
+    with pytest.raises(ValueError, match="unknown operation 'smear'"):
+        made(task, tmp_path, replace(plan, augment="smear"))
+
+
+def test_experts_are_trained_with_cutmix(task: Task, tmp_path: Path) -> None:
+    plan = replace(PLAN, num_experts=1, cutmix=1.0)
+    buffer = opened(made(task, tmp_path, plan))
+    rng = Rng(0).child("expert", 0)
+    trainer = Trainer(task.network, plan.training(), Compute())
+    source = trainer.source(task.train.images, task.train.labels, rng, task.augment)
+    assert source.batch(0, 0).targets.shape[1:] == (2,), "targets are mixed"
+    weights = trainer.run(task.network.init(rng, "initial weights"), source)
+    assert torch.equal(flat(buffer.snapshot(0, plan.num_epochs)), flat(weights.params))
 
 
 @pytest.mark.parametrize(

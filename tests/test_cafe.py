@@ -15,6 +15,7 @@ from condense.method import Context, Optim
 from condense.methods.cafe import CAFE, CAFEState, Levels, discrimination
 from condense.networks import Functional, Network, Weights, build
 from condense.recipe import from_yaml, recipe_files
+from condense.schedule import Schedule
 from condense.synthetic import Factor
 from condense.task import Labelled
 from condense.train import Training
@@ -26,7 +27,12 @@ NETWORK, BATCH = "convnet:depth=2,width=4", "convnet:depth=2,norm=batch,width=4"
 
 def small(**fields: Any) -> CAFE:
     usual = {"num_steps": 6, "batch_real": 5, "batch_probe": 5, "batch_student": 4, "lr_student": 0.1}
-    usual |= {"window": 3, "max_epochs": 3, "max_updates": 4, "optim": Optim(lr=0.02, halve_at=(0.6, 0.8, 0.9))}
+    usual |= {
+        "window": 3,
+        "max_epochs": 3,
+        "max_updates": 4,
+        "optim": Optim(lr=0.02, schedule=Schedule(drop_at=(0.6, 0.8, 0.9), drop_factor=0.5)),
+    }
     return CAFE(**usual | fields)
 
 
@@ -85,7 +91,7 @@ def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]
         max_epochs=method.max_epochs,
         max_updates=method.max_updates,
         lr=method.optim.lr,
-        halve_at=method.optim.halve_at,
+        halve_at=method.optim.schedule.drop_at,
         momentum=method.optim.momentum,
         lr_student=method.lr_student,
     )
@@ -312,7 +318,7 @@ def test_recipes_hold_the_published_values() -> None:
         batch_probe=128,
         lr_student=0.01,
         batch_student=256,
-        optim=Optim(lr=0.1, momentum=0.5, halve_at=(0.6, 0.8, 0.9)),
+        optim=Optim(lr=0.1, momentum=0.5, schedule=Schedule(drop_at=(0.6, 0.8, 0.9), drop_factor=0.5)),
     )
     assert published == CAFE()
     names = ["cafe", *(f"cafe-cifar10-ipc{ipc}" for ipc in (1, 10, 50))]

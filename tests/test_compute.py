@@ -16,7 +16,6 @@ import yaml
 from torch import Tensor
 
 from condense import api, compute
-from condense.augment import Augment
 from condense.buffers import trajectories
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
@@ -156,12 +155,9 @@ def test_channels_last_changes_the_layout_and_nothing_else() -> None:
     images = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=Rng(0)("images"))
     plan = Training(num_epochs=2, batch_size=4)
     assert Compute(channels_last=True).layout(images).is_contiguous(memory_format=torch.channels_last)
-    ends = [
-        Trainer(network, plan, Augment(), Compute(channels_last=on)).run(
-            network.init(Rng(0), "weights"), images, torch.arange(6) % 3, Rng(1)
-        )
-        for on in (False, True)
-    ]
+    trainers = [Trainer(network, plan, Compute(channels_last=on)) for on in (False, True)]
+    start, labels = network.init(Rng(0), "weights"), torch.arange(6) % 3
+    ends = [trainer.run(start, trainer.source(images, labels, Rng(1))) for trainer in trainers]
     for a, b in zip(ends[0].params.values(), ends[1].params.values(), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -25,6 +25,7 @@ from condense.methods.tesla import TESLA
 from condense.networks import Functional, Weights, build
 from condense.recipe import Recipe, from_yaml, recipe_files
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels, Teacher
 from condense.task import Split, Task, make_task
 from condense.tracking import read_log
@@ -315,20 +316,23 @@ class TestTeacher:
 
 class TestSharpness:
     def train(self, task: Task, **fields: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Trainer]:
-        plan = Training(num_epochs=2, batch_size=12, lr=0.1, momentum=0.0, weight_decay=0.0, decay_at=None, **fields)
-        trainer = Trainer(task.network, plan, task.augment, Compute())
+        plan = Training(
+            num_epochs=2, batch_size=12, lr=0.1, momentum=0.0, weight_decay=0.0, schedule=Schedule(), **fields
+        )
+        trainer = Trainer(task.network, plan, Compute())
         start = task.network.init(Rng(3), "weights")
-        return start.params, trainer.run(start, task.train.images, task.train.labels, Rng(4)).params, trainer
+        source = trainer.source(task.train.images, task.train.labels, Rng(4), task.augment)
+        return start.params, trainer.run(start, source).params, trainer
 
     def test_it_follows_its_twin(self, make_context: Callable[..., Context]) -> None:
         task = make_context("crop").task
         start, found, trainer = self.train(task, rho=0.5, alpha=0.3)
         network = task.network
         gradients = []
+        source = trainer.source(task.train.images, task.train.labels, Rng(4), task.augment)
         for epoch in range(2):
-            order = torch.randperm(len(task.train), generator=Rng(4)("order", epoch))
-            for batch, index in enumerate(order.split(12)):
-                x, y = trainer._batch(task.train.images, task.train.labels, Rng(4), epoch, batch, index)
+            for index in range(source.num_batches):
+                x, y = source.batch(epoch, index)
 
                 def gradient(w: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
                     leaf = w.clone().requires_grad_()
@@ -353,20 +357,20 @@ class TestSharpness:
         task = make_context().task
         network = Functional("convnet:depth=1,width=4,norm=batch", (1, 8, 8), 3)
         plan = Training(num_epochs=2, batch_size=12, rho=0.1, alpha=0.3)
-        weights = Trainer(network, plan, Augment(), Compute()).run(
-            network.init(Rng(0), "weights"), task.train.images, task.train.labels, Rng(1)
-        )
+        trainer = Trainer(network, plan, Compute())
+        source = trainer.source(task.train.images, task.train.labels, Rng(1))
+        weights = trainer.run(network.init(Rng(0), "weights"), source)
         assert int(weights.buffers["features.1.num_batches_tracked"]) == 2 * 3
 
     def test_several_at_once_are_as_one_by_one(self, make_context: Callable[..., Context]) -> None:
         task = make_context().task
         plan = Training(num_epochs=2, batch_size=12, lr=0.1, rho=0.5, alpha=0.3)
-        trainer, rngs = Trainer(task.network, plan, Augment(), Compute()), [Rng(0), Rng(1)]
+        trainer, rngs = Trainer(task.network, plan, Compute()), [Rng(0), Rng(1)]
         weights = [task.network.init(rng, "weights") for rng in rngs]
-        data = task.train.images, task.train.labels
-        together = trainer.run_together(weights, *data, rngs)
-        for start, rng, found in zip(weights, rngs, together, strict=True):
-            alone = trainer.run(start, *data, rng)
+        sources = [trainer.source(task.train.images, task.train.labels, rng) for rng in rngs]
+        together = trainer.run_together(weights, sources)
+        for start, source, found in zip(weights, sources, together, strict=True):
+            alone = trainer.run(start, source)
             torch.testing.assert_close(network_vector(found.params), network_vector(alone.params), rtol=1e-4, atol=1e-5)
 
     def test_a_method_may_ask_for_such_experts(self, tiny: Arrays, tmp_path: Path) -> None:

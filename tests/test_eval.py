@@ -28,10 +28,13 @@ from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_nam
 from condense.files import read_header
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic import Factor, Logits, Origin, SyntheticSet, save
+from condense.synthetic import load as load_set
 from condense.task import Split
 from condense.train import Scorer, Training
 
+OLD = Path(__file__).parent / "fixtures" / "v0_1"
 CPU = torch.device("cpu")
 CLASSES = 3
 SHAPE = (1, 8, 8)
@@ -96,7 +99,7 @@ class TestProtocols:
 
     def test_the_hash_is_of_the_content(self) -> None:
         assert dataclasses.replace(CANONICAL, name="mine").hash == CANONICAL.hash
-        changes: list[dict[str, Any]] = [{}, {"lr": 1.0}, {"decay_at": None}, {"labels": "own"}]
+        changes: list[dict[str, Any]] = [{}, {"lr": 1.0}, {"schedule": Schedule()}, {"labels": "own"}]
         assert len({dataclasses.replace(CANONICAL, **change).hash for change in changes}) == 4
 
     def test_canonical_drops_the_rate_exactly_once_at_half(self) -> None:
@@ -162,11 +165,24 @@ class TestOwn:
         with pytest.raises(ValueError, match="curriculum"):
             own(make_set(arrays, training={"curriculum": "hard first"}))
 
+    @pytest.mark.parametrize("record", [{"decay_at": "late"}, {"rates": [0.1, -1.0]}, {"schedule": {"drop_at": [0.5]}}])
+    def test_nor_a_schedule_that_is_none(self, record: dict[str, Any], arrays: Arrays) -> None:
+        with pytest.raises(ValueError, match="this version cannot train as the set is meant to be trained") as raised:
+            own(make_set(arrays, training=record))
+        assert "\n" not in str(raised.value)
+
+    def test_records_of_version_0_1_are_read_as_they_are(self) -> None:
+        for file in (OLD / "run" / "synthetic.safetensors", *OLD.glob("*.safetensors")):
+            syn = load_set(file)
+            read = json.loads(json.dumps(own(syn).content()))
+            learned = {} if syn.lr is None else {"rates" if syn.lr.dim() else "lr": syn.lr.tolist()}
+            assert read == {"labels": "own", **syn.origin.training, **learned}
+
     def test_a_step_size_for_every_step_is_followed_in_order(self, arrays: Arrays) -> None:
         record = Training(num_epochs=2, batch_size=2, order="stored", momentum=0.0, weight_decay=0.0).content()
         syn = make_set(arrays, training=record, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
         plan, (images, labels) = own(syn), decoded(syn, soft=True)
-        assert plan.rates == pytest.approx((0.1, 0.2, 0.3, 0.4))
+        assert plan.schedule.lr_per_step == pytest.approx((0.1, 0.2, 0.3, 0.4))
         network, rng = Functional("mlp", SHAPE, CLASSES), Rng(1)
         found = SetScorer(network, plan, Compute()).train(images, labels, rng).params
         params = SetScorer(network, Training(num_epochs=0), Compute()).train(images, labels, rng).params
@@ -176,12 +192,12 @@ class TestOwn:
                 return torch.nn.functional.cross_entropy(network.logits(params, {}, images[batch]), labels[batch])
 
             grads = torch.func.grad(loss)(params)
-            params = {name: p - plan.rates[step] * grads[name] for name, p in params.items()}
+            params = {name: p - plan.schedule.lr_per_step[step] * grads[name] for name, p in params.items()}
         torch.testing.assert_close(found, params)
 
     def test_soft_labels_and_learned_rate_act_only_here(self, arrays: Arrays) -> None:
         soft = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.9], [0.0, 1.0, 2.0]])
-        record = dataclasses.asdict(Training(num_epochs=20))
+        record = Training(num_epochs=20).content()
         syn = make_set(arrays, labels=soft, label_kind=Logits(), training=record, lr=0.05)
         by_canonical, by_own = (run(syn, arrays, protocol=plan).results[0] for plan in (SHORT, own(syn)))
         assert by_canonical.accuracies == run(make_set(arrays), arrays).results[0].accuracies

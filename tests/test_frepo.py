@@ -19,12 +19,13 @@ from condense.methods.frepo import FRePo, PoolState, half_squared_error, margin_
 from condense.networks import Functional, build
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, Pixels, Targets
 from condense.task import Labelled, Split, make_task
 from tests.reference import frepo as twin
 
 NETWORK = "convnet:depth=1,width=8,norm=batch"
-LAMB = Optim(kind="lamb", lr=0.02, momentum=0.9, cosine_to=0.1)
+LAMB = Optim(kind="lamb", lr=0.02, momentum=0.9, schedule=Schedule(cosine_to=0.1))
 TINY = FRePo(num_steps=6, batch_real=9, pool_size=2, max_age=2, lr_pool=0.01, ridge=1e-3, optim=LAMB, optim_labels=LAMB)
 
 
@@ -203,7 +204,7 @@ def test_the_recipes_hold_the_published_values() -> None:
     plan = from_yaml(recipe_files()["frepo-cifar100-ipc1"])
     method: Any = plan.method
     assert (method.batch_real, method.pool_size, method.max_age, method.lr_pool) == (1024, 10, 100, 3e-4)
-    assert (method.optim.kind, method.optim.lr, method.optim.cosine_to) == ("lamb", 3e-4, 0.1)
+    assert (method.optim.kind, method.optim.lr, method.optim.schedule.cosine_to) == ("lamb", 3e-4, 0.1)
     assert plan.labels == Targets(scale=10**-0.5) and plan.augment == "none:flips=true"
     assert plan.network == "convnet:widen=true,norm=batch-before"
     gray = from_yaml(recipe_files()["frepo-mnist-ipc1"])

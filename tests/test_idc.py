@@ -19,9 +19,12 @@ from condense.methods.idc import IDC, IDCI, IDCBase
 from condense.networks import Functional, build
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
+from condense.schedule import Schedule
+from condense.sources import Examples
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
-from condense.train import Trainer, Training, cutmix, one_hot
+from condense.train import Trainer, Training
+from condense.views import cutmix, one_hot
 from tests.reference.idc import idc
 
 COUNTS = (8, 11, 9)
@@ -274,7 +277,8 @@ def test_both_are_one_method() -> None:
 
 def test_sets_are_meant_for_a_thousand_epochs_with_mixed_batches() -> None:
     task = make_context().task
-    expected = Training(num_epochs=1000, batch_size=64, decay_at=(2 / 3, 5 / 6), decay=0.2, cutmix=0.5)
+    schedule = Schedule(drop_at=(2 / 3, 5 / 6), drop_factor=0.2)
+    expected = Training(num_epochs=1000, batch_size=64, schedule=schedule, cutmix=0.5)
     assert IDC().training(task) == expected
     assert IDC(cutmix=0.0).training(task) == dataclasses.replace(expected, cutmix=0.0)
 
@@ -283,13 +287,13 @@ def test_cutmix_takes_the_place_of_cutout(monkeypatch: pytest.MonkeyPatch) -> No
     task = make_context().task
     assert str(IDC().training_augment(task)) == "color_crop_flip_scale_rotate:mode=D"
     assert str(IDC(cutmix=0.0).training_augment(task)) == STRATEGY
-    seen: list[Augment] = []
+    seen, source = list[Augment](), Trainer.source
 
-    def trainer(network: Functional, plan: Training, augment: Augment, compute: Compute) -> Trainer:
+    def spy(self: Trainer, images: Tensor, targets: Tensor, rng: Rng, augment: Augment) -> Examples:
         seen.append(augment)
-        return Trainer(network, plan, augment, compute)
+        return source(self, images, targets, rng, augment)
 
-    monkeypatch.setattr("condense.methods.idc.student_trainer", trainer)
+    monkeypatch.setattr(Trainer, "source", spy)
     for fields in ({}, {"cutmix_student": 0.0}, {"matched": ("crop", "flip")}):
         list(run(small(num_steps=1, **fields), make_context(augment=f"{STRATEGY},flips=true")))
     assert [str(augment) for augment in seen] == ["color_crop:mode=D", "color_crop_cutout:mode=D", "crop_flip:mode=D"]

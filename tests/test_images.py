@@ -156,11 +156,12 @@ def test_fitting_reads_images_in_chunks_and_fits_the_same(spec: str) -> None:
 
 def test_training_and_scoring_take_images_as_they_take_a_tensor() -> None:
     task = task_of(load(source()))
-    trainer = Trainer(task.network, Training(num_epochs=2, batch_size=16), Augment(("flip", "color")), Compute())
+    trainer = Trainer(task.network, Training(num_epochs=2, batch_size=16), Compute())
     scorer = Scorer(task.network, Compute(), batch_size=7)
     results = []
     for images in (task.train.images, task.train.images[:]):
-        weights = trainer.run(task.network.init(Rng(0), "weights"), images, task.train.labels, Rng(1))
+        batches = trainer.source(images, task.train.labels, Rng(1), Augment(("flip", "color")))
+        weights = trainer.run(task.network.init(Rng(0), "weights"), batches)
         results.append((weights, scorer.accuracy(weights, images, task.train.labels)))
     (one, score), (other, other_score) = results
     assert all(torch.equal(one.params[name], other.params[name]) for name in one.params)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from condense.augment import Augment
 from condense.compute import Compute
 from condense.inner import pushforward
 from condense.networks import (
@@ -699,10 +698,10 @@ def test_frozen_layers_are_never_trained() -> None:
     before = {name: p.clone() for name, p in functional._frozen.items()}
     assert before.keys() == {"body.1.weight", "body.1.bias"} and not before.keys() & functional.shapes.keys()
     training = Training(num_epochs=2, batch_size=3, lr=0.1)
-    trained = Trainer(functional, training, Augment(), Compute()).run(initial, x, torch.arange(6) % 3, Rng(0))
-    together = Trainer(functional, training, Augment(), Compute()).run_together(
-        [initial, initial], x, torch.arange(6) % 3, [Rng(0), Rng(1)]
-    )
+    trainer = Trainer(functional, training, Compute())
+    sources = [trainer.source(x, torch.arange(6) % 3, Rng(seed)) for seed in range(2)]
+    trained = trainer.run(initial, sources[0])
+    together = trainer.run_together([initial, initial], sources)
     for weights in (trained, *together):
         assert weights.params.keys() == functional.shapes.keys() and not weights.buffers
         assert not torch.equal(weights.params["classifier.weight"], initial.params["classifier.weight"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from condense.methods.mtt import MTT
 from condense.networks import Functional, Weights
 from condense.networks.registry import build
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.synthetic.decode import DCT, Bases, Hallucinator, dct, inverse_dct
 from condense.train import Trainer, Training
 from tests.parity.recorded import (
@@ -297,14 +299,14 @@ def test_gsam_takes_the_published_steps(case: str, norm: str) -> None:
         lr=h["lr"],
         momentum=h["momentum"][case],
         weight_decay=h["weight_decay"][case],
-        decay_at=None,
+        schedule=Schedule(),
         rho=h["rho"],
         alpha=h["alpha"],
     )
-    trainer = Trainer(network, plan, Augment(), Compute())
+    trainer, optimiser = Trainer(network, plan, Compute()), partial(plan.optimise, velocity=velocity)
     for step in range(6):
         x, y = recorded["x"][step], recorded["y"][step]
-        weights = trainer.run(weights, x, y, Rng(step), velocity=velocity)
+        weights = trainer.run(weights, trainer.source(x, y, Rng(step)), optimiser=optimiser)
         if f"{case}/after{step + 1}" in recorded:
             assert_all_close(
                 weights.params, recorded.weights(recorded[f"{case}/after{step + 1}"], network.shapes), TOLERANCE
@@ -338,9 +340,9 @@ def test_an_evaluation_trains_as_the_published_one_until_the_learning_rate_drops
     draws = list(recorded.draws(f"{case}/aug"))[:60]
     with drawing(each=iter(draws), orders=orders):
         start = Weights(recorded.weights(recorded["start"], network.shapes), {})
-        Trainer(network, plan, augment, Compute()).run(
-            start, recorded["images"], recorded["labels"], Rng(0), on_epoch=keep
-        )
+        trainer = Trainer(network, plan, Compute())
+        source = trainer.source(recorded["images"], recorded["labels"], Rng(0), augment)
+        trainer.run(start, source, on_epoch=keep)
     for epoch in (1, 5, 10):
         assert_all_close(after[epoch], recorded.weights(recorded[f"{case}/after{epoch}"], network.shapes), TOLERANCE)
 

@@ -21,6 +21,7 @@ from condense.methods import pool
 from condense.methods.frepo import half_squared_error, margin_loss
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.schedule import Schedule
 from tests.parity.recorded import Recorded, difference, tensor
 
 NETWORK = "convnet:depth=3,width=4,widen=true,norm=none"
@@ -106,11 +107,11 @@ def test_lamb_takes_the_recorded_steps(case: str) -> None:
     arrays, meta = recorded("15_frepo")
     hyper = meta["hyper"]["lamb"]
     param, after = tensor(arrays[f"{case}/start"]), tensor(arrays[f"{case}/after"])
-    plan = Optim(kind="lamb", lr=hyper["lr"], momentum=hyper["b1"], cosine_to=hyper["alpha"])
+    plan = Optim(kind="lamb", lr=hyper["lr"], momentum=hyper["b1"], schedule=Schedule(cosine_to=hyper["alpha"]))
     optimiser = plan.build([param])
     for step, (grad, expected) in enumerate(zip(tensor(arrays[f"{case}/grads"]), after, strict=True)):
         before, param.grad = param.clone(), grad
-        optimiser.param_groups[0]["lr"] = plan.lr_at(step / len(after))
+        optimiser.param_groups[0]["lr"] = plan.lr_at(step, len(after))
         optimiser.step()
         torch.testing.assert_close(param - before, expected - before, rtol=1e-8, atol=1e-13)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.eval import crossarch, teachers
@@ -16,6 +17,7 @@ from condense.eval.crossarch import Result, evaluate
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.networks import Functional
 from condense.rng import Rng
+from condense.sources import Batch, Examples, Relabelled
 from condense.synthetic import Labels, Logits, Origin, SyntheticSet, Targets
 from condense.train import Scorer, Trainer, Training
 
@@ -128,9 +130,10 @@ def test_a_teacher_labels_each_batch_as_the_network_sees_it() -> None:
     images, labels = stripes(12, 0)
     teacher = network.init(rng, "teacher")
     plan = Training(num_epochs=1, batch_size=12, lr=0.5, momentum=0.0, weight_decay=0.0, loss="kl", temperature=3.0)
-    trainer = Trainer(network, plan, crossarch.Augment(), Compute(), teachers.labeller(network, teacher, Compute()))
+    trainer = Trainer(network, plan, Compute())
     start = network.init(rng, "weights")
-    found = trainer.run(start, images, labels, rng).params
+    source = Relabelled(trainer.source(images, labels, rng), teachers.labeller(network, teacher, Compute()), 3.0)
+    found = trainer.run(start, source).params
 
     def loss(params: dict[str, Tensor]) -> Tensor:
         wanted = (network.logits(teacher.params, {}, images, train=False) / 3).softmax(1)
@@ -189,14 +192,13 @@ def test_the_strategies_that_go_with_colour_are_frozen() -> None:
 def test_a_colour_set_is_joined_by_its_mirror_images(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = stripes(90, 0)
     arrays = load((images.expand(-1, 3, -1, -1), labels, images[:30].expand(-1, 3, -1, -1), labels[:30]))
-    seen: list[Tensor] = []
-    batch = Trainer._batch
+    seen, batch = list[Tensor](), Examples.batch
 
-    def spy(self: Trainer, images: Any, *rest: Any) -> Any:
-        seen.append(images)
-        return batch(self, images, *rest)
+    def spy(self: Examples, epoch: int, index: int) -> Batch:
+        seen.append(self.images[:])
+        return batch(self, epoch, index)
 
-    monkeypatch.setattr(Trainer, "_batch", spy)
+    monkeypatch.setattr(Examples, "batch", spy)
     plan = dataclasses.replace(PROTOCOLS["rcig"], num_epochs=1, steps_for=())
     result = run(make_set(arrays), arrays, plan)
     assert result.num_images == 6 and result.augment.endswith("mode=P,flips=true")
@@ -214,14 +216,13 @@ def test_a_learned_rate_acts_where_the_protocol_says_so(arrays: Arrays) -> None:
 def test_regression_targets_are_centred(
     kind: Labels | None, mean: float, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Tensor] = []
-    run_together = Trainer.run_together
+    seen, source = list[Tensor](), Trainer.source
 
-    def spy(self: Trainer, weights: Any, images: Any, targets: Tensor, *rest: Any, **more: Any) -> Any:
+    def spy(self: Trainer, images: Tensor, targets: Tensor, rng: Rng, augment: Augment) -> Examples:
         seen.append(targets)
-        return run_together(self, weights, images, targets, *rest, **more)
+        return source(self, images, targets, rng, augment)
 
-    monkeypatch.setattr(Trainer, "run_together", spy)
+    monkeypatch.setattr(Trainer, "source", spy)
     plan = dataclasses.replace(named("frepo", make_set(arrays)), num_epochs=1, steps_for=())
     run(make_set(arrays, kind=kind), arrays, plan)
     assert torch.allclose(seen[0].sum(1), torch.tensor(mean), atol=1e-6)

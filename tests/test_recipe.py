@@ -7,6 +7,7 @@ from condense import recipe, registry
 from condense.commands import Distill
 from condense.inner import Exact, Truncated
 from condense.recipe import Recipe
+from condense.schedule import Schedule
 from condense.synthetic import Factor, Hard, Logits, Pixels
 
 NAMES = sorted(registry.METHODS)
@@ -134,7 +135,7 @@ def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
         ("method: dm\ndataset: 2024-01-01", "dataset is a date where"),
         ("method: dm\ndecode: {name: 3}", "decode is chosen by its name"),
         ("method: dm\nlabels: [hard]", "labels is chosen by its name"),
-        ("method: {name: dm, optim: {halve_at: [true]}}", "halve_at.*True"),
+        ("method: {name: dm, optim: {halve_at: [true]}}", "drop_at.*True"),
         ("method: {name: dm, optim: {lr: .nan}}", "lr=nan is not a number"),
     ],
 )
@@ -153,7 +154,7 @@ def test_fields_are_spelt_either_way_and_lists_are_lists(tmp_path: Path) -> None
     )
     plan = recipe.from_yaml(path)
     assert plan.method.num_steps == 3 and plan.split.val_fraction == 0.0
-    assert plan.method.optim.halve_at == (0.5, 0.75)  # type: ignore[attr-defined]
+    assert plan.method.optim.schedule == Schedule(drop_at=(0.5, 0.75), drop_factor=0.5)  # type: ignore[attr-defined]
 
 
 def test_a_class_that_nobody_listed_is_found_by_its_import_path(

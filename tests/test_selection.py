@@ -93,9 +93,10 @@ def train(
 ) -> Weights:
     """The network that methods train on the real images."""
     task, rng = ctx.task, ctx.rng.child("features", which)
-    trainer = Trainer(task.network, Training(num_epochs=num_epochs), task.augment, ctx.compute)
+    trainer = Trainer(task.network, Training(num_epochs=num_epochs), ctx.compute)
     start = task.network.init(rng, "network")
-    return trainer.run(start, task.train.images, task.train.labels, rng, on_epoch=on_epoch)
+    source = trainer.source(task.train.images, task.train.labels, rng, task.augment)
+    return trainer.run(start, source, on_epoch=on_epoch)
 
 
 def same_images(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.networks import Functional, Weights
 from condense.rng import Rng
-from condense.train import Trainer, Training, cutmix, one_hot
+from condense.schedule import Schedule
+from condense.train import Trainer, Training
+from condense.views import cutmix, one_hot
 from tests.conftest import TINY
 from tests.reference import optim as twins
 
@@ -32,19 +35,20 @@ def data() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("num", [1, 3])
 def test_together_or_one_by_one(num: int) -> None:
     network = Functional("convnet:depth=2,width=4", (3, 8, 8), 3, dtype=torch.float64)
-    trainer = Trainer(network, Training(num_epochs=3, batch_size=4, lr=0.1), AUGMENT, Compute())
+    trainer = Trainer(network, Training(num_epochs=3, batch_size=4, lr=0.1), Compute())
     rngs = [Rng(k) for k in range(num)]
     initial = [network.init(rng, "weights") for rng in rngs]
+    sources = [trainer.source(*data(), rng, AUGMENT) for rng in rngs]
     epochs: list[list[Weights]] = []
 
     def keep(done: int, live: object) -> None:
         assert isinstance(live, list) and done == len(epochs) + 1
         epochs.append([Weights({n: p.clone() for n, p in one.params.items()}, {}) for one in live])
 
-    together = trainer.run_together(initial, *data(), rngs, on_epoch=keep)
+    together = trainer.run_together(initial, sources, on_epoch=keep)
     assert len(epochs) == 3
     for k in range(num):
-        alone = trainer.run(initial[k], *data(), rngs[k])
+        alone = trainer.run(initial[k], sources[k])
         for name, expected in alone.params.items():
             torch.testing.assert_close(together[k].params[name], expected)
             assert torch.equal(epochs[-1][k].params[name], together[k].params[name])
@@ -54,28 +58,24 @@ def test_together_or_one_by_one(num: int) -> None:
 def test_a_training_that_goes_on_keeps_its_velocity() -> None:
     network = Functional("convnet:depth=1,width=4", (3, 8, 8), 3, dtype=torch.float64)
     initial = network.init(Rng(0), "weights")
-    whole, half = (
-        Trainer(
-            network, Training(num_epochs=n, batch_size=4, lr=0.1, decay_at=None, order="stored"), Augment(), Compute()
-        )
-        for n in (4, 2)
-    )
-    expected = whole.run(initial, *data(), Rng(0)).params
+    constant = Training(batch_size=4, lr=0.1, schedule=Schedule(), order="stored")
+    whole, half = (Trainer(network, dataclasses.replace(constant, num_epochs=n), Compute()) for n in (4, 2))
+    source = whole.source(*data(), Rng(0))
+    expected = whole.run(initial, source).params
     velocity = {name: torch.zeros_like(p) for name, p in initial.params.items()}
-    weights = half.run(initial, *data(), Rng(0), velocity=velocity)
-    for name, p in half.run(weights, *data(), Rng(0), velocity=velocity).params.items():
+    optimiser = functools.partial(constant.optimise, velocity=velocity)
+    weights = half.run(initial, source, optimiser=optimiser)
+    for name, p in half.run(weights, source, optimiser=optimiser).params.items():
         assert torch.equal(p, expected[name])
-    assert not torch.equal(
-        half.run(weights, *data(), Rng(0)).params["classifier.weight"], expected["classifier.weight"]
-    )
+    assert not torch.equal(half.run(weights, source).params["classifier.weight"], expected["classifier.weight"])
 
 
 def test_running_statistics_are_not_shared() -> None:
     network = Functional("convnet:depth=1,width=4,norm=batch", (3, 8, 8), 3)
-    trainer = Trainer(network, Training(), Augment(), Compute())
+    trainer = Trainer(network, Training(), Compute())
     weights = [network.init(Rng(k), "weights") for k in range(2)]
     with pytest.raises(ValueError, match=r"such as running statistics; give compute=Compute\(networks=1\)"):
-        trainer.run_together(weights, *data(), [Rng(0), Rng(1)])
+        trainer.run_together(weights, [trainer.source(*data(), Rng(k)) for k in range(2)])
 
 
 def test_experts_and_evaluations_at_once(tiny: Arrays, tmp_path: Path) -> None:
@@ -125,7 +125,8 @@ def by_hand(
 
 def check(training: Training, expected: tuple[Functional, Weights, dict[str, Tensor]]) -> None:
     network, initial, params = expected
-    trained = Trainer(network, training, Augment(), Compute()).run(initial, *data(), Rng(7))
+    trainer = Trainer(network, training, Compute())
+    trained = trainer.run(initial, trainer.source(*data(), Rng(7)))
     for name, p in params.items():
         torch.testing.assert_close(trained.params[name], p)
 
@@ -134,14 +135,15 @@ def check(training: Training, expected: tuple[Functional, Weights, dict[str, Ten
 def test_pieces_of_the_set_in_their_order_under_either_optimiser(optimiser: Any, rule: Callable[..., Tensor]) -> None:
     x, y = data()
     pieces = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)] * 2
-    training = Training(num_epochs=2, batch_size=4, lr=0.05, optimiser=optimiser, order="stored", decay_at=None)
+    training = Training(num_epochs=2, batch_size=4, lr=0.05, optimiser=optimiser, order="stored", schedule=Schedule())
     check(training, by_hand(rule, [0.05] * 6, pieces))
 
 
 def test_rates_of_single_steps_replace_everything_else() -> None:
     x, y = data()
     rates = (0.3, 0.0, 0.1, 0.2)
-    training = Training(num_epochs=2, batch_size=5, order="stored", rates=rates, warmup_steps=3, cosine_to=0.1)
+    schedule = Schedule(lr_per_step=rates, warmup_steps=3, cosine_to=0.1)
+    training = Training(num_epochs=2, batch_size=5, order="stored", schedule=schedule)
     check(training, by_hand(twins.sgd, rates, [(x[:5], y[:5]), (x[5:], y[5:])] * 2))
 
 
@@ -150,50 +152,12 @@ def test_a_shuffled_epoch_takes_every_image_once_and_another_epoch_another_order
     orders = [torch.randperm(10, generator=Rng(7)("order", epoch)) for epoch in range(2)]
     assert not torch.equal(*orders)
     batches = [(x[i], y[i]) for order in orders for i in order.split(4)]
-    check(Training(num_epochs=2, batch_size=4, lr=0.1, decay_at=None), by_hand(twins.sgd, [0.1] * 6, batches))
-
-
-def test_the_rate_drops_at_each_of_several_places() -> None:
-    training = Training(num_epochs=12, lr=0.8, decay_at=(2 / 3, 5 / 6), decay=0.5)
-    assert [training.lr_at(3 * epoch, 3) for epoch in range(12)] == [0.8] * 8 + [0.4] * 2 + [0.2] * 2
-    once, never = (Training(num_epochs=4, lr=1.0, decay_at=at) for at in (0.5, None))
-    assert [once.lr_at(epoch, 1) for epoch in range(4)] == [1.0, 1.0, 0.1, 0.1]
-    assert {never.lr_at(epoch, 1) for epoch in range(4)} == {1.0}
-
-
-def test_the_rate_rises_and_follows_a_cosine() -> None:
-    training = Training(num_epochs=4, lr=0.8, warmup_steps=2, cosine_to=0.25)
-    rates = [training.lr_at(step, 3) for step in range(12)]
-    assert rates[:3] == [0.0, 0.4, 0.8]
-    assert rates[2:] == pytest.approx([0.8 * (0.25 + 0.75 * (1 + math.cos(math.pi * k / 10)) / 2) for k in range(10)])
-    assert training.lr_at(12, 3) == pytest.approx(0.2)
-
-
-def test_cutmix_mixes_labels_by_the_area_that_changed_hands() -> None:
-    """Images of one grey each, so that the shares can be counted."""
-    grey = torch.arange(1.0, 7.0)
-    x, y = grey.view(6, 1, 1, 1).expand(6, 1, 8, 8), torch.eye(6)
-    mixed_some, shares = 0, []
-    for seed in range(40):
-        mixed, targets = cutmix(x, y, 1.0, Rng(seed)("cutmix"))
-        torch.testing.assert_close(targets.sum(1), torch.ones(6))
-        counted = torch.stack([(mixed == value).float().mean((1, 2, 3)) for value in grey], 1)
-        torch.testing.assert_close(targets, counted)
-        changed = (mixed != x).any(0)[0]
-        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
-        assert changed.sum() == len(rows) * len(columns), "no rectangle"
-        mixed_some += bool(changed.any())
-        shares.append(float(changed.float().mean()))
-    assert mixed_some > 30 and max(shares) > 0.5
-    again, untouched = (cutmix(x, y, p, Rng(3)("cutmix")) for p in (1.0, 0.0))
-    assert torch.equal(again[0], cutmix(x, y, 1.0, Rng(3)("cutmix"))[0]) and torch.equal(untouched[0], x)
-    left = sum(torch.equal(cutmix(x, y, 0.5, Rng(seed)("cutmix"))[1], y) for seed in range(200))
-    assert 80 < left < 130
+    check(Training(num_epochs=2, batch_size=4, lr=0.1, schedule=Schedule()), by_hand(twins.sgd, [0.1] * 6, batches))
 
 
 def test_a_training_with_cutmix_sees_what_cutmix_gives() -> None:
     x, y = data()
-    training = Training(num_epochs=6, batch_size=10, lr=0.1, order="stored", decay_at=None, cutmix=0.5)
+    training = Training(num_epochs=6, batch_size=10, lr=0.1, order="stored", schedule=Schedule(), cutmix=0.5)
     batches = [cutmix(x, torch.eye(3)[y], 0.5, Rng(7)("cutmix", epoch, 0)) for epoch in range(6)]
     assert 0 < sum(torch.equal(a, x) for a, _ in batches) < 6
     check(training, by_hand(twins.sgd, [0.1] * 6, batches))

@@ -22,9 +22,9 @@ from condense.method import Context
 from condense.methods.mtt import TrajectoryMatching
 from condense.networks import Functional, Weights
 from condense.rng import Rng
+from condense.sources import Examples
 from condense.synthetic import Hard, Labels, Origin, Pixels
 from condense.task import Labelled, Split, make_task
-from condense.train import Trainer
 
 
 class Recorded:
@@ -157,7 +157,7 @@ def drawing(
     if real is not None:
         patches.append((Labelled, "draw", draw))
     if length == 0:
-        patches.append((Trainer, "_order", lambda self, num, rng, epoch: next(by_epoch)))
+        patches.append((Examples, "_order", lambda self, epoch: next(by_epoch)))
     else:
         patches.append((TrajectoryMatching, "sample_segment", lambda self, ctx, step, part: (step, 0)))
     with contextlib.ExitStack() as stack:

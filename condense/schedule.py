@@ -1,0 +1,172 @@
+"""How a learning rate changes from step to step: one type for optimisers of a set, for trainings and for experts.
+
+Files of version 0.1 write a schedule as flat fields of its optimiser or training. ``Schedule.content``,
+``Schedule.optimiser_content`` and ``nested`` are the only places that know this spelling: what can be said in it is
+still written in it, so that hashes and identities stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from condense.schema import Checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Checked):
+    """The learning rate of each step as a function of a base learning rate; by default it is constant.
+
+    After the warm-up the factors of all drops and of the cosine are multiplied. An epoch of an optimiser that
+    has no epochs, such as one of the synthetic set, is one step.
+    """
+
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from zero."""
+    drop_at: tuple[float, ...] = ()
+    """Fractions of the run after which the learning rate drops, at the beginning of an epoch."""
+    drop_after: tuple[int, ...] = ()
+    """Epochs after which the learning rate drops, however long the run is."""
+    drop_factor: float = 0.1
+    """Factor of each drop; 0.5 halves the learning rate."""
+    cosine_to: float | None = None
+    """Final learning rate as a fraction of the base one (cosine annealing); None: no annealing."""
+    cosine_span: float = 1.0
+    """Fraction of the half wave of the cosine that the run covers."""
+    lr_per_step: tuple[float, ...] = ()
+    """A learning rate for each step, in place of everything else; the last one is kept in all further steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_steps < 0:
+            raise ValueError(f"a schedule's warmup_steps must be at least 0, got {self.warmup_steps}; try 500")
+        if not all(0 <= at <= 1 for at in self.drop_at):
+            raise ValueError(f"a schedule's drop_at are fractions of the run, got {self.drop_at}; try 0.5")
+        if not all(epoch >= 0 for epoch in self.drop_after):
+            raise ValueError(f"a schedule's drop_after are numbers of epochs, got {self.drop_after}; try 15")
+        if not 0 <= self.drop_factor < math.inf:
+            raise ValueError(f"a schedule's drop_factor must be finite and >= 0, got {self.drop_factor}; try 0.1")
+        if self.cosine_to is not None and not 0 <= self.cosine_to <= 1:
+            raise ValueError(f"a schedule's cosine_to must lie in [0, 1], got {self.cosine_to}; try 0.1")
+        if not 0 < self.cosine_span <= 1:
+            raise ValueError(f"a schedule's cosine_span must lie in (0, 1], got {self.cosine_span}; try 1")
+        if not all(0 <= lr < math.inf for lr in self.lr_per_step):
+            raise ValueError("a schedule's lr_per_step are finite learning rates >= 0; correct the one that is not")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a longer run has other learning rates in the steps that both runs have."""
+        return not self.lr_per_step and (bool(self.drop_at) or self.cosine_to is not None)
+
+    def lr_at(self, lr: float, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
+        """The learning rate of a step.
+
+        Args:
+            lr: the base learning rate.
+            step: counted from 0.
+            num_steps: of the whole run.
+            steps_per_epoch: steps in an epoch; drops come between epochs.
+        """
+        if self.lr_per_step:
+            return self.lr_per_step[min(step, len(self.lr_per_step) - 1)]
+        if step < self.warmup_steps:
+            return lr * step / self.warmup_steps
+        epoch = step // steps_per_epoch
+        done = epoch * steps_per_epoch / max(num_steps, 1)
+        drops = sum(done >= at for at in self.drop_at) + sum(epoch >= after for after in self.drop_after)
+        lr = lr * self.drop_factor**drops
+        if self.cosine_to is None:
+            return lr
+        done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
+        wave = (1 + math.cos(math.pi * (done * self.cosine_span))) / 2
+        return lr * (self.cosine_to + (1 - self.cosine_to) * wave)
+
+    def describe(self) -> str:
+        """In brackets behind a learning rate; empty if that is constant."""
+        parts = [f"warm-up of {self.warmup_steps} steps"] if self.warmup_steps else []
+        if self.cosine_to is not None:
+            parts.append(f"cosine to {self.cosine_to:g}")
+        if self.drop_at:
+            parts.append(f"x {self.drop_factor:g} at {', '.join(f'{at:g}' for at in self.drop_at)} of the epochs")
+        if self.drop_after:
+            parts.append(f"x {self.drop_factor:g} after {', '.join(map(str, self.drop_after))} epochs")
+        if self.lr_per_step:
+            parts = ["one for each step"]
+        return f" ({', '.join(parts)})" if parts else ""
+
+    def content(self) -> dict[str, Any]:
+        """The flat fields of a training's file: ``decay_at`` and ``decay``, and further ones that differ from their
+        default."""
+        flat = {
+            "decay_at": _one_or_several(self.drop_at),
+            "decay": self.drop_factor,
+            "decay_epoch": _one_or_several(self.drop_after),
+            "warmup_steps": self.warmup_steps,
+            "cosine_to": self.cosine_to,
+            "cosine_span": self.cosine_span,
+            "rates": self.lr_per_step,
+        }
+        return {name: value for name, value in flat.items() if name in ("decay_at", "decay") or value != _OMITTED[name]}
+
+    def optimiser_content(self) -> dict[str, Any]:
+        """The fields beside those of an optimiser of the set: ``cosine_to`` and ``halve_at`` where these say it all,
+        else ``schedule`` with all fields."""
+        factor = 0.5 if self.drop_at else self.drop_factor
+        if self == Schedule(cosine_to=self.cosine_to, drop_at=self.drop_at, drop_factor=factor):
+            return {"cosine_to": self.cosine_to, "halve_at": list(self.drop_at)}
+        fields = dataclasses.asdict(self)
+        return {"schedule": {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}}
+
+
+CONSTANT = Schedule()
+DROP_AT_HALF = Schedule(drop_at=(0.5,))
+"""To a tenth after half of the epochs."""
+
+FLAT_NAMES = ("decay_at", "decay", "decay_epoch", "warmup_steps", "cosine_to", "cosine_span", "rates")
+"""What ``Schedule.content`` writes."""
+
+_OMITTED: dict[str, Any] = {"decay_epoch": None, "warmup_steps": 0, "cosine_to": None, "cosine_span": 1.0, "rates": ()}
+
+_NAMES = {
+    "decay_at": "drop_at",
+    "decay": "drop_factor",
+    "decay_epoch": "drop_after",
+    "halve_at": "drop_at",
+    "warmup_steps": "warmup_steps",
+    "cosine_to": "cosine_to",
+    "cosine_span": "cosine_span",
+    "rates": "lr_per_step",
+}
+"""Flat name -> field of ``Schedule``."""
+
+
+def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an optimiser or a training as files have them, with the flat ones moved into ``schedule``.
+
+    Values are passed on as they are, for the reader to check. What ``schedule`` itself says takes precedence.
+    """
+    rest, moved = dict[str, Any](), dict[str, Any]()
+    for key, value in fields.items():
+        name = str(key).replace("-", "_")
+        if name not in _NAMES:
+            rest[key] = value
+        elif _NAMES[name] in ("drop_at", "drop_after", "lr_per_step"):
+            moved[_NAMES[name]] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+            if name == "halve_at":
+                moved["drop_factor"] = 0.5 if moved["drop_at"] else 0.1
+        else:
+            moved[_NAMES[name]] = value
+    if not moved:
+        return rest
+    if "decay_at" in fields and moved.get("cosine_to") is not None:
+        moved["drop_at"] = []  # a training of version 0.1 with a cosine has no drops
+    given = rest.get("schedule", {})
+    return rest | {"schedule": moved | dict(given)} if isinstance(given, Mapping) else rest
+
+
+def _one_or_several(values: tuple[Any, ...]) -> Any:
+    """None of no values, the value itself of one, else the tuple."""
+    return None if not values else values[0] if len(values) == 1 else values

@@ -1,0 +1,305 @@
+"""Where a training reads its batches: batch b of epoch e, whatever it comes from.
+
+``Examples`` are real or synthetic images, in memory or mapped from disk. ``Streamed`` reads images file by file.
+``Relabelled`` and ``StoredLabels`` take the images of another source, and targets from a teacher: from its answer to
+each batch, or from logits that were stored beforehand. A batch is a pure function of the root seed, e and b (see
+``condense.views``), so that stored logits need no record of the views that they belong to.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from condense.data.images import Images
+from condense.files import canonical_json, read_tensors, write_tensors
+from condense.rng import Rng
+from condense.views import UNCHANGED, Views
+
+Order = Literal["shuffled", "stored"]
+Teacher = Callable[[Tensor], Tensor]
+"""Images (n, C, H, W) to logits (n, num_outputs)."""
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """(n, C, H, W), as the network sees them."""
+    targets: Tensor
+    """Classes (n,), or a row of targets for each image (n, num_outputs)."""
+
+
+class Source(ABC):
+    """Gives the batches of a training. Those of one epoch are equally long, but the last may be shorter."""
+
+    rng: Rng | None
+    """Root of all draws, also of those of the network's layers (dropout); None: there are no draws of the source, and
+    layers draw from the global generators."""
+    num_batches: int
+    """Batches of an epoch."""
+    batch_size: int
+    """Images of a batch, with mirrored copies."""
+
+    @abstractmethod
+    def batch(self, epoch: int, index: int) -> Batch:
+        """Both are counted from 0. It is a pure function: batches may be asked for in any order and repeatedly."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides the views of its images, apart from the images themselves; JSON values."""
+
+
+class Examples(Source):
+    """Real or synthetic images that can be indexed: a tensor, or ``Images`` over a mapped file."""
+
+    def __init__(
+        self,
+        images: Tensor | Images,
+        targets: Tensor,
+        rng: Rng,
+        *,
+        batch_size: int,
+        num_classes: int,
+        order: Order = "shuffled",
+        views: Views = UNCHANGED,
+    ) -> None:
+        """
+        Args:
+            images: (N, C, H, W), in the space that networks see.
+            targets: classes (N,), or (N, num_classes).
+            rng: root of the order and the views.
+            batch_size: images of a batch, before mirrored copies are added.
+            num_classes: for views that mix targets.
+            order: shuffled: every epoch has an order of its own. stored: as the images are stored.
+        """
+        self.images, self.targets, self.rng, self.num_classes = images, targets, rng, num_classes
+        self.order, self.views = order, views
+        self.num_batches, self.batch_size = -(-len(images) // batch_size), batch_size * views.augment.copies
+        self._epoch, self._indices = -1, tuple[Tensor, ...]()
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        assert self.rng is not None
+        if epoch != self._epoch:
+            size = self.batch_size // self.views.augment.copies
+            self._epoch, self._indices = epoch, self._order(epoch).split(size)
+        chosen = self._indices[index]
+        images, targets = self.images[chosen], self.targets[chosen]
+        return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
+
+    def _order(self, epoch: int) -> Tensor:
+        assert self.rng is not None
+        num, device = len(self.images), self.images.device
+        if self.order == "stored":
+            return torch.arange(num, device=device)
+        return torch.randperm(num, generator=self.rng("order", epoch)).to(device)
+
+    def identity(self) -> dict[str, Any]:
+        assert self.rng is not None
+        return {
+            "seed": self.rng.seed,
+            "num_examples": len(self.images),
+            "batch_size": self.batch_size,
+            "order": self.order,
+            **self.views.identity(),
+        }
+
+
+class Minibatches(Source):
+    """Given batches of images, without views; every epoch has the same ones."""
+
+    rng = None
+
+    def __init__(self, images: Tensor, targets: Tensor, indices: Sequence[Tensor]) -> None:
+        """``indices``: for each batch, which of the images (N, C, H, W) and targets (N, ...) it has."""
+        self.images, self.targets, self.indices = images, targets, indices
+        self.num_batches, self.batch_size = len(indices), max(map(len, indices), default=0)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        chosen = self.indices[index]
+        return Batch(self.images[chosen], self.targets[chosen])
+
+    def identity(self) -> dict[str, Any]:
+        return {"indices": [index.tolist() for index in self.indices]}
+
+
+class Streamed(Source):
+    """Images that need not fit in memory, in shards: one shard is in memory at a time, and what is left of the one
+    before.
+
+    A shuffled epoch reads the shards in an order of its own and shuffles the images within each. Batches are read in
+    sequence; one that is not the next of its epoch costs reading the epoch up to it again.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Callable[[], tuple[Tensor, Tensor]]],
+        num_examples: int,
+        rng: Rng,
+        *,
+        batch_size: int,
+        num_classes: int,
+        order: Order = "shuffled",
+        views: Views = UNCHANGED,
+    ) -> None:
+        """
+        Args:
+            shards: each reads images (n, C, H, W) and targets (n, ...), n >= 1 of its own; always the same ones.
+            num_examples: of all shards together.
+            others: as in ``Examples``.
+        """
+        self.shards, self.num_examples, self.rng, self.num_classes = shards, num_examples, rng, num_classes
+        self.order, self.views = order, views
+        self.num_batches, self.batch_size = -(-num_examples // batch_size), batch_size * views.augment.copies
+        self._next = (-1, 0)
+        self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """
+        Raises:
+            ValueError: the shards hold another number of images than ``num_examples``.
+        """
+        assert self.rng is not None
+        if self._next != (epoch, index):
+            self._stream = self._read(epoch)
+            for _ in range(index):
+                next(self._stream)
+        images, targets = next(self._stream)
+        self._next = (epoch, index + 1)
+        return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
+
+    def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, before their views are made."""
+        assert self.rng is not None
+        size, seen = self.batch_size // self.views.augment.copies, 0
+        shuffled, order = self.order == "shuffled", list(range(len(self.shards)))
+        if shuffled:
+            order = torch.randperm(len(order), generator=self.rng("shards", epoch)).tolist()
+        pending: tuple[Tensor, Tensor] | None = None
+        for position, number in enumerate(order):
+            images, targets = self.shards[number]()
+            seen += len(images)
+            if seen > self.num_examples or (seen == self.num_examples and position + 1 < len(self.shards)):
+                raise ValueError(
+                    f"the shards hold more than {self.num_examples} images; give num_examples their number"
+                )
+            if shuffled:
+                index = torch.randperm(len(images), generator=self.rng("within a shard", epoch, number))
+                images, targets = images[index.to(images.device)], targets[index.to(targets.device)]
+            if pending is not None:
+                images, targets = torch.cat([pending[0], images]), torch.cat([pending[1], targets])
+            whole = len(images) // size * size
+            yield from zip(images[:whole].split(size), targets[:whole].split(size), strict=True) if whole else ()
+            pending = images[whole:].clone(), targets[whole:].clone()
+        if seen != self.num_examples:
+            raise ValueError(f"the shards hold {seen} images, not {self.num_examples}; give num_examples={seen}")
+        if pending is not None and len(pending[0]):
+            yield pending
+
+    def identity(self) -> dict[str, Any]:
+        assert self.rng is not None
+        return {
+            "seed": self.rng.seed,
+            "num_examples": self.num_examples,
+            "num_shards": len(self.shards),
+            "batch_size": self.batch_size,
+            "order": self.order,
+            **self.views.identity(),
+        }
+
+
+class Relabelled(Source):
+    """The images of another source, with targets from a teacher that sees each batch as the network does."""
+
+    def __init__(self, source: Source, teacher: Teacher, temperature: float = 1.0) -> None:
+        """Targets are the softmax of the teacher's logits divided by ``temperature``."""
+        self.source, self.teacher, self.temperature = source, teacher, temperature
+        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
+
+    @torch.no_grad()
+    def batch(self, epoch: int, index: int) -> Batch:
+        images = self.source.batch(epoch, index).images
+        return Batch(images, (self.teacher(images) / self.temperature).softmax(1))
+
+    def identity(self) -> dict[str, Any]:
+        return self.source.identity()
+
+
+class StoredLabels(Source):
+    """The images of another source, with targets from a teacher's logits that were stored for all views of some epochs.
+
+    With E epochs stored, epoch e has the views and the labels of epoch e mod E.
+    """
+
+    def __init__(self, source: Source, logits: Tensor, temperature: float = 1.0) -> None:
+        """
+        Args:
+            source: where the images come from; the same, with the same seed, as when the logits were made.
+            logits: (E, n, num_outputs), n the images of an epoch in the order of its batches; of any float type.
+            temperature: targets are the softmax of the logits divided by it.
+        """
+        self.source, self.logits, self.temperature = source, logits, temperature
+        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, source: Source, teacher: Teacher, num_epochs: int, temperature: float = 1.0) -> StoredLabels:
+        """What the teacher says of all views of so many epochs, in memory on the CPU."""
+        epochs = [
+            torch.cat([teacher(source.batch(epoch, index).images).cpu() for index in range(source.num_batches)])
+            for epoch in range(num_epochs)
+        ]
+        return cls(source, torch.stack(epochs), temperature)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the stored logits."""
+        return self.logits.nbytes
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        epoch %= len(self.logits)
+        images, first = self.source.batch(epoch, index).images, index * self.batch_size
+        logits = self.logits[epoch, first : first + len(images)].to(images.device)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Batch(images, (logits / self.temperature).softmax(1))
+
+    def identity(self) -> dict[str, Any]:
+        return self.source.identity()
+
+    def save(self, path: Path) -> None:
+        """Write the logits, with the identity of the views that they belong to, as ``.safetensors``."""
+        header = {"kind": _KIND, "format": 1, "views": self.identity()}
+        write_tensors(path, {"logits": self.logits}, header)
+
+    @classmethod
+    def load(cls, path: Path, source: Source, temperature: float = 1.0) -> StoredLabels:
+        """Labels that ``save`` wrote, for the same views of ``source``.
+
+        Raises:
+            ValueError: the file is missing or damaged, belongs to other views, or holds no finite logits of the images
+                of an epoch.
+        """
+        tensors, header = read_tensors(path, _KIND)
+        stored, views = header.get("views"), source.identity()
+        if canonical_json(stored) != canonical_json(views):
+            names = [name for name, value in views.items() if not isinstance(stored, dict) or stored.get(name) != value]
+            raise ValueError(
+                f"{path} holds labels of other views: they differ in {', '.join(names) or 'their fields'}; give the "
+                "source that the labels were made for"
+            )
+        logits = tensors.get("logits", torch.empty(0))
+        num_rows = (source.num_batches - 1) * source.batch_size + len(source.batch(0, source.num_batches - 1).images)
+        if logits.dim() != 3 or not len(logits) or logits.shape[1] != num_rows or not logits.is_floating_point():
+            raise ValueError(
+                f"{path} holds logits of shape {tuple(logits.shape)}, where (epochs, {num_rows}, outputs) is expected; "
+                "make the labels again"
+            )
+        if not logits.isfinite().all():
+            raise ValueError(f"{path} holds logits that are not finite; make the labels again")
+        return cls(source, logits, temperature)
+
+
+_KIND = "stored-labels"
