@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense.artifacts import TrajectoryWriter, pack
+from condense.artifacts import BufferWriter, pack
 from condense.files import read_foreign
 from condense.names import spelt
 from condense.networks import Functional, Weights
@@ -46,7 +46,7 @@ def import_replay_buffers(
     files = _files(src)
     params = task.network.init(Rng(0), "layout").params
     identity = {**task.identity(), "origin": "imported"}
-    writer = TrajectoryWriter(dst_root, task.name, identity, Weights(params, {}))
+    writer = BufferWriter(dst_root, task.name, identity, Weights(params, {}))
     if writer.experts:
         raise ValueError(f"{writer.folder} was imported already; move it away or choose another destination")
     for done, file in enumerate(files, 1):

@@ -612,7 +612,7 @@ def test_buffers_keep_their_types() -> None:
     params, buffers = functional.init(Rng(0), "network")
     types = {name.removeprefix("body."): buffer.dtype for name, buffer in buffers.items()}
     assert types["order"] == types["norm.num_batches_tracked"] == torch.int64 and types["kept"] == torch.bool
-    restored = functional.restored({name: buffer.float() for name, buffer in buffers.items()})
+    _, restored = functional.restored(params, {name: buffer.float() for name, buffer in buffers.items()})
     for name, buffer in buffers.items():
         assert restored[name].dtype == buffer.dtype and torch.equal(restored[name], buffer)
     x = images(DIGITS, 5)

@@ -78,6 +78,8 @@ class Functional:
         self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
         self._frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
         self._buffers = {name: buffer.detach() for name, buffer in network.named_buffers()}
+        self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
+        """Shapes of the buffers, in the order of ``Weights.buffers``."""
         self._aliases = _aliases(network)
         # Networks of others may attend by fused kernels, which have no second derivative.
         self._foreign = not from_here(self._spec)
@@ -125,9 +127,12 @@ class Functional:
             {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
 
-    def restored(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Buffers that were stored as float32, on the network's device and in their own types again."""
-        return {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()}
+    def restored(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Weights:
+        """Weights that were stored as float32, on the network's device and in their own types again."""
+        return Weights(
+            {name: p.to(self.device, self.dtype) for name, p in params.items()},
+            {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()},
+        )
 
     def logits(
         self,
