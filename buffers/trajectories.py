@@ -172,7 +172,7 @@ def build(
         )
     ranks.barrier()  # all have seen what is missing, before one adds to it
     trainer = Trainer(network, plan.training(), task.augment, compute)
-    measure = _measure(task, Scorer(network, compute), rng)
+    measure = measure_accuracy(task, Scorer(network, compute), rng)
     mine, at_once = ranks.shard(missing), compute.networks or 1
     for group in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
         begun, keys = time.perf_counter(), [rng.child("expert", expert) for expert in group]
@@ -193,7 +193,7 @@ def build(
     return writer.folder
 
 
-def _measure(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
+def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
     """Accuracy on a fixed part of the training images and, where there is one, on the validation split."""
     index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
     parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
