@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import alone, reset_peak, status_bytes
-from condense.artifacts import Trajectories, TrajectoryWriter
+from condense.artifacts import BufferWriter, Trajectories
 from condense.networks import Functional, InputShape
 from condense.rng import Rng
 
@@ -56,7 +56,7 @@ class Cost:
 def write(folder: Path, layout: Layout) -> Path:
     """Both formats, with the same weights; returns the folder of ours."""
     network, rng = Functional(layout.network, layout.input_shape, 10), Rng(0)
-    writer = TrajectoryWriter(folder, "cifar10", {"network": network.name}, network.init(rng, "layout"))
+    writer = BufferWriter(folder, "cifar10", {"network": network.name}, network.init(rng, "layout"))
     published = []
     for expert in range(layout.num_experts):
         rows = torch.randn(layout.num_epochs + 1, network.num_params, generator=rng("weights", unit=expert))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Run, scratch
-from condense.artifacts import Trajectories, TrajectorySpec
+from condense.artifacts import Trajectories
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute
@@ -147,7 +147,7 @@ def context(scale: Scale, task: Task, buffer: Path | None = None) -> Context:
         labels=Hard(),
         compute=scale.compute,
         origin=Origin(dataset=task.dataset(), transform=task.transform.describe()),
-        artifacts={} if buffer is None else {TrajectorySpec: Trajectories(buffer)},
+        artifacts={} if buffer is None else {"experts": Trajectories(buffer)},
     )
 
 

@@ -70,7 +70,8 @@ def measure(name: str, folder: Path, num_seeds: int) -> Row:
     """Distil by the digits recipe of a method below ``folder``, and score its set and random images."""
     plan = digits_recipe(name)
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
-    for spec in plan.method.needs(api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)):
+    task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
+    for spec in plan.method.needs(task).values():
         common = {"experts": experts_for(spec), "transform": plan.transform, "augment": plan.augment}
         api.make_buffer("digits", plan.network, out=options.buffers, **common)
     begun = time.monotonic()

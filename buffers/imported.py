@@ -1,14 +1,15 @@
-"""Import of published trajectories: ``replay_buffer_N.pt``, as the code of MTT and its descendants writes it.
+"""Import of networks that others trained: single ones, and published trajectories.
 
-Each file is a list of experts, an expert a list of epochs (the initialisation first), an epoch a list of
-tensors: the parameters in the order of the network, without names. Nothing says on which data or how they
-were trained, so they are matched on the shapes of the parameters alone and the caller says the rest. The
-statistics of BatchNorm were never stored.
+Trajectories are ``replay_buffer_N.pt``, as the code of MTT and its descendants writes it. Each file is a list of
+experts, an expert a list of epochs (the initialisation first), an epoch a list of tensors: the parameters in the order
+of the network, without names. Nothing says on which data or how they were trained, so they are matched on the shapes of
+the parameters alone and the caller says the rest. The statistics of BatchNorm were never stored.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense.artifacts import TrajectoryWriter, pack
-from condense.files import read_foreign
+from condense.artifacts import IMPORTED, BufferWriter, pack
+from condense.buffers.trajectories import measure_accuracy
+from condense.compute import Compute
+from condense.exchange.weights import match, read_state_dict
+from condense.files import checksum, read_foreign
 from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.task import Task
+from condense.train import Scorer
 
 
 def import_replay_buffers(
@@ -45,14 +50,14 @@ def import_replay_buffers(
     """
     files = _files(src)
     params = task.network.init(Rng(0), "layout").params
-    identity = {**task.identity(), "origin": "imported"}
-    writer = TrajectoryWriter(dst_root, task.name, identity, Weights(params, {}))
+    identity = {**task.identity(), "origin": IMPORTED}
+    writer = BufferWriter(dst_root, task.name, identity, Weights(params, {}))
     if writer.experts:
         raise ValueError(f"{writer.folder} was imported already; move it away or choose another destination")
     for done, file in enumerate(files, 1):
         for number, expert in enumerate(_items(_load(file), str(file), "experts")):
             table = _table(expert, task.network, f"{file}, expert {number}")
-            writer.add(len(writer.experts), table, table[:, :0], {"origin": "imported"})
+            writer.add(len(writer.experts), table, table[:, :0], {"origin": IMPORTED})
         if progress is not None:
             progress(done, len(files))
     writer.save()
@@ -61,6 +66,42 @@ def import_replay_buffers(
         f"that they belong to {task.name}, this transform and network is your word, the files do not say it",
         stacklevel=2,
     )
+    return writer.folder
+
+
+def import_weights(src: Path, dst_root: Path, task: Task) -> Path:
+    """Write one network that others trained as a buffer of its last epoch under ``dst_root``, and return its folder.
+
+    Its manifest says ``origin: imported``, and its accuracy on at most 5000 of the training images and, where there is
+    one, on the validation split. How it was trained stays open.
+
+    Args:
+        src: a state dict, see ``condense.exchange.weights``.
+        dst_root: folder of buffers.
+        task: the data set, split, transform and network that the user says it belongs to.
+
+    Raises:
+        ValueError: no state dict, or one that does not fit the network; the same weights were imported already; the
+            folder cannot be written. Nothing half-written stays.
+    """
+    network = task.network
+    weights = match(read_state_dict(src), network, str(src))
+    accuracies = measure_accuracy(task, Scorer(network, Compute(compile=False)), Rng(0))(weights)
+    digest = checksum({**weights.params, **weights.buffers})
+    identity = {**task.identity(), "origin": IMPORTED, "weights": digest}
+    writer = BufferWriter(dst_root, task.name, identity, weights, "last")
+    if writer.experts:
+        raise ValueError(f"{writer.folder} holds these weights already; use it, or choose another destination")
+    is_new = not writer.folder.exists()
+    try:
+        params, buffers = (pack(part)[None] for part in weights)
+        record = {"origin": IMPORTED, **{name: [value] for name, value in accuracies.items()}}
+        writer.add(0, params, buffers, record, num_epochs=0)
+        writer.save()
+    except BaseException:
+        if is_new:
+            shutil.rmtree(writer.folder, ignore_errors=True)
+        raise
     return writer.folder
 
 

@@ -1,4 +1,5 @@
-"""Expert trajectories: networks trained on the real data, with a snapshot of their weights after every epoch.
+"""Networks trained on the real data: expert trajectories, with a snapshot of their weights after every epoch, or
+teachers, of which the last snapshot alone is kept.
 
 Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022: experts are ConvNets
 trained with plain SGD (rate 0.01, batches of 256, no momentum) under DSA with one draw per image. A snapshot
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pack
+from condense.artifacts import BufferWriter, Keep, TrainedNetworks, Trajectories, identities, pack
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
@@ -51,6 +52,8 @@ class Experts(Checked):
     """Experts, each from an initialisation of its own."""
     num_epochs: int = 20
     """Epochs of each expert; there is one snapshot more."""
+    keep: Keep = "all"
+    """Epochs of which the weights are kept: all, for trajectories, or the last one alone, for teachers."""
     lr: float = 0.01
     """Learning rate of SGD."""
     momentum: float = 0.0
@@ -108,13 +111,15 @@ class Experts(Checked):
 
 
 def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str, Any]:
-    """What names the buffer: everything that decides its snapshots, apart from their number."""
+    """What names the buffer: everything that decides its snapshots. That includes the number of epochs where the last
+    one alone is kept, since a longer training then ends in other weights; else it is extent and may grow."""
     return {
         **task.identity(),
         "training": plan.identity(),
         "augment": plan.augmentation(task.augment).content(),
         "compute": compute.first_order_identity(),
         "seed": seed,
+        **({"keep": plan.keep, "num_epochs": plan.num_epochs} if plan.keep == "last" else {}),
     }
 
 
@@ -126,7 +131,8 @@ computed is: so the policy is settled for this much work, whatever was asked for
 def settled(task: Task, plan: Experts, root: Path, seed: int, compute: Compute) -> Compute:
     """``compute`` with nothing left open; where a buffer of this kind is there already, as that was built."""
     like = {k: v for k, v in identity(task, plan, seed, compute).items() if k != "compute"}
-    there = identities(root, TrajectorySpec.kind, like)
+    kind = Trajectories.kind if plan.keep == "all" else TrainedNetworks.kind
+    there = identities(root, kind, like)
     earlier = there[0]["compute"] if len(there) == 1 else None
     return compute.resolved(task.network.flops * len(task.train) * USUAL_EPOCHS, task.device, earlier)
 
@@ -158,7 +164,7 @@ def build(
     network, rng = task.network, Rng(seed)
     compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
-    writer = TrajectoryWriter(root, task.name, identity(task, plan, seed, compute), layout)
+    writer = BufferWriter(root, task.name, identity(task, plan, seed, compute), layout, plan.keep)
     writer.make_folder()
     num_experts = max(plan.num_experts, len(writer.complete))
     missing = [expert for expert in range(num_experts) if writer.epochs(expert) < plan.num_epochs]
@@ -177,7 +183,7 @@ def build(
         )
     ranks.barrier()  # all have seen what is missing, before one adds to it
     trainer = Trainer(network, plan.training(), compute)
-    measure = _measure(task, Scorer(network, compute), rng)
+    measure = measure_accuracy(task, Scorer(network, compute), rng)
     mine, at_once = ranks.shard(missing), compute.networks or 1
     for group in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
         begun, keys = time.perf_counter(), [rng.child("expert", expert) for expert in group]
@@ -194,13 +200,13 @@ def build(
         seconds = round((time.perf_counter() - begun) / len(group), 3)
         for expert, recorder in zip(group, recorders, strict=True):
             about = {"origin": "trained", "device": task.device.type, "seconds": seconds, **recorder.accuracies}
-            writer.add(expert, recorder.params, recorder.buffers, about)
+            writer.add(expert, recorder.params, recorder.buffers, about, plan.num_epochs)
         writer.save()
     ranks.barrier()
     return writer.folder
 
 
-def _measure(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
+def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
     """Accuracy on a fixed part of the training images and, where there is one, on the validation split."""
     index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
     parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
@@ -222,14 +228,15 @@ class _Recorder:
         progress: Progress | None,
     ) -> None:
         self.expert, self.plan, self.measure, self.progress = expert, plan, measure, progress
-        widths = [len(pack(tensors)) for tensors in initial]
-        self.params, self.buffers = (torch.empty(plan.num_epochs + 1, width) for width in widths)
+        self.num_rows = plan.num_epochs + 1 if plan.keep == "all" else 1
+        self.params, self.buffers = (torch.empty(self.num_rows, len(pack(tensors))) for tensors in initial)
         self.accuracies: dict[str, list[float]] = {}
         self(0, initial)
 
     def __call__(self, epoch: int, weights: Weights) -> None:
-        self.params[epoch], self.buffers[epoch] = pack(weights.params), pack(weights.buffers)
-        if not self.params[epoch].isfinite().all():
+        row = epoch % self.num_rows
+        self.params[row], self.buffers[row] = pack(weights.params), pack(weights.buffers)
+        if not self.params[row].isfinite().all():
             raise ValueError(
                 f"expert {self.expert} has weights that are not finite after {epoch} epochs: its training "
                 f"diverged; give an {spelt('lr')} below {self.plan.lr:g}"

@@ -747,8 +747,9 @@ def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
 
 def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks = Ranks()) -> Context:
     """``source``: where the data lie, for the command that builds what is missing."""
-    found = {type(spec): spec.open(artifacts.find(buffers, spec, source)) for spec in plan.method.needs(task)}
-    used = [artifact.describe() for artifact in found.values()]
+    needs = plan.method.needs(task)
+    opened = {name: spec.open(artifacts.find(buffers, spec, source)) for name, spec in needs.items()}
+    used = [artifact.describe() for artifact in opened.values()]
     method = plan.method
     training = method.training(task).content() | {
         "augment": str(method.training_augment(task)),
@@ -771,7 +772,7 @@ def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks 
         labels=plan.labels,
         compute=plan.compute,
         origin=origin,
-        artifacts=found,
+        artifacts=opened,
         ranks=ranks,
     )
 

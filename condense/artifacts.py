@@ -3,9 +3,10 @@
 An artifact is a folder with a ``manifest.json``. Its *identity* says what decided its content; the hash of it
 ends the folder's name. Its *extent* (experts, epochs) says how much of it there is, and may grow.
 
-Trajectories keep each expert in one ``.safetensors`` file: ``params`` (E + 1, P) and, where the network has
-some, ``buffers`` (E + 1, B), float32, row 0 the initialisation. The header holds a checksum of every row, so
-that a row is read and verified through the memory map without touching the others.
+Trained networks lie in a *buffer*, which keeps each of them in one ``.safetensors`` file: ``params`` (R, P) and, where
+the network has some, ``buffers`` (R, B), float32. A buffer of *trajectories* keeps every epoch: R = E + 1 rows, row 0
+the initialisation. A buffer of *networks* keeps the last epoch alone: R = 1. The header holds a checksum of every row,
+so that a row is read and verified without touching the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,17 +33,23 @@ from torch import Tensor
 from condense.data import datasets
 from condense.files import canonical_json, expanded, locked, read_header, read_json, read_row, replacing, write_text
 from condense.names import printable, spelt
-from condense.networks import Weights
+from condense.networks import Functional, Weights
 from condense.schema import from_json
 
 FORMAT = 1
 DEFAULT_ROOT = Path("artifacts")
 MANIFEST = "manifest.json"
 
+Keep = Literal["all", "last"]
+"""Which epochs of a training a buffer keeps: all of them, the initialisation included, or the last one alone."""
+
+IMPORTED = "imported"
+"""The origin of networks that others trained."""
+
 _MEND = "restore it, or move it away and build the buffer again, which trains what is missing"
 
 
-class Artifact:
+class Artifact(ABC):
     """What a spec finds on disk, opened for reading.
 
     Raises:
@@ -54,10 +61,132 @@ class Artifact:
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder, self.kind)
 
+    @abstractmethod
+    def extent(self) -> dict[str, int]:
+        """How much of it there is, by name; JSON-able."""
+
     def describe(self) -> dict[str, Any]:
         """For the files of what was made with it: kind, name (which ends in the hash of its identity) and extent."""
-        extent = {key: self.manifest.get(key) for key in ("num_experts", "num_epochs")}
-        return {"kind": self.kind, "name": self.folder.resolve().name, **extent}
+        return {"kind": self.kind, "name": self.folder.resolve().name, **self.extent()}
+
+
+class TrainedNetworks(Artifact):
+    """Networks of one architecture at the end of their training."""
+
+    kind = "networks"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._key = _hash(self.manifest["identity"])
+
+    @property
+    def num_networks(self) -> int:
+        return int(self.manifest["num_experts"])
+
+    @property
+    def num_epochs(self) -> int:
+        """The epochs that every network was trained for; 0 of imported networks, of which the number is not known."""
+        return int(self.manifest["num_epochs"])
+
+    def extent(self) -> dict[str, int]:
+        return {"num_networks": self.num_networks}
+
+    def weights(self, index: int, network: Functional) -> Weights:
+        """Network ``index`` after its last epoch, on the device and in the types of ``network``.
+
+        Raises:
+            ValueError: its file is missing or damaged; its tensors are not those of ``network``.
+        """
+        return self._weights(index, self._last_row(index), network)
+
+    def _last_row(self, index: int) -> int:
+        return 0
+
+    def _weights(self, index: int, row: int, network: Functional) -> Weights:
+        params, buffers = ({name: tuple(shape) for name, shape in self.manifest[part]} for part in Weights._fields)
+        if network.buffer_shapes and not buffers:
+            raise ValueError(
+                f"networks of {self.folder} cannot label images: they came without the running statistics of "
+                f"{network.name}; train them with `condense buffer`, which keeps these"
+            )
+        if (params, buffers) != (network.shapes, network.buffer_shapes):
+            raise ValueError(f"{self.folder} holds other networks than {network.name}; give another folder")
+        stored = (self._read(part, index, (row,))[0] if self.manifest[part] else {} for part in Weights._fields)
+        return network.restored(*stored)
+
+    def _read(self, table: str, index: int, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        assert 0 <= index < self.num_networks, f"network {index} of {self.num_networks}"
+        path = self.folder / expert_file(index)
+        header = from_json(_ExpertHeader, read_header(path), str(path))
+        if header.buffer != self._key:
+            raise ValueError(f"{path} belongs to another buffer; {_MEND}")
+        layout, checksums = self.manifest[table], header.rows.get(table, ())
+        width = sum(math.prod(shape) for _, shape in layout)
+        tensors = []
+        for number in rows:
+            try:
+                row = read_row(path, table, number, width)
+                intact = number < len(checksums) and _checksum(row) == checksums[number]
+            except (OSError, ValueError):
+                intact = False
+            if not intact:
+                raise ValueError(f"{path} is damaged: row {number} of its {table} does not fit its checksum; {_MEND}")
+            tensors.append(_unpack(row, layout))
+        return tensors
+
+
+class Trajectories(TrainedNetworks):
+    """Snapshots of experts: epoch 0 is the initialisation, epoch k the weights after k epochs."""
+
+    kind = "trajectories"
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_networks
+
+    def extent(self) -> dict[str, int]:
+        return {"num_experts": self.num_experts, "num_epochs": self.num_epochs}
+
+    def weights(self, index: int, network: Functional, epoch: int | None = None) -> Weights:
+        """As of ``TrainedNetworks``, after ``epoch`` epochs; by default after as many as every expert has."""
+        row = self._last_row(index) if epoch is None else self._row(index, epoch)
+        return self._weights(index, row, network)
+
+    def snapshot(self, expert: int, epoch: int) -> dict[str, Tensor]:
+        """Parameters by name, float32, on the CPU.
+
+        Raises:
+            ValueError: the expert's file is missing or damaged.
+        """
+        return self._read("params", expert, (self._row(expert, epoch),))[0]
+
+    def pair(self, expert: int, start: int, target: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Two snapshots of one expert; raises as ``snapshot`` does."""
+        first, second = self._read("params", expert, (self._row(expert, start), self._row(expert, target)))
+        return first, second
+
+    def buffers(self, expert: int, epoch: int) -> dict[str, Tensor]:
+        """Buffers by name (BatchNorm's statistics), float32, on the CPU; empty where the network has none."""
+        return self._read("buffers", expert, (self._row(expert, epoch),))[0] if self.manifest["buffers"] else {}
+
+    def _last_row(self, index: int) -> int:
+        return self.num_epochs
+
+    def _row(self, expert: int, epoch: int) -> int:
+        assert 0 <= expert < self.num_experts, f"expert {expert} of {self.num_experts}"
+        last = self.manifest["experts"][expert]["num_epochs"]
+        assert 0 <= epoch <= last, f"epoch {epoch} of {last}"
+        return epoch
+
+
+def open_buffer(folder: Path) -> TrainedNetworks:
+    """Trained networks, or the trajectories of which they are the end.
+
+    Raises:
+        ValueError: the folder holds neither, or its manifest is damaged.
+    """
+    is_trajectories = read_manifest(folder)["kind"] == Trajectories.kind
+    return Trajectories(folder) if is_trajectories else TrainedNetworks(folder)
 
 
 @dataclass(frozen=True)
@@ -77,25 +206,24 @@ class ArtifactSpec(ABC):
     def open(self, path: Path) -> Artifact:
         """Open the folder that ``find`` returned. Raises ValueError if it is damaged."""
 
+    def compares(self, kind: str) -> bool:
+        """Whether artifacts of this kind serve, or come near enough for ``misfits`` to say what they lack."""
+        return kind == self.kind
+
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Why an artifact does not serve, in words; empty if it does."""
+        """Why an artifact of a kind that ``compares`` accepts does not serve, in words; empty if it does."""
         return _differences(_plain(self.identity), manifest["identity"])
 
 
 @dataclass(frozen=True)
-class TrajectorySpec(ArtifactSpec):
-    """Expert trajectories of at least this extent."""
+class _BufferSpec(ArtifactSpec):
+    """What the specs of buffers share."""
 
-    kind: ClassVar[str] = "trajectories"
+    def compares(self, kind: str) -> bool:
+        return kind in (Trajectories.kind, TrainedNetworks.kind)
 
-    num_experts: int = 1
-    """Fewest experts that serve."""
-    num_epochs: int = 1
-    """Fewest epochs that serve; there is one snapshot more."""
-    experts: Literal["any", "sgd", "gsam"] = "any"
-    """How they were trained. Of imported experts it is not known, and not asked."""
-
-    def command(self, dataset: str) -> str:
+    def _command(self, dataset: str) -> list[str]:
+        """The words of ``condense buffer`` that follow from the identity."""
         words = ["condense", "buffer", "--dataset", dataset]
         if "network" in self.identity:
             words += ["--network", self.identity["network"]]
@@ -106,6 +234,24 @@ class TrajectorySpec(ArtifactSpec):
         split = self.identity.get("split", {})
         if split.get("val_fraction"):
             words += ["--split.val-fraction", str(split["val_fraction"]), "--split.seed", str(split["seed"])]
+        return [*words, *_flags(self.identity.get("training", {}))]
+
+
+@dataclass(frozen=True)
+class TrajectorySpec(_BufferSpec):
+    """Expert trajectories of at least this extent."""
+
+    kind: ClassVar[str] = Trajectories.kind
+
+    num_experts: int = 1
+    """Fewest experts that serve."""
+    num_epochs: int = 1
+    """Fewest epochs that serve; there is one snapshot more."""
+    experts: Literal["any", "sgd", "gsam"] = "any"
+    """How they were trained. Of imported experts it is not known, and not asked."""
+
+    def command(self, dataset: str) -> str:
+        words = self._command(dataset)
         if self.experts == "gsam":
             words += ["--rho", "0.01", "--alpha", "0.3"]
         if self.num_experts > 1:
@@ -113,77 +259,64 @@ class TrajectorySpec(ArtifactSpec):
         return shlex.join([*words, "--num-epochs", str(self.num_epochs)])
 
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
-        wanted = {"num_experts": self.num_experts, "num_epochs": self.num_epochs}
-        short = [f"{key} is {manifest[key]}, less than {n}" for key, n in wanted.items() if manifest[key] < n]
+        short = _shortfall(manifest, num_experts=self.num_experts, num_epochs=self.num_epochs)
+        if manifest["kind"] != self.kind:
+            short.append("only the last epoch is kept")
         training = manifest["identity"].get("training", {})
-        found = "gsam" if training.get("rho") else "sgd"
-        if training and self.experts not in ("any", found):
-            short.append(f"experts are trained by {found}, not {self.experts}")
+        result = "gsam" if training.get("rho") else "sgd"
+        if training and self.experts not in ("any", result):
+            short.append(f"experts are trained by {result}, not {self.experts}")
         return super().misfits(manifest) + short
 
     def open(self, path: Path) -> Trajectories:
         return Trajectories(path)
 
 
-class Trajectories(Artifact):
-    """Snapshots of experts: epoch 0 is the initialisation, epoch k the weights after k epochs."""
+@dataclass(frozen=True)
+class TrainedNetworkSpec(_BufferSpec):
+    """Networks at the end of their training, such as teachers; of an expert buffer its last epoch serves.
 
-    kind = TrajectorySpec.kind
+    ``identity`` says which, with ``Task.identity`` for the data and the architecture (of ``task.with_network(name)``
+    for another one than the recipe's) and, where it matters, the fields ``training``, of which names and values are
+    those of ``condense buffer``: ``{**task.identity(), "training": {"lr": 0.1, "momentum": 0.9}}``. What is left out
+    is open. Imported networks do not say how they were trained: they serve where ``training`` is left out.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._key = _hash(self.manifest["identity"])
+    kind: ClassVar[str] = TrainedNetworks.kind
 
-    @property
-    def num_experts(self) -> int:
-        return int(self.manifest["num_experts"])
+    num_networks: int = 1
+    """Fewest networks that serve."""
+    num_epochs: int = 1
+    """Fewest epochs of training that serve."""
 
-    @property
-    def num_epochs(self) -> int:
-        """That every expert has."""
-        return int(self.manifest["num_epochs"])
+    def command(self, dataset: str) -> str:
+        extent = ["--num-experts", str(self.num_networks), "--num-epochs", str(self.num_epochs)]
+        return shlex.join([*self._command(dataset), *extent, "--keep", "last"])
 
-    def snapshot(self, expert: int, epoch: int) -> dict[str, Tensor]:
-        """Parameters by name, float32, on the CPU.
+    def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
+        is_imported = manifest["identity"].get("origin") == IMPORTED
+        epochs = {} if is_imported else {"num_epochs": self.num_epochs}
+        return super().misfits(manifest) + _shortfall(manifest, num_experts=self.num_networks, **epochs)
 
-        Raises:
-            ValueError: the expert's file is missing or damaged.
-        """
-        return self._read("params", expert, (epoch,))[0]
-
-    def pair(self, expert: int, start: int, target: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Two snapshots of one expert; raises as ``snapshot`` does."""
-        first, second = self._read("params", expert, (start, target))
-        return first, second
-
-    def buffers(self, expert: int, epoch: int) -> dict[str, Tensor]:
-        """Buffers by name (BatchNorm's statistics), float32, on the CPU; empty where the network has none."""
-        return self._read("buffers", expert, (epoch,))[0] if self.manifest["buffers"] else {}
-
-    def _read(self, table: str, expert: int, epochs: Sequence[int]) -> list[dict[str, Tensor]]:
-        assert 0 <= expert < self.num_experts, f"expert {expert} of {self.num_experts}"
-        last = self.manifest["experts"][expert]["num_epochs"]
-        assert all(0 <= epoch <= last for epoch in epochs), f"epochs {epochs} of {last}"
-        path = self.folder / expert_file(expert)
-        header = from_json(_ExpertHeader, read_header(path), str(path))
-        if header.buffer != self._key:
-            raise ValueError(f"{path} belongs to another buffer; {_MEND}")
-        layout, checksums = self.manifest[table], header.rows.get(table, ())
-        width = sum(math.prod(shape) for _, shape in layout)
-        rows = []
-        for epoch in epochs:
-            try:
-                row = read_row(path, table, epoch, width)
-                intact = epoch < len(checksums) and _checksum(row) == checksums[epoch]
-            except (OSError, ValueError):
-                intact = False
-            if not intact:
-                raise ValueError(f"{path} is damaged: its {table} of epoch {epoch} do not fit their checksum; {_MEND}")
-            rows.append(_unpack(row, layout))
-        return rows
+    def open(self, path: Path) -> TrainedNetworks:
+        return open_buffer(path)
 
 
-class TrajectoryWriter:
+def _shortfall(manifest: Mapping[str, Any], **fewest: int) -> list[str]:
+    return [f"{key} is {manifest[key]}, less than {n}" for key, n in fewest.items() if manifest[key] < n]
+
+
+def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """The words that give these fields on the command line."""
+    for name, value in fields.items():
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            yield from _flags(value, f"{flag}.")
+        else:
+            yield from (flag, str(value))
+
+
+class BufferWriter:
     """A buffer being written: experts are added in any order, each atomically; ``save`` makes them visible.
 
     Several processes may write one buffer: ``save`` adds to what the others saved. Readers see the experts that come
@@ -192,19 +325,23 @@ class TrajectoryWriter:
     Args:
         root: folder of buffers.
         dataset: its name, for the folder's name.
-        identity: everything that decided the trajectories; JSON-able, with the key ``network``.
+        identity: everything that decided the snapshots; JSON-able, with the key ``network``.
         weights: of the network, for names and shapes.
+        keep: which epochs of an expert it holds. Where it is "last", ``identity`` has to say how many were trained.
 
     Raises:
         ValueError: the folder cannot be made, or what it holds is damaged or another buffer.
     """
 
-    def __init__(self, root: Path, dataset: str, identity: Mapping[str, Any], weights: Weights) -> None:
+    def __init__(
+        self, root: Path, dataset: str, identity: Mapping[str, Any], weights: Weights, keep: Keep = "all"
+    ) -> None:
         self.identity = _plain(identity)
         self._key = _hash(self.identity)
-        self.folder = root / "-".join([_slug(dataset), _slug(self.identity["network"]), self._key[:8]])
+        self.folder = root / folder_name(dataset, self.identity)
+        self._kind = Trajectories.kind if keep == "all" else TrainedNetworks.kind
         self._fixed = {
-            "kind": TrajectorySpec.kind,
+            "kind": self._kind,
             "format": FORMAT,
             "dataset": dataset,
             "identity": self.identity,
@@ -243,12 +380,16 @@ class TrajectoryWriter:
             return 0
         return int(record["num_epochs"])
 
-    def add(self, expert: int, params: Tensor, buffers: Tensor, record: Mapping[str, Any]) -> None:
+    def add(
+        self, expert: int, params: Tensor, buffers: Tensor, record: Mapping[str, Any], num_epochs: int | None = None
+    ) -> None:
         """Write an expert, a new one or in place of an old one.
 
         Args:
-            params, buffers: (E + 1, P) and (E + 1, B), rows made by ``pack``.
+            params, buffers: (R, P) and (R, B), rows made by ``pack``; R is one for each epoch and one for the
+                initialisation, or 1 where the last epoch alone is kept.
             record: for the manifest.
+            num_epochs: epochs that it was trained for; by default R - 1.
         """
         self.make_folder()
         tables = {"params": params} | ({"buffers": buffers} if buffers.shape[1] else {})
@@ -265,7 +406,7 @@ class TrajectoryWriter:
                 found = re.search(r"os error (\d+)", str(error))
                 code = int(found[1]) if found else errno.EIO
                 raise OSError(code, os.strerror(code)) from error
-        self._added[expert] = {"num_epochs": len(params) - 1, **record}
+        self._added[expert] = {"num_epochs": len(params) - 1 if num_epochs is None else num_epochs, **record}
         self._place(self._added)
 
     def save(self) -> None:
@@ -287,7 +428,7 @@ class TrajectoryWriter:
         """The experts of the manifest. Raises ValueError where it is of another buffer."""
         if not (self.folder / MANIFEST).exists():
             return []
-        manifest = read_manifest(self.folder, TrajectorySpec.kind)
+        manifest = read_manifest(self.folder, self._kind)
         changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
         if changes:
             raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another {spelt('out')}")
@@ -309,7 +450,7 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
     is_artifact = (root / MANIFEST).is_file()
     folders = [root] if is_artifact else sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
     manifests = {folder: read_manifest(folder) for folder in folders}
-    misfits = {f: spec.misfits(found) for f, found in manifests.items() if found["kind"] == spec.kind}
+    misfits = {f: spec.misfits(found) for f, found in manifests.items() if spec.compares(found["kind"])}
     fitting = [folder for folder, reasons in misfits.items() if not reasons]
     if len(fitting) == 1:
         return fitting[0]
@@ -349,8 +490,8 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
     if head.format != FORMAT or kind not in (None, head.kind):
         found, wanted = f"{printable(head.kind, 60)} of format {head.format}", f"{kind or 'format'} {FORMAT}"
         raise ValueError(f"{folder} holds {found}, not {wanted}; give another folder")
-    if head.kind == TrajectorySpec.kind:
-        from_json(_TrajectoryManifest, manifest, str(path))
+    if head.kind in (Trajectories.kind, TrainedNetworks.kind):
+        from_json(_BufferManifest, manifest, str(path))
     return dict(manifest)
 
 
@@ -365,7 +506,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class _Identity:
-    """The fields of the identity of trajectories that are used here."""
+    """The fields of the identity of a buffer that are used here."""
 
     network: str
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -385,8 +526,8 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
-class _TrajectoryManifest:
-    """The other fields of the manifest of trajectories; see ``TrajectoryWriter.save``."""
+class _BufferManifest:
+    """The other fields of the manifest of a buffer; see ``BufferWriter.save``."""
 
     dataset: str
     identity: _Identity
@@ -414,6 +555,11 @@ class _ExpertHeader:
     buffer: str
     rows: Mapping[str, Sequence[str]]
     """Checksums of the rows of each table."""
+
+
+def folder_name(dataset: str, identity: Mapping[str, Any]) -> str:
+    """The name of a buffer's folder: data set, network, and the first digits of the hash of its identity."""
+    return "-".join([_slug(dataset), _slug(identity["network"]), _hash(_plain(identity))[:8]])
 
 
 def expert_file(expert: int) -> str:

@@ -18,7 +18,8 @@ from tyro.conf import FlagConversionOff as Switch
 from condense import api, exchange, networks, recipe
 from condense import show as glance
 from condense.api import RunOptions
-from condense.buffers.imported import import_replay_buffers
+from condense.artifacts import open_buffer
+from condense.buffers.imported import import_replay_buffers, import_weights
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data import datasets
@@ -100,9 +101,9 @@ class Evaluate:
 @dataclass(frozen=True, kw_only=True)
 class Import:
     dataset: str = "cifar10"
-    """Data set that the experts were trained on, or the images made from."""
+    """Data set that the networks were trained on, or the images made from."""
     network: str = "convnet"
-    """The experts' network."""
+    """The architecture of the networks, e.g. convnet:norm=batch, torchvision:resnet18 or timm:resnet10t."""
     transform: str = "channel"
     """Their transform: published MTT buffers and sets used zca unless their folder says NO_ZCA."""
     decode: Decode = Pixels()
@@ -261,18 +262,29 @@ def import_(words: list[str]) -> None:
     if _asks_for_help(words):
         recipe.parse(Import, ["--help"], Import(), prog="condense import SRC DST")
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
-        raise ValueError("import needs SRC and DST; e.g. condense import buffers/CIFAR10/ConvNet artifacts")
+        raise ValueError(
+            "import needs SRC and DST; e.g. condense import resnet18.pth artifacts --network torchvision:resnet18"
+        )
     command = recipe.parse(Import, words[2:], Import(), prog="condense import SRC DST")
     source, target = expanded(words[0]), expanded(words[1])
     if target.suffix == ".safetensors":
         _import_set(source, target, command)
         return
-    if exchange.is_foreign(source) and not _holds_experts(source):
+    is_weights = source.suffix in (".pt", ".pth", ".safetensors") and not _holds_experts(source)
+    if exchange.is_foreign(source) and not _holds_experts(source) and not is_weights:
         raise ValueError(
             f"{words[0]} looks like a set; name a file for it, e.g. condense import {words[0]} set.safetensors"
         )
     arrays = api.open_data(command.dataset, download=command.download)
     task = api.plain_task(arrays, command.network, command.transform, command.split)
+    if is_weights:
+        folder = import_weights(source, target, task)
+        record = open_buffer(folder).manifest["experts"][0]
+        for name, part in {"val_accuracy": "the validation split", "train_accuracy": "training images"}.items():
+            if name in record:
+                say(f"accuracy on {part}: {100 * record[name][-1]:.1f} %")
+        say(str(folder))
+        return
     with progress("import", 100) as bar:
 
         def report(done: int, total: int) -> None:

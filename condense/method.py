@@ -114,7 +114,8 @@ class Context:
     labels: Labels
     compute: Compute
     origin: Origin
-    artifacts: Mapping[type[ArtifactSpec], Artifact] = field(default_factory=dict)
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    """What the specs of ``Method.needs`` opened, by the same names."""
     ranks: Ranks = Ranks()
 
     @property
@@ -289,9 +290,10 @@ class Method(Checked, ABC):
                 f"method.num_steps must be at least 1, got {self.num_steps}; give {spelt('method.num_steps', 1)}"
             )
 
-    def needs(self, task: Task) -> tuple[ArtifactSpec, ...]:
-        """The artifacts to be found on disk before the run begins."""
-        return ()
+    def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
+        """The artifacts to be found on disk before the run begins, by the names under which ``Context.artifacts`` holds
+        them opened. Files list what was read in the order of these names."""
+        return {}
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         """Planned work of all steps: images times passes forth and back through the network. A forward pass alone

@@ -122,11 +122,12 @@ def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _buffer(folder: Path) -> None:
-    buffer = artifacts.Trajectories(folder)
+    buffer = artifacts.open_buffer(folder)
     identity = buffer.manifest["identity"]
     _facts(str(folder), {k: json.dumps(v) if isinstance(v, dict) else v for k, v in identity.items()})
     origin = printable(identity.get("origin", "trained"), 60)
-    print(f"{buffer.num_experts} experts x {buffer.num_epochs} epochs, {origin}")
+    extent = " x ".join(f"{value} {name.removeprefix('num_')}" for name, value in buffer.extent().items())
+    print(f"{extent}, {origin}")
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,14 @@ class Task:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def with_network(self, network: str) -> Task:
+        """The same data for another architecture, on the same device.
+
+        Raises:
+            ValueError: as ``Functional`` does.
+        """
+        return replace(self, network=Functional(network, self.input_shape, self.num_classes, self.device))
 
     def dataset(self) -> dict[str, Any]:
         """What files say of the data."""

@@ -21,7 +21,7 @@ Deviations: see docs/methods/mtt.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, final
 
@@ -33,8 +33,6 @@ from condense.inner import SGD
 from condense.match import trajectory_distance
 from condense.method import Context, GradientState, Optim
 from condense.methods.unrolled import Minibatch, Unrolled
-from condense.names import spelt
-from condense.networks import Functional
 from condense.synthetic.labels import Assigned
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
@@ -84,9 +82,9 @@ class TrajectoryMatching(Unrolled):
         if not self.lr > 0:
             raise ValueError(f"method.lr must be positive, got {self.lr}: its logarithm is learned; try 0.01")
 
-    def needs(self, task: Task) -> tuple[ArtifactSpec, ...]:
+    def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
         last_epoch = self.max_start_epoch - 1 + self.expert_epochs
-        return (TrajectorySpec(identity=task.identity(), num_epochs=last_epoch, experts=self.experts),)
+        return {"experts": TrajectorySpec(identity=task.identity(), num_epochs=last_epoch, experts=self.experts)}
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = self.batch_syn or num_classes * images_per_class
@@ -117,7 +115,8 @@ class TrajectoryMatching(Unrolled):
         """Where the student starts and what it aims at."""
         expert, epoch = self.sample_segment(ctx, step, part)
         start, target = experts_of(ctx).pair(expert, epoch, epoch + self.expert_epochs)
-        return _onto(ctx.task.network, start), _onto(ctx.task.network, target)
+        network = ctx.task.network
+        return network.restored(start, {}).params, network.restored(target, {}).params
 
     def sample_segment(self, ctx: Context, step: int, part: int) -> tuple[int, int]:
         """Which piece of a trajectory is matched: an expert and a start epoch, drawn for this part."""
@@ -165,7 +164,7 @@ class MTT(TrajectoryMatching):
 
 def experts_of(ctx: Context) -> Trajectories:
     """The buffer."""
-    return cast(Trajectories, ctx.artifacts[TrajectorySpec])
+    return cast(Trajectories, ctx.artifacts["experts"])
 
 
 @torch.no_grad()
@@ -175,25 +174,15 @@ def expert_logits(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tens
     Raises:
         ValueError: it has BatchNorm, and the buffer no statistics of it.
     """
-    network, experts = ctx.task.network, experts_of(ctx)
-    params, buffers = _onto(network, experts.snapshot(expert, epoch)), experts.buffers(expert, epoch)
-    if buffers.keys() != network.init(ctx.rng, "structure").buffers.keys():
-        raise ValueError(
-            f"experts of {experts.folder} cannot judge images: they came without the running statistics of "
-            f"{network.name}; train experts with `condense buffer`, or give {spelt('labels', 'hard')}"
-        )
-    buffers = network.restored(buffers)
-    return torch.cat([network.logits(params, buffers, x, train=False) for x in images.detach().split(MAX_JUDGED)])
+    network = ctx.task.network
+    weights = experts_of(ctx).weights(expert, network, epoch)
+    return torch.cat([network.logits(*weights, x, train=False) for x in images.detach().split(MAX_JUDGED)])
 
 
 def judged_by_all(ctx: Context, images: Tensor) -> Iterator[Tensor]:
     """The logits (N, C) of every expert at the end of its training."""
     experts = experts_of(ctx)
     return (expert_logits(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
-
-
-def _onto(network: Functional, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: p.to(network.device, network.dtype) for name, p in snapshot.items()}
 
 
 def minibatches(num_images: int, batch: int | None, num_steps: int, generator: torch.Generator) -> Iterator[Tensor]:

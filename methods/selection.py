@@ -42,10 +42,12 @@ import sklearn.cluster
 import torch
 from torch import Tensor
 
+from condense.cache import cache_folder
 from condense.method import Context, Method, State
 from condense.networks import Weights
+from condense.pretraining import pretrained
 from condense.synthetic.labels import Assigned
-from condense.train import Scorer, Trainer, Training, one_hot
+from condense.train import Scorer, Training, one_hot
 
 BATCH = 1000
 
@@ -257,13 +259,12 @@ class EL2N(ScoreSelection):
 def trained(
     ctx: Context, num_epochs: int, num_networks: int = 1, on_epoch: Callable[[int, Weights], None] | None = None
 ) -> Iterator[Weights]:
-    """The recipe's network, trained on the real images, as often as is asked for; ``on_epoch`` as in ``Trainer``."""
-    network, train = ctx.task.network, ctx.task.train
-    trainer = Trainer(network, Training(num_epochs=num_epochs), ctx.compute)
+    """The recipe's network, trained on the real images, as often as is asked for; ``on_epoch`` as in ``pretrained``."""
+    training, cache = Training(num_epochs=num_epochs), cache_folder()
     for k in range(num_networks):
         rng = ctx.rng.child("features", k)
-        source = trainer.source(train.images, train.labels, rng)
-        yield trainer.run(network.init(rng, "network"), source, on_epoch=on_epoch)
+        initial = ctx.task.network.init(rng, "network")
+        yield pretrained(ctx.task, training, ctx.compute, initial, rng, cache=cache, on_epoch=on_epoch)
 
 
 def forgetting_events(correct: Tensor) -> Tensor:

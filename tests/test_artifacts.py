@@ -4,7 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from condense.api import distill, make_buffer
 from condense.artifacts import (
+    ArtifactSpec,
+    BufferWriter,
+    TrainedNetworks,
+    TrainedNetworkSpec,
     Trajectories,
     TrajectorySpec,
-    TrajectoryWriter,
     expert_file,
     find,
     pack,
     read_manifest,
 )
-from condense.networks import Weights
+from condense.data.datasets import Arrays
+from condense.method import Context, Method, State
+from condense.networks import Functional, Weights
+from condense.task import Task
+from tests.conftest import TINY
 
 IDENTITY = {
     "dataset": "f00d",
@@ -45,7 +54,7 @@ def snapshots(expert: int) -> list[Weights]:
 
 
 def write(root: Path, num_experts: int = 2, **changes: Any) -> Path:
-    writer = TrajectoryWriter(root, "digits", IDENTITY | changes, snapshots(0)[0])
+    writer = BufferWriter(root, "digits", IDENTITY | changes, snapshots(0)[0])
     for expert in range(num_experts):
         params, buffers = (
             torch.stack([pack(part) for part in parts]) for parts in zip(*snapshots(expert), strict=True)
@@ -169,6 +178,122 @@ def test_several_serve(tmp_path: Path) -> None:
     assert find(folders[1], wanted(), "digits") == folders[1]
 
 
+def last(root: Path, num_networks: int = 1, num_epochs: int = 5, **changes: Any) -> Path:
+    """A buffer of the last epoch of ``snapshots``."""
+    identity = IDENTITY | {"keep": "last", "num_epochs": num_epochs} | changes
+    writer = BufferWriter(root, "digits", identity, snapshots(0)[0], "last")
+    for index in range(num_networks):
+        params, buffers = (pack(part)[None] for part in snapshots(index)[-1])
+        writer.add(index, params, buffers, {"origin": "trained"}, num_epochs)
+    writer.save()
+    return writer.folder
+
+
+def teachers(num_networks: int = 1, num_epochs: int = 1, **changes: Any) -> TrainedNetworkSpec:
+    return TrainedNetworkSpec(wanted(**changes).identity, num_networks=num_networks, num_epochs=num_epochs)
+
+
+def test_networks_are_found_by_architecture_number_and_training(tmp_path: Path) -> None:
+    folder = last(tmp_path, 2, training={"lr": 0.1})
+    other = last(tmp_path, network="mlp", training={"lr": 0.1})
+    assert find(tmp_path, teachers(2, 5), "digits") == folder
+    assert find(tmp_path, teachers(network="mlp", training={"lr": 0.1}), "digits") == other
+    for spec, difference in (
+        (teachers(3), "num_experts is 2, less than 3"),
+        (teachers(1, 6), "num_epochs is 5, less than 6"),
+        (teachers(training={"lr": 0.2}), "training.lr is 0.1, not 0.2"),
+        (wanted(), "only the last epoch is kept"),
+    ):
+        message = one_line(lambda spec=spec: find(tmp_path, spec, "digits"))  # type: ignore[misc]
+        assert difference in message and f"`{spec.command('digits')} --out {tmp_path}`" in message
+
+
+def test_the_end_of_a_trajectory_serves_as_a_network(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    found = teachers(2, NUM_EPOCHS).open(find(tmp_path, teachers(2, NUM_EPOCHS), "digits"))
+    assert isinstance(found, Trajectories) and found.folder == folder
+    assert found.describe() == {
+        "kind": "trajectories",
+        "name": folder.name,
+        "num_experts": 2,
+        "num_epochs": NUM_EPOCHS,
+    }
+    alone = last(tmp_path / "last", 2)
+    assert teachers().open(alone).describe() == {"kind": "networks", "name": alone.name, "num_networks": 2}
+
+
+def test_imported_networks_serve_where_their_training_is_open(tmp_path: Path) -> None:
+    folder = last(tmp_path, num_epochs=0, origin="imported")
+    assert find(tmp_path, teachers(1, 20), "digits") == folder
+    assert "training is null" in one_line(lambda: find(tmp_path, teachers(training={"lr": 0.1}), "digits"))
+
+
+def test_command_of_networks() -> None:
+    spec = teachers(4, 20, training={"lr": 0.1, "schedule": {"kind": "cosine", "warmup_steps": 5}})
+    assert spec.command("digits").split(" --")[1:] == [
+        "dataset digits",
+        "network convnet:depth=1,width=4",
+        "split.val-fraction 0.1",
+        "split.seed 0",
+        "lr 0.1",
+        "schedule.kind cosine",
+        "schedule.warmup-steps 5",
+        "num-experts 4",
+        "num-epochs 20",
+        "keep last",
+    ]
+
+
+def test_networks_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    networks = teachers().open(last(tmp_path))
+    message = one_line(lambda: networks.weights(0, Functional("mlp:width=4", (1, 8, 8), 3)))
+    assert "cannot label" not in message and "holds other networks than mlp:width=4" in message
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_truncated_network(kept: int, tmp_path: Path) -> None:
+    path = last(tmp_path) / expert_file(0)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert str(path) in one_line(lambda: TrainedNetworks(path.parent)._read("params", 0, (0,)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught(Method):
+    """Needs a teacher of another architecture, and experts; labels real images by the mean of the teachers."""
+
+    def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
+        teacher = TrainedNetworkSpec(task.with_network("mlp").identity(), num_networks=2, num_epochs=2)
+        return {"teacher": teacher, "experts": TrajectorySpec(task.identity(), num_epochs=3)}
+
+    def init(self, ctx: Context) -> State:
+        teacher, experts = (ctx.artifacts[name] for name in ("teacher", "experts"))
+        assert isinstance(teacher, TrainedNetworks) and isinstance(experts, Trajectories)
+        images, classes = ctx.initial("real")
+        mlp = ctx.task.with_network("mlp").network
+        logits = torch.stack([mlp.logits(*teacher.weights(k, mlp), images, train=False) for k in range(2)])
+        logits = logits.mean(0) + ctx.task.network.logits(*experts.weights(0, ctx.task.network, 3), images, train=False)
+        assert (logits.argmax(1) == classes).all()
+        return State(syn=ctx.new_set(images, classes))
+
+    def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
+        return {}
+
+
+def test_a_method_may_ask_for_two(tiny: Arrays, tiny_buffer: Path, tmp_path: Path) -> None:
+    run: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 1, "device": "cpu", "buffers": tmp_path / "buffers"}
+    shutil.copytree(tiny_buffer, run["buffers"] / tiny_buffer.name)
+    message = one_line(lambda: distill(Taught(), out=tmp_path / "run", **run))
+    assert message.startswith("no networks for tiny") and "--network mlp" in message and "--keep last" in message
+    teacher = make_buffer(
+        tiny, "mlp", num_experts=2, num_epochs=9, lr=0.1, batch_size=12, keep="last", out=run["buffers"], device="cpu"
+    )
+    syn = distill(Taught(), out=tmp_path / "run", **run)
+    assert [(used["kind"], used["name"]) for used in syn.origin.artifacts] == [
+        ("networks", teacher.name),
+        ("trajectories", tiny_buffer.name),
+    ]
+
+
 def test_a_row_is_read_without_the_others(tmp_path: Path) -> None:
     """The bytes of every other row may be garbage: only who reads them is told."""
     folder = write(tmp_path)
@@ -240,12 +365,12 @@ def test_another_format_or_kind(tmp_path: Path) -> None:
 def test_another_layout_is_not_mixed_in(tmp_path: Path) -> None:
     write(tmp_path)
     reshaped = Weights({"conv.weight": torch.zeros(8)}, {})
-    assert "another buffer" in one_line(lambda: TrajectoryWriter(tmp_path, "digits", IDENTITY, reshaped))
+    assert "another buffer" in one_line(lambda: BufferWriter(tmp_path, "digits", IDENTITY, reshaped))
 
 
 def test_an_added_expert_is_invisible_until_saved(tmp_path: Path) -> None:
     folder = write(tmp_path, num_experts=1)
-    writer = TrajectoryWriter(tmp_path, "digits", IDENTITY, snapshots(0)[0])
+    writer = BufferWriter(tmp_path, "digits", IDENTITY, snapshots(0)[0])
     writer.add(1, torch.zeros(4, 8), torch.zeros(4, 3), {})
     assert opened(folder).num_experts == 1
     writer.save()
@@ -261,11 +386,11 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from condense.artifacts import TrajectoryWriter
+from condense.artifacts import BufferWriter
 from condense.networks import Weights
 
 identity = {"network": "mlp"}
-writer = TrajectoryWriter(Path(sys.argv[1]), "digits", identity, Weights({"w": torch.zeros(5000)}, {}))
+writer = BufferWriter(Path(sys.argv[1]), "digits", identity, Weights({"w": torch.zeros(5000)}, {}))
 writer.add(0, torch.zeros(2, 5000), torch.zeros(2, 0), {})
 writer.save()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense.artifacts import Trajectories, TrajectorySpec, find, read_manifest
+from condense.artifacts import TrainedNetworks, Trajectories, TrajectorySpec, find, read_manifest
 from condense.augment import Augment
 from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts, build
@@ -173,6 +173,38 @@ def test_is_not_shortened(task: Task, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give num_epochs=3"):
         made(task, tmp_path, replace(PLAN, num_experts=3, num_epochs=2))
     assert content(folder) == before
+
+
+@pytest.mark.parametrize("network", [NETWORK, f"{NETWORK},norm=batch"])
+def test_the_last_epoch_alone(network: str, tmp_path: Path) -> None:
+    """It is the end of the trajectory of the same seed, and its file holds nothing else."""
+    task = make(network)
+    whole, last = made(task, tmp_path), made(task, tmp_path, replace(PLAN, keep="last"))
+    assert whole != last and read_manifest(last)["kind"] == "networks"
+    ends, networks = Trajectories(whole), TrainedNetworks(last)
+    assert (networks.num_networks, networks.num_epochs) == (2, 3)
+    for expert in range(2):
+        expected = ends.weights(expert, task.network, epoch=3)
+        for one, other in zip(networks.weights(expert, task.network), expected, strict=True):
+            assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+        accuracies = (read_manifest(folder)["experts"][expert]["val_accuracy"] for folder in (last, whole))
+        assert next(accuracies) == next(accuracies)
+        size, snapshots = (folder / f"expert_000{expert}.safetensors" for folder in (last, whole))
+        assert size.stat().st_size < snapshots.stat().st_size / 2
+    with pytest.raises(ValueError, match="holds networks of format 1, not trajectories"):
+        Trajectories(last)
+
+
+def test_networks_grow_in_number_and_another_length_is_another_buffer(task: Task, tmp_path: Path) -> None:
+    plan = replace(PLAN, keep="last")
+    small = made(task, tmp_path / "grown", replace(plan, num_experts=1))
+    grown = made(task, tmp_path / "grown", plan)
+    assert small == grown and content(grown) == content(made(task, tmp_path / "whole", plan))
+    longer = made(task, tmp_path / "grown", replace(plan, num_epochs=5))
+    assert longer != grown and TrainedNetworks(grown).num_epochs == 3
+    with pytest.raises(Stop):
+        made(task, tmp_path / "stopped", plan, **stop_at(1, 1))
+    assert content(made(task, tmp_path / "stopped", plan)) == content(grown)
 
 
 def test_deleted_expert_is_trained_again(task: Task, tmp_path: Path) -> None:

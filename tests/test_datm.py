@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from condense import api, engine
-from condense.artifacts import Trajectories, TrajectorySpec, find
+from condense.artifacts import TrajectorySpec, find
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
@@ -64,7 +64,7 @@ def make_context(tiny: Arrays, tiny_buffer: Path) -> Callable[..., Context]:
             augment=Augment.parse(augment),
             device=torch.device("cpu"),
         )
-        (spec,) = METHOD.needs(task)
+        (spec,) = METHOD.needs(task).values()
         return Context(
             task,
             Rng(0),
@@ -73,7 +73,7 @@ def make_context(tiny: Arrays, tiny_buffer: Path) -> Callable[..., Context]:
             labels or Logits(),
             Compute(),
             Origin(dataset=task.dataset(), transform=task.transform.describe()),
-            {type(spec): spec.open(find(tiny_buffer, spec, task.name))},
+            {"experts": spec.open(find(tiny_buffer, spec, task.name))},
         )
 
     return make
@@ -303,14 +303,14 @@ class TestTeacher:
         folder = api.make_buffer(tiny, network, num_experts=1, num_epochs=2, lr=0.1, out=tmp_path, device="cpu")
         task, spec = api.plain_task(tiny, network, "channel", Split()), TrajectorySpec({})
         origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
-        ctx = Context(task, Rng(0), 1, Pixels(), Teacher(), Compute(), origin, {TrajectorySpec: spec.open(folder)})
+        ctx = Context(task, Rng(0), 1, Pixels(), Teacher(), Compute(), origin, {"experts": spec.open(folder)})
         buffer, images = experts_of(ctx), task.train.images[:4]
         live = Weights(buffer.snapshot(0, 2), buffer.buffers(0, 2))
         expected = task.network.logits(*live, images, train=False)
         assert torch.equal(expert_logits(ctx, 0, 2, images), expected)
         assert not torch.allclose(expert_logits(ctx, 0, 1, images), expected)
-        monkeypatch.setattr(Trajectories, "buffers", lambda *_: {})
-        with pytest.raises(ValueError, match=r"without the running statistics of .*; train experts with"):
+        monkeypatch.setitem(buffer.manifest, "buffers", [])
+        with pytest.raises(ValueError, match=r"without the running statistics of .*; train them with"):
             expert_logits(ctx, 0, 2, images)
 
 
@@ -380,12 +380,17 @@ class TestSharpness:
         assert plain != sharp
         task = api.plain_task(tiny, NETWORK, "channel", Split())
         for experts, folder in {"sgd": plain, "gsam": sharp}.items():
-            (spec,) = MTT(experts=experts, max_start_epoch=1).needs(task)  # type: ignore[arg-type]
+            (spec,) = MTT(experts=experts, max_start_epoch=1).needs(task).values()  # type: ignore[arg-type]
             assert find(tmp_path, spec, "tiny") == folder
-        (spec,) = MTT(experts="gsam", max_start_epoch=1).needs(task)
+        (spec,) = MTT(experts="gsam", max_start_epoch=1).needs(task).values()
         with pytest.raises(ValueError, match=r"trained by sgd, not gsam.*--rho 0.01 --alpha 0.3"):
             find(plain, spec, "tiny")
-        imported = {"identity": {**task.identity(), "origin": "imported"}, "num_experts": 1, "num_epochs": 3}
+        imported = {
+            "kind": "trajectories",
+            "identity": {**task.identity(), "origin": "imported"},
+            "num_experts": 1,
+            "num_epochs": 3,
+        }
         assert spec.misfits(imported) == [], "nobody knows how they were trained"
 
     def test_plain_experts_keep_their_name(self, make_context: Callable[..., Context]) -> None:

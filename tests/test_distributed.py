@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from condense import api, cli, distributed, engine, registry
-from condense.artifacts import Trajectories, TrajectoryWriter, expert_file, read_manifest
+from condense.artifacts import BufferWriter, Trajectories, expert_file, read_manifest
 from condense.compute import Compute
 from condense.data.datasets import load
 from condense.distributed import Ranks, init_distributed, patience
@@ -92,9 +92,9 @@ def struck_down(data: Path, out: Path, ranks: Ranks) -> None:
     if attempt == 0:
         kill_in_step(ranks, 1, 4)
     distill(data, out / "stopped", ranks, num_trajectories=2)
-    add = TrajectoryWriter.add
+    add = BufferWriter.add
 
-    def noted(self: TrajectoryWriter, expert: int, *content: Any) -> None:
+    def noted(self: BufferWriter, expert: int, *content: Any) -> None:
         if attempt == 1 and expert == 3:
             while len(read_manifest(self.folder)["experts"]) < 5:  # the other process is done with its share
                 time.sleep(0.01)
@@ -103,7 +103,7 @@ def struck_down(data: Path, out: Path, ranks: Ranks) -> None:
         with open(out / "experts.txt", "a") as file:
             file.write(f"{attempt} {expert}\n")
 
-    TrajectoryWriter.add = noted  # type: ignore[method-assign]
+    BufferWriter.add = noted  # type: ignore[method-assign]
     make_buffer(data, out / "struck", ranks)
 
 
@@ -531,7 +531,7 @@ def test_sums_and_copies_keep_shapes_and_types(monkeypatch: pytest.MonkeyPatch) 
     assert [value.tolist() for value in mixed] == [[2, 3], 1.5, [4]]
 
 
-def write_expert(writer: TrajectoryWriter, expert: int) -> None:
+def write_expert(writer: BufferWriter, expert: int) -> None:
     writer.add(expert, torch.full((3, 4), float(expert)), torch.zeros(3, 0), {"origin": "trained"})
     writer.save()
 
@@ -540,8 +540,8 @@ def test_experts_may_finish_in_any_order(tmp_path: Path) -> None:
     """Readers see those before the first one missing; the file is that of experts finished in order."""
     layout = Weights({"w": torch.zeros(4)}, {})
 
-    def writer(root: Path) -> TrajectoryWriter:
-        return TrajectoryWriter(root, "digits", {"network": "mlp"}, layout)
+    def writer(root: Path) -> BufferWriter:
+        return BufferWriter(root, "digits", {"network": "mlp"}, layout)
 
     ours, theirs = writer(tmp_path / "any"), writer(tmp_path / "any")
     seen = []

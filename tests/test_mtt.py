@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.artifacts import TrajectorySpec, TrajectoryWriter, find, pack
+from condense.artifacts import BufferWriter, find, pack
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -50,7 +50,7 @@ def make_task_of_three(augment: str, dtype: torch.dtype, network: str = "convnet
 def write_buffer(root: Path, task: Task, num_experts: int = 2, num_epochs: int = NUM_EPOCHS) -> None:
     """Experts that drift at random."""
     rng = Rng(1)
-    writer = TrajectoryWriter(root, task.name, task.identity(), task.network.init(rng, "structure"))
+    writer = BufferWriter(root, task.name, task.identity(), task.network.init(rng, "structure"))
     for expert in range(num_experts):
         first = pack(task.network.init(rng, "expert", 0, expert).params)
         steps = torch.randn(num_epochs, len(first), generator=rng("drift", 0, expert)) * 0.02
@@ -76,7 +76,7 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
         task = make_task_of_three(augment, dtype)
         if not any(tmp_path.iterdir()):
             write_buffer(tmp_path, task)
-        (spec,) = method.needs(task)
+        (spec,) = method.needs(task).values()
         return Context(
             task,
             Rng(seed),
@@ -85,7 +85,7 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
             labels or Hard(),
             compute or Compute(),
             Origin(dataset=task.dataset(), transform=task.transform.describe()),
-            {type(spec): spec.open(find(tmp_path, spec, task.name))},
+            {"experts": spec.open(find(tmp_path, spec, task.name))},
         )
 
     return make
@@ -117,7 +117,7 @@ class Recorder:
 
 
 def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
-    task, draws, buffer = ctx.task, ctx.rng, ctx.artifacts[TrajectorySpec]
+    task, draws, buffer = ctx.task, ctx.rng, ctx.artifacts["experts"]
     state = begin(method, ctx)
     images, labels = (t.detach() for t in state.syn())
 
@@ -193,7 +193,7 @@ def test_the_loss_is_zero_where_the_expert_did_what_the_student_does(
             name: (p - TINY.lr * g).detach().requires_grad_() for (name, p), g in zip(theta.items(), grads, strict=True)
         }
     target = {name: p.detach() for name, p in theta.items()}
-    ctx = dataclasses.replace(ctx, artifacts={TrajectorySpec: Recorder((start, target))})  # type: ignore[dict-item]
+    ctx = dataclasses.replace(ctx, artifacts={"experts": Recorder((start, target))})  # type: ignore[dict-item]
     assert TINY.loss(ctx, state, 0, 0).item() < 1e-8
 
 
@@ -206,7 +206,7 @@ def test_start_epochs_and_experts_cover_their_ranges_exactly(make_context: Calla
     ctx = make_context()
     weights = ctx.task.network.init(ctx.rng, "any").params
     recorder = Recorder((weights, weights), num_experts=4)
-    ctx = dataclasses.replace(ctx, artifacts={TrajectorySpec: recorder})  # type: ignore[dict-item]
+    ctx = dataclasses.replace(ctx, artifacts={"experts": recorder})  # type: ignore[dict-item]
     method = MTT(max_start_epoch=3, expert_epochs=2, num_trajectories=2)
     for step in range(60):
         for part in method.parts(ctx):
@@ -221,9 +221,9 @@ def test_start_epochs_and_experts_cover_their_ranges_exactly(make_context: Calla
 def test_the_buffer_must_reach_the_last_target(tmp_path: Path) -> None:
     task = make_task_of_three("none", torch.float32)
     write_buffer(tmp_path, task, num_epochs=4)
-    (spec,) = MTT(max_start_epoch=3, expert_epochs=2).needs(task)
+    (spec,) = MTT(max_start_epoch=3, expert_epochs=2).needs(task).values()
     assert find(tmp_path, spec, task.name).is_dir()
-    (spec,) = MTT(max_start_epoch=4, expert_epochs=2).needs(task)
+    (spec,) = MTT(max_start_epoch=4, expert_epochs=2).needs(task).values()
     with pytest.raises(ValueError, match="num_epochs is 4, less than 5"):
         find(tmp_path, spec, task.name)
 
@@ -232,7 +232,7 @@ def test_a_buffer_of_another_network_does_not_serve(tmp_path: Path) -> None:
     write_buffer(tmp_path, make_task_of_three("none", torch.float32, "mlp"))
     task = make_task_of_three("none", torch.float32)
     with pytest.raises(ValueError, match="network"):
-        find(tmp_path, TINY.needs(task)[0], task.name)
+        find(tmp_path, TINY.needs(task)["experts"], task.name)
 
 
 def test_minibatches_are_used_up_from_the_end_of_a_random_order() -> None:
@@ -386,8 +386,8 @@ def test_learns_soft_labels_and_through_a_decoder(make_context: Callable[..., Co
 
 def test_descends(make_context: Callable[..., Context]) -> None:
     ctx = make_context()
-    start, target = (ctx.artifacts[TrajectorySpec].snapshot(0, e) for e in (0, 2))  # type: ignore[attr-defined]
-    ctx = dataclasses.replace(ctx, artifacts={TrajectorySpec: Recorder((start, target))})  # type: ignore[dict-item]
+    start, target = (ctx.artifacts["experts"].snapshot(0, e) for e in (0, 2))  # type: ignore[attr-defined]
+    ctx = dataclasses.replace(ctx, artifacts={"experts": Recorder((start, target))})  # type: ignore[dict-item]
     losses = [record["loss"] for record, _ in run(dataclasses.replace(TINY, num_steps=20), ctx)]
     assert losses[-1] < losses[0]
 

@@ -20,6 +20,7 @@ from condense.networks import (
     Factory,
     Functional,
     InputShape,
+    Weights,
     build,
     default_for,
     describe,
@@ -28,6 +29,7 @@ from condense.networks import (
     resolve,
     with_options,
 )
+from condense.networks.base import ACTIVATIONS, NORMS
 from condense.rng import Rng
 from condense.train import Trainer, Training
 
@@ -732,7 +734,7 @@ def test_buffers_keep_their_types() -> None:
     params, buffers = functional.init(Rng(0), "network")
     types = {name.removeprefix("body."): buffer.dtype for name, buffer in buffers.items()}
     assert types["order"] == types["norm.num_batches_tracked"] == torch.int64 and types["kept"] == torch.bool
-    restored = functional.restored({name: buffer.float() for name, buffer in buffers.items()})
+    _, restored = functional.restored(params, {name: buffer.float() for name, buffer in buffers.items()})
     for name, buffer in buffers.items():
         assert restored[name].dtype == buffer.dtype and torch.equal(restored[name], buffer)
     x = images(DIGITS, 5)
@@ -973,6 +975,137 @@ def test_maps_leave_the_buffers_alone(spec: str) -> None:
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     functional.maps(params, buffers, images(CIFAR))
     assert all(torch.equal(buffers[name], before[name]) for name in before)
+
+
+CAPTURED = [
+    ("convnet:width=8,norm=batch", DIGITS, "features.4"),
+    ("resnet18:norm=batch", DIGITS, "blocks.1"),
+    ("torchvision:resnet18", CIFAR, "body.layer2.0"),
+    ("timm:resnet10t", CIFAR, "body.layer2.0.bn1"),
+    (counting_maps, CIFAR, "body.0"),
+]
+
+
+def by_hooks(functional: Functional, weights: Weights, x: Tensor, what: str, train: bool) -> list[Tensor]:
+    """What plain hooks on a module of its own see, copied at once."""
+    with Rng(0).forked("architecture"):
+        network = build(functional._spec, functional.input_shape, 3).train(train)
+    network.load_state_dict({**weights.params, **weights.buffers}, strict=True)
+    seen: list[Tensor] = []
+    for name, module in network.named_modules():
+        if what == "norm-inputs" and isinstance(module, NORMS):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+        elif (what == "activations" and isinstance(module, ACTIVATIONS)) or name == what:
+            module.register_forward_hook(lambda *given: seen.append(given[-1].clone()))
+    network(x)
+    return seen
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["norm-inputs", "activations", "block"])
+@pytest.mark.parametrize(("spec", "shape", "block"), CAPTURED)
+def test_what_is_captured_is_what_hooks_see(
+    spec: str | Factory, shape: InputShape, block: str, kind: str, train: bool
+) -> None:
+    functional, x = Functional(spec, shape, 3), images(shape)
+    what = block if kind == "block" else kind
+    if kind == "norm-inputs" and spec is counting_maps:
+        with pytest.raises(ValueError, match=r"has no normalisation layer.*; give network='convnet:norm=batch'"):
+            functional.require_capture(what)
+        return
+    weights = functional.init(Rng(0), "network")
+    for name, buffer in weights.buffers.items():
+        buffer.add_(0.02 if name.endswith("running_mean") else 1)  # statistics that are not the initial ones
+    before = {name: buffer.clone() for name, buffer in weights.buffers.items()}
+    values, features, logits = functional.capture(*weights, x, what, train)
+    assert all(torch.equal(weights.buffers[name], before[name]) for name in before)
+    assert torch.equal(logits, functional.logits(*weights, x, train))
+    assert torch.equal(features, functional.features(*weights, x, train))
+    leaf, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = by_hooks(functional, weights, leaf, what, train)
+    assert len(values) == len(expected) > 0
+    for one, other in zip(values.values(), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    found = functional.capture(*weights, ours, what, train).values.values()
+    gradients = [
+        torch.autograd.grad(torch.stack([value.sin().mean() for value in captured]).sum(), image)[0]
+        for captured, image in ((found, ours), (expected, leaf))
+    ]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any()
+
+
+@pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", "torchvision:resnet18", "timm:resnet10t"])
+def test_running_statistics_are_reached_by_the_names_of_norm_inputs(spec: str) -> None:
+    functional = Functional(spec, CIFAR, 3)
+    params, buffers = functional.init(Rng(0), "network")
+    values = functional.capture(params, buffers, images(CIFAR), "norm-inputs", train=False).values
+    assert {name.rpartition(".")[0] for name in buffers} == set(values)
+    for name, value in values.items():
+        assert buffers[f"{name}.running_mean"].shape == buffers[f"{name}.running_var"].shape == value.shape[1:2]
+
+
+def test_captured_blocks_come_in_the_order_of_the_forward_pass_and_by_their_calls() -> None:
+    functional = Functional("torchvision:resnet18", CIFAR, 3)
+    weights = functional.init(Rng(0), "network")
+    values = functional.capture(*weights, images(CIFAR), ["body.layer3.0.relu", "body.layer1"]).values
+    assert list(values) == ["body.layer1", "body.layer3.0.relu", "body.layer3.0.relu#2"]
+    logits = functional.capture(*weights, images(CIFAR), "classifier")
+    assert torch.equal(logits.values["classifier"], logits.logits)
+
+
+def test_capture_under_transforms() -> None:
+    functional, x = Functional("convnet:width=8,norm=batch", DIGITS, 3), images(DIGITS, 5)
+    params, buffers = functional.init(Rng(0), "network")
+    functional.require_capture("norm-inputs")
+
+    def loss(x: Tensor) -> Tensor:
+        captured = functional.capture(params, buffers, x, "norm-inputs", train=False)
+        return torch.stack([value.var((0, 2, 3)).mean() for value in captured.values.values()]).sum()
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+    both = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+    together = torch.func.vmap(lambda params: functional.capture(params, buffers, x, "norm-inputs").values)(both)
+    alone = functional.capture({name: 2 * p for name, p in params.items()}, buffers, x, "norm-inputs").values
+    assert list(together) == list(alone)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name][1], value)
+    traced = torch.compile(functional.capture, backend="eager", fullgraph=True)
+    for _ in range(2):  # nothing is left over from the call before
+        for one, other in zip(
+            traced(params, buffers, x, "norm-inputs").values.items(),
+            functional.capture(params, buffers, x, "norm-inputs").values.items(),
+            strict=True,
+        ):
+            assert one[0] == other[0]
+            torch.testing.assert_close(one[1], other[1])
+
+
+def test_a_block_that_cannot_be_captured_is_refused() -> None:
+    functional = Functional("torchvision:resnet18", CIFAR, 3)
+    with pytest.raises(ValueError, match=r"has no block 'layer4': did you mean 'body.layer4'.*`blocks` lists all"):
+        functional.require_capture("layer4")
+    with pytest.raises(ValueError, match=r"no block 'activation': `blocks` lists all; or capture 'activations'"):
+        Functional("mlp", DIGITS, 3).require_capture(["activation"])
+
+    class Unused(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.unused, self.two, self.last = nn.ReLU(), Two(), nn.Linear(64, num_classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.last(self.two(x)[0].flatten(1))
+            return output
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    functional = Functional(lambda shape, num_classes: Unused(num_classes), DIGITS, 3)
+    for block, reason in (("body.unused", "is not run in a forward pass"), ("body.two", "puts out a tuple")):
+        with pytest.raises(ValueError, match=rf"^the block '{block}' .*{reason}"):
+            functional.require_capture(block)
 
 
 @pytest.mark.parametrize("spec", ["convnet:width=8,norm=batch", tiny])

@@ -11,6 +11,7 @@ from condense.augment import Augment
 from condense.method import Context, Optim
 from condense.methods.datm import DATM
 from condense.methods.mtt import TrajectoryMatching
+from condense.networks import Functional, Weights
 from condense.synthetic import Logits
 from tests.parity.recorded import Recorded, apart, context
 
@@ -52,12 +53,9 @@ class Experts:
     def pair(self, step: int, *_: int) -> list[dict[str, Tensor]]:
         return [RECORDED.weights(RECORDED[f"{end}{step}"], self.names) for end in ("start", "target")]
 
-    def snapshot(self, expert: int, epoch: int) -> dict[str, Tensor]:
+    def weights(self, expert: int, network: Functional, epoch: int) -> Weights:
         assert epoch == self.num_epochs
-        return RECORDED.weights(RECORDED["expert_end"][expert], self.names)
-
-    def buffers(self, *_: int) -> dict[str, Tensor]:
-        return {}
+        return Weights(RECORDED.weights(RECORDED["expert_end"][expert], self.names), {})
 
 
 def orders_of_candidates(ctx: Context) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense import pretraining
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
@@ -147,9 +148,9 @@ def test_a_teacher_labels_each_batch_as_the_network_sees_it() -> None:
 def test_a_teacher_is_trained_once_and_kept(arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dataclasses.replace(PROTOCOLS["soft-teacher"], num_epochs=30, teacher="mlp")
     first = run(make_set(arrays), arrays, plan, cache=tmp_path)
-    (file,) = (tmp_path / "teachers").glob("*.safetensors")
+    (file,) = (tmp_path / "networks").glob("*/*.safetensors")
     trained: list[int] = []
-    monkeypatch.setattr(teachers, "Trainer", lambda *_: trained.append(1))
+    monkeypatch.setattr(pretraining, "Trainer", lambda *_: trained.append(1))
     assert run(make_set(arrays), arrays, plan, cache=tmp_path).accuracies == first.accuracies and not trained
     monkeypatch.undo()
     file.write_bytes(file.read_bytes()[:-5])

@@ -3,6 +3,7 @@
 from condense.data.layout import InputShape as InputShape
 from condense.networks.base import Network as Network
 from condense.networks.external import Factory as Factory
+from condense.networks.functional import Captured as Captured
 from condense.networks.functional import Functional as Functional
 from condense.networks.functional import Weights as Weights
 from condense.networks.registry import NetworkSpec as NetworkSpec

@@ -20,6 +20,9 @@ ACTIVATIONS = (
 )
 """Modules whose outputs are a network's feature maps: nonlinear, element by element."""
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""Modules that normalise their input: BatchNorm and InstanceNorm, GroupNorm, LayerNorm and RMSNorm."""
+
 
 class Network(nn.Module, ABC):
     """A classifier whose last layer is ``classifier``; subclasses set it and say ``embed``.
@@ -41,6 +44,10 @@ class Network(nn.Module, ABC):
         """A batch of samples (N, *input_shape) to logits (N, num_classes)."""
         logits: Tensor = self.classifier(self.embed(x))
         return logits
+
+    def published_name(self, name: str) -> str:
+        """What a file of weights calls the parameter or buffer that is ``name`` here."""
+        return name
 
 
 def extra_padding(input_shape: InputShape) -> int:

@@ -24,16 +24,26 @@ Factory = Callable[[InputShape, int], nn.Module]
 
 
 class External(Network):
-    """A network taken apart at its last linear layer: ``body``, then ``classifier``."""
+    """A network taken apart at its last linear layer: ``body``, then ``classifier``.
 
-    def __init__(self, body: nn.Module, classifier: nn.Linear) -> None:
+    Args:
+        path: the name of the classifier in the whole network.
+        wrapper: what the names of the body begin with and those of the published network do not.
+    """
+
+    def __init__(self, body: nn.Module, classifier: nn.Linear, path: str, wrapper: str = "") -> None:
         super().__init__()
         self.body = body
         self.classifier = classifier
+        self.path, self.wrapper = path, wrapper
 
     def embed(self, x: Tensor) -> Tensor:
         features: Tensor = self.body(x)
         return features
+
+    def published_name(self, name: str) -> str:
+        part, _, rest = name.partition(".")
+        return (f"{self.path}.{rest}" if part == "classifier" else rest).removeprefix(self.wrapper)
 
 
 def from_callable(name: str, factory: Factory, input_shape: InputShape, num_classes: int) -> Network:
@@ -83,7 +93,7 @@ def from_torchvision(name: str, input_shape: InputShape, num_classes: int) -> Ne
         )
     module = get_model(name.partition(":")[2], weights=None, num_classes=num_classes)
     if input_shape[0] == 1:
-        module = nn.Sequential(_GrayToColour(), module)
+        return _take_apart(name, nn.Sequential(_GrayToColour(), module), input_shape, num_classes, wrapper="1.")
     return _take_apart(name, module, input_shape, num_classes)
 
 
@@ -151,7 +161,7 @@ LIBRARIES = {
 }
 
 
-def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_classes: int) -> Network:
+def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_classes: int, wrapper: str = "") -> Network:
     """Try the module on two samples in training mode, see which linear layer runs last, and split it off."""
     for path, part in list(module.named_modules()):
         if path and isinstance(part, nn.Hardsigmoid):
@@ -193,7 +203,7 @@ def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_class
         )
     path, classifier, _ = calls[-1]
     module.set_submodule(path, nn.Identity())
-    return External(module, classifier)
+    return External(module, classifier, path, wrapper)
 
 
 def _refused(name: str, input_shape: InputShape, error: Exception) -> ValueError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
+import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from condense.data.layout import InputShape
 from condense.files import canonical_json, checksum
 from condense.names import spelt
-from condense.networks.base import ACTIVATIONS, Network
+from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
 from condense.networks.registry import NetworkSpec, build, default_for, from_here, name_of, require_moderate, resolve
 from condense.rng import Rng
@@ -32,6 +34,21 @@ class Weights(NamedTuple):
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+
+class Captured(NamedTuple):
+    """What ``Functional.capture`` took from one forward pass."""
+
+    values: dict[str, Tensor]
+    """Tensors by the name of their module, in the order of the forward pass; ``name#2`` is the second time that a
+    module is run."""
+    features: Tensor
+    """The input of the final linear layer, (N, F)."""
+    logits: Tensor
+    """(N, num_classes)"""
+
+
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {"activations": ACTIVATIONS, "norm-inputs": NORMS}
 
 
 class Functional:
@@ -79,9 +96,12 @@ class Functional:
         self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
         self._frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
         self._buffers = {name: buffer.detach() for name, buffer in network.named_buffers()}
+        self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
+        """Shapes of the buffers, in the order of ``Weights.buffers``."""
         self._aliases = _aliases(network)
         # Networks of others may attend by fused kernels, which have no second derivative.
         self._foreign = not from_here(self._spec)
+        self._captures: dict[tuple[str | bool, ...], _Capturing] = {}
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
         self._train = copy.deepcopy(self._tracking)
@@ -126,9 +146,24 @@ class Functional:
             {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
 
-    def restored(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Buffers that were stored as float32, on the network's device and in their own types again."""
-        return {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()}
+    @property
+    def frozen(self) -> Mapping[str, Tensor]:
+        """The parameters that are never trained and are the same in all networks."""
+        return self._frozen
+
+    @property
+    def published(self) -> dict[str, str]:
+        """The names of a state dict of the network as its library has it, each with the name of that tensor here; both
+        names of a tied one."""
+        network = self._eval.network
+        return {network.published_name(name): self._aliases.get(name, name) for name in network.state_dict()}
+
+    def restored(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Weights:
+        """Weights that were stored as float32, on the network's device and in their own types again."""
+        return Weights(
+            {name: p.to(self.device, self.dtype) for name, p in params.items()},
+            {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()},
+        )
 
     def logits(
         self,
@@ -172,27 +207,97 @@ class Functional:
         Raises:
             ValueError: the network has no such maps.
         """
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        with self._attention():
-            seen, features = functional_call(self._mapped[train], self._weights(params, copies), (x,))
-        if not seen:
+        values, features, _ = self.capture(params, buffers, x, "activations", train)
+        axes = len(self.input_shape) + 1
+        maps = [value for value in values.values() if value.dim() == axes]
+        if not maps:
             raise ValueError(
                 f"{self.name} has no feature maps: none of its activations is a module whose output has channels and "
                 f"spatial axes; give {spelt('network', default_for(self.input_shape))}"
             )
-        return seen, features
+        return maps, features
 
     def require_maps(self) -> None:
         """Raise ValueError where ``maps`` would."""
-        frozen = {name: p.to("meta") for name, p in self._frozen.items()}
-        self.maps(frozen, {}, torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), train=False)
+        self.require_capture("activations")
+        self.maps(*self._meta, train=False)
 
-    @cached_property
-    def _mapped(self) -> dict[bool, _Mapped]:
-        """By ``train``."""
-        skeletons = {True: self._train, False: self._eval}
-        axes = len(self.input_shape) + 1
-        return {train: _Mapped(copy.deepcopy(skeleton.network), axes) for train, skeleton in skeletons.items()}
+    def capture(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x: Tensor,
+        what: str | Sequence[str],
+        train: bool = True,
+    ) -> Captured:
+        """One forward pass, with what was computed on the way.
+
+        It goes through ``torch.func`` transforms and ``torch.compile``; the latter needs one call outside of it, or
+        ``require_capture``, before it traces.
+
+        Args:
+            params, buffers: as in ``Weights``.
+            x: images (N, C, H, W).
+            what: ``"activations"``, their outputs; ``"norm-inputs"``, what every normalisation layer is given, where
+                the running statistics of a BatchNorm ``name`` are ``buffers[f"{name}.running_mean"]`` and
+                ``running_var``; or names among ``blocks``, whose outputs are captured.
+            train: as for ``logits``.
+
+        Raises:
+            ValueError: an unknown name, a block that was not run or does not put out a tensor, or a network without
+                normalisation layers.
+        """
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        with self._attention():
+            values, features, logits = functional_call(
+                self._capturing(what, train), self._weights(params, copies), (x,)
+            )
+        names = () if isinstance(what, str) and what in _KINDS else (what,) if isinstance(what, str) else what
+        for name in names:
+            if name not in values:
+                raise ValueError(f"the block {name!r} of {self.name} is not run in a forward pass; name another one")
+        return Captured(values, features, logits)
+
+    def require_capture(self, what: str | Sequence[str]) -> None:
+        """Raise ValueError where ``capture`` would."""
+        self.capture(*self._meta, what, train=False)
+        self._capturing(what, True)
+
+    @property
+    def _meta(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Weights and two images without memory, for a pass that only finds out shapes."""
+        frozen = {name: p.to("meta") for name, p in self._frozen.items()}
+        return frozen, {}, torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of all modules, of which ``capture`` takes the outputs."""
+        return tuple(name for name, _ in self._eval.network.named_modules() if name)
+
+    def _capturing(self, what: str | Sequence[str], train: bool) -> _Capturing:
+        key = (what, train) if isinstance(what, str) else (*what, train)
+        if key not in self._captures:
+            network = copy.deepcopy((self._train if train else self._eval).network)
+            if isinstance(what, str) and what in _KINDS:
+                names = [name for name, module in network.named_modules() if isinstance(module, _KINDS[what])]
+            else:
+                names = [what] if isinstance(what, str) else list(what)
+                for name in names:
+                    if name not in self.blocks:
+                        near = difflib.get_close_matches(name, self.blocks)
+                        guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+                        raise ValueError(
+                            f"{self.name} has no block {name!r}: {guess}`blocks` lists all; or capture "
+                            + " or ".join(map(repr, _KINDS))
+                        )
+            if what == "norm-inputs" and not names:
+                raise ValueError(
+                    f"{self.name} has no normalisation layer, of which to capture the input; "
+                    f"give {spelt('network', 'convnet:norm=batch')}"
+                )
+            # Networks of others may go on in place from what was captured.
+            self._captures[key] = _Capturing(network, names, inputs=what == "norm-inputs", copies=self._foreign)
+        return self._captures[key]
 
     def _call(
         self,
@@ -258,23 +363,38 @@ class _Skeleton(nn.Module):
         return output
 
 
-class _Mapped(nn.Module):
-    """``embed``, with the maps, tensors of so many axes, that activations put out on the way."""
+class _Capturing(nn.Module):
+    """The forward pass, with the inputs or outputs of some of its modules."""
 
-    def __init__(self, network: Network, axes: int) -> None:
+    def __init__(self, network: Network, names: Sequence[str], *, inputs: bool, copies: bool) -> None:
         super().__init__()
-        self.network, self.axes = network, axes
-        self.seen: list[Tensor] = []
-        for module in network.modules():
-            if isinstance(module, ACTIVATIONS):
-                module.register_forward_hook(self._see)
+        self.network, self.copies = network, copies
+        self.seen: list[tuple[str, Tensor]] = []
+        for name in names:
+            module = network.get_submodule(name)
+            if inputs:
+                module.register_forward_pre_hook(functools.partial(self._see_input, name))
+            else:
+                module.register_forward_hook(functools.partial(self._see_output, name))
 
-    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.dim() == self.axes:
-            self.seen.append(output)
+    def _see_input(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._see(name, inputs[0])
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _see_output(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._see(name, output)
+
+    def _see(self, name: str, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the block {name!r} puts out a {type(value).__name__}, no tensor; capture one inside it")
+        self.seen.append((name, value.clone() if self.copies else value))
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         self.seen = []
         features = self.network.embed(x)
-        seen, self.seen = self.seen, []
-        return seen, features
+        logits = self.network.classifier(features)
+        values: dict[str, Tensor] = {}
+        for name, value in self.seen:
+            call = 1 + sum(other.partition("#")[0] == name for other in values)
+            values[name if call == 1 else f"{name}#{call}"] = value
+        self.seen = []
+        return values, features, logits

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.artifacts import TrajectorySpec
 from condense.augment import Augment, Params
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -112,7 +111,7 @@ def context(
     )
     task = dataclasses.replace(task, train=Labelled(images, classes))
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
-    artifacts = {} if experts is None else {TrajectorySpec: experts}
+    artifacts = {} if experts is None else {"experts": experts}
     return Context(task, Rng(0), ipc, Pixels(), labels or Hard(), Compute(), origin, artifacts)
 
 

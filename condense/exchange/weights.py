@@ -1,0 +1,140 @@
+"""Weights that others trained: a state dict as ``.safetensors``, ``.pt`` or ``.pth``, matched with a network by name.
+
+A file holds tensors by name, or such a mapping under ``state_dict``, ``model`` or ``model_state_dict``, beside numbers
+and text. Names may begin with the prefixes of wrappers (``module.`` of DataParallel, ``_orig_mod.`` of
+``torch.compile``, ``model.`` of a Lightning module), if all of them do. A ``.pt`` is read with ``weights_only=True``,
+so nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from condense.files import read_foreign, require_file
+from condense.names import excerpt, reason, spelt
+from condense.networks import Functional, Weights
+from condense.rng import Rng
+
+_HOLDERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COUNTER = "num_batches_tracked"
+"""Of BatchNorm; files written before PyTorch 0.4.1 lack it."""
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, without the prefixes of wrappers, on the CPU.
+
+    Raises:
+        ValueError: there is no such file; it is damaged, or holds something else than a state dict.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, no state dict; save it as torch.save(network.state_dict(), PATH)"
+        )
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} is no state dict: its entry {excerpt(name, 60)!r} is a {type(value).__name__}, no tensor; "
+                "save it as torch.save(network.state_dict(), PATH)"
+            )
+    names = list(content)
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) and name != p for name in names)), ""):
+        names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, content.values(), strict=True))
+
+
+def _read_pickle(path: Path) -> object:
+    content = read_foreign(path, holds="tensors by name", mend="torch.save(network.state_dict(), PATH)")
+    for holder in _HOLDERS:
+        if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
+            return content[holder]
+    return content
+
+
+def _read_safetensors(path: Path) -> object:
+    require_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if "condense" in (file.metadata() or {}):
+                raise ValueError(f"{path} was written by Condense; give a state dict that others wrote")
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {reason(error)}; get it again") from error
+
+
+def match(state: Mapping[str, Tensor], network: Functional, where: str) -> Weights:
+    """The weights of ``network`` from a state dict that has all of its tensors and no others, by name and shape.
+
+    Floating-point numbers are converted to float32. What the architecture fixes (frozen parameters, and buffers of
+    whole numbers such as tables of indices) has to be equal; counters of batches may be absent.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        ValueError: other names or shapes (the line has the first of them, and near names), other types, or numbers
+            that are not finite.
+    """
+    names, initial = network.published, network.init(Rng(0), "layout")
+    required = [name for name in names if not name.endswith(_COUNTER)]
+    _check_names(list(state), required, list(names), f"{where} does not fit {network.name}")
+    values = {**network.frozen, **initial.params, **initial.buffers}
+    for name, tensor in state.items():
+        ours, expected = names[name], values[names[name]]
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"{where} does not fit {network.name}: {name} has shape {tuple(tensor.shape)}, not "
+                f"{tuple(expected.shape)}; give {spelt('network')} and {spelt('dataset')} as it was trained"
+            )
+        value = _checked(tensor, expected, f"{name} in {where}")
+        is_fixed = ours in network.frozen or not expected.is_floating_point()
+        if is_fixed and not name.endswith(_COUNTER) and not torch.equal(value, expected):
+            raise ValueError(
+                f"{name} in {where} differs from what {network.name} fixes and never trains; give {spelt('network')} "
+                "as it was trained"
+            )
+        values[ours] = value
+    return Weights(*({name: values[name] for name in part} for part in initial))
+
+
+def _check_names(given: Sequence[str], required: Sequence[str], known: Sequence[str], culprit: str) -> None:
+    missing, extra = [name for name in required if name not in given], [name for name in given if name not in known]
+    if missing:
+        near = difflib.get_close_matches(missing[0], extra, n=2, cutoff=0.5)
+        guess = f" (it has {' and '.join(excerpt(name, 60) for name in near)})" if near else ""
+        raise ValueError(
+            f"{culprit}: it lacks {_first(missing)}{guess}; give {spelt('network')} as it was trained, or rename the "
+            "entries"
+        )
+    if extra:
+        near = difflib.get_close_matches(extra[0], known, n=2, cutoff=0.5)
+        guess = f" (near: {' and '.join(near)})" if near else ""
+        raise ValueError(
+            f"{culprit}, which has no {_first(extra)}{guess}; give {spelt('network')} as it was trained, or leave "
+            "these entries out"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(excerpt(name, 60) for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _checked(tensor: Tensor, expected: Tensor, what: str) -> Tensor:
+    """A tensor on the device and in the type of ``expected``. Raises ValueError where it cannot be used."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not is_plain or tensor.is_quantized or tensor.dtype not in (*_FLOATS, torch.int64, torch.int32, torch.bool):
+        raise ValueError(f"{what} is a {tensor.dtype} tensor that cannot be read; save it as float32")
+    if tensor.is_floating_point() != expected.is_floating_point():
+        raise ValueError(f"{what} holds {tensor.dtype}, not {expected.dtype}; save it in that type")
+    value = tensor.detach().to(expected)
+    if not value.isfinite().all():
+        raise ValueError(f"{what} has numbers that are not finite; give weights of a training that did not diverge")
+    return value
