@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
 from importlib.metadata import entry_points
@@ -33,24 +33,36 @@ BUILT_IN = "condense.methods.recipes"
 GROUP = "condense.recipes"
 """Entry-point group through which other packages add recipe files. The value of an entry is ``package``, whose folder
 holds the files, or ``package:name``, where the name is that of a folder or of a file in it."""
-MAX_RECIPES = 10_000
+MAX_RECIPES = 1000
 """Pairs of a data set and a budget in one table."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe of a file, not yet checked beyond its place in the table."""
+    """One recipe of a file, of which only the place in the table has been checked."""
 
-    name: str
-    """The file's stem, ``mtt``, for the fields above the table, else ``mtt-cifar10-ipc10``."""
     stem: str
+    """The name of the file without its ending: that of the method, as a rule."""
     source: str
-    fields: Mapping[str, Any]
-    """Fields of the recipe, as nested dicts."""
+    shared: Mapping[str, Any]
+    """Fields above the table, as nested dicts."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that differ from these, besides ``dataset`` and ``ipc``."""
     dataset: str | None = None
-    """The data set of the row; None: the recipe is for any data set."""
+    """None: the recipe is for any data set."""
     ipc: int | None = None
-    """The budget of the row, in images per class."""
+    """Images per class; None where the recipe is for any data set."""
+
+    @property
+    def name(self) -> str:
+        """``mtt`` for any data set, else ``mtt-cifar10-ipc10``."""
+        return self.stem if self.dataset is None else f"{self.stem}-{self.dataset}-ipc{self.ipc}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of the recipe, as nested dicts."""
+        place = {} if self.dataset is None else {"dataset": self.dataset, "ipc": self.ipc}
+        return _merged(self.shared, self.row) | place
 
     @property
     def description(self) -> str:
@@ -157,11 +169,11 @@ def _by_name(paths: Iterable[Path]) -> dict[str, Entry]:
 def _entries(content: Mapping[str, Any], stem: str) -> Iterator[Entry]:
     shared = {key: value for key, value in content.items() if key not in ("source", "table")}
     source = _source(content, "", "source")
-    yield Entry(stem, stem, source, shared)
+    yield Entry(stem, source, shared)
     table = content.get("table", [])
     if not isinstance(table, list):
         raise ValueError("table is not a list of rows; begin each row with `- dataset: cifar10`")
-    names = {stem}
+    pairs: set[tuple[str, int]] = set()
     for number, row in enumerate(table, 1):
         where = f"row {number} of the table"
         if not isinstance(row, dict):
@@ -174,18 +186,16 @@ def _entries(content: Mapping[str, Any], stem: str) -> Iterator[Entry]:
             raise ValueError(f"{where} does not say for which data sets it is; give it `dataset: [cifar10, cifar100]`")
         if not budgets or not all(isinstance(ipc, int) and not isinstance(ipc, bool) and ipc > 0 for ipc in budgets):
             raise ValueError(f"{where} does not say for how many images per class it is; give it `ipc: [1, 10]`")
-        if len(names) + len(datasets) * len(budgets) > MAX_RECIPES:
+        if len(pairs) + len(datasets) * len(budgets) > MAX_RECIPES:
             raise ValueError(f"the table has more than {MAX_RECIPES} pairs of data set and budget; split the file")
-        changes = {key: value for key, value in row.items() if key != "source"}
+        differing = {key: value for key, value in row.items() if key not in ("source", "dataset", "ipc")}
         said = _source(row, source, f"{where}: source")
         for dataset in datasets:
             for ipc in budgets:
-                name = f"{stem}-{dataset}-ipc{ipc}"
-                if name in names:
+                if (dataset, ipc) in pairs:
                     raise ValueError(f"{where} is the second one for {dataset} at {ipc} images per class; keep one")
-                names.add(name)
-                fields = _merged(shared, changes | {"dataset": dataset, "ipc": ipc})
-                yield Entry(name, stem, said, fields, dataset, ipc)
+                pairs.add((dataset, ipc))
+                yield Entry(stem, said, shared, differing, dataset, ipc)
 
 
 def _source(fields: Mapping[str, Any], default: str, where: str) -> str:
@@ -200,11 +210,8 @@ def _merged(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     merged = dict(shared)
     for key, value in changes.items():
         existing = merged.get(key)
-        if (
-            isinstance(existing, dict)
-            and isinstance(value, dict)
-            and existing.get("name") == value.get("name", existing.get("name"))
-        ):
+        both = isinstance(existing, dict) and isinstance(value, dict)
+        if both and value.get("name") in (None, existing.get("name")):
             value = _merged(existing, value)
         merged[key] = value
     return merged
