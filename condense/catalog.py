@@ -210,8 +210,8 @@ def _merged(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     merged = dict(shared)
     for key, value in changes.items():
         existing = merged.get(key)
-        both = isinstance(existing, dict) and isinstance(value, dict)
-        if both and value.get("name") in (None, existing.get("name")):
-            value = _merged(existing, value)
-        merged[key] = value
+        if isinstance(existing, dict) and isinstance(value, dict) and value.get("name") in (None, existing.get("name")):
+            merged[key] = _merged(existing, value)
+        else:
+            merged[key] = value
     return merged

@@ -249,7 +249,8 @@ def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
 
 def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
     """A type and its default, with a field for each choice below it: the help shows choices as it shows other flags."""
-    fields, values = {}, {}
+    fields: dict[str, Any] = {}
+    values: dict[str, str] = {}
     for flag, options, chosen in _choices(default):
         names = cast(Any, Literal)[tuple(options)]
         summaries = "\n".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in options.items())
