@@ -2,9 +2,9 @@
 
     python -m benchmarks.methods [--only NAME ...] [--num-seeds N]
 
-A method runs its recipe for the digits (``methods/recipes/NAME-digits-ipcK.yaml``); methods that need experts get a
-buffer made for that recipe. Then N fresh networks are trained on its set, and N on as many random images a class, with
-the training that the set brings along (``own``): same networks, same steps, same augmentation.
+A method runs its recipe for the digits (``NAME-digits-ipcK``); methods that need experts get a buffer made for that
+recipe. Then N fresh networks are trained on its set, and N on as many random images a class, with the training that the
+set brings along (``own``): same networks, same steps, same augmentation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from condense import api, recipe, registry
+from condense import api, catalog, recipe, registry
 from condense.artifacts import ArtifactSpec, TrajectorySpec
 from condense.buffers.trajectories import Experts
 from condense.data import datasets
@@ -46,17 +46,16 @@ HEADER = "| method | images a class | accuracy, % | random, % | n | seconds |\n|
 
 def names() -> list[str]:
     """The learning methods, and recipes of theirs that go by another name."""
-    recipes = {key.split("-digits-ipc")[0] for key in recipe.recipe_files() if "-digits-ipc" in key}
+    recipes = {entry.stem for entry in catalog.recipes().values() if entry.dataset == "digits"}
     return [key for key in registry.METHODS if registry.load(key).learns] + sorted(recipes - registry.METHODS.keys())
 
 
 def digits_recipe(name: str) -> recipe.Recipe:
     """The recipe for the digits with the smallest budget. Raises ValueError where a method has none."""
-    prefix = f"{name}-digits-ipc"
-    budgets = [int(key.removeprefix(prefix)) for key in recipe.recipe_files() if key.startswith(prefix)]
-    if not budgets:
-        raise ValueError(f"{name} has no recipe for the digits; add methods/recipes/{prefix}10.yaml")
-    return recipe.from_yaml(recipe.recipe_files()[f"{prefix}{min(budgets)}"])
+    entry = catalog.published(name, "digits", 1)
+    if entry is None or entry.dataset != "digits":
+        raise ValueError(f"{name} has no recipe for the digits; add a row to methods/recipes/{name}.yaml")
+    return recipe.named(entry.name)
 
 
 def experts_for(spec: ArtifactSpec) -> Experts:

@@ -177,23 +177,16 @@ def distill(
 
 
 def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -> tuple[Recipe, str]:
-    """The recipe meant by a method's name, a built-in recipe's name or a path; and where it came from.
+    """The recipe meant by a method's name, a recipe's name or a path; and where it came from.
 
     Raises:
         ValueError: none of these.
     """
-    built_in = recipe.recipe_files()
     if name.endswith((".yaml", ".yml")):
-        found = recipe.from_yaml(expanded(name))
-        return dataclasses.replace(found, dataset=runs.source_of(expanded(name), found.dataset)), name
-    if name in registry.METHODS or ":" in name:
-        best = recipe.published(name, dataset or "digits", ipc or 10)
-        if best is None:
-            return Recipe(method=registry.load(name)()), "the defaults of the method"
-        return recipe.from_yaml(built_in[best]), best
-    if name in built_in:
-        return recipe.from_yaml(built_in[name]), name
-    raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.METHODS)}")
+        plan, origin, _ = recipe.find(name, dataset, ipc)
+        return dataclasses.replace(plan, dataset=runs.source_of(expanded(name), plan.dataset)), origin
+    plan, origin, _ = recipe.find(name, dataset or "digits", ipc)
+    return plan, origin
 
 
 @checked

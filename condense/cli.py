@@ -27,6 +27,7 @@ Distil a data set into a few images a class, and measure what they are worth.
   apply     NAME RUN|FILE ...  continual, nas, privacy, ranking: what a set is worth
   report    RUN... [--out F]   runs side by side as one HTML page
   show      RUN|FILE|BUFFER    what a file says of itself
+  show      METHOD|RECIPE ...  the recipe for a data set and budget, as YAML
   list      methods|decoders|labels|adjoints|datasets|networks|recipes|protocols
   import    SRC DST ...        published sets and expert buffers into ours
   export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import sys
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, exchange, networks, recipe
+from condense import api, catalog, exchange, networks, recipe
 from condense import show as glance
 from condense.api import RunOptions
 from condense.artifacts import open_buffer
@@ -159,16 +160,26 @@ class Show:
     """Where the data of a whitened set lie, for its picture; default: as its run recorded it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShowRecipe:
+    recipe: Annotated[Switch[Recipe], Flat]
+    json: bool = False
+    """Print JSON: the name of the recipe, its source and its fields."""
+
+
 def distill(words: list[str], ranks: Ranks) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
     flags = _bare(words[1:], "--resume")
-    source, ipc = recipe.take(flags, "--dataset")[1], recipe.take(flags, "--ipc")[1]
+    source = recipe.take(flags, "--dataset")[1]
+    if _asks_for_help(flags):
+        resolved = recipe.find(name, source, _budget(flags))
+        default, about = Distill(recipe=resolved.recipe), _about(resolved)
+        recipe.parse(Distill, flags, default, f"condense distill {name}", about)
     arrays = None
-    if source is not None and not _asks_for_help(flags):
+    if source is not None:
         with ranks.rank_zero_first():
             arrays = api.open_data(source, download=recipe.take(flags, "--download")[1] == "True")
-    budget = int(ipc) if ipc is not None and ipc.isdigit() else None
-    base, origin = api.find_recipe(name, arrays.name if arrays else source, budget)
+    base, origin = api.find_recipe(name, arrays.name if arrays else source, _budget(flags))
     command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
     plan = command.recipe if arrays else api.located(command.recipe, command.options)
     with ranks.rank_zero_first():
@@ -207,14 +218,42 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
 
 
 def show(words: list[str]) -> None:
-    target = _positional(words, "show RUN|FILE|BUFFER", "give what `condense distill` or `buffer` wrote")
-    command = recipe.parse(Show, words[1:], Show(), prog="condense show RUN|FILE|BUFFER")
-    glance.show(expanded(target), command.png, command.dataset)
+    usage = "show RUN|FILE|BUFFER|METHOD|RECIPE"
+    target = _positional(words, usage, "give what `condense distill` or `buffer` wrote, or the name of a recipe")
+    path = expanded(target)
+    if target.endswith((".yaml", ".yml")) or (":" in target and not path.exists()):
+        _show_recipe(target, words[1:])
+        return
+    if path.exists():
+        command = recipe.parse(Show, words[1:], Show(), prog=f"condense {usage}")
+        glance.show(path, command.png, command.dataset)
+        return
+    names = [*METHODS, *catalog.recipes()]
+    if target not in names:
+        near = suggest(target, names, "`condense list recipes`")
+        raise ValueError(f"there is nothing at {target}, and no method or recipe has this name: {near}")
+    _show_recipe(target, words[1:])
+
+
+def _show_recipe(name: str, flags: list[str]) -> None:
+    """Print the recipe that ``condense distill`` would run with the same flags."""
+    source = recipe.take(flags, "--dataset")[1]
+
+    def resolve(dataset: str | None) -> tuple[recipe.Resolved, ShowRecipe]:
+        resolved = recipe.find(name, dataset, _budget(flags))
+        default, about = ShowRecipe(recipe=resolved.recipe), _about(resolved)
+        return resolved, recipe.parse(ShowRecipe, flags, default, f"condense show {name}", about)
+
+    resolved, command = resolve(source)
+    if source is not None and expanded(source).exists():  # a file may hold a data set that has a name
+        resolved, command = resolve(api.open_data(source).name)
+    glance.show_recipe(resolved, command.recipe, flags, command.json)
 
 
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
         say("usage: condense list methods|decoders|labels|adjoints|datasets|networks|recipes|protocols [--json]")
+        say("condense list recipes WORD... lists those with all the words, e.g. condense list recipes mtt cifar10")
         return
     as_json = "--json" in words
     kinds = [word for word in words if word != "--json"]
@@ -225,29 +264,29 @@ def list_(words: list[str]) -> None:
         "adjoints": lambda: summaries(ADJOINTS, lambda name: _summary(ADJOINTS[name])),
         "datasets": lambda: summaries(datasets.names(), datasets.describe),
         "networks": lambda: summaries(networks.names(), networks.describe),
-        "recipes": lambda: {name: _source(path) for name, path in recipe.recipe_files().items()},
+        "recipes": lambda: {entry.name: entry.description for entry in catalog.search(kinds[1:])},
         "protocols": lambda: {
             **summaries(PROTOCOLS, lambda name: PROTOCOLS[name].describe()),
             "own": "the training stored in the file: its network, its labels, its learned step size",
         },
     }
-    if len(kinds) != 1 or kinds[0] not in tables:
+    if not kinds or kinds[0] not in tables or (kinds[1:] and kinds[0] != "recipes"):
         asked = " ".join(kinds) or "nothing"
         raise ValueError(f"cannot list {asked}: there are {', '.join(tables)}; e.g. condense list methods")
-    found = tables[kinds[0]]()
+    rows = tables[kinds[0]]()
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(rows, indent=1))
         return
     if kinds[0] != "methods":
-        print_table(None, (kinds[0], ""), found.items())
+        print_table(None, (kinds[0], ""), rows.items())
         return
     families: dict[str, dict[str, str]] = {}
-    width = max(map(len, found)) + 2
-    for name, line in found.items():
+    width = max(map(len, rows)) + 2
+    for name, line in rows.items():
         families.setdefault(_family(name), {})[name] = line
-    for family, rows in families.items():
+    for family, lines in families.items():
         say(f"{family}:")
-        for name, line in rows.items():
+        for name, line in lines.items():
             say(f"  {name:<{width}}{line}")
 
 
@@ -419,10 +458,23 @@ def _positional(words: list[str], usage: str, mend: str) -> str:
     return words[0]
 
 
+def _budget(flags: list[str]) -> int | None:
+    """The number that ``--ipc`` gives; None where it gives none, which parsing the flags reports."""
+    ipc = recipe.take(flags, "--ipc")[1]
+    return int(ipc) if ipc is not None and ipc.isdecimal() else None
+
+
+def _about(resolved: recipe.Resolved) -> str:
+    """What stands above the flags of a recipe: the method's docstrings up to the equations, and the recipe's source."""
+    cls = type(resolved.recipe.method)
+    paragraphs = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")
+    citation = itertools.takewhile(lambda text: not text.startswith(" ") and not text.endswith(":"), paragraphs)
+    about = [_summary(cls), *citation, f"Recipe: {resolved.name}. {resolved.source}".strip()]
+    rows = [entry.dataset for entry in catalog.recipes().values() if entry.stem == resolved.name and entry.dataset]
+    if rows:
+        about.append(f"There are recipes for {', '.join(dict.fromkeys(rows))}: give --dataset and --ipc to see one.")
+    return "\n\n".join(about)
+
+
 def _summary(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0]
-
-
-def _source(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.removeprefix("#").strip()

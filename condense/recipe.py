@@ -15,16 +15,15 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import tyro
 import yaml
 
-from condense import registry
+from condense import catalog, registry
 from condense.compute import Compute
-from condense.files import canonical_json, read_yaml
+from condense.files import canonical_json, expanded
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method, Optim
 from condense.names import speaks_flags, spelt, suggest
@@ -162,51 +161,86 @@ def _with_schedules(fields: Any, method: Method) -> Any:
     }
 
 
-def from_yaml(path: Path) -> Recipe:
-    """Read a recipe file.
+def from_yaml(path: Path, dataset: str | None = None, ipc: int | None = None) -> Recipe:
+    """Read a recipe file. Of a file with a table: the recipe nearest to a data set and a budget, by default to those
+    that stand above the table.
 
     Raises:
-        ValueError: missing, not YAML, or see ``from_mapping``.
+        ValueError: see ``condense.catalog.read`` and ``from_mapping``.
     """
-    if not path.exists():
-        raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in ones")
-    try:
-        content = read_yaml(path, mend="correct the file")
-    except ValueError as error:
-        raise ValueError(f"recipe {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} is not a mapping of fields; begin it with `method: {{name: dm}}`")
-    return from_mapping(content, str(path))
+    return _of_file(path, dataset, ipc).recipe
 
 
-def recipe_files() -> dict[str, Path]:
-    """The built-in recipes: name -> file."""
-    folder = Path(str(files("condense.methods.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def named(name: str) -> Recipe:
+    """The recipe of a name, ``mtt`` or ``mtt-cifar10-ipc10``, of this package or of another one that is installed.
 
-
-def published(method: str, dataset: str, ipc: int) -> str | None:
-    """The name of the built-in recipe of a method that is nearest to a data set and budget, if there is any.
-
-    The same data set at the nearest IPC (by ratio) comes first, then the recipe for any data set.
+    Raises:
+        ValueError: there is no such recipe, or it is not valid.
     """
-    known = recipe_files()
-    prefix = f"{method}-{dataset}-ipc"
-    budgets = [int(name.removeprefix(prefix)) for name in known if name.startswith(prefix)]
-    if budgets:
-        nearest = min(budgets, key=lambda k: (max(k, ipc) / min(k, ipc), k))
-        return f"{prefix}{nearest}"
-    return method if method in known else None
+    entry = catalog.named(name)
+    if entry is None:
+        raise ValueError(f"unknown recipe {name!r}: {suggest(name, catalog.recipes(), '`condense list recipes`')}")
+    return from_mapping(entry.fields, name)
 
 
-def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None) -> T:
+class Resolved(NamedTuple):
+    """A recipe and where it comes from."""
+
+    recipe: Recipe
+    name: str
+    """The name of the recipe or the path of its file; ``the defaults of the method`` where there is neither."""
+    source: str
+    """Its publication, and where single values come from; empty where that is not known."""
+
+
+def find(name: str, dataset: str | None = None, ipc: int | None = None) -> Resolved:
+    """The recipe that is meant by the name of a method or of a recipe, or by the path of a recipe file.
+
+    Args:
+        name: ``mtt``, ``mtt-cifar10-ipc10``, ``mine.yaml``, or the import path of a method.
+        dataset: the name of the data set. None: the recipe for any data set; of a file, the data set that it names.
+        ipc: images per class, of which the nearest published ones serve.
+
+    Raises:
+        ValueError: none of these, or a recipe that is not valid.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _of_file(expanded(name), dataset, ipc)._replace(name=name)
+    entry = catalog.published(name, dataset, ipc or 10) or catalog.named(name)
+    if entry is not None:
+        return Resolved(from_mapping(entry.fields, entry.name), entry.name, entry.source)
+    methods = registry.METHODS
+    if name in methods or ":" in name:
+        return Resolved(Recipe(method=registry.load(name)()), "the defaults of the method", "")
+    raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, methods)}")
+
+
+def _of_file(path: Path, dataset: str | None, ipc: int | None) -> Resolved:
+    shared, *rows = catalog.read(path)
+    base = from_mapping(shared.fields, str(path))
+    entry = catalog.nearest([shared, *rows], dataset or base.dataset, ipc or base.ipc) if rows else None
+    if entry is None or entry is shared:
+        return Resolved(base, str(path), shared.source)
+    return Resolved(from_mapping(entry.fields, f"{path}, {entry.name}"), str(path), entry.source)
+
+
+def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None, description: str = "") -> T:
     """``default`` with the flags of ``argv``: choices first, then everything else by tyro.
+
+    Args:
+        kind: the type of ``default``, with tyro's markers.
+        argv: flags; ``--help`` prints them all and ends the process.
+        default: the value that the flags change.
+        prog: the command, for the help.
+        description: what stands above the flags in the help.
 
     Raises:
         ValueError: one line for an unknown flag (with the nearest ones), a wrong type or a value out of range.
     """
     argv, default = _choose(list(argv), default, "")
     output = io.StringIO()
+    if "--help" in argv or "-h" in argv:
+        kind, default = _with_choices(kind, default)
     try:
         with contextlib.redirect_stderr(output):
             return tyro.cli(
@@ -214,7 +248,7 @@ def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None) -
                 args=argv,
                 default=default,
                 prog=prog,
-                description="; ".join(_choices(default)),
+                description=description,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as leave:
@@ -241,14 +275,31 @@ def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
     return argv, dataclasses.replace(value, **changes) if changes else value
 
 
-def _choices(value: Any, path: str = "") -> Iterator[str]:
-    """For the help: every choice below ``value``, what it is and what else there is."""
+def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
+    """A type and its default, with a field for each choice below it: the help shows choices as it shows other flags."""
+    fields: dict[str, Any] = {}
+    values: dict[str, str] = {}
+    for flag, options, chosen in _choices(default):
+        names = cast(Any, Literal)[tuple(options)]
+        summaries = "\n".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in options.items())
+        field = f"choice{len(fields)}"
+        fields[field] = Annotated[names, tyro.conf.arg(name=flag, help=summaries)]
+        values[field] = chosen
+    choices = dataclasses.make_dataclass("Choices", fields.items(), kw_only=True, frozen=True)
+    flat = tyro.conf.arg(name="")
+    parts = [("command", Annotated[kind, flat]), ("choices", Annotated[choices, flat])]
+    whole = dataclasses.make_dataclass("Command", parts, kw_only=True, frozen=True)
+    return whole, whole(command=default, choices=choices(**values))
+
+
+def _choices(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, type], str]]:
+    """Flag, options and the option chosen, of each choice below ``value``."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
         options = CHOICES.get(hints[field.name])
         if options is not None:
-            yield f"--{flag} {{{','.join(options)}}} (default: {_listed(type(current), options)})"
+            yield flag, options, _listed(type(current), options)
         if dataclasses.is_dataclass(current):
             yield from _choices(current, _nested(path, field.name))
 
@@ -333,14 +384,24 @@ def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(box: str) -> str:
-    """What tyro prints in a frame, as one line: the complaint, and the nearest flags besides those it is about."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
-    lines = [line for line in lines if line]
-    ends = ("Perhaps", "Argument helptext", "For full", "--")
-    end = next((i for i, line in enumerate(lines) if i and line.startswith(ends)), len(lines))
-    complaint = " ".join(lines[1:end] or lines)
+    """What tyro prints in a frame, as one line: the complaint, and the nearest flags besides those it is about.
+
+    The frame has a title and sections between rules, the complaint first; where the terminal has no box characters, a
+    rule of dashes follows the title.
+    """
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("│ \t")
+        if text.startswith(("╭", "╰")) or not text.strip("─-"):
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    sections = [section for section in sections if section]
+    if "╭" not in box and len(sections) > 1:
+        del sections[0]
+    complaint = " ".join(sections[0]) if sections else "the flags cannot be read"
+    near = [line.split()[0] for section in sections[1:] for line in section if line.startswith("--")]
     given = re.findall(r"--[\w.-]*\w", complaint)
-    near = [line.split()[0] for line in lines[end:] if line.startswith("--")]
     near = [flag for flag in dict.fromkeys(near) if flag not in given]
     advice = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"{complaint}{advice}; --help lists the flags"

@@ -1,8 +1,9 @@
-"""``condense show``: what a run, a file or a buffer says of itself, at a glance in the terminal."""
+"""``condense show``: what a run, a file or a buffer says of itself, at a glance in the terminal; a recipe as YAML."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from condense.eval import crossarch
 from condense.eval.report import readable_bytes, steps_of, uses_of
 from condense.files import read_header
 from condense.names import printable
+from condense.recipe import Recipe, Resolved, to_mapping, to_yaml
 from condense.synthetic.set import SyntheticSet
 from condense.table import by_protocol, print_results, print_table
 
@@ -40,6 +42,24 @@ def show(target: Path, png: Path | None = None, dataset: str | None = None) -> N
         _file(target)
     else:
         raise ValueError(f"{target} is neither a run, a buffer nor a Condense file; give one of these")
+
+
+def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json: bool) -> None:
+    """Print a recipe as a YAML file that can be run, with its source in comments, or as JSON.
+
+    Args:
+        resolved: the recipe and its source.
+        plan: the recipe with the changes of ``flags``.
+        flags: of the command line.
+        as_json: print an object with the keys ``name``, ``source`` and ``recipe``.
+    """
+    if as_json:
+        print(json.dumps({"name": resolved.name, "source": resolved.source, "recipe": to_mapping(plan)}, indent=1))
+        return
+    changes = [] if plan == resolved.recipe else [f"changed by {shlex.join(flags)}"]
+    for line in (resolved.name, *resolved.source.splitlines(), *changes):
+        print(f"# {printable(line)}")
+    print(to_yaml(plan), end="")
 
 
 def _file(path: Path) -> None:

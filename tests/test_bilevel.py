@@ -23,7 +23,7 @@ from condense.methods.rat_bptt import RaTBPTT
 from condense.methods.rtp import RTP
 from condense.methods.unrolled import Minibatch
 from condense.networks import Functional
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Bases, Decode, Factor, Hard, Labels, Logits, Origin, Pixels
@@ -419,11 +419,10 @@ def test_bad_fields_are_refused(make: Callable[[], Bilevel], complaint: str) -> 
 
 
 def test_the_recipes_hold_the_published_values() -> None:
-    files = recipe_files()
-    dd: Any = from_yaml(files["dd-mnist-ipc10"]).method
+    dd: Any = named("dd-mnist-ipc10").method
     assert (dd.inner_epochs, dd.images_per_step, dd.lr, dd.batch_real) == (3, 1, 0.02, 1024)
     assert (dd.optim.kind, dd.optim.lr, dd.optim.momentum, len(dd.optim.schedule.drop_at)) == ("adam", 0.01, 0.5, 9)
-    rat: Any = from_yaml(files["rat-bptt-cifar10-ipc10"]).method
+    rat: Any = named("rat-bptt-cifar10-ipc10").method
     assert rat.adjoint == RandomTruncated(0, 140, 60) and (rat.lr, rat.batch_real, rat.clip) == (1e-3, 5000, 2.0)
     assert rat.num_steps == 10 * 60000 and (rat.optim.kind, rat.optim.lr) == ("adam", 1e-3)
     published = RTP(
@@ -440,7 +439,7 @@ def test_the_recipes_hold_the_published_values() -> None:
     )
     bases = Bases(num_bases=16, start="xavier")
     for name in ("rtp", "rtp-cifar10-ipc1"):
-        rtp = from_yaml(files[name])
+        rtp = named(name)
         assert (rtp.method, rtp.decode, rtp.augment) == (published, bases, "none")
     assert (rtp.dataset, rtp.ipc, rtp.transform) == ("cifar10", 1, "zca-relative")
     assert bases.latents_per_class(1, (3, 32, 32), 10) == 115, "as in the published code"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from condense import catalog
 from condense.compute import Compute
 from condense.method import Context, Optim
 from condense.methods.cafe import CAFE, CAFEState, Levels, discrimination
 from condense.networks import Functional, Network, Weights, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.schedule import Schedule
 from condense.synthetic import Factor
 from condense.task import Labelled
@@ -310,7 +311,7 @@ def test_any_number_of_maps_will_do() -> None:
 
 
 def test_recipes_hold_the_published_values() -> None:
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == "cafe"}
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "cafe"}
     published = CAFE(
         num_steps=20000,
         start="noise",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from condense import recipe
 from condense.cli import main
 from condense.data import datasets
 
@@ -150,7 +151,12 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["evaluate", "nowhere"], "there is no file nowhere"),
         (["evaluate"], "the first word is missing"),
         (["show", "nowhere"], "nowhere"),
+        (["show", "mmt"], "did you mean 'mtt'"),
+        (["show", "mtt", "--ipcs", "3"], "did you mean --ipc"),
+        (["show", "mine.yaml"], "there is no recipe mine.yaml"),
         (["list", "things"], "methods"),
+        (["list", "methods", "mtt"], "methods"),
+        (["list", "recipes", "mtt", "cifr10"], "no recipe has the words cifr10 mtt"),
         (["import", "nowhere", "there", "--dataset", "digits"], "nowhere"),
         (["import", __file__, "there", "--dataset", "digits"], "test_cli.py"),
         (["demo", "--fast"], "--out"),
@@ -250,13 +256,51 @@ def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(isinstance(text, str) and 5 < len(text) < 300 for text in entries.values())
 
 
-def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixture[str]) -> None:
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command prints with ``--help``, in one line."""
     with pytest.raises(SystemExit) as caught:
-        main(["distill", "mtt", "--help"])
+        main([*words, "--help"])
     assert caught.value.code == 0
-    text = capsys.readouterr().out
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixture[str]) -> None:
+    text = helped(capsys, "distill", "mtt")
     assert "--method.syn-steps" in text and "--method.batch-real" not in text
-    assert "--decode {pixels,factor," in text and "--method.adjoint {exact" in text
+    for flag in ("--decode {pixels,factor,", "--labels {hard,", "--method.adjoint {exact,"):
+        assert flag in text
+    assert "dct: Some frequencies of each image" in text and "(default: exact)" in text
+    assert "--method.adjoint.window INT" in helped(capsys, "distill", "mtt", "--method.adjoint", "truncated")
+
+
+def test_help_shows_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    text = helped(capsys, "distill", "mtt")
+    assert "Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022" in text and "Recipe: mtt. Caz" in text
+    assert "There are recipes for cifar10, " in text and "Updates of the images. (default: 5000)" in text
+    text = helped(capsys, "distill", "mtt", "--dataset", "cifar10", "--ipc", "12")
+    assert "Recipe: mtt-cifar10-ipc10. Caz" in text and "zca-relative. (default: zca)" in text
+
+
+def test_show_prints_the_recipe_that_distill_runs(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["show", "mtt", "--dataset", "cifar10", "--ipc", "10"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("# mtt-cifar10-ipc10\n# Cazenavette et al. (2022, MTT): values of the FTD")
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert recipe.from_yaml(tmp_path / "mine.yaml") == recipe.named("mtt-cifar10-ipc10")
+    main(["show", "mine.yaml", "--ipc", "3", "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["name"] == "mine.yaml" and again["recipe"]["ipc"] == 3
+
+    words = ["random", "--dataset", str(tiny_file), "--ipc", "2", "--network", TINY]
+    main(["show", *words])
+    shown = capsys.readouterr().out
+    assert "# changed by --dataset" in shown
+    (tmp_path / "random.yaml").write_text(shown)
+    main(["distill", "random.yaml", "--out", "a"])
+    main(["distill", *words, "--out", "b"])
+    assert (tmp_path / "a" / "recipe.yaml").read_bytes() == (tmp_path / "b" / "recipe.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("command", ["buffer", "demo", "distill", "evaluate", "import", "list", "report", "show"])

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from condense import catalog
 from condense.compute import Compute
 from condense.match import attention_map
 from condense.method import Context, Optim
 from condense.methods.datadam import DataDAM
 from condense.methods.dm import DM, DMState
 from condense.networks import Network, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.synthetic import Factor
 from condense.task import Labelled
 from condense.train import Training
@@ -186,7 +187,7 @@ def test_every_step_has_a_network_of_its_own() -> None:
 
 
 def test_recipes_hold_the_published_values() -> None:
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == "datadam"}
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "datadam"}
     published = DataDAM(num_steps=20000, batch_real=64, power=1.0, balance=0.01, optim=Optim(lr=1.0, momentum=0.5))
     assert published == DataDAM()
     names = ["datadam", *(f"datadam-cifar10-ipc{ipc}" for ipc in (1, 10, 50))]

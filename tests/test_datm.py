@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense import api, engine
+from condense import api, catalog, engine
 from condense.artifacts import TrajectorySpec, find
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts
@@ -23,7 +23,7 @@ from condense.methods.datm import CONFIDENCE, DATM, correctly_classified, mean_l
 from condense.methods.mtt import MTT, TrajectoryMatching, expert_logits, experts_of
 from condense.methods.tesla import TESLA
 from condense.networks import Functional, Weights, build
-from condense.recipe import Recipe, from_yaml, recipe_files
+from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels, Teacher
@@ -430,11 +430,7 @@ PUBLISHED = {  # syn_steps, batch_syn, expert_epochs, window, growth, lr of imag
 
 
 def published(name: str) -> dict[str, Recipe]:
-    return {
-        key: from_yaml(path)
-        for key, path in recipe_files().items()
-        if key.split("-")[0] == name and "digits" not in key
-    }
+    return {key: named(key) for key in catalog.recipes() if key.split("-")[0] == name and "digits" not in key}
 
 
 def test_recipes_of_datm_hold_the_published_values() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from condense import catalog
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -17,7 +18,7 @@ from condense.method import Context, Optim
 from condense.methods import dc
 from condense.methods.dc import DC, DSA, Condensation, StudentState
 from condense.networks import Functional, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
@@ -351,7 +352,7 @@ def test_sets_of_dsa_are_meant_for_longer_training() -> None:
 @pytest.mark.parametrize(("kind", "augment"), [(DC, "none"), (DSA, "dsa")])
 def test_recipes_hold_the_published_values(kind: type[DC] | type[DSA], augment: str) -> None:
     method = kind.__name__.lower()
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == method}
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == method}
     for dataset in ("mnist", "fashion-mnist", "cifar10"):
         for ipc in (1, 10, 50):
             recipe = recipes.pop(f"{method}-{dataset}-ipc{ipc}")

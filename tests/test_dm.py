@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from condense import catalog
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
 from condense.method import Context, Optim
 from condense.methods.dm import DM, DistributionMatching
 from condense.networks import Functional, Network, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Origin, Pixels
 from condense.task import Split, make_task
@@ -179,7 +180,7 @@ def test_autocast_acts_on_the_features() -> None:
 
 
 def test_recipes_exist_for_the_published_budgets_and_hold_the_published_values() -> None:
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == "dm"}
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "dm"}
     published = DM(num_steps=20000, start="real", batch_real=256, optim=Optim(lr=1.0, momentum=0.5))
     assert published == DM()
     for dataset in ("mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"):

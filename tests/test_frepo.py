@@ -17,7 +17,7 @@ from condense.method import Context, Optim
 from condense.methods import pool
 from condense.methods.frepo import FRePo, PoolState, half_squared_error, margin_loss
 from condense.networks import Functional, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, Pixels, Targets
@@ -201,11 +201,11 @@ def test_sets_are_for_networks_without_norm_and_the_published_augmentation() -> 
 
 
 def test_the_recipes_hold_the_published_values() -> None:
-    plan = from_yaml(recipe_files()["frepo-cifar100-ipc1"])
+    plan = named("frepo-cifar100-ipc1")
     method: Any = plan.method
     assert (method.batch_real, method.pool_size, method.max_age, method.lr_pool) == (1024, 10, 100, 3e-4)
     assert (method.optim.kind, method.optim.lr, method.optim.schedule.cosine_to) == ("lamb", 3e-4, 0.1)
     assert plan.labels == Targets(scale=10**-0.5) and plan.augment == "none:flips=true"
     assert plan.network == "convnet:widen=true,norm=batch-before"
-    gray = from_yaml(recipe_files()["frepo-mnist-ipc1"])
+    gray = named("frepo-mnist-ipc1")
     assert gray.labels == Targets() and gray.augment == "none" and gray.transform == "channel"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from condense import catalog
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -17,7 +18,7 @@ from condense.method import Context, Optim
 from condense.methods.dc import StudentState
 from condense.methods.idc import IDC, IDCI, IDCBase
 from condense.networks import Functional, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.sources import Examples
@@ -305,9 +306,7 @@ STD = {"cifar10": 0.2009, "svhn": 0.1987, "mnist": 0.3081, "fashion-mnist": 0.35
 
 @pytest.mark.parametrize(("kind", "name", "decode"), [(IDC, "idc", Factor(factor=2)), (IDCI, "idc-i", Pixels())])
 def test_recipes_hold_the_published_values(kind: type[IDCBase], name: str, decode: Decode) -> None:
-    recipes = {
-        key: from_yaml(path) for key, path in recipe_files().items() if key == name or key.startswith(f"{name}-")
-    }
+    recipes = {key: named(key) for key in catalog.recipes() if key == name or key.startswith(f"{name}-")}
     if name == "idc":
         recipes = {key: recipe for key, recipe in recipes.items() if not key.startswith("idc-i")}
     for dataset, lr in LR.items():

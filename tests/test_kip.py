@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense import api
+from condense import api, catalog
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
@@ -20,7 +20,7 @@ from condense.kernels import centred
 from condense.method import Context, GradientState, Optim
 from condense.methods.kip import KIP
 from condense.networks import Functional
-from condense.recipe import Recipe, from_yaml, recipe_files
+from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels, Targets
 from condense.task import Labelled, Split, Task, make_task
@@ -258,7 +258,7 @@ def test_starts_from_real_images_and_from_noise() -> None:
 
 
 def test_recipes_hold_the_published_values() -> None:
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == "kip"}
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "kip"}
     del recipes["kip-digits-ipc10"]
     published = KIP(num_steps=1000, batch_real=5000, optim=Optim(kind="adam", lr=0.04, momentum=0.9))
     assert (published.kernel, published.depth, published.ridge, published.b_std) == ("ntk", 1, 1e-6, 0.1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense import catalog
 from condense.artifacts import BufferWriter, find, pack
 from condense.augment import Augment
 from condense.compute import Compute
@@ -22,7 +23,7 @@ from condense.method import Context, GradientState, Optim
 from condense.methods.mtt import MTT, minibatches
 from condense.methods.unrolled import prepared
 from condense.networks import Functional, build
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, Task, make_task
@@ -440,11 +441,7 @@ PUBLISHED = {  # syn_steps, expert_epochs, max_start_epoch, lr of images, lr of 
 
 def test_recipes_hold_the_published_values() -> None:
     """The rate of the logarithm is converted at a learning rate of 0.01 throughout."""
-    recipes = {
-        name: from_yaml(path)
-        for name, path in recipe_files().items()
-        if name.split("-")[0] == "mtt" and "digits" not in name
-    }
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "mtt" and "digits" not in name}
     assert recipes.keys() == {"mtt"} | {f"mtt-{name}" for name in PUBLISHED}
     assert recipes["mtt"].method == MTT()
     assert all(recipe.augment == "dsa:align_corners=true" for recipe in recipes.values())

@@ -19,7 +19,7 @@ from condense.method import Context, Optim
 from condense.methods import pool
 from condense.methods.rcig import HEAD, RCIG, Convexified, adaptation, ends_above, falls, highest_lr, no_longer_than
 from condense.networks import Functional
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, Pixels, Targets
 from condense.task import Labelled, Split, make_task
@@ -266,10 +266,10 @@ def test_sets_are_for_networks_with_relu_and_the_published_augmentation() -> Non
 
 
 def test_the_recipes_hold_the_published_values() -> None:
-    plan = from_yaml(recipe_files()["rcig-cifar10-ipc10"])
+    plan = named("rcig-cifar10-ipc10")
     method: Any = plan.method
     assert (method.ridge, method.inner_steps, method.adjoint_steps, method.pool_size) == (5e-4, 20, 20, 30)
     assert (method.lr_pool, method.max_age, method.max_train_steps, method.ema) == (5e-5, 100, 15, 0.99)
     assert (method.optim.kind, method.optim.lr, method.optim_temperature.lr) == ("adabelief", 3e-3, 0.03)
     assert plan.augment == "none:flips=true" and plan.labels == Targets()
-    assert from_yaml(recipe_files()["rcig-mnist-ipc10"]).augment == "none"
+    assert named("rcig-mnist-ipc10").augment == "none"

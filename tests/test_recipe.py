@@ -1,11 +1,13 @@
-import re
+import io
+import json
 from pathlib import Path
 
 import pytest
 
-from condense import recipe, registry
+from condense import catalog, recipe, registry
 from condense.commands import Distill
 from condense.inner import Exact, Truncated
+from condense.names import flags
 from condense.recipe import Recipe
 from condense.schedule import Schedule
 from condense.synthetic import Factor, Hard, Logits, Pixels
@@ -13,27 +15,51 @@ from condense.synthetic import Factor, Hard, Logits, Pixels
 NAMES = sorted(registry.METHODS)
 
 
-@pytest.mark.parametrize("name", sorted(recipe.recipe_files()))
-def test_every_recipe_says_where_it_comes_from_and_round_trips(name: str, tmp_path: Path) -> None:
-    path = recipe.recipe_files()[name]
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("# ") and len(first) > 20
-    plan = recipe.from_yaml(path)
-    method = re.sub(r"-(cifar|mnist|fashion|svhn|digits|label-solve).*", "", name)
-    assert registry.name_of(plan.method) == {"ftd": "mtt", "random-soft": "random"}.get(method, method)
+HASHES = json.loads((Path(__file__).parent / "golden" / "recipes.json").read_text())
+"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each."""
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_every_recipe_is_what_it_was_says_its_source_and_round_trips(name: str, tmp_path: Path) -> None:
+    entry = catalog.named(name)
+    assert entry is not None and len(entry.description) > 20
+    plan = recipe.named(name)
+    assert plan.hash("f").startswith(HASHES[name])
+    assert registry.name_of(plan.method) == {"ftd": "mtt", "random-soft": "random"}.get(entry.stem, entry.stem)
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(plan))
     assert recipe.from_yaml(tmp_path / "again.yaml") == plan
 
 
+def test_no_recipe_was_lost() -> None:
+    assert catalog.recipes().keys() >= HASHES.keys()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_has_a_recipe_for_any_data_set(name: str) -> None:
-    assert recipe.published(name, "nobody's data", 7) == name
+    for dataset in (None, "nobody's data"):
+        assert recipe.find(name, dataset, 7).name == name
 
 
 def test_the_nearest_published_budget_serves() -> None:
-    assert recipe.published("dm", "cifar10", 10) == "dm-cifar10-ipc10"
-    assert recipe.published("dm", "cifar10", 8) == "dm-cifar10-ipc10"
-    assert recipe.published("dm", "cifar10", 3) == "dm-cifar10-ipc1"
+    assert recipe.find("dm", "cifar10", 10).name == "dm-cifar10-ipc10"
+    assert recipe.find("dm", "cifar10", 8).name == "dm-cifar10-ipc10"
+    assert recipe.find("dm", "cifar10", 3).name == "dm-cifar10-ipc1"
+    assert recipe.find("ftd", "cifar100", 10).recipe.transform == "zca", "files of recipes are asked as methods are"
+    assert recipe.find("dm-cifar10-ipc1", "mnist", 50).recipe.ipc == 1, "a recipe's own name is meant as it stands"
+
+
+def test_a_file_of_ones_own_may_have_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "source: Ours.\nmethod: {name: dm, num_steps: 7, optim: {lr: 2.0}}\nipc: 3\ntable:\n"
+        "- {dataset: [digits, mnist], ipc: [1, 10], source: Ours at many., method: {optim: {lr: 5.0}}}\n"
+    )
+    for dataset, ipc, lr in [(None, None, 5.0), ("mnist", 50, 5.0), ("cifar10", 10, 2.0)]:
+        resolved = recipe.find(str(path), dataset, ipc)
+        method = resolved.recipe.method
+        assert method.optim.lr == lr and method.num_steps == 7  # type: ignore[attr-defined]
+        assert resolved.source == ("Ours." if lr == 2.0 else "Ours at many.")
+    assert recipe.from_yaml(path).ipc == 1, "of 1 and 10 the first is nearer to 3"
 
 
 def parse(*words: str, method: str = "mtt") -> Recipe:
@@ -71,6 +97,18 @@ def test_bad_flags_get_one_line(words: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_terminal_without_box_characters_gets_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    for encoding in ("utf-8", "ascii"):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        with flags(), pytest.raises(ValueError, match="did you mean --ipc") as unknown:
+            parse("--ipcs", "3")
+        with flags(), pytest.raises(ValueError, match=r"--method\.optim\.lr 0\.1") as bad:
+            parse("--method.optim.lr", "1e39", method="dm")
+        lines.append((str(unknown.value), str(bad.value)))
+    assert lines[0] == lines[1]
 
 
 def test_advice_does_not_repeat_the_flag_in_the_complaint() -> None:

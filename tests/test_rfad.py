@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condense import api
+from condense import api, catalog
 from condense.compute import Compute
 from condense.kernels import fully_connected
 from condense.method import Context, GradientState, Optim
 from condense.methods.rfad import RFAD, gaussian
 from condense.networks import Functional, build
-from condense.recipe import Recipe, from_yaml, recipe_files
+from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.synthetic import Factor, Hard, Labels, Logits, Pixels, Targets
 from condense.synthetic import load as load_set
@@ -233,7 +233,7 @@ def test_the_global_generator_is_left_alone_and_the_seed_matters() -> None:
 
 
 def test_recipes_hold_the_published_values() -> None:
-    recipes = {name: from_yaml(path) for name, path in recipe_files().items() if name.split("-")[0] == "rfad"}
+    recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "rfad"}
     del recipes["rfad-digits-ipc10"]
     published = RFAD(
         num_networks=8,

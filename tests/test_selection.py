@@ -30,7 +30,7 @@ from condense.methods.selection import (
     smallest,
 )
 from condense.networks import Functional, Weights
-from condense.recipe import from_yaml, recipe_files
+from condense.recipe import named
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Origin, Pixels
 from condense.synthetic.labels import Teacher
@@ -327,7 +327,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(method: Method)
 
 @pytest.mark.parametrize("name", ["random", "herding", "k-center", "k-means", "forgetting", "el2n"])
 def test_the_recipe_says_what_the_method_does_by_default(name: str) -> None:
-    method = from_yaml(recipe_files()[name]).method
+    method = named(name).method
     assert method == registry.load(name)()
 
 
