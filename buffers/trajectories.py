@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from condense.artifacts import TrajectorySpec, TrajectoryWriter, identities, pack
+from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
 from condense.distributed import Ranks
@@ -97,6 +98,14 @@ class Experts(Checked):
         return training | schedule
 
 
+def check_augment(augment: Augment) -> None:
+    """Raise ValueError for an augmentation that experts cannot have."""
+    if augment.flips:
+        raise ValueError(
+            f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
+        )
+
+
 def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str, Any]:
     """What names the buffer: everything that decides its snapshots, apart from their number."""
     return {
@@ -140,10 +149,7 @@ def build(
         ValueError: new experts would be shorter than the present ones; an expert diverged; the buffer is
             damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
-    if task.augment.flips:
-        raise ValueError(
-            f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
-        )
+    check_augment(task.augment)
     network, rng = task.network, Rng(seed)
     compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")

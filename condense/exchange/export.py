@@ -17,7 +17,7 @@ from torch import Tensor
 
 from condense.data.transform import Transform
 from condense.exchange import tables
-from condense.files import canonical_json, replacing, reporting, temporary
+from condense.files import canonical_json, check_new_folder, replacing, reporting, temporary
 from condense.synthetic.set import SyntheticSet
 
 
@@ -33,10 +33,7 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
     Raises:
         ValueError: something is there already; it cannot be written; a library for this format is missing.
     """
-    if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
-    if path.exists():
-        raise ValueError(f"{path} exists already; give another place")
+    check_export(path, kind)
     with torch.no_grad():
         images, targets = syn()
         pixels = transform.inverse(images).clamp(0, 1).cpu()
@@ -45,6 +42,15 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) if kind == "npz" else _making(path) as staged:
             FORMATS[kind](syn, pixels, targets, staged)
+
+
+def check_export(path: Path, kind: str) -> None:
+    """Raise ValueError for an unknown format, and where something is at ``path`` or nothing can be written there."""
+    if kind not in FORMATS:
+        raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
+    if path.exists():
+        raise ValueError(f"{path} exists already; give another place")
+    check_new_folder(path.parent)
 
 
 @contextlib.contextmanager
