@@ -177,12 +177,12 @@ def run(
     folder = runs.run_folder(plan, options.out, arrays.name)
     with runs.held(folder) if ranks.first else contextlib.nullcontext():
         with ranks.rank_zero_first():
-            earlier = runs.resolved_compute(folder) if resume else None
+            written = runs.written_recipe(folder) if resume else None
             resolved = experiment.resolve(
-                plan, arrays, device=device, network=network, validates=validates, earlier=earlier
+                plan, arrays, device=device, network=network, validates=validates, earlier=written
             )
             if ranks.first:
-                runs.claim(folder, resolved.plan, resume)
+                runs.claim(folder, resolved.plan, written)
             ctx = experiment.prepare(resolved, expanded(options.buffers), ranks=ranks)
         validate = evaluation.validator(ctx.task, ctx.compute, resolved.plan.seed) if validates else None
         return experiment.run(resolved, ctx, folder, options, resume=resume, validate=validate)

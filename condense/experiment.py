@@ -143,7 +143,7 @@ def resolve(
         device: of the networks.
         network: stands in for the recipe's.
         validates: whether the set is evaluated on the validation split while it is distilled.
-        earlier: the ``compute`` of a run that is resumed.
+        earlier: the recipe of the run that is resumed, by field; its ``compute`` is taken.
 
     Raises:
         ValueError: see ``check``; these are not the data of the recipe; the network or the decoder does not take them.
@@ -163,7 +163,7 @@ def resolve(
         fingerprint=fingerprint,
         split=plan.split.resolved(selects=validates),
         network=functional.name,
-        compute=_resolved_compute(plan, arrays, functional, earlier),
+        compute=_resolved_compute(plan, arrays, functional, earlier.get("compute") if earlier else None),
     )
     return Experiment(plan=resolved, arrays=arrays, network=functional, source=plan.dataset, validates=validates)
 
@@ -235,34 +235,34 @@ def run(
         ValueError: see ``condense.engine.run``.
     """
     plan, ranks, device = experiment.plan, ctx.ranks, experiment.network.device
+    title = f"{registry.name_of(plan.method)} {ctx.task.name} ipc {plan.ipc}"
     with plan.compute.arithmetic():
         state = plan.method.init(ctx)
-    with reporting(folder):
-        folder.mkdir(parents=True, exist_ok=True)  # on every machine
-    sinks: tuple[Sink, ...] = ()
-    if ranks.first:
-        if not (resume and engine.has_checkpoint(folder)):
-            write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
-        sinks = open_sinks(options.track, folder, recipe.to_mapping(plan))
-        runs.write_source(folder, experiment.source)
-    begun = time.monotonic()
-    forget_peak(device)
-    title = f"{registry.name_of(plan.method)} {ctx.task.name} ipc {plan.ipc}"
-    with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
-        syn = engine.run(
-            plan.method,
-            ctx,
-            state,
-            folder,
-            resume=resume,
-            eval_every=options.eval_every,
-            validate=validate,
-            sinks=sinks,
-            on_step=lambda done, record: bar(done, f"loss {record['loss']:.4g}" if "loss" in record else ""),
-        )
+        with reporting(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # on every machine
+        sinks: tuple[Sink, ...] = ()
+        if ranks.first:
+            if not (resume and engine.has_checkpoint(folder)):
+                write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
+            sinks = open_sinks(options.track, folder, ctx.origin.recipe)
+            runs.write_source(folder, experiment.source)
+        begun = time.monotonic()
+        forget_peak(device)
+        with progress(title, plan.method.num_steps) as bar:
+            syn = engine.run(
+                plan.method,
+                ctx,
+                state,
+                folder,
+                resume=resume,
+                eval_every=options.eval_every,
+                validate=validate,
+                sinks=sinks,
+                on_step=lambda done, record: bar(done, f"loss {record['loss']:.4g}" if "loss" in record else ""),
+            )
     if ranks.first:
         picture.draw(syn, ctx.task.transform, folder / "synthetic.png")
-        runs.write_record(folder, experiment.source, device, time.monotonic() - begun, ranks.size)
+        runs.write_record(folder, device, time.monotonic() - begun, ranks.size)
     ranks.barrier()
     return syn
 

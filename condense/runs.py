@@ -113,67 +113,55 @@ def check_folder(folder: Path, resume: bool) -> None:
     not to be resumed, or cannot be made. Nothing is left behind."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
-    if folder.exists():
-        _check_content(folder, resume)
+    if folder.exists() and content(folder):
+        if not (folder / "recipe.yaml").exists():
+            raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
+        if not resume:
+            raise ValueError(
+                f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
+            )
     check_new_folder(folder)
 
 
-def claim(folder: Path, plan: Recipe, resume: bool) -> None:
-    """Refuse a folder that holds something else, before anything is written. Where the data lie makes no difference.
+def written_recipe(folder: Path) -> Mapping[str, Any] | None:
+    """The recipe of the run in ``folder``, by field; None where there is none. Its ``compute`` has been checked.
 
     Raises:
-        ValueError: no run, a run that is not to be resumed, or a run of another recipe (names the field).
+        ValueError: it is damaged.
     """
-    if _check_content(folder, resume):
-        _check_recipe(folder / "recipe.yaml", plan)
+    file, fix = folder / "recipe.yaml", f"restore it, or choose another {spelt('out')}"
+    if not file.exists():
+        return None
+    written = read_yaml(file, mend=fix)
+    if not isinstance(written, dict):
+        raise ValueError(f"{file} is damaged: it is not a mapping of fields; {fix}")
+    if written.get("compute") is not None:
+        from_json(Compute, written["compute"], f"{file}, compute")
+    return written
 
 
-def _check_content(folder: Path, resume: bool) -> bool:
-    """Whether there is a run in the folder, which is to be resumed. Raises ValueError where it holds anything else."""
-    if not content(folder):
-        return False
-    if not (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
-    if not resume:
-        raise ValueError(
-            f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
-        )
-    return True
+def claim(folder: Path, plan: Recipe, written: Mapping[str, Any] | None) -> None:
+    """Refuse a folder that holds something else, before anything is written.
 
+    Args:
+        folder: of the run.
+        plan: its recipe.
+        written: of ``written_recipe``, where that run is to be resumed. Where its data lay makes no difference.
 
-def _check_recipe(written: Path, plan: Recipe) -> None:
-    """Raise ValueError where the recipe of a run is another one."""
+    Raises:
+        ValueError: see ``check_folder``; the run was begun with another recipe (names the field).
+    """
+    if written is None:
+        return check_folder(folder, resume=False)
     ours = to_mapping(plan)
     # the fingerprint identifies the data; version 0.1.0 wrote no fingerprint, and the path of the data
-    theirs = {"fingerprint": ours["fingerprint"]} | _read(written) | {"dataset": ours["dataset"]}
+    theirs = {"fingerprint": ours["fingerprint"], **written} | {"dataset": ours["dataset"]}
     different = _difference(theirs, ours)
     if different is not None:
         name, old, new = (printable(str(part), 60) for part in different)
         raise ValueError(
-            f"{written.parent} was begun with {name} = {old}, not {new}: it is another recipe; choose another "
-            f"{spelt('out')}"
+            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
         )
-
-
-def resolved_compute(folder: Path) -> Mapping[str, Any] | None:
-    """The ``compute`` of the run in ``folder``, as it was resolved when the run began; None where there is none.
-
-    Raises:
-        ValueError: its recipe is damaged.
-    """
-    written = folder / "recipe.yaml"
-    compute = _read(written).get("compute") if written.exists() else None
-    if compute is not None:
-        from_json(Compute, compute, f"{written}, compute")
-    return compute
-
-
-def _read(written: Path) -> dict[str, Any]:
-    mend = f"restore it, or choose another {spelt('out')}"
-    content = read_yaml(written, mend=mend)
-    if not isinstance(content, dict):
-        raise ValueError(f"{written} is damaged: it is not a mapping of fields; {mend}")
-    return content
 
 
 def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -188,25 +176,25 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
 
 
 def write_source(folder: Path, dataset: str) -> None:
-    """Where the data of a run lie, into ``run.json`` as the run begins."""
-    record = read_record(folder) | {"dataset": _place(folder, dataset)}
+    """Where the data of a run lie, into ``run.json`` as the run begins.
+
+    Data that were passed in Python have a name and no place: theirs is the place that an earlier record holds, else
+    the name.
+    """
+    record, place = read_record(folder), expanded(dataset)
+    if dataset not in datasets.names() and place.exists():
+        record["dataset"] = str(place.resolve())
+    elif dataset in datasets.names() or "dataset" not in record:
+        record["dataset"] = dataset
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def _place(folder: Path, dataset: str) -> str:
-    """Where the data lie. Data that were passed in Python have a name and no place: theirs is the place that the
-    record holds already, else the name."""
-    if dataset in datasets.names():
-        return dataset
-    place = expanded(dataset)
-    return str(place.resolve()) if place.exists() else str(read_record(folder).get("dataset", dataset))
-
-
-def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
-    """``run.json``; ``seconds`` add up over resumptions."""
+def write_record(folder: Path, device: torch.device, seconds: float, processes: int) -> None:
+    """The rest of ``run.json`` when the run has ended; ``seconds`` add up over resumptions."""
+    earlier = read_record(folder)
     record = {
-        "dataset": _place(folder, dataset),
-        "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
+        "dataset": earlier.get("dataset", ""),
+        "seconds": round(float(earlier.get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "machine": platform.machine(),

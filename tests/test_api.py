@@ -274,7 +274,8 @@ def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_pat
         ("method: {name: dm, clamp: true}\ndecode: hallucinator\n", "give clamp=False"),
         ("method: {name: dm}\naugment: dsa_corp\n", "augmentation 'dsa_corp': unknown operation"),
         ("method: {name: dm, num_step: 3}\n", "unknown field 'method.num_step'"),
-        ("method: {name: random}\ndecode: {name: factor, factor: 13}\n", "give another decode"),
+        ("method: {name: dm}\ndecode: {name: bases, num_bases: 50}\n", "50 bases of 16 numbers leave too few"),
+        ("method: {name: dm}\ndecode: {name: dct, coefficients: 65}\n", "an image has 64 pixels a channel"),
         ("method: {name: mtt}\n", "no trajectories for tiny in artifacts: there are none"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_resumed_run_is_prepared_as_the_first_one(tiny: Arrays, tmp_path: Path
     first = resolve(plan, tiny, device=torch.device("cpu"))
     assert first.plan.network == TINY and first.plan.split.val_fraction == 0.0
     earlier = to_mapping(first.plan)["compute"] | {"compile": not first.plan.compute.compile}
-    again = resolve(plan, tiny, device=torch.device("cpu"), earlier=earlier)
+    again = resolve(plan, tiny, device=torch.device("cpu"), earlier={"compute": earlier})
     assert again.plan.compute.compile is earlier["compile"]
     one, other = prepare(first), prepare(resolve(first.plan, tiny, device=torch.device("cpu")))
     assert one.origin == other.origin

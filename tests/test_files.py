@@ -240,7 +240,7 @@ def test_odd_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     assert words in one_line(lambda: read_yaml(tmp_path / "recipe.yaml", mend="correct it"))
     assert words in one_line(lambda: recipe.from_yaml(tmp_path / "recipe.yaml"))
-    assert words in one_line(lambda: runs.settled(tmp_path))
+    assert words in one_line(lambda: runs.written_recipe(tmp_path))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
@@ -261,7 +261,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], No
         lambda: read_log(run / "log.jsonl"),
         lambda: cut_back(run / "log.jsonl", 1),
         lambda: recipe.from_yaml(run / "recipe.yaml"),
-        lambda: runs.settled(run),
+        lambda: runs.written_recipe(run),
         lambda: read_tensors(run / "checkpoint.safetensors", "checkpoint"),
         lambda: artifacts.read_manifest(tmp_path / "buffer"),
         lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", mend="tensors"),

@@ -144,8 +144,7 @@ def test_recipes(folder: Path) -> None:
         else:
             changed = mutations.mutate_json(yaml.safe_load(text), rng)
             file.write_bytes(yaml.safe_dump(changed, sort_keys=False).encode("utf-8", "replace"))
-        taken_or_refused(lambda: runs.settled(folder), str(i))
-        taken_or_refused(lambda: runs.claim(folder, plan, resume=True), str(i))
+        taken_or_refused(lambda: runs.claim(folder, plan, runs.written_recipe(folder)), str(i))
 
 
 def test_journals(tmp_path: Path) -> None:
