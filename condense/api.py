@@ -31,12 +31,11 @@ from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
 from condense.files import check_new_file, check_new_folder, expanded, write_text
 from condense.method import Method
-from condense.names import suggest
 from condense.networks import Factory, Functional
 from condense.recipe import Recipe
 from condense.rng import check_seed
 from condense.runs import RunOptions as RunOptions
-from condense.schema import accepted, checked
+from condense.schema import accepted, checked, replaced
 from condense.sets import Readable
 from condense.sets import open_set as open_set
 from condense.synthetic.decode import Decode, Pixels
@@ -73,7 +72,7 @@ def make_buffer(
     Raises:
         ValueError: bad data, network or field; the disk is full.
     """
-    plan = dataclasses.replace(experts, **_known_fields(fields, experts))
+    plan = replaced(experts, fields)
     check_seed(seed)
     experiment.check_names(network, transform, augment)
     check_augment(Augment.parse(augment))
@@ -121,35 +120,18 @@ def distill(
     fields = {k: v for k, v in fields.items() if k not in names}
     if "ipc" in fields:
         fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
-    if dataset is not None:
-        fields["dataset"] = str(dataset) if isinstance(dataset, str | Path) else name_of(dataset)
     if isinstance(network, str):
         fields["network"] = network
     if dataset is None:
-        return run(_recipe(method, None, fields), options, network=network, ranks=ranks)
-    plan = _recipe(method, name_of(dataset), fields)
+        return run(experiment.recipe_for(method, None, fields), options, network=network, ranks=ranks)
+    name, place = name_of(dataset), {"dataset": str(dataset)} if isinstance(dataset, str | Path) else {}
+    plan = experiment.recipe_for(method, name, {"dataset": name, **fields, **place})
     with ranks.rank_zero_first():
         experiment.check_run(plan, options, network, dataset=dataset, ranks=ranks)
         arrays = open_data(dataset, options.download)
-    if arrays.name != name_of(dataset):  # a known data set was recognised
-        plan = _recipe(method, arrays.name, fields)
+    if arrays.name != name:  # a known data set was recognised
+        plan = experiment.recipe_for(method, arrays.name, {"dataset": arrays.name, **fields, **place})
     return run(plan, options, arrays=arrays, network=network, ranks=ranks)
-
-
-def _recipe(method: str | Path | Method | Recipe, dataset: str | None, fields: Mapping[str, Any]) -> Recipe:
-    """The recipe of ``distill`` for the data set of this name."""
-    if isinstance(method, Recipe):
-        base = method
-    elif isinstance(method, Method):
-        base = Recipe(method=method)
-    else:
-        base, _ = find_recipe(str(method), dataset, fields.get("ipc"))
-    names = [f.name for f in dataclasses.fields(Recipe) if f.name != "method"]
-    chosen = {k: recipe.choice(k, v) for k, v in fields.items()}
-    of_method = {k: v for k, v in chosen.items() if k not in names}
-    others = [*names, *(f.name for f in dataclasses.fields(RunOptions))]
-    changed = dataclasses.replace(base.method, **_known_fields(of_method, base.method, others))
-    return dataclasses.replace(base, method=changed, **{k: v for k, v in chosen.items() if k in names})
 
 
 @checked
@@ -234,9 +216,9 @@ def evaluate(
     check_baselines(rivals, given, networks[0], seed, budget)
     chosen = prepare_device(device)
     with ranks.rank_zero_first():
-        found, arrays = sets.with_data(given, open_data(data, download))
-    subject = Subject(syn=found, arrays=arrays, device=chosen, cache=cache_folder())
-    makers = prepare_baselines(rivals, found, arrays, networks[0], chosen, seed, budget)
+        syn, arrays = sets.with_data(given, open_data(data, download))
+    subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder())
+    makers = prepare_baselines(rivals, syn, arrays, networks[0], chosen, seed, budget)
     journal = None if target is None else Journal(target, ranks.rank)
     results: list[Result] = []
 
@@ -285,7 +267,7 @@ def apply(
         ValueError: unknown application or field; the set does not belong to the data.
     """
     name, application = name_and_application(application)
-    application = dataclasses.replace(application, **_known_fields(fields, application))
+    application = replaced(application, fields)
     baselines = (baselines,) if isinstance(baselines, str) else baselines
     check_seed(seed)
     folder = None if isinstance(syn, SyntheticSet) else expanded(syn)
@@ -297,15 +279,15 @@ def apply(
         application.check(given, baselines)
     check_baselines(baselines, given, "convnet", seed)
     chosen = prepare_device(device)
-    found, arrays = sets.with_data(given, open_data(data, download))
-    subject = Subject(syn=found, arrays=arrays, device=chosen, cache=cache_folder())
-    application.check(found, baselines)
-    makers = prepare_baselines(baselines, found, arrays, "convnet", chosen, seed)
+    syn, arrays = sets.with_data(given, open_data(data, download))
+    subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder())
+    application.check(syn, baselines)
+    makers = prepare_baselines(baselines, syn, arrays, "convnet", chosen, seed)
     rivals = {rival: make() for rival, make in makers.items()}
     with compute.arithmetic():
         findings = application.run(Setting(subject=subject, compute=compute, seed=seed), rivals)
     if target is not None:
-        about = {"set": found.origin.recipe_hash, "dataset": arrays.name, "code": __version__, "application": name}
+        about = {"set": syn.origin.recipe_hash, "dataset": arrays.name, "code": __version__, "application": name}
         content = {**about, **dataclasses.asdict(application), "seed": seed, **findings.content()}
         write_text(target, json.dumps(content, indent=1) + "\n")
     return findings
@@ -381,8 +363,8 @@ def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
     Raises:
         ValueError: the set is whitened and its data are not at hand; the file cannot be written.
     """
-    found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    picture.draw(found, sets.pixel_transform(syn, dataset), expanded(out))
+    loaded = syn if isinstance(syn, SyntheticSet) else load(syn)
+    picture.draw(loaded, sets.pixel_transform(syn, dataset), expanded(out))
 
 
 @checked
@@ -393,18 +375,8 @@ def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None =
         ValueError: unknown format, something is at ``out``, or it cannot be written.
     """
     exchange.check_export(expanded(out), kind)
-    found = syn if isinstance(syn, SyntheticSet) else load(syn)
-    exchange.export(found, sets.pixel_transform(syn, dataset), expanded(out), kind)
-
-
-def _known_fields(fields: Mapping[str, Any], owner: Any, others: Sequence[str] = ()) -> dict[str, Any]:
-    """``fields``. Raises ValueError for one that ``owner`` lacks, with the nearest of its fields and ``others``."""
-    names = [f.name for f in dataclasses.fields(owner)]
-    for name in fields:
-        if name not in names:
-            kind = type(owner).__name__
-            raise ValueError(f"{kind} has no field {name!r}: {suggest(name, [*names, *others])}")
-    return dict(fields)
+    loaded = syn if isinstance(syn, SyntheticSet) else load(syn)
+    exchange.export(loaded, sets.pixel_transform(syn, dataset), expanded(out), kind)
 
 
 def _option(name: str, value: Any) -> Any:

@@ -27,12 +27,13 @@ from condense.data.datasets import Arrays, Data, name_of, names
 from condense.data.transform import check_transform
 from condense.distributed import Ranks
 from condense.files import expanded, reporting, write_text
-from condense.method import Context
+from condense.method import Context, Method
 from condense.names import spelt, suggest
 from condense.networks import Factory, Functional, parse
 from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.runs import RunOptions
+from condense.schema import replaced
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
 from condense.tracking import Sink, check_sinks, open_sinks, progress
@@ -70,6 +71,31 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
     if name in built_in:
         return recipe.from_yaml(built_in[name]), name
     raise ValueError(f"unknown method or recipe {name!r}: {suggest(name, registry.table())}")
+
+
+def recipe_for(method: str | Path | Method | Recipe, dataset: str | None, fields: Mapping[str, Any]) -> Recipe:
+    """A recipe with some of its fields, or of those of its method, replaced.
+
+    Args:
+        method: a name or path for ``find_recipe``, a method or a recipe.
+        dataset: the name of the data set.
+        fields: by name; choices (``decode="factor"``) may be given by theirs.
+
+    Raises:
+        ValueError: neither the recipe nor its method has such a field, or its value is refused.
+    """
+    if isinstance(method, Recipe):
+        base = method
+    elif isinstance(method, Method):
+        base = Recipe(method=method)
+    else:
+        base, _ = find_recipe(str(method), dataset, fields.get("ipc"))
+    ours = [f.name for f in dataclasses.fields(Recipe) if f.name != "method"]
+    chosen = {name: recipe.choice(name, value) for name, value in fields.items()}
+    of_method = {name: value for name, value in chosen.items() if name not in ours}
+    others = [*ours, *(f.name for f in dataclasses.fields(RunOptions))]
+    changed = replaced(base.method, of_method, others)
+    return dataclasses.replace(base, method=changed, **{k: v for k, v in chosen.items() if k in ours})
 
 
 def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool = False) -> None:

@@ -115,14 +115,14 @@ def _run(folder: Path) -> None:
     if rows:
         print_results(rows)
         _calibration(rows)
-    for found in uses_of(folder):
-        print_table(found["title"], found["columns"], found["rows"])
+    for use in uses_of(folder):
+        print_table(use["title"], use["columns"], use["rows"])
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
     """What else is known of each cell."""
     lines = []
-    for protocol, row in ((title, row) for title, found in by_protocol(rows).items() for row in found):
+    for protocol, row in ((title, row) for title, of_one in by_protocol(rows).items() for row in of_one):
         means = {name: statistics.fmean(row["metrics"][name]) for name in ("macro_f1", "nll", "ece")}
         interval = row["interval"]
         lines.append(

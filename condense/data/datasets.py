@@ -171,8 +171,8 @@ def name_of(dataset: Data) -> str:
         return "custom"
     if dataset in names():
         return str(dataset)
-    path = expanded(dataset)
-    return path.stem if path.suffix == ".npz" else path.name
+    path = Path(dataset)
+    return path.stem if path.suffix == ".npz" else path.resolve().name
 
 
 def _no_source(parts: Sequence[Any]) -> str:

@@ -70,15 +70,15 @@ class Privacy(Application):
             for seed in range(self.num_seeds):
                 weights = scorer.train(images, labels, setting.rng("privacy", seed))
                 aucs.append(membership_auc(_losses(judge, weights, members), _losses(judge, weights, non_members)))
-            found = torch.tensor(aucs)
-            spread = f" ± {found.std().item():.3f}" if len(aucs) > 1 else ""
+            auc = torch.tensor(aucs)
+            spread = f" ± {auc.std().item():.3f}" if len(aucs) > 1 else ""
             record[name] = {"auc": aucs}
             distances = ("-", "-")
             if name in nearest:
                 record[name]["nearest"] = nearest[name].tolist()
                 closer = (nearest[name] < usual.quantile(0.01)).float().mean().item()
                 distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
-            rows.append((name, f"{found.mean().item():.3f}{spread}", *distances))
+            rows.append((name, f"{auc.mean().item():.3f}{spread}", *distances))
         return Findings(
             ("trained on", "attack AUC", "median distance to the nearest member", "closer than real ever is, %"),
             rows,

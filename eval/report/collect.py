@@ -107,7 +107,7 @@ def steps_of(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def uses_of(folder: Path) -> list[Mapping[str, Any]]:
-    """Title, columns and rows of what ``condense apply`` found.
+    """The tables (title, columns, rows) that ``condense apply`` wrote.
 
     Raises:
         ValueError: a file of that name holds something else.
