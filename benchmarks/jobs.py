@@ -24,7 +24,7 @@ from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.data.datasets import load as load_data
-from condense.eval.crossarch import SetScorer
+from condense.eval.evaluate import SetScorer
 from condense.eval.protocol import PROTOCOLS
 from condense.method import Context, Method, State
 from condense.methods.dc import DSA

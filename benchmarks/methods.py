@@ -20,8 +20,8 @@ from condense import api, catalog, recipe, registry
 from condense.artifacts import ArtifactSpec, TrajectorySpec
 from condense.buffers.trajectories import Experts
 from condense.data import datasets
-from condense.eval.crossarch import Result
 from condense.eval.protocol import own, own_network
+from condense.eval.results import Result
 
 EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
 """Of the buffer for methods that match trajectories."""

@@ -110,6 +110,14 @@ class Experts(Checked):
         return {name: value for name, value in content.items() if name not in apart}
 
 
+def check_augment(augment: Augment) -> None:
+    """Raise ValueError for an augmentation that experts cannot have."""
+    if augment.flips:
+        raise ValueError(
+            f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
+        )
+
+
 def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str, Any]:
     """What names the buffer: everything that decides its snapshots. That includes the number of epochs where the last
     one alone is kept, since a longer training then ends in other weights; else it is extent and may grow."""
@@ -157,10 +165,7 @@ def build(
             damaged or cannot be written; another process ended. Experts that were finished are kept.
     """
     augment = plan.augmentation(task.augment)
-    if augment.flips:
-        raise ValueError(
-            f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
-        )
+    check_augment(augment)
     network, rng = task.network, Rng(seed)
     compute = settled(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")

@@ -16,27 +16,29 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, catalog, exchange, networks, recipe
+from condense import api, catalog, exchange, experiment, networks, recipe, runs, sets
 from condense import show as glance
-from condense.api import RunOptions
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
 from condense.buffers.trajectories import Experts
-from condense.compute import Compute
+from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
-from condense.eval.applications import APPLICATIONS, Application
+from condense.eval.applications import Application, name_and_application
 from condense.eval.protocol import PROTOCOLS, Protocol
-from condense.files import expanded
+from condense.files import check_new_file, check_new_folder, expanded
 from condense.inner import ADJOINTS
 from condense.names import printable, suggest
 from condense.plugins import summaries
 from condense.recipe import Recipe
 from condense.registry import METHODS
+from condense.runs import RunOptions
+from condense.show import print_results
 from condense.synthetic import DECODERS, LABELS, Decode, save
 from condense.synthetic.decode import Pixels
-from condense.table import print_results, print_table
+from condense.synthetic.set import SyntheticSet
+from condense.table import print_table
 from condense.task import Split
 from condense.tracking import progress
 
@@ -170,33 +172,35 @@ class ShowRecipe:
 def distill(words: list[str], ranks: Ranks) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
     flags = _bare(words[1:], "--resume")
-    source = recipe.take(flags, "--dataset")[1]
+    source, budget = recipe.take(flags, "--dataset")[1], _budget(flags)
+    prog = f"condense distill {name}"
     if _asks_for_help(flags):
-        resolved = recipe.find(name, source, _budget(flags))
-        default, about = Distill(recipe=resolved.recipe), _about(resolved)
-        recipe.parse(Distill, flags, default, f"condense distill {name}", about)
-    arrays = None
-    if source is not None:
-        with ranks.rank_zero_first():
-            arrays = api.open_data(source, download=recipe.take(flags, "--download")[1] == "True")
-    base, origin = api.find_recipe(name, arrays.name if arrays else source, _budget(flags))
-    command = recipe.parse(Distill, flags, Distill(recipe=base), prog=f"condense distill {name}")
-    plan = command.recipe if arrays else api.located(command.recipe, command.options)
+        resolved = recipe.find(name, source, budget)
+        recipe.parse(Distill, flags, Distill(recipe=resolved.recipe), prog, _about(resolved))
+
+    def parsed(dataset: str | None) -> tuple[Distill, str]:
+        base, origin = experiment.find_recipe(name, dataset, budget)
+        return recipe.parse(Distill, flags, Distill(recipe=base), prog), origin
+
+    expected = None if source is None else datasets.name_of(source)
+    command, origin = parsed(expected)
+    plan = command.recipe if source is not None else runs.located(command.recipe, command.options)
     with ranks.rank_zero_first():
-        arrays = arrays or api.open_data(plan.dataset, download=command.options.download)
+        experiment.check_run(plan, command.options, dataset=plan.dataset, ranks=ranks)
+        arrays = datasets.open_data(plan.dataset, command.options.download)
+    if source is not None and arrays.name != expected:  # a known data set was recognised
+        command, origin = parsed(arrays.name)
+        plan = command.recipe
     _say_unknown(arrays)
     say(f"recipe: {origin}")
-    folder = api.run_folder(plan, command.options, arrays)
     api.run(plan, command.options, arrays=arrays, ranks=ranks)
+    folder = runs.run_folder(plan, command.options.out, arrays.name)
     say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense evaluate {folder}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:
     command = recipe.parse(Buffer, words, Buffer(), prog="condense buffer")
-    with ranks.rank_zero_first():
-        arrays = api.open_data(command.dataset, download=command.download)
-    _say_unknown(arrays)
-    folder = api.make_buffer(**_fields(command) | {"dataset": arrays}, ranks=ranks)
+    folder = api.make_buffer(**_fields(command), on_data=_say_unknown, ranks=ranks)
     say(f"{folder}")
 
 
@@ -205,16 +209,15 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
         recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
     flags, name = recipe.take(words[1:], "--protocol")
-    source = recipe.take(flags, "--dataset")[1]
-    with ranks.rank_zero_first():
-        syn, arrays = api.open_set(target, source, download=recipe.take(flags, "--download")[1] == "True")
+    given, _ = sets.read_set(target, recipe.take(flags, "--dataset")[1])
+    syn = given if isinstance(given, SyntheticSet) else None
     plan = protocol.named(name or "canonical", syn)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
     chosen = command.networks or api.default_networks(syn, command.protocol)
     if not command.networks and command.protocol.name == "own":
         say(f"network: {chosen[0]}, which the set is meant for")
-    found = api.evaluate(target, **_fields(command) | {"networks": chosen, "dataset": arrays}, ranks=ranks)
-    print_results([result.row() for result in found.results])
+    result = api.evaluate(target, **_fields(command) | {"networks": chosen}, ranks=ranks)
+    print_results([row.row() for row in result.results])
 
 
 def show(words: list[str]) -> None:
@@ -314,8 +317,10 @@ def import_(words: list[str]) -> None:
         raise ValueError(
             f"{words[0]} looks like a set; name a file for it, e.g. condense import {words[0]} set.safetensors"
         )
-    arrays = api.open_data(command.dataset, download=command.download)
-    task = api.plain_task(arrays, command.network, command.transform, command.split)
+    experiment.check_names(command.network, command.transform)
+    check_new_folder(target)
+    arrays = datasets.open_data(command.dataset, command.download)
+    task = experiment.plain_task(arrays, command.network, command.transform, command.split)
     if is_weights:
         folder = import_weights(source, target, task)
         record = open_buffer(folder).manifest["experts"][0]
@@ -334,10 +339,8 @@ def import_(words: list[str]) -> None:
 
 def apply(words: list[str]) -> None:
     usage = "apply continual|nas|privacy|ranking RUN_OR_FILE"
-    name = _positional(words, usage, "e.g. condense apply continual runs/dm")
-    if name not in APPLICATIONS:
-        raise ValueError(f"unknown application {name!r}: {suggest(name, APPLICATIONS)}")
-    usual, prog = Apply(choices=APPLICATIONS[name]()), f"condense apply {name} RUN_OR_FILE"
+    name, application = name_and_application(_positional(words, usage, "e.g. condense apply continual runs/dm"))
+    usual, prog = Apply(choices=application), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)
     target = _positional(words[1:], usage, "give a run folder or a synthetic.safetensors")
@@ -354,6 +357,7 @@ def _holds_experts(path: Path) -> bool:
 def _import_set(source: Path, target: Path, command: Import) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already; move it away or give another name")
+    check_new_file(target, "set")
     syn = api.import_set(
         source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
     )
@@ -395,7 +399,7 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
 
     def run(words: list[str]) -> None:
         if size_of_environment() > 1:
-            api.choose_compiled_folder()  # a process group is made with torch's compiler imported
+            choose_compiled_folder()  # a process group is made with torch's compiler imported
         try:
             with init_distributed(recipe.take(words, "--device")[1] or "auto") as ranks:
                 with contextlib.redirect_stdout(sys.stdout if ranks.first else None):

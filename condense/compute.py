@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from condense.allocator import keep_freed_memory
+from condense.cache import cache_folder
 from condense.files import check_writable
 from condense.names import spelt
 from condense.schema import Checked
@@ -301,6 +303,28 @@ def keep_compiled(folder: Path | None) -> None:
     scratch = tempfile.mkdtemp(prefix="condense-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
+
+
+def choose_compiled_folder() -> None:
+    """Choose where torch.compile keeps what it makes. Call it before torch's compiler is imported.
+
+    Each instruction set has a folder of its own: torch takes code of another one from its cache, which gives NaN.
+    """
+    cache = cache_folder()
+    keep_compiled(cache and cache / "compiled" / torch.backends.cpu.get_cpu_capability().lower())
+
+
+def prepare_device(name: str) -> torch.device:
+    """The device of this name, with the process made ready for work on it.
+
+    Raises:
+        ValueError: see ``resolve_device``.
+    """
+    device = resolve_device(name)
+    choose_compiled_folder()
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any
 
 from condense import api
 from condense.files import expanded
-from condense.table import print_results
+from condense.show import print_results
 
 NETWORK = "convnet:depth=2,width=64"
 NETWORKS = (NETWORK, "mlp", "convnet:depth=2,norm=batch")

@@ -29,7 +29,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from condense.names import printable, reason
+from condense.names import printable, reason, spelt
 from condense.schema import brief, from_json
 
 try:
@@ -176,6 +176,23 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary(folder) as probe:
             probe.write_bytes(bytes(4096))
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise ValueError where a folder cannot be made or written to. Nothing is left behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with reporting(folder), temporary(existing):
+        pass
+
+
+def check_new_file(file: Path, content: str) -> None:
+    """Raise ValueError where a file cannot be written; ``content`` says what it is to hold. Nothing is left behind."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give a file for the {content} as {spelt('out')}")
+    if not file.parent.is_dir():
+        raise ValueError(f"there is no folder {file.parent} for the {content}; make it or give another {spelt('out')}")
+    with reporting(file), temporary(file.parent):
+        pass
 
 
 _LOCK = re.compile(r"\..+\.lock")

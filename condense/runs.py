@@ -1,4 +1,5 @@
-"""The run folder: whose it is, and what is true of a run and not of its result (place, time, machine)."""
+"""How and where a recipe is run: the options, the run folder, and what is true of a run and not of its result (place,
+time, machine)."""
 
 from __future__ import annotations
 
@@ -8,20 +9,70 @@ import platform
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tyro.conf import FlagConversionOff
 
-from condense import __version__
+from condense import __version__, registry
 from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
-from condense.files import content, expanded, locked, read_json, read_yaml, write_text
+from condense.files import check_new_folder, content, expanded, locked, read_json, read_yaml, write_text
 from condense.names import printable, spelt
 from condense.recipe import Recipe, to_mapping
-from condense.schema import from_json, mismatch
+from condense.schema import Checked, from_json, mismatch
 
 RECORD = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Checked):
+    """How a distillation is run; nothing here decides its result, but ``eval_every`` asks for a validation split where
+    the recipe leaves that open."""
+
+    out: Path | None = None
+    """Run folder; default runs/METHOD-DATASET-ipcN-seedS."""
+    buffers: Path = Path("artifacts")
+    """Where expert buffers are looked for: a root, or one buffer."""
+    resume: bool = False
+    """Continue from the checkpoint; starts afresh where there is none. Implied where torchrun starts a run again."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation split; 0: none."""
+    track: tuple[str, ...] = ()
+    """Trackers beside log.jsonl: wandb, tensorboard."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    download: FlagConversionOff[bool] = False
+    """Let torchvision download a data set that is missing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be at least 0, got {self.eval_every}; give {spelt('eval_every', 100)}")
+
+
+def run_folder(plan: Recipe, out: Path | None, dataset: str) -> Path:
+    """Where a recipe is run: ``out``, or a name made of method, data set, budget and seed."""
+    method = registry.name_of(plan.method).replace(":", ".").replace("<locals>.", "")
+    return expanded(out or Path("runs") / f"{method}-{dataset}-ipc{plan.ipc}-seed{plan.seed}")
+
+
+def located(plan: Recipe, options: RunOptions) -> Recipe:
+    """The recipe with the place of its data: where the run to be resumed recorded it, else as the recipe says.
+
+    Raises:
+        ValueError: the recipe has a name and a fingerprint only, and there are no such data here.
+    """
+    run = expanded(options.out) if options.resume and options.out is not None else None
+    source = source_of(run, plan.dataset)
+    if plan.fingerprint is not None and source not in datasets.names() and not expanded(source).exists():
+        raise ValueError(
+            f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
+            f"known name and no file here; give {spelt('dataset', 'PATH')}"
+        )
+    return replace(plan, dataset=source)
 
 
 @contextlib.contextmanager
@@ -57,24 +108,54 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def claim(folder: Path, plan: Recipe, resume: bool) -> None:
-    """Refuse a folder that holds something else, before anything is written. Where the data lie makes no difference.
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raise ValueError where no run can be written to ``folder``: it is a file, holds something else or a run that is
+    not to be resumed, or cannot be made. Nothing is left behind."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
+    if folder.exists() and content(folder):
+        if not (folder / "recipe.yaml").exists():
+            raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
+        if not resume:
+            raise ValueError(
+                f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
+            )
+    check_new_folder(folder)
+
+
+def written_recipe(folder: Path) -> Mapping[str, Any] | None:
+    """The recipe of the run in ``folder``, by field; None where there is none. Its ``compute`` has been checked.
 
     Raises:
-        ValueError: no run, a run that is not to be resumed, or a run of another recipe (names the field).
+        ValueError: it is damaged.
     """
-    if not content(folder):
-        return
-    written = folder / "recipe.yaml"
-    if not written.exists():
-        raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
-    if not resume:
-        raise ValueError(
-            f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
-        )
+    file, fix = folder / "recipe.yaml", f"restore it, or choose another {spelt('out')}"
+    if not file.exists():
+        return None
+    written = read_yaml(file, mend=fix)
+    if not isinstance(written, dict):
+        raise ValueError(f"{file} is damaged: it is not a mapping of fields; {fix}")
+    if written.get("compute") is not None:
+        from_json(Compute, written["compute"], f"{file}, compute")
+    return written
+
+
+def claim(folder: Path, plan: Recipe, written: Mapping[str, Any] | None) -> None:
+    """Refuse a folder that holds something else, before anything is written.
+
+    Args:
+        folder: of the run.
+        plan: its recipe.
+        written: of ``written_recipe``, where that run is to be resumed. Where its data lay makes no difference.
+
+    Raises:
+        ValueError: see ``check_folder``; the run was begun with another recipe (names the field).
+    """
+    if written is None:
+        return check_folder(folder, resume=False)
     ours = to_mapping(plan)
     # the fingerprint identifies the data; version 0.1.0 wrote no fingerprint, and the path of the data
-    theirs = {"fingerprint": ours["fingerprint"]} | _read(written) | {"dataset": ours["dataset"]}
+    theirs = {"fingerprint": ours["fingerprint"], **written} | {"dataset": ours["dataset"]}
     different = _difference(theirs, ours)
     if different is not None:
         name, old, new = (printable(str(part), 60) for part in different)
@@ -83,58 +164,37 @@ def claim(folder: Path, plan: Recipe, resume: bool) -> None:
         )
 
 
-def settled(folder: Path) -> Mapping[str, Any] | None:
-    """What a run that began in ``folder`` settled of its ``compute``; None where there is none.
-
-    Raises:
-        ValueError: its recipe is damaged.
-    """
-    written = folder / "recipe.yaml"
-    found = _read(written).get("compute") if written.exists() else None
-    if found is not None:
-        from_json(Compute, found, f"{written}, compute")
-    return found
-
-
-def _read(written: Path) -> dict[str, Any]:
-    mend = f"restore it, or choose another {spelt('out')}"
-    content = read_yaml(written, mend=mend)
-    if not isinstance(content, dict):
-        raise ValueError(f"{written} is damaged: it is not a mapping of fields; {mend}")
-    return content
-
-
 def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """The first field in which two recipes differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*new, *(k for k in old if k not in new)]:
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found is not None:
-                return found
+            difference = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if difference is not None:
+                return difference
         return None
     return None if old == new else (path, old, new)
 
 
 def write_source(folder: Path, dataset: str) -> None:
-    """Where the data of a run lie, into ``run.json`` as the run begins."""
-    record = read_record(folder) | {"dataset": _place(folder, dataset)}
+    """Where the data of a run lie, into ``run.json`` as the run begins.
+
+    Data that were passed in Python have a name and no place: theirs is the place that an earlier record holds, else
+    the name.
+    """
+    record, place = read_record(folder), expanded(dataset)
+    if dataset not in datasets.names() and place.exists():
+        record["dataset"] = str(place.resolve())
+    elif dataset in datasets.names() or "dataset" not in record:
+        record["dataset"] = dataset
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def _place(folder: Path, dataset: str) -> str:
-    """Where the data lie. Data that were passed in Python have a name and no place: theirs is the place that the
-    record holds already, else the name."""
-    if dataset in datasets.names():
-        return dataset
-    place = expanded(dataset)
-    return str(place.resolve()) if place.exists() else str(read_record(folder).get("dataset", dataset))
-
-
-def write_record(folder: Path, dataset: str, device: torch.device, seconds: float, processes: int) -> None:
-    """``run.json``; ``seconds`` add up over resumptions."""
+def write_record(folder: Path, device: torch.device, seconds: float, processes: int) -> None:
+    """The rest of ``run.json`` when the run has ended; ``seconds`` add up over resumptions."""
+    earlier = read_record(folder)
     record = {
-        "dataset": _place(folder, dataset),
-        "seconds": round(float(read_record(folder).get("seconds", 0.0)) + seconds, 2),
+        "dataset": earlier.get("dataset", ""),
+        "seconds": round(float(earlier.get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "machine": platform.machine(),
@@ -169,7 +229,7 @@ def _is_of_record(name: str, value: Any) -> bool:
 
 def source_of(path: Path | None, name: str) -> str:
     """Where the data of a set lie: the place that its run recorded (``path`` is the run, or a file in it), or ``name``
-    where no place is recorded or nothing is there any more."""
+    where no place is recorded or the data are no longer there."""
     for folder in () if path is None else (path, *path.parents[:2]):
         place = str(read_record(folder).get("dataset", ""))
         if place in datasets.names() or (place and Path(place).exists()):

@@ -10,15 +10,19 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Union
 
 import torch
 
 from condense.names import excerpt, suggest
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+D = TypeVar("D", bound="DataclassInstance")
 P = ParamSpec("P")
 
 
@@ -125,6 +129,24 @@ def accepted(value: Any, annotation: Any, owner: str, name: str) -> Any:
     reason = line.removeprefix(text) if line.startswith(text) else f": {line}"
     mend = "one of them" if reason.endswith(f"is not {wanted}") else wanted
     raise ValueError(f"{owner}: {name}={text}{reason}; give {mend}")
+
+
+def replaced(value: D, fields: Mapping[str, Any], others: Iterable[str] = ()) -> D:
+    """``dataclasses.replace``, with the nearest names where there is no such field.
+
+    Args:
+        value: a dataclass.
+        fields: its new values, by name.
+        others: names that the user may have meant besides those of the fields.
+
+    Raises:
+        ValueError: an unknown field, or a value that the constructor refuses.
+    """
+    names = [f.name for f in dataclasses.fields(value)]
+    for name in fields:
+        if name not in names:
+            raise ValueError(f"{type(value).__name__} has no field {name!r}: {suggest(name, [*names, *others])}")
+    return dataclasses.replace(value, **fields)
 
 
 def from_json(kind: type[T], value: Any, where: str) -> T:

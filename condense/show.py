@@ -11,13 +11,13 @@ from typing import Any
 
 from condense import api, artifacts, runs
 from condense.data.layout import kind
-from condense.eval import crossarch
 from condense.eval.report import readable_bytes, steps_of, uses_of
+from condense.eval.results import by_protocol, by_set, read_complete
 from condense.files import read_header
 from condense.names import printable
 from condense.recipe import Recipe, Resolved, to_mapping, to_yaml
 from condense.synthetic.set import SyntheticSet
-from condense.table import by_protocol, print_results, print_table
+from condense.table import print_table
 
 
 def show(target: Path, png: Path | None = None, dataset: str | None = None) -> None:
@@ -60,6 +60,24 @@ def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json:
     for line in (resolved.name, *resolved.source.splitlines(), *changes):
         print(f"# {printable(line)}")
     print(to_yaml(plan), end="")
+
+
+def print_results(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of an ``evaluation.json``: one table for each protocol, a line for each set, a column for each
+    architecture. A cell is the mean test accuracy in percent, with its standard deviation."""
+    for title, of_protocol in by_protocol(rows).items():
+        networks = list(dict.fromkeys(row["network"] for row in of_protocol))
+        sets = by_set(of_protocol)
+        counts = ", ".join(map(str, sorted({row["n"] for cells in sets.values() for row in cells.values()})))
+        lines = [(name, *(_cell(cells.get(network)) for network in networks)) for name, cells in sets.items()]
+        print_table(f"test accuracy, %: {title}, n = {counts} networks a cell", ("", *networks), lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
+    return f"{100 * row['mean']:.1f}{spread}"
 
 
 def _file(path: Path) -> None:
@@ -111,21 +129,21 @@ def _run(folder: Path) -> None:
         facts["last step"] = ", ".join(f"{name} {value:.5g}" for name, value in log[-1].items())
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
-    rows = crossarch.read_complete(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
+    rows = read_complete(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
     if rows:
         facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
     _facts("run", facts)
     if rows:
         print_results(rows)
         _calibration(rows)
-    for found in uses_of(folder):
-        print_table(found["title"], found["columns"], found["rows"])
+    for use in uses_of(folder):
+        print_table(use["title"], use["columns"], use["rows"])
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
     """What else is known of each cell."""
     lines = []
-    for protocol, row in ((title, row) for title, found in by_protocol(rows).items() for row in found):
+    for protocol, row in ((title, row) for title, of_one in by_protocol(rows).items() for row in of_one):
         means = {name: statistics.fmean(row["metrics"][name]) for name in ("macro_f1", "nll", "ece")}
         interval = row["interval"]
         lines.append(

@@ -1,8 +1,11 @@
-"""What every set is measured against: all training data, the ceiling; and where trained baselines are kept."""
+"""What a set is measured against: the sets of other recipes, and all training data."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,17 +15,24 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.distributed import Ranks
-from condense.eval.crossarch import Network, Progress, Result, load_test, measure, settled
+from condense.eval.evaluate import Progress, evaluate, measure, resolved
 from condense.eval.journal import Journal
-from condense.eval.protocol import PROTOCOLS, Protocol
+from condense.eval.protocol import PROTOCOLS, Protocol, own
+from condense.eval.results import Result
+from condense.eval.subject import Subject, load_test
 from condense.files import check_writable
-from condense.networks import Functional
+from condense.networks import Factory, Functional
+from condense.synthetic.set import SyntheticSet
 from condense.task import Split, make_task
 
+FULL = "full"
+"""The name of the baseline that is all training data."""
 
-def kept(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
-    """The journal that is never removed, of networks trained on baselines: each under a hash of all that decides it, so
-    that the baselines of one evaluation serve the next. None, with a warning, where nothing can be written."""
+
+def cached_journal(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
+    """The journal of networks trained on baselines, which stays in the cache: each network is stored under a hash of
+    its provenance, so that the baselines of one evaluation serve the next. None, with a warning, where nothing can be
+    written."""
     if cache is None:
         return None
     folder = cache / "baselines"
@@ -34,10 +44,95 @@ def kept(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
     return Journal(folder / arrays.fingerprint["train"][:16], rank, needed=False)
 
 
+def compare(
+    subject: Subject,
+    names: Sequence[str],
+    makers: Mapping[str, Callable[[], SyntheticSet]],
+    *,
+    networks: Sequence[str | Factory],
+    num_seeds: int,
+    protocol: Protocol,
+    seed: int,
+    compute: Compute,
+    on_result: Callable[[Result], None],
+    ranks: Ranks = Ranks(),
+) -> None:
+    """Evaluate baselines as a set is evaluated. Networks that have a name are cached.
+
+    Args:
+        subject: the set and its data.
+        names: the baselines in order; ``full`` is all training data.
+        makers: what makes each of the others.
+        networks: network strings or callables.
+        num_seeds: networks of each architecture.
+        protocol: of the set; see ``baseline_protocol``.
+        seed: root of every random draw.
+        compute: exactness against speed.
+        on_result: called with each result, which carries the name of the baseline.
+        ranks: processes that share the networks.
+
+    Raises:
+        ValueError: see ``evaluate`` and ``full_data``.
+    """
+    arrays, cache = subject.arrays, subject.cache
+    named = all(isinstance(network, str) for network in networks)  # the name of a callable does not identify its code
+    journal = cached_journal(cache, arrays, ranks.rank) if names and named else None
+    for name in names:
+        if name == FULL:
+            for network in networks:
+                result = full_data(
+                    arrays,
+                    network=network,
+                    num_seeds=num_seeds,
+                    transform=subject.syn.origin.transform_name,
+                    seed=seed,
+                    compute=compute,
+                    device=subject.device,
+                    cache=cache,
+                    ranks=ranks,
+                    journal=journal,
+                )
+                on_result(result)
+            continue
+        made = makers[name]()
+        ranks.broadcast(list(made.state_dict().values()))
+        evaluate(
+            dataclasses.replace(subject, syn=made),
+            networks=networks,
+            num_seeds=num_seeds,
+            protocol=baseline_protocol(protocol, subject.syn, made),
+            seed=seed,
+            compute=compute,
+            ranks=ranks,
+            journal=journal,
+            on_result=functools.partial(_named, name, on_result),
+        )
+
+
+def _named(name: str, on_result: Callable[[Result], None], result: Result) -> None:
+    on_result(dataclasses.replace(result, method=name))
+
+
+def baseline_protocol(protocol: Protocol, syn: SyntheticSet, baseline: SyntheticSet) -> Protocol:
+    """The protocol of a baseline of ``syn``, which is evaluated under ``protocol``.
+
+    ``own`` becomes the baseline's own training, with the fields in which ``protocol`` departs from that of the set.
+    Probabilities are always trained on as they are.
+    """
+    if protocol.name == "own":
+        usual = own(syn)
+        changed = {f.name: getattr(protocol, f.name) for f in dataclasses.fields(protocol)}
+        changed = {name: value for name, value in changed.items() if value != getattr(usual, name)}
+        protocol = dataclasses.replace(own(baseline), **changed)
+    if baseline.label_kind.space == "probabilities":
+        protocol = dataclasses.replace(protocol, labels="own")
+    return protocol
+
+
 def full_data(
     arrays: Arrays,
     *,
-    network: Network,
+    network: str | Factory,
     num_seeds: int,
     transform: str = "channel",
     protocol: Protocol = PROTOCOLS["full-data"],
@@ -75,7 +170,7 @@ def full_data(
         protocol=protocol,
         num_seeds=num_seeds,
         seed=seed,
-        compute=settled(compute, task.network, protocol, len(task.train)),
+        compute=resolved(compute, task.network, protocol, len(task.train)),
         progress=progress,
         ranks=ranks,
         journal=journal,

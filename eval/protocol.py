@@ -204,8 +204,9 @@ Deviations of each: docs/evaluation.md.
 """
 
 
-def named(name: str, syn: SyntheticSet) -> Protocol:
-    """The protocol of that name; ``own`` is the one that the set brings along.
+def named(name: str, syn: SyntheticSet | None) -> Protocol:
+    """The protocol of that name; ``own`` is the one that the set brings along. ``syn`` is None where there are only
+    published images, which bring none.
 
     Raises:
         ValueError: unknown name; ``own`` of a set without a record of its training.
@@ -220,14 +221,14 @@ def fixed(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def own(syn: SyntheticSet) -> Protocol:
+def own(syn: SyntheticSet | None) -> Protocol:
     """The training that the set was made for: its stored record, its soft labels and its learned step size.
 
     Raises:
         ValueError: the set has no such record, or one that this version cannot follow.
     """
-    record = {name: value for name, value in syn.origin.training.items() if name != "network"}
-    if not record:
+    record = {} if syn is None else {k: v for k, v in syn.origin.training.items() if k != "network"}
+    if syn is None or not record:
         raise ValueError(
             f"the set does not say how it is meant to be trained on: give {spelt('protocol', 'canonical')}"
         )
@@ -251,7 +252,7 @@ def own_network(syn: SyntheticSet) -> str:
     Raises:
         ValueError: that network has no name, since it was given as a callable.
     """
-    name = str(syn.origin.training.get("network", syn.origin.recipe.get("network", "convnet")))
+    name = str(syn.origin.training.get("network", syn.origin.network or "convnet"))
     if name.startswith("custom:"):
         raise ValueError(f"the set is meant for {name}, which only its code can build; give the networks to train")
     return name

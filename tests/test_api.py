@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import condense
-from condense import api
+from condense import api, engine
 from condense.api import find_recipe
 from condense.augment import Augment
 from condense.data.datasets import Arrays, load
-from condense.eval.crossarch import SetScorer
+from condense.eval.evaluate import SetScorer
 from condense.eval.protocol import PROTOCOLS, named
 from condense.files import checksum
 from condense.inner import Truncated
@@ -102,14 +103,14 @@ def test_choices_and_options_are_spelt_as_on_the_command_line(tiny: Arrays, tmp_
 def test_a_baseline_is_what_its_own_recipe_says(tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syn = condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
     seen = []
-    compute = api.engine.compute
+    compute = engine.compute
 
     def spy(method: Method, ctx: object, *rest: object) -> object:
         seen.append(ctx)
         return compute(method, ctx, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(api.engine, "compute", spy)
-    brief = api.dataclasses.replace(api.named("canonical", syn), num_epochs=1)
+    monkeypatch.setattr(engine, "compute", spy)
+    brief = dataclasses.replace(named("canonical", syn), num_epochs=1)
     condense.evaluate(
         tmp_path / "run", tiny, networks="mlp", num_seeds=1, protocol=brief, baselines=["k-center"], device="cpu"
     )
@@ -265,19 +266,35 @@ def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_pat
     assert (tmp_path / "mine.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    ("plan", "line"),
+    [
+        ("herdng", "unknown method or recipe 'herdng': did you mean 'herding'"),
+        ("method: {name: dm}\nlabels: logits\n", "dm gives labels no gradient"),
+        ("method: {name: dm, clamp: true}\ndecode: hallucinator\n", "give clamp=False"),
+        ("method: {name: dm}\naugment: dsa_corp\n", "augmentation 'dsa_corp': unknown operation"),
+        ("method: {name: dm, num_step: 3}\n", "unknown field 'method.num_step'"),
+        ("method: {name: dm}\ndecode: {name: bases, num_bases: 50}\n", "50 bases of 16 numbers leave too few"),
+        ("method: {name: dm}\ndecode: {name: dct, coefficients: 65}\n", "an image has 64 pixels a channel"),
+        ("method: {name: mtt}\n", "no trajectories for tiny in artifacts: there are none"),
+    ],
+)
 def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_trained(
-    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: str, line: str, tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "odd.yaml").write_text("method: {name: dm}\nlabels: logits\n")
-    with pytest.raises(ValueError, match=r"^dm gives labels no gradient") as ours:
-        condense.distill(tmp_path / "odd.yaml", dataset=tiny, out=tmp_path / "odd")
+    monkeypatch.chdir(tmp_path)
     condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    if "\n" in plan:
+        (tmp_path / "odd.yaml").write_text(plan)
+        plan = "odd.yaml"
+    with pytest.raises(ValueError, match=re.escape(line)) as ours:
+        condense.distill(plan, dataset=tiny, network=TINY, ipc=1, out=tmp_path / "odd", device="cpu")
     monkeypatch.setattr(SetScorer, "score", None)
     monkeypatch.setattr(Selection, "step", None)
-    rivals = ["herding", str(tmp_path / "odd.yaml")]
+    fields: dict[str, Any] = {"baselines": ["herding", plan], "device": "cpu"}
     for use in (
-        lambda: condense.evaluate(tmp_path / "run", tiny, baselines=rivals, device="cpu"),
-        lambda: api.apply("continual", tmp_path / "run", tiny, baselines=rivals, device="cpu"),
+        lambda: condense.evaluate(tmp_path / "run", tiny, **fields),
+        lambda: api.apply("continual", tmp_path / "run", tiny, num_groups=3, **fields),
     ):
         with pytest.raises(ValueError) as theirs:
             use()
@@ -413,7 +430,7 @@ def test_a_run_that_was_stopped_finds_its_data(
 ) -> None:
     job: dict[str, Any] = {"network": TINY, "ipc": 1, "batch_real": 4, "num_steps": 2, "device": "cpu"}
     with monkeypatch.context() as patch:
-        patch.setattr(api.engine, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(engine, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", **job)
     del job["network"], job["ipc"], job["batch_real"]

@@ -17,6 +17,7 @@ from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Setting
 from condense.eval.applications.nas import rank_correlations
 from condense.eval.applications.privacy import membership_auc
+from condense.eval.subject import Subject
 from condense.synthetic import load
 
 TINY = "convnet:depth=1,width=4"
@@ -45,9 +46,10 @@ def test_continual_tests_the_classes_seen_on_what_was_kept_of_them(run: Path, ti
 
 
 def test_a_protocol_with_steps_by_size_trains_for_as_many_in_use_as_in_an_evaluation(run: Path, tiny: Arrays) -> None:
-    setting = Setting(syn=load(run), arrays=tiny, device=torch.device("cpu"), compute=Compute())
+    subject = Subject(syn=load(run), arrays=tiny, device=torch.device("cpu"))
+    setting = Setting(subject=subject, compute=Compute())
     plan = protocol.PROTOCOLS["frepo"]
-    scorer = setting.scorer(setting.network("mlp"), plan, num_images=12)
+    scorer = setting.scorer(subject.network("mlp"), plan, num_images=12)
     assert scorer._trainer.training == plan.resolved(12)
     assert scorer._trainer.training.num_epochs != plan.num_epochs
 

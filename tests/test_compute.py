@@ -15,12 +15,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from condense import api, compute
+from condense import api, compute, engine
 from condense.buffers import trajectories
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.eval.crossarch import settled
+from condense.eval.evaluate import resolved
 from condense.eval.protocol import PROTOCOLS
 from condense.networks import Functional
 from condense.rng import Rng
@@ -107,9 +107,9 @@ def test_a_buffer_grows_as_it_began(tiny: Arrays, tmp_path: Path, monkeypatch: p
 
 def test_a_policy_depends_neither_on_experts_nor_on_seeds(tiny: Arrays, tmp_path: Path) -> None:
     network = Functional("convnet", (3, 32, 32), 10)
-    assert settled(Compute(), network, PROTOCOLS["canonical"], 100).compile is True
-    assert settled(Compute(), network, PROTOCOLS["canonical"], 10).compile is False
-    assert "num_seeds" not in settled.__annotations__
+    assert resolved(Compute(), network, PROTOCOLS["canonical"], 100).compile is True
+    assert resolved(Compute(), network, PROTOCOLS["canonical"], 10).compile is False
+    assert "num_seeds" not in resolved.__annotations__
     assert trajectories.USUAL_EPOCHS == Experts().num_experts * Experts().num_epochs
 
 
@@ -225,7 +225,7 @@ def test_exact_is_full_precision_inside_a_run_and_only_there(
 
         return spy
 
-    monkeypatch.setattr(api.engine, "_step", spied("step", api.engine._step))
+    monkeypatch.setattr(engine, "_step", spied("step", engine._step))
     monkeypatch.setattr(Trainer, "_epochs", spied("training", Trainer._epochs))
     full = [switch.full for switch in compute._PRECISIONS]
     assert imprecise != full

@@ -3,6 +3,7 @@
 This file is also the program that torchrun starts: ``test_distributed.py JOB DATA FOLDER``.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from condense.artifacts import BufferWriter, Trajectories, expert_file, read_man
 from condense.compute import Compute
 from condense.data.datasets import load
 from condense.distributed import Ranks, init_distributed, patience
+from condense.eval.evaluate import SetScorer
 from condense.eval.protocol import PROTOCOLS
 from condense.files import read_tensors
 from condense.networks import Weights
@@ -59,7 +61,7 @@ def everything(data: Path, out: Path, ranks: Ranks) -> None:
         distill(data, out / name, ranks, name)
     distill(data, out / "mtt4", ranks, num_trajectories=4)
     distill(data, out / "mtt1", ranks, num_trajectories=1)
-    plan = api.dataclasses.replace(PROTOCOLS["canonical"], num_epochs=5)
+    plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=5)
     api.evaluate(
         out.parent / "set",
         load(data),
@@ -579,10 +581,10 @@ def test_a_stopped_evaluation_trains_what_is_missing(
 ) -> None:
     """But nothing that anything else decided."""
     distill(tiny_file, tmp_path / "run", Ranks(), "random")
-    plan = api.dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2)
+    plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2)
     fields: dict[str, Any] = {"networks": [TINY, "mlp"], "num_seeds": 3, "protocol": plan, "device": "cpu"}
     trained: list[str] = []
-    scores = api.crossarch.SetScorer.score
+    scores = SetScorer.score
     stop = 4
 
     def score(self: Any, *given: Any, **more: Any) -> Any:
@@ -591,7 +593,7 @@ def test_a_stopped_evaluation_trains_what_is_missing(
         trained.append(self.network.name)
         return scores(self, *given, **more)
 
-    monkeypatch.setattr(api.crossarch.SetScorer, "score", score)
+    monkeypatch.setattr(SetScorer, "score", score)
     with pytest.raises(KeyboardInterrupt):
         api.evaluate(tmp_path / "run", load(tiny_file), **fields)
     journal = tmp_path / "run" / "evaluation.cells.rank0.jsonl"

@@ -21,10 +21,12 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.data.images import Images
 from condense.data.transform import fit
-from condense.eval import baselines, crossarch
-from condense.eval.crossarch import Evaluation, SetScorer, decoded, evaluate, read
+from condense.eval import baselines
+from condense.eval.evaluate import SetScorer, evaluate
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_name
+from condense.eval.results import Evaluation, Result, read
+from condense.eval.subject import Subject, decoded
 from condense.files import read_header
 from condense.networks import Functional
 from condense.rng import Rng
@@ -75,7 +77,8 @@ def make_set(arrays: Arrays, *, labels: Tensor | None = None, **options: Any) ->
 
 def run(syn: SyntheticSet, arrays: Arrays, **options: Any) -> Evaluation:
     given: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "protocol": SHORT}
-    return evaluate(syn, arrays, compute=Compute(), device=CPU, **given | options)
+    subject = Subject(syn=syn, arrays=arrays, device=CPU, cache=options.pop("cache", None))
+    return evaluate(subject, compute=Compute(), **given | options)
 
 
 def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -316,7 +319,7 @@ class TestEvaluate:
         assert "linear" in result.network and result.num_params == 64 * 3 + 3
 
     def test_a_wrong_network_is_refused_before_any_training(self, arrays: Arrays) -> None:
-        done: list[crossarch.Result] = []
+        done: list[Result] = []
         with pytest.raises(ValueError, match="convnot"):
             run(make_set(arrays), arrays, networks=["mlp", "convnot"], on_result=done.append)
         assert not done
@@ -438,10 +441,10 @@ class TestFile:
 
 
 class TestFullData:
-    def full(self, arrays: Arrays, cache: Path | None, **options: Any) -> crossarch.Result:
+    def full(self, arrays: Arrays, cache: Path | None, **options: Any) -> Result:
         plan = dataclasses.replace(PROTOCOLS["full-data"], num_epochs=12, batch_size=8)
         given: dict[str, Any] = {"network": "mlp", "num_seeds": 2, "protocol": plan, "transform": "none"}
-        journal = baselines.kept(cache, arrays)
+        journal = baselines.cached_journal(cache, arrays)
         return baselines.full_data(arrays, compute=Compute(), device=CPU, journal=journal, **given | options)
 
     def test_all_training_images_are_used(self, arrays: Arrays) -> None:

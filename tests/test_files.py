@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from condense import artifacts, cli, exchange, recipe, runs, tracking
 from condense.compute import peak_memory
-from condense.eval import crossarch
+from condense.eval import results
 from condense.eval.report.collect import collect, uses_of
 from condense.files import parse_json, read_foreign, read_header, read_json, read_tensors, read_yaml
 from condense.synthetic import DCT, Factor, Origin, SyntheticSet, load, save
@@ -45,7 +45,7 @@ def test_a_run_of_version_0_1_is_read_as_it_was() -> None:
     assert run.record["seconds"] == 0.04 and run.record["dataset"] == "tiny"
     tensors, header = read_tensors(OLD / "run" / "checkpoint.safetensors", "checkpoint")
     assert header["step"] == 2 and tensors.keys() == load_file(OLD / "run" / "checkpoint.safetensors").keys()
-    assert len(crossarch.read(OLD / "run" / "evaluation.json")) == 2
+    assert len(results.read(OLD / "run" / "evaluation.json")) == 2
 
 
 def test_a_buffer_of_version_0_1_is_read_as_it_was() -> None:
@@ -243,7 +243,7 @@ def test_odd_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     assert words in one_line(lambda: read_yaml(tmp_path / "recipe.yaml", mend="correct it"))
     assert words in one_line(lambda: recipe.from_yaml(tmp_path / "recipe.yaml"))
-    assert words in one_line(lambda: runs.settled(tmp_path))
+    assert words in one_line(lambda: runs.written_recipe(tmp_path))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
@@ -259,12 +259,12 @@ def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], No
     make(tmp_path / "images_best.pt")
     for action in (
         lambda: read_header(odd),
-        lambda: crossarch.read(run / "evaluation.json"),
+        lambda: results.read(run / "evaluation.json"),
         lambda: uses_of(run),
         lambda: read_log(run / "log.jsonl"),
         lambda: cut_back(run / "log.jsonl", 1),
         lambda: recipe.from_yaml(run / "recipe.yaml"),
-        lambda: runs.settled(run),
+        lambda: runs.written_recipe(run),
         lambda: read_tensors(run / "checkpoint.safetensors", "checkpoint"),
         lambda: artifacts.read_manifest(tmp_path / "buffer"),
         lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", mend="tensors"),
@@ -290,7 +290,7 @@ def test_rows_of_results_say_what_they_should(
     change: Callable[[dict[str, Any]], Any], words: str | None, tmp_path: Path
 ) -> None:
     content = json.loads((OLD / "run" / "evaluation.json").read_text())
-    good = crossarch.read_complete(OLD / "run" / "evaluation.json")
+    good = results.read_complete(OLD / "run" / "evaluation.json")
     for row, written in zip(good, content["results"], strict=True):
         assert {**row, "interval": pytest.approx(row["interval"])} == {
             **written,
@@ -299,12 +299,12 @@ def test_rows_of_results_say_what_they_should(
     change(content["results"][0])
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     if words is None:
-        assert crossarch.read_complete(tmp_path / "evaluation.json") == good
+        assert results.read_complete(tmp_path / "evaluation.json") == good
     elif words == "left out":
         with pytest.warns(UserWarning, match="1 rows of .* are left out"):
-            assert crossarch.read_complete(tmp_path / "evaluation.json") == good[1:]
+            assert results.read_complete(tmp_path / "evaluation.json") == good[1:]
     else:
-        assert words in one_line(lambda: crossarch.read_complete(tmp_path / "evaluation.json"))
+        assert words in one_line(lambda: results.read_complete(tmp_path / "evaluation.json"))
 
 
 def test_bad_lines_of_a_log_are_kept_apart_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import torch
 
 import condense
 from condense import api, cache, cli, engine, files, runs
-from condense.compute import keep_compiled
+from condense.compute import choose_compiled_folder, keep_compiled
 from condense.data.datasets import Arrays
 from condense.eval.protocol import PROTOCOLS
 from condense.files import content, read_header
@@ -322,7 +322,7 @@ def test_each_instruction_set_keeps_its_compiled_code_apart(tmp_path: Path, monk
     for capability in ("AVX2", "AVX512"):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        api.choose_compiled_folder()
+        choose_compiled_folder()
         places.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert places == [str(tmp_path / "compiled" / name) for name in ("avx2", "avx512")]
 

@@ -15,7 +15,7 @@ import yaml
 
 from condense import recipe, runs, show
 from condense.artifacts import Trajectories, TrajectorySpec, find
-from condense.eval import crossarch
+from condense.eval import results
 from condense.eval.journal import Cell, Journal
 from condense.eval.metrics import Scores
 from condense.eval.protocol import own
@@ -55,7 +55,7 @@ def mutated_text(text: str, rng: Random) -> bytes:
 def use(syn: SyntheticSet) -> None:
     """What is done with a set, but training."""
     syn()
-    syn.cost(), syn.origin.method, syn.origin.recipe.get("ipc"), syn.origin.dataset["fingerprint"][:12]
+    syn.cost(), syn.origin.method, syn.ipc, syn.origin.dataset["fingerprint"][:12]
     assert len(syn.index_of(0)) <= len(syn)
     for action in (lambda: own(syn), lambda: syn.to_dataset("pixels")):
         taken_or_refused(action, "use")
@@ -130,7 +130,7 @@ def test_files_of_a_run(name: str, folder: Path, tmp_path: Path) -> None:
         if name == "log.jsonl":
             taken_or_refused(lambda: (cut_back(folder / name, 1), read_log(folder / name)), f"log {i}")
         if name == "evaluation.json":
-            taken_or_refused(lambda: crossarch.merge(folder / name, []), f"merge {i}")
+            taken_or_refused(lambda: results.merge(folder / name, []), f"merge {i}")
 
 
 def test_recipes(folder: Path) -> None:
@@ -144,8 +144,7 @@ def test_recipes(folder: Path) -> None:
         else:
             changed = mutations.mutate_json(yaml.safe_load(text), rng)
             file.write_bytes(yaml.safe_dump(changed, sort_keys=False).encode("utf-8", "replace"))
-        taken_or_refused(lambda: runs.settled(folder), str(i))
-        taken_or_refused(lambda: runs.claim(folder, plan, resume=True), str(i))
+        taken_or_refused(lambda: runs.claim(folder, plan, runs.written_recipe(folder)), str(i))
 
 
 def test_journals(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from condense import pretraining
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
-from condense.eval import crossarch, teachers
-from condense.eval.crossarch import Result, evaluate
+from condense.eval import evaluate as evaluation
+from condense.eval import teachers
+from condense.eval.evaluate import SetScorer, evaluate
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
+from condense.eval.results import Result
+from condense.eval.subject import Subject, decoded
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.sources import Batch, Examples, Relabelled
@@ -55,8 +58,9 @@ def make_set(arrays: Arrays, *, val_fraction: float = 0.25, lr: Any = None, kind
 
 
 def run(syn: SyntheticSet, arrays: Arrays, plan: Protocol, **options: Any) -> Result:
-    given: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "compute": Compute(), "device": CPU}
-    return evaluate(syn, arrays, protocol=plan, **given | options).results[0]
+    given: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "compute": Compute()}
+    subject = Subject(syn=syn, arrays=arrays, device=CPU, cache=options.pop("cache", None))
+    return evaluate(subject, protocol=plan, **given | options).results[0]
 
 
 GRID = dataclasses.replace(PROTOCOLS["dd-ranking"], num_epochs=15, augment="none", lr_grid=(1e-5, 0.05, 0.01))
@@ -72,12 +76,12 @@ def test_dc_and_dd_ranking_are_what_was_published() -> None:
 def test_the_rate_is_the_best_one_on_held_out_images(arrays: Arrays) -> None:
     syn = make_set(arrays)
     chosen = run(syn, arrays, GRID).protocol_fields["lr"]
-    held_out = crossarch.load_held_out(syn, arrays, crossarch.Transform.from_description({"kind": "none"}), CPU)
+    held_out = Subject(syn=syn, arrays=arrays, device=CPU).held_out
     assert len(held_out) == 24
-    images, labels = crossarch.decoded(syn, soft=False)
+    images, labels = decoded(syn, soft=False)
     found = {}
     for lr in GRID.lr_grid:
-        scorer = crossarch.SetScorer(Functional("mlp", (1, 8, 8), 3), dataclasses.replace(GRID, lr=lr), Compute())
+        scorer = SetScorer(Functional("mlp", (1, 8, 8), 3), dataclasses.replace(GRID, lr=lr), Compute())
         keys = [Rng(0).child("learning rate", "mlp")]
         found[lr] = scorer.score(images, labels, held_out.images, held_out.labels, keys)[0].accuracy
     assert found[chosen] == max(found.values()) > found[1e-5]
@@ -87,7 +91,7 @@ def test_no_choice_and_no_training_reads_test_data(arrays: Arrays, monkeypatch: 
     """With other test images and labels the chosen rate, the temperatures and the trained networks stay the same, and
     the test images are looked at once for each network, after everything else."""
     plan = dataclasses.replace(GRID, calibration="temperature", teacher="mlp", loss="kl", temperature=4.0)
-    logits, temperature = Scorer.logits, crossarch.temperature
+    logits, temperature = Scorer.logits, evaluation.temperature
     seen: list[tuple[str, Any]] = []
 
     def spy_logits(self: Scorer, weights: Any, images: Any) -> Tensor:
@@ -99,7 +103,7 @@ def test_no_choice_and_no_training_reads_test_data(arrays: Arrays, monkeypatch: 
         return seen[-1][1]  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Scorer, "logits", spy_logits)
-    monkeypatch.setattr(crossarch, "temperature", spy_temperature)
+    monkeypatch.setattr(evaluation, "temperature", spy_temperature)
     other = dataclasses.replace(arrays, x_test=1 - arrays.x_test, y_test=(arrays.y_test + 1) % 3)
     syn = make_set(arrays)
     first, second = (run(syn, data, plan) for data in (arrays, other))

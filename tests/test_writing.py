@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from condense import files
-from condense.eval import crossarch
+from condense.eval import results
 from condense.eval.journal import Cell, Journal
 from condense.eval.metrics import Scores
 from condense.files import check_writable, content, expanded, locked, replacing, temporary, write_text
@@ -163,7 +163,7 @@ class Row:
     seed: int
 
     def row(self) -> dict[str, Any]:
-        return {name: self.seed if name == "seed" else "same" for name in crossarch._KEY}
+        return {name: self.seed if name == "seed" else "same" for name in results._KEY}
 
 
 def at_once(work: Callable[[int], None], count: int = 4) -> None:
@@ -177,11 +177,11 @@ def at_once(work: Callable[[int], None], count: int = 4) -> None:
 
 def test_evaluations_at_once_lose_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "evaluation.json"
-    monkeypatch.setattr(crossarch, "read", lambda path: json.loads(path.read_text())["results"])
+    monkeypatch.setattr(results, "read", lambda path: json.loads(path.read_text())["results"])
 
     def work(number: int) -> None:
         for k in range(10):
-            crossarch.merge(path, [Row(10 * number + k)])  # type: ignore[list-item]
+            results.merge(path, [Row(10 * number + k)])  # type: ignore[list-item]
 
     at_once(work)
     assert sorted(row["seed"] for row in json.loads(path.read_text())["results"]) == list(range(40))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from condense.cache import cache_folder
 from condense.data import store
 from condense.data.layout import InputShape, kind
 from condense.data.pixels import Array, numpy_of
@@ -189,6 +190,28 @@ def load(
     if len(arrays) != len(parts) or len(parts) not in (2, 4):
         raise ValueError(_no_source(parts))
     return _assemble("custom", *arrays, layout=layout, channels_first=isinstance(arrays[0], Tensor))
+
+
+Data: TypeAlias = str | Path | Arrays | Dataset[Any] | tuple[Any, ...]
+"""A known name, a path, or data at hand: a Dataset, a (train, test) pair, (x_train, y_train, x_test, y_test)."""
+
+
+def open_data(dataset: Data, download: bool = False) -> Arrays:
+    """The data, decoded once and then mapped from the user's cache; see ``load``."""
+    return dataset if isinstance(dataset, Arrays) else load(dataset, download=download, cache=cache_folder())
+
+
+def name_of(dataset: Data) -> str:
+    """The name of the data, as far as it is known before they are read: ``load`` gives them another one where it
+    recognises a known data set by its content."""
+    if isinstance(dataset, Arrays):
+        return dataset.name
+    if not isinstance(dataset, str | Path):
+        return "custom"
+    if dataset in names():
+        return str(dataset)
+    path = Path(dataset)
+    return path.stem if path.suffix == ".npz" else path.resolve().name
 
 
 def _no_source(parts: Sequence[Any]) -> str:

@@ -222,13 +222,12 @@ def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, ca
     Raises:
         ValueError: unknown spec; a channel without variation; samples too large for ZCA.
     """
+    check_transform(spec)
     if spec == "none":
         return Identity()
     if spec == "channel":
         mean, std = (known.mean, known.std) if known else channel_statistics(images)
         return ChannelNorm(mean=mean, std=std)
-    if spec not in _FLAVOURS:
-        raise ValueError(f"unknown transform {spec!r}: {suggest(spec, SPECS)}")
     flavour = _FLAVOURS[spec]
     if cache and (cached := _read_cache(cache, flavour, _EPS, key)):
         return cached
@@ -236,6 +235,12 @@ def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, ca
     if cache:
         _write_cache(cache, whitening)
     return whitening
+
+
+def check_transform(spec: str) -> None:
+    """Raise ValueError where there is no transform of this name."""
+    if spec not in SPECS:
+        raise ValueError(f"unknown transform {spec!r}: {suggest(spec, SPECS)}")
 
 
 def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,6 +1,7 @@
 """Sets that others made, into ours; and ours into formats that others read."""
 
 from condense.exchange.export import FORMATS as FORMATS
+from condense.exchange.export import check_export as check_export
 from condense.exchange.export import export as export
 from condense.exchange.published import LAYOUTS as LAYOUTS
 from condense.exchange.published import External as External

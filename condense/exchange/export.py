@@ -22,7 +22,7 @@ from condense.data import layout
 from condense.data.samples import STANDARD
 from condense.data.transform import Transform
 from condense.exchange import tables
-from condense.files import canonical_json, replacing, reporting, temporary
+from condense.files import canonical_json, check_new_folder, replacing, reporting, temporary
 from condense.synthetic.set import SyntheticSet
 
 
@@ -39,13 +39,10 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
         ValueError: something is there already; it cannot be written; a library for this format is missing; the format
             is for images and the set has none.
     """
-    if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
+    check_export(path, kind)
     samples = layout.kind(syn.origin.input_shape)
     if samples != "images" and kind != "npz":
         raise ValueError(f"the format {kind} is for images, this set has {samples}; give the format npz")
-    if path.exists():
-        raise ValueError(f"{path} exists already; give another place")
     with torch.no_grad():
         images, targets = syn()
         pixels = transform.to_data(images).cpu()
@@ -54,6 +51,15 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) if kind == "npz" else _making(path) as staged:
             FORMATS[kind](syn, pixels, targets, staged)
+
+
+def check_export(path: Path, kind: str) -> None:
+    """Raise ValueError for an unknown format, and where something is at ``path`` or nothing can be written there."""
+    if kind not in FORMATS:
+        raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
+    if path.exists():
+        raise ValueError(f"{path} exists already; give another place")
+    check_new_folder(path.parent)
 
 
 @contextlib.contextmanager

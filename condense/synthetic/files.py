@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from condense.plugins import Registry
 from condense.schema import brief, checked, from_json
 from condense.synthetic.decode import DECODERS, Decode
 from condense.synthetic.labels import LABELS, Labels
-from condense.synthetic.set import Origin, SyntheticSet
+from condense.synthetic.set import Origin, RecipeRecord, SyntheticSet
 from condense.task import Split
 
 T = TypeVar("T")
@@ -188,7 +188,10 @@ def _origin(value: Mapping[str, Any]) -> Origin:
         renamed = {"input_shape" if key == "image_shape" else key: item for key, item in origin.dataset.items()}
         origin = dataclasses.replace(origin, dataset=renamed)
     from_json(_Dataset, origin.dataset, "origin, dataset")
-    from_json(_Recipe, origin.recipe, "origin, recipe")
+    from_json(RecipeRecord, origin.recipe, "origin, recipe")
+    split = origin.recipe.get("split", {})
+    if not split.keys() <= {f.name for f in dataclasses.fields(Split)}:
+        raise ValueError(f"origin, recipe, split has fields that are unknown: {brief(sorted(split))}; update condense")
     for artifact in origin.artifacts:
         from_json(_Artifact, artifact, "origin, artifacts")
     kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
@@ -253,34 +256,6 @@ class _Zca:
 
 
 _TRANSFORMS: Mapping[str, type] = {"channel": _Channel, "zca": _Zca}
-
-
-@dataclass(frozen=True)
-class _Method:
-    name: str = ""
-    num_steps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}")
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What of the recipe is looked at where a set is used."""
-
-    method: _Method = _Method()
-    transform: str = "channel"
-    split: Mapping[str, Any] = field(default_factory=dict)
-    network: str = ""
-    ipc: int = 1
-
-    def __post_init__(self) -> None:
-        from_json(Split, self.split, "split")
-        if not self.split.keys() <= {f.name for f in dataclasses.fields(Split)}:
-            raise ValueError(f"split has fields that are unknown: {brief(sorted(self.split))}; update condense")
-        if self.ipc < 1:
-            raise ValueError(f"ipc is {self.ipc}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,13 +13,49 @@ from torch.utils.data import Dataset, TensorDataset
 
 from condense.data.layout import InputShape
 from condense.data.transform import Transform
+from condense.schema import from_json
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
+from condense.task import Split
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """The fields of a recorded method that are read where its set is used."""
+
+    name: str = ""
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 0:
+            raise ValueError(f"num_steps is {self.num_steps}")
+
+
+@dataclass(frozen=True)
+class RecipeRecord:
+    """The fields of a recorded recipe that are read where its set is used.
+
+    A set that was imported, or made in Python, may record none of them.
+    """
+
+    method: MethodRecord = MethodRecord()
+    transform: str = "channel"
+    split: Split = Split(val_fraction=0.0)
+    network: str | None = None
+    ipc: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ipc is not None and self.ipc < 1:
+            raise ValueError(f"ipc is {self.ipc}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a set says of itself; JSON values only, a pure function of recipe, data and code."""
+    """What a set says of itself: JSON values only, a pure function of recipe, data and code.
+
+    The properties read the fields that code depends on. ``condense.synthetic.load`` has checked them; of an ``Origin``
+    that was made in Python they raise ``ValueError`` where a field has another type.
+    """
 
     dataset: Mapping[str, Any]
     """name, fingerprint of the training split, classes, input shape."""
@@ -40,9 +77,48 @@ class Origin:
         return len(self.dataset["classes"])
 
     @property
+    def dataset_name(self) -> str:
+        return str(self.dataset["name"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training split, before validation images are held out."""
+        return str(self.dataset["fingerprint"])
+
+    @cached_property
+    def recorded(self) -> RecipeRecord:
+        """The typed part of ``recipe``."""
+        return from_json(RecipeRecord, self.recipe, "origin, recipe")
+
+    @property
     def method(self) -> str:
-        """The name of the method that made the set; empty where that is not said."""
-        return str(self.recipe.get("method", {}).get("name", ""))
+        """The name of the method that made the set; empty where it is not recorded."""
+        return self.recorded.method.name
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the method; None where they are not recorded."""
+        return self.recorded.method.num_steps
+
+    @property
+    def ipc(self) -> int | None:
+        """The budget in images per class; None where it is not recorded (see ``SyntheticSet.ipc``)."""
+        return self.recorded.ipc
+
+    @property
+    def split(self) -> Split:
+        """The split of the real training images; nothing is held out where it is not recorded."""
+        return self.recorded.split.resolved(selects=False)
+
+    @property
+    def transform_name(self) -> str:
+        """The transform as a recipe names it (``zca``), where ``transform`` describes it with its numbers."""
+        return self.recorded.transform
+
+    @property
+    def network(self) -> str | None:
+        """The network that the set was distilled with; None where it is not recorded."""
+        return self.recorded.network
 
     @property
     def input_shape(self) -> InputShape:
@@ -104,6 +180,11 @@ class SyntheticSet(nn.Module):
     def __len__(self) -> int:
         """Number of latents N; ``len(images)`` is N times the decoder's expansion."""
         return len(self.latents)
+
+    @property
+    def ipc(self) -> int:
+        """The budget in images per class; where it is not recorded, the number of latents per class."""
+        return self.origin.ipc or max(len(self) // self.origin.num_classes, 1)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Samples (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""

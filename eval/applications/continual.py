@@ -10,7 +10,7 @@ arrives. For methods that treat classes apart this is the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
 from condense.eval.protocol import fixed
 from condense.names import spelt
+from condense.networks import parse
 from condense.synthetic.set import SyntheticSet
 
 
@@ -39,15 +40,21 @@ class Continual(Application):
         super().__post_init__()
         if self.num_groups < 1 or self.num_seeds < 1:
             raise ValueError(f"num_groups and num_seeds must be at least 1, got {self.num_groups} and {self.num_seeds}")
+        parse(self.network)
+        fixed(self.protocol)
 
-    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        num_classes = setting.arrays.num_classes
+    def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        num_classes = syn.origin.num_classes
         if self.num_groups > num_classes:
             raise ValueError(
                 f"{num_classes} classes cannot arrive in {self.num_groups} groups; "
                 f"give {spelt('num_groups', num_classes)}"
             )
-        plan, network = fixed(self.protocol), setting.network(self.network)
+
+    def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
+        subject = setting.subject
+        num_classes, test = subject.arrays.num_classes, subject.test
+        plan, network = fixed(self.protocol), subject.network(self.network)
         memories = setting.to_train_on(baselines)
         accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in memories}
         for name, (images, labels) in memories.items():
@@ -56,24 +63,24 @@ class Continual(Application):
                 rng = setting.rng("continual", seed)
                 order = torch.randperm(num_classes, generator=rng("classes"))
                 for group, seen in enumerate(_seen(order, self.num_groups)):
-                    kept = torch.isin(labels, seen.to(labels.device))
-                    tested = torch.isin(setting.test.labels, seen.to(labels.device)).nonzero().flatten()
-                    (found,) = scorer.score(
-                        images[kept],
-                        labels[kept],
-                        setting.test.images[tested],
-                        setting.test.labels[tested],
+                    remembered = torch.isin(labels, seen.to(labels.device))
+                    tested = torch.isin(test.labels, seen.to(labels.device)).nonzero().flatten()
+                    (scores,) = scorer.score(
+                        images[remembered],
+                        labels[remembered],
+                        test.images[tested],
+                        test.labels[tested],
                         [rng.child("network", group)],
                     )
-                    accuracies[name][group, seed] = found.accuracy
+                    accuracies[name][group, seed] = scores.accuracy
         sizes = [len(seen) for seen in _seen(torch.arange(num_classes), self.num_groups)]
-        rows = [(name, *(mean_and_spread(row) for row in found)) for name, found in accuracies.items()]
+        rows = [(name, *(mean_and_spread(row) for row in of_set)) for name, of_set in accuracies.items()]
         return Findings(
             ("memory", *(f"{size} classes" for size in sizes)),
             rows,
-            f"test accuracy on the classes seen, %: {setting.ipc} images a class, {self.protocol}, "
+            f"test accuracy on the classes seen, %: {subject.syn.ipc} images a class, {self.protocol}, "
             f"n = {self.num_seeds} orders",
-            {"classes_seen": sizes, "accuracies": {name: found.tolist() for name, found in accuracies.items()}},
+            {"classes_seen": sizes, "accuracies": {name: of_set.tolist() for name, of_set in accuracies.items()}},
         )
 
 

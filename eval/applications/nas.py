@@ -18,6 +18,7 @@ import torch
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.protocol import PROTOCOLS, fixed
 from condense.names import spelt
+from condense.networks import parse
 from condense.synthetic.set import SyntheticSet
 
 
@@ -48,6 +49,9 @@ class NAS(Application):
         super().__post_init__()
         if len(self.architectures()) < 3:
             raise ValueError(f"a ranking needs three architectures or more; give e.g. {spelt('widths', (16, 32, 64))}")
+        for architecture in self.architectures():
+            parse(architecture)
+        fixed(self.protocol)
         if self.num_epochs < 1 or self.max_real < 1 or self.num_seeds < 1:
             raise ValueError("num_epochs, max_real and num_seeds must be at least 1; leave them at their defaults")
 
@@ -57,27 +61,28 @@ class NAS(Application):
         return [f"convnet:width={w},depth={d},norm={n},pooling={p},activation={a}" for w, d, n, p, a in grid]
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        scored, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
-        real_images, real_labels = setting.train.sample(self.max_real, setting.rng("nas")("real"))
+        subject = setting.subject
+        scored, where = (subject.held_out, "held-out") if len(subject.held_out) else (subject.test, "test")
+        real_images, real_labels = subject.train.sample(self.max_real, setting.rng("nas")("real"))
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         plan = fixed(self.protocol)
         proxies, names = setting.to_train_on(baselines), self.architectures()
-        found: dict[str, list[float]] = {name: [] for name in (*proxies, "real")}
+        accuracies: dict[str, list[float]] = {name: [] for name in (*proxies, "real")}
         for architecture in names:
-            network = setting.network(architecture)
+            network = subject.network(architecture)
             rngs = [setting.rng(f"nas/{network.name}", seed) for seed in range(self.num_seeds)]
             for name, (images, labels) in {**proxies, "real": (real_images, real_labels)}.items():
                 scorer = setting.scorer(network, real_plan if name == "real" else plan, len(images))
                 scores = [scorer.score(images, labels, scored.images, scored.labels, [rng])[0] for rng in rngs]
-                found[name].append(float(torch.tensor([s.accuracy for s in scores]).mean()))
-        truth, rows, record = found["real"], [], {}
+                accuracies[name].append(float(torch.tensor([s.accuracy for s in scores]).mean()))
+        truth, rows, record = accuracies["real"], [], {}
         best = max(truth)
         for name in proxies:
-            spearman, kendall = rank_correlations(found[name], truth)
-            chosen = found[name].index(max(found[name]))
+            spearman, kendall = rank_correlations(accuracies[name], truth)
+            chosen = accuracies[name].index(max(accuracies[name]))
             record[name] = {"spearman": spearman, "kendall": kendall, "chosen": names[chosen]}
             rows.append((name, f"{spearman:.2f}", f"{kendall:.2f}", f"{100 * truth[chosen]:.1f}", f"{100 * best:.1f}"))
-        whole: dict[str, Any] = {"architectures": names, "accuracies": found, "rankings": record}
+        whole: dict[str, Any] = {"architectures": names, "accuracies": accuracies, "rankings": record}
         return Findings(
             ("proxy", "Spearman", "Kendall", "chosen, on real data", "best"),
             rows,

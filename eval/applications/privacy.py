@@ -20,7 +20,8 @@ from torch import Tensor
 
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.protocol import PROTOCOLS, fixed
-from condense.networks import Weights
+from condense.eval.subject import Subject
+from condense.networks import Weights, parse
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled
 from condense.train import Scorer
@@ -45,19 +46,22 @@ class Privacy(Application):
         super().__post_init__()
         if min(self.num_members, self.num_seeds, self.num_epochs) < 1:
             raise ValueError("num_members, num_seeds and num_epochs must be at least 1; leave them at their defaults")
+        parse(self.network)
+        fixed(self.protocol)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        others, where = (setting.held_out, "held-out") if len(setting.held_out) else (setting.test, "test")
+        subject = setting.subject
+        others, where = (subject.held_out, "held-out") if len(subject.held_out) else (subject.test, "test")
         rng = setting.rng("privacy")
-        num = min(self.num_members, len(setting.train), len(others))
-        members = Labelled(*setting.train.sample(num, rng("members")))
+        num = min(self.num_members, len(subject.train), len(others))
+        members = Labelled(*subject.train.sample(num, rng("members")))
         non_members = Labelled(*others.sample(num, rng("non_members")))
-        network, plan = setting.network(self.network), fixed(self.protocol)
+        network, plan = subject.network(self.network), fixed(self.protocol)
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         judge = Scorer(network, setting.compute)
         jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
-        nearest = {name: _nearest(setting, images) for name, (_, images, _) in jobs.items()}
-        usual = _nearest(setting, non_members.images[:])
+        nearest = {name: _nearest(subject, images) for name, (_, images, _) in jobs.items()}
+        usual = _nearest(subject, non_members.images[:])
         jobs["the members themselves"] = real_plan, members.images[:], members.labels
         rows: list[tuple[str, ...]] = []
         record: dict[str, dict[str, list[float]]] = {}
@@ -66,15 +70,15 @@ class Privacy(Application):
             for seed in range(self.num_seeds):
                 weights = scorer.train(images, labels, setting.rng("privacy", seed))
                 aucs.append(membership_auc(_losses(judge, weights, members), _losses(judge, weights, non_members)))
-            found = torch.tensor(aucs)
-            spread = f" ± {found.std().item():.3f}" if len(aucs) > 1 else ""
+            auc = torch.tensor(aucs)
+            spread = f" ± {auc.std().item():.3f}" if len(aucs) > 1 else ""
             record[name] = {"auc": aucs}
             distances = ("-", "-")
             if name in nearest:
                 record[name]["nearest"] = nearest[name].tolist()
                 closer = (nearest[name] < usual.quantile(0.01)).float().mean().item()
                 distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
-            rows.append((name, f"{found.mean().item():.3f}{spread}", *distances))
+            rows.append((name, f"{auc.mean().item():.3f}{spread}", *distances))
         return Findings(
             ("trained on", "attack AUC", "median distance to the nearest member", "closer than real ever is, %"),
             rows,
@@ -95,11 +99,11 @@ def _losses(judge: Scorer, weights: Weights, real: Labelled) -> Tensor:
     return F.cross_entropy(logits, real.labels, reduction="none").cpu()
 
 
-def _nearest(setting: Setting, images: Tensor) -> Tensor:
+def _nearest(subject: Subject, images: Tensor) -> Tensor:
     """Distance (N,) in pixel space of each image to the nearest training image."""
-    pixels = setting.transform.to_data(images).flatten(1)
+    pixels = subject.transform.to_data(images).flatten(1)
     best = torch.full((len(pixels),), torch.inf, device=pixels.device)
-    for batch in setting.train.images.split(1000):
-        real = setting.transform.to_data(batch).flatten(1)
+    for batch in subject.train.images.split(1000):
+        real = subject.transform.to_data(batch).flatten(1)
         best = best.minimum(torch.cdist(pixels, real).min(1).values)
     return best.cpu()

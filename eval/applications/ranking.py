@@ -24,11 +24,13 @@ from typing import Any
 
 from condense.eval import ranking
 from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.baselines import full_data, kept
-from condense.eval.crossarch import evaluate, require_held_out
+from condense.eval.baselines import cached_journal, full_data
+from condense.eval.evaluate import evaluate
 from condense.eval.protocol import Protocol, fixed, own
+from condense.eval.subject import require_held_out
 from condense.files import checksum
 from condense.names import spelt
+from condense.networks import parse
 from condense.synthetic.set import SyntheticSet
 
 
@@ -47,6 +49,8 @@ class Ranking(Application):
         super().__post_init__()
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+        parse(self.network)
+        fixed(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         if "random" not in baselines:
@@ -61,8 +65,15 @@ class Ranking(Application):
         augmented, plain = (dataclasses.replace(usual, augment=augment) for augment in ("dsa", "none"))
         chance = baselines.get("random-soft", random)
         rivals = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
-        transform = str(setting.syn.origin.recipe.get("transform", "channel"))
-        real = full_data(setting.arrays, network=self.network, transform=transform, **accuracy.common).mean
+        subject = setting.subject
+        real = full_data(
+            subject.arrays,
+            network=self.network,
+            transform=subject.syn.origin.transform_name,
+            device=subject.device,
+            cache=subject.cache,
+            **accuracy.common,
+        ).mean
         rows, record = [], {}
         for name, syn in setting.contenders(rivals).items():
             hard, random_hard = accuracy(syn, usual), accuracy(random, usual)
@@ -70,7 +81,7 @@ class Ranking(Application):
             if syn.label_kind.space != "classes":
                 own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, chance))
             with_it, without = ([accuracy(each, plan) for each in (syn, random)] for plan in (augmented, plain))
-            found = {
+            accuracies = {
                 "real hard": real,
                 "hard": hard,
                 "own": own_accuracy,
@@ -86,12 +97,12 @@ class Ranking(Application):
                 "LRS": ranking.label_robust_score(real, hard, own_accuracy, random_own),
                 "ARS": ranking.augmentation_robust_score(*with_it, *without),
             }
-            record[name] = {"accuracies": found, "scores": scores}
+            record[name] = {"accuracies": accuracies, "scores": scores}
             shown = ("real hard", "hard", "own", "random own")
             rows.append(
                 (
                     name,
-                    *(f"{100 * found[each]:.1f}" for each in shown),
+                    *(f"{100 * accuracies[each]:.1f}" for each in shown),
                     *(f"{value:.3f}" for value in scores.values()),
                 )
             )
@@ -107,19 +118,18 @@ class _Accuracies:
     """Means over the networks; what several rows need is trained once."""
 
     def __init__(self, plan: Ranking, setting: Setting) -> None:
-        self._arrays, self._network, self._known = setting.arrays, plan.network, dict[tuple[str, str], float]()
+        self._subject, self._network, self._known = setting.subject, plan.network, dict[tuple[str, str], float]()
         self.common: dict[str, Any] = {
             "num_seeds": plan.num_seeds,
             "seed": setting.seed,
             "compute": setting.compute,
-            "device": setting.device,
-            "cache": setting.cache,
-            "journal": kept(setting.cache, setting.arrays),
+            "journal": cached_journal(setting.subject.cache, setting.subject.arrays),
         }
 
     def __call__(self, syn: SyntheticSet, protocol: Protocol) -> float:
         key = (checksum(syn.state_dict()), protocol.hash)
         if key not in self._known:
-            found = evaluate(syn, self._arrays, networks=[self._network], protocol=protocol, **self.common)
-            self._known[key] = found.results[0].mean
+            subject = dataclasses.replace(self._subject, syn=syn)
+            evaluation = evaluate(subject, networks=[self._network], protocol=protocol, **self.common)
+            self._known[key] = evaluation.results[0].mean
         return self._known[key]

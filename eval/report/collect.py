@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from condense import runs
-from condense.eval import crossarch
+from condense.eval.results import read_complete
 from condense.files import checksum, read_json
 from condense.names import spelt
 from condense.schema import from_json, mismatch
@@ -43,15 +43,15 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        return str(self.syn.origin.dataset["name"])
+        return self.syn.origin.dataset_name
 
     @property
     def ipc(self) -> int:
-        return int(self.syn.origin.recipe.get("ipc", len(self.syn) // self.syn.origin.num_classes))
+        return self.syn.ipc
 
     @property
     def network(self) -> str:
-        return str(self.syn.origin.recipe.get("network", "unknown"))
+        return self.syn.origin.network or "unknown"
 
     @cached_property
     def sha256(self) -> str:
@@ -82,13 +82,13 @@ def collect(folder: Path) -> Run:
         raise ValueError(f"{folder} is not finished; the command that began it continues with {spelt('resume', True)}")
     syn, evaluation = load(finished), folder / "evaluation.json"
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
-    results = crossarch.read_complete(evaluation) if evaluation.exists() else []
+    results = read_complete(evaluation) if evaluation.exists() else []
     log = steps_of(folder)
-    num_steps = int(syn.origin.recipe.get("method", {}).get("num_steps", len(log)))
+    num_steps = len(log) if syn.origin.num_steps is None else syn.origin.num_steps
     run = Run(
         folder=folder,
         syn=syn,
-        snapshots={**{step: kept for step, kept in snapshots.items() if step < num_steps}, num_steps: syn},
+        snapshots={**{step: snapshot for step, snapshot in snapshots.items() if step < num_steps}, num_steps: syn},
         log=log,
         results=results,
         uses=uses_of(folder),
@@ -107,20 +107,20 @@ def steps_of(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def uses_of(folder: Path) -> list[Mapping[str, Any]]:
-    """Title, columns and rows of what ``condense apply`` found.
+    """The tables (title, columns, rows) that ``condense apply`` wrote.
 
     Raises:
         ValueError: a file of that name holds something else.
     """
     mend = "move it away, or run condense apply again"
-    found: list[Mapping[str, Any]] = []
+    tables: list[Mapping[str, Any]] = []
     for file in sorted(folder.glob("apply-*.json")):
         content = read_json(file, mend=mend, finite=False)
         try:
-            found.append(dataclasses.asdict(from_json(_Uses, content, "it").table))
+            tables.append(dataclasses.asdict(from_json(_Uses, content, "it").table))
         except ValueError as error:
             raise ValueError(f"{file} holds no findings: {error}; {mend}") from error
-    return found
+    return tables
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
+from condense.eval.results import by_protocol, by_set
 from condense.synthetic.set import SyntheticSet
-from condense.table import by_protocol, by_set
 
 MAX_IMAGES = 200
 """Shown of a run at one time: more columns for few classes, fewer for many."""

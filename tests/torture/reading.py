@@ -202,8 +202,7 @@ def _kinds(folder: Path) -> list[Kind]:
 
     def read_recipe() -> None:
         recipe.from_yaml(run / "recipe.yaml")
-        runs.settled(run)
-        runs.claim(run, plan, resume=True)
+        runs.claim(run, plan, runs.written_recipe(run))
 
     def resume() -> None:
         shutil.rmtree(folder / "resumed", ignore_errors=True)

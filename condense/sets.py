@@ -1,0 +1,102 @@
+"""Sets and their data: from a file, a run folder or what others publish to a set and the arrays it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from condense import exchange, runs
+from condense.cache import cache_folder
+from condense.data.datasets import Arrays, Data, open_data
+from condense.data.images import Images
+from condense.data.transform import Transform
+from condense.experiment import plain_task
+from condense.files import expanded
+from condense.names import spelt
+from condense.synthetic.decode import Decode, Pixels
+from condense.synthetic.files import load
+from condense.synthetic.set import SyntheticSet
+from condense.task import Split
+
+Readable = SyntheticSet | Path | str
+"""A set, its file or run folder, or labelled pixels of any origin (``.npz``, a folder of images)."""
+
+
+def read_set(syn: Readable, dataset: Data | None = None) -> tuple[SyntheticSet | exchange.External, Data]:
+    """A set, or pixels of any origin, and which data belong to it; the data are not read.
+
+    ``dataset`` is where the data lie: by default as the run recorded it, else by the name in the file.
+
+    Raises:
+        ValueError: it cannot be read; pixels of any origin without ``dataset``.
+    """
+    if isinstance(syn, SyntheticSet):
+        return syn, syn.origin.dataset_name if dataset is None else dataset
+    path = expanded(syn)
+    if not exchange.is_foreign(path):
+        result = load(path)
+        return result, runs.source_of(path, result.origin.dataset_name) if dataset is None else dataset
+    external = exchange.read(path)
+    if dataset is None:
+        raise ValueError(
+            f"{path} does not say which data it was made from; give e.g. {spelt('dataset', 'fashion-mnist')}"
+        )
+    if external.space == "transformed":
+        raise ValueError(
+            f"{path} does not say through which transform its images went; first `condense import {path} "
+            "set.safetensors --dataset NAME --transform channel` (or zca)"
+        )
+    return external, dataset
+
+
+def open_set(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> tuple[SyntheticSet, Arrays]:
+    """``read_set`` with the data; pixels of any origin become a set that goes through ``channel``.
+
+    Raises:
+        ValueError: see ``read_set`` and ``open_data``.
+    """
+    read, source = read_set(syn, dataset)
+    return with_data(read, open_data(source, download))
+
+
+def with_data(read: SyntheticSet | exchange.External, arrays: Arrays) -> tuple[SyntheticSet, Arrays]:
+    """What ``read_set`` read, as a set, and its data."""
+    return (read if isinstance(read, SyntheticSet) else adopted(read, arrays)), arrays
+
+
+def adopted(
+    external: exchange.External, arrays: Arrays, transform: str = "channel", decode: Decode = Pixels()
+) -> SyntheticSet:
+    """Published images as a set of these data, in the space of this transform.
+
+    Raises:
+        ValueError: see ``condense.exchange.as_set``.
+    """
+    task = plain_task(arrays, "mlp", transform, Split(val_fraction=0.0))
+    return exchange.as_set(external, arrays, task.transform, transform, decode=decode)
+
+
+def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transform:
+    """The transform of a set. A whitening matrix that is not in the folder ``cache`` is fitted again to ``arrays``.
+
+    Raises:
+        ValueError: see ``Transform.from_description``.
+    """
+    description, images = syn.origin.transform, None
+    if description.get("kind") == "zca":
+        train_index, _ = syn.origin.split.indices(torch.from_numpy(arrays.y_train))
+        images = Images.of(arrays.x_train, torch.device("cpu")).subset(train_index)
+    return Transform.from_description(description, images, cache)
+
+
+def pixel_transform(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> Transform:
+    """The transform of a set, whose inverse gives pixels. Data are read for whitened sets only.
+
+    Raises:
+        ValueError: see ``open_set``.
+    """
+    result = syn if isinstance(syn, SyntheticSet) else load(syn)
+    if result.origin.transform.get("kind") != "zca":
+        return Transform.from_description(dict(result.origin.transform))
+    return transform_of(*open_set(syn, dataset, download=download), cache_folder())

@@ -1,0 +1,435 @@
+"""Networks x seeds: fresh networks are trained on a labelled set and scored on test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condense import __version__, tracking
+from condense.augment import Augment
+from condense.compute import Compute, device_name, forget_peak, peak_memory
+from condense.data.datasets import Arrays
+from condense.data.images import Images
+from condense.data.transform import Transform
+from condense.distributed import Ranks
+from condense.eval import teachers
+from condense.eval.calibration import Calibration, temperature
+from condense.eval.journal import Cell, Journal, width
+from condense.eval.metrics import Scores
+from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, recorded_name
+from condense.eval.results import Evaluation, Result
+from condense.eval.subject import Subject, decoded, require_held_out
+from condense.files import checksum
+from condense.kernels import centred
+from condense.names import spelt
+from condense.networks import Factory, Functional, Weights, parse
+from condense.rng import Rng
+from condense.sources import Relabelled, Source
+from condense.synthetic.set import SyntheticSet
+from condense.task import Labelled, Task, make_task
+from condense.tracking import Bar
+from condense.train import Scorer, Trainer, Training
+
+BRIEF = dataclasses.replace(PROTOCOLS["canonical"], name="brief", num_epochs=100)
+"""For an evaluation on the validation split while a set is distilled."""
+
+
+OnEpoch = Callable[[int, Weights], None]
+"""See ``Trainer.run``."""
+
+
+class SetScorer:
+    """Trains networks of one architecture and scores each at its last epoch; what it compiled is kept."""
+
+    def __init__(
+        self,
+        network: Functional,
+        plan: Training,
+        compute: Compute,
+        augment: Augment = Augment(),
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.network, self._augment, self._teacher = network, augment, teacher
+        self._trainer, self._scorer = Trainer(network, plan, compute), Scorer(network, compute)
+
+    def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
+        """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
+        return self._train(images, targets, [rng], on_epoch)[0]
+
+    def score(
+        self,
+        images: Tensor | Images,
+        targets: Tensor,
+        x: Tensor | Images,
+        y: Tensor,
+        rngs: Sequence[Rng],
+        on_epoch: OnEpoch | None = None,
+        *,
+        calibration: Calibration = "none",
+        held_out: Labelled | None = None,
+    ) -> list[Scores]:
+        """Scores on ``x`` (M, C, H, W), ``y`` (M,) of fresh networks, one for each ``rng``, trained together on the
+        rest, and calibrated on ``held_out``."""
+        scores = []
+        for weights, rng in zip(self._train(images, targets, rngs, on_epoch), rngs, strict=True):
+            divisor = 1.0
+            if held_out is not None and calibration != "none":
+                real_logits = self._scorer.logits(weights, held_out.images)
+                divisor = temperature(calibration, real_logits, held_out.labels, rng("calibration"))
+            logits = self._scorer.logits(weights, x) / divisor
+            if not logits.isfinite().all():
+                warnings.warn(f"a network of {self.network.name} diverged; it is scored all the same", stacklevel=2)
+            scores.append(Scores.of(logits, y))
+        return scores
+
+    def _train(
+        self, images: Tensor | Images, targets: Tensor, rngs: Sequence[Rng], on_epoch: OnEpoch | None
+    ) -> list[Weights]:
+        weights = [self.network.init(rng, "weights") for rng in rngs]
+        sources = [self._source(images, targets, rng.child("training")) for rng in rngs]
+        each = None if on_epoch is None else lambda done, live: on_epoch(done, live[0])
+        return self._trainer.run_together(weights, sources, on_epoch=each)
+
+    def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
+        """The batches of the plan; labelled by the teacher, where there is one."""
+        source = self._trainer.source(images, targets, rng, self._augment)
+        return Relabelled(source, self._teacher, self._trainer.training.temperature) if self._teacher else source
+
+
+USUAL_SEEDS = 5
+"""Networks of a usual evaluation. The policy is resolved for this number, so that it does not depend on the number that
+was asked for, and the first networks of a larger evaluation are those of a smaller one."""
+
+
+def resolved(compute: Compute, network: Functional, plan: Training, num_images: int) -> Compute:
+    """``compute`` with nothing left open, for training on ``num_images`` images."""
+    return compute.resolved(network.flops * num_images * plan.num_epochs * USUAL_SEEDS, network.device)
+
+
+Progress = Callable[[str, int], AbstractContextManager[Bar]]
+"""``progress(title, total)``: a bar that is shown while its context lasts."""
+
+
+def measure(
+    images: Tensor | Images,
+    targets: Tensor,
+    test: Labelled,
+    *,
+    arrays: Arrays,
+    transform: Transform,
+    syn: SyntheticSet | None,
+    networks: Sequence[Functional],
+    protocol: Protocol,
+    num_seeds: int,
+    seed: int,
+    compute: Compute,
+    progress: Progress,
+    ranks: Ranks = Ranks(),
+    journal: Journal | None = None,
+    held_out: Labelled | None = None,
+    teachers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> list[Result]:
+    """Train and score ``num_seeds`` networks of each architecture under a protocol; one result for each architecture.
+
+    Network k draws its weights, batch order and augmentation from (seed, architecture, k) alone. Different sets are
+    therefore compared on the same networks, and the networks can be divided among processes.
+
+    Args:
+        images: (N, C, H, W), of ``syn``; real ones where ``syn`` is None.
+        targets: classes (N,) or soft targets (N, C).
+        test: what each network is scored on, at its last epoch.
+        arrays: the data set.
+        transform: what the images went through; for the record.
+        syn: the set that was decoded.
+        networks: one for each architecture, all on one device.
+        protocol: how they are trained.
+        num_seeds: networks of each architecture.
+        seed: root of every random draw.
+        compute: exactness against speed.
+        progress: shows a bar for each architecture.
+        ranks: processes that share the networks.
+        journal: trained networks are written to it, and those that it holds are not trained again.
+        held_out: real images for what is chosen or fitted after distillation.
+        teachers: by the name of the architecture, what labels its batches.
+
+    Raises:
+        ValueError: another process ended; the journal cannot be written. It holds the networks trained so far.
+    """
+    name = recorded_name(protocol, syn)
+    augment = protocol.augment_for(arrays.input_shape, arrays.strategy)
+    device = networks[0].device
+    common: dict[str, Any] = {
+        "protocol_hash": protocol.hash,
+        "augment": str(augment),
+        "seed": seed,
+        "num_images": len(images),
+        "synthetic_sha256": None if syn is None else checksum(syn.state_dict()),
+        "train_fingerprint": arrays.fingerprint["train"],
+        "test_fingerprint": arrays.fingerprint["test"],
+        "code": __version__,
+    }
+    plan = protocol.resolved(len(images), None if syn is None else syn.lr, augment.copies)
+    if isinstance(images, Tensor):
+        images, targets = augment.mirrored(images, targets)
+        augment = dataclasses.replace(augment, flips=False)
+    real = {"images": arrays.x_train.nbytes, "labels": arrays.y_train.nbytes, "decoder": 0}
+    policies = [resolved(compute, network, plan, len(images)) for network in networks]
+    plans = [
+        _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed))
+        for network, policy in zip(networks, policies, strict=True)
+    ]
+    provenance = [
+        {
+            **common,
+            "training": training.content(),
+            "compute": policy.first_order_identity(),
+            **network.identity(),
+            "num_params": network.num_params,
+            "transform": transform.describe(),
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "numbers": width(arrays.num_classes),
+        }
+        for network, policy, training in zip(networks, policies, plans, strict=True)
+    ]
+    cells = _trained_before(provenance, num_seeds, width(arrays.num_classes), journal, ranks)
+    trained = torch.zeros_like(cells)
+    mine = ranks.shard(cells[:, :, 0].isnan().nonzero().tolist())
+    for i, network in enumerate(networks):
+        units = [k for of, k in mine if of == i]
+        if not units:
+            continue
+        teacher = None if teachers is None else teachers[network.name]
+        scorer = SetScorer(network, plans[i], policies[i], augment, teacher)
+        rng, num_epochs = Rng(seed).child("evaluate", network.name), plans[i].num_epochs
+        with progress(f"{name} {network.name}", len(units) * num_epochs) as bar:
+            at_once = policies[i].networks or 1
+            for first in range(0, len(units), at_once):
+                begun, group = time.perf_counter(), units[first : first + at_once]
+                forget_peak(device)
+                on_epoch = _reporter(bar, first * num_epochs, len(group), trained[i, units[:first], 0])
+                rngs = [rng.child("network", k) for k in group]
+                scores = scorer.score(
+                    images,
+                    targets,
+                    test.images,
+                    test.labels,
+                    rngs,
+                    on_epoch,
+                    calibration=protocol.calibration,
+                    held_out=held_out,
+                )
+                share = (time.perf_counter() - begun) / len(group)
+                for k, scored in zip(group, scores, strict=True):
+                    cell = Cell(scored, share, peak_memory(device))
+                    trained[i, k] = cell.pack()
+                    if journal is not None:
+                        journal.add(provenance[i], k, cell)
+    ranks.all_reduce_([trained])
+    cells = torch.where(cells[:, :, :1].isnan(), trained, cells)
+    unpacked = [[Cell.unpack(cell) for cell in row] for row in cells]
+    return [
+        Result(
+            method="full" if syn is None else syn.origin.method,
+            network=network.name,
+            num_params=network.num_params,
+            accuracies=tuple(cell.scores.accuracy for cell in row),
+            metrics=_by_metric([cell.scores for cell in row]),
+            protocol=name,
+            protocol_fields=training.content(),
+            dataset=arrays.name,
+            device=device_name(device),
+            threads=torch.get_num_threads(),
+            seconds=round(sum(cell.seconds for cell in row), 3),
+            peak_memory_bytes=max(cell.peak_memory for cell in row),
+            stored_bytes=real if syn is None else syn.cost()._asdict(),
+            full_bytes=sum(real.values()),
+            compute=policy.first_order_identity(),
+            **common,
+        )
+        for network, policy, training, row in zip(networks, policies, plans, unpacked, strict=True)
+    ]
+
+
+def _with_best_rate(
+    plan: Protocol,
+    network: Functional,
+    compute: Compute,
+    augment: Augment,
+    images: Tensor | Images,
+    targets: Tensor,
+    held_out: Labelled | None,
+    rng: Rng,
+) -> Protocol:
+    """The plan with the learning rate of its grid at which one network is best on the held-out real images; the smaller
+    of equally good ones."""
+    if not plan.lr_grid:
+        return plan
+    assert held_out is not None
+    keys, accuracies = [rng.child("learning rate", network.name)], []
+    for lr in sorted(plan.lr_grid):
+        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment)
+        with warnings.catch_warnings():  # a learning rate at which a network diverges is not chosen
+            warnings.simplefilter("ignore", UserWarning)
+            (scores,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)
+        accuracies.append(scores.accuracy)
+    best = sorted(plan.lr_grid)[accuracies.index(max(accuracies))]
+    return dataclasses.replace(plan, lr=best, lr_grid=())
+
+
+def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
+    """Metrics by name, one entry for each network; without the accuracy, which is a field of its own in a result."""
+    rows = [json.loads(json.dumps(dataclasses.asdict(of_one))) for of_one in scores]
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "accuracy"}
+
+
+def _trained_before(
+    provenance: Sequence[Mapping[str, Any]], num_seeds: int, size: int, journal: Journal | None, ranks: Ranks
+) -> Tensor:
+    """Packed cells (networks, num_seeds, size) of the journal as the first process reads it; NaN where it has none."""
+    cells = torch.full((len(provenance), num_seeds, size), torch.nan, dtype=torch.float64)
+    if journal is not None and ranks.first:
+        for row, key in zip(cells, provenance, strict=True):
+            for k, cell in journal.find(key).items():
+                if k < num_seeds:
+                    row[k] = cell.pack()
+    ranks.broadcast([cells])
+    return cells
+
+
+def _reporter(bar: Bar, before: int, at_once: int, accuracies: Tensor) -> OnEpoch:
+    """Shows the epochs done, and the mean accuracy of the networks that are done."""
+    note = f"mean {100 * float(accuracies.mean()):.1f} %, n = {len(accuracies)}" if len(accuracies) else ""
+    return lambda done, weights: bar(before + done * at_once, note)
+
+
+def evaluate(
+    subject: Subject,
+    *,
+    networks: Sequence[str | Factory],
+    num_seeds: int,
+    protocol: Protocol,
+    seed: int = 0,
+    compute: Compute,
+    progress: Progress = tracking.progress,
+    on_result: Callable[[Result], None] | None = None,
+    ranks: Ranks = Ranks(),
+    journal: Journal | None = None,
+) -> Evaluation:
+    """Train ``num_seeds`` fresh networks per architecture on the set and score each once, at its last epoch.
+
+    Test images are read for nothing but scoring a trained network.
+
+    Args:
+        subject: the set and its data.
+        networks: network strings or callables.
+        num_seeds: networks of each architecture.
+        protocol: of ``condense.eval.protocol.named``, or with fields replaced.
+        seed: root of every random draw.
+        compute: exactness against speed.
+        progress: shows a bar for each architecture.
+        on_result: called with the result of an architecture once it is known; with several processes, once all are.
+        ranks: processes that share the networks.
+        journal: where trained networks are stored until the results are written.
+
+    Raises:
+        ValueError: there are no test images; a network does not take such images; see also ``check``.
+    """
+    syn, arrays = subject.syn, subject.arrays
+    check(syn, networks, protocol, num_seeds)
+    test = subject.test
+    skeletons = [subject.network(network) for network in networks]
+    images, targets = subject.decoded(soft=protocol.labels == "own")
+    if protocol.loss == "mse" and syn.label_kind.space != "values":
+        targets = centred(targets, arrays.num_classes, torch.float32)
+    labellers = _teachers(protocol, subject, skeletons, seed, compute) if protocol.teacher else None
+    results = []
+    for group in [[network] for network in skeletons] if ranks.size == 1 else [skeletons]:
+        for result in measure(
+            images,
+            targets,
+            test,
+            arrays=arrays,
+            transform=subject.transform,
+            syn=syn,
+            networks=group,
+            protocol=protocol,
+            num_seeds=num_seeds,
+            seed=seed,
+            compute=compute,
+            progress=progress,
+            ranks=ranks,
+            journal=journal,
+            held_out=subject.held_out if protocol.holds_out else None,
+            teachers=labellers,
+        ):
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+    return Evaluation(tuple(results))
+
+
+def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol: Protocol, num_seeds: int) -> None:
+    """Raise ValueError where a set cannot be evaluated in this way, as far as that is known without its data: there is
+    no such network or augmentation, or the protocol needs held-out images and the set has none.
+
+    ``syn`` is None of published images, which become a set with their data.
+    """
+    if not networks:
+        raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
+    if num_seeds < 1:
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
+    teacher = [protocol.teacher] if protocol.teacher not in ("", "same") else []
+    for network in [*networks, *teacher]:
+        if isinstance(network, str):
+            parse(network)
+    if protocol.augment not in STRATEGIES:
+        Augment.parse(protocol.augment)
+    if protocol.holds_out and syn is not None:
+        require_held_out(syn)
+
+
+def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet, int], dict[str, float]]:
+    """What the engine calls with a set and the number of steps done: the accuracy on the validation images of the task
+    of one network that is trained briefly (``BRIEF``) on the set."""
+    assert task.val is not None
+    val, scorer = task.val, SetScorer(task.network, BRIEF, compute)
+
+    def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
+        images, labels = decoded(syn, soft=False)
+        rng = Rng(seed).child("validation", step)
+        return {"val_accuracy": scorer.score(images, labels, val.images, val.labels, [rng])[0].accuracy}
+
+    return validate
+
+
+def _teachers(
+    protocol: Protocol, subject: Subject, networks: Sequence[Functional], seed: int, compute: Compute
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By the name of the architecture that is evaluated, what labels its batches."""
+    origin, labellers = subject.syn.origin, {}
+    for network in networks:
+        labeller = network
+        if protocol.teacher != "same":
+            labeller = subject.network(protocol.teacher)
+        task = make_task(
+            subject.arrays,
+            transform=origin.transform_name,
+            split=origin.split,
+            network=labeller,
+            augment=Augment(),
+            device=network.device,
+            cache=subject.cache,
+        )
+        weights = teachers.trained(task, seed=seed, compute=compute, cache=subject.cache)
+        labellers[network.name] = teachers.labeller(labeller, weights, compute)
+    return labellers

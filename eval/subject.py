@@ -1,0 +1,117 @@
+"""A synthetic set together with its data: what networks are trained on, chosen on and scored on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from condense.data.datasets import Arrays
+from condense.data.images import Images
+from condense.data.transform import Transform
+from condense.names import spelt
+from condense.networks import Factory, Functional
+from condense.sets import transform_of
+from condense.synthetic.set import SyntheticSet
+from condense.task import Labelled, Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A set with the data that it was made from.
+
+    The real images go through the transform of the set. Everything is made when it is first asked for.
+
+    Raises:
+        ValueError: the set was made from other data.
+    """
+
+    syn: SyntheticSet
+    arrays: Arrays
+    device: torch.device
+    cache: Path | None = None
+    """Folder of whitening matrices."""
+
+    def __post_init__(self) -> None:
+        origin, arrays = self.syn.origin, self.arrays
+        for what, ours, theirs in (
+            ("fingerprint", origin.fingerprint[:12], arrays.fingerprint["train"][:12]),
+            ("image shape", origin.input_shape, arrays.input_shape),
+            ("number of classes", origin.num_classes, arrays.num_classes),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"the set belongs to {origin.dataset_name} ({what} {ours}), not {arrays.name} ({theirs}): "
+                    f"its score there would mean nothing; give {spelt('dataset')} with the data that it was made from"
+                )
+
+    def network(self, spec: str | Factory) -> Functional:
+        return Functional(spec, self.arrays.input_shape, self.arrays.num_classes, self.device)
+
+    def decoded(self, *, soft: bool) -> tuple[Tensor, Tensor]:
+        """``decoded`` of the set, on the device."""
+        images, targets = decoded(self.syn, soft=soft)
+        return images.to(self.device), targets.to(self.device)
+
+    @cached_property
+    def transform(self) -> Transform:
+        """The transform of the set. A whitening matrix that is not cached is fitted again to the training images."""
+        return transform_of(self.syn, self.arrays, self.cache)
+
+    @cached_property
+    def test(self) -> Labelled:
+        return load_test(self.arrays, self.transform, self.device)
+
+    @property
+    def train(self) -> Labelled:
+        """The real images that the set was made from."""
+        return self._parts[0]
+
+    @property
+    def held_out(self) -> Labelled:
+        """The real training images that the set was not made from; may be empty (see ``require_held_out``)."""
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[Labelled, Labelled]:
+        labels = torch.from_numpy(self.arrays.y_train)
+        images = Images.of(self.arrays.x_train, self.device).with_transform(self.transform)
+        train, held_out = (
+            Labelled(images.subset(index), labels[index].to(self.device))
+            for index in self.syn.origin.split.indices(labels)
+        )
+        return train, held_out
+
+
+@torch.no_grad()
+def decoded(syn: SyntheticSet, *, soft: bool) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) and classes (n,); soft targets (n, C) where the set has them and ``soft``."""
+    images, targets = syn()
+    return images, targets if soft or targets.dim() == 1 else targets.argmax(1)
+
+
+def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Labelled:
+    """The test images in the transformed space.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(arrays.x_test):
+        raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
+    return Labelled(
+        Images.of(arrays.x_test, device).with_transform(transform), torch.from_numpy(arrays.y_test).to(device)
+    )
+
+
+def require_held_out(syn: SyntheticSet) -> Split:
+    """The split of the real images that a set was made with. Raises ValueError where it held none out."""
+    split = syn.origin.split
+    if not split.val_fraction:
+        raise ValueError(
+            "this protocol chooses on held-out real images, and the set was made from all of them; distil it with "
+            f"{spelt('split.val_fraction', 0.1)}"
+        )
+    return split
