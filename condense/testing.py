@@ -35,14 +35,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense import api, engine, recipe, registry
+from condense import api, engine, experiment, recipe, registry
 from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import Arrays
 from condense.distributed import Ranks
 from condense.files import checksum
 from condense.method import Context, GradientState, Method, State
-from condense.networks import Factory, Functional
+from condense.networks import Factory
 from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.synthetic import SyntheticSet, load, save
@@ -279,14 +279,13 @@ class _Trial:
         """What a run hands to the method."""
         arrays = _arrays()
         plan = self.plan if seed is None else dataclasses.replace(self.plan, seed=seed)
-        network = Functional(self.network, arrays.input_shape, arrays.num_classes, "cpu")
-        plan = dataclasses.replace(plan, split=plan.split.resolved(selects=False), network=network.name)
-        plan = dataclasses.replace(plan, compute=api._settle(plan, arrays, network))
-        task = api._task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
+        resolved = experiment.resolve(plan, arrays, device=torch.device("cpu"), network=self.network)
+        fields = {name: getattr(resolved.plan, name) for name in ("transform", "split", "augment")}
+        task = experiment.open_task(arrays, resolved.network, **fields)
         buffers = self.buffers
         if buffers is None:
             buffers = _experts(self.network) if self.method.needs(task) else Path()
-        return api._context(plan, task, buffers, arrays.name)
+        return experiment.prepare(resolved, buffers, like=task)
 
     def distil(
         self, ctx: Context, folder: Path | None = None, *, resume: bool = False, stop: int | None = None

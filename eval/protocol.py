@@ -252,7 +252,7 @@ def own_network(syn: SyntheticSet) -> str:
     Raises:
         ValueError: that network has no name, since it was given as a callable.
     """
-    name = str(syn.origin.training.get("network", syn.origin.network or "convnet"))
+    name = str(syn.origin.training.get("network", syn.origin.network or "auto"))
     if name.startswith("custom:"):
         raise ValueError(f"the set is meant for {name}, which only its code can build; give the networks to train")
     return name
