@@ -188,10 +188,13 @@ def _origin(value: Mapping[str, Any]) -> Origin:
     kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
     if kind is not None:
         statistics: object = from_json(kind, origin.transform, "origin, transform")
-        channels = origin.input_shape[channel_axis(origin.input_shape)]
-        if isinstance(statistics, _Channel) and len(statistics.mean) != channels:
-            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, images of {origin.input_shape}")
+        if isinstance(statistics, _Channel) and len(statistics.mean) != _num_channels(origin):
+            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, samples of {origin.input_shape}")
     return origin
+
+
+def _num_channels(origin: Origin) -> int:
+    return origin.input_shape[channel_axis(origin.input_shape)]
 
 
 @dataclass(frozen=True)

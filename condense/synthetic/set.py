@@ -46,6 +46,7 @@ class Origin:
 
     @property
     def input_shape(self) -> InputShape:
+        """Of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
         return tuple(self.dataset["input_shape"])
 
 
@@ -99,7 +100,7 @@ class SyntheticSet(nn.Module):
         return len(self.latents)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
+        """Samples (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from condense import __version__, picture
 from condense.data.datasets import is_known
+from condense.data.layout import InputShape
 from condense.data.transform import Transform
 from condense.eval.protocol import changes
 from condense.eval.report import figures
@@ -339,8 +340,8 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
     return {"dataset": dataset, "svg": Markup(svg), "rows": own + lines, "published": bool(published)}
 
 
-def _published_bytes(input_shape: tuple[int, ...], num_classes: int, ipc: int, labels: str) -> int:
-    """As a set of ours would store it: float32 pixels, classes of eight bytes or float32 targets."""
+def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels: str) -> int:
+    """As a set of ours would store it: float32 values, classes of eight bytes or float32 targets."""
     return ipc * num_classes * (4 * math.prod(input_shape) + (8 if labels == "hard" else 4 * num_classes))
 
 
