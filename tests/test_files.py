@@ -100,7 +100,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("decode-pixels", put("origin", "dataset", "input_shape", value=[1, 0, 8]), "a side below 1"),
         ("decode-pixels", put("origin", "dataset", "input_shape", value=[]), r"shape \(\) has 0 axes"),
         ("decode-pixels", put("origin", "dataset", "input_shape", value=[1] * 9), "has 9 axes"),
-        ("decode-pixels", put("origin", "dataset", "input_shape", value=[8, 8]), "1 channels, images of"),
+        ("decode-pixels", put("origin", "dataset", "input_shape", value=[8, 8]), "1 channels, samples of"),
         ("decode-dct", put("origin", "dataset", "input_shape", value=[1, 1, 5000]), "a side of more than 4096"),
         ("decode-pixels", put("origin", "recipe", "method", value=[]), r"recipe, method: \[\] is not a mapping"),
         ("decode-pixels", put("origin", "recipe", "split", value={"part": 1}), "split has fields that are unknown"),
