@@ -32,7 +32,12 @@ Objective = Callable[[bool], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Checked):
-    """What decides the result of an ordinary training, apart from data, initial weights and seed."""
+    """What decides the result of an ordinary training, apart from data, initial weights and seed.
+
+    The training loop reads the optimiser, the schedule and the objective. ``batch_size``, ``order``, ``cutmix`` and
+    ``mixup`` describe the batches that the training is meant for, so that a set can record them; ``Trainer.source``
+    makes a source of them.
+    """
 
     num_epochs: int = 300
     """Passes over the images."""
