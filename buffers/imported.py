@@ -86,12 +86,12 @@ def import_weights(src: Path, dst_root: Path, task: Task) -> Path:
     """
     network = task.network
     weights = match(read_state_dict(src), network, str(src))
-    accuracies = measure_accuracy(task, Scorer(network, Compute(compile=False)), Rng(0))(weights)
     digest = checksum({**weights.params, **weights.buffers})
     identity = {**task.identity(), "origin": IMPORTED, "weights": digest}
     writer = BufferWriter(dst_root, task.name, identity, weights, "last")
     if writer.experts:
         raise ValueError(f"{writer.folder} holds these weights already; use it, or choose another destination")
+    accuracies = measure_accuracy(task, Scorer(network, Compute(compile=False)), Rng(0))(weights)
     is_new = not writer.folder.exists()
     try:
         params, buffers = (pack(part)[None] for part in weights)

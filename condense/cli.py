@@ -21,7 +21,7 @@ usage: condense COMMAND ...
 Distil a data set into a few images a class, and measure what they are worth.
 
   demo                         the whole job on embedded data, in a few minutes
-  buffer    --dataset D ...    train expert trajectories
+  buffer    --dataset D ...    train expert trajectories, or teachers (--keep last)
   distill   METHOD|RECIPE ...  distil a data set
   evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
   apply     NAME RUN|FILE ...  continual, nas, privacy, ranking: what a set is worth
@@ -29,7 +29,7 @@ Distil a data set into a few images a class, and measure what they are worth.
   show      RUN|FILE|BUFFER    what a file says of itself
   show      METHOD|RECIPE ...  the recipe for a data set and budget, as YAML
   list      methods|decoders|labels|adjoints|datasets|networks|recipes|protocols
-  import    SRC DST ...        published sets and expert buffers into ours
+  import    SRC DST ...        published sets, expert buffers and weights into ours
   export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set
 
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.

@@ -96,7 +96,8 @@ def pretrained(
 def _machine(device: torch.device) -> dict[str, Any]:
     """On what the bits of a result depend beside its inputs."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"device": device.type, "capability": capability, "threads": torch.get_num_threads()}
+    threads = torch.get_num_threads()
+    return {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
 
 
 def _writer(root: Path, name: str, identity: Mapping[str, Any], initial: Weights, keep: Keep) -> BufferWriter:

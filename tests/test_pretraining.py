@@ -97,7 +97,8 @@ def test_what_decides_the_weights_decides_the_entry(task: Task, tiny: Arrays, tm
     train(task, tmp_path, plan=Training(num_epochs=3, batch_size=6))
     train(api.plain_task(tiny, BATCH_NORM, "none", Split(val_fraction=0.0)), tmp_path)
     train(api.plain_task(tiny, BATCH_NORM, "channel", Split(val_fraction=0.25)), tmp_path)
-    assert len(list((tmp_path / "networks").iterdir())) == 5
+    pretrained(task, PLAN, Compute(compile=False), task.network.init(Rng(0), "network"), Rng(1), cache=tmp_path)
+    assert len(list((tmp_path / "networks").iterdir())) == 6
 
 
 @pytest.mark.parametrize("damaged", ["manifest.json", "expert_0000.safetensors"])

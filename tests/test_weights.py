@@ -148,7 +148,7 @@ RUBBISH: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "sparse": (lambda s: {**s, "classifier.bias": torch.zeros(3).to_sparse()}, "cannot be read"),
     "float counter": (lambda s: {**s, "features.1.num_batches_tracked": torch.tensor(0.5)}, "not torch.int64"),
     "no tensor": (lambda s: {**s, "classifier.bias": [0.0]}, "'classifier.bias' is a list"),
-    "a list": (lambda s: list(s.values()), "holds a list, no state dict"),
+    "a list": (lambda s: list(s.values()), "holds a list and no state dict"),
     "empty": (lambda s: {}, "no state dict"),
     "numbers": (lambda s: {1: torch.zeros(3)}, "no state dict"),
     "a checkpoint without a holder": (lambda s: {"net": s}, "'net' is a"),

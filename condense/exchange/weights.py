@@ -24,6 +24,7 @@ from condense.rng import Rng
 _HOLDERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REMEDY = "write it by torch.save(network.state_dict(), PATH); a set needs a destination that ends in .safetensors"
 _COUNTER = "num_batches_tracked"
 """Of BatchNorm; files written before PyTorch 0.4.1 lack it."""
 
@@ -36,14 +37,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, no state dict; save it as torch.save(network.state_dict(), PATH)"
-        )
+        raise ValueError(f"{path} holds a {type(content).__name__} and no state dict; {_REMEDY}")
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{path} is no state dict: its entry {excerpt(name, 60)!r} is a {type(value).__name__}, no tensor; "
-                "save it as torch.save(network.state_dict(), PATH)"
+                f"{_REMEDY}"
             )
     names = list(content)
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) and name != p for name in names)), ""):

@@ -101,7 +101,7 @@ class Functional:
         self._aliases = _aliases(network)
         # Networks of others may attend by fused kernels, which have no second derivative.
         self._foreign = not from_here(self._spec)
-        self._captures: dict[tuple[str | bool, ...], _Capturing] = {}
+        self._captures: dict[tuple[str | tuple[str, ...], bool], _Capturing] = {}
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
         self._train = copy.deepcopy(self._tracking)
@@ -275,7 +275,7 @@ class Functional:
         return tuple(name for name, _ in self._eval.network.named_modules() if name)
 
     def _capturing(self, what: str | Sequence[str], train: bool) -> _Capturing:
-        key = (what, train) if isinstance(what, str) else (*what, train)
+        key = (what if isinstance(what, str) else tuple(what), train)
         if key not in self._captures:
             network = copy.deepcopy((self._train if train else self._eval).network)
             if isinstance(what, str) and what in _KINDS:
