@@ -41,7 +41,7 @@ from condense.data import datasets
 from condense.data.datasets import Arrays
 from condense.distributed import Ranks
 from condense.files import checksum
-from condense.method import Context, GradientState, Method, State
+from condense.method import Context, GradientMethod, GradientState, Method, Optim, State
 from condense.networks import Factory, Functional
 from condense.recipe import Recipe
 from condense.rng import Rng
@@ -171,6 +171,8 @@ def every_leaf_learns(method: Method | type[Method], *, buffers: Path | None = N
     if not trial.method.learns:
         return
     if "decode" not in fields and trial.takes(decode=Hallucinator(num_styles=2)):
+        slow = {"optim_decoder": Optim(lr=1e-4)} if isinstance(trial.method, GradientMethod) else {}  # it may diverge
+        method = dataclasses.replace(trial.method, **slow)
         trial = _Trial(method, buffers, trial.fields | {"decode": Hallucinator(num_styles=2)})
     if "labels" not in fields and trial.takes(labels=Logits()):
         trial = _Trial(method, buffers, trial.fields | {"labels": Logits()})
