@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,15 +64,15 @@ def load(name: str) -> type[Method]:
         )
     try:
         with _importable(file.parent if file else Path()):
+            place = getattr(importlib.import_module(module), "__file__", None)
+            if file is not None and (place is None or not file.samefile(place)):
+                raise ImportError(f"another module has that name, {place or 'a built-in one'}")
             value = import_path(f"{module}:{attribute}")
-        imported = getattr(sys.modules[module], "__file__", None)
-        if file is not None and (imported is None or not file.samefile(imported)):
-            raise ImportError(f"there is another module {module}, {imported or 'built in'}")
     except Exception as error:  # the module may raise anything
         if module == "__main__":
             advice = "it stood in a script: run that script again, or move the class to a module that can be imported"
         else:
-            advice = "rename the file" if file else "install its package, or put its folder on PYTHONPATH"
+            advice = "correct or rename the file" if file else "install its package, or put its folder on PYTHONPATH"
         raise ValueError(f"method {name!r} cannot be loaded: {reason(error)}; {advice}") from error
     complaint = METHODS.complaint(name, value)
     if complaint is not None:

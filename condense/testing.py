@@ -39,9 +39,10 @@ from condense import api, engine, experiment, recipe, registry
 from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import Arrays
+from condense.data.pixels import Array
 from condense.distributed import Ranks
 from condense.files import checksum
-from condense.method import Context, GradientState, Method, State
+from condense.method import Context, GradientMethod, GradientState, Method, Optim, State
 from condense.networks import Factory
 from condense.recipe import Recipe
 from condense.rng import Rng
@@ -171,6 +172,9 @@ def every_leaf_learns(method: Method | type[Method], *, buffers: Path | None = N
     if not trial.method.learns:
         return
     if "decode" not in fields and trial.takes(decode=Hallucinator(num_styles=2)):
+        method = trial.method
+        if isinstance(method, GradientMethod):  # it may diverge at another rate
+            method = dataclasses.replace(method, optim_decoder=Optim(lr=1e-4))
         trial = _Trial(method, buffers, trial.fields | {"decode": Hallucinator(num_styles=2)})
     if "labels" not in fields and trial.takes(labels=Logits()):
         trial = _Trial(method, buffers, trial.fields | {"labels": Logits()})
@@ -262,7 +266,7 @@ class _Trial:
         self.method = dataclasses.replace(value, num_steps=min(value.num_steps, most_steps))
         self.buffers, self.fields = buffers, fields
         self.network: str | Factory = fields.get("network", NETWORK)
-        usual = {"dataset": "custom", "ipc": IPC, "compute": Compute(exact=True)}
+        usual: dict[str, Any] = {"dataset": "custom", "ipc": IPC, "compute": Compute(exact=True)}
         named = {"network": self.network if isinstance(self.network, str) else NETWORK}
         self.plan = Recipe(**usual | fields | named | {"method": self.method})
 
@@ -311,7 +315,8 @@ def _leaves(state: State) -> dict[str, list[torch.nn.Parameter]]:
 @functools.cache
 def _arrays() -> Arrays:
     """Three classes of images that differ in brightness, 12 + 6 of each."""
-    rng, parts = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    parts: list[Array] = []
     for num in (36, 18):
         labels = np.arange(num) % 3
         levels = (30 + 80 * labels)[:, None, None] + rng.integers(0, 40, (num, 8, 8))
@@ -327,7 +332,7 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 def _experts(network: str | Factory) -> Path:
     """Two experts of four epochs."""
     _folders.append(tempfile.TemporaryDirectory())
-    experts = {"num_experts": 2, "num_epochs": 4, "batch_size": 12, "lr": 0.1}
+    experts: dict[str, Any] = {"num_experts": 2, "num_epochs": 4, "batch_size": 12, "lr": 0.1}
     return api.make_buffer(_arrays(), network, out=Path(_folders[-1].name), compute=Compute(), device="cpu", **experts)
 
 
@@ -345,7 +350,7 @@ def _global_generators(seed: int) -> Iterator[Callable[[], list[str]]]:
     """Inside, the global generators are seeded; yields a function that names those that were used since."""
     read: dict[str, Callable[[], Any]] = {
         "torch": lambda: torch.get_rng_state().tolist(),
-        "numpy": lambda: repr(np.random.get_state()[1:3]),  # noqa: NPY002
+        "numpy": lambda: repr(np.random.get_state(legacy=False)["state"]),  # noqa: NPY002
         "random": random.getstate,
     }
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002

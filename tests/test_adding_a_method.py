@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from condense import engine, registry
+from condense import engine, plugins, registry
 from condense.cli import main
+from condense.data.datasets import LOADERS
+from condense.eval.protocol import PROTOCOLS
+from condense.inner import ADJOINTS
+from condense.method import GradientMethod, Method
+from condense.networks.registry import NETWORKS
+from condense.schema import Checked
+from condense.synthetic import DECODERS, LABELS
+from condense.testing import CHECKS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adding-a-method.md"
 TINY = "convnet:depth=1,width=4"
@@ -104,5 +112,46 @@ def test_learned_labels_are_refused(tiny_file: Path, capsys: pytest.CaptureFixtu
 
 def test_the_tests_of_the_page_pass(tmp_path: Path) -> None:
     tests = importlib.import_module("test_condense_sliced")
+    for check in CHECKS:
+        tests.test_it_keeps_its_promises(check)
     tests.test_the_loss_falls(tmp_path / "run")
     tests.test_bad_values_are_refused()
+
+
+def test_one_file_and_one_command_are_enough(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a package; the run is named as the page says, and its recipe file leads to the class again."""
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+    file = (tmp_path / "site" / "condense_sliced.py").rename(tmp_path / "condense_sliced.py")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [place for place in sys.path if place != str(tmp_path / "site")])
+        words = ["--dataset", str(tiny_file), "--network", TINY, "--ipc", "10", "--method.num-steps", "2"]
+        main(["distill", f"{file.name}:Sliced", *words, "--device", "cpu"])
+        (run,) = (tmp_path / "runs").iterdir()
+        assert f"runs/{run.name.replace('tiny', 'digits')} " in PAGE.read_text(encoding="utf-8")
+        assert "name: condense_sliced:Sliced\n" in (run / "recipe.yaml").read_text()
+        del sys.modules["condense_sliced"]  # as in a new process
+        main(["distill", str(run / "recipe.yaml"), "--device", "cpu", "--out", "again"])
+        made = [(folder / "synthetic.safetensors").read_bytes() for folder in (run, tmp_path / "again")]
+        assert made[0] == made[1]
+        file.with_name("json.py").write_text("class Sliced: pass\n")
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["distill", "json.py:Sliced", *words])
+        assert re.search("another module has that name, .*json.*; correct or rename the file", capsys.readouterr().err)
+
+
+def test_the_page_lists_all_that_a_method_can_say() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for cls in (Method, GradientMethod):
+        hooks = [name for name in vars(cls) if not name.startswith("_") and name not in vars(Checked)]
+        assert len(hooks) > 5
+        for name in hooks:
+            assert f"`{name}`" in page, name
+
+
+def test_the_page_lists_every_kind_of_plugin() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for table in (registry.METHODS, DECODERS, LABELS, ADJOINTS, NETWORKS, LOADERS, PROTOCOLS):
+        assert f"| `{table.group}` |" in page

@@ -70,6 +70,8 @@ def load(path: Path | str) -> SyntheticSet:
             raise ValueError(f"{path} holds values that are not finite in {brief(name)}; distil it again")
     try:
         return _assembled(tensors, from_json(_Header, header, "header"))
+    except _MissingPackage as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} does not fit its own header: {error}; write it again or restore it") from error
 
@@ -170,8 +172,12 @@ def _choose(fields: Mapping[str, Any], table: Registry[type[T]], where: str) -> 
     named = from_json(_Named, fields, where)
     name = named.name
     if name not in table:
-        provider = f"install the package {brief(named.package)}" if named.package else "update condense"
-        raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; {provider}")
+        if named.package:
+            raise _MissingPackage(
+                f"its {where} {brief(name)} comes, as it says, with the package {brief(named.package)}, which is not "
+                "installed; install that package if you trust it"
+            )
+        raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; update condense")
     known = {f.name for f in dataclasses.fields(table[name])}  # type: ignore[arg-type]
     for key, value in fields.items():
         if key not in ("name", "package") and key not in known:
@@ -201,6 +207,10 @@ def _origin(value: Mapping[str, Any]) -> Origin:
         if isinstance(statistics, _Channel) and len(statistics.mean) != channels:
             raise ValueError(f"origin, transform: {len(statistics.mean)} channels, samples of {origin.input_shape}")
     return origin
+
+
+class _MissingPackage(ValueError):
+    """A file needs code of another package."""
 
 
 @dataclass(frozen=True)
