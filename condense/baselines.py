@@ -96,7 +96,6 @@ def _recipes(
         recipes[name] = dataclasses.replace(
             plan,
             dataset=origin.dataset_name,
-            fingerprint=origin.fingerprint,
             transform=origin.transform_name,
             split=origin.split,
             ipc=_affordable(syn, plan) if budget == "bytes" else syn.ipc,

@@ -174,3 +174,11 @@ def test_annotations_that_only_type_checkers_see_are_passed_over() -> None:
     assert Local(extra="anything").steps == 1
     with pytest.raises(ValueError, match=r"^Local: steps=3\.5"):
         Local(steps=3.5)  # type: ignore[arg-type]
+
+
+def test_a_field_that_is_not_there_gets_a_suggestion() -> None:
+    assert schema.replaced(Inner(name="a"), {"name": "b"}) == Inner(name="b")
+    with pytest.raises(ValueError, match=r"^Inner has no field 'nam': did you mean 'name'\? there are name"):
+        schema.replaced(Inner(name="a"), {"nam": "b"})
+    with pytest.raises(ValueError, match="did you mean 'seed'"):
+        schema.replaced(Inner(name="a"), {"sed": 3}, others=["seed"])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from condense.synthetic import (
     save,
 )
 from condense.synthetic.labels import Assigned
+from condense.task import Split
 
 ORIGIN = Origin(
     dataset={"name": "tiny", "fingerprint": "f", "classes": ["a", "b", "c"], "input_shape": [1, 8, 8]},
@@ -221,3 +223,30 @@ def test_sets_of_series_and_clips_are_saved_and_loaded(shape: tuple[int, ...], t
     assert again.origin.input_shape == shape and torch.equal(again.latents, syn.latents)
     values = again.to_dataset("pixels").tensors[0]  # type: ignore[attr-defined]
     assert values.shape == (6, *shape) and (bool((values < 0).any()) == (len(shape) == 2))
+
+
+def test_an_origin_reads_the_fields_of_its_recipe_or_their_defaults() -> None:
+    recipe = {
+        "method": {"name": "dm", "num_steps": 7, "batch_real": 3},
+        "transform": "zca",
+        "split": {"val_fraction": 0.25, "seed": 4},
+        "network": "mlp",
+        "ipc": 5,
+        "augment": "dsa",
+    }
+    full = dataclasses.replace(ORIGIN, recipe=recipe)
+    assert (full.method, full.num_steps, full.transform_name) == ("dm", 7, "zca")
+    assert (full.split, full.network, full.ipc) == (Split(val_fraction=0.25, seed=4), "mlp", 5)
+    assert (full.dataset_name, full.fingerprint, full.num_classes) == ("tiny", "f", 3)
+    assert (ORIGIN.method, ORIGIN.num_steps, ORIGIN.transform_name) == ("", None, "channel")
+    assert (ORIGIN.split, ORIGIN.network, ORIGIN.ipc) == (Split(val_fraction=0.0), None, None)
+    assert dataclasses.asdict(full)["recipe"] == recipe, "what is written does not change"
+    with pytest.raises(ValueError, match="origin, recipe, ipc: 'ten' is not a whole number"):
+        dataclasses.replace(ORIGIN, recipe={"ipc": "ten"}).ipc  # noqa: B018
+
+
+def test_the_budget_is_the_recorded_one_or_the_number_of_latents() -> None:
+    assert make(num=2).ipc == 2
+    syn = make(num=2)
+    syn.origin = dataclasses.replace(ORIGIN, recipe={"ipc": 1})
+    assert syn.ipc == 1, "two latents of a class may take the room of one image"
