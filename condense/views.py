@@ -76,7 +76,7 @@ def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator)
     sizes = sides(x.shape[1:])[-2:]
     length = math.sqrt(u[1]) if len(sizes) == 2 else u[1]
     spans = [_cut(centre, length, size) for centre, size in zip(u[2:], sizes, strict=False)]
-    part = (..., *(slice(*span) for span in spans))
+    part: tuple[Any, ...] = (..., *(slice(*span) for span in spans))
     mixed = x.clone()
     mixed[part] = x[part][other]
     share = math.prod(last - first for first, last in spans) / math.prod(sizes)

@@ -18,7 +18,7 @@ from condense.method import Method
 from condense.networks import default_for
 from condense.recipe import Recipe
 from condense.synthetic import Bases, Factor, SyntheticSet
-from condense.train import cutmix
+from condense.views import cutmix
 from tests.test_contract import small
 
 METHODS = ("random", "herding", "k-means", "dm", "dc", "mtt", "datadam", "frepo", "rat-bptt")
@@ -82,6 +82,7 @@ def test_a_method_distils_series_and_clips(name: str, inputs: Inputs, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["dc", "datadam"])
 def test_compiled_work_on_series_and_clips_agrees_with_eager(name: str, inputs: Inputs, tmp_path: Path) -> None:
     eager, compiled = (
