@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from condense import artifacts, engine, exchange, picture, recipe, registry, run
 from condense.allocator import keep_freed_memory
 from condense.augment import Augment
 from condense.buffers.trajectories import Experts, build
+from condense.cache import Cache
 from condense.cache import cache_folder as cache_folder
 from condense.compute import Compute, forget_peak, keep_compiled, resolve_device
 from condense.data.datasets import Arrays, names
@@ -32,9 +34,9 @@ from condense.distributed import Ranks
 from condense.eval import crossarch
 from condense.eval.applications import APPLICATIONS, Application, Setting
 from condense.eval.applications.application import Findings
-from condense.eval.baselines import full_data, kept
+from condense.eval.baselines import full_data
 from condense.eval.crossarch import Network
-from condense.eval.journal import Journal
+from condense.eval.journal import CachedCells, Journal
 from condense.eval.protocol import Protocol, named, own_network
 from condense.files import expanded, reporting, temporary, write_text
 from condense.method import Context, Method
@@ -352,7 +354,7 @@ def evaluate(
     with compute.arithmetic():
         crossarch.evaluate(found, arrays, networks=networks, protocol=plan, **common, journal=journal, on_result=keep)
         if baselines and named_only:
-            common["journal"] = kept(cache_folder(), arrays, ranks.rank)
+            common["journal"] = CachedCells(cache_folder())
         for name in baselines:
             if name == "full":
                 transform = str(found.origin.recipe.get("transform", "channel"))
@@ -589,8 +591,15 @@ def choose_compiled_folder() -> None:
 
     Each instruction set has a folder of its own: torch takes code of another one from its cache, which gives NaN.
     """
-    cache = cache_folder()
-    keep_compiled(cache and cache / "compiled" / torch.backends.cpu.get_cpu_capability().lower())
+    _compiled.close()
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    cache = Cache(cache_folder(), "compiled")
+    folder = _compiled.enter_context(cache.held({"instructions": instructions}, about=instructions))
+    keep_compiled(folder if folder is not None and os.access(folder, os.W_OK) else None)
+
+
+_compiled = contextlib.ExitStack()
+"""Holds the entry of the cache in which this process keeps compiled code."""
 
 
 def _prepare(device: str) -> torch.device:
@@ -719,19 +728,15 @@ def _baseline(name: str, plan: Recipe, arrays: Arrays, network: Functional) -> S
     task = _task(arrays, network, transform=plan.transform, split=plan.split, augment=plan.augment)
     ctx = _context(plan, task, artifacts.DEFAULT_ROOT, arrays.name)
     known = registry.name_of(plan.method) in registry.METHODS and not network.name.startswith("custom:")
-    cache, file = cache_folder(), f"{ctx.origin.recipe_hash}-{network.device.type}.safetensors"
-    kept_as = cache / "baselines" / file if known and cache else None
-    if kept_as is not None:
-        with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
-            if (made := load(kept_as)).origin.code == condense.__version__:
-                return made.to(network.device)
+    cache = Cache(cache_folder() if known else None, "baselines")
+    key = {"recipe": ctx.origin.recipe_hash, "device": network.device.type, "code": condense.__version__}
+    cached = cache.read(key, load)
+    if cached is not None:
+        return cached.to(network.device)
     title = f"{name} {arrays.name} ipc {plan.ipc}"
     with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
-    if kept_as is not None:
-        with contextlib.suppress(ValueError), reporting(kept_as):  # a cache that cannot be written
-            kept_as.parent.mkdir(exist_ok=True)
-            save(made, kept_as)
+    cache.write(key, lambda folder: save(made, folder / "synthetic.safetensors"), about=title)
     return made
 
 

@@ -28,6 +28,7 @@ Distil a data set into a few images a class, and measure what they are worth.
   report    RUN... [--out F]   runs side by side as one HTML page
   show      RUN|FILE|BUFFER    what a file says of itself
   list      methods|decoders|labels|datasets|networks|recipes|protocols
+  cache     [--prune]          what is kept between runs, with sizes
   import    SRC DST ...        published sets and expert buffers into ours
   export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set
 
@@ -37,7 +38,7 @@ Distil a data set into a few images a class, and measure what they are worth.
 LONGEST_MESSAGE = 2000
 """Characters of an error or a warning that are shown."""
 
-COMMANDS = ("apply", "buffer", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
+COMMANDS = ("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from condense.data.transform import Transform
 from condense.distributed import Ranks
 from condense.eval import teachers
 from condense.eval.calibration import Calibration, temperature
-from condense.eval.journal import Cell, Journal, width
+from condense.eval.journal import Cell, CellStore
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.files import checksum, locked, read_json, write_text
@@ -301,7 +301,7 @@ def measure(
     compute: Compute,
     progress: Progress,
     ranks: Ranks = Ranks(),
-    journal: Journal | None = None,
+    journal: CellStore | None = None,
     held_out: Labelled | None = None,
     teachers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> list[Result]:
@@ -352,13 +352,14 @@ def measure(
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "numbers": width(arrays.num_classes),
+            "num_classes": arrays.num_classes,
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
-    cells = _found(decided_by, num_seeds, width(arrays.num_classes), journal, ranks)
-    trained = torch.zeros_like(cells)
-    mine = ranks.shard(cells[:, :, 0].isnan().nonzero().tolist())
+    cells = _stored(decided_by, num_seeds, journal, ranks)
+    numbered = [(i, k) for i in range(len(networks)) for k in range(num_seeds)]
+    mine = ranks.shard([number for number in numbered if number not in cells])
+    trained: dict[tuple[int, int], Cell] = {}
     for i, network in enumerate(networks):
         units = [k for of, k in mine if of == i]
         if not units:
@@ -371,7 +372,8 @@ def measure(
             for first in range(0, len(units), at_once):
                 begun, group = time.perf_counter(), units[first : first + at_once]
                 forget_peak(device)
-                on_epoch = _reporter(bar, first * num_epochs, len(group), trained[i, units[:first], 0])
+                accuracies = [trained[i, k].scores.accuracy for k in units[:first]]
+                on_epoch = _reporter(bar, first * num_epochs, len(group), accuracies)
                 rngs = [rng.child("network", k) for k in group]
                 scores = scorer.score(
                     images,
@@ -384,14 +386,13 @@ def measure(
                     held_out=held_out,
                 )
                 share = (time.perf_counter() - begun) / len(group)
-                for k, found in zip(group, scores, strict=True):
-                    cell = Cell(found, share, peak_memory(device))
-                    trained[i, k] = cell.pack()
+                for k, result in zip(group, scores, strict=True):
+                    trained[i, k] = Cell(scores=result, seconds=share, peak_memory=peak_memory(device))
                     if journal is not None:
-                        journal.add(decided_by[i], k, cell)
-    ranks.all_reduce_([trained])
-    cells = torch.where(cells[:, :, :1].isnan(), trained, cells)
-    unpacked = [[Cell.unpack(cell) for cell in row] for row in cells]
+                        journal.add(decided_by[i], k, trained[i, k])
+    for of_one_process in ranks.gather_objects(trained):
+        cells |= of_one_process
+    rows = [[cells[i, k] for k in range(num_seeds)] for i in range(len(networks))]
     return [
         Result(
             method="full" if syn is None else syn.origin.method,
@@ -411,7 +412,7 @@ def measure(
             compute=policy.first_order_identity(),
             **common,
         )
-        for network, policy, training, row in zip(networks, policies, plans, unpacked, strict=True)
+        for network, policy, training, row in zip(networks, policies, plans, rows, strict=True)
     ]
 
 
@@ -447,24 +448,20 @@ def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0] if name != "accuracy"}
 
 
-def _found(
-    decided_by: Sequence[Mapping[str, Any]], num_seeds: int, size: int, journal: Journal | None, ranks: Ranks
-) -> Tensor:
-    """Packed cells (networks, num_seeds, size), as the journal has them in the eyes of the first process; else not a
-    number."""
-    cells = torch.full((len(decided_by), num_seeds, size), torch.nan, dtype=torch.float64)
+def _stored(
+    decided_by: Sequence[Mapping[str, Any]], num_seeds: int, journal: CellStore | None, ranks: Ranks
+) -> dict[tuple[int, int], Cell]:
+    """The networks that the first process finds in the journal, by architecture and number."""
+    stored: dict[tuple[int, int], Cell] = {}
     if journal is not None and ranks.first:
-        for row, key in zip(cells, decided_by, strict=True):
-            for k, cell in journal.find(key).items():
-                if k < num_seeds:
-                    row[k] = cell.pack()
-    ranks.broadcast([cells])
-    return cells
+        for i, key in enumerate(decided_by):
+            stored |= {(i, k): cell for k, cell in journal.find(key, num_seeds).items()}
+    return ranks.gather_objects(stored)[0]
 
 
-def _reporter(bar: Bar, before: int, at_once: int, accuracies: Tensor) -> OnEpoch:
+def _reporter(bar: Bar, before: int, at_once: int, accuracies: Sequence[float]) -> OnEpoch:
     """Shows the epochs done, and the mean accuracy of the networks that are done."""
-    note = f"mean {100 * float(accuracies.mean()):.1f} %, n = {len(accuracies)}" if len(accuracies) else ""
+    note = f"mean {100 * statistics.fmean(accuracies):.1f} %, n = {len(accuracies)}" if accuracies else ""
     return lambda done, weights: bar(before + done * at_once, note)
 
 
@@ -482,7 +479,7 @@ def evaluate(
     progress: Progress = tracking.progress,
     on_result: Callable[[Result], None] | None = None,
     ranks: Ranks = Ranks(),
-    journal: Journal | None = None,
+    journal: CellStore | None = None,
 ) -> Evaluation:
     """Train ``num_seeds`` fresh networks per architecture on the set and score each once, at its last epoch.
 

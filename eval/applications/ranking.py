@@ -24,8 +24,9 @@ from typing import Any
 
 from condense.eval import ranking
 from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.baselines import full_data, kept
+from condense.eval.baselines import full_data
 from condense.eval.crossarch import evaluate, require_held_out
+from condense.eval.journal import CachedCells
 from condense.eval.protocol import Protocol, fixed, own
 from condense.files import checksum
 from condense.names import spelt
@@ -114,7 +115,7 @@ class _Accuracies:
             "compute": setting.compute,
             "device": setting.device,
             "cache": setting.cache,
-            "journal": kept(setting.cache, setting.arrays),
+            "journal": CachedCells(setting.cache),
         }
 
     def __call__(self, syn: SyntheticSet, protocol: Protocol) -> float:
