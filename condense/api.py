@@ -42,6 +42,7 @@ from condense.files import expanded, reporting, temporary, write_text
 from condense.method import Context, Method
 from condense.names import spelt, suggest
 from condense.networks import Functional
+from condense.objective import OBJECTIVES
 from condense.recipe import Recipe
 from condense.rng import Rng, check_seed
 from condense.schema import Checked, accepted, checked
@@ -321,6 +322,7 @@ def evaluate(
     path = None if isinstance(syn, SyntheticSet) else expanded(syn)
     with ranks.rank_zero_first():
         found, arrays = open_set(syn, dataset, download=download)
+    crossarch.check(found, arrays)
     target = expanded(out) if out is not None else _evaluation_path(path)
     baselines = (baselines,) if isinstance(baselines, str) else baselines
     check_seed(seed)
@@ -754,7 +756,10 @@ def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks 
     found = {type(spec): spec.open(artifacts.find(buffers, spec, source)) for spec in plan.method.needs(task)}
     used = [artifact.describe() for artifact in found.values()]
     method = plan.method
-    training = method.training(task).content() | {
+    own = method.training(task)
+    if plan.objective != "cross-entropy":
+        own = dataclasses.replace(own, loss=plan.objective)
+    training = own.content() | {
         "augment": str(method.training_augment(task)),
         "network": method.training_network(task),
     }
@@ -777,11 +782,12 @@ def _context(plan: Recipe, task: Task, buffers: Path, source: str, ranks: Ranks 
         origin=origin,
         artifacts=found,
         ranks=ranks,
+        objective=OBJECTIVES[plan.objective](),
     )
 
 
 def _check_composition(plan: Recipe) -> None:
-    reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform)
+    reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
 

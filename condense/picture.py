@@ -20,10 +20,10 @@ BACKGROUND = 1.0
 
 @torch.no_grad()
 def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[Tensor]:
-    """Decoded images in [0, 1], (n, C, h, w) of each class, at most ``columns`` of them."""
+    """Decoded images in [0, 1], (n, C, h, w) of each class, at most ``columns`` of them; in one row without classes."""
     images = transform.inverse(syn()[0]).clamp(0, 1).cpu()
     source = syn.classes.cpu().repeat(len(images) // len(syn))
-    return [images[source == c][:columns] for c in range(syn.origin.num_classes)]
+    return [images[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
 
 
 def grid(rows: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from condense.files import canonical_json, read_yaml
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method
 from condense.names import speaks_flags, spelt, suggest
+from condense.objective import ObjectiveName
 from condense.rng import check_seed
 from condense.schema import Checked, mismatch
 from condense.synthetic.decode import DECODERS, Decode, Pixels
@@ -64,6 +65,9 @@ class Recipe(Checked):
     """How stored latents become images."""
     labels: Labels = Hard()
     """What the images are trained towards."""
+    objective: ObjectiveName = "cross-entropy"
+    """What the networks of the method, and those that its sets train, are trained towards; mse and cosine take targets
+    that are no probabilities."""
     compute: Compute = Compute()
     """Exactness against speed."""
     seed: int = 0
@@ -88,6 +92,8 @@ def to_mapping(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return list(value) if isinstance(value, tuple) else value
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Recipe) and value.objective == "cross-entropy":
+        del fields["objective"]  # which recipes of earlier versions, and their hashes, do not have
     if isinstance(value, Method):
         return {"name": registry.name_of(value), **fields}
     for base, options in CHOICES.items():

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import Augment
@@ -19,11 +18,12 @@ from condense.compute import Compute
 from condense.data.images import Images
 from condense.names import spelt
 from condense.networks import Functional, Weights
+from condense.objective import KL, OBJECTIVES, CrossEntropy, Objective, ObjectiveName, one_hot
 from condense.rng import Rng
 from condense.schema import Checked
 
 Tensors = dict[str, Tensor]
-Objective = Callable[[bool], Tensor]
+BatchLoss = Callable[[bool], Tensor]
 """The loss of a batch at the weights as they are; whether running statistics are updated."""
 
 
@@ -45,9 +45,9 @@ class Training(Checked):
     """Fraction of the epochs after which the learning rate drops, or several; None: never."""
     decay: float = 0.1
     """Factor of a drop; the momentum is kept."""
-    loss: Literal["cross-entropy", "mse", "kl"] = "cross-entropy"
-    """mse: half the squared distance to the targets, summed over classes, averaged over images. kl: the divergence of
-    the softmax at ``temperature`` from the targets."""
+    loss: ObjectiveName = "cross-entropy"
+    """mse: half the squared distance to the targets, summed over their width, averaged over images. kl: the divergence
+    of the softmax at ``temperature`` from the targets. cosine: one minus the cosine of outputs and targets."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """sgd, adam or adamw."""
     warmup_steps: int = 0
@@ -131,14 +131,15 @@ class Training(Checked):
         kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
         return kind(params, lr=self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
 
-    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over a batch. ``targets``: classes (N,), or probabilities or values (N, C)."""
-        if self.loss == "cross-entropy":
-            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        targets = one_hot(targets, logits.shape[1]).to(logits.dtype)
-        if self.loss == "mse":
-            return 0.5 * (logits - targets).square().sum(1).mean()
-        return F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
+    @property
+    def objective(self) -> Objective:
+        """The objective that ``loss`` names, with its numbers."""
+        match self.loss:
+            case "cross-entropy":
+                return CrossEntropy(label_smoothing=self.label_smoothing)
+            case "kl":
+                return KL(temperature=self.temperature)
+        return OBJECTIVES[self.loss]()
 
 
 _FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay decay_at decay loss name augment labels".split()
@@ -148,16 +149,6 @@ _FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay decay_at decay l
 def cosine(end: float, done: float) -> float:
     """From 1 to ``end`` along a half wave, of which the fraction ``done`` lies behind."""
     return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
-
-
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch; ``targets``: classes (N,) or probabilities (N, C)."""
-    return F.cross_entropy(logits, targets)
-
-
-def one_hot(targets: Tensor, num_classes: int) -> Tensor:
-    """Classes (N,) as rows (N, num_classes), float32; what has rows already stays as it is."""
-    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
 
 
 class Trainer:
@@ -175,14 +166,15 @@ class Trainer:
         the network sees it takes the place of the targets."""
         self.network, self.training, self.augment, self.compute = network, training, augment, compute
         self.teacher = teacher
+        objective = training.objective
 
         def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor, update: bool) -> Tensor:
             logits = network.logits(params, buffers, images, train=True, update_buffers=update)
-            return training.loss_of(logits.float(), targets)
+            return objective.loss(logits.float(), targets)
 
         def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
-                return training.loss_of(network.logits(params, {}, images, train=True).float(), targets)
+                return objective.loss(network.logits(params, {}, images, train=True).float(), targets)
 
             losses: Tensor = torch.func.vmap(one, randomness="different")(params, images, targets)
             return losses.sum()
@@ -209,7 +201,7 @@ class Trainer:
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
         live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
 
-        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> Objective:
+        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> BatchLoss:
             x, y = self._batch(images, targets, rng, epoch, batch, indices[0])
             return functools.partial(self._loss, *live, self.compute.layout(x), y)
 
@@ -251,7 +243,7 @@ class Trainer:
         def live() -> list[Weights]:
             return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
 
-        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> Objective:
+        def prepare(epoch: int, batch: int, indices: Sequence[Tensor]) -> BatchLoss:
             pairs = zip(rngs, indices, strict=True)
             xs, ys = zip(*(self._batch(images, targets, *(rng, epoch, batch, i)) for rng, i in pairs), strict=True)
             x, y = torch.stack(xs), torch.stack(ys)
@@ -269,7 +261,7 @@ class Trainer:
         optimiser: torch.optim.Optimizer,
         num_images: int,
         rngs: Sequence[Rng],
-        prepare: Callable[[int, int, Sequence[Tensor]], Objective],
+        prepare: Callable[[int, int, Sequence[Tensor]], BatchLoss],
         after: Callable[[int], None],
     ) -> None:
         """``prepare(epoch, batch, indices)`` gives the loss of a batch; ``indices`` has those of every network."""
@@ -314,7 +306,7 @@ class Trainer:
 
 
 def sharpness_aware(
-    params: Sequence[Tensor], objective: Objective, rho: float, alpha: float, num_networks: int = 1
+    params: Sequence[Tensor], objective: BatchLoss, rho: float, alpha: float, num_networks: int = 1
 ) -> None:
     """Replace the gradient g of a batch at the weights w by that of adaptive GSAM.
 

@@ -610,7 +610,8 @@ def _teachers(
 
 
 def check(syn: SyntheticSet, arrays: Arrays) -> None:
-    """Raise ValueError where a set was not made from these data."""
+    """Raise ValueError where a set was not made from these data, or has no classes."""
+    syn.require_classes("an accuracy")
     origin = syn.origin
     for what, ours, theirs in (
         ("fingerprint", origin.dataset["fingerprint"][:12], arrays.fingerprint["train"][:12]),

@@ -36,8 +36,9 @@ from condense.match import LossFn, matching_loss, named_distance
 from condense.method import Context, GradientMethod, GradientState
 from condense.names import spelt
 from condense.networks import Functional, Weights
+from condense.objective import CrossEntropy
 from condense.task import Task
-from condense.train import Trainer, Training, loss_of
+from condense.train import Trainer, Training
 
 BATCH_STATISTICS = 16
 """Real images a class that set the running statistics of BatchNorm before a step."""
@@ -280,7 +281,7 @@ def frozen_loss(network: Functional, buffers: dict[str, Tensor]) -> LossFn:
     """Cross-entropy in evaluation mode: BatchNorm takes its statistics from ``buffers``, dropout is off."""
 
     def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return loss_of(network.logits(params, buffers, batch[0], train=False), batch[1])
+        return CrossEntropy().loss(network.logits(params, buffers, batch[0], train=False), batch[1])
 
     return loss_fn
 

@@ -45,8 +45,9 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.method import Context, Method, State
 from condense.networks import Weights
+from condense.objective import one_hot
 from condense.synthetic.labels import Assigned
-from condense.train import Scorer, Trainer, Training, one_hot
+from condense.train import Scorer, Trainer, Training
 
 BATCH = 1000
 

@@ -17,11 +17,12 @@ from condense.method import Context, Optim
 from condense.methods.dc import StudentState
 from condense.methods.idc import IDC, IDCI, IDCBase
 from condense.networks import Functional, build
+from condense.objective import one_hot
 from condense.recipe import from_yaml, recipe_files
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
-from condense.train import Trainer, Training, cutmix, one_hot
+from condense.train import Trainer, Training, cutmix
 from tests.reference.idc import idc
 
 COUNTS = (8, 11, 9)

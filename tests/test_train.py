@@ -17,8 +17,9 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.networks import Functional, Weights
+from condense.objective import one_hot
 from condense.rng import Rng
-from condense.train import Trainer, Training, cutmix, one_hot
+from condense.train import Trainer, Training, cutmix
 from tests.conftest import TINY
 from tests.reference import optim as twins
 

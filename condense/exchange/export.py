@@ -37,6 +37,8 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
         raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
     if path.exists():
         raise ValueError(f"{path} exists already; give another place")
+    if kind != "npz":
+        syn.require_classes(f"the format {kind}")
     with torch.no_grad():
         images, targets = syn()
         pixels = transform.inverse(images).clamp(0, 1).cpu()
@@ -57,15 +59,15 @@ def _making(folder: Path) -> Iterator[Path]:
 
 def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """Arrays ``images`` (N, C, H, W) float32 in [0, 1], ``labels`` (N,), ``soft_labels`` (N, C) where there are any,
-    ``classes``, and ``origin``, the JSON that the set says of itself."""
-    arrays: dict[str, Any] = {
-        "images": pixels.numpy(),
-        "labels": _classes(targets).numpy(),
-        "classes": np.array(syn.origin.dataset["classes"]),
-        "origin": np.array(_origin(syn)),
-    }
-    if targets.dim() == 2:
-        arrays["soft_labels"] = targets.numpy()
+    ``classes``, and ``origin``, the JSON that the set says of itself. A set without classes has ``targets`` (N, D) in
+    the place of labels and classes."""
+    arrays: dict[str, Any] = {"images": pixels.numpy(), "origin": np.array(_origin(syn))}
+    if not syn.origin.num_classes:
+        arrays["targets"] = targets.numpy()
+    else:
+        arrays |= {"labels": _classes(targets).numpy(), "classes": np.array(syn.origin.dataset["classes"])}
+        if targets.dim() == 2:
+            arrays["soft_labels"] = targets.numpy()
     with open(path, "wb") as file:
         np.savez(file, **arrays)
 

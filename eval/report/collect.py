@@ -47,7 +47,7 @@ class Run:
 
     @property
     def ipc(self) -> int:
-        return int(self.syn.origin.recipe.get("ipc", len(self.syn) // self.syn.origin.num_classes))
+        return int(self.syn.origin.recipe.get("ipc", len(self.syn) // (self.syn.origin.num_classes or 1)))
 
     @property
     def network(self) -> str:
