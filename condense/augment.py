@@ -158,10 +158,11 @@ class Augment(Checked):
             fields |= {"mode": self.mode, "align_corners": self.align_corners}
         return fields
 
-    def require_kind(self, input_shape: Sequence[int]) -> None:
-        """Raise ValueError where an operation does not take samples of this shape."""
+    def require_kind(self, input_shape: Sequence[int], field: str = "augment") -> None:
+        """Raise ValueError where an operation does not take samples of this shape; ``field`` is where its user wrote
+        it."""
         if self.ops or self.flips:
-            remedy = f"give {spelt('augment', 'none')}"
+            remedy = f"give {spelt(field, 'none')}"
             require_kind(f"augmentation {str(self)!r}", TAKES, input_shape, remedy)
 
     @property

@@ -24,7 +24,7 @@ from condense.buffers.imported import import_replay_buffers, import_weights
 from condense.buffers.trajectories import Experts
 from condense.cache import Entry, cache_folder, entries, prune
 from condense.compute import Compute, choose_compiled_folder
-from condense.data import datasets
+from condense.data import datasets, layout
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
 from condense.eval.applications import Application, name_and_application
@@ -378,8 +378,8 @@ def _import_set(source: Path, target: Path, command: Import) -> None:
         source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
     )
     save(syn, target)
-    cost = syn.cost()
-    say(f"{target}: {len(syn)} images ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
+    cost, kind = syn.cost(), layout.kind(syn.origin.input_shape)
+    say(f"{target}: {len(syn)} {kind} ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
     say(f"that they belong to {command.dataset} and went through {command.transform} is your word, no file says it")
 
 

@@ -31,7 +31,7 @@ from condense.eval.subject import Subject, decoded, require_held_out
 from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
-from condense.networks import Factory, Functional, Weights, parse
+from condense.networks import Factory, Functional, Weights, parse, resolve
 from condense.rng import Rng
 from condense.sources import Relabelled, Source
 from condense.synthetic.set import SyntheticSet
@@ -379,7 +379,8 @@ def evaluate(
 
 def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol: Protocol, num_seeds: int) -> None:
     """Raise ValueError where a set cannot be evaluated in this way, as far as that is known without its data: there is
-    no such network or augmentation, the set has no classes, or the protocol needs held-out images and it has none.
+    no such network or augmentation, the network does not take samples of this kind, the set has no classes, or the
+    protocol needs held-out images and it has none.
 
     ``syn`` is None of published images, which become a set with their data.
     """
@@ -389,12 +390,15 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
         raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
-    teacher = [protocol.teacher] if protocol.teacher not in ("", "same") else []
-    for network in [*networks, *teacher]:
-        if isinstance(network, str):
-            parse(network)
+    teacher = {"protocol.teacher": [protocol.teacher]} if protocol.teacher not in ("", "same") else {}
+    for field, specs in {"networks": networks, **teacher}.items():
+        for network in specs:
+            if isinstance(network, str):
+                parse(network) if syn is None else resolve(network, syn.origin.input_shape, field)
     if protocol.augment not in STRATEGIES:
         Augment.parse(protocol.augment)
+    if syn is not None:
+        protocol.augment_for(syn.origin.input_shape, "none").require_kind(syn.origin.input_shape, "protocol.augment")
     if protocol.holds_out and syn is not None:
         require_held_out(syn)
 

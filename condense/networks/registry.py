@@ -92,9 +92,9 @@ def default_for(input_shape: InputShape) -> str:
     return _DEFAULTS[kind(input_shape)]
 
 
-def resolve(spec: str | NetworkSpec, input_shape: InputShape) -> NetworkSpec:
+def resolve(spec: str | NetworkSpec, input_shape: InputShape, field: str = "network") -> NetworkSpec:
     """The network that ``spec`` names for samples of this shape. ``auto`` stands for the name of the default network,
-    and may have options: ``auto:width=32``.
+    and may have options: ``auto:width=32``. ``field`` is where its user wrote it, for the error.
 
     Raises:
         ValueError: ``parse`` refuses the spec, or the network takes samples of another kind.
@@ -105,22 +105,23 @@ def resolve(spec: str | NetworkSpec, input_shape: InputShape) -> NetworkSpec:
         spec = parse(f"{default_for(input_shape)}:{options}")
     takes = NETWORKS[spec.name].takes if spec.name in NETWORKS else Network.takes
     fitting = [name for name, network in NETWORKS.items() if kind(input_shape) in network.takes]
-    remedy = f"give {spelt('network', default_for(input_shape))}; networks for {kind(input_shape)} are "
+    remedy = f"give {spelt(field, default_for(input_shape))}; networks for {kind(input_shape)} are "
     require_kind(f"network {spec.name}", takes, input_shape, remedy + ", ".join(fitting))
     return spec
 
 
 def parse(spec: str | NetworkSpec) -> NetworkSpec:
-    """``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``; ``auto`` and its options are
-    read by ``resolve``.
+    """``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``; ``auto`` is left as it is.
 
     Raises:
-        ValueError: an unknown name or option, or a value the option does not take.
+        ValueError: an unknown name or option, or a value the option does not take; of ``auto``, one that no default
+            network takes.
     """
     if isinstance(spec, NetworkSpec):
         return spec
     name, _, rest = spec.strip().partition(":")
     if name == AUTO:
+        _require_auto_options(rest)
         return NetworkSpec(spec.strip())
     if name in LIBRARIES:
         LIBRARIES[name].require(rest)
@@ -142,6 +143,18 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
             raise ValueError(f"option {key} of {name} is given twice: one must hold; correct {spec!r}")
         options[key] = known[key].read(text, f"option {key} of {name}")
     return NetworkSpec(name, {key: value for key, value in options.items() if value != known[key].default})
+
+
+def _require_auto_options(options: str) -> None:
+    """Raise ValueError unless one of the default networks takes these options."""
+    refusals: dict[Kind, ValueError] = {}
+    for of_kind, name in _DEFAULTS.items():
+        try:
+            parse(f"{name}:{options}")
+        except ValueError as error:
+            refusals[of_kind] = error
+    if len(refusals) == len(_DEFAULTS):
+        raise refusals["images"]
 
 
 def from_here(spec: str | NetworkSpec | Factory) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
 from condense.eval.protocol import fixed
 from condense.names import spelt
-from condense.networks import parse
+from condense.networks import parse, resolve
 from condense.synthetic.set import SyntheticSet
 
 
@@ -31,8 +31,8 @@ class Continual(Application):
     """Groups in which the classes arrive."""
     num_seeds: int = 3
     """Orders of the classes, each with a fresh network after each group."""
-    network: str = "convnet"
-    """Architecture."""
+    network: str = "auto"
+    """Architecture; auto is the ConvNet for the kind of data."""
     protocol: str = "canonical"
     """How networks are trained."""
 
@@ -44,6 +44,7 @@ class Continual(Application):
         fixed(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        resolve(self.network, syn.origin.input_shape)
         num_classes = syn.origin.num_classes
         if self.num_groups > num_classes:
             raise ValueError(

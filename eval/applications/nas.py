@@ -18,7 +18,7 @@ import torch
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.protocol import PROTOCOLS, fixed
 from condense.names import spelt
-from condense.networks import parse
+from condense.networks import default_for, parse
 from condense.synthetic.set import SyntheticSet
 
 
@@ -47,18 +47,22 @@ class NAS(Application):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.architectures()) < 3:
+        if len(self.architectures("convnet")) < 3:
             raise ValueError(f"a ranking needs three architectures or more; give e.g. {spelt('widths', (16, 32, 64))}")
-        for architecture in self.architectures():
+        for architecture in self.architectures("convnet"):
             parse(architecture)
         fixed(self.protocol)
         if self.num_epochs < 1 or self.max_real < 1 or self.num_seeds < 1:
             raise ValueError("num_epochs, max_real and num_seeds must be at least 1; leave them at their defaults")
 
-    def architectures(self) -> list[str]:
-        """Every combination, as network strings."""
+    def architectures(self, network: str) -> list[str]:
+        """Every combination, as options of ``network``: convnet, convnet1d or convnet3d."""
         grid = product(self.widths, self.depths, self.norms, self.poolings, self.activations)
-        return [f"convnet:width={w},depth={d},norm={n},pooling={p},activation={a}" for w, d, n, p, a in grid]
+        return [f"{network}:width={w},depth={d},norm={n},pooling={p},activation={a}" for w, d, n, p, a in grid]
+
+    def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        for architecture in self.architectures(default_for(syn.origin.input_shape)):
+            parse(architecture)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject
@@ -66,7 +70,8 @@ class NAS(Application):
         real_images, real_labels = subject.train.sample(self.max_real, setting.rng("nas")("real"))
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         plan = fixed(self.protocol)
-        proxies, names = setting.to_train_on(baselines), self.architectures()
+        proxies = setting.to_train_on(baselines)
+        names = self.architectures(default_for(subject.arrays.input_shape))
         accuracies: dict[str, list[float]] = {name: [] for name in (*proxies, "real")}
         for architecture in names:
             network = subject.network(architecture)

@@ -10,7 +10,7 @@ A synthetic image that is closer to a training image than other real images ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.protocol import PROTOCOLS, fixed
 from condense.eval.subject import Subject
-from condense.networks import Weights, parse
+from condense.networks import Weights, parse, resolve
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled
 from condense.train import Scorer
@@ -35,8 +35,8 @@ class Privacy(Application):
     """Images attacked: so many members, and as many that are none."""
     num_seeds: int = 3
     """Networks attacked, each from an initialisation of its own."""
-    network: str = "convnet"
-    """Architecture."""
+    network: str = "auto"
+    """Architecture; auto is the ConvNet for the kind of data."""
     protocol: str = "canonical"
     """How networks are trained on a set."""
     num_epochs: int = 50
@@ -48,6 +48,9 @@ class Privacy(Application):
             raise ValueError("num_members, num_seeds and num_epochs must be at least 1; leave them at their defaults")
         parse(self.network)
         fixed(self.protocol)
+
+    def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        resolve(self.network, syn.origin.input_shape)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject

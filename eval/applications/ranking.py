@@ -31,7 +31,7 @@ from condense.eval.protocol import Protocol, fixed, own
 from condense.eval.subject import require_held_out
 from condense.files import checksum
 from condense.names import spelt
-from condense.networks import parse
+from condense.networks import parse, resolve
 from condense.synthetic.set import SyntheticSet
 
 
@@ -39,8 +39,8 @@ from condense.synthetic.set import SyntheticSet
 class Ranking(Application):
     """Hard-label recovery, improvement over random, label- and augmentation-robust scores (DD-Ranking)."""
 
-    network: str = "convnet"
-    """Architecture."""
+    network: str = "auto"
+    """Architecture; auto is the ConvNet for the kind of data."""
     num_seeds: int = 3
     """Networks behind each accuracy."""
     protocol: str = "dd-ranking"
@@ -54,6 +54,7 @@ class Ranking(Application):
         fixed(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        resolve(self.network, syn.origin.input_shape)
         if "random" not in baselines:
             raise ValueError(f"the scores compare with random images; give {spelt('baselines', ('random',))}")
         if fixed(self.protocol).holds_out:
@@ -110,7 +111,8 @@ class Ranking(Application):
         return Findings(
             ("set", "real, hard", "hard", "own", "random, own", "HLR", "IOR", "LRS", "ARS"),
             rows,
-            f"DD-Ranking, {self.network} under {self.protocol}, n = {self.num_seeds} networks an accuracy",
+            f"DD-Ranking, {subject.network(self.network).name} under {self.protocol}, "
+            f"n = {self.num_seeds} networks an accuracy",
             {"rankings": record},
         )
 
