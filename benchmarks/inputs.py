@@ -94,14 +94,15 @@ SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
         "herding": {"num_epochs": 60},
         "k-means": {"num_epochs": 60},
         "dm": {"num_steps": 200, "optim": Optim(lr=5.0)},
-        "dc": {"num_steps": 60, "start": "real", "inner_epochs": 5, "batch_real": 16, "optim": Optim(lr=1.0)},
+        "dc": {"num_steps": 60, "start": "real", "inner_epochs": 5, "batch_real": 16, "optim": Optim(lr=10.0)},
         "mtt": {
             "num_steps": 80,
             "syn_steps": 10,
+            "batch_syn": 12,
             "expert_epochs": 1,
             "max_start_epoch": 15,
             "lr": 0.02,
-            "optim": Optim(lr=100.0),
+            "optim": Optim(lr=1000.0),
             "optim_lr": Optim(lr=0.01),
             "clip": 0.1,
         },
@@ -126,7 +127,7 @@ SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
 
 NETWORKS: dict[str, tuple[dict[str, Any], ...]] = {
     "datadam": ({"norm": "batch"},),
-    "frepo": ({"widen": True, "norm": "batch-before"}, {"norm": "batch"}),
+    "frepo": ({"widen": True, "norm": "batch-before"}, {"norm": "batch", "dropout": False}),
 }
 """By method: options of the network that it distils with. The first ones that the network has are taken."""
 
