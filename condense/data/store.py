@@ -1,8 +1,8 @@
-"""Decoded arrays on disk, mapped into memory: read once, shared by every process that asks again.
+"""Cache of decoded arrays on disk, which are mapped into memory and shared by all processes.
 
-An entry is a folder of plain ``.npy`` files and ``entry.json``: what they were made from and facts about them. It is
-laid out under a temporary name and renamed. Arrays are mapped copy-on-write: processes share the pages, and what one
-writes into them stays its own.
+An entry is a folder of plain ``.npy`` files and ``entry.json``, which records their source and facts about them. It is
+written under a temporary name and then renamed. Arrays are mapped copy-on-write: processes share the pages, and a
+process that writes to them changes only its own copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _FACTS = "entry.json"
 
 
 def stamp(root: Path, files: Iterable[Path]) -> str | None:
-    """Changes with the names (under ``root``), sizes and times of the files; None: there are none, or one vanished."""
+    """Return a hash of the names (relative to ``root``), sizes and times of the files.
+
+    Returns None if there are no files, or one cannot be accessed.
+    """
     try:
         stats = [(file.relative_to(root).as_posix(), file.stat()) for file in sorted(files)]
     except OSError:
@@ -34,7 +37,7 @@ def stamp(root: Path, files: Iterable[Path]) -> str | None:
 
 
 def read(entry: Path, source: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
-    """Arrays by name and facts; None where there is no entry, or one that is damaged or made from another source."""
+    """Return arrays by name, and the facts; None if the entry is missing, damaged or made from another source."""
     try:
         content = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
         intact = content.pop("sha256") == _digest(content)
@@ -48,10 +51,10 @@ def read(entry: Path, source: str) -> tuple[dict[str, NDArray[Any]], dict[str, A
 
 
 def write(entry: Path, source: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
-    """Put an entry where ``read`` finds it, in place of what is there.
+    """Write an entry that ``read`` finds; it replaces an existing one.
 
     Raises:
-        OSError: the disk is full or not writable, or another process was just as fast.
+        OSError: the disk is full or not writable, or another process wrote the entry at the same time.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
     with temporary(entry.parent, is_folder=True) as scratch:
