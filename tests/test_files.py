@@ -383,7 +383,7 @@ def test_a_published_step_size_is_a_positive_number(value: Any, tmp_path: Path) 
     torch.save(torch.zeros(2, 1, 2, 2), tmp_path / "images_best.pt")
     torch.save(torch.arange(2), tmp_path / "labels_best.pt")
     torch.save(value, tmp_path / "lr_best.pt")
-    assert "a step size is one positive number" in one_line(lambda: exchange.read(tmp_path / "images_best.pt"))
+    assert "a learning rate is one positive number" in one_line(lambda: exchange.read(tmp_path / "images_best.pt"))
     for right in (0.5, torch.tensor([0.5]), [0.5], [torch.tensor(0.5)]):
         torch.save(right, tmp_path / "lr_best.pt")
         assert exchange.read(tmp_path / "images_best.pt").lr == 0.5
