@@ -35,10 +35,13 @@ _OVERSAMPLING = 2
 
 @torch.no_grad()
 def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[Tensor]:
-    """Return at most ``columns`` pictures of each class, (n, C, h, w) in [0, 1] with one or three channels C."""
+    """Return at most ``columns`` pictures of each class, (n, C, h, w) in [0, 1] with one or three channels C.
+
+    A set without classes has one row.
+    """
     samples = transform.to_data(syn()[0]).cpu()
     source = syn.classes.cpu().repeat(len(samples) // len(syn))
-    rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes)]
+    rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
     match kind(syn.origin.input_shape):
         case "images":
             return rows

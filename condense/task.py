@@ -110,22 +110,28 @@ class Task:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def target_width(self) -> int:
+        """Numbers in a target, which are the outputs of the network: one for each class, or those of something else."""
+        return self.network.num_classes
+
     def with_network(self, network: str) -> Task:
         """Return a task with the same data and device and another architecture.
 
         Raises:
             ValueError: the network is unknown, or does not take these samples.
         """
-        return replace(self, network=Functional(network, self.input_shape, self.num_classes, self.device))
+        return replace(self, network=Functional(network, self.input_shape, self.target_width, self.device))
 
     def dataset(self) -> dict[str, Any]:
-        """Return the description of the data that is written to files."""
-        return {
+        """Return the description of the data for files, with the width of targets that are not class scores."""
+        facts = {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "classes": list(self.classes),
             "input_shape": list(self.input_shape),
         }
+        return facts if self.target_width == self.num_classes else facts | {"target_width": self.target_width}
 
     def identity(self) -> Mapping[str, Any]:
         """Return what determines a network that is trained on this task, apart from its training."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import Augment
@@ -19,15 +18,16 @@ from condense.compute import Compute
 from condense.data.images import Images
 from condense.names import spelt
 from condense.networks import Functional, Weights
+from condense.objective import KL, OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import DROP_AT_HALF, Schedule
 from condense.schema import Checked
 from condense.sources import Batch, Examples, Source
-from condense.views import Views, one_hot
+from condense.views import Views
 
 Tensors = dict[str, Tensor]
-Objective = Callable[[bool], Tensor]
-"""``objective(update)``: the loss of a batch at the current weights; ``update``: running statistics are updated."""
+BatchLoss = Callable[[bool], Tensor]
+"""``loss(update)``: the loss of a batch at the current weights; ``update``: running statistics are updated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,10 @@ class Training(Checked):
     """Weight decay: an L2 penalty for sgd and adam, decoupled from the gradient for adamw."""
     schedule: Schedule = DROP_AT_HALF
     """Learning rate schedule of the training; the momentum is kept when the learning rate drops."""
-    loss: Literal["cross-entropy", "mse", "kl"] = "cross-entropy"
-    """Training loss. mse: half the squared distance to the targets, summed over classes and averaged over images.
-    kl: KL divergence between the targets and the softmax at ``temperature``."""
+    loss: ObjectiveName = "cross-entropy"
+    """Training loss. mse: half the squared distance to the targets, summed over their width and averaged over images.
+    kl: KL divergence between the targets and the softmax at ``temperature``. cosine: one minus the cosine similarity of
+    outputs and targets."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimiser of the training."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -129,23 +130,19 @@ class Training(Checked):
             sgd.state[params[name]]["momentum_buffer"] = buffer
         return sgd
 
-    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a batch. ``targets``: classes (N,), or probabilities or values (N, C)."""
-        if self.loss == "cross-entropy":
-            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        targets = one_hot(targets, logits.shape[1]).to(logits.dtype)
-        if self.loss == "mse":
-            return 0.5 * (logits - targets).square().sum(1).mean()
-        return F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
+    @property
+    def objective(self) -> Objective:
+        """The objective that ``loss`` names, with its parameters."""
+        match self.loss:
+            case "cross-entropy":
+                return CrossEntropy(label_smoothing=self.label_smoothing)
+            case "kl":
+                return KL(temperature=self.temperature)
+        return OBJECTIVES[self.loss]()
 
 
 _FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay loss name augment labels".split()
 """Fields of ``Training``, and of the protocols made of it, that ``content`` always writes."""
-
-
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a batch; ``targets``: classes (N,) or probabilities (N, C)."""
-    return F.cross_entropy(logits, targets)
 
 
 class Trainer:
@@ -158,13 +155,13 @@ class Trainer:
         compute: Compute,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """``loss(logits, targets)`` replaces the loss of ``training``; it returns the mean loss of a batch."""
+        """``loss(outputs, targets)`` replaces the loss of ``training``; it returns the mean loss of a batch."""
         self.network, self.training, self.compute = network, training, compute
-        loss_of = loss or training.loss_of
+        loss_of = loss or training.objective.loss
 
         def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor, update: bool) -> Tensor:
-            logits = network.logits(params, buffers, images, train=True, update_buffers=update)
-            return loss_of(logits.to(images.dtype), targets)
+            outputs = network.logits(params, buffers, images, train=True, update_buffers=update)
+            return loss_of(outputs.to(images.dtype), targets)
 
         def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
@@ -209,7 +206,7 @@ class Trainer:
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
         live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
 
-        def objective(batches: Sequence[Batch]) -> Objective:
+        def loss_of(batches: Sequence[Batch]) -> BatchLoss:
             (batch,) = batches
             return functools.partial(self._loss, *live, self.compute.layout(batch.images), batch.targets)
 
@@ -217,7 +214,7 @@ class Trainer:
             if on_epoch is not None:
                 on_epoch(epochs, live)
 
-        self._epochs((optimiser or self.training.optimise)(params), [source], objective, after)
+        self._epochs((optimiser or self.training.optimise)(params), [source], loss_of, after)
         return Weights({name: p.detach() for name, p in params.items()}, live.buffers)
 
     def run_together(
@@ -247,7 +244,7 @@ class Trainer:
         def live() -> list[Weights]:
             return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
 
-        def objective(batches: Sequence[Batch]) -> Objective:
+        def loss_of(batches: Sequence[Batch]) -> BatchLoss:
             x, y = torch.stack([b.images for b in batches]), torch.stack([b.targets for b in batches])
             return lambda update: cast(Tensor, self._losses(params, x, y))
 
@@ -255,34 +252,34 @@ class Trainer:
             if on_epoch is not None:
                 on_epoch(epochs, live())
 
-        self._epochs(self.training.optimise(params), sources, objective, after)
+        self._epochs(self.training.optimise(params), sources, loss_of, after)
         return live()
 
     def _epochs(
         self,
         optimiser: torch.optim.Optimizer,
         sources: Sequence[Source],
-        objective_of: Callable[[Sequence[Batch]], Objective],
+        loss_of: Callable[[Sequence[Batch]], BatchLoss],
         after: Callable[[int], None],
     ) -> None:
-        """Run all epochs. ``objective_of`` returns the objective of a step from one batch for each network."""
+        """Run all epochs. ``loss_of`` returns the loss of a step from one batch for each network."""
         plan, num_batches, rng = self.training, sources[0].num_batches, sources[0].rng
         with contextlib.nullcontext() if rng is None else rng.forked("layers"):  # dropout of external networks
             for epoch in range(plan.num_epochs):
                 for index in range(num_batches):
                     optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + index, num_batches)
-                    objective = objective_of([source.batch(epoch, index) for source in sources])
+                    loss = loss_of([source.batch(epoch, index) for source in sources])
                     optimiser.zero_grad(set_to_none=True)
-                    objective(True).backward()
+                    loss(True).backward()
                     if plan.rho:
                         params = optimiser.param_groups[0]["params"]
-                        sharpness_aware(params, objective, plan.rho, plan.alpha, len(sources))
+                        sharpness_aware(params, loss, plan.rho, plan.alpha, len(sources))
                     optimiser.step()
                 after(epoch + 1)
 
 
 def sharpness_aware(
-    params: Sequence[Tensor], objective: Objective, rho: float, alpha: float, num_networks: int = 1
+    params: Sequence[Tensor], objective: BatchLoss, rho: float, alpha: float, num_networks: int = 1
 ) -> None:
     """Replace the gradient g of a batch at the weights w by the gradient of adaptive GSAM.
 
