@@ -324,7 +324,7 @@ def choose_compiled_folder() -> None:
 
 
 _compiled = contextlib.ExitStack()
-"""Holds the entry of the cache in which this process keeps compiled code."""
+"""Holds the cache entry in which this process stores compiled code."""
 
 
 def prepare_device(name: str) -> torch.device:

@@ -112,7 +112,7 @@ class Task:
 
     @property
     def target_width(self) -> int:
-        """Numbers in a target, which are the outputs of the network: one for each class, or those of something else."""
+        """Number of values in a target, and of outputs of the network: the classes, unless targets are other values."""
         return self.network.num_classes
 
     def with_network(self, network: str) -> Task:

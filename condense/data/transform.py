@@ -329,7 +329,7 @@ def _write_cache(cache: Path | None, whitening: Whitening) -> None:
     Cache(cache, "zca").write(
         _identity(whitening.flavour, whitening.eps, whitening.key),
         write,
-        about=f"{whitening.flavour}, {len(whitening.mean)} values an image, data {whitening.key[:12]}",
+        about=f"{whitening.flavour}, {len(whitening.mean)} values per sample, data {whitening.key[:12]}",
     )
 
 
