@@ -195,7 +195,7 @@ def test_the_number_of_processes_does_not_decide_the_result(
     done = start(everything, size, tiny_file, many)
     assert done.returncode == 0, done.stderr
     idle = set(re.findall(r"UserWarning: (.*idle.*)", done.stderr))
-    surplus = f"{size - 1} of {size} processes idle: .* among 1 at most; .* num_trajectories={size}"
+    surplus = f"{size - 1} of {size} processes are idle: .* among at most 1; .* num_trajectories={size}"
     assert len(re.findall(surplus, done.stderr)) == 1, done.stderr
     assert len(idle) == {2: 1, 4: 2}[size], "and for the three classes of the others, of four processes"
 
@@ -565,11 +565,14 @@ def test_experts_may_finish_in_any_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
-        ("dc", "1 of 4 processes idle: a step of this recipe divides among 3 at most; start fewer"),
+        (
+            "dc",
+            "1 of 4 processes are idle: a step of this recipe can be divided among at most 3; start fewer processes",
+        ),
         (
             "mtt",
-            "3 of 4 processes idle: a step of this recipe divides among 1 at most; start fewer, or give "
-            "num_trajectories=4, which is another recipe",
+            "3 of 4 processes are idle: a step of this recipe can be divided among at most 1; start fewer "
+            "processes, or give num_trajectories=4, which changes the recipe",
         ),
     ],
 )
