@@ -113,7 +113,7 @@ def test_learned_labels_are_refused(tiny_file: Path, capsys: pytest.CaptureFixtu
 def test_the_tests_of_the_page_pass(tmp_path: Path) -> None:
     tests = importlib.import_module("test_condense_sliced")
     for check in CHECKS:
-        tests.test_it_keeps_its_promises(check)
+        tests.test_contract(check)
     tests.test_the_loss_falls(tmp_path / "run")
     tests.test_bad_values_are_refused()
 
