@@ -11,7 +11,7 @@ epochs. It is replaced by a fresh one when its accuracy hardly changes from upda
 
     symbol  code
     S_c     ``state.syn`` at the latents of class c
-    B_c     ``batch_real`` real images of class c, drawn anew at every step
+    B_c     ``batch_real`` real images of class c, drawn at every step
     f_l     ``ctx.maps``: the output of activation l before pooling; the last level is psi
     psi     the input of the network's classifier
     w_l     ``weight_early``, ``weight_last``, ``weight_features``
@@ -83,7 +83,7 @@ class CAFE(GradientMethod):
     batch_student: int = 256
     """Batch size of the student."""
     batch_probe: int = 128
-    """Real training images per class on which the student's accuracy is measured, drawn anew each time."""
+    """Real training images per class on which the student's accuracy is measured, drawn for each measurement."""
     window: int = 10
     """Number of recent accuracies of the student that are compared; ``moved`` and ``settled`` need that many."""
     moved: float = 0.03

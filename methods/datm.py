@@ -126,5 +126,5 @@ def mean_logits(ctx: Context, images: Tensor, classes: Tensor) -> Tensor:
         right = (logits.argmax(1) == classes)[:, None]
         total, count = total + logits * right, count + right
     odds = CONFIDENCE / (1 - CONFIDENCE) * (ctx.task.num_classes - 1)
-    alone = F.one_hot(classes, ctx.task.num_classes) * math.log(odds)
-    return torch.where(count > 0, total / count.clamp(min=1), alone.to(total))
+    fallback = F.one_hot(classes, ctx.task.num_classes) * math.log(odds)
+    return torch.where(count > 0, total / count.clamp(min=1), fallback.to(total))

@@ -9,7 +9,7 @@ theta_t is a student: it has fresh weights theta_0 and is trained on S between t
 
     symbol    code
     S_c       ``state.syn`` at the latents of class c
-    B_c       ``batch_real`` real images of class c, drawn anew at every step
+    B_c       ``batch_real`` real images of class c, drawn at every step
     D         ``distance``: one minus the cosine, summed over the rows of every layer
     theta_t   ``state.params``, ``state.buffers``
     t         ``step`` modulo ``outer_loop``; a fresh student begins at 0

@@ -6,7 +6,7 @@ psi has fresh random weights theta at every step. No network is trained and no s
 
     symbol  code
     S_c     ``state.syn`` at the latents of class c
-    B_c     ``batch_real`` real images of class c, drawn anew at every step
+    B_c     ``batch_real`` real images of class c, drawn at every step
     psi     ``ctx.features``: the input of the network's classifier, in training mode
     theta   ``state.params`` and ``state.buffers``, drawn for the step
     A       ``task.augment``; its parameters omega are drawn once for both batches of a class

@@ -9,7 +9,7 @@ theta is a network of the pool, which has been trained on earlier versions of th
 regression approximates the rest of its training.
 
     symbol      code
-    X, Y        ``state.syn``; Y learned where the labels are ``targets`` (or ``logits``)
+    X, Y        ``state.syn``; Y is learned if the labels are ``targets`` (or ``logits``)
     theta       a member of ``state.pool``, drawn at every step, in evaluation mode
     phi         ``frozen_features``: the input of the last linear layer
     x_i, y_i    ``batch_real`` real images of any class, and their classes as one-hot vectors less 1/C

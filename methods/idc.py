@@ -9,7 +9,7 @@ only, including their norms. A stored image is decoded into several by the recip
 ``pixels``, which stores single images).
 
     symbol    code
-    S_c       decoded images of class c, at most ``batch_syn`` of them, drawn anew at every step
+    S_c       decoded images of class c, at most ``batch_syn`` of them, drawn at every step
     B_c       ``batch_real`` real images of class c
     D         ``distance``: squared or absolute differences of the gradients of convolution weights
     w         ``weight``: images per class / 10, times (side / ``base_size``)^2

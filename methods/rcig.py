@@ -11,7 +11,7 @@ change of all weights except the matrix of the last layer, which the ridge regre
 replaces. L_in is therefore quadratic in d, and d* is differentiated implicitly (``condense.inner.implicit``).
 
     symbol        code
-    X, Y          ``state.syn``; Y learned where the labels are ``targets`` (or ``logits``)
+    X, Y          ``state.syn``; Y is learned if the labels are ``targets`` (or ``logits``)
     tau           ``state.learned["temperature"]``
     theta         a member of ``state.pool``, drawn at every step, in evaluation mode
     d             ``move``, a dictionary by names of parameters
