@@ -61,7 +61,7 @@ def distill(tiny_file: Path, out: str, *words: str) -> None:
 def test_it_is_listed_beside_the_built_in_methods(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", "methods"])
     listed = capsys.readouterr().out
-    assert re.search(r"^ *sliced +Matches every class", listed, re.MULTILINE) and "\n  mtt " in listed
+    assert re.search(r"^ *sliced +Matches each class", listed, re.MULTILINE) and "\n  mtt " in listed
 
 
 def test_its_fields_are_flags_with_help(capsys: pytest.CaptureFixture[str]) -> None:
