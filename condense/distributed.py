@@ -248,9 +248,7 @@ def _store(rank: int, limit: datetime.timedelta) -> TCPStore:
         return store
     while True:
         store_port, name = launcher_store.get("condense").decode().split()
-        with contextlib.suppress(
-            OSError, RuntimeError
-        ):  # the port of an earlier attempt: closed, or of another program
+        with contextlib.suppress(OSError, RuntimeError):  # a port of an earlier attempt is closed or used by others
             socket.create_connection((host, int(store_port)), timeout=5).close()  # fails at once; TCPStore would retry
             store = dist.TCPStore(host, int(store_port), is_master=False, timeout=datetime.timedelta(seconds=5))
             if store.check([name]):

@@ -120,9 +120,9 @@ def baseline_protocol(protocol: Protocol, syn: SyntheticSet, baseline: Synthetic
     A baseline whose labels are probabilities is always trained on these.
     """
     if protocol.name == "own":
-        usual = own(syn)
+        unchanged = own(syn)
         changed = {f.name: getattr(protocol, f.name) for f in dataclasses.fields(protocol)}
-        changed = {name: value for name, value in changed.items() if value != getattr(usual, name)}
+        changed = {name: value for name, value in changed.items() if value != getattr(unchanged, name)}
         protocol = dataclasses.replace(own(baseline), **changed)
     if baseline.label_kind.space == "probabilities":
         protocol = dataclasses.replace(protocol, labels="own")

@@ -111,7 +111,7 @@ USUAL_SEEDS = 5
 
 
 def resolved(compute: Compute, network: Functional, plan: Training, num_images: int) -> Compute:
-    """Choose what ``compute`` leaves automatic, for training on ``num_images`` images."""
+    """Return ``compute`` with all automatic choices made, for training on ``num_images`` images."""
     return compute.resolved(network.flops * num_images * plan.num_epochs * USUAL_SEEDS, network.device)
 
 
@@ -271,8 +271,8 @@ def _with_best_rate(
     held_out: Labelled | None,
     rng: Rng,
 ) -> Protocol:
-    """Replace the learning rate by the one in the grid with the best accuracy of one network on held-out real images.
-    On a tie the smaller learning rate is taken."""
+    """Return the plan with the learning rate of its grid that gives one network the best accuracy on held-out real
+    images; on a tie, the smaller learning rate."""
     if not plan.lr_grid:
         return plan
     assert held_out is not None

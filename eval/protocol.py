@@ -52,7 +52,8 @@ class Protocol(Training):
     lr_grid: tuple[float, ...] = ()
     """Candidate learning rates. The one with the best accuracy on held-out real images replaces lr."""
     teacher: str = ""
-    """Network that is trained on the real images and labels each batch. same: the evaluated architecture."""
+    """Network that is trained on the real images and labels each batch. same: the evaluated architecture; empty: no
+    teacher."""
     calibration: Calibration = "none"
     """Calibration of the trained network on held-out real images before it is scored."""
 
@@ -77,7 +78,7 @@ class Protocol(Training):
         return Augment.parse(self.augment, own=own)
 
     def resolved(self, num_images: int, lr: Tensor | None = None, copies: int = 1) -> Protocol:
-        """Replace ``steps_for`` and ``learned_lr`` by the values that they give for one set.
+        """Return a copy in which ``steps_for`` and ``learned_lr`` are replaced by the values for one set.
 
         Args:
             num_images: decoded images of the set.
@@ -280,6 +281,6 @@ def changes(row: Mapping[str, Any]) -> str:
     name = row["protocol"].removesuffix("*")
     if name == row["protocol"] or name not in PROTOCOLS:
         return ""
-    usual, fields = json.loads(json.dumps(PROTOCOLS[name].content())), row["protocol_fields"]
-    changed = {key: fields[key] for key in fields if fields[key] != usual.get(key)}
+    original, fields = json.loads(json.dumps(PROTOCOLS[name].content())), row["protocol_fields"]
+    changed = {key: fields[key] for key in fields if fields[key] != original.get(key)}
     return ", ".join(f"{key} {value}" for key, value in changed.items())

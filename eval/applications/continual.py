@@ -85,6 +85,6 @@ class Continual(Application):
 
 
 def _seen(order: Tensor, num_groups: int) -> list[Tensor]:
-    """Return, for each group, the classes that have arrived once it is there."""
+    """Return the classes seen after each group."""
     ends = [round(len(order) * (group + 1) / num_groups) for group in range(num_groups)]
     return [order[:end] for end in ends]

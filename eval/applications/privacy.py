@@ -61,7 +61,7 @@ class Privacy(Application):
         attacked = Scorer(network, setting.compute)
         jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
         nearest = {name: _nearest(subject, images) for name, (_, images, _) in jobs.items()}
-        usual = _nearest(subject, non_members.images[:])
+        reference = _nearest(subject, non_members.images[:])
         jobs["the members themselves"] = real_plan, members.images[:], members.labels
         rows: list[tuple[str, ...]] = []
         record: dict[str, dict[str, list[float]]] = {}
@@ -78,7 +78,7 @@ class Privacy(Application):
             distances = ("-", "-")
             if name in nearest:
                 record[name]["nearest"] = nearest[name].tolist()
-                closer = (nearest[name] < usual.quantile(0.01)).float().mean().item()
+                closer = (nearest[name] < reference.quantile(0.01)).float().mean().item()
                 distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
             rows.append((name, f"{auc.mean().item():.3f}{spread}", *distances))
         return Findings(
@@ -90,9 +90,9 @@ class Privacy(Application):
             ),
             rows,
             f"{num} members against {num} {where} images, n = {self.num_seeds}; distance of the {where} images to the "
-            f"nearest training image: median {usual.median().item():.2f}, 1st percentile "
-            f"{usual.quantile(0.01).item():.2f}",
-            {"num_members": num, "non_members": where, "usual_nearest": usual.tolist(), "found": record},
+            f"nearest training image: median {reference.median().item():.2f}, 1st percentile "
+            f"{reference.quantile(0.01).item():.2f}",
+            {"num_members": num, "non_members": where, "usual_nearest": reference.tolist(), "found": record},
         )
 
 

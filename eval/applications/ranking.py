@@ -61,10 +61,10 @@ class Ranking(Application):
             own(syn)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        random, usual, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
-        augmented, plain = (dataclasses.replace(usual, augment=augment) for augment in ("dsa", "none"))
-        chance = baselines.get("random-soft", random)
-        rivals = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
+        random, protocol, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
+        augmented, plain = (dataclasses.replace(protocol, augment=augment) for augment in ("dsa", "none"))
+        random_soft = baselines.get("random-soft", random)
+        other_baselines = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
         subject = setting.subject
         real = full_data(
             subject.arrays,
@@ -75,11 +75,11 @@ class Ranking(Application):
             **accuracy.common,
         ).mean
         rows, record = [], {}
-        for name, syn in setting.contenders(rivals).items():
-            hard, random_hard = accuracy(syn, usual), accuracy(random, usual)
+        for name, syn in setting.contenders(other_baselines).items():
+            hard, random_hard = accuracy(syn, protocol), accuracy(random, protocol)
             own_accuracy, random_own = hard, random_hard
             if syn.label_kind.space != "classes":
-                own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, chance))
+                own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, random_soft))
             with_it, without = ([accuracy(each, plan) for each in (syn, random)] for plan in (augmented, plain))
             accuracies = {
                 "real hard": real,
