@@ -79,7 +79,7 @@ class Ranks:
         with torch.no_grad():
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             _exchanged.append(flat)
-            with _meeting(flat):
+            with _collective(flat):
                 dist.all_reduce(flat)
             _scatter(flat, tensors)
 
@@ -97,7 +97,7 @@ class Ranks:
             for group in groups.values():
                 flat = torch.cat([tensor.reshape(-1) for tensor in group])
                 _exchanged.append(flat)
-                with _meeting(flat):
+                with _collective(flat):
                     dist.broadcast(flat, 0)
                 _scatter(flat, group)
 
@@ -150,9 +150,9 @@ def init_distributed(device: str = "auto") -> Iterator[Ranks]:
     global _watch
     watch = _watch = _Watch(rank, size, seconds)
     try:
-        with _meeting():
+        with _collective():
             store = _store(rank, datetime.timedelta(seconds=watch.patience))
-            watch.ask(store)
+            watch.start_queries(store)
             store.set(f"joins {rank}", "")
             store.wait([f"joins {other}" for other in range(size)])
             limit = datetime.timedelta(seconds=seconds)
@@ -170,7 +170,7 @@ def init_distributed(device: str = "auto") -> Iterator[Ranks]:
     except AnotherFailed:
         raise
     except Exception as error:
-        if not watch.speaks():
+        if not watch.may_report():
             raise watch.another_failed() from error
         raise
     finally:
@@ -286,7 +286,7 @@ def _take_gpu(device: str) -> bool:
 
 
 class _Watch:
-    """Observes the other processes while this one waits for them in a *meeting*, which is a collective operation.
+    """Observes the other processes while this one waits for them in a collective.
 
     One thread exchanges the state of the processes through the store, another one shows warnings. The first process
     hosts the store. While that process is stopped, a request to the store does not return.
@@ -294,87 +294,87 @@ class _Watch:
 
     def __init__(self, rank: int, size: int, seconds: float) -> None:
         self.rank, self.size, self._seconds = rank, size, seconds
-        self.meeting = -1
-        """Number of the current or last meeting of this process. The numbers agree in all processes; in meeting 0 the
-        processes join."""
+        self.collective = -1
+        """Number of the current or last collective of this process. The numbers agree in all processes; 0 is the start,
+        where the processes join."""
         self.since: float | None = None
         """Monotonic time at which this process began to wait; None while it works."""
         self._seen: dict[int, int] = {}
-        """By rank, the last meeting in which the process was seen."""
+        """By rank, the last collective in which the process was seen."""
         self._answered = time.monotonic()
         """Monotonic time of the last answer of the store."""
-        self._fails = False
+        self._failed = False
         """Whether this process has failed and asks to report the reason."""
-        self._speaker: int | None = None
+        self._reporter: int | None = None
         """Rank of the process that reports the reason."""
-        self._heard: set[int] = set()
+        self._informed: set[int] = set()
         """Ranks of the processes that know about the failure."""
         self._closed, self._now = threading.Event(), threading.Event()
-        self._asking: threading.Thread | None = None
+        self._querying: threading.Thread | None = None
         threading.Thread(target=self._warn, daemon=True).start()
 
     @property
     def patience(self) -> float:
-        """Seconds for which this process waits in the current meeting."""
-        return self._seconds if self.meeting else min(self._seconds, JOINING)
+        """Seconds for which this process waits in the current collective."""
+        return self._seconds if self.collective else min(self._seconds, JOINING)
 
-    def ask(self, store: TCPStore) -> None:
+    def start_queries(self, store: TCPStore) -> None:
         """Start the thread that queries the store, with its own connection."""
         import torch.distributed as dist
 
         limit = datetime.timedelta(seconds=HEARD_WITHIN)
         own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=limit)
-        self._asking = threading.Thread(target=self._ask, args=(own,), daemon=True)
-        self._asking.start()
+        self._querying = threading.Thread(target=self._query, args=(own,), daemon=True)
+        self._querying.start()
 
     def missing(self) -> list[int]:
-        """Return the ranks that have not arrived in the current meeting; only 0 if the store does not answer."""
-        if self.rank and (self._asking is None or time.monotonic() - self._answered > HEARD_WITHIN):
+        """Return the ranks that have not arrived in the current collective; only 0 if the store does not answer."""
+        if self.rank and (self._querying is None or time.monotonic() - self._answered > HEARD_WITHIN):
             return [0]
-        return [rank for rank in range(self.size) if rank != self.rank and self._seen.get(rank, -1) < self.meeting]
+        return [rank for rank in range(self.size) if rank != self.rank and self._seen.get(rank, -1) < self.collective]
 
-    def speaks(self) -> bool:
+    def may_report(self) -> bool:
         """Ask to report the failure of the run. Return False if another process failed first."""
-        self._fails = True
-        self._until(lambda: self._speaker is not None)
-        return self._speaker in (None, self.rank)
+        self._failed = True
+        self._until(lambda: self._reporter is not None)
+        return self._reporter in (None, self.rank)
 
     def another_failed(self) -> AnotherFailed:
-        return AnotherFailed(f"process {self._speaker} of this run failed first and reports the reason")
+        return AnotherFailed(f"process {self._reporter} of this run failed first and reports the reason")
 
     def close(self) -> None:
         """Stop both threads."""
         self._closed.set()
         self._now.set()
-        if self._asking is not None:
-            self._asking.join(HEARD_WITHIN)
+        if self._querying is not None:
+            self._querying.join(HEARD_WITHIN)
 
     def leave(self) -> None:
         """Stop both threads. The first process, if it reports a failure, first waits until all processes know it."""
-        if self._speaker == self.rank == 0:  # the store ends with this process
-            self._until(lambda: len(self._heard) == self.size)
+        if self._reporter == self.rank == 0:  # the store ends with this process
+            self._until(lambda: len(self._informed) == self.size)
         self.close()
 
     def _until(self, done: Callable[[], bool]) -> None:
         """Wait until ``done`` is true, for at most ``HEARD_WITHIN`` seconds and only while the store is queried."""
         end = time.monotonic() + HEARD_WITHIN
-        while not done() and time.monotonic() < end and self._asking is not None and self._asking.is_alive():
+        while not done() and time.monotonic() < end and self._querying is not None and self._querying.is_alive():
             self._now.set()
             time.sleep(0.02)
 
-    def _ask(self, store: TCPStore) -> None:
+    def _query(self, store: TCPStore) -> None:
         with contextlib.suppress(RuntimeError):  # the first process has ended, and the store with it
             while not self._closed.is_set():
                 if self.since is not None:
-                    store.set(f"meeting {self.rank}", str(self.meeting))
-                    self._seen = {rank: int(text) for rank, text in self._entries(store, "meeting").items()}
-                if self._fails:
-                    self._speaker = int(store.compare_set("failed", "", str(self.rank)))
+                    store.set(f"collective {self.rank}", str(self.collective))
+                    self._seen = {rank: int(text) for rank, text in self._entries(store, "collective").items()}
+                if self._failed:
+                    self._reporter = int(store.compare_set("failed", "", str(self.rank)))
                 elif store.check(["failed"]):
-                    self._speaker = int(store.get("failed"))
-                if self._speaker is not None:
-                    store.set(f"heard {self.rank}", "")
-                    self._heard = set(self._entries(store, "heard"))
+                    self._reporter = int(store.get("failed"))
+                if self._reporter is not None:
+                    store.set(f"informed {self.rank}", "")
+                    self._informed = set(self._entries(store, "informed"))
                 self._answered = time.monotonic()
                 self._now.wait(1.0)
                 self._now.clear()
@@ -385,11 +385,11 @@ class _Watch:
         return {rank: store.get(f"{name} {rank}") for rank in existing}
 
     def _warn(self) -> None:
-        meeting, due = -1, SAID_AFTER
+        current, due = -1, SAID_AFTER
         while not self._closed.wait(min(1.0, SAID_AFTER)):
             since = self.since
-            if meeting != self.meeting:
-                meeting, due = self.meeting, SAID_AFTER
+            if current != self.collective:
+                current, due = self.collective, SAID_AFTER
             if since is None or time.monotonic() - since < due:
                 continue
             missing = self.missing()
@@ -408,11 +408,11 @@ _watch: _Watch | None = None
 
 
 @contextlib.contextmanager
-def _meeting(tensor: Tensor | None = None) -> Iterator[None]:
+def _collective(tensor: Tensor | None = None) -> Iterator[None]:
     """Surround a collective on ``tensor``; turn its failure, when a process ended or is missing, into a ValueError."""
     watch, begun = _watch, time.monotonic()
     if watch is not None:
-        watch.meeting, watch.since = watch.meeting + 1, begun
+        watch.collective, watch.since = watch.collective + 1, begun
     try:
         yield
         if tensor is not None and tensor.is_cuda:  # on a GPU a collective returns before it is done
@@ -423,7 +423,7 @@ def _meeting(tensor: Tensor | None = None) -> Iterator[None]:
         if watch is None:
             raise ValueError(_ENDED) from error
         missing, late = watch.missing(), time.monotonic() - begun >= watch.patience
-        if not watch.speaks():
+        if not watch.may_report():
             raise watch.another_failed() from error
         raise ValueError(_reason(watch, missing, late, error)) from error
     finally:
@@ -431,21 +431,21 @@ def _meeting(tensor: Tensor | None = None) -> Iterator[None]:
             watch.since = None
 
 
-_AGAIN = "run the same torchrun command again (distill: with --resume)"
-_ENDED = f"another process of this run ended before its work was done; {_AGAIN}"
+_RESUME = "run the same torchrun command again (distill: with --resume)"
+_ENDED = f"another process of this run ended before its work was done; {_RESUME}"
 
 
 def _reason(watch: _Watch, missing: Sequence[int], late: bool, error: RuntimeError) -> str:
-    """Say in one line why a meeting failed."""
+    """Say in one line why a collective failed."""
     limit = _duration(watch.patience)
     absent = f"waited {limit} for {_processes(missing)}" if missing else ""
-    if watch.meeting == 0:
+    if watch.collective == 0:
         why = absent if late and missing else str(error).splitlines()[0]
         return f"cannot reach the other processes: {why}; start all of them with torchrun"
     if not late:
         return _ENDED
     absent = absent or f"all processes are running, but exchanged no data for {limit}"
-    return f"{absent}; end all of them, then {_AGAIN}; if a process may take longer than that, set {PATIENCE}=SECONDS"
+    return f"{absent}; end all of them, then {_RESUME}; if a process may take longer than that, set {PATIENCE}=SECONDS"
 
 
 def _processes(ranks: Sequence[int]) -> str:

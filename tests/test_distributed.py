@@ -386,8 +386,8 @@ def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[distributed._Watch
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found = [distributed._Watch(rank, 3, 7200.0) for rank in range(3)]
     for watch in found:
-        watch.ask(store)
-        watch.meeting = 4
+        watch.start_queries(store)
+        watch.collective = 4
     yield found
     for watch in found:
         watch.close()
@@ -399,7 +399,7 @@ def test_who_has_not_arrived_is_said_by_one_process(
     said: list[str] = []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: said.append(str(message)))
     for watch in watches[1:]:
-        watch.meeting, watch.since = 5, time.monotonic()
+        watch.collective, watch.since = 5, time.monotonic()
     end = time.monotonic() + 20
     while not said and time.monotonic() < end:
         time.sleep(0.05)
@@ -411,7 +411,7 @@ def test_who_has_not_arrived_is_said_by_one_process(
 
 
 def test_of_processes_that_fail_one_speaks(watches: list[distributed._Watch]) -> None:
-    assert [watches[rank].speaks() for rank in (1, 0, 2)] == [True, False, False]
+    assert [watches[rank].may_report() for rank in (1, 0, 2)] == [True, False, False]
     assert "process 1 of this run failed first" in str(watches[2].another_failed())
     begun = time.monotonic()
     watches[0].leave()
@@ -424,11 +424,11 @@ def test_where_nobody_answers_the_first_process_is_missing(watches: list[distrib
     for watch in watches:
         watch._answered -= 3  # seconds
     assert [watch.missing() for watch in watches] == [[1, 2], [0], [0]]
-    assert all(watch.speaks() for watch in watches)
+    assert all(watch.may_report() for watch in watches)
 
 
 @pytest.mark.parametrize(
-    ("meeting", "late", "missing", "line"),
+    ("collective", "late", "missing", "line"),
     [
         (0, True, [1], "cannot reach .*: waited 30 min for process 1; start all of them with torchrun"),
         (0, False, [1], "cannot reach the other processes: address in use; start all of them with torchrun"),
@@ -437,10 +437,10 @@ def test_where_nobody_answers_the_first_process_is_missing(watches: list[distrib
         (3, True, [], "all processes are running, but exchanged no data for 2 h; .*"),
     ],
 )
-def test_why_a_meeting_failed(meeting: int, late: bool, missing: list[int], line: str) -> None:
+def test_why_a_collective_failed(collective: int, late: bool, missing: list[int], line: str) -> None:
     watch = distributed._Watch(0, 4, 7200.0)
     watch.close()
-    watch.meeting = meeting
+    watch.collective = collective
     assert re.fullmatch(line, distributed._reason(watch, missing, late, RuntimeError("address in use\nat x.cpp")))
 
 
