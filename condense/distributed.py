@@ -102,7 +102,7 @@ class Ranks:
                 _scatter(flat, group)
 
     def gather_objects(self, value: T) -> list[T]:
-        """What every process passed, by rank, in every process alike.
+        """Return the values of all processes, by rank, in every process.
 
         Args:
             value: any object that can be pickled; only processes of this run read the pickle.
@@ -114,7 +114,7 @@ class Ranks:
         gathered: list[Any] = [None] * self.size
         with _collective():
             dist.all_gather_object(gathered, value)
-        self.barrier()  # torch's own tensors are not in `_exchanged`; those of the barrier are, and come last
+        self.barrier()  # tensors of `all_gather_object` are not in `_exchanged`; that of the barrier is, and is last
         return gathered
 
     def barrier(self) -> None:

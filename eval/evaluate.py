@@ -298,7 +298,7 @@ def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
 def _trained_before(
     provenance: Sequence[Mapping[str, Any]], num_seeds: int, journal: CellStore | None, ranks: Ranks
 ) -> dict[tuple[int, int], Cell]:
-    """The networks that the first process finds in the journal, by architecture and number."""
+    """Return the networks that the first process finds in the journal, by index of the architecture and number."""
     stored: dict[tuple[int, int], Cell] = {}
     if journal is not None and ranks.first:
         for i, key in enumerate(provenance):
