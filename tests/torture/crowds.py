@@ -226,5 +226,5 @@ def _rank_loss(ended: Sequence[Ended], victim: int, deed: Callable[[], None]) ->
     if deed is _refuse:
         right = right and len(ended[victim].said) == 1 and ended[victim].status == 2
     if deed is _stop:
-        right = right and all(f"process {victim} did not arrive" in line for line in said)
+        right = right and all(f"for process {victim}" in line for line in said)
     return None if right else f"{[str(end) for end in ended]}"
