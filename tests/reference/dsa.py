@@ -127,7 +127,7 @@ def warp(
 
 
 def to_unit(pixel: float, side: int, align_corners: bool) -> float:
-    """Map a pixel index to [-1, 1], from corner centre to corner centre if ``align_corners``, else from edge to edge."""
+    """Map a pixel index to [-1, 1], between the corner centres if ``align_corners``, else between the edges."""
     return 2 * pixel / (side - 1) - 1 if align_corners else (2 * pixel + 1) / side - 1
 
 

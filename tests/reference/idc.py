@@ -24,7 +24,7 @@ DISTANCES = {"mse-conv": mse, "l1-conv": l1}
 
 
 def decode(stored: Tensor, factor: int) -> Tensor:
-    """Decode (n, C, H, W) to (factor^2 n, C, H, W): the upper left tiles of all images, then those to the right, etc."""
+    """Decode (n, C, H, W) to (factor^2 n, C, H, W): the upper left tile of every image, then the next to its right."""
     height, width = stored.shape[2] // factor, stored.shape[3] // factor
     tiles = []
     for i in range(factor):
