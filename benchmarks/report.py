@@ -116,7 +116,7 @@ def write(folder: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
         table(rows),
         "",
         f"{head['machine']}, {head['cores']} cores, {head['threads']} threads, torch {head['torch']}, commit "
-        f"{head['commit']}, {head['date']}." + (f" Its own rates in GFLOP/s: {named}." if named else ""),
+        f"{head['commit']}, {head['date']}." + (f" Rates of the machine in GFLOP/s: {named}." if named else ""),
     ]
     replace_part(folder / "performance.md", "table", "\n".join(lines))
 
