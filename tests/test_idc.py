@@ -18,6 +18,7 @@ from condense.method import Context, Optim
 from condense.methods.dc import StudentState
 from condense.methods.idc import IDC, IDCI, IDCBase
 from condense.networks import Functional, build
+from condense.objective import one_hot
 from condense.recipe import named
 from condense.rng import Rng
 from condense.schedule import Schedule
@@ -25,7 +26,7 @@ from condense.sources import Examples
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
 from condense.train import Trainer, Training
-from condense.views import cutmix, one_hot
+from condense.views import cutmix
 from tests.reference.idc import idc
 
 COUNTS = (8, 11, 9)

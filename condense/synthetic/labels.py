@@ -19,7 +19,7 @@ class Provider(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, index: Tensor) -> Tensor:
-        """Targets of the latents ``index`` (n,): classes (n,), or probabilities or other values (n, C)."""
+        """Targets of the latents ``index`` (n,): classes (n,), probabilities (n, C) or other values (n, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,16 @@ class Labels(Checked, ABC):
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
-    """What a target is: a class, probabilities of the classes, or any value for each of them."""
+    """What a target is: a class, probabilities of the classes, or any values. Sets without classes have the last."""
 
     @abstractmethod
     def build(self, labels: Tensor, num_classes: int) -> Provider:
-        """From initial ``labels``: classes (N,) or logits (N, C)."""
+        """From initial ``labels``: classes (N,) or logits (N, C).
+
+        Args:
+            labels: of the latents.
+            num_classes: C; 0 for a set without classes, whose labels are targets (N, D) of any width D.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ class Targets(Labels):
     learned: ClassVar[bool] = True
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "values"
     scale: float = 1.0
-    """Of the initial targets: a one-hot vector less 1/C, times this."""
+    """Of the initial targets: a one-hot vector less 1/C, times this; without classes the given ones, times this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +90,8 @@ class Targets(Labels):
             raise ValueError(f"labels.scale must be positive, got {self.scale}; try 1.0")
 
     def build(self, labels: Tensor, num_classes: int) -> Provider:
-        return _Targets(self.scale * (_probabilities(labels, num_classes) - 1 / num_classes))
+        values = _probabilities(labels, num_classes) - 1 / num_classes if num_classes else labels.float()
+        return _Targets(self.scale * values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,8 @@ class Origin:
     """
 
     dataset: Mapping[str, Any]
-    """name, fingerprint of the training split, classes, input shape."""
+    """name, fingerprint of the training split, classes, input_shape; target_width where the targets are not scores of
+    these classes, which may then be absent."""
     transform: Mapping[str, Any]
     """Description of the transform: latents live in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -73,8 +74,21 @@ class Origin:
     """Version of the code that wrote the set."""
 
     @property
+    def target_width(self) -> int:
+        """Numbers in a target, D."""
+        return int(self.dataset.get("target_width", len(self.dataset.get("classes", ()))))
+
+    @property
     def num_classes(self) -> int:
-        return len(self.dataset["classes"])
+        """Classes that the targets tell apart; 0 of a set without classes, whose targets are other values."""
+        num_classes = len(self.dataset.get("classes", ()))
+        return num_classes if num_classes == self.target_width else 0
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        """The classes (N,) of labels: classes (N,) or logits (N, C). Without classes all count as one, class 0."""
+        if not self.num_classes:
+            return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+        return labels.long() if labels.dim() == 1 else labels.argmax(1)
 
     @property
     def dataset_name(self) -> str:
@@ -141,17 +155,19 @@ class SyntheticSet(nn.Module):
 
     Args:
         latents: (N, ...), in the transformed space.
-        labels: classes (N,) or logits (N, C).
+        labels: classes (N,) or logits (N, C); of a set without classes targets (N, D), where the kind of labels has to
+            be ``targets``.
         decode, label_kind: how latents become images and what the targets are.
         decoder: of ``decode``, on the device of the latents; None: as it is built.
         lr: initial step size, scalar or one per inner step (T,); learned as its logarithm, hence positive.
 
     Raises:
-        ValueError: the decoder does not make samples of this shape.
+        ValueError: the decoder does not make samples of this shape; labels that a set without classes cannot have.
     """
 
     latents: nn.Parameter
     classes: Tensor
+    """Of the latents, (N,); all 0, and no part of the file, where the set has none (``origin.num_classes`` is 0)."""
 
     def __init__(
         self,
@@ -167,13 +183,18 @@ class SyntheticSet(nn.Module):
         super().__init__()
         self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
         self.decode.require_kind(origin.input_shape)
+        if not origin.num_classes and (self.label_kind.space != "values" or labels.shape[1:] != (origin.target_width,)):
+            raise ValueError(
+                f"a set without classes has targets of shape {(len(latents), origin.target_width)} and the labels "
+                f"targets, not labels of shape {tuple(labels.shape)} and the kind {self.label_kind.name}; give these"
+            )
         self.latents = nn.Parameter(latents.detach().clone())
         self._members: tuple[int, list[Tensor]] | None = None
         if decoder is None:
-            decoder = self.decode.build(origin.input_shape, origin.num_classes).to(latents.device)
+            decoder = self.decode.build(origin.input_shape, origin.num_classes or 1).to(latents.device)
         self.decoder = decoder
         self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
-        self.register_buffer("classes", labels.long() if labels.dim() == 1 else labels.argmax(1))
+        self.register_buffer("classes", origin.classes_of(labels), persistent=origin.num_classes > 0)
         log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
         self.log_lr = None if log_lr is None else nn.Parameter(log_lr)
 
@@ -184,10 +205,10 @@ class SyntheticSet(nn.Module):
     @property
     def ipc(self) -> int:
         """The budget in images per class; where it is not recorded, the number of latents per class."""
-        return self.origin.ipc or max(len(self) // self.origin.num_classes, 1)
+        return self.origin.ipc or max(len(self) // (self.origin.num_classes or 1), 1)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Samples (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default all)."""
+        """Samples (n', *input_shape) and targets (n',) or (n', D) of the latents ``index`` (default all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])
@@ -201,9 +222,17 @@ class SyntheticSet(nn.Module):
     def index_of(self, label: int) -> Tensor:
         """Indices (ipc,) of the latents made for class ``label``."""
         if self._members is None or self._members[0] != self.classes._version:
-            members = [(self.classes == c).nonzero().flatten() for c in range(self.origin.num_classes)]
+            members = [(self.classes == c).nonzero().flatten() for c in range(self.origin.num_classes or 1)]
             self._members = (self.classes._version, members)
         return self._members[1][label]
+
+    def require_classes(self, what: str) -> None:
+        """Raise ValueError, for ``what`` needs classes, where the set has none."""
+        if not self.origin.num_classes:
+            raise ValueError(
+                f"{what} needs classes: the targets of this set are {self.origin.target_width} values an image; train "
+                "networks on it in Python, by condense.train with the loss mse or cosine"
+            )
 
     def leaves(self) -> dict[str, list[nn.Parameter]]:
         """The learnable parts by name: latents, labels, decoder, lr; empty ones are left out."""
