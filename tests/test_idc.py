@@ -316,7 +316,7 @@ def test_recipes_hold_the_published_values(kind: type[IDCBase], name: str, decod
             recipe = recipes.pop(f"{name}-{dataset}-ipc{ipc}")
             assert isinstance(recipe.method, IDCBase)
             assert (recipe.dataset, recipe.ipc, recipe.decode) == (dataset, ipc, decode)
-            assert (recipe.augment, recipe.network, recipe.transform) == ("dsa:mode=D", "convnet", "channel")
+            assert (recipe.augment, recipe.network, recipe.transform) == ("dsa:mode=D", "auto", "channel")
             plain = (name, dataset) == ("idc", "mnist")
             assert recipe.method.optim.lr == pytest.approx(2 * lr / STD[dataset] ** 2, rel=5e-3)
             assert recipe.method == kind(
