@@ -344,8 +344,8 @@ def _unflatten(template: Any, skeleton: Any, tensors: Mapping[str, Tensor], path
                 return {key: _unflatten(known.get(key), item, tensors, f"{path}.{key}") for key, item in pairs}
         case "list" | "tuple" if isinstance(content, list) and (template is None or isinstance(template, list | tuple)):
             known_items = [*(template or ()), *[None] * len(content)]
-            pairs = enumerate(zip(content, known_items, strict=False))
-            items = [_unflatten(like, item, tensors, f"{path}.{i}") for i, (item, like) in pairs]
+            numbered = enumerate(zip(content, known_items, strict=False))
+            items = [_unflatten(like, item, tensors, f"{path}.{i}") for i, (item, like) in numbered]
             return items if kind == "list" else tuple(items)
     raise ValueError(f"{brief(skeleton)} at {path!r} is not what the method saves there")
 
