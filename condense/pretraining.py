@@ -1,5 +1,4 @@
-"""Networks trained on the real images on the way to something else, such as teachers and feature extractors: trained
-once, and read from the cache after that."""
+"""Train auxiliary networks on the real images, such as teachers and feature extractors, and cache them."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from condense.task import Task
 from condense.train import Trainer, Training
 
 MOST_CACHED = 1 << 30
-"""Bytes of the snapshots of one training, above which they are not cached."""
+"""The maximum size, in bytes, of the snapshots of one training run that are cached."""
 
 
 def pretrained(
@@ -36,19 +35,19 @@ def pretrained(
     cache: Path | None,
     on_epoch: Callable[[int, Weights], None] | None = None,
 ) -> Weights:
-    """``initial`` after ``training`` on the training images of ``task``, without augmentation.
+    """Return the weights ``initial`` after ``training`` on the training images of ``task``, without augmentation.
 
-    The result is a buffer of one network in the folder ``networks`` of ``cache``, named by everything that decides
-    its bits: the data, the training, the initial weights, ``rng``, the arithmetic and the version of this package.
-    Another training of that name is read instead of done. Networks without a name (callables), and those of another
-    type than float32, are not cached.
+    The result is cached as a buffer of one network in the folder ``networks`` of ``cache``. Its identity is everything
+    that determines its bits: the data, the training, the initial weights, ``rng``, the arithmetic and the version of
+    this package. Training with the same identity is skipped and the cached result is read. Networks without a name
+    (callables) and networks of a dtype other than float32 are not cached.
 
     Args:
-        task: the data, and the architecture of ``initial``.
-        rng: of the order of the batches, as of ``Trainer.run``.
-        cache: None where nothing can be cached.
-        on_epoch: called with the number of epochs done and the weights after each; then all epochs are cached, if they
-            take at most ``MOST_CACHED`` bytes.
+        task: the data and the architecture of ``initial``.
+        rng: determines the order of the batches, as in ``Trainer.run``.
+        cache: the cache folder; None disables caching.
+        on_epoch: called after each epoch with the number of epochs done and the weights. If given, all epochs are
+            cached, provided that they take at most ``MOST_CACHED`` bytes.
     """
     network = task.network
     keep: Keep = "last" if on_epoch is None else "all"
@@ -67,7 +66,7 @@ def pretrained(
             "code": __version__,
         }
         writer = _writer(cache / "networks", task.name, identity, initial, keep)
-        with contextlib.suppress(ValueError):  # not cached, or damaged: trained
+        with contextlib.suppress(ValueError):  # not cached, or damaged: train it
             return _cached(writer, task, training, on_epoch)
     rows: list[tuple[Tensor, Tensor]] = []
 
@@ -94,14 +93,14 @@ def pretrained(
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """On what the bits of a result depend beside its inputs."""
+    """Return what the bits of a result depend on besides its inputs."""
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     return {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
 
 
 def _writer(root: Path, name: str, identity: Mapping[str, Any], initial: Weights, keep: Keep) -> BufferWriter:
-    """Of the buffer of this identity; a damaged manifest is removed."""
+    """Return the writer of the buffer of this identity; remove its manifest if it is damaged."""
     try:
         return BufferWriter(root, name, identity, initial, keep)
     except ValueError:
@@ -112,7 +111,11 @@ def _writer(root: Path, name: str, identity: Mapping[str, Any], initial: Weights
 def _cached(
     writer: BufferWriter, task: Task, training: Training, on_epoch: Callable[[int, Weights], None] | None
 ) -> Weights:
-    """Raises ValueError where the network is not there, or damaged; then ``on_epoch`` was not called."""
+    """Return the cached weights, calling ``on_epoch`` for every epoch.
+
+    Raises:
+        ValueError: the network is missing or damaged. ``on_epoch`` was not called in this case.
+    """
     buffer = open_buffer(writer.folder)
     if not isinstance(buffer, Trajectories):
         return buffer.weights(0, task.network)

@@ -351,8 +351,8 @@ def test_text_from_files_is_shown_escaped(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("num_epochs", 9, "it says 1 experts of 9 epochs, and lists 1 of 2"),
-        ("num_experts", 2, "it says 2 experts of 2 epochs, and lists 1 of 2"),
+        ("num_epochs", 9, "it states 1 experts of 9 epochs, but lists 1 of 2"),
+        ("num_experts", 2, "it states 2 experts of 2 epochs, but lists 1 of 2"),
         ("experts", ["a"], "experts, entry 0: 'a' is not a mapping"),
         ("experts", [{"num_epochs": "2"}], "num_epochs: '2' is not a whole number"),
         ("params", [["w", [4, "1"]]], "params, entry 0, entry 1: '1' is not a whole number"),

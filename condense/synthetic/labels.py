@@ -1,4 +1,4 @@
-"""Label providers: what a synthetic image is trained towards. A value of the recipe."""
+"""Labels of synthetic sets: the targets that networks are trained towards."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from condense.schema import Checked
 
 
 class Provider(nn.Module, ABC):
-    """Targets of the latents of one set."""
+    """The targets of the latents of one set."""
 
     @abstractmethod
     def forward(self, index: Tensor) -> Tensor:
-        """Targets of the latents ``index`` (n,): classes (n,), or probabilities or other values (n, C)."""
+        """Return the targets of the latents ``index`` (n,): classes (n,), or probabilities or other values (n, C)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels(Checked, ABC):
+    """A kind of labels."""
+
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
@@ -31,7 +33,7 @@ class Labels(Checked, ABC):
 
     @abstractmethod
     def build(self, labels: Tensor, num_classes: int) -> Provider:
-        """From initial ``labels``: classes (N,) or logits (N, C)."""
+        """Return the targets for initial ``labels``: classes (N,) or logits (N, C)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +49,13 @@ class Hard(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Logits(Labels):
-    """A learned logit vector per image; the target is its softmax."""
+    """A learned vector of logits per image, whose softmax is the target."""
 
     name: ClassVar[str] = "logits"
     learned: ClassVar[bool] = True
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"
     confidence: float = 0.9
-    """Initial probability of the image's class; the rest is shared evenly."""
+    """Initial probability of the image's class; the other classes share the rest equally."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +71,7 @@ class Logits(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Targets(Labels):
-    """Learned regression targets, for methods with a squared loss.
+    """Learned regression targets, for methods with a squared error loss.
 
     Zhou et al. (2022), FRePo."""
 
@@ -77,7 +79,7 @@ class Targets(Labels):
     learned: ClassVar[bool] = True
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "values"
     scale: float = 1.0
-    """Of the initial targets: a one-hot vector less 1/C, times this."""
+    """Scale of the initial targets, which are one-hot vectors minus 1/C, multiplied by this number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,10 +92,10 @@ class Targets(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Labels):
-    """What trained networks say of the images as they are; not learned.
+    """Probabilities that trained networks assign to the current images; not learned.
 
-    Soft label assignment (Cui et al. 2023, TESLA): the method at work has the networks and assigns the labels; the file
-    keeps the last ones."""
+    Soft label assignment (Cui et al. 2023, TESLA): the method provides the networks and assigns the labels, and the
+    file stores the last assigned ones."""
 
     name: ClassVar[str] = "teacher"
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"
@@ -103,7 +105,7 @@ class Teacher(Labels):
 
 
 def _probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Classes (N,) or logits (N, C) as probabilities (N, C)."""
+    """Convert classes (N,) or logits (N, C) to probabilities (N, C)."""
     return F.one_hot(labels, num_classes).float() if labels.dim() == 1 else labels.float().softmax(1)
 
 
@@ -137,7 +139,7 @@ class _Targets(Provider):
 
 
 class Assigned(Provider):
-    """Probabilities that are set from outside."""
+    """Probabilities that a method sets."""
 
     probabilities: Tensor
 
@@ -147,7 +149,7 @@ class Assigned(Provider):
 
     @torch.no_grad()
     def assign(self, probabilities: Tensor) -> None:
-        """Of all latents, (N, C)."""
+        """Set the probabilities (N, C) of all latents."""
         self.probabilities.copy_(probabilities)
 
     def forward(self, index: Tensor) -> Tensor:
