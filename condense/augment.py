@@ -101,7 +101,7 @@ class Augment(Checked):
     ops: tuple[str, ...] = ()
     """Names of operations of this module, each at most once. Without any, images are unchanged."""
     mode: Mode = "S"
-    """How operations are chosen. S: one drawn operation for the whole batch. M: all operations, in their order. D: flip,
+    """How operations are chosen. S: one drawn operation for the whole batch. M: all operations, in order. D: flip,
     color, one of crop, scale and rotate, and cutout, in this order, if they are listed (Kim et al. 2022, IDC). P: one
     drawn operation for each image (evaluation of DC and RCIG)."""
     align_corners: bool = False
