@@ -7,8 +7,8 @@ Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation",
 * ``color``: brightness x + b, b in [-0.5, 0.5]; then saturation (x - m) s + m, s in [0, 2], m the mean over
   channels; then contrast (x - m) c + m, c in [0.5, 1.5], m the mean over channels and pixels.
 * ``crop``: a translation by whole pixels, up to an eighth of each side.
-* ``cutout``: a rectangle of half the height and width is set to zero; its centre may be any pixel, and the part outside
-  the image is cut off.
+* ``cutout``: a rectangle of half the height and width is set to zero. Its centre is anywhere in the image, and its part
+  outside the image is ignored.
 * ``flip``: a horizontal flip with probability one half.
 * ``scale``: both axes of the sampling grid are multiplied by independent factors in [1/1.2, 1.2].
 * ``rotate``: the sampling grid is rotated by up to 15 degrees. Since the grid has normalised coordinates, an image that

@@ -44,8 +44,7 @@ def relative_ridge(k_ss: Tensor, ridge: float) -> Tensor:
 
 
 def regression(k_ts: Tensor, k_ss: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """Return the ridge regression predictions (m, C) on ``y`` (n, C), ``K_ts (K_ss + ridge mean(diag K_ss) I)^-1
-    y``."""
+    """Return the predictions (m, C) of ridge regression on ``y``, ``K_ts (K_ss + ridge mean(diag K_ss) I)^-1 y``."""
     return k_ts @ ridge_solve(k_ss, y, relative_ridge(k_ss, ridge))
 
 

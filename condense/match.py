@@ -114,13 +114,13 @@ def matching_loss(
     compile: bool = False,  # noqa: A002
     micro_batch: int | None = None,
 ) -> Tensor:
-    """Return ``distance(real_grads, g)``, where g is the gradient in ``params`` of ``loss_fn(params, (images,
-    targets))``.
+    """Return ``distance(real_grads, g)``, where g is the gradient of the loss in ``params``.
 
-    The result is a scalar that is differentiable once, in ``images`` and ``targets`` only; everything else that
-    ``loss_fn`` uses is constant. The gradients are computed together with the value, so that no second-order graph
-    outlives this call. ``compile`` compiles the value and the gradients as one function, since a compiled ``loss_fn``
-    cannot be differentiated twice. A new architecture, distance or shape is compiled separately.
+    The loss is ``loss_fn(params, (images, targets))``. The result is a scalar that is differentiable once, in
+    ``images`` and ``targets`` only; everything else that ``loss_fn`` uses is constant. The gradients are computed
+    together with the value, so that no second-order graph outlives this call. ``compile`` compiles the value and the
+    gradients as one function, since a compiled ``loss_fn`` cannot be differentiated twice. A new architecture, distance
+    or shape is compiled separately.
 
     Args:
         real_grads: gradients by parameter, with the shapes of the parameters; or those of K sets, with a first axis K.

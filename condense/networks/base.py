@@ -74,7 +74,10 @@ class InstanceNorm(nn.GroupNorm):
 
 
 class QuickBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm for maps (N, C, ...) with momentum 0.9 of the running statistics, which use the biased variance."""
+    """A BatchNorm for maps (N, C, ...) whose running statistics give each new batch a weight of 0.9.
+
+    The running variance is updated with the biased variance of the batch.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, momentum=0.9)
@@ -115,8 +118,7 @@ POOLINGS: dict[str, tuple[Callable[..., nn.Module], ...]] = {
 
 
 def make_norm(norm: Norm, channels: int, axes: int = 2) -> nn.Module:
-    """Return a normalisation layer with learned scale and shift for maps (N, channels, ...) with ``axes`` spatial
-    axes."""
+    """Return a norm layer with learned scale and shift for maps (N, channels, ...) with ``axes`` spatial axes."""
     match norm:
         case "instance":
             return InstanceNorm(channels)

@@ -20,8 +20,7 @@ from condense.names import suggest
 from condense.networks.base import LayerNorm, Network, too_small
 
 Factory = Callable[[InputShape, int], nn.Module]
-"""``factory(input_shape, num_classes)`` returns a fresh network from samples (N, *input_shape) to logits
-(N, num_classes)."""
+"""``factory(input_shape, num_classes)`` returns a new network, samples (N, *input_shape) to logits (N, num_classes)."""
 
 
 class External(Network):

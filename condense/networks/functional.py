@@ -41,8 +41,7 @@ class Captured(NamedTuple):
     """The tensors that ``Functional.capture`` captured in one forward pass."""
 
     values: dict[str, Tensor]
-    """Captured tensors by the name of their module, in the order of the forward pass; ``name#2`` is the second run of a
-    module."""
+    """Tensors by the name of their module, in the order of the forward pass; ``name#2`` is a module's second run."""
     features: Tensor
     """The input of the final linear layer, (N, F)."""
     logits: Tensor
@@ -118,8 +117,7 @@ class Functional:
 
     @cached_property
     def flops(self) -> float:
-        """The floating-point operations in matrix products and convolutions of one sample's forward and backward
-        pass."""
+        """The floating-point operations of one sample's forward and backward pass (matrix products, convolutions)."""
         with FlopCounterMode(display=False) as counter:
             self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
