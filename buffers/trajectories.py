@@ -149,7 +149,7 @@ whatever was requested, because the policy belongs to the identity of a buffer a
 
 
 def resolved(task: Task, plan: Experts, root: Path, seed: int, compute: Compute) -> Compute:
-    """Return ``compute`` with every choice made; the choices of an existing buffer of the same identity are reused."""
+    """Return ``compute`` with every choice made; the choices of an otherwise equal existing buffer are reused."""
     like = {k: v for k, v in identity(task, plan, seed, compute).items() if k != "compute"}
     kind = Trajectories.kind if plan.keep == "all" else TrainedNetworks.kind
     existing = identities(root, kind, like)

@@ -175,8 +175,8 @@ def _choose(fields: Mapping[str, Any], table: Registry[type[T]], where: str) -> 
     if name not in table:
         if named.package:
             raise _MissingPackage(
-                f"according to its header, its {where} {brief(name)} is from the package {brief(named.package)}, which "
-                "is not installed; install that package if you trust it"
+                f"its {where} {brief(name)} needs the package {brief(named.package)}, which is not installed; "
+                "install that package if you trust it"
             )
         raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; update condense")
     known = {f.name for f in dataclasses.fields(table[name])}  # type: ignore[arg-type]
