@@ -72,8 +72,7 @@ class Experts(Checked):
     rho: float = 0.0
     """Radius of the ascent step of adaptive GSAM: 0.01 for FTD and DATM; 0 trains with plain gradients."""
     alpha: float = 0.0
-    """Weight in GSAM of the component of the plain gradient orthogonal to the perturbed gradient: 0.4 for FTD, 0.3 for
-    DATM."""
+    """Weight of the plain gradient's component orthogonal to the perturbed one (GSAM): 0.4 for FTD, 0.3 for DATM."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
