@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from condense import __version__, engine, registry
-from condense.cache import cache_folder
+from condense.cache import Cache, cache_folder
 from condense.data.datasets import Arrays
 from condense.exchange import External
 from condense.experiment import check, find_recipe, prepare, resolve
-from condense.files import reporting
 from condense.method import Context
 from condense.networks import Factory
 from condense.recipe import Recipe
@@ -114,21 +111,17 @@ def _make(name: str, plan: Recipe, ctx: Context, max_bytes: int | None) -> Synth
 
 def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     """The set that a recipe makes; made once, then cached."""
-    device, cache = ctx.task.device, cache_folder()
+    device = ctx.task.device
     listed = registry.name_of(plan.method) in registry.METHODS and not plan.network.startswith("custom:")
-    cached: Path | None = None
-    if listed and cache:
-        cached = cache / "baselines" / f"{ctx.origin.recipe_hash}-{device.type}.safetensors"
-        with contextlib.suppress(ValueError):  # missing, damaged or of another version: made again
-            if (made := load(cached)).origin.code == __version__:
-                return made.to(device)
+    cache = Cache(cache_folder() if listed else None, "baselines")
+    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": __version__}
+    cached = cache.read(key, load)
+    if cached is not None:
+        return cached.to(device)
     title = f"{name} {ctx.task.name} ipc {plan.ipc}"
     with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
-    if cached is not None:
-        with contextlib.suppress(ValueError), reporting(cached):  # a cache that cannot be written
-            cached.parent.mkdir(exist_ok=True)
-            save(made, cached)
+    cache.write(key, lambda folder: save(made, folder / "synthetic.safetensors"), about=title)
     return made
 
 

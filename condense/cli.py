@@ -29,6 +29,7 @@ Distil a data set into a few images a class, and measure what they are worth.
   show      RUN|FILE|BUFFER    what a file says of itself
   show      METHOD|RECIPE ...  the recipe for a data set and budget, as YAML
   list      methods|decoders|labels|adjoints|datasets|networks|recipes|protocols
+  cache     [--prune]          what is kept between runs, with sizes
   import    SRC DST ...        published sets, expert buffers and weights into ours
   export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set
 
@@ -38,7 +39,7 @@ Distil a data set into a few images a class, and measure what they are worth.
 LONGEST_MESSAGE = 2000
 """Characters of an error or a warning that are shown."""
 
-COMMANDS = ("apply", "buffer", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
+COMMANDS = ("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,8 +8,9 @@ import inspect
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from condense import show as glance
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
 from condense.buffers.trajectories import Experts
+from condense.cache import Entry, cache_folder, entries, prune
 from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
@@ -167,6 +169,20 @@ class ShowRecipe:
     recipe: Annotated[Switch[Recipe], Flat]
     json: bool = False
     """Print JSON: the name of the recipe, its source and its fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    prune: bool = False
+    """Remove what was not used for some time, and what earlier versions left; what a process uses now stays."""
+    days: float = 30.0
+    """Days without use after which --prune removes an entry; 0: all entries."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if not self.days >= 0:
+            raise ValueError(f"--days must be at least 0, got {self.days}; give --days 30")
 
 
 def distill(words: list[str], ranks: Ranks) -> None:
@@ -385,6 +401,40 @@ def report(words: list[str]) -> None:
     say(str(api.report(folders, command.out, command.dataset, download=command.download)))
 
 
+def cache(words: list[str]) -> None:
+    flags = _bare(_bare(words, "--prune"), "--json")
+    command = recipe.parse(Cache, flags, Cache(), prog="condense cache")
+    if any(word.partition("=")[0] == "--days" for word in words) and not command.prune:
+        raise ValueError("--days says what --prune removes; give --prune --days N")
+    folder = cache_folder()
+    removed = prune(folder, command.days) if folder is not None and command.prune else []
+    listed = entries(folder) if folder is not None else []
+    if command.json:
+        print(json.dumps({"folder": str(folder), "entries": _rows(listed), "removed": _rows(removed)}, indent=1))
+        return
+    if command.prune:
+        say(f"removed: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")
+    for kind, group in itertools.groupby(listed, lambda entry: entry.kind):
+        of_kind = list(group)
+        lines = [(_size(e.size), f"{datetime.fromtimestamp(e.last_use):%Y-%m-%d}", _described(e)) for e in of_kind]
+        total = _size(sum(entry.size for entry in of_kind))
+        more = [("", "", f"and {len(lines) - 10} smaller ones")] if len(lines) > 10 else []
+        print_table(f"{kind}: {len(lines)} entries, {total}", ("size", "last used", ""), [*lines[:10], *more])
+    say(f"{folder}: {len(listed)} entries, {_size(sum(entry.size for entry in listed))}")
+
+
+def _rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(entry) | {"path": str(entry.path)} for entry in entries]
+
+
+def _described(entry: Entry) -> str:
+    return f"{entry.about} (of an earlier version)" if entry.outdated else entry.about
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
 def demo(words: list[str]) -> None:
     from condense import demo as job
 
@@ -413,6 +463,7 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
 TABLE: dict[str, Callable[[list[str]], None]] = {
     "apply": apply,
     "buffer": _divided(buffer),
+    "cache": cache,
     "demo": demo,
     "distill": _divided(distill),
     "evaluate": _divided(evaluate),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from condense.allocator import keep_freed_memory
-from condense.cache import cache_folder
+from condense.cache import Cache, cache_folder
 from condense.files import check_writable
 from condense.names import spelt
 from condense.schema import Checked
@@ -310,8 +310,15 @@ def choose_compiled_folder() -> None:
 
     Each instruction set has a folder of its own: torch takes code of another one from its cache, which gives NaN.
     """
-    cache = cache_folder()
-    keep_compiled(cache and cache / "compiled" / torch.backends.cpu.get_cpu_capability().lower())
+    _compiled.close()
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    cache = Cache(cache_folder(), "compiled")
+    folder = _compiled.enter_context(cache.held({"instructions": instructions}, about=instructions))
+    keep_compiled(folder if folder is not None and os.access(folder, os.W_OK) else None)
+
+
+_compiled = contextlib.ExitStack()
+"""Holds the entry of the cache in which this process keeps compiled code."""
 
 
 def prepare_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from condense.names import spelt
 
@@ -100,6 +100,22 @@ class Ranks:
                 with _meeting(flat):
                     dist.broadcast(flat, 0)
                 _scatter(flat, group)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """What every process passed, by rank, in every process alike.
+
+        Args:
+            value: any object that can be pickled; only processes of this run read the pickle.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.size
+        with _meeting():
+            dist.all_gather_object(gathered, value)
+        self.barrier()  # torch's own tensors are not in `_exchanged`; those of the barrier are, and come last
+        return gathered
 
     def barrier(self) -> None:
         """Return when every process is here."""

@@ -30,6 +30,7 @@ from condense.files import expanded, reporting, write_text
 from condense.method import Context, Method
 from condense.names import spelt
 from condense.networks import Factory, Functional, parse
+from condense.objective import OBJECTIVES
 from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.runs import RunOptions
@@ -105,7 +106,7 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
             f"{spelt('eval_every')} needs a validation split, the recipe holds none out; "
             f"give {spelt('split.val_fraction', 0.1)}"
         )
-    reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform)
+    reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
 
@@ -229,6 +230,7 @@ def prepare(
         origin=_origin(plan, task, described),
         artifacts=opened,
         ranks=ranks,
+        objective=OBJECTIVES[plan.objective](),
     )
 
 
@@ -295,14 +297,17 @@ def _open_artifacts(plan: Recipe, task: Task, buffers: Path, source: str) -> dic
 
 def _origin(plan: Recipe, task: Task, described: list[dict[str, Any]]) -> Origin:
     """What the sets of a recipe say of themselves; ``described``: the artifacts that were read."""
-    training = plan.method.training(task).content() | {
+    training = plan.method.training(task)
+    if plan.objective != "cross-entropy":
+        training = dataclasses.replace(training, loss=plan.objective)
+    described_training = training.content() | {
         "augment": str(plan.method.training_augment(task)),
         "network": plan.method.training_network(task),
     }
     return Origin(
         dataset=task.dataset(),
         transform=task.transform.describe(),
-        training=training,
+        training=described_training,
         recipe=recipe.to_mapping(plan),
         recipe_hash=plan.hash(dataset=task.fingerprint, network=task.network.identity(), artifacts=described),
         artifacts=described,

@@ -119,7 +119,7 @@ def temporary(folder: Path, *, is_folder: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     path = folder / f".condense-{uuid.uuid4().hex}.tmp"
     try:
         if is_folder:
@@ -127,7 +127,7 @@ def temporary(folder: Path, *, is_folder: bool = False) -> Iterator[Path]:
         else:
             open(path, "xb").close()
         with contextlib.ExitStack() as lock:
-            _lock(path, lock)
+            try_lock(path, lock)
             yield path
     finally:
         _remove(path, is_folder)
@@ -225,14 +225,28 @@ def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
         file.close()  # the holder before removed it
 
 
-def _lock(path: Path, stack: contextlib.ExitStack) -> bool | None:
-    """Lock a file or folder until ``stack`` ends; False: another process has it, None: there are no locks."""
+def try_lock(path: Path, stack: contextlib.ExitStack, *, shared: bool = False) -> bool | None:
+    """Lock a file or folder until ``stack`` ends, alone or ``shared`` with others.
+
+    Returns:
+        Whether it is locked: False where another process holds it, None where there are no locks.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if fcntl is None:  # on Windows what is open cannot be renamed
+        return None
+    descriptor = os.open(path, os.O_RDONLY if shared or path.is_dir() else os.O_RDWR)
+    stack.callback(os.close, descriptor)
+    return try_lock_open(descriptor, shared=shared)
+
+
+def try_lock_open(descriptor: int, *, shared: bool = False) -> bool | None:
+    """``try_lock`` of an open file; the lock lasts until the descriptor and all duplicates of it are closed."""
     if fcntl is None:
         return None
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    stack.callback(os.close, descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -240,13 +254,13 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> bool | None:
     return True
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that ended; what cannot be removed stays."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in [entry for entry in entries if _TEMPORARY.fullmatch(entry.name) and not entry.is_symlink()]:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 age = time.time() - entry.stat().st_mtime
-                free = age > _YOUNG and _lock(Path(entry.path), stack)
+                free = age > _YOUNG and try_lock(Path(entry.path), stack)
                 if free or (free is None and age > _OLD):
                     _remove(Path(entry.path), entry.is_dir())
 

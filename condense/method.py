@@ -19,6 +19,7 @@ from condense.compute import Compute
 from condense.data.layout import kind
 from condense.distributed import Ranks
 from condense.names import spelt
+from condense.objective import OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked
@@ -26,7 +27,7 @@ from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Task
-from condense.train import Training, loss_of
+from condense.train import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,8 @@ class Context:
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     """What the specs of ``Method.needs`` opened, by the same names."""
     ranks: Ranks = Ranks()
+    objective: Objective = field(default_factory=CrossEntropy)
+    """What the networks of the method are trained towards."""
 
     @property
     def latents_per_class(self) -> int:
@@ -135,7 +138,7 @@ class Context:
 
         Args:
             images: (images_per_class * C, c, h, w) in the transformed space, grouped by class.
-            labels: of these images; classes (n,) or logits (n, C).
+            labels: of these images; classes (n,), logits (n, C), or targets (n, D) of another width.
             lr: initial learned step size, if the method learns one.
             interleave: let each C latents in a row be one of every class, instead of grouping them by class.
 
@@ -146,10 +149,10 @@ class Context:
         copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
         grouped = images.unflatten(0, (classes, each, copies)).flatten(0, 1)
         labels = labels.unflatten(0, (classes * each, copies))[:, 0]
-        decoder = self.decode.build(self.task.input_shape, classes).to(images.device)
+        decoder = self.decode.build(self.task.input_shape, self.origin.num_classes or 1).to(images.device)
         latents = self.decode.encode(
             grouped.transpose(0, 1).flatten(0, 1),
-            labels if labels.dim() == 1 else labels.argmax(1),
+            self.origin.classes_of(labels),
             decoder,
             self.rng("decoder"),
         )
@@ -169,10 +172,11 @@ class Context:
                 f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: {each} are needed for each "
                 f"of {classes} classes; give ctx.images_per_class images of every class, as ctx.initial does"
             )
-        if labels.shape not in (wanted[:1], (wanted[0], classes)):
+        width = self.origin.target_width
+        if labels.shape not in (wanted[:1], (wanted[0], width)):
             raise ValueError(
                 f"the labels of a new set have shape {tuple(labels.shape)}: {len(images)} images have as many classes, "
-                f"or logits of {classes} classes; give shape {wanted[:1]} or {(wanted[0], classes)}"
+                f"or targets of width {width}; give shape {wanted[:1]} or {(wanted[0], width)}"
             )
         grouped = torch.arange(classes, device=labels.device).repeat_interleave(each)
         if labels.dim() == 1 and not torch.equal(labels, grouped.to(labels.dtype)):
@@ -209,13 +213,15 @@ class Context:
 
     @cached_property
     def loss_fn(self) -> Callable[[dict[str, Tensor], tuple[Tensor, ...]], Tensor]:
-        """Cross-entropy of the task's network: ``loss_fn(params, (images, targets))``, pure, for second order. A third
+        """The objective of the task's network: ``loss_fn(params, (images, targets))``, pure, for second order. A third
         tensor (N, F) says which features the classifier sees."""
         network, buffers = self.task.network, self.task.network.init(Rng(0), "buffers").buffers
+        objective = self.objective
 
         def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
             images, targets, *mask = batch
-            return loss_of(network.logits(params, buffers, images, True, False, *mask).to(images.dtype), targets)
+            outputs = network.logits(params, buffers, images, True, False, *mask).to(images.dtype)
+            return objective.loss(outputs, targets)
 
         return self.compute.second_order(loss_fn, network.device)
 
@@ -277,6 +283,10 @@ class Method(Checked, ABC):
     regresses: ClassVar[bool] = False
     """Its objective is a squared error, so that targets need not be probabilities."""
 
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("cross-entropy",)
+    """What the ``objective`` of a recipe may be. A method lists others only where ``Context.objective`` takes the place
+    of its every loss on targets."""
+
     has_teacher: ClassVar[bool] = False
     """It has trained networks at hand that can label the images: it makes ``teacher`` labels."""
 
@@ -318,12 +328,17 @@ class Method(Checked, ABC):
         """The augmentation of that training: the one it was distilled with."""
         return replace(task.augment, flips=False)
 
-    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
-        """Why a set with this decoder and these labels makes no sense here, and what to give instead; None: it does."""
+    def incompatibility(
+        self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
+    ) -> str | None:
+        """Why a set with this decoder and these labels, or this objective, makes no sense here, and what to give
+        instead; None: it does."""
+        if objective not in self.objectives:
+            return f"does not take the objective {objective}; give {spelt('objective', 'cross-entropy')}, the default"
         if labels.learned and not self.learns_labels:
             return f"gives labels no gradient: {labels.name} would stay as they begin; give {spelt('labels', 'hard')}"
-        if labels.space == "values" and not self.regresses:
-            return f"trains by cross-entropy, which {labels.name} are not made for; give {spelt('labels', 'logits')}"
+        if labels.space == "values" and not self.regresses and not OBJECTIVES[objective].takes_values:
+            return f"trains by {objective}, which {labels.name} are not made for; give {spelt('labels', 'logits')}"
         if labels.name == "teacher" and not self.has_teacher:
             return f"has no trained network that could label the images; give {spelt('labels', 'hard')}"
         return None
@@ -393,12 +408,14 @@ class GradientMethod(Method):
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"method.ema must lie between 0 and 1, got {self.ema}; try 0.999")
 
-    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(
+        self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
+    ) -> str | None:
         if self.clamp and not decode.stores_pixels:
             return f"cannot clamp pixels that {decode.name} does not store; give {spelt('method.clamp', False)}"
         if self.clamp and transform not in ("none", "channel"):
             return f"cannot clamp pixels whitened by {transform}; give {spelt('method.clamp', False)}"
-        return super().incompatibility(decode, labels, transform)
+        return super().incompatibility(decode, labels, transform, objective)
 
     def optims(self) -> dict[str, Optim]:
         """The optimiser of each leaf."""

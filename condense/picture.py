@@ -35,10 +35,11 @@ _OVERSAMPLING = 2
 
 @torch.no_grad()
 def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[Tensor]:
-    """Pictures in [0, 1], (n, C, h, w) of each class with one or three channels C, at most ``columns`` of them."""
+    """Pictures in [0, 1], (n, C, h, w) of each class with one or three channels C, at most ``columns`` of them; in one
+    row without classes."""
     samples = transform.to_data(syn()[0]).cpu()
     source = syn.classes.cpu().repeat(len(samples) // len(syn))
-    rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes)]
+    rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
     match kind(syn.origin.input_shape):
         case "images":
             return rows

@@ -27,6 +27,7 @@ from condense.files import canonical_json, expanded
 from condense.inner import ADJOINTS, Adjoint
 from condense.method import Method, Optim
 from condense.names import speaks_flags, spelt, suggest
+from condense.objective import ObjectiveName
 from condense.plugins import Registry
 from condense.rng import check_seed
 from condense.schedule import nested
@@ -66,6 +67,9 @@ class Recipe(Checked):
     """How stored latents become images."""
     labels: Labels = Hard()
     """What the images are trained towards."""
+    objective: ObjectiveName = "cross-entropy"
+    """What the networks of the method, and those that its sets train, are trained towards; mse and cosine take targets
+    that are no probabilities."""
     compute: Compute = Compute()
     """Exactness against speed."""
     seed: int = 0
@@ -92,6 +96,8 @@ def to_mapping(value: Any) -> Any:
     if isinstance(value, Optim):
         return value.content()
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Recipe) and value.objective == "cross-entropy":
+        del fields["objective"]  # which recipes of earlier versions, and their hashes, do not have
     if isinstance(value, Method):
         return {"name": registry.name_of(value), **fields}
     for base, options in CHOICES.items():

@@ -96,7 +96,8 @@ def _set(title: str, syn: SyntheticSet) -> None:
         title,
         {
             "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
-            kind(shape): f"{len(images)} of {'x'.join(map(str, shape))}, {origin.num_classes} classes",
+            kind(shape): f"{len(images)} of {'x'.join(map(str, shape))}, "
+            + (f"{origin.num_classes} classes" if origin.num_classes else f"targets of {origin.target_width} values"),
             "method": origin.method or "unknown",
             "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
             "transform": origin.transform.get("kind"),

@@ -109,22 +109,28 @@ class Task:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def target_width(self) -> int:
+        """Numbers in a target, which are the outputs of the network: one for each class, or those of something else."""
+        return self.network.num_classes
+
     def with_network(self, network: str) -> Task:
         """The same data for another architecture, on the same device.
 
         Raises:
             ValueError: as ``Functional`` does.
         """
-        return replace(self, network=Functional(network, self.input_shape, self.num_classes, self.device))
+        return replace(self, network=Functional(network, self.input_shape, self.target_width, self.device))
 
     def dataset(self) -> dict[str, Any]:
-        """What files say of the data."""
-        return {
+        """What files say of the data; of the width of targets only where they are not scores of the classes."""
+        facts = {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "classes": list(self.classes),
             "input_shape": list(self.input_shape),
         }
+        return facts if self.target_width == self.num_classes else facts | {"target_width": self.target_width}
 
     def identity(self) -> Mapping[str, Any]:
         """What decides a network trained on this task, apart from how it is trained."""

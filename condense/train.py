@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import Augment
@@ -19,14 +18,15 @@ from condense.compute import Compute
 from condense.data.images import Images
 from condense.names import spelt
 from condense.networks import Functional, Weights
+from condense.objective import KL, OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import DROP_AT_HALF, Schedule
 from condense.schema import Checked
 from condense.sources import Batch, Examples, Source
-from condense.views import Views, one_hot
+from condense.views import Views
 
 Tensors = dict[str, Tensor]
-Objective = Callable[[bool], Tensor]
+BatchLoss = Callable[[bool], Tensor]
 """The loss of a batch at the weights as they are; whether running statistics are updated."""
 
 
@@ -51,9 +51,9 @@ class Training(Checked):
     """L2 penalty, added to the gradient; of adamw, taken from the weights."""
     schedule: Schedule = DROP_AT_HALF
     """How the learning rate changes; drops keep the momentum."""
-    loss: Literal["cross-entropy", "mse", "kl"] = "cross-entropy"
-    """mse: half the squared distance to the targets, summed over classes, averaged over images. kl: the divergence of
-    the softmax at ``temperature`` from the targets."""
+    loss: ObjectiveName = "cross-entropy"
+    """mse: half the squared distance to the targets, summed over their width, averaged over images. kl: the divergence
+    of the softmax at ``temperature`` from the targets. cosine: one minus the cosine of outputs and targets."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """sgd, adam or adamw."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -129,23 +129,19 @@ class Training(Checked):
             sgd.state[params[name]]["momentum_buffer"] = buffer
         return sgd
 
-    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over a batch. ``targets``: classes (N,), or probabilities or values (N, C)."""
-        if self.loss == "cross-entropy":
-            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        targets = one_hot(targets, logits.shape[1]).to(logits.dtype)
-        if self.loss == "mse":
-            return 0.5 * (logits - targets).square().sum(1).mean()
-        return F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
+    @property
+    def objective(self) -> Objective:
+        """The objective that ``loss`` names, with its numbers."""
+        match self.loss:
+            case "cross-entropy":
+                return CrossEntropy(label_smoothing=self.label_smoothing)
+            case "kl":
+                return KL(temperature=self.temperature)
+        return OBJECTIVES[self.loss]()
 
 
 _FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay loss name augment labels".split()
 """Of ``Training``, and of the protocols made of it."""
-
-
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch; ``targets``: classes (N,) or probabilities (N, C)."""
-    return F.cross_entropy(logits, targets)
 
 
 class Trainer:
@@ -158,13 +154,13 @@ class Trainer:
         compute: Compute,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """``loss(logits, targets)``: the mean loss of a batch, in place of that of ``training``."""
+        """``loss(outputs, targets)``: the mean loss of a batch, in place of that of ``training``."""
         self.network, self.training, self.compute = network, training, compute
-        loss_of = loss or training.loss_of
+        loss_of = loss or training.objective.loss
 
         def loss_fn(params: Tensors, buffers: Tensors, images: Tensor, targets: Tensor, update: bool) -> Tensor:
-            logits = network.logits(params, buffers, images, train=True, update_buffers=update)
-            return loss_of(logits.to(images.dtype), targets)
+            outputs = network.logits(params, buffers, images, train=True, update_buffers=update)
+            return loss_of(outputs.to(images.dtype), targets)
 
         def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
             def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
@@ -208,7 +204,7 @@ class Trainer:
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
         live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
 
-        def objective(batches: Sequence[Batch]) -> Objective:
+        def loss_of(batches: Sequence[Batch]) -> BatchLoss:
             (batch,) = batches
             return functools.partial(self._loss, *live, self.compute.layout(batch.images), batch.targets)
 
@@ -216,7 +212,7 @@ class Trainer:
             if on_epoch is not None:
                 on_epoch(epochs, live)
 
-        self._epochs((optimiser or self.training.optimise)(params), [source], objective, after)
+        self._epochs((optimiser or self.training.optimise)(params), [source], loss_of, after)
         return Weights({name: p.detach() for name, p in params.items()}, live.buffers)
 
     def run_together(
@@ -246,7 +242,7 @@ class Trainer:
         def live() -> list[Weights]:
             return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
 
-        def objective(batches: Sequence[Batch]) -> Objective:
+        def loss_of(batches: Sequence[Batch]) -> BatchLoss:
             x, y = torch.stack([b.images for b in batches]), torch.stack([b.targets for b in batches])
             return lambda update: cast(Tensor, self._losses(params, x, y))
 
@@ -254,34 +250,34 @@ class Trainer:
             if on_epoch is not None:
                 on_epoch(epochs, live())
 
-        self._epochs(self.training.optimise(params), sources, objective, after)
+        self._epochs(self.training.optimise(params), sources, loss_of, after)
         return live()
 
     def _epochs(
         self,
         optimiser: torch.optim.Optimizer,
         sources: Sequence[Source],
-        objective_of: Callable[[Sequence[Batch]], Objective],
+        loss_of: Callable[[Sequence[Batch]], BatchLoss],
         after: Callable[[int], None],
     ) -> None:
-        """``objective_of`` makes the loss of a batch from those of every network."""
+        """``loss_of`` makes the loss of a batch from those of every network."""
         plan, num_batches, rng = self.training, sources[0].num_batches, sources[0].rng
         with contextlib.nullcontext() if rng is None else rng.forked("layers"):  # dropout of external networks
             for epoch in range(plan.num_epochs):
                 for index in range(num_batches):
                     optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + index, num_batches)
-                    objective = objective_of([source.batch(epoch, index) for source in sources])
+                    loss = loss_of([source.batch(epoch, index) for source in sources])
                     optimiser.zero_grad(set_to_none=True)
-                    objective(True).backward()
+                    loss(True).backward()
                     if plan.rho:
                         params = optimiser.param_groups[0]["params"]
-                        sharpness_aware(params, objective, plan.rho, plan.alpha, len(sources))
+                        sharpness_aware(params, loss, plan.rho, plan.alpha, len(sources))
                     optimiser.step()
                 after(epoch + 1)
 
 
 def sharpness_aware(
-    params: Sequence[Tensor], objective: Objective, rho: float, alpha: float, num_networks: int = 1
+    params: Sequence[Tensor], objective: BatchLoss, rho: float, alpha: float, num_networks: int = 1
 ) -> None:
     """Replace the gradient g of a batch at the weights w by that of adaptive GSAM.
 

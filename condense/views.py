@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import Augment
 from condense.data.layout import sides
+from condense.objective import one_hot
 from condense.rng import Rng
 
 
@@ -55,11 +55,6 @@ class Views:
 
 
 UNCHANGED = Views()
-
-
-def one_hot(targets: Tensor, num_classes: int) -> Tensor:
-    """Classes (N,) as rows (N, num_classes), float32; what has rows already stays as it is."""
-    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
 
 
 def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

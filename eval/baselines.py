@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,32 +15,16 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.distributed import Ranks
 from condense.eval.evaluate import Progress, evaluate, measure, resolved
-from condense.eval.journal import Journal
+from condense.eval.journal import CachedCells, CellStore
 from condense.eval.protocol import PROTOCOLS, Protocol, own
 from condense.eval.results import Result
 from condense.eval.subject import Subject, load_test
-from condense.files import check_writable
 from condense.networks import Factory, Functional
 from condense.synthetic.set import SyntheticSet
 from condense.task import Split, make_task
 
 FULL = "full"
 """The name of the baseline that is all training data."""
-
-
-def cached_journal(cache: Path | None, arrays: Arrays, rank: int = 0) -> Journal | None:
-    """The journal of networks trained on baselines, which stays in the cache: each network is stored under a hash of
-    its provenance, so that the baselines of one evaluation serve the next. None, with a warning, where nothing can be
-    written."""
-    if cache is None:
-        return None
-    folder = cache / "baselines"
-    try:
-        check_writable(folder)
-    except ValueError as error:
-        warnings.warn(f"baselines are not cached: {error}", stacklevel=2)
-        return None
-    return Journal(folder / arrays.fingerprint["train"][:16], rank, needed=False)
 
 
 def compare(
@@ -76,7 +59,7 @@ def compare(
     """
     arrays, cache = subject.arrays, subject.cache
     named = all(isinstance(network, str) for network in networks)  # the name of a callable does not identify its code
-    journal = cached_journal(cache, arrays, ranks.rank) if names and named else None
+    journal = CachedCells(cache) if named else None
     for name in names:
         if name == FULL:
             for network in networks:
@@ -142,7 +125,7 @@ def full_data(
     cache: Path | None = None,
     progress: Progress = tracking.progress,
     ranks: Ranks = Ranks(),
-    journal: Journal | None = None,
+    journal: CellStore | None = None,
 ) -> Result:
     """Accuracy of networks trained on all training images under ``protocol``; what ``journal`` holds is not trained
     again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from condense.data.transform import Transform
 from condense.distributed import Ranks
 from condense.eval import teachers
 from condense.eval.calibration import Calibration, temperature
-from condense.eval.journal import Cell, Journal, width
+from condense.eval.journal import Cell, CellStore
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, recorded_name
 from condense.eval.results import Evaluation, Result
@@ -133,7 +134,7 @@ def measure(
     compute: Compute,
     progress: Progress,
     ranks: Ranks = Ranks(),
-    journal: Journal | None = None,
+    journal: CellStore | None = None,
     held_out: Labelled | None = None,
     teachers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> list[Result]:
@@ -197,13 +198,14 @@ def measure(
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "numbers": width(arrays.num_classes),
+            "num_classes": arrays.num_classes,
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
-    cells = _trained_before(provenance, num_seeds, width(arrays.num_classes), journal, ranks)
-    trained = torch.zeros_like(cells)
-    mine = ranks.shard(cells[:, :, 0].isnan().nonzero().tolist())
+    cells = _trained_before(provenance, num_seeds, journal, ranks)
+    numbered = [(i, k) for i in range(len(networks)) for k in range(num_seeds)]
+    mine = ranks.shard([number for number in numbered if number not in cells])
+    trained: dict[tuple[int, int], Cell] = {}
     for i, network in enumerate(networks):
         units = [k for of, k in mine if of == i]
         if not units:
@@ -216,7 +218,8 @@ def measure(
             for first in range(0, len(units), at_once):
                 begun, group = time.perf_counter(), units[first : first + at_once]
                 forget_peak(device)
-                on_epoch = _reporter(bar, first * num_epochs, len(group), trained[i, units[:first], 0])
+                accuracies = [trained[i, k].scores.accuracy for k in units[:first]]
+                on_epoch = _reporter(bar, first * num_epochs, len(group), accuracies)
                 rngs = [rng.child("network", k) for k in group]
                 scores = scorer.score(
                     images,
@@ -230,13 +233,12 @@ def measure(
                 )
                 share = (time.perf_counter() - begun) / len(group)
                 for k, scored in zip(group, scores, strict=True):
-                    cell = Cell(scored, share, peak_memory(device))
-                    trained[i, k] = cell.pack()
+                    trained[i, k] = Cell(scores=scored, seconds=share, peak_memory=peak_memory(device))
                     if journal is not None:
-                        journal.add(provenance[i], k, cell)
-    ranks.all_reduce_([trained])
-    cells = torch.where(cells[:, :, :1].isnan(), trained, cells)
-    unpacked = [[Cell.unpack(cell) for cell in row] for row in cells]
+                        journal.add(provenance[i], k, trained[i, k])
+    for of_one_process in ranks.gather_objects(trained):
+        cells |= of_one_process
+    rows = [[cells[i, k] for k in range(num_seeds)] for i in range(len(networks))]
     return [
         Result(
             method="full" if syn is None else syn.origin.method,
@@ -256,7 +258,7 @@ def measure(
             compute=policy.first_order_identity(),
             **common,
         )
-        for network, policy, training, row in zip(networks, policies, plans, unpacked, strict=True)
+        for network, policy, training, row in zip(networks, policies, plans, rows, strict=True)
     ]
 
 
@@ -293,22 +295,19 @@ def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
 
 
 def _trained_before(
-    provenance: Sequence[Mapping[str, Any]], num_seeds: int, size: int, journal: Journal | None, ranks: Ranks
-) -> Tensor:
-    """Packed cells (networks, num_seeds, size) of the journal as the first process reads it; NaN where it has none."""
-    cells = torch.full((len(provenance), num_seeds, size), torch.nan, dtype=torch.float64)
+    provenance: Sequence[Mapping[str, Any]], num_seeds: int, journal: CellStore | None, ranks: Ranks
+) -> dict[tuple[int, int], Cell]:
+    """The networks that the first process finds in the journal, by architecture and number."""
+    stored: dict[tuple[int, int], Cell] = {}
     if journal is not None and ranks.first:
-        for row, key in zip(cells, provenance, strict=True):
-            for k, cell in journal.find(key).items():
-                if k < num_seeds:
-                    row[k] = cell.pack()
-    ranks.broadcast([cells])
-    return cells
+        for i, key in enumerate(provenance):
+            stored |= {(i, k): cell for k, cell in journal.find(key, num_seeds).items()}
+    return ranks.gather_objects(stored)[0]
 
 
-def _reporter(bar: Bar, before: int, at_once: int, accuracies: Tensor) -> OnEpoch:
+def _reporter(bar: Bar, before: int, at_once: int, accuracies: Sequence[float]) -> OnEpoch:
     """Shows the epochs done, and the mean accuracy of the networks that are done."""
-    note = f"mean {100 * float(accuracies.mean()):.1f} %, n = {len(accuracies)}" if len(accuracies) else ""
+    note = f"mean {100 * statistics.fmean(accuracies):.1f} %, n = {len(accuracies)}" if accuracies else ""
     return lambda done, weights: bar(before + done * at_once, note)
 
 
@@ -323,7 +322,7 @@ def evaluate(
     progress: Progress = tracking.progress,
     on_result: Callable[[Result], None] | None = None,
     ranks: Ranks = Ranks(),
-    journal: Journal | None = None,
+    journal: CellStore | None = None,
 ) -> Evaluation:
     """Train ``num_seeds`` fresh networks per architecture on the set and score each once, at its last epoch.
 
@@ -380,10 +379,12 @@ def evaluate(
 
 def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol: Protocol, num_seeds: int) -> None:
     """Raise ValueError where a set cannot be evaluated in this way, as far as that is known without its data: there is
-    no such network or augmentation, or the protocol needs held-out images and the set has none.
+    no such network or augmentation, the set has no classes, or the protocol needs held-out images and it has none.
 
     ``syn`` is None of published images, which become a set with their data.
     """
+    if syn is not None:
+        syn.require_classes("an accuracy")
     if not networks:
         raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
     if num_seeds < 1:

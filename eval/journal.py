@@ -1,29 +1,31 @@
-"""The trained networks of an evaluation that is not done yet: one line each, so that a stopped one goes on."""
+"""Networks that an evaluation has trained and scored, kept so that none is trained twice.
+
+``Journal`` has those of an evaluation that is not done yet, beside its results. ``CachedCells`` has those of baselines,
+in the cache, where the baselines of one evaluation serve the next.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from condense.eval import metrics
-from condense.eval.metrics import Scores
-from condense.files import canonical_json, locked, reporting, write_text
+from condense.cache import Cache
+from condense.eval.metrics import NUM_BINS, Scores
+from condense.files import canonical_json, locked, read_json, reporting, write_text
 from condense.schema import from_json
 from condense.tracking import Log, read_log
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """One trained network."""
 
     scores: Scores
@@ -31,30 +33,67 @@ class Cell(NamedTuple):
     peak_memory: int
     """Bytes; see ``condense.compute.peak_memory``."""
 
-    def pack(self) -> Tensor:
-        """One float64 vector: the scores, the seconds, the memory."""
-        return torch.cat([self.scores.pack(), torch.tensor([self.seconds, self.peak_memory], dtype=torch.float64)])
-
-    @classmethod
-    def unpack(cls, vector: Tensor) -> Cell:
-        """The inverse of ``pack``."""
-        return cls(Scores.unpack(vector[:-2]), float(vector[-2]), int(vector[-1]))
+    def __post_init__(self) -> None:
+        fractions = (self.scores.accuracy, self.scores.macro_f1, *self.scores.per_class)
+        if not all(0 <= x <= 1 for x in fractions) or self.seconds < 0 or not 0 <= self.peak_memory < 2**63:
+            raise ValueError("numbers out of range")
 
 
-def width(num_classes: int) -> int:
-    """Numbers in a packed cell."""
-    return metrics.width(num_classes) + 2
+class CellStore(Protocol):
+    """Where trained networks are kept: each under its provenance, all that decided its scores, and its number k.
+
+    ``provenance`` is a JSON value with at least ``network`` (its name) and ``num_classes``.
+    """
+
+    def find(self, provenance: Mapping[str, Any], num_networks: int) -> dict[int, Cell]:
+        """The stored ones of networks 0 to ``num_networks`` - 1, by number."""
+
+    def add(self, provenance: Mapping[str, Any], k: int, cell: Cell) -> None:
+        """Store network ``k``."""
+
+
+@dataclass(frozen=True)
+class CachedCells:
+    """The networks of baselines: an entry of the cache for each.
+
+    Args:
+        root: the cache folder; None: nothing is stored.
+    """
+
+    root: Path | None
+
+    def find(self, provenance: Mapping[str, Any], num_networks: int) -> dict[int, Cell]:
+        """See ``CellStore``."""
+
+        def read(folder: Path) -> Cell:
+            return _cell(read_json(folder / _CELL, mend="train it again"), provenance)
+
+        stored = {k: self._cache.read({**provenance, "k": k}, read) for k in range(num_networks)}
+        return {k: cell for k, cell in stored.items() if cell is not None}
+
+    def add(self, provenance: Mapping[str, Any], k: int, cell: Cell) -> None:
+        """See ``CellStore``."""
+
+        def write(folder: Path) -> None:
+            (folder / _CELL).write_text(json.dumps(dataclasses.asdict(cell), allow_nan=False), encoding="utf-8")
+
+        about = f"{provenance['network']}, network {k}, accuracy {100 * cell.scores.accuracy:.1f} %"
+        self._cache.write({**provenance, "k": k}, write, about=about)
+
+    @property
+    def _cache(self) -> Cache:
+        return Cache(self.root, "results")
+
+
+_CELL = "cell.json"
 
 
 @dataclass(frozen=True)
 class _Line:
+    key: str
+    network: str
     k: int
-    cell: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        seconds, peak_memory = self.cell[-2:]
-        if self.k < 0 or not all(0 <= x <= 1 for x in self.cell[:2]) or not (0 <= seconds and 0 <= peak_memory < 2**63):
-            raise ValueError("numbers out of range")
+    cell: Mapping[str, Any]
 
 
 class Journal:
@@ -65,51 +104,45 @@ class Journal:
     Args:
         target: the result file.
         rank: number of this process.
-        needed: whether a line that cannot be written is an error; else there is one warning, and no further line.
     """
 
-    def __init__(self, target: Path, rank: int, *, needed: bool = True) -> None:
-        self._target, self._rank, self._needed = target, rank, needed
+    def __init__(self, target: Path, rank: int) -> None:
+        self._target, self._rank = target, rank
         self._keys: set[str] = set()
-        self._given_up = False
 
-    def find(self, decided_by: Mapping[str, Any]) -> dict[int, Cell]:
-        """The networks there are, by number, of those that all of ``decided_by`` decided."""
-        key, found = _key(decided_by), {}
+    def find(self, provenance: Mapping[str, Any], num_networks: int) -> dict[int, Cell]:
+        """See ``CellStore``."""
+        key, stored = _key(provenance), {}
         self._keys.add(key)
-        for line in (line for file in self._files() for line in read_log(file) if line.get("key") == key):
+        for record in (record for file in self._files() for record in read_log(file) if record.get("key") == key):
             with contextlib.suppress(ValueError):  # a damaged line: that network is trained again
-                kept = from_json(_Line, line, "line")
-                if len(kept.cell) == decided_by["numbers"]:
-                    found[kept.k] = Cell.unpack(torch.tensor(kept.cell, dtype=torch.float64))
-        return found
+                line = from_json(_Line, record, "line")
+                if line.k in range(num_networks):
+                    stored[line.k] = _cell(line.cell, provenance)
+        return stored
 
-    def add(self, decided_by: Mapping[str, Any], k: int, cell: Cell) -> None:
-        """Keep network ``k``; it is on disk when this returns. Raises ValueError where it is needed and not written."""
-        if self._given_up:
-            return
-        key = _key(decided_by)
+    def add(self, provenance: Mapping[str, Any], k: int, cell: Cell) -> None:
+        """Store network ``k``; it is on disk when this returns.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        key = _key(provenance)
         self._keys.add(key)
-        line = {"key": key, "network": decided_by["network"], "k": k, "cell": cell.pack().tolist()}
+        line = _Line(key, provenance["network"], k, dataclasses.asdict(cell))
         file = self._target.with_suffix(f".cells.rank{self._rank}.jsonl")
-        try:
-            with locked(self._target), closing(Log(file)) as log:
-                log.write(line)
-                log.sync()
-        except ValueError as error:
-            if self._needed:
-                raise
-            self._given_up = True
-            warnings.warn(f"trained networks are not kept: {error}", stacklevel=2)
+        with locked(self._target), closing(Log(file)) as log:
+            log.write(dataclasses.asdict(line))
+            log.sync()
 
     def remove(self) -> None:
-        """The networks that this journal was asked for, once the results are written.
+        """Remove the networks that this journal was asked for, once the results are written.
 
-        Those of other evaluations stay.
+        Those of other evaluations stay; lines that an earlier version wrote go too, since nothing reads them any more.
         """
         with locked(self._target), reporting(self._target):
             for file in self._files():
-                others = [line for line in read_log(file) if line.get("key") not in self._keys]
+                others = [line for line in read_log(file) if line.get("key") not in self._keys and _is_current(line)]
                 if others:
                     write_text(file, "".join(json.dumps(line) + "\n" for line in others))
                 else:
@@ -119,5 +152,18 @@ class Journal:
         return sorted(self._target.parent.glob(f"{glob.escape(self._target.stem)}.cells.rank*.jsonl"))
 
 
-def _key(decided_by: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(decided_by).encode()).hexdigest()
+def _cell(content: Any, provenance: Mapping[str, Any]) -> Cell:
+    """The network in a file. Raises ValueError where it is none, or one of another number of classes."""
+    cell = from_json(Cell, content, "cell")
+    if len(cell.scores.per_class) != provenance["num_classes"] or len(cell.scores.reliability) != NUM_BINS:
+        raise ValueError("numbers of other classes or bins")
+    return cell
+
+
+def _is_current(line: Mapping[str, Any]) -> bool:
+    """Whether a line of a journal has its numbers by name."""
+    return isinstance(line.get("cell"), Mapping)
+
+
+def _key(provenance: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(provenance).encode()).hexdigest()

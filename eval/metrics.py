@@ -13,7 +13,6 @@ All are fractions, computed in float64.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -67,31 +66,6 @@ class Scores:
             per_class=tuple((hits / counts.clamp(min=1)).tolist()),
             reliability=tuple(tuple(row) for row in bins.tolist()),
         )
-
-    def pack(self) -> Tensor:
-        """One float64 vector, for exchange among processes; its length is that of ``width``."""
-        values = dataclasses.asdict(self)
-        flat = [*values.pop("per_class"), *(x for row in values.pop("reliability") for x in row)]
-        return torch.tensor([*values.values(), *flat], dtype=torch.float64)
-
-    @classmethod
-    def unpack(cls, vector: Tensor) -> Scores:
-        """The inverse of ``pack``."""
-        numbers = vector.tolist()
-        scalars, rest = numbers[:NUM_SCALARS], numbers[NUM_SCALARS:]
-        per_class, flat = rest[: -3 * NUM_BINS], rest[-3 * NUM_BINS :]
-        rows = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
-        named = dict(zip(SCALARS, scalars, strict=True))
-        return cls(**named, per_class=tuple(per_class), reliability=tuple(rows))
-
-
-SCALARS = tuple(f.name for f in dataclasses.fields(Scores) if f.type == "float")
-NUM_SCALARS = len(SCALARS)
-
-
-def width(num_classes: int) -> int:
-    """Numbers in a packed ``Scores``."""
-    return NUM_SCALARS + num_classes + 3 * NUM_BINS
 
 
 def _bins(confidence: Tensor, right: Tensor) -> Tensor:

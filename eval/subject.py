@@ -26,7 +26,7 @@ class Subject:
     The real images go through the transform of the set. Everything is made when it is first asked for.
 
     Raises:
-        ValueError: the set was made from other data.
+        ValueError: the set was made from other data, or has no classes.
     """
 
     syn: SyntheticSet
@@ -36,6 +36,7 @@ class Subject:
     """Folder of whitening matrices."""
 
     def __post_init__(self) -> None:
+        self.syn.require_classes("an accuracy")
         origin, arrays = self.syn.origin, self.arrays
         for what, ours, theirs in (
             ("fingerprint", origin.fingerprint[:12], arrays.fingerprint["train"][:12]),

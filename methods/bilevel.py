@@ -23,8 +23,8 @@ from condense.method import Context
 from condense.methods.dm import has_batch_norm
 from condense.methods.unrolled import Unrolled
 from condense.names import spelt
+from condense.objective import OBJECTIVES, ObjectiveName
 from condense.synthetic.set import SyntheticSet
-from condense.train import loss_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Bilevel(Unrolled):
     """Back-propagates a loss on real images through training on the set."""
 
     family: ClassVar[str] = "bilevel"
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
 
     def positive(self, *names: str) -> None:
         """Raise ValueError where one of these fields is not positive."""
@@ -55,7 +56,7 @@ class Bilevel(Unrolled):
         """Cross-entropy on real images (N, C, H, W) in evaluation mode. A network with BatchNorm is in training mode
         and takes their statistics: the pure steps of the network leave its running ones as they began."""
         network = ctx.task.network
-        return loss_of(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
+        return ctx.objective.loss(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
 
 
 def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:

@@ -28,6 +28,7 @@ from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import Augment
@@ -38,7 +39,7 @@ from condense.names import spelt
 from condense.networks import Functional, Weights, default_for
 from condense.schedule import Schedule
 from condense.task import Task
-from condense.train import Trainer, Training, loss_of
+from condense.train import Trainer, Training
 
 BATCH_STATISTICS = 16
 """Real images a class that set the running statistics of BatchNorm before a step."""
@@ -282,7 +283,7 @@ def frozen_loss(network: Functional, buffers: dict[str, Tensor]) -> LossFn:
     """Cross-entropy in evaluation mode: BatchNorm takes its statistics from ``buffers``, dropout is off."""
 
     def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return loss_of(network.logits(params, buffers, batch[0], train=False), batch[1])
+        return F.cross_entropy(network.logits(params, buffers, batch[0], train=False), batch[1])
 
     return loss_fn
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
+from condense.objective import OBJECTIVES, ObjectiveName
 from condense.rng import Rng
 from condense.synthetic import SyntheticSet
 from condense.task import Task
@@ -50,6 +51,7 @@ class DistributionMatching(GradientMethod):
     family: ClassVar[str] = "distribution and attention matching"
 
     learns_labels: ClassVar[bool] = False
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
 
     num_steps: int = 20000
     """Steps of distillation, each with a network of its own."""

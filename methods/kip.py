@@ -34,6 +34,7 @@ from condense.data.images import Images
 from condense.kernels import centred, fully_connected, regression, regression_targets
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.names import spelt
+from condense.objective import ObjectiveName
 from condense.schedule import Schedule
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
@@ -91,10 +92,12 @@ class KIP(GradientMethod):
         if not self.b_std >= 0:
             raise ValueError(f"method.b_std must be at least 0, got {self.b_std}; try 0.1")
 
-    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(
+        self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
+    ) -> str | None:
         if self.solve_labels and labels.name != "targets":
             return f"cannot store solved targets in {labels.name} labels; give {spelt('labels', 'targets')}"
-        return super().incompatibility(decode, labels, transform)
+        return super().incompatibility(decode, labels, transform, objective)
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000, batch_size=100, lr=0.01, weight_decay=1e-3, schedule=Schedule(), loss="mse")

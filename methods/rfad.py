@@ -37,6 +37,7 @@ from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods.kip import support
 from condense.names import spelt
 from condense.networks import Functional, Weights
+from condense.objective import ObjectiveName
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic.decode import Decode
@@ -90,13 +91,15 @@ class RFAD(GradientMethod):
         if not self.ridge > 0:
             raise ValueError(f"method.ridge must be positive, got {self.ridge}; the published value is 0.005")
 
-    def incompatibility(self, decode: Decode, labels: Labels, transform: str) -> str | None:
+    def incompatibility(
+        self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
+    ) -> str | None:
         if self.pixel_map and decode.name != "pixels":
             mend = spelt("method.pixel_map", False)
             return f"cannot fold its map of pixels into the latents of {decode.name}; give {mend}"
         if self.pixel_map and self.clamp:
             return f"cannot clamp pixels that its map moves afterwards; give {spelt('method.clamp', False)}"
-        return super().incompatibility(decode, labels, transform)
+        return super().incompatibility(decode, labels, transform, objective)
 
     def optims(self) -> dict[str, Optim]:
         return super().optims() | {"temperature": self.optim_temperature, "pixel_map": self.optim_pixel_map}

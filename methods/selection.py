@@ -45,9 +45,10 @@ from torch import Tensor
 from condense.cache import cache_folder
 from condense.method import Context, Method, State
 from condense.networks import Weights
+from condense.objective import one_hot
 from condense.pretraining import pretrained
 from condense.synthetic.labels import Assigned
-from condense.train import Scorer, Training, one_hot
+from condense.train import Scorer, Training
 
 BATCH = 1000
 

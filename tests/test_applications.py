@@ -86,7 +86,7 @@ def test_the_ranking_scores_are_those_of_the_accuracies_it_records(
     tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = dataclasses.replace(protocol.PROTOCOLS["dd-ranking"], num_epochs=40)
-    monkeypatch.setitem(protocol.PROTOCOLS, "dd-ranking", short)
+    monkeypatch.setitem(protocol.PROTOCOLS.own, "dd-ranking", short)
     split = api.Split(val_fraction=0.25)
     options: dict[str, Any] = {"dataset": tiny, "network": "mlp", "split": split, "device": "cpu"}
     api.distill("kip", ipc=2, num_steps=4, labels="targets", out=tmp_path / "run", **options)

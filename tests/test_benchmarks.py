@@ -23,9 +23,10 @@ from condense.inner import Full, unroll
 from condense.match import feature_mean_distance, layerwise_cosine, matching_loss, trajectory_distance
 from condense.methods.dc import frozen_loss
 from condense.networks import Functional
+from condense.objective import CrossEntropy
 from condense.rng import Rng
 from condense.schedule import Schedule
-from condense.train import Trainer, Training, loss_of
+from condense.train import Trainer, Training
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory and disk are read from /proc")
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_textbook_gradient_matching(twins: Twins) -> None:
     real, syn = images(9), images(3, seed=1).requires_grad_()
     theirs = textbook.dc_loss(twins.net, real, syn, 2)
     params = {name: p.clone().requires_grad_() for name, p in twins.params.items()}
-    loss = loss_of(twins.network.logits(params, twins.buffers, real), torch.full((9,), 2))
+    loss = CrossEntropy().loss(twins.network.logits(params, twins.buffers, real), torch.full((9,), 2))
     wanted = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
     ours = matching_loss(twins.loss_fn, twins.params, wanted, layerwise_cosine, syn, torch.full((3,), 2))
     torch.testing.assert_close(theirs, ours)

@@ -450,7 +450,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-@pytest.mark.parametrize("name", ["entry.json", "x_train.npy", "y_test.npy"])
+@pytest.mark.parametrize("name", ["entry.json", "facts.json", "x_train.npy", "y_test.npy"])
 def test_damage_is_healed(name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     source, _ = save_as("file", tmp_path)
@@ -473,7 +473,7 @@ def test_damage_is_healed(name: str, case: str, tmp_path: Path, monkeypatch: pyt
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = save_as("file", tmp_path)
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="mine.npz is not cached"):
+    with pytest.warns(UserWarning, match="nothing more is cached"):
         assert same(load(source, cache=tmp_path / "file"), load(source))
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -500,7 +500,7 @@ def test_processes_that_load_at_once_agree(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs == [f"{load(source).fingerprint}\n"] * 2
     (entry,) = (tmp_path / "cache" / "decoded").iterdir()
-    assert len(list(entry.iterdir())) == 5
+    assert len(list(entry.iterdir())) == 6
 
 
 # Bad input

@@ -235,9 +235,9 @@ def test_the_student_is_trained_on_the_updated_images(monkeypatch: pytest.Monkey
     seen: list[Tensor] = []
     train = dc.Trainer.run
 
-    def record(self: Any, weights: Any, images: Tensor, *rest: Any) -> Any:
-        seen.append(images)
-        return train(self, weights, images, *rest)
+    def record(self: Any, weights: Any, source: Any, **rest: Any) -> Any:
+        seen.append(source.images)
+        return train(self, weights, source, **rest)
 
     monkeypatch.setattr(dc.Trainer, "run", record)
     (_, images), *_ = run(method, ctx)

@@ -61,6 +61,7 @@ def everything(data: Path, out: Path, ranks: Ranks) -> None:
         distill(data, out / name, ranks, name)
     distill(data, out / "mtt4", ranks, num_trajectories=4)
     distill(data, out / "mtt1", ranks, num_trajectories=1)
+    assert ranks.gather_objects({"rank": ranks.rank}) == [{"rank": rank} for rank in range(ranks.size)]
     plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=5)
     api.evaluate(
         out.parent / "set",
@@ -306,7 +307,7 @@ def rank_zero_first(self):
         os.kill(os.getpid(), signal.SIGSTOP)
     return whole(self)
 
-whole, distributed.Ranks.first_ahead = distributed.Ranks.first_ahead, first_ahead
+whole, distributed.Ranks.rank_zero_first = distributed.Ranks.rank_zero_first, rank_zero_first
 Path(place, "imported" + os.environ["RANK"]).touch()
 while len(list(Path(place).glob("imported*"))) < int(os.environ["WORLD_SIZE"]):
     time.sleep(0.05)
@@ -470,6 +471,7 @@ def test_alone_nothing_is_exchanged() -> None:
         ranks.all_reduce_(values)
         ranks.broadcast(values)
         ranks.barrier()
+        assert ranks.gather_objects(values) == [values]
         with ranks.rank_zero_first():
             assert [value.tolist() for value in values] == [[1, 1], 0]
 
@@ -516,8 +518,9 @@ def test_a_broken_collective_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
     monkeypatch.setattr(torch.distributed, "broadcast", broken)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", broken)
     values = [torch.ones(2)]
-    for collective in (Ranks(1, 2).all_reduce_, Ranks(1, 2).broadcast):
+    for collective in (Ranks(1, 2).all_reduce_, Ranks(1, 2).broadcast, Ranks(1, 2).gather_objects):
         with pytest.raises(ValueError, match=r"another process .* ended .*--resume"):
             collective(values)
 

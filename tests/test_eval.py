@@ -23,6 +23,7 @@ from condense.data.images import Images
 from condense.data.transform import fit
 from condense.eval import baselines
 from condense.eval.evaluate import SetScorer, evaluate
+from condense.eval.journal import CachedCells
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_name
 from condense.eval.results import Evaluation, Result, read
@@ -444,7 +445,7 @@ class TestFullData:
     def full(self, arrays: Arrays, cache: Path | None, **options: Any) -> Result:
         plan = dataclasses.replace(PROTOCOLS["full-data"], num_epochs=12, batch_size=8)
         given: dict[str, Any] = {"network": "mlp", "num_seeds": 2, "protocol": plan, "transform": "none"}
-        journal = baselines.cached_journal(cache, arrays)
+        journal = CachedCells(cache)
         return baselines.full_data(arrays, compute=Compute(), device=CPU, journal=journal, **given | options)
 
     def test_all_training_images_are_used(self, arrays: Arrays) -> None:
@@ -474,11 +475,11 @@ class TestFullData:
 
     def test_a_damaged_cache_is_trained_again(self, arrays: Arrays, tmp_path: Path) -> None:
         first = self.full(arrays, tmp_path)
-        (file,) = (tmp_path / "baselines").iterdir()
-        file.write_text("{")
+        for file in tmp_path.rglob("cell.json"):
+            file.write_text("{")
         assert self.full(arrays, tmp_path).accuracies == first.accuracies
 
     def test_without_a_place_to_write_nothing_is_kept(self, arrays: Arrays, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.warns(UserWarning, match="baselines are not cached"):
+        with pytest.warns(UserWarning, match="nothing more is cached"):
             assert self.full(arrays, tmp_path / "file").n == 2

@@ -18,6 +18,7 @@ from condense.method import Context, Optim
 from condense.methods.dc import StudentState
 from condense.methods.idc import IDC, IDCI, IDCBase
 from condense.networks import Functional, build
+from condense.objective import one_hot
 from condense.recipe import named
 from condense.rng import Rng
 from condense.schedule import Schedule
@@ -25,7 +26,7 @@ from condense.sources import Examples
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, make_task
 from condense.train import Trainer, Training
-from condense.views import cutmix, one_hot
+from condense.views import cutmix
 from tests.reference.idc import idc
 
 COUNTS = (8, 11, 9)
@@ -315,7 +316,7 @@ def test_recipes_hold_the_published_values(kind: type[IDCBase], name: str, decod
             recipe = recipes.pop(f"{name}-{dataset}-ipc{ipc}")
             assert isinstance(recipe.method, IDCBase)
             assert (recipe.dataset, recipe.ipc, recipe.decode) == (dataset, ipc, decode)
-            assert (recipe.augment, recipe.network, recipe.transform) == ("dsa:mode=D", "convnet", "channel")
+            assert (recipe.augment, recipe.network, recipe.transform) == ("dsa:mode=D", "auto", "channel")
             plain = (name, dataset) == ("idc", "mnist")
             assert recipe.method.optim.lr == pytest.approx(2 * lr / STD[dataset] ** 2, rel=5e-3)
             assert recipe.method == kind(

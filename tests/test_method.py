@@ -322,7 +322,7 @@ class Own(Pull):
 
 
 def test_an_update_of_its_own_sees_gradients_and_rates_and_what_follows_is_logged(ctx: Context) -> None:
-    method = Own(num_steps=2, optim=Optim(lr=0.01, halve_at=(0.5,)))
+    method = Own(num_steps=2, optim=Optim(lr=0.01, schedule=Schedule(drop_at=(0.5,), drop_factor=0.5)))
     state = method.init(ctx)
     before = state.syn.latents.clone()
     record = method.step(ctx, state, 0)

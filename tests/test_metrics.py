@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 from torch import Tensor
 
-from condense.eval.metrics import NUM_BINS, Scores, width
+from condense.eval.metrics import NUM_BINS, Scores
 
 C = 4
 
@@ -73,11 +73,6 @@ def test_confidence_that_is_true_has_no_calibration_error() -> None:
     logits = torch.tensor([[math.log(3), 0.0]]).repeat(8, 1)
     labels = torch.tensor([0, 0, 0, 1] * 2)
     assert Scores.of(logits, labels).ece == pytest.approx(0, abs=1e-7)
-
-
-def test_scores_travel_as_one_vector(predictions: tuple[Tensor, Tensor]) -> None:
-    found = Scores.of(*predictions)
-    assert len(found.pack()) == width(C) and Scores.unpack(found.pack()) == found
 
 
 def test_a_class_without_images_does_not_count_as_right() -> None:

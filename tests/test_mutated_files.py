@@ -149,15 +149,15 @@ def test_recipes(folder: Path) -> None:
 
 def test_journals(tmp_path: Path) -> None:
     scores = Scores.of(torch.eye(3), torch.arange(3))
-    journal, key = Journal(tmp_path / "evaluation.json", 0), {"network": "mlp", "numbers": 57}
+    journal, key = Journal(tmp_path / "evaluation.json", 0), {"network": "mlp", "num_classes": 3}
     journal.add(key, 0, Cell(scores, 1.0, 2))
     journal.add(key, 1, Cell(scores, 1.0, 2))
     (file,) = tmp_path.glob("*.jsonl")
-    assert journal.find(key).keys() == {0, 1}
+    assert journal.find(key, 2).keys() == {0, 1}
     lines = file.read_text().splitlines()
     for i in range(TIMES):
         rng = Random(i)
         changed = json.dumps(mutations.mutate_json(json.loads(lines[0]), rng)) if i % 3 else lines[0]
         text = "\n".join([changed, lines[1], ""]).encode()
         file.write_bytes(text if i % 3 else mutations.mutate_bytes(text, rng))
-        assert taken_or_refused(lambda: journal.find(key), str(i))
+        assert taken_or_refused(lambda: journal.find(key, 2), str(i))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from condense import api, pretraining
 from condense.artifacts import TrainedNetworks, Trajectories
-from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.eval import teachers
@@ -36,8 +35,9 @@ def train(task: Task, cache: Path | None, *, plan: Training = PLAN, seed: int = 
 
 
 def plainly(task: Task, on_epoch: Callable[[int, Weights], None] | None = None) -> Weights:
-    trainer, rng = Trainer(task.network, PLAN, Augment(), Compute(compile=False)), Rng(0)
-    return trainer.run(task.network.init(rng, "network"), task.train.images, task.train.labels, rng, on_epoch=on_epoch)
+    trainer, rng = Trainer(task.network, PLAN, Compute(compile=False)), Rng(0)
+    source = trainer.source(task.train.images, task.train.labels, rng)
+    return trainer.run(task.network.init(rng, "network"), source, on_epoch=on_epoch)
 
 
 def tensors(weights: Weights) -> dict[str, Tensor]:
@@ -49,6 +49,12 @@ def same(one: Weights, other: Weights) -> bool:
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
     )
+
+
+def buffer_in(cache: Path) -> Path:
+    """The buffer of the one network in a cache."""
+    (manifest,) = (cache / "networks").glob("*/*/manifest.json")
+    return manifest.parent
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_it_is_the_plain_training_and_the_second_one_is_read(
 ) -> None:
     expected = plainly(task)
     assert same(train(task, None), expected) and same(train(task, tmp_path), expected)
-    (folder,) = (tmp_path / "networks").iterdir()
+    folder = buffer_in(tmp_path)
     assert TrainedNetworks(folder).extent() == {"num_networks": 1}
     no_training()
     assert same(train(task, tmp_path), expected)
@@ -82,7 +88,7 @@ def test_every_epoch_is_seen_again(task: Task, tmp_path: Path, no_training: Call
     expected, seen = list[tuple[int, dict[str, Tensor]]](), list[tuple[int, dict[str, Tensor]]]()
     plainly(task, lambda epochs, weights: expected.append((epochs, tensors(weights))))
     train(task, tmp_path, on_epoch=lambda *_: None)
-    (folder,) = (tmp_path / "networks").iterdir()
+    folder = buffer_in(tmp_path)
     assert Trajectories(folder).extent() == {"num_experts": 1, "num_epochs": 3}
     no_training()
     train(task, tmp_path, on_epoch=lambda epochs, weights: seen.append((epochs, tensors(weights))))
@@ -105,7 +111,7 @@ def test_what_decides_the_weights_decides_the_entry(task: Task, tiny: Arrays, tm
 @pytest.mark.parametrize("kept", [0, 60, -4])
 def test_a_damaged_entry_is_written_anew(damaged: str, kept: int, task: Task, tmp_path: Path) -> None:
     expected = train(task, tmp_path)
-    (folder,) = (tmp_path / "networks").iterdir()
+    folder = buffer_in(tmp_path)
     whole = (folder / damaged).read_bytes()
     (folder / damaged).write_bytes(whole[:kept])
     assert same(train(task, tmp_path), expected)
@@ -114,7 +120,7 @@ def test_a_damaged_entry_is_written_anew(damaged: str, kept: int, task: Task, tm
 
 def test_a_cache_that_cannot_be_written_is_done_without(task: Task, tmp_path: Path) -> None:
     (tmp_path / "networks").touch()
-    with pytest.warns(UserWarning, match="is not cached"):
+    with pytest.warns(UserWarning, match="nothing more is cached"):
         assert same(train(task, tmp_path), plainly(task))
 
 
@@ -144,8 +150,8 @@ def test_the_teacher_of_an_evaluation(task: Task, tmp_path: Path, monkeypatch: p
     """Its keys are those with which the recorded accuracies were measured."""
     plan = PROTOCOLS["full-data"]
     rng = Rng(4).child("teacher", task.network.name)
-    trainer = Trainer(task.network, plan, Augment(), Compute().resolved(1e6, task.device))
+    trainer = Trainer(task.network, plan, Compute().resolved(1e6, task.device))
     initial = task.network.init(rng, "weights")
-    expected = trainer.run(initial, task.train.images, task.train.labels, rng.child("training"))
+    expected = trainer.run(initial, trainer.source(task.train.images, task.train.labels, rng.child("training")))
     for _ in range(2):
         assert same(teachers.trained(task, seed=4, compute=Compute(), cache=tmp_path), expected)

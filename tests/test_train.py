@@ -18,10 +18,11 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.networks import Functional, Weights
+from condense.objective import one_hot
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.train import Trainer, Training
-from condense.views import cutmix, one_hot
+from condense.views import cutmix
 from tests.conftest import TINY
 from tests.reference import optim as twins
 

@@ -195,22 +195,36 @@ def cell(accuracy: float) -> Cell:
 
 
 def test_evaluations_at_once_keep_each_others_networks(tmp_path: Path) -> None:
-    target, packed = tmp_path / "evaluation.json", cell(1.0)
+    target = tmp_path / "evaluation.json"
 
     def asked(number: int) -> dict[str, Any]:
-        return {"network": f"net{number}", "numbers": len(packed.pack())}
+        return {"network": f"net{number}", "num_classes": 3}
 
     def work(number: int) -> None:
         journal = Journal(target, 0)
         for k in range(8):
-            journal.add(asked(number), k, packed)
+            journal.add(asked(number), k, cell(1.0))
         if number % 2:
             journal.remove()
 
     at_once(work)
     journal = Journal(target, 0)
-    found = [sorted(journal.find(asked(number))) for number in range(4)]
+    found = [sorted(journal.find(asked(number), 8)) for number in range(4)]
     assert found == [list(range(8)), [], list(range(8)), []]
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_of_an_earlier_version_is_passed_over_and_removed(tmp_path: Path) -> None:
+    """It had a network's numbers without names."""
+    asked, file = {"network": "mlp", "num_classes": 3}, tmp_path / "evaluation.cells.rank0.jsonl"
+    journal = Journal(tmp_path / "evaluation.json", 0)
+    journal.add(asked, 0, cell(1.0))
+    (line,) = read_log(file)
+    file.write_text(json.dumps(line) + "\n" + json.dumps({**line, "k": 1, "cell": [1.0, 1.0, 0.5, 2.0]}) + "\n")
+    assert journal.find(asked, 2) == {0: cell(1.0)}
+    Journal(tmp_path / "evaluation.json", 0).remove()
+    assert [line["k"] for line in read_log(file)] == [0]
     journal.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -223,20 +237,6 @@ def test_a_half_written_line_does_not_swallow_the_next(tmp_path: Path) -> None:
         log.write({"step": step})
         log.close()
     assert [record["step"] for record in read_log(path)] == [1, 3, 4]
-
-
-def test_networks_that_are_only_cached_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Log) -> None:
-        raise ValueError("cannot write it: No space left on device")
-
-    monkeypatch.setattr(Log, "sync", full)
-    cached = Journal(tmp_path / "evaluation.json", 0, needed=False)
-    with pytest.warns(UserWarning, match="not kept: .*No space") as warned:
-        for k in range(3):
-            cached.add({"network": "mlp"}, k, cell(1.0))
-    assert len(warned) == 1
-    with pytest.raises(ValueError, match="No space"):
-        Journal(tmp_path / "evaluation.json", 0).add({"network": "mlp"}, 0, cell(1.0))
 
 
 def test_a_home_folder_is_expanded_or_its_absence_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ import inspect
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,12 +329,11 @@ def _kept(
 ) -> Arrays:
     """What ``read`` returns, from the cache where that was made from the ``files`` as they are now."""
     before = store.stamp(path, files()) if cache else None
-    if cache is None or before is None:
+    if before is None:
         return read()
-    digest = hashlib.sha256(os.fsencode(f"{kind}/{path.resolve()}")).hexdigest()
-    entry = cache / "decoded" / digest[:16]
-    if found := _from_store(entry, before):
-        return found
+    key = {"reader": kind, "path": str(path.resolve())}
+    if stored := _from_store(cache, key, before):
+        return stored
     arrays = read()
     if store.stamp(path, files()) != before:
         return arrays
@@ -346,19 +344,15 @@ def _kept(
         "fingerprint": arrays.fingerprint,
         "known": arrays.known.name if arrays.known else None,
     }
-    try:
-        store.write(entry, before, content, facts)
-    except OSError as error:
-        if _from_store(entry, before) is None:  # else another process was faster
-            warnings.warn(f"{path} is not cached, it will be decoded again next time: {error}", stacklevel=2)
-    return _from_store(entry, before) or arrays
+    store.write(cache, key, before, content, facts, about=str(path))
+    return _from_store(cache, key, before) or arrays
 
 
-def _from_store(entry: Path, source: str) -> Arrays | None:
-    found = store.read(entry, source)
-    if found is None:
+def _from_store(cache: Path | None, key: Mapping[str, str], source: str) -> Arrays | None:
+    stored = store.read(cache, key, source)
+    if stored is None:
         return None
-    arrays, facts = found
+    arrays, facts = stored
     return Arrays(
         **{name: arrays[name] for name in _ARRAYS},
         name=facts["name"],

@@ -24,7 +24,6 @@ import functools
 import hashlib
 import json
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,9 +35,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from condense.cache import Cache
 from condense.data.datasets import Known
 from condense.data.layout import channel_axis, kind
-from condense.files import replacing
 from condense.names import spelt, suggest
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class Transform(ABC):
         if kind != "zca":
             raise ValueError(f"unknown transform {kind!r}: it is none of none, channel, zca; update condense")
         needed = f"the training set with key {key} is needed; give it with {spelt('dataset')}"
-        cached = _read_cache(cache, flavour, eps, key) if cache else None
+        cached = _read_cache(cache, flavour, eps, key)
         if cached:
             whitening = cached
         elif images is not None:
@@ -110,7 +109,7 @@ class Transform(ABC):
             raise ValueError(f"the ZCA matrix of these images is not cached: {needed}")
         if abs(whitening.trace - trace) > 1e-4 * abs(trace):
             raise ValueError(f"this ZCA matrix has trace {whitening.trace:.6g}, not {trace:.6g}: {needed}")
-        if cache and not cached:
+        if not cached:
             _write_cache(cache, whitening)
         return whitening
 
@@ -229,11 +228,11 @@ def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, ca
         mean, std = (known.mean, known.std) if known else channel_statistics(images)
         return ChannelNorm(mean=mean, std=std)
     flavour = _FLAVOURS[spec]
-    if cache and (cached := _read_cache(cache, flavour, _EPS, key)):
+    cached = _read_cache(cache, flavour, _EPS, key)
+    if cached:
         return cached
     whitening = _fit_zca(images, flavour, _EPS, key)
-    if cache:
-        _write_cache(cache, whitening)
+    _write_cache(cache, whitening)
     return whitening
 
 
@@ -318,30 +317,35 @@ def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whi
     return Whitening(flavour=flavour, eps=eps, key=key, mean=mean.float(), matrix=matrix.float())
 
 
-def _cache_file(cache: Path, flavour: str, eps: float, key: str) -> Path:
-    digest = hashlib.sha256(f"{flavour}/{eps}/{key}".encode()).hexdigest()
-    return cache / f"zca-{flavour}-{digest[:16]}.safetensors"
+def _identity(flavour: str, eps: float, key: str) -> dict[str, Any]:
+    return {"flavour": flavour, "eps": eps, "images": key}
 
 
-def _write_cache(cache: Path, whitening: Whitening) -> None:
-    file = _cache_file(cache, whitening.flavour, whitening.eps, whitening.key)
-    metadata = {"condense": json.dumps(whitening.describe(), sort_keys=True)}
-    content = safetensors.torch.save({"mean": whitening.mean, "matrix": whitening.matrix}, metadata)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as fresh:
-            fresh.write_bytes(content)
-    except (OSError, ValueError) as error:
-        warnings.warn(f"the whitening matrix is not cached, it will be fitted again next time: {error}", stacklevel=2)
+def _write_cache(cache: Path | None, whitening: Whitening) -> None:
+    def write(folder: Path) -> None:
+        metadata = {"condense": json.dumps(whitening.describe(), sort_keys=True)}
+        safetensors.torch.save_file({"mean": whitening.mean, "matrix": whitening.matrix}, folder / _MATRIX, metadata)
+
+    Cache(cache, "zca").write(
+        _identity(whitening.flavour, whitening.eps, whitening.key),
+        write,
+        about=f"{whitening.flavour}, {len(whitening.mean)} values an image, data {whitening.key[:12]}",
+    )
 
 
-def _read_cache(cache: Path, flavour: str, eps: float, key: str) -> Whitening | None:
-    """The cached matrix, or None: a missing file and a damaged one are alike."""
-    try:
-        with safetensors.safe_open(_cache_file(cache, flavour, eps, key), "pt") as file:
+def _read_cache(cache: Path | None, flavour: str, eps: float, key: str) -> Whitening | None:
+    """The cached matrix, or None: a missing entry and a damaged one are alike."""
+
+    def read(folder: Path) -> Whitening:
+        with safetensors.safe_open(folder / _MATRIX, "pt") as file:
             description = json.loads(file.metadata()["condense"])
             mean, matrix = file.get_tensor("mean"), file.get_tensor("matrix")
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        return None
-    whitening = Whitening(flavour=flavour, eps=eps, key=key, mean=mean, matrix=matrix)
-    return whitening if whitening.describe() == description else None
+        whitening = Whitening(flavour=flavour, eps=eps, key=key, mean=mean, matrix=matrix)
+        if whitening.describe() != description:
+            raise ValueError("it is not the matrix that was written")
+        return whitening
+
+    return Cache(cache, "zca").read(_identity(flavour, eps, key), read)
+
+
+_MATRIX = "whitening.safetensors"

@@ -41,8 +41,10 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
     """
     check_export(path, kind)
     samples = layout.kind(syn.origin.input_shape)
-    if samples != "images" and kind != "npz":
-        raise ValueError(f"the format {kind} is for images, this set has {samples}; give the format npz")
+    if kind != "npz":
+        if samples != "images":
+            raise ValueError(f"the format {kind} is for images, this set has {samples}; give the format npz")
+        syn.require_classes(f"the format {kind}")
     with torch.no_grad():
         images, targets = syn()
         pixels = transform.to_data(images).cpu()
@@ -73,17 +75,19 @@ def _making(folder: Path) -> Iterator[Path]:
 def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
     """Arrays ``images`` or ``clips``, float32 in [0, 1], or ``series``, float32; ``layout``, which names their axes;
     ``labels`` (N,), ``soft_labels`` (N, classes) where there are any, ``classes``, and ``origin``, the JSON that the
-    set says of itself."""
+    set says of itself. A set without classes has ``targets`` (N, D) in the place of labels and classes."""
     samples = layout.kind(syn.origin.input_shape)
     arrays: dict[str, Any] = {
         samples: pixels.numpy(),
         "layout": np.array(STANDARD[samples]),
-        "labels": _classes(targets).numpy(),
-        "classes": np.array(syn.origin.dataset["classes"]),
         "origin": np.array(_origin(syn)),
     }
-    if targets.dim() == 2:
-        arrays["soft_labels"] = targets.numpy()
+    if not syn.origin.num_classes:
+        arrays["targets"] = targets.numpy()
+    else:
+        arrays |= {"labels": _classes(targets).numpy(), "classes": np.array(syn.origin.dataset["classes"])}
+        if targets.dim() == 2:
+            arrays["soft_labels"] = targets.numpy()
     with open(path, "wb") as file:
         np.savez(file, **arrays)
 

@@ -83,10 +83,10 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
     decode = _choose(header.decode, DECODERS, "decode")
     label_kind = _choose(header.labels, LABELS, "labels")
     latents, classes, log_lr = (tensors.get(name) for name in ("latents", "classes", "log_lr"))
-    if latents is None or classes is None or not latents.is_floating_point() or not latents.dim() or not len(latents):
-        raise ValueError("it has no floating-point latents or no classes")
-    if latents.shape[:1] != classes.shape:
-        raise ValueError(f"it has {len(latents)} latents but {classes.numel()} classes")
+    if latents is None or not latents.is_floating_point() or not latents.dim() or not len(latents):
+        raise ValueError("it has no floating-point latents")
+    if origin.num_classes and (classes is None or latents.shape[:1] != classes.shape):
+        raise ValueError(f"it has {len(latents)} latents but {0 if classes is None else classes.numel()} classes")
     if log_lr is not None and (log_lr.dim() > 1 or not log_lr.numel() or not log_lr.is_floating_point()):
         raise ValueError("its learning rate is neither one number nor one number for each step")
     _limit(len(latents), decode, origin, tensors)
@@ -104,6 +104,8 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
             )
         values[name] = tensor.to(like.dtype, copy=True)
     syn.load_state_dict(values, assign=True)
+    if not origin.num_classes:
+        syn.register_buffer("classes", torch.zeros(len(latents), dtype=torch.long), persistent=False)
     _check_values(syn)
     return syn
 
@@ -115,9 +117,9 @@ def _skeleton(
     try:
         with torch.device("meta"):
             images = torch.empty(latents.shape, dtype=latents.dtype)
-            logits = torch.empty(len(latents), origin.num_classes)
+            labels = torch.empty(len(latents), origin.target_width)
             lr = None if log_lr is None else torch.empty(log_lr.shape, dtype=log_lr.dtype)
-            syn = SyntheticSet(images, logits, origin, decode=decode, label_kind=label_kind, lr=lr)
+            syn = SyntheticSet(images, labels, origin, decode=decode, label_kind=label_kind, lr=lr)
         shape = tuple(syn.decoder(syn.latents[:1], syn.classes[:1]).shape[1:])
     except (RuntimeError, IndexError) as error:  # the errors of torch for incompatible shapes
         raise ValueError(f"the decoder {decode.name} does not take latents of shape {tuple(latents.shape)}") from error
@@ -131,7 +133,7 @@ def _check_values(syn: SyntheticSet) -> None:
     """Raise ValueError for classes, targets or learning rates out of range, and for latents that cannot be decoded."""
     _, targets = syn.classes, syn.provider(torch.arange(len(syn)))
     for of in (syn.classes, targets if targets.dim() == 1 else syn.classes):
-        if not 0 <= int(of.min()) <= int(of.max()) < syn.origin.num_classes:
+        if not 0 <= int(of.min()) <= int(of.max()) < (syn.origin.num_classes or 1):
             raise ValueError(f"it has classes outside 0..{syn.origin.num_classes - 1}")
     if syn.label_kind.space == "probabilities" and not (targets >= 0).all():
         raise ValueError("it has probabilities below zero")
@@ -235,12 +237,15 @@ class _Named:
 class _Dataset:
     name: str
     fingerprint: str
-    classes: tuple[str, ...]
     input_shape: tuple[int, ...]
+    classes: tuple[str, ...] = ()
+    target_width: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.classes:
-            raise ValueError("it has no classes")
+        if not self.classes and self.target_width is None:
+            raise ValueError("it has neither classes nor a target_width")
+        if self.target_width is not None and not 0 < self.target_width < 2**31:
+            raise ValueError(f"target_width is {brief(self.target_width)}, not from 1 to {2**31 - 1}")
         kind(self.input_shape)
         if min(self.input_shape) < 1:
             raise ValueError(f"input_shape {brief(self.input_shape)} has a side below 1")

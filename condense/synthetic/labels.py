@@ -19,7 +19,7 @@ class Provider(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, index: Tensor) -> Tensor:
-        """Return the targets of the latents ``index`` (n,): classes (n,), or probabilities or other values (n, C)."""
+        """Return the targets of the latents ``index`` (n,): classes (n,), probabilities (n, C) or values (n, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,16 @@ class Labels(Checked, ABC):
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
-    """What a target is: a class, probabilities of the classes, or any value for each of them."""
+    """What a target is: a class, probabilities of the classes, or any values. Sets without classes need values."""
 
     @abstractmethod
     def build(self, labels: Tensor, num_classes: int) -> Provider:
-        """Return the targets for initial ``labels``: classes (N,) or logits (N, C)."""
+        """Return the targets for initial ``labels``: classes (N,) or logits (N, C).
+
+        Args:
+            labels: the initial labels of the latents.
+            num_classes: C; 0 for a set without classes, whose labels are targets (N, D) of any width D.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class Targets(Labels):
     learned: ClassVar[bool] = True
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "values"
     scale: float = 1.0
-    """Scale of the initial targets, which are one-hot vectors minus 1/C, multiplied by this number."""
+    """Scale of the initial targets: one-hot vectors minus 1/C, or the given targets of a set without classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +92,8 @@ class Targets(Labels):
             raise ValueError(f"labels.scale must be positive, got {self.scale}; try 1.0")
 
     def build(self, labels: Tensor, num_classes: int) -> Provider:
-        return _Targets(self.scale * (_probabilities(labels, num_classes) - 1 / num_classes))
+        values = _probabilities(labels, num_classes) - 1 / num_classes if num_classes else labels.float()
+        return _Targets(self.scale * values)
 
 
 @dataclass(frozen=True, kw_only=True)

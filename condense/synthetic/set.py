@@ -58,7 +58,8 @@ class Origin:
     """
 
     dataset: Mapping[str, Any]
-    """Name, fingerprint of the training split, classes and input shape of the data set."""
+    """The data set: name, fingerprint of the training split, classes and input_shape. target_width is the width of
+    targets that are not scores of these classes; classes may then be absent."""
     transform: Mapping[str, Any]
     """Description of the transform. Decoded images are in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -73,8 +74,21 @@ class Origin:
     """Version of the code that wrote the set."""
 
     @property
+    def target_width(self) -> int:
+        """The number of values in a target, D."""
+        return int(self.dataset.get("target_width", len(self.dataset.get("classes", ()))))
+
+    @property
     def num_classes(self) -> int:
-        return len(self.dataset["classes"])
+        """The number of classes; 0 for a set without classes, whose targets are other values."""
+        num_classes = len(self.dataset.get("classes", ()))
+        return num_classes if num_classes == self.target_width else 0
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        """Return the classes (N,) of labels, classes (N,) or logits (N, C); zeros for a set without classes."""
+        if not self.num_classes:
+            return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+        return labels.long() if labels.dim() == 1 else labels.argmax(1)
 
     @property
     def dataset_name(self) -> str:
@@ -142,17 +156,21 @@ class SyntheticSet(nn.Module):
 
     Args:
         latents: (N, ...), in the transformed space.
-        labels: classes (N,) or logits (N, C).
+        labels: classes (N,) or logits (N, C). For a set without classes they are targets (N, D), and the kind of labels
+            has to be ``targets``.
         decode, label_kind: how latents are decoded and what kind of labels the set has.
         decoder: a decoder that ``decode`` built, on the device of the latents; None builds one.
         lr: initial learning rate, a scalar or one per inner step (T,). Its logarithm is learned, so it stays positive.
 
     Raises:
-        ValueError: the decoder does not produce samples of this shape.
+        ValueError: the decoder does not produce samples of this shape, or the set has no classes and other labels than
+            ``targets``.
     """
 
     latents: nn.Parameter
     classes: Tensor
+    """The classes of the latents, (N,). If the set has no classes (``origin.num_classes`` is 0), they are 0 and are not
+    stored in the file."""
 
     def __init__(
         self,
@@ -168,13 +186,19 @@ class SyntheticSet(nn.Module):
         super().__init__()
         self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
         self.decode.require_kind(origin.input_shape)
+        if not origin.num_classes and (self.label_kind.space != "values" or labels.shape[1:] != (origin.target_width,)):
+            raise ValueError(
+                f"a set without classes cannot have labels of shape {tuple(labels.shape)} and kind "
+                f"{self.label_kind.name}: it has targets; give shape {(len(latents), origin.target_width)} and the "
+                "kind targets"
+            )
         self.latents = nn.Parameter(latents.detach().clone())
         self._members: tuple[int, list[Tensor]] | None = None
         if decoder is None:
-            decoder = self.decode.build(origin.input_shape, origin.num_classes).to(latents.device)
+            decoder = self.decode.build(origin.input_shape, origin.num_classes or 1).to(latents.device)
         self.decoder = decoder
         self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
-        self.register_buffer("classes", labels.long() if labels.dim() == 1 else labels.argmax(1))
+        self.register_buffer("classes", origin.classes_of(labels), persistent=origin.num_classes > 0)
         log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
         self.log_lr = None if log_lr is None else nn.Parameter(log_lr)
 
@@ -185,10 +209,10 @@ class SyntheticSet(nn.Module):
     @property
     def ipc(self) -> int:
         """The budget in images per class; if it is not recorded, the number of latents per class."""
-        return self.origin.ipc or max(len(self) // self.origin.num_classes, 1)
+        return self.origin.ipc or max(len(self) // (self.origin.num_classes or 1), 1)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return samples (n', *input_shape) and targets (n',) or (n', C) of the latents ``index`` (default: all)."""
+        """Return samples (n', *input_shape) and targets (n',) or (n', D) of the latents ``index`` (default: all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])
@@ -202,9 +226,17 @@ class SyntheticSet(nn.Module):
     def index_of(self, label: int) -> Tensor:
         """Return the indices of the latents of class ``label``."""
         if self._members is None or self._members[0] != self.classes._version:
-            members = [(self.classes == c).nonzero().flatten() for c in range(self.origin.num_classes)]
+            members = [(self.classes == c).nonzero().flatten() for c in range(self.origin.num_classes or 1)]
             self._members = (self.classes._version, members)
         return self._members[1][label]
+
+    def require_classes(self, what: str) -> None:
+        """Raise ValueError if the set has no classes, which ``what`` needs."""
+        if not self.origin.num_classes:
+            raise ValueError(
+                f"{what} needs classes: the targets of this set are {self.origin.target_width} values per image; train "
+                "networks on it in Python, with condense.train and the loss mse or cosine"
+            )
 
     def leaves(self) -> dict[str, list[nn.Parameter]]:
         """Return the learned parameters by part: latents, labels, decoder and lr; empty parts are left out."""

@@ -24,8 +24,9 @@ from typing import Any
 
 from condense.eval import ranking
 from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.baselines import cached_journal, full_data
+from condense.eval.baselines import full_data
 from condense.eval.evaluate import evaluate
+from condense.eval.journal import CachedCells
 from condense.eval.protocol import Protocol, fixed, own
 from condense.eval.subject import require_held_out
 from condense.files import checksum
@@ -123,7 +124,7 @@ class _Accuracies:
             "num_seeds": plan.num_seeds,
             "seed": setting.seed,
             "compute": setting.compute,
-            "journal": cached_journal(setting.subject.cache, setting.subject.arrays),
+            "journal": CachedCells(setting.subject.cache),
         }
 
     def __call__(self, syn: SyntheticSet, protocol: Protocol) -> float:

@@ -25,7 +25,7 @@ import yaml
 from condense import api, artifacts, exchange, recipe, runs, show
 from condense.buffers.imported import import_replay_buffers
 from condense.data import datasets
-from condense.eval.journal import Cell, Journal, width
+from condense.eval.journal import Cell, Journal
 from condense.eval.metrics import Scores
 from condense.files import read_tensors
 from condense.task import Split
@@ -165,14 +165,14 @@ def _npz(data: bytes, rng: Random) -> bytes:
 def _kinds(folder: Path) -> list[Kind]:
     """The files in ``folder``, some of which are made here, and their readers."""
     run, buffer = folder / "set", next((folder / "artifacts").iterdir())
-    decided_by = {"network": "mlp", "numbers": width(3)}
+    provenance = {"network": "mlp", "num_classes": 3}
     plan, arrays = recipe.from_yaml(run / "recipe.yaml"), datasets.load(folder / "data.npz")
     task = api.plain_task(arrays, TINY, "channel", Split(val_fraction=0.0))
     spec = artifacts.TrajectorySpec({"network": TINY}, num_epochs=2)
     journal = Journal(folder / "evaluation.json", 0)
     cell = Cell(Scores.of(torch.eye(3), torch.arange(3)), 1.0, 1)
     for k in range(2):
-        journal.add(decided_by, k, cell)
+        journal.add(provenance, k, cell)
     shutil.copytree(folder / "pictures", folder / "photos" / "train")
     shutil.copytree(folder / "pictures", folder / "photos" / "test")
     for name in ("labels.csv", "origin.json"):
@@ -225,7 +225,7 @@ def _kinds(folder: Path) -> list[Kind]:
         Kind("manifest", buffer / "manifest.json", grow, (_manifest, _json)),
         Kind("expert", buffer / "expert_0000.safetensors", read_buffer, (mutate_expert,)),
         Kind("evaluation.json", run / "evaluation.json", read_run, (_json,)),
-        Kind("journal", folder / "evaluation.cells.rank0.jsonl", lambda: journal.find(decided_by), (_lines,)),
+        Kind("journal", folder / "evaluation.cells.rank0.jsonl", lambda: journal.find(provenance, 2), (_lines,)),
         Kind("apply-continual.json", run / "apply-continual.json", read_run, (_json,)),
         Kind("log", run / "log.jsonl", read_run, (_lines,)),
         Kind("run.json", run / "run.json", read_run, (_json,)),

@@ -1,0 +1,92 @@
+"""What a network is trained towards: the loss between its outputs and the targets, as a value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense.schema import Checked
+
+ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine"]
+"""The keys of ``OBJECTIVES``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Checked, ABC):
+    name: ClassVar[ObjectiveName]
+    takes_values: ClassVar[bool] = False
+    """Targets may be any numbers (features of a teacher, say), and not only classes or their probabilities."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over a batch, a scalar.
+
+        Args:
+            outputs: of the network, (N, D).
+            targets: classes (N,), which count as one-hot vectors of width D, or rows (N, D).
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Objective):
+    """Cross-entropy of the softmax of the outputs."""
+
+    name: ClassVar[ObjectiveName] = "cross-entropy"
+    label_smoothing: float = 0.0
+    """Share of a target that goes to all classes evenly."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredError(Objective):
+    """Half the squared distance to the targets, summed over their width."""
+
+    name: ClassVar[ObjectiveName] = "mse"
+    takes_values: ClassVar[bool] = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * (outputs - _rows(outputs, targets)).square().sum(1).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL(Objective):
+    """Kullback-Leibler divergence of the softmax of the outputs from the targets."""
+
+    name: ClassVar[ObjectiveName] = "kl"
+    temperature: float = 1.0
+    """What the outputs are divided by."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        log_p = (outputs / self.temperature).log_softmax(1)
+        return F.kl_div(log_p, _rows(outputs, targets), reduction="batchmean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Objective):
+    """One minus the cosine of the angle between outputs and targets."""
+
+    name: ClassVar[ObjectiveName] = "cosine"
+    takes_values: ClassVar[bool] = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(outputs, _rows(outputs, targets), dim=1)).mean()
+
+
+OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
+    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine)
+}
+
+
+def one_hot(targets: Tensor, num_classes: int) -> Tensor:
+    """Classes (N,) as rows (N, num_classes), float32; what has rows already stays as it is."""
+    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
+
+
+def _rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    return one_hot(targets, outputs.shape[1]).to(outputs.dtype)
