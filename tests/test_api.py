@@ -275,7 +275,7 @@ def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_pat
         ("method: {name: dm}\naugment: dsa_corp\n", "augmentation 'dsa_corp': unknown operation"),
         ("method: {name: dm, num_step: 3}\n", "unknown field 'method.num_step'"),
         ("method: {name: dm}\ndecode: {name: bases, num_bases: 50}\n", "50 bases of 16 numbers leave too few"),
-        ("method: {name: dm}\ndecode: {name: dct, coefficients: 65}\n", "an image has 64 pixels a channel"),
+        ("method: {name: dm}\ndecode: {name: dct, coefficients: 65}\n", "an image has 64 pixels per channel"),
         ("method: {name: random}\nfingerprint: abcdef\n", "the recipe is for data with fingerprint abcdef, tiny has"),
         ("method: {name: mtt}\n", "no trajectories for tiny in artifacts: there are none"),
     ],

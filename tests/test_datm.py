@@ -310,7 +310,7 @@ class TestTeacher:
         assert torch.equal(expert_logits(ctx, 0, 2, images), expected)
         assert not torch.allclose(expert_logits(ctx, 0, 1, images), expected)
         monkeypatch.setitem(buffer.manifest, "buffers", [])
-        with pytest.raises(ValueError, match=r"without the running statistics of .*; train them with"):
+        with pytest.raises(ValueError, match=r"has no running statistics, which .* needs; train them with"):
             expert_logits(ctx, 0, 2, images)
 
 

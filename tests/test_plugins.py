@@ -182,8 +182,11 @@ WITH: dict[str, list[str]] = {
     ],
 }
 WITHOUT: dict[str, tuple[list[str], str]] = {
-    "set": (["show", "run"], "its decode 'negative' comes, as it says, with the package 'condense-foreign', which is"),
-    "evaluation": (["evaluate", "run"], "run/synthetic.safetensors cannot be read: its decode 'negative' comes"),
+    "set": (
+        ["show", "run"],
+        "its decode 'negative' needs the package 'condense-foreign', which is",
+    ),
+    "evaluation": (["evaluate", "run"], "run/synthetic.safetensors cannot be read: its decode 'negative' needs"),
     "recipe": (["distill", "run/recipe.yaml", "--out", "other"], "unknown method 'drift'"),
     "data": (["distill", "random", "--dataset", "bars"], "no data set 'bars'"),
     "network": (["distill", "random", "--network", "linear"], "unknown network 'linear'"),
