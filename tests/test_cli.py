@@ -96,7 +96,7 @@ def test_every_command_reads_decoded_data_from_the_cache(
 def test_own_says_which_network_it_trains(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(run_folder), "--protocol", "own", "--protocol.num-epochs", "1", "--num-seeds", "1"]
     main(words)
-    assert f"network: {TINY}, which the set is meant for" in capsys.readouterr().out
+    assert f"network: {TINY}, which is stored in the set" in capsys.readouterr().out
     (row,) = json.loads((run_folder / "evaluation.json").read_text())["results"]
     assert row["network"] == TINY
 
