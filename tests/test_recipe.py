@@ -224,7 +224,7 @@ def test_a_class_that_nobody_listed_is_found_by_its_import_path(
     for text, complaint in {
         hidden: "class inside a function",
         hidden.replace("ours:make.<locals>.Hidden", "__main__:Mine"): "run that script again",
-        hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "put its folder on PYTHONPATH",
+        hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "add its folder to PYTHONPATH",
         hidden.replace("ours:make.<locals>.Hidden", "os:system"): "not a subclass of condense.method.Method",
         hidden.replace("ours:make.<locals>.Hidden", ".ours:Mine"): "cannot be loaded",
     }.items():
