@@ -334,7 +334,7 @@ def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest
     (run_folder / "run.json").write_text("{}")
     main([*words, "--resume"])
     (run_folder / "recipe.yaml").write_text("a: [")
-    assert "recipe.yaml cannot be read: it is no valid YAML" in fails(capsys, *words, "--resume")
+    assert "recipe.yaml cannot be read: it is not valid YAML" in fails(capsys, *words, "--resume")
 
 
 def test_a_recipe_in_a_run_is_enough_to_resume_it(run_folder: Path, tiny_file: Path) -> None:

@@ -177,8 +177,8 @@ def test_a_set_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "do not hold F32"),
         ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "no shape"),
         ({"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}, "'F33' is not"),
-        ({"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}, "size is not what it says"),
-        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "size is not what it says"),
+        ({"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}, "size does not match its header"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "size does not match its header"),
         ({"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}, "no shape"),
         ("F32", "'F32' is not a mapping"),
     ],
@@ -212,7 +212,7 @@ def test_a_header_is_no_longer_than_the_file_or_the_limit(length: int, tmp_path:
         ("[1e999]", "not finite"),
         ("1" * 5000, "more than 100 digits"),
         ('"\\ud800"', "UTF-8"),
-        ("[1,", "no valid JSON"),
+        ("[1,", "not valid JSON"),
     ],
 )
 def test_odd_json_is_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_json_that_is_plain_is_taken() -> None:
         ("a: 1\na: 2", "a key twice"),
         ("a: 1" + "1" * 5000, "cannot be read"),
         ("a: 2001-99-99", "cannot be read"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
         ("a: " + "x" * 300_000, "longer than the 256 KiB"),
     ],
 )
@@ -269,7 +269,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], No
         lambda: artifacts.read_manifest(tmp_path / "buffer"),
         lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", mend="tensors"),
     ):
-        assert "is no file" in one_line(action)
+        assert "is not a regular file" in one_line(action)
 
 
 @pytest.mark.parametrize(
