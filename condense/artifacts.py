@@ -482,7 +482,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
         ValueError: missing, changed since it was written, of another format, or not of this kind.
     """
     path = folder / MANIFEST
-    manifest = read_json(path, mend="restore it, or give the folder of a buffer")
+    manifest = read_json(path, fix="restore it, or give the folder of a buffer")
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != _hash(manifest):
         raise ValueError(f"{path} is damaged: its checksum does not fit; restore it, or move {folder} away")

@@ -237,7 +237,7 @@ def _earlier_kind(path: Path, root: Path) -> str | None:
 
 
 def _manifest(entry: Path) -> _Manifest:
-    return from_json(_Manifest, read_json(entry / _MANIFEST, mend="make it again"), _MANIFEST)
+    return from_json(_Manifest, read_json(entry / _MANIFEST, fix="make it again"), _MANIFEST)
 
 
 def _digest(key: Any) -> str:

@@ -79,7 +79,7 @@ def read(path: Path) -> list[Entry]:
     if not path.exists():
         raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in recipes")
     try:
-        content = read_yaml(path, mend="correct the file")
+        content = read_yaml(path, fix="correct the file")
     except ValueError as error:
         raise ValueError(f"recipe {error}") from error
     if not isinstance(content, dict):

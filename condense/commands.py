@@ -88,9 +88,10 @@ class Evaluate:
     baselines: tuple[str, ...] = ()
     """Methods or recipes to compare with at the same budget; `full` stands for all training data."""
     budget: api.Budget = "images"
-    """Budget that the baselines share with the set: images (per class) or bytes."""
+    """Budget of the baselines: as many images per class as the set (images), or as many bytes (bytes)."""
     dataset: str | None = None
-    """Data set of the set. The default is the location recorded by the run, else the name stored in the file."""
+    """Data set that the set was distilled from. The default is the location recorded by the run, else the name stored in
+    the file."""
     out: Path | None = None
     """File for the results. The default is evaluation.json in the run folder, or FILE.evaluation.json."""
     seed: int = 0
@@ -125,7 +126,8 @@ class Apply:
     baselines: tuple[str, ...] = ("random", "herding")
     """Methods or recipes to compare with at the same budget."""
     dataset: str | None = None
-    """Data set of the set. The default is the location recorded by the run, else the name stored in the file."""
+    """Data set that the set was distilled from. The default is the location recorded by the run, else the name stored in
+    the file."""
     out: Path | None = None
     """File for the results. The default is apply-NAME.json in the run folder."""
     seed: int = 0
@@ -144,7 +146,7 @@ class Export:
     """Format: npz, folder (PNG files and labels.csv) or huggingface. The default is npz if the name ends in .npz, else
     folder."""
     dataset: str | None = None
-    """Data set of a ZCA-whitened set. The default is the location recorded by the run."""
+    """Data set that a ZCA-whitened set was distilled from. The default is the location recorded by the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ class Report:
     out: Path | None = None
     """HTML file to write. The default is report.html in the first run folder."""
     dataset: str | None = None
-    """Data set of ZCA-whitened sets. The default is the location recorded by each run."""
+    """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
 
@@ -162,7 +164,8 @@ class Show:
     png: Path | None = None
     """PNG file to draw the images of a set to, with one row per class."""
     dataset: str | None = None
-    """Data set of a ZCA-whitened set, needed to draw its images. The default is the location recorded by the run."""
+    """Data set that a ZCA-whitened set was distilled from, needed to draw its images. The default is the location
+    recorded by the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

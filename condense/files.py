@@ -304,22 +304,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
         fresh.write_bytes(data)
 
 
-def read_json(path: Path, *, mend: str, finite: bool = True) -> Any:
+def read_json(path: Path, *, fix: str, finite: bool = True) -> Any:
     """Read a JSON file; see ``parse_json``.
 
     Args:
         path: the file.
-        mend: advice at the end of the error if the file cannot be read.
+        fix: advice at the end of the error if the file cannot be read.
         finite: refuse NaN and infinities.
 
     Raises:
         ValueError: the file is missing, longer than ``LONGEST_JSON`` or cannot be parsed.
     """
-    data = _read_bytes(path, LONGEST_JSON, mend)
+    data = _read_bytes(path, LONGEST_JSON, fix)
     try:
         return parse_json(data, finite=finite)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; {mend}") from None
+        raise ValueError(f"{path} cannot be read: {error}; {fix}") from None
 
 
 def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
@@ -348,23 +348,23 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
     return value
 
 
-def read_yaml(path: Path, *, mend: str) -> Any:
+def read_yaml(path: Path, *, fix: str) -> Any:
     """Read a YAML file without anchors and aliases. The arguments are those of ``read_json``.
 
     Raises:
         ValueError: the file is missing, longer than ``LONGEST_YAML`` or not valid YAML; it has anchors, a repeated key
             or nesting deeper than ``DEEPEST``.
     """
-    data = _read_bytes(path, LONGEST_YAML, mend)
+    data = _read_bytes(path, LONGEST_YAML, fix)
     try:
         return yaml.load(data.decode("utf-8"), _Loader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read: it is not valid UTF-8 ({error.reason}); {mend}") from None
+        raise ValueError(f"{path} cannot be read: it is not valid UTF-8 ({error.reason}); {fix}") from None
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path} cannot be read: it is not valid YAML ({error.problem}{line}); {mend}") from None
+        raise ValueError(f"{path} cannot be read: it is not valid YAML ({error.problem}{line}); {fix}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML does not catch errors of numbers and dates
-        raise ValueError(f"{path} cannot be read: {reason(error)}; {mend}") from None
+        raise ValueError(f"{path} cannot be read: {reason(error)}; {fix}") from None
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -386,14 +386,14 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, header
 
 
-def check_expansion(what: str, size: int, stored: int, mend: str) -> None:
+def check_expansion(what: str, size: int, stored: int, fix: str) -> None:
     """Refuse a file whose content needs far more memory than disk space, before memory is allocated.
 
     Args:
         what: start of the error message.
         size: bytes in memory.
         stored: bytes on disk.
-        mend: advice at the end of the error, for a file that is correct.
+        fix: advice at the end of the error, for a file that is correct.
 
     Raises:
         ValueError: ``size`` is more than 256 MiB and more than 100 times ``stored``.
@@ -401,17 +401,17 @@ def check_expansion(what: str, size: int, stored: int, mend: str) -> None:
     if size > max(_HARMLESS, _LARGEST_EXPANSION * stored):
         raise ValueError(
             f"{what} takes {size / 2**20:,.0f} MiB in memory and {stored / 2**20:,.1f} MiB on disk: more than "
-            f"{_HARMLESS >> 20} MiB are allowed up to {_LARGEST_EXPANSION} times the size on disk only; {mend}"
+            f"{_HARMLESS >> 20} MiB are allowed up to {_LARGEST_EXPANSION} times the size on disk only; {fix}"
         )
 
 
-def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = ()) -> Any:
+def read_foreign(path: Path, *, holds: str, fix: str, allowed: Sequence[Any] = ()) -> Any:
     """Load a ``.pt`` file of unknown origin to the CPU. No code in it is executed.
 
     Args:
         path: the file.
         holds: the expected content, for the error.
-        mend: the form in which to save it, for the error.
+        fix: the form in which to save it, for the error.
         allowed: safe types that it may contain in addition to tensors, containers and numbers.
 
     Raises:
@@ -425,7 +425,7 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is damaged, or holds objects other than {holds}, and loading those could run "
-            f"arbitrary code; save it again as {mend}"
+            f"arbitrary code; save it again as {fix}"
         ) from error
     except Exception as error:  # the unpickler may raise anything for a damaged file
         raise ValueError(f"{path} cannot be read: {reason(error)}; it may be truncated, so get it again") from error
@@ -490,22 +490,22 @@ def read_row(path: Path, name: str, index: int, width: int) -> Tensor:
         return row
 
 
-def require_file(path: Path, mend: str = "check the path") -> None:
+def require_file(path: Path, fix: str = "check the path") -> None:
     """Raise ValueError if there is no regular file. Opening a pipe would block forever."""
     if not path.is_file():
         what = f"{path} is not a regular file" if path.exists() else f"there is no file {path}"
-        raise ValueError(f"{what}; {mend}")
+        raise ValueError(f"{what}; {fix}")
 
 
-def _read_bytes(path: Path, longest: int, mend: str) -> bytes:
-    require_file(path, mend)
+def _read_bytes(path: Path, longest: int, fix: str) -> bytes:
+    require_file(path, fix)
     try:
         with open(path, "rb") as file:
             data = file.read(longest + 1)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {mend}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}; {fix}") from error
     if len(data) > longest:
-        raise ValueError(f"{path} is longer than {longest >> 10} KiB, the limit for such a file; {mend}")
+        raise ValueError(f"{path} is longer than {longest >> 10} KiB, the limit for such a file; {fix}")
     return data
 
 

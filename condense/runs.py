@@ -132,7 +132,7 @@ def written_recipe(folder: Path) -> Mapping[str, Any] | None:
     file, fix = folder / "recipe.yaml", f"restore it, or choose another {spelt('out')}"
     if not file.exists():
         return None
-    written = read_yaml(file, mend=fix)
+    written = read_yaml(file, fix=fix)
     if not isinstance(written, dict):
         raise ValueError(f"{file} is damaged: it is not a mapping of fields; {fix}")
     if written.get("compute") is not None:
@@ -215,7 +215,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = read_json(path, mend="remove it")
+        content = read_json(path, fix="remove it")
     except ValueError:
         return {}
     record = content if isinstance(content, dict) else {}

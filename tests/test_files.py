@@ -217,7 +217,7 @@ def test_a_header_is_no_longer_than_the_file_or_the_limit(length: int, tmp_path:
 )
 def test_odd_json_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    message = one_line(lambda: read_json(tmp_path / "a.json", mend="remove it"))
+    message = one_line(lambda: read_json(tmp_path / "a.json", fix="remove it"))
     assert words in message and message.endswith("; remove it")
 
 
@@ -241,7 +241,7 @@ def test_json_that_is_plain_is_taken() -> None:
 )
 def test_odd_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    assert words in one_line(lambda: read_yaml(tmp_path / "recipe.yaml", mend="correct it"))
+    assert words in one_line(lambda: read_yaml(tmp_path / "recipe.yaml", fix="correct it"))
     assert words in one_line(lambda: recipe.from_yaml(tmp_path / "recipe.yaml"))
     assert words in one_line(lambda: runs.written_recipe(tmp_path))
 
@@ -267,7 +267,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], No
         lambda: runs.written_recipe(run),
         lambda: read_tensors(run / "checkpoint.safetensors", "checkpoint"),
         lambda: artifacts.read_manifest(tmp_path / "buffer"),
-        lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", mend="tensors"),
+        lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", fix="tensors"),
     ):
         assert "is not a regular file" in one_line(action)
 

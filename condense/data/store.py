@@ -39,7 +39,7 @@ def read(
     """Arrays by name and facts; None where there is no entry, or one that is damaged or made from another source."""
 
     def arrays_and_facts(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        content = read_json(folder / _FACTS, mend="decode it again")
+        content = read_json(folder / _FACTS, fix="decode it again")
         intact = content.pop("sha256") == _digest(content)
         made_of = [content["format"], content["source"], content["arrays"]]
         if not intact or made_of != [FORMAT, source, _arrays(folder)]:
