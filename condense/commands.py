@@ -90,8 +90,8 @@ class Evaluate:
     budget: api.Budget = "images"
     """Budget of the baselines: as many images per class as the set (images), or as many bytes (bytes)."""
     dataset: str | None = None
-    """Data set that the set was distilled from. The default is the location recorded by the run, else the name stored in
-    the file."""
+    """Data set that the set was distilled from. The default is the location recorded by the run, else the name in the
+    file."""
     out: Path | None = None
     """File for the results. The default is evaluation.json in the run folder, or FILE.evaluation.json."""
     seed: int = 0
@@ -126,8 +126,8 @@ class Apply:
     baselines: tuple[str, ...] = ("random", "herding")
     """Methods or recipes to compare with at the same budget."""
     dataset: str | None = None
-    """Data set that the set was distilled from. The default is the location recorded by the run, else the name stored in
-    the file."""
+    """Data set that the set was distilled from. The default is the location recorded by the run, else the name in the
+    file."""
     out: Path | None = None
     """File for the results. The default is apply-NAME.json in the run folder."""
     seed: int = 0
