@@ -205,7 +205,7 @@ def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "a report needs a run"),
+        ([], "a report needs at least one run"),
         (["nothing"], "no run folder"),
         (["{empty}"], "no run folder"),
         (["{dm}", "--out", "no/such/folder.html"], "there is no folder"),
