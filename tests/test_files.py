@@ -175,11 +175,11 @@ def test_a_set_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     [
         ({"dtype": "F32", "shape": [2], "data_offsets": []}, "elements, not 2"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "do not hold F32"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "no shape"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "not the shape"),
         ({"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}, "'F33' is not"),
         ({"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}, "size does not match its header"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "size does not match its header"),
-        ({"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}, "no shape"),
+        ({"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}, "not the shape"),
         ("F32", "'F32' is not a mapping"),
     ],
 )
@@ -193,7 +193,7 @@ def test_tensors_do_not_overlap(tmp_path: Path) -> None:
     one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     layout = {"__metadata__": {"condense": "{}"}, "x": one, "y": one, "z": {**one, "data_offsets": [4, 8]}}
     (tmp_path / "a.safetensors").write_bytes(mutations.join_safetensors(layout, bytes(8)))
-    assert "one after the other" in one_line(lambda: read_header(tmp_path / "a.safetensors"))
+    assert "not contiguous" in one_line(lambda: read_header(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("length", [100 << 20, 2**63, 9])
@@ -236,7 +236,7 @@ def test_json_that_is_plain_is_taken() -> None:
         ("a: 1" + "1" * 5000, "cannot be read"),
         ("a: 2001-99-99", "cannot be read"),
         ("a: [", "not valid YAML"),
-        ("a: " + "x" * 300_000, "longer than the 256 KiB"),
+        ("a: " + "x" * 300_000, "longer than 256 KiB"),
     ],
 )
 def test_odd_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
