@@ -61,7 +61,7 @@ def distill(tiny_file: Path, out: str, *words: str) -> None:
 def test_it_is_listed_beside_the_built_in_methods(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", "methods"])
     listed = capsys.readouterr().out
-    assert re.search(r"^ *sliced +Matches every class", listed, re.MULTILINE) and "\n  mtt " in listed
+    assert re.search(r"^ *sliced +Matches each class", listed, re.MULTILINE) and "\n  mtt " in listed
 
 
 def test_its_fields_are_flags_with_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_learned_labels_are_refused(tiny_file: Path, capsys: pytest.CaptureFixtu
 def test_the_tests_of_the_page_pass(tmp_path: Path) -> None:
     tests = importlib.import_module("test_condense_sliced")
     for check in CHECKS:
-        tests.test_it_keeps_its_promises(check)
+        tests.test_contract(check)
     tests.test_the_loss_falls(tmp_path / "run")
     tests.test_bad_values_are_refused()
 

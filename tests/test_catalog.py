@@ -97,7 +97,7 @@ def test_words_choose_recipes() -> None:
         return [entry.name for entry in catalog.search(words)]
 
     assert names("mtt", "cifar10") == ["mtt-cifar10-ipc1", "mtt-cifar10-ipc10", "mtt-cifar10-ipc50"]
-    assert names("IPC1", "digits", "Ours", "dsa") == ["dsa-digits-ipc1"]
+    assert names("IPC1", "digits", "Our", "dsa") == ["dsa-digits-ipc1"]
     assert len(names()) == len(catalog.recipes())
     with pytest.raises(ValueError, match="no recipe has the words"):
         names("mtt", "cifr10")

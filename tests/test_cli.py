@@ -276,7 +276,7 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
 def test_help_shows_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = helped(capsys, "distill", "mtt")
     assert "Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022" in text and "Recipe: mtt. Caz" in text
-    assert "There are recipes for cifar10, " in text and "Updates of the images. (default: 5000)" in text
+    assert "There are recipes for cifar10, " in text and "Number of updates of the images. (default: 5000)" in text
     text = helped(capsys, "distill", "mtt", "--dataset", "cifar10", "--ipc", "12")
     assert "Recipe: mtt-cifar10-ipc10. Caz" in text and "zca-relative. (default: zca)" in text
 

@@ -178,7 +178,7 @@ def test_images_begin_where_experts_are_right(
                 hits = torch.tensor([p in known for p in positions])
                 yield torch.stack([torch.zeros(3), torch.tensor([0.0, 5.0, 0.0])])[hits.long()]
 
-        monkeypatch.setattr("condense.methods.datm.judged_by_all", fake)
+        monkeypatch.setattr("condense.methods.datm.logits_of_experts", fake)
 
     def chosen(num: int) -> set[int]:
         everything = ctx.task.train.images[:]

@@ -98,7 +98,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("apply continual RUN --num-groups 9", "3 classes cannot arrive in 9 groups"),
         ("apply nas RUN --norms btch", "option norm of convnet"),
         ("apply privacy RUN --protocol canon", "unknown protocol 'canon'"),
-        ("apply ranking RUN --baselines herding", "the scores compare with random images"),
+        ("apply ranking RUN --baselines herding", "the scores need the baseline random"),
         ("apply continual RUN --num-groups 3 --baselines herdng", NO_METHOD),
         ("apply continual RUN --seed -1 --num-groups 3", "give --seed 0"),
         ("apply continual RUN --device gpu9 --num-groups 3", NO_DEVICE),

@@ -312,7 +312,7 @@ def test_bad_lines_of_a_log_are_kept_apart_with_a_warning(tmp_path: Path, monkey
     log, long = tmp_path / "log.jsonl", b'{"step": 2, "x": "' + b"y" * 100 + b'"}\n'
     bad = [b'{"step": 2, "lo\xff": 1}\n', b"[3]\n", long]
     log.write_bytes(b'{"step": 1}\n' + bad[0] + b'{"step": 2}\n' + b"".join(bad[1:]) + b'{"step": 3}\n{"st')
-    with pytest.warns(UserWarning, match=r"log\.jsonl has lines that hold no record; they are passed over"):
+    with pytest.warns(UserWarning, match=r"log\.jsonl has lines that hold no record; they are skipped"):
         assert read_log(log) == [{"step": 1}, {"step": 2}, {"step": 3}]
     with pytest.warns(UserWarning, match=r"they are moved to .*log\.jsonl\.damaged"):
         cut_back(log, 2)
@@ -383,7 +383,7 @@ def test_a_published_step_size_is_a_positive_number(value: Any, tmp_path: Path) 
     torch.save(torch.zeros(2, 1, 2, 2), tmp_path / "images_best.pt")
     torch.save(torch.arange(2), tmp_path / "labels_best.pt")
     torch.save(value, tmp_path / "lr_best.pt")
-    assert "a step size is one positive number" in one_line(lambda: exchange.read(tmp_path / "images_best.pt"))
+    assert "a learning rate is one positive number" in one_line(lambda: exchange.read(tmp_path / "images_best.pt"))
     for right in (0.5, torch.tensor([0.5]), [0.5], [torch.tensor(0.5)]):
         torch.save(right, tmp_path / "lr_best.pt")
         assert exchange.read(tmp_path / "images_best.pt").lr == 0.5

@@ -286,7 +286,7 @@ def test_compiled_code_goes_to_a_temporary_folder_where_its_place_cannot_be_used
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
-    with pytest.warns(UserWarning, match="compiled code is not kept: "):
+    with pytest.warns(UserWarning, match="compiled code is not cached: "):
         keep_compiled(tmp_path / "other")
     scratch = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert scratch.is_dir() and tmp_path not in scratch.parents
@@ -308,7 +308,7 @@ def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_command(size: s
         text=True,
         timeout=120,
     )
-    assert "compiled code is not kept: cannot write /dev/null/x" in found.stderr
+    assert "compiled code is not cached: cannot write /dev/null/x" in found.stderr
     if size == "1":
         assert found.returncode == 0, found.stderr
     else:

@@ -18,7 +18,7 @@ NAMES = sorted(registry.METHODS)
 
 
 HASHES = json.loads((Path(__file__).parent / "golden" / "recipes.json").read_text())
-"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each."""
+"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each and took images alone."""
 
 
 @pytest.mark.parametrize("name", HASHES)
