@@ -405,13 +405,13 @@ def check_expansion(what: str, size: int, stored: int, fix: str) -> None:
         )
 
 
-def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = ()) -> Any:
+def read_foreign(path: Path, *, holds: str, save_as: str, allowed: Sequence[Any] = ()) -> Any:
     """Load a ``.pt`` file of unknown origin to the CPU. No code in it is executed.
 
     Args:
         path: the file.
         holds: the expected content, for the error.
-        mend: the form in which to save it, for the error.
+        save_as: the form in which to save it, for the error.
         allowed: safe types that it may contain in addition to tensors, containers and numbers.
 
     Raises:
@@ -425,7 +425,7 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is damaged, or holds objects other than {holds}, and loading those could run "
-            f"arbitrary code; save it again as {mend}"
+            f"arbitrary code; save it again as {save_as}"
         ) from error
     except Exception as error:  # the unpickler may raise anything for a damaged file
         raise ValueError(f"{path} cannot be read: {reason(error)}; it may be truncated, so get it again") from error

@@ -267,7 +267,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], No
         lambda: runs.written_recipe(run),
         lambda: read_tensors(run / "checkpoint.safetensors", "checkpoint"),
         lambda: artifacts.read_manifest(tmp_path / "buffer"),
-        lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", mend="tensors"),
+        lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", save_as="tensors"),
     ):
         assert "is not a regular file" in one_line(action)
 
