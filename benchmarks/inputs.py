@@ -352,7 +352,7 @@ def main() -> None:
 def _read(path: Path | None) -> list[Row]:
     if path is None or not path.exists():
         return []
-    content = read_json(path, mend="give --out another file")
+    content = read_json(path, fix="give --out another file")
     return [from_json(Row, row, str(path)) for row in content["rows"]]
 
 

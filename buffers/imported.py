@@ -116,7 +116,7 @@ def _files(src: Path) -> list[Path]:
 
 
 def _load(file: Path) -> Any:
-    return read_foreign(file, holds="lists of tensors", mend="a list of lists of lists of tensors")
+    return read_foreign(file, holds="lists of tensors", save_as="a list of lists of lists of tensors")
 
 
 def _items(value: Any, where: str, what: str) -> list[Any]:

@@ -493,7 +493,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
         ValueError: it is missing, was changed after it was written, has another format, or is not of this kind.
     """
     path = folder / MANIFEST
-    manifest = read_json(path, mend="restore it, or give the folder of a buffer")
+    manifest = read_json(path, fix="restore it, or give the folder of a buffer")
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != _hash(manifest):
         raise ValueError(f"{path} is damaged: its checksum does not match; restore it, or move {folder} away")

@@ -67,7 +67,7 @@ class CachedCells:
         """See ``CellStore``."""
 
         def read(folder: Path) -> Cell:
-            return _cell(read_json(folder / _CELL, mend="train it again"), provenance)
+            return _cell(read_json(folder / _CELL, fix="train it again"), provenance)
 
         stored = {k: self._cache.read({**provenance, "k": k}, read) for k in range(num_networks)}
         return {k: cell for k, cell in stored.items() if cell is not None}

@@ -150,7 +150,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file cannot be read, or it is no file of results.
     """
-    content = read_json(path, mend=_FIX)
+    content = read_json(path, fix=_FIX)
     try:
         return [dict(row) for row in from_json(_Results, content, "it").results]
     except ValueError as error:

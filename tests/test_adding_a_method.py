@@ -139,7 +139,7 @@ def test_one_file_and_one_command_are_enough(
         capsys.readouterr()
         with pytest.raises(SystemExit):
             main(["distill", "json.py:Sliced", *words])
-        assert re.search("another module has that name, .*json.*; correct or rename the file", capsys.readouterr().err)
+        assert re.search("another module has this name: .*json.*; correct or rename the file", capsys.readouterr().err)
 
 
 def test_the_page_lists_all_that_a_method_can_say() -> None:

@@ -366,7 +366,7 @@ def test_validation_needs_images_of_every_class(tmp_path: Path) -> None:
     lacking = torch.ones(12, dtype=torch.bool)
     lacking[[2, 5, 8]] = False
     fields["dataset"] = (x[lacking], y[lacking], x, y)
-    with pytest.raises(ValueError, match=r"holds none of class '2' out; give eval_every=0$"):
+    with pytest.raises(ValueError, match=r"holds out none of class '2'; give eval_every=0$"):
         condense.distill("dm", out=tmp_path / "c", eval_every=1, batch_real=1, split=split, **fields)
 
 

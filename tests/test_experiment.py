@@ -69,7 +69,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("distill dm --method.num-step 3", "--method.num-steps"),
         ("distill dm --out file", "file is a file"),
         ("distill dm --out file/run", "cannot write"),
-        ("distill dm --out other", "other holds other files and is no run"),
+        ("distill dm --out other", "other is not empty and holds no run"),
         ("distill dm --out RUN", "already holds a run"),
         ("buffer --network convnets", NO_NETWORK),
         ("buffer --transform zcaa", "unknown transform 'zcaa'"),

@@ -175,11 +175,11 @@ def test_a_set_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     [
         ({"dtype": "F32", "shape": [2], "data_offsets": []}, "elements, not 2"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "do not hold F32"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "no shape"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "not the shape"),
         ({"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}, "'F33' is not"),
-        ({"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}, "size is not what it says"),
-        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "size is not what it says"),
-        ({"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}, "no shape"),
+        ({"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}, "size does not match its header"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "size does not match its header"),
+        ({"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}, "not the shape"),
         ("F32", "'F32' is not a mapping"),
     ],
 )
@@ -193,7 +193,7 @@ def test_tensors_do_not_overlap(tmp_path: Path) -> None:
     one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     layout = {"__metadata__": {"condense": "{}"}, "x": one, "y": one, "z": {**one, "data_offsets": [4, 8]}}
     (tmp_path / "a.safetensors").write_bytes(mutations.join_safetensors(layout, bytes(8)))
-    assert "one after the other" in one_line(lambda: read_header(tmp_path / "a.safetensors"))
+    assert "not contiguous" in one_line(lambda: read_header(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("length", [100 << 20, 2**63, 9])
@@ -212,12 +212,12 @@ def test_a_header_is_no_longer_than_the_file_or_the_limit(length: int, tmp_path:
         ("[1e999]", "not finite"),
         ("1" * 5000, "more than 100 digits"),
         ('"\\ud800"', "UTF-8"),
-        ("[1,", "no valid JSON"),
+        ("[1,", "not valid JSON"),
     ],
 )
 def test_odd_json_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    message = one_line(lambda: read_json(tmp_path / "a.json", mend="remove it"))
+    message = one_line(lambda: read_json(tmp_path / "a.json", fix="remove it"))
     assert words in message and message.endswith("; remove it")
 
 
@@ -235,13 +235,13 @@ def test_json_that_is_plain_is_taken() -> None:
         ("a: 1\na: 2", "a key twice"),
         ("a: 1" + "1" * 5000, "cannot be read"),
         ("a: 2001-99-99", "cannot be read"),
-        ("a: [", "no valid YAML"),
-        ("a: " + "x" * 300_000, "longer than the 256 KiB"),
+        ("a: [", "not valid YAML"),
+        ("a: " + "x" * 300_000, "longer than 256 KiB"),
     ],
 )
 def test_odd_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    assert words in one_line(lambda: read_yaml(tmp_path / "recipe.yaml", mend="correct it"))
+    assert words in one_line(lambda: read_yaml(tmp_path / "recipe.yaml", fix="correct it"))
     assert words in one_line(lambda: recipe.from_yaml(tmp_path / "recipe.yaml"))
     assert words in one_line(lambda: runs.written_recipe(tmp_path))
 
@@ -267,9 +267,9 @@ def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], No
         lambda: runs.written_recipe(run),
         lambda: read_tensors(run / "checkpoint.safetensors", "checkpoint"),
         lambda: artifacts.read_manifest(tmp_path / "buffer"),
-        lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", mend="tensors"),
+        lambda: read_foreign(tmp_path / "images_best.pt", holds="tensors", save_as="tensors"),
     ):
-        assert "is no file" in one_line(action)
+        assert "is not a regular file" in one_line(action)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_the_command_line_says_how_to_go_on(
     process.join(30)
     assert process.exitcode == 128 + signal.SIGTERM
     (line,) = said.read_text().splitlines()
-    assert line.startswith("condense: stopped; to go on: ")
+    assert line.startswith("condense: stopped; to continue: ")
     again = shlex.split(line.split(": ", 2)[2])
     assert again == ["condense", *words, "--resume"]
     going_on = []
@@ -244,7 +244,7 @@ def test_ctrl_c(
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == 130
-    assert capsys.readouterr().err == f"condense: stopped; to go on: {command}\n"
+    assert capsys.readouterr().err == f"condense: stopped; to continue: {command}\n"
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit):
         cli.main(words)

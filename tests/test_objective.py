@@ -76,7 +76,7 @@ def test_what_cannot_work_with_an_objective_is_refused_in_one_line(tiny: Arrays,
         assert reason == "does not take the objective cosine; give objective='cross-entropy', the default"
     bilevel = registry.load("rat-bptt")()
     assert bilevel.incompatibility(Pixels(), Targets(), "channel", "mse") is None
-    assert "trains by kl, which targets are not made for" in str(
+    assert "trains with kl, which cannot use targets" in str(
         bilevel.incompatibility(Pixels(), Targets(), "channel", "kl")
     )
     with pytest.raises(ValueError, match=r"^mtt does not take the objective mse"):

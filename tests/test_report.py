@@ -138,7 +138,7 @@ def test_data_of_a_known_name_and_other_content_have_no_published_companions(tin
     [
         ("apply-nas.json", "[]", "apply-nas.json holds no findings"),
         ("apply-nas.json", '{"table": null}', "apply-nas.json holds no findings"),
-        ("apply-nas.json", "{", "apply-nas.json cannot be read: it is no valid JSON"),
+        ("apply-nas.json", "{", "apply-nas.json cannot be read: it is not valid JSON"),
         ("run.json", '{"seconds": "long"}', None),
         ("run.json", "[]", None),
         ("log.jsonl", '1\n{"loss": 2}\n{"step": 1, "lo', None),
@@ -205,12 +205,12 @@ def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "a report needs a run"),
+        ([], "a report needs at least one run"),
         (["nothing"], "no run folder"),
         (["{empty}"], "no run folder"),
         (["{dm}", "--out", "no/such/folder.html"], "there is no folder"),
         (["{unfinished}"], "not finished"),
-        (["{damaged}"], "cannot be read: it is no valid JSON"),
+        (["{damaged}"], "cannot be read: it is not valid JSON"),
     ],
 )
 def test_bad_input_is_one_line(

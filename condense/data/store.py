@@ -42,7 +42,7 @@ def read(
     """Return arrays by name, and the facts; None if the entry is missing, damaged or made from another source."""
 
     def arrays_and_facts(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        content = read_json(folder / _FACTS, mend="decode it again")
+        content = read_json(folder / _FACTS, fix="decode it again")
         intact = content.pop("sha256") == _digest(content)
         provenance = [content["format"], content["source"], content["arrays"]]
         if not intact or provenance != [FORMAT, source, _arrays(folder)]:

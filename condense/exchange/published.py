@@ -291,7 +291,7 @@ def _load(path: Path) -> Any:
     scalars += [core.multiarray.scalar, core.multiarray._reconstruct]
     if not path.exists():
         raise ValueError(f"there is no {path}: images, labels and lr belong in one folder; put it there")
-    return read_foreign(path, holds="tensors", mend="tensors", allowed=scalars)
+    return read_foreign(path, holds="tensors", save_as="tensors", allowed=scalars)
 
 
 def _pair(value: Any, path: Path, layout: str, space: Space, lr: float | None = None) -> External:

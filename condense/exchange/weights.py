@@ -51,7 +51,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> object:
-    content = read_foreign(path, holds="tensors by name", mend="torch.save(network.state_dict(), PATH)")
+    content = read_foreign(path, holds="tensors by name", save_as="torch.save(network.state_dict(), PATH)")
     for holder in _HOLDERS:
         if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
             return content[holder]

@@ -117,7 +117,7 @@ def uses_of(folder: Path) -> list[Mapping[str, Any]]:
     fix = "move it away or run condense apply again"
     tables: list[Mapping[str, Any]] = []
     for file in sorted(folder.glob("apply-*.json")):
-        content = read_json(file, mend=fix, finite=False)
+        content = read_json(file, fix=fix, finite=False)
         try:
             tables.append(dataclasses.asdict(from_json(_Uses, content, "it").table))
         except ValueError as error:
