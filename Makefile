@@ -6,7 +6,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-matrix torture check lint format types bench bench-growth clean
 
-help: ## list the commands
+help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 .venv/bin/python:
@@ -20,13 +20,13 @@ help: ## list the commands
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ .venv/user
 
-demo: .venv/user ## the whole job on embedded data: experts, two distillations, evaluation (under 3 minutes)
+demo: .venv/user ## run a small example on embedded data: experts, two distillations, evaluation (under 3 minutes)
 	$(BIN)/condense demo
 
-test: .venv/dev ## the tests (under 10 minutes on two cores)
+test: .venv/dev ## run the tests (under 10 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-test-slow: .venv/dev ## the tests that take longer than the rest together
+test-slow: .venv/dev ## run the slow tests, which take longer than all others together
 	$(BIN)/python -m pytest -m slow -q
 
 .venv-oldest/dev: pyproject.toml
@@ -34,35 +34,35 @@ test-slow: .venv/dev ## the tests that take longer than the rest together
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' 'torch==2.6.*' 'torchvision==0.21.*'
 	@touch $@
 
-test-matrix: .venv/dev .venv-oldest/dev ## the tests under other instruction sets, threads and the oldest torch (about an hour)
+test-matrix: .venv/dev .venv-oldest/dev ## run the tests with other instruction sets, numbers of threads and the oldest torch (about an hour)
 	$(BIN)/python -m tests.matrix
 
-torture: .venv/dev ## kills, full disks, damaged files, crowds (over an hour; goes on where it stopped)
+torture: .venv/dev ## test reliability: killed processes, full disks, damaged files, concurrent commands (over an hour; resumes)
 	mkdir -p build
 	$(BIN)/python -m tests.torture --state build/torture.json
 
-check: lint types test ## what must hold before a change is merged
+check: lint types test ## lint, types and test: must pass before a change is merged
 
-lint: .venv/dev ## ruff: rules and format
+lint: .venv/dev ## check rules and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/dev ## let ruff mend what it can
+format: .venv/dev ## let ruff fix rules and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: .venv/dev ## type-check what a user gets: the built wheel, not the editable checkout
+types: .venv/dev ## type-check the built wheel, which is what a user installs
 	rm -rf build/types/site build/types/source && mkdir -p build/types/source
 	cp -r condense methods buffers eval pyproject.toml README.md LICENSE build/types/source
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/source
 	MYPYPATH=build/types/site $(BIN)/mypy -p condense --linecount-report build/types/report --cache-dir build/types/cache
 	$(BIN)/python tests/types_seen.py build/types/report/linecount.txt
 
-bench: .venv/user ## the engine against a textbook implementation, path by path (under 15 minutes on two cores)
+bench: .venv/user ## compare the engine with a textbook implementation (under 15 minutes on two cores)
 	$(BIN)/python -m benchmarks
 
-bench-growth: .venv/dev ## how time and memory grow with images, classes, steps and experts (under 10 minutes)
+bench-growth: .venv/dev ## measure how time and memory grow with images, classes, steps and experts (under 10 minutes)
 	$(BIN)/python -m benchmarks.growth
 
-clean: ## remove what can be made again
+clean: ## remove .venv, built files and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

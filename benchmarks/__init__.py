@@ -1,1 +1,1 @@
-"""The engine against the algorithms as the papers' code runs them. ``python -m benchmarks --help``."""
+"""Compare the engine with the algorithms as the papers' code runs them. See ``python -m benchmarks --help``."""

@@ -1,11 +1,11 @@
-"""The engine against the textbook, path by path: time, memory and data read.
+"""Compare time, memory and data read of the engine and of the textbook implementation, path by path.
 
-    python -m benchmarks                                     # everything, into docs/performance.{json,md}
-    python -m benchmarks --only matching --repeats 3         # the paths with this word; printed, not written
-    python -m benchmarks --quick --out /tmp/somewhere        # tiny sizes: does everything run?
+    python -m benchmarks                                     # all paths; writes docs/performance.{json,md}
+    python -m benchmarks --only matching --repeats 3         # paths with this word; printed, not written
+    python -m benchmarks --quick --out /tmp/somewhere        # tiny sizes, to check that everything runs
 
-Textbook and engine run in turn in one process; the figures are medians after one run of each. Peak memory is measured
-in a process of its own for each side. See docs/performance.md.
+Textbook and engine run alternately in one process; the figures are medians after one run of each. Peak memory is
+measured in a separate process for each side. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Session:
-    """What a benchmark is given, and what it found so far."""
+    """The options of the benchmarks, and the rows measured so far."""
 
     scale: Scale
     device: torch.device
@@ -48,7 +48,7 @@ class Session:
         self.rows.append(row(*args, **options))
         print(report.table(self.rows[-1:]).splitlines()[-1], flush=True)
 
-    def found(self, path: str, quantity: str) -> Row | None:
+    def measured(self, path: str, quantity: str) -> Row | None:
         return next((r for r in self.rows if (r.path, r.quantity) == (path, quantity)), None)
 
 
@@ -65,19 +65,19 @@ def compare(path: str, job: Job, session: Session) -> None:
 
 
 def long_roll_out(session: Session) -> None:
-    """The engine's memory at 40 steps over that at 10."""
+    """Measure the ratio of the engine's peak memory at 40 steps to that at 10."""
 
     def peak(num_steps: int) -> float:
         return alone(measure.memory, partial(matching_engine, num_steps), True, session.scale, session.device)
 
-    found = session.found("trajectory matching, 10 steps", "memory")
-    few, many = peak(10) if found is None else found.engine, peak(40)
+    measured = session.measured("trajectory matching, 10 steps", "memory")
+    few, many = peak(10) if measured is None else measured.engine, peak(40)
     session.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, at_most=1.2)
 
 
 def apart(path: str, job: Job, session: Session) -> None:
-    """The time once more, in turn, but each side in a process of its own: the allocator of the textbook's was never
-    touched. In one process the heap that the engine leaves spares the textbook most page faults of its defaults."""
+    """Measure the times alternately with each side in its own process, so that the engine does not change the
+    textbook's allocator. In a shared process, the heap that the engine leaves saves the textbook most page faults."""
     scale, device = session.scale, session.device
     with processes(2) as sides:
         for process, build, engine in zip(sides, (job.textbook, job.engine), (False, True), strict=True):
@@ -88,22 +88,22 @@ def apart(path: str, job: Job, session: Session) -> None:
 
 
 def narrow_adjoint(session: Session) -> None:
-    """Trajectory matching with the second-order step in bfloat16, and what that does to the gradient."""
+    """Measure trajectory matching with second-order work in bfloat16, and the error of its gradient."""
     compute = dataclasses.replace(session.scale.compute, exact=False, adjoint_dtype="bfloat16")
     path, n = "trajectory matching, 10 steps", session.repeats
     scale = dataclasses.replace(session.scale, compute=compute)
     seconds = alone(measure.engine_seconds, partial(matching_engine, 10), scale, session.device, n)
-    found = session.found(path, "time")
-    session.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=found and found.textbook)
+    measured = session.measured(path, "time")
+    session.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=measured and measured.textbook)
     error = alone(measure.narrow_error, scale, session.device)
     session.add(f"{path}, bfloat16 adjoint", "error of the gradient", "relative", error, 1)
 
 
 def share_of_the_machine(session: Session) -> None:
-    """How much of what this machine's matrix product does a second, expert training does."""
+    """Measure the throughput of expert training relative to that of this machine's matrix product."""
     limits = alone(measure.limits, session.scale, session.device, session.repeats)
     session.limits |= {name: value for name, value in limits._asdict().items() if name != "gflop_per_image"}
-    training = session.found("expert training", "time")
+    training = session.measured("expert training", "time")
     if training is not None and training.textbook is not None:
         for dtype in ("float32", "bfloat16"):
             share = 100 * limits.gflop_per_image / session.limits[f"matmul_{dtype}"]
@@ -118,7 +118,7 @@ def share_of_the_machine(session: Session) -> None:
 
 
 def reading(session: Session) -> None:
-    """A (start, target) pair from a buffer, against a pickled one that is read whole."""
+    """Measure reading a (start, target) pair from our buffer and from a pickled one, which is read whole."""
     layout = buffer_read.QUICK if session.scale is QUICK else buffer_read.FULL
     with tempfile.TemporaryDirectory() as name:
         folder = buffer_read.write(Path(name), layout)
@@ -153,7 +153,7 @@ BENCHMARKS: dict[str, Callable[[Session], None]] = {
 EXTRAS: dict[str, Callable[[Session], None]] = {
     f"{path}, a process each": partial(apart, path, job) for path, job in JOBS.items() if job.ask_memory is not None
 }
-"""Run only where ``--only`` names them."""
+"""Benchmarks that run only if ``--only`` names them."""
 
 
 def head(session: Session) -> dict[str, Any]:
@@ -174,11 +174,15 @@ def main(words: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORD", help="paths whose name contains one of these"
+        "--only", nargs="+", default=[""], metavar="WORD", help="run the paths whose name contains one of these words"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="turns of which the median is taken")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
-    parser.add_argument("--out", type=Path, help="folder of performance.json and .md; default docs, for a full run")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the median is reported")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, to check that everything runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of performance.json and .md (default: docs in a full run, else none)",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(words)
@@ -186,7 +190,7 @@ def main(words: list[str] | None = None) -> None:
     known = BENCHMARKS if options.only == [""] else BENCHMARKS | EXTRAS
     chosen = [name for name in known if any(word in name for word in options.only)]
     if not chosen:
-        parser.error(f"no path contains any of {options.only}: there are {', '.join(known)}")
+        parser.error(f"no path contains any of {options.only}; give a word of one of these: {', '.join(known)}")
     device = resolve_device(options.device)
     session = Session(QUICK if options.quick else Scale(compute=fast(device)), device, options.repeats)
     with tempfile.TemporaryDirectory() as cache:

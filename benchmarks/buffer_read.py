@@ -1,9 +1,8 @@
-"""One random (start, target) pair from a buffer: our format against the published one.
+"""Compare reading a random (start, target) pair from our buffer format and from the published format.
 
-Both hold 10 experts with 51 snapshots of ConvNet-D3-W128 for CIFAR-10, random weights, 0.65 GB. Each way of
-reading gets a process of its own. `cold` is the first read after the files were dropped from the page cache,
-with the bytes that came from the disk and the growth of the peak memory; `warm` is the median of later ones.
-Linux only.
+Both buffers hold 10 experts with 51 snapshots of ConvNet-D3-W128 for CIFAR-10, with random weights, 0.65 GB. Each
+reader runs in its own process. `cold` is the first read after the files were dropped from the page cache, with the
+bytes read from the disk and the growth of the peak memory. `warm` is the median of later reads. Linux only.
 
     python -m benchmarks.buffer_read
 """
@@ -33,7 +32,7 @@ PUBLISHED = "replay_buffer_0.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a buffer holds."""
+    """The network and the size of a buffer."""
 
     network: str = "convnet"
     input_shape: InputShape = (3, 32, 32)
@@ -54,7 +53,7 @@ class Cost:
 
 
 def write(folder: Path, layout: Layout) -> Path:
-    """Both formats, with the same weights; returns the folder of ours."""
+    """Write buffers of both formats with the same weights below ``folder``; return the folder of ours."""
     network, rng = Functional(layout.network, layout.input_shape, 10), Rng(0)
     writer = BufferWriter(folder, "cifar10", {"network": network.name}, network.init(rng, "layout"))
     published = []
@@ -92,7 +91,7 @@ def published_mapped(folder: Path) -> Callable[[int, int], Tensor]:
 
 def measure(way: Callable[[Path], Callable[[int, int], Tensor]], folder: Path, layout: Layout, num_reads: int) -> Cost:
     draw = random.Random(0)
-    os.sync()  # only what is on the disk can be dropped
+    os.sync()  # the page cache drops clean pages only
     for path in [*folder.iterdir(), folder.parent / PUBLISHED]:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,8 @@
-"""What a process pays for its data set: time and memory of loading it and making a task, time of a draw.
+"""Measure time and memory of loading a data set and making a task, and the time of drawing a batch.
 
-Each round is a process of its own: without a cache, the first one that fills it, and a later one. `own` is the growth
-of Private_Dirty, which no other process shares; `peak` that of the resident set, shared pages included. Linux only.
+Three processes run: one without a cache, one that fills the cache, and one that uses it. `private` is the growth of
+Private_Dirty, the memory that no other process shares; `peak` is the growth of the largest resident set, which includes
+shared pages. Linux only.
 
     python benchmarks/data_memory.py cifar10.npz channel
 """
@@ -28,10 +29,10 @@ from condense.task import Split, make_task
 DRAWS = 1000
 
 
-def own_mb() -> float:
-    found = re.search(r"^Private_Dirty: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1]) / 1024
+def private_mb() -> float:
+    match = re.search(r"^Private_Dirty: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1]) / 1024
 
 
 def peak_mb() -> float:
@@ -39,7 +40,7 @@ def peak_mb() -> float:
 
 
 def measure(file: str, transform: str, cache: Path | None) -> str:
-    own, peak, begun = own_mb(), peak_mb(), time.perf_counter()
+    private, peak, begun = private_mb(), peak_mb(), time.perf_counter()
     arrays = load(file, cache=cache)
     loaded = time.perf_counter()
     network = Functional("convnet", arrays.input_shape, arrays.num_classes)
@@ -57,7 +58,7 @@ def measure(file: str, transform: str, cache: Path | None) -> str:
     draw = 1e3 * statistics.median(times)
     return (
         f"load {loaded - begun:6.3f} s   task {made - loaded:6.3f} s   256 images {draw:.2f} ms   "
-        f"own {own_mb() - own:5.0f} MB   peak {peak_mb() - peak:5.0f} MB"
+        f"private {private_mb() - private:5.0f} MB   peak {peak_mb() - peak:5.0f} MB"
     )
 
 

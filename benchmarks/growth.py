@@ -1,12 +1,12 @@
-"""How time and peak memory grow with the size of the problem, and the exponents of that.
+"""Measure how time and peak memory grow with the size of the problem, and fit exponents.
 
     python -m benchmarks.growth              # docs/images/growth.png and the table in docs/performance.md
     python -m benchmarks.growth --quick --out /tmp/somewhere
 
-A small network (two blocks of 32 channels, 16x16 pixels), so that the curves reach far; the engine in eager float32,
-so that what is seen are its algorithms and not its kernels. Time is the median of three runs, memory the growth of one
-more over what was held before; every curve has a process of its own. An exponent is the slope of the least-squares
-line through all points in the logarithms of both axes: 1 is proportional, 0 is constant.
+The network is small (two blocks of 32 channels, 16x16 pixels), so that the curves cover a wide range. The engine runs
+in eager float32, because the comparison is of algorithms, not of kernels. Time is the median of three runs; memory is
+the peak of a further run minus the memory held before it. Each curve is measured in its own process. An exponent is the
+slope of the least-squares line through all points on logarithmic axes: 1 is proportional, 0 is constant.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from condense.buffers.trajectories import Experts, build
 SMALL = Scale(depth=2, width=32, side=16, batch_real=32, batch=32, num_batches=4, compute=EXACT)
 CPU = torch.device("cpu")
 Curve = Callable[[int], Run]
-"""One run of the job of that size."""
+"""A function that sets up a job of the given size and returns one run of it."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What grows, and the two jobs that grow with it."""
+    """A quantity that grows, its sizes, and the jobs of the engine and the textbook."""
 
     title: str
     label: str
@@ -56,20 +56,21 @@ class Panel:
 
 
 def matching(engine: bool, field: str, size: int) -> Run:
-    """A step of trajectory matching: through ten steps of the student, or through ``size``."""
+    """Return a run of one step of trajectory matching with the given field, or number of student steps, set to
+    ``size``; the other fields are those of ``SMALL``, with ten student steps."""
     scale = SMALL if field == "steps" else dataclasses.replace(SMALL, **{field: size})
     num_steps = size if field == "steps" else 10
     return (matching_engine if engine else matching_textbook)(num_steps, scale, CPU)
 
 
 def gradients(engine: bool, num_classes: int) -> Run:
-    """A sweep of gradient matching, two synthetic and 32 real images a class."""
+    """Return a run of one sweep of gradient matching over the classes, 2 synthetic and 32 real images per class."""
     scale = dataclasses.replace(SMALL, num_classes=num_classes, ipc=2)
     return gradient_engine(scale, CPU) if engine else sweep(textbook.dc_step, 0.1, scale, CPU)
 
 
 def experts(engine: bool, num_experts: int) -> Run:
-    """Building a buffer of experts of two epochs."""
+    """Return a run that builds a buffer of experts of two epochs."""
     task, num_epochs = make(SMALL, CPU), 2
     plan = Experts(num_experts=num_experts, num_epochs=num_epochs, batch_size=SMALL.batch)
 
@@ -94,7 +95,7 @@ def experts(engine: bool, num_experts: int) -> Run:
 
 
 def reading(engine: bool, num_experts: int) -> Run:
-    """Opening a buffer of so many experts of 50 epochs and reading one pair."""
+    """Return a run that opens a buffer of ``num_experts`` experts of 50 epochs and reads one pair."""
     layout = buffer_read.Layout(network="convnet:depth=2,width=32", input_shape=(3, 16, 16), num_experts=num_experts)
     folder = buffer_read.write(scratch(), layout)
     return lambda: (buffer_read.ours if engine else buffer_read.published)(folder)(num_experts - 1, 0)
@@ -141,7 +142,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Points:
-    """Seconds and MB, by size."""
+    """Seconds and megabytes for each size."""
 
     seconds: list[float]
     memory: list[float]
@@ -149,13 +150,13 @@ class Points:
 
 def measure(curve: Curve, engine: bool, sizes: Sequence[int], repeats: int) -> Points:
     allocator(engine)
-    found = Points([], [])
+    results = Points([], [])
     for size in sizes:
         run = curve(size)
         run()
-        found.seconds.append(median_seconds(run, CPU, repeats))
-        found.memory.append(max(peak_mb(run, CPU), 0.1))
-    return found
+        results.seconds.append(median_seconds(run, CPU, repeats))
+        results.memory.append(max(peak_mb(run, CPU), 0.1))
+    return results
 
 
 LABELS = {"seconds": "time, s", "memory": "peak memory, MB"}
@@ -165,14 +166,14 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def plot(found: dict[Panel, tuple[Points, Points]], path: Path) -> None:
-    """Small multiples: time above, memory below, a column for each panel."""
+def plot(results: dict[Panel, tuple[Points, Points]], path: Path) -> None:
+    """Plot time in the upper row and memory in the lower row, with one column for each panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(3.4 * len(found), 6.4), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, len(found), squeeze=False)
-    for column, (panel, sides) in enumerate(found.items()):
+    figure = Figure(figsize=(3.4 * len(results), 6.4), layout="constrained", facecolor="white")
+    axes = figure.subplots(2, len(results), squeeze=False)
+    for column, (panel, sides) in enumerate(results.items()):
         for axis, (quantity, label) in zip(axes[:, column], LABELS.items(), strict=True):
             exponents = []
             for side, points, style in zip(("engine", "textbook"), sides, ("o-", "s--"), strict=True):
@@ -192,12 +193,12 @@ def plot(found: dict[Panel, tuple[Points, Points]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(found: dict[Panel, tuple[Points, Points]]) -> str:
+def table(results: dict[Panel, tuple[Points, Points]]) -> str:
     lines = [
         "| path | against | from, to | time: engine | textbook | memory: engine | textbook |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
-    for panel, sides in found.items():
+    for panel, sides in results.items():
         slopes = [exponent(panel.sizes, getattr(points, quantity)) for quantity in LABELS for points in sides]
         cells = [panel.title, panel.label, f"{panel.sizes[0]}, {panel.sizes[-1]}", *(f"{s:.2f}" for s in slopes)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -208,24 +209,24 @@ def main(words: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__, formatter_class=formatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="the two smallest sizes: shows that everything runs")
+    parser.add_argument("--quick", action="store_true", help="two smallest sizes only, to check that everything runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    found = {}
+    results = {}
     for panel in PANELS:
         panel = dataclasses.replace(panel, sizes=panel.sizes[:2]) if options.quick else panel
         ours, theirs = (
             alone(measure, curve, engine, panel.sizes, options.repeats)
             for curve, engine in ((panel.engine, True), (panel.textbook, False))
         )
-        found[panel] = ours, theirs
+        results[panel] = ours, theirs
         print(f"{panel.title}, {panel.label}: {ours} {theirs}", flush=True)
-    plot(found, options.out / "images" / "growth.png")
-    page = f"![Time and peak memory against size](images/growth.png)\n\n{table(found)}"
+    plot(results, options.out / "images" / "growth.png")
+    page = f"![Time and peak memory against size](images/growth.png)\n\n{table(results)}"
     replace_part(options.out / "performance.md", "growth", page)
-    print(table(found))
+    print(table(results))
 
 
 if __name__ == "__main__":

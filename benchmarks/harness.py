@@ -1,4 +1,4 @@
-"""How everything here is measured: time, peak memory, the allocator, and processes of their own."""
+"""Measure time and peak memory, set the allocator, and run functions in separate processes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from condense.allocator import keep_freed_memory, restore_defaults
 
 T = TypeVar("T")
 Run = Callable[[], object]
-"""One unit of work, ready to be repeated."""
+"""One unit of work, which can be repeated."""
 
 _WARM_BYTES = 1 << 30
 
 
 def allocator(engine: bool) -> None:
-    """Set glibc's allocator for what follows: as the engine sets it at its start, or as it comes.
+    """Set the thresholds of glibc's allocator to those of the engine, or to glibc's defaults.
 
-    The engine keeps the memory that it frees. By default every block of more than 32 MB is mapped anew, zeroed by the
-    kernel at each use, and a free end of the heap beyond 64 MB is given back: these are the thresholds that glibc's
-    defaults adapt to after a few large blocks. Either way the runs that follow find the heap as a long run would: in
-    the engine's way a gigabyte is held already, by default there is nothing to spare.
+    The engine keeps the memory that it frees. By default, every block of more than 32 MB is mapped anew and zeroed by
+    the kernel at each use, and a free end of the heap beyond 64 MB is returned to the system; glibc's defaults adapt to
+    these thresholds after a few large blocks. In both cases the next run finds the heap as it is in a long run: with
+    the engine's thresholds it already holds a gigabyte, by default it holds no free memory.
     """
     if engine and keep_freed_memory():
         torch.ones(_WARM_BYTES, dtype=torch.uint8)
@@ -65,8 +65,8 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_mb(run: Run, device: torch.device) -> float:
-    """Growth of the memory during a run over what was held before it, in MB; of the resident set (Linux), or of what
-    the accelerator has allocated. Run it once before: what it compiles and keeps is not counted."""
+    """Peak memory of a run minus the memory held before it, in MB: of the resident set on a CPU (Linux), or of the
+    tensors on a GPU. Do the run once before, so that what it compiles and keeps is not counted."""
     gc.collect()
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
@@ -82,7 +82,7 @@ def peak_mb(run: Run, device: torch.device) -> float:
 
 
 def reset_peak() -> None:
-    """The largest resident set of this process is counted from here."""
+    """Reset the peak of the resident set of this process (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -92,14 +92,14 @@ def status_bytes(field: str) -> int:
 
 
 def alone(function: Callable[..., T], *args: Any) -> T:
-    """``function(*args)`` in a fresh process, with as many threads as this one."""
+    """Return ``function(*args)``, run in a new process with as many threads as this one."""
     with processes(1) as (process,):
         return process.submit(function, *args).result()
 
 
 @contextlib.contextmanager
 def processes(num: int) -> Iterator[list[ProcessPoolExecutor]]:
-    """Fresh processes that stay, one task at a time each, with as many threads as this one."""
+    """Start ``num`` processes with as many threads as this one, each for one task at a time; yield their pools."""
     options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
     with contextlib.ExitStack() as stack:
         pools = [ProcessPoolExecutor(1, initargs=(torch.get_num_threads(),), **options) for _ in range(num)]
@@ -107,7 +107,7 @@ def processes(num: int) -> Iterator[list[ProcessPoolExecutor]]:
 
 
 def scratch() -> Path:
-    """A folder that lives as long as this process."""
+    """Make a temporary folder, which is removed when this process ends."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

@@ -1,13 +1,13 @@
-"""Peak memory and time of the Exact adjoint against full unrolling; and how far off TESLA's gradient is.
+"""Compare peak memory and time of the Exact adjoint and of full unrolling; measure the error of TESLA's gradient.
 
-    python -m benchmarks.inner_memory                    # the table; Full at 40 steps needs about 15 GB
-    python -m benchmarks.inner_memory --adjoints exact   # the half that needs one
+    python -m benchmarks.inner_memory                    # both adjoints; Full at 40 steps needs about 15 GB
+    python -m benchmarks.inner_memory --adjoints exact   # only the rows of Exact, which need less
     python -m benchmarks.inner_memory --error            # the error of TESLA
 
-The job is one step of trajectory matching: ConvNet-D3-W128, 100 images of 3x32x32 (handwritten digits),
-gradients with respect to the images and the learning rate. Each configuration runs in a process of its own,
-after a warm-up of one step on four images. Peak is the growth of the resident set over what the process held
-before the roll-out: interpreter, libraries, network and data, which are listed as base. Linux only.
+The job is one step of trajectory matching: ConvNet-D3-W128, 100 images of 3x32x32 (handwritten digits), gradients with
+respect to the images and the learning rate. Each configuration runs in its own process, after a warm-up of one step on
+four images. Base is the resident set before the roll-out: interpreter, libraries, network and data. Peak is the growth
+over base. Linux only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--adjoints", nargs="+", default=["exact", "full"], choices=ADJOINTS)
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 40])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--error", action="store_true", help="measure the error of TESLA instead")
+    parser.add_argument("--error", action="store_true", help="measure the error of TESLA's gradient instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{machine(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}, {date.today()}\n")
@@ -62,7 +62,7 @@ def print_table(adjoints: list[str], steps: list[int]) -> None:
 
 
 def measure(adjoint: Adjoint, num_steps: int) -> tuple[float, float, float]:
-    """Base, peak over base (megabytes) and seconds of one matching step."""
+    """Return base and peak over base in megabytes, and the seconds, of one matching step."""
     problem = ConvNet()
     target = {name: torch.zeros_like(p) for name, p in problem.start.items()}
     problem.gradient(adjoint, 1, 0.01, target, num_images=4)
@@ -72,7 +72,9 @@ def measure(adjoint: Adjoint, num_steps: int) -> tuple[float, float, float]:
 
 
 def print_errors() -> None:
-    print("Errors of the images' gradient relative to Full in float64, and cosine with it.\n")
+    print(
+        "Errors of the gradient of the images relative to Full in float64, and the cosine between TESLA's and Full's.\n"
+    )
     print("| network | steps | lr | Exact | Exact, float32 | Full, float32 | TESLA | cosine |")
     print("|---|---|---|---|---|---|---|---|")
     print_error_rows(MLP, (1, 0.05), (5, 0.05), (20, 0.05), (50, 0.05), (20, 0.5), (50, 0.5))
@@ -86,13 +88,13 @@ def print_error_rows(kind: type[MLP] | type[ConvNet], *cases: tuple[int, float])
     for n, lr in cases:
         full, exact, tesla = (double.gradient(a, n, lr, wide).flatten() for a in (Full(), Exact(), Tesla()))
         rounded = (single.gradient(a, n, lr, target).flatten() for a in (Exact(), Full()))
-        errors = [f"{((found - full).norm() / full.norm()).item():.2g}" for found in (exact, *rounded, tesla)]
+        errors = [f"{((other - full).norm() / full.norm()).item():.2g}" for other in (exact, *rounded, tesla)]
         cosine = F.cosine_similarity(tesla, full, dim=0).item()
         print(f"| {kind.__name__} | {n} | {lr} | {' | '.join(errors)} | {cosine:.3f} |", flush=True)
 
 
 class ConvNet:
-    """ConvNet-D3-W128 and a hundred digits, ten a class; the expert took 50 steps on batches of the others."""
+    """ConvNet-D3-W128 and 100 digits, ten per class; the expert takes 50 steps on batches of the other digits."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         pixels, labels = load_digits(return_X_y=True)
@@ -122,7 +124,7 @@ class ConvNet:
 
 
 class MLP:
-    """Two layers, 16 random inputs with random targets; the expert took 50 steps on another 16."""
+    """A network of two layers, 16 random inputs and random targets; the expert takes 50 steps on 16 others."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -149,7 +151,7 @@ class MLP:
 
 
 def matching(start: Theta, end: Theta, target: Theta) -> Tensor:
-    """|end - target|^2 / |start - target|^2, the loss of trajectory matching."""
+    """Return the loss of trajectory matching, |end - target|^2 / |start - target|^2."""
 
     def distance(theta: Theta) -> Tensor:
         return torch.stack([(theta[name] - target[name]).square().sum() for name in target]).sum()

@@ -1,4 +1,4 @@
-"""The paths through the engine that are compared: each as a textbook run and as an engine run of the same work."""
+"""The paths that are compared, each as a textbook run and an engine run of the same work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EXACT = Compute(exact=True).resolved(0, CPU)
 
 
 def fast(device: torch.device) -> Compute:
-    """What the engine settles for large work."""
+    """Return the policy that the engine resolves for large work."""
     return Compute().resolved(math.inf, device)
 
 
@@ -59,7 +59,7 @@ class Scale:
     num_classes: int = 10
     ipc: int = 10
     batch_real: int = 256
-    """Real images a class in gradient and distribution matching."""
+    """Real images per class in gradient and distribution matching."""
     batch: int = 256
     """Batch size of experts."""
     num_batches: int = 5
@@ -67,7 +67,7 @@ class Scale:
     num_epochs: int = 10
     """Epochs of evaluation in one run."""
     shorten: int = 1
-    """The student's steps in trajectory matching are divided by this."""
+    """Divisor of the number of student steps in trajectory matching."""
     compute: Compute = EXACT
 
     @property
@@ -91,30 +91,30 @@ QUICK = Scale(
     num_epochs=2,
     shorten=5,
 )
-"""Everything runs, nothing is worth measuring."""
+"""Sizes for a test that everything runs; they are too small to measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A path through the engine. ``textbook`` and ``engine`` set up and return one run of the same work."""
+    """A path through the engine. ``textbook`` and ``engine`` each set up the work and return one run of it."""
 
     textbook: Callable[[Scale, torch.device], Run]
     engine: Callable[[Scale, torch.device], Run]
     ask: float
-    """So many times faster, at least."""
+    """Target for the ratio of the times."""
     ask_memory: float | None = None
-    """So many times less memory, at least; None: no bound, memory is not measured."""
+    """Target for the ratio of the peak memories; None: memory is not measured."""
     unit: str = "s"
-    """Of the time: seconds for one run, or what gets done in a second."""
+    """Unit of the time: ``s`` for seconds per run, else work per second."""
     work: Callable[[Scale], int] = lambda scale: 1
-    """How much of that one run gets done."""
+    """Amount of work of one run, in the numerator of ``unit``."""
 
     def value(self, seconds: float, scale: Scale) -> float:
         return seconds if self.unit == "s" else self.work(scale) / seconds
 
 
 def arrays(scale: Scale) -> Arrays:
-    """Handwritten digits, enlarged, tinted by class and with some noise: enough of every class for all paths."""
+    """Make a data set of handwritten digits, enlarged, tinted by class and with noise, large enough for all paths."""
     digits, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
     num = max(scale.batch_real, scale.ipc, -(-scale.batch * scale.num_batches // scale.num_classes))
@@ -160,13 +160,13 @@ def by_class(task: Task) -> list[Tensor]:
 
 
 def synthetic(scale: Scale, task: Task) -> tuple[Tensor, Tensor]:
-    """The first ``ipc`` real images of every class."""
+    """Return the first ``ipc`` real images of every class and their labels."""
     images = torch.cat([members[: scale.ipc] for members in by_class(task)])
     return images, torch.arange(scale.num_classes, device=task.device).repeat_interleave(scale.ipc)
 
 
 class Steps:
-    """A method, one step a call."""
+    """A method; each call runs the next step."""
 
     def __init__(self, method: Method, ctx: Context) -> None:
         self.method, self.ctx, self.numbers = method, ctx, itertools.count()
@@ -196,7 +196,7 @@ def expert_engine(scale: Scale, device: torch.device) -> Run:
     return partial(trainer.run, task.network.init(Rng(0), "weights"), source)
 
 
-# Evaluation: a fresh network on the synthetic images, some epochs of canonical-dsa.
+# Evaluation: a fresh network is trained on the synthetic images for some epochs of canonical-dsa.
 
 
 def evaluation_textbook(scale: Scale, device: torch.device) -> Run:
@@ -211,11 +211,11 @@ def evaluation_engine(scale: Scale, device: torch.device) -> Run:
     return partial(scorer.train, *synthetic(scale, task), Rng(0))
 
 
-# Trajectory matching: one update of the images through a number of the student's steps.
+# Trajectory matching: one update of the images through a number of student steps.
 
 
 def expert_buffer(task: Task) -> Path:
-    """One expert of two short epochs."""
+    """Build a buffer of one expert of two short epochs; return its folder."""
     few = Labelled(*(part[torch.arange(128) * 37 % len(task.train)] for part in (task.train.images, task.train.labels)))
     plan = Experts(num_experts=1, num_epochs=2, batch_size=32)
     return build(dataclasses.replace(task, train=few), plan, root=scratch(), seed=0, compute=EXACT)
@@ -248,8 +248,8 @@ def matching(num_steps: int, ask: float, ask_memory: float) -> Job:
     )
 
 
-# Gradient matching and distribution matching: one update of the images, class after class. A student that lives
-# through one update is not trained: what is left is the sweep.
+# Gradient matching and distribution matching: one update of the images, class by class. The student is replaced after
+# one update and never trained, so that only the sweep over the classes is measured.
 
 
 def sweep(step: Callable[..., None], lr: float, scale: Scale, device: torch.device) -> Run:

@@ -1,6 +1,6 @@
-"""What is measured of one path: both sides in turn for the time, each in a process of its own for the memory.
+"""Measure one path: the times of both sides alternately, the memory of each side in a separate process.
 
-These functions run in processes of their own (``harness.alone``).
+These functions run in new processes (``harness.alone``).
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ class Times(NamedTuple):
     textbook_same_allocator: float
     engine: float
     compilation: float
-    """What the engine's first run took longer."""
+    """Time of the engine's first run minus the median."""
 
 
 def times(textbook: Build, engine: Build, scale: Scale, device: torch.device, repeats: int) -> Times:
-    """The two sides in turn, ``repeats`` times after a run of each; a tiny one of the textbook: it compiles nothing.
+    """Run both sides alternately, ``repeats`` times, after a first run of each.
 
-    The textbook runs under both allocators; under that of the engine in the first half of the turns.
+    The first run of the textbook is tiny, since it compiles nothing. The textbook runs with glibc's default allocator
+    in every turn, and in the first half of the turns with the engine's allocator too.
     """
     textbook(QUICK, device)()
     theirs, ours = textbook(scale, device), engine(scale, device)
     allocator(engine=True)
     first = seconds(ours, device)
-    default, same, found = [], [], []
+    default, same, ours_seconds = [], [], []
     for turn in range(repeats):
         allocator(engine=False)
         default.append(seconds(theirs, device))
         allocator(engine=True)
         if turn < max(repeats // 2, 1):
             same.append(seconds(theirs, device))
-        found.append(seconds(ours, device))
-    median = statistics.median(found)
+        ours_seconds.append(seconds(ours, device))
+    median = statistics.median(ours_seconds)
     return Times(statistics.median(default), statistics.median(same), median, max(0.0, first - median))
 
 
@@ -56,7 +57,7 @@ _side: list[Run] = []
 
 
 def take_side(build: Build, engine: bool, scale: Scale, device: torch.device) -> None:
-    """Set this process up for ``turn``: the engine's with its allocator, the textbook's untouched."""
+    """Prepare this process for ``turn``: for the engine with its allocator, for the textbook with the default one."""
     if engine:
         allocator(engine=True)
     _side[:] = [build(scale, device)]
@@ -75,8 +76,8 @@ def engine_seconds(engine: Build, scale: Scale, device: torch.device, repeats: i
 
 
 def memory(build: Build, engine: bool, scale: Scale, device: torch.device) -> float:
-    """Peak of a run over what the process held before it, in MB, each side under its own allocator and after a run
-    like those of ``times``."""
+    """Return the peak memory of a run minus the memory held before it, in MB. Each side uses its own allocator, and
+    has one run before, like those of ``times``."""
     allocator(engine)
     run = build(scale, device)
     (run if engine else build(QUICK, device))()
@@ -84,7 +85,7 @@ def memory(build: Build, engine: bool, scale: Scale, device: torch.device) -> fl
 
 
 def narrow_error(scale: Scale, device: torch.device) -> float:
-    """Error of the images' gradient in one step of trajectory matching, relative to eager float32."""
+    """Return the error of the gradient of the images in one trajectory-matching step, relative to eager float32."""
 
     def gradient(scale: Scale) -> torch.Tensor:
         steps = matching_engine(10, scale, device)
@@ -98,18 +99,18 @@ def narrow_error(scale: Scale, device: torch.device) -> float:
 
 
 class Limits(NamedTuple):
-    """The machine's own rates in GFLOP/s, as PyTorch reaches them, and the work of expert training."""
+    """The rates in GFLOP/s that PyTorch reaches on this machine, and the work of expert training."""
 
     matmul_float32: float
     matmul_bfloat16: float
     convolution_float32: float
     convolution_bfloat16: float
     gflop_per_image: float
-    """Forward and backward of one image."""
+    """Forward and backward pass of one image."""
 
 
 def limits(scale: Scale, device: torch.device, repeats: int) -> Limits:
-    """A large matrix product; and the forward pass of the middle convolution of the network, a batch of experts."""
+    """Measure a large matrix product and the forward pass of the network's second convolution on a batch of experts."""
     allocator(engine=True)
 
     def rates(dtype: torch.dtype) -> tuple[float, float]:

@@ -1,10 +1,10 @@
-"""Every learning method on the embedded digits against random real images, each under the method's own protocol.
+"""Compare every learning method with random real images on the embedded digits, under the method's own protocol.
 
     python -m benchmarks.methods [--only NAME ...] [--num-seeds N]
 
-A method runs its recipe for the digits (``NAME-digits-ipcK``); methods that need experts get a buffer made for that
-recipe. Then N fresh networks are trained on its set, and N on as many random images a class, with the training that the
-set brings along (``own``): same networks, same steps, same augmentation.
+Each method runs its recipe for the digits (``NAME-digits-ipcK``). A buffer of experts is built for methods that need
+one. Then N fresh networks are trained on its set and N on the same number of random images per class, with the training
+that is stored in the set (``own``): the same networks, steps and augmentation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from condense.eval.protocol import own, own_network
 from condense.eval.results import Result
 
 EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
-"""Of the buffer for methods that match trajectories."""
+"""Training of the experts for methods that match trajectories."""
 
 
 class Row(NamedTuple):
@@ -45,13 +45,14 @@ HEADER = "| method | images a class | accuracy, % | random, % | n | seconds |\n|
 
 
 def names() -> list[str]:
-    """The learning methods, and recipes of theirs that go by another name."""
+    """Return the learning methods, and recipes for the digits that are not named after a method."""
     recipes = {entry.stem for entry in catalog.recipes().values() if entry.dataset == "digits"}
     return [key for key in registry.METHODS if registry.load(key).learns] + sorted(recipes - registry.METHODS.keys())
 
 
 def digits_recipe(name: str) -> recipe.Recipe:
-    """The recipe for the digits with the smallest budget. Raises ValueError where a method has none."""
+    """Return the recipe for the digits with the budget nearest to one image per class. Raises ValueError if there is
+    none."""
     entry = catalog.published(name, "digits", 1)
     if entry is None or entry.dataset != "digits":
         raise ValueError(f"{name} has no recipe for the digits; add a row to methods/recipes/{name}.yaml")
@@ -59,14 +60,14 @@ def digits_recipe(name: str) -> recipe.Recipe:
 
 
 def experts_for(spec: ArtifactSpec) -> Experts:
-    """Experts that serve a method."""
+    """Return the training of experts that satisfies ``spec``."""
     assert isinstance(spec, TrajectorySpec)
-    uphill = {"rho": 0.01, "alpha": 0.3} if spec.experts == "gsam" else {}
-    return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **uphill)
+    ascent = {"rho": 0.01, "alpha": 0.3} if spec.experts == "gsam" else {}
+    return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **ascent)
 
 
 def measure(name: str, folder: Path, num_seeds: int) -> Row:
-    """Distil by the digits recipe of a method below ``folder``, and score its set and random images."""
+    """Distil with a method's recipe for the digits, below ``folder``; evaluate its set and random images."""
     plan = digits_recipe(name)
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
     task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)

@@ -1,4 +1,4 @@
-"""Where a step of trajectory matching spends its time: convolutions against everything else, in percent.
+"""Print the time of a step of trajectory matching and the share of the convolutions in it, in percent.
 
 python -m benchmarks.profile_matching
 """

@@ -1,4 +1,4 @@
-"""From measurements to docs/performance.json and the table in docs/performance.md."""
+"""Write measurements to docs/performance.json and to the table in docs/performance.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from condense.files import write_text
 
 _CONVOLUTIONS = (
-    "float32 convolutions near the machine's limit: a step of the roll-out is 3 passes, its way back 8, together "
+    "float32 convolutions near the machine's limit: a student step runs them 3 times, its backward pass 8 times, "
     "104 GFLOP in the two large layers, 0.20 s at 510 GFLOP/s; the rest is bound by memory; see docs/performance.md"
 )
 BOUNDS: dict[tuple[str, str], str] = {
@@ -20,12 +20,12 @@ BOUNDS: dict[tuple[str, str], str] = {
     for steps in (10, 20)
     for quantity in ("time", "time, a process each")
 }
-"""Why an ask cannot be met, by path and quantity."""
+"""The reason why a target cannot be met, by path and quantity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One quantity of one path. Ratios are the engine's gain: more than one is better."""
+    """One quantity of one path. Ratios are gains of the engine: more than one is better. ``ask`` is the target."""
 
     path: str
     quantity: str
@@ -53,7 +53,8 @@ def row(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Row:
-    """A row with its ratios, and whether it meets its ask: a ratio of ``at_least``, or a value of ``at_most``."""
+    """Return a row with its ratios, and whether it meets its target: a ratio of ``at_least`` or a value of
+    ``at_most``."""
 
     def gain(theirs: float | None) -> float | None:
         if theirs is None or 0 in (theirs, engine):
@@ -100,14 +101,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Three digits that count."""
+    """Format a number with three significant digits."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def write(folder: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """performance.json, and the table in performance.md where that is there."""
+    """Write performance.json, and the table in performance.md if that file exists."""
     fields = {**head, "rows": [dataclasses.asdict(r) for r in rows]}
     write_text(folder / "performance.json", json.dumps(fields, indent=1) + "\n")
     named = ", ".join(f"{name} {_figure(value)}" for name, value in head["limits"].items())
@@ -115,13 +116,13 @@ def write(folder: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
         table(rows),
         "",
         f"{head['machine']}, {head['cores']} cores, {head['threads']} threads, torch {head['torch']}, commit "
-        f"{head['commit']}, {head['date']}." + (f" Its own rates in GFLOP/s: {named}." if named else ""),
+        f"{head['commit']}, {head['date']}." + (f" Rates of the machine in GFLOP/s: {named}." if named else ""),
     ]
     replace_part(folder / "performance.md", "table", "\n".join(lines))
 
 
 def replace_part(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a page, where there is one."""
+    """Put ``text`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a page, if the page exists."""
     if page.exists():
         before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
         _, marker, after = rest.partition(f"<!-- /{name} -->")

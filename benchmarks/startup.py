@@ -1,4 +1,4 @@
-"""How long the command line takes to answer, and to begin with its work.
+"""Measure how long the command line takes to answer, and to start its work.
 
 python -m benchmarks.startup RUN [FLAGS]      # `condense evaluate` until the end of the first epoch
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """`condense evaluate` with the given arguments, ended after the first epoch of the first network."""
+    """Run `condense evaluate` with the given arguments, and exit after the first epoch of the first network."""
     from condense.train import Trainer
 
     plain = Trainer.run
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def wall(command: Sequence[str], cache: Path | None = None) -> float:
-    """Seconds of a command that must succeed; ``cache`` is where it finds what was compiled before."""
+    """Return the seconds that a command takes; raise if it fails. ``cache`` is its folder of compiled code."""
     env = os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
     begun = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, env=env, stdout=subprocess.DEVNULL)
@@ -52,8 +52,8 @@ def median_wall(command: Sequence[str], repeats: int, cache: Path | None = None)
 
 
 def first_epoch(scale: Scale, device: str, repeats: int) -> tuple[float, float]:
-    """Seconds from the start of `condense evaluate` to the end of the first epoch, for a set of ``ipc`` images a class:
-    with an empty cache of compiled code, and with a filled one (median)."""
+    """Return the seconds from the start of `condense evaluate` to the end of the first epoch, for a set of ``ipc``
+    images per class: with an empty cache of compiled code, and with a filled one (median)."""
     import numpy as np
 
     from benchmarks.jobs import arrays

@@ -1,10 +1,10 @@
-"""How far off TESLA's gradient of the images is where trajectory matching begins: a real network, expert and set.
+"""Measure the error of TESLA's gradient of the images at the start of trajectory matching, with a trained expert.
 
-    python -m benchmarks.tesla_error fashion_mnist.npz --threads 2    # or without a file: the embedded digits
+    python -m benchmarks.tesla_error fashion_mnist.npz --threads 2    # without a file: the embedded digits
 
-ConvNet-D3-W128 is trained on the first images of the data by plain SGD, as an expert is, with a snapshot after every
-epoch. The student starts at one of these and aims two epochs on; it takes its steps on real images. ``Exact`` and
-``Tesla`` differentiate the same loss in float64. Equal gradients have error 0 and cosine 1.
+A ConvNet-D3-W128 is trained as an expert, on the first images of the data by plain SGD, with a snapshot after every
+epoch. The student starts at one snapshot, and its target is the snapshot two epochs later. It takes its steps on real
+images. ``Exact`` and ``Tesla`` differentiate the same loss in float64. Equal gradients have error 0 and cosine 1.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXPERT_EPOCHS = 2
 class Case(NamedTuple):
     ipc: int
     start: int
-    """Epoch of the expert where the student starts."""
+    """Epoch of the expert's snapshot at which the student starts."""
     lr: float
     steps: int
 
@@ -51,7 +51,7 @@ CASES = [
 
 
 def rows(data: Labelled, experts: Trajectories, network: Functional) -> Iterator[str]:
-    """A line of the table for every case."""
+    """Yield one line of the table for each case."""
     for case in CASES:
         begun, draws = time.perf_counter(), Rng(0)
         images = torch.cat([data.draw(c, case.ipc, draws("images", 0, c)) for c in range(network.num_classes)])
@@ -69,7 +69,7 @@ def rows(data: Labelled, experts: Trajectories, network: Functional) -> Iterator
 def gradient(
     network: Functional, images: Tensor, labels: Tensor, start: Theta, target: Theta, case: Case, adjoint: Adjoint
 ) -> tuple[float, Tensor]:
-    """The loss of trajectory matching, and its gradient in the images as one vector."""
+    """Return the loss of trajectory matching and its gradient with respect to the images, as one vector."""
 
     def loss_fn(theta: Theta, batch: Batch) -> Tensor:
         return F.cross_entropy(network.logits(theta, {}, batch[0]), batch[1])
@@ -83,8 +83,8 @@ def gradient(
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("data", nargs="?", default="digits", help="name of a data set or .npz file")
-    parser.add_argument("--num-train", type=int, default=10_000, help="images that the expert is trained on")
+    parser.add_argument("data", nargs="?", default="digits", help="name of a data set, or an .npz file")
+    parser.add_argument("--num-train", type=int, default=10_000, help="number of images that the expert is trained on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
 """The algorithms as the papers' code runs them: the baseline of every ratio in docs/performance.md.
 
-Eager float32 modules, a data loader, Python loops over classes, autograd through everything at once. Each function
-is the algorithm of its paper and nothing else; ``tests/test_benchmarks.py`` shows that the engine computes the same.
+They use eager float32 modules, a data loader, Python loops over classes and one autograd graph for everything.
+``tests/test_benchmarks.py`` checks that the engine computes the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Params = dict[str, Tensor]
 
 
 class ConvNet(nn.Module):
-    """Blocks of 3x3 convolution, instance norm as GroupNorm(C, C), ReLU and 2x2 mean, then a linear layer."""
+    """Blocks of 3x3 convolution, instance norm as GroupNorm(C, C), ReLU and 2x2 mean pooling, then a linear layer."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, depth: int = 3, width: int = 128) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class ConvNet(nn.Module):
         return self.classifier(self.embed(x))
 
 
-# Differentiable Siamese augmentation (Zhao and Bilen, ICML 2021): one operation a batch, drawn from the global
-# generator; parameters for every image, or (siamese) one row that all images share.
+# Differentiable Siamese augmentation (Zhao and Bilen, ICML 2021): one operation per batch, drawn from the global
+# generator, with parameters for each image, or (siamese) with the same parameters for all images.
 
 
 def dsa(x: Tensor, strategy: str, siamese: bool = False, seed: int | None = None) -> Tensor:
-    """The batch under one operation of the strategy. The same seed draws the same for another batch."""
+    """Apply one random operation of the strategy to a batch. Equal seeds draw the same operation and parameters."""
     if not strategy:
         return x
     if seed is not None:
@@ -139,7 +139,7 @@ def train(
     batch_size: int = 256,
     strategy: str = "",
 ) -> None:
-    """Ordinary training; with the defaults, that of an expert (Cazenavette et al., CVPR 2022)."""
+    """Train a network; the defaults are those of an expert (Cazenavette et al., CVPR 2022)."""
     loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
     optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     net.train()
@@ -156,8 +156,8 @@ def train(
 
 
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor, num_epochs: int, strategy: str) -> None:
-    """How a fresh network is trained on a synthetic set before it is scored. The rate drops at half of the epochs,
-    with a new optimiser."""
+    """Train a fresh network on a synthetic set. The learning rate drops after half of the epochs, with a new
+    optimiser."""
     for lr, epochs in ((0.01, num_epochs // 2), (0.001, num_epochs - num_epochs // 2)):
         train(net, images, labels, epochs, lr=lr, momentum=0.9, weight_decay=5e-4, strategy=strategy)
 
@@ -173,7 +173,7 @@ def expert_buffer(
     batch_size: int,
     strategy: str,
 ) -> None:
-    """Experts with a snapshot after every epoch, pickled into one file when all are there."""
+    """Train experts with a snapshot after every epoch; pickle all of them into one file at the end."""
     buffer = []
     for _ in range(num_experts):
         net = fresh()
@@ -195,7 +195,7 @@ def mtt_loss(
     num_steps: int,
     strategy: str,
 ) -> Tensor:
-    """Trajectory matching (Cazenavette et al., CVPR 2022): all steps of the student in one graph."""
+    """Return the loss of trajectory matching (Cazenavette et al., CVPR 2022), with all student steps in one graph."""
     theta: Params = {name: p.clone().requires_grad_() for name, p in start.items()}
     for _ in range(num_steps):
         index = torch.randperm(len(images))
@@ -221,7 +221,7 @@ def mtt_step(
     num_steps: int,
     strategy: str,
 ) -> None:
-    """One update of the images and of the student's learning rate."""
+    """Update the images and the learning rate of the student once."""
     loss = mtt_loss(net, start, target, images, labels, lr, num_steps, strategy)
     for optimiser in optimisers:
         optimiser.zero_grad()
@@ -232,7 +232,7 @@ def mtt_step(
 
 
 def dc_loss(net: nn.Module, real: Tensor, syn: Tensor, label: int) -> Tensor:
-    """Distance between the gradients of one class (Zhao, Mopuri and Bilen, ICLR 2021)."""
+    """Return the distance between the gradients of one class (Zhao, Mopuri and Bilen, ICLR 2021)."""
     params = list(net.parameters())
 
     def gradient(x: Tensor, create_graph: bool) -> tuple[Tensor, ...]:
@@ -256,7 +256,7 @@ def dc_step(
     batch_real: int,
     strategy: str,
 ) -> None:
-    """One update of the images (DSA: Zhao and Bilen, ICML 2021): the losses of all classes, then one way back.
+    """Update the images once (DSA: Zhao and Bilen, ICML 2021), by one backward pass through the losses of all classes.
 
     Args:
         real: the real images of every class.
@@ -272,7 +272,7 @@ def dc_step(
 
 
 def dm_loss(net: ConvNet, real: Tensor, syn: Tensor) -> Tensor:
-    """Distance between the mean features of one class (Zhao and Bilen, WACV 2023)."""
+    """Return the distance between the mean features of one class (Zhao and Bilen, WACV 2023)."""
     wanted = net.embed(real).detach()
     return (wanted.mean(0) - net.embed(syn).mean(0)).square().sum()
 
@@ -285,7 +285,7 @@ def dm_step(
     batch_real: int,
     strategy: str,
 ) -> None:
-    """One update of the images; arguments as of ``dc_step``."""
+    """Update the images once; the arguments are those of ``dc_step``."""
     net.requires_grad_(False)
     loss = torch.zeros((), device=syn.device)
     for batch, images in _classes(real, syn, batch_real, strategy):
@@ -297,7 +297,7 @@ def dm_step(
 
 
 def _classes(real: Sequence[Tensor], syn: Tensor, batch_real: int, strategy: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """A batch of real images and the synthetic ones of every class, each pair under one draw of the augmentation."""
+    """Yield real and synthetic images of each class, both under the same draw of the augmentation."""
     for members, images in zip(real, syn.chunk(len(real)), strict=True):
         batch = members[torch.randperm(len(members))[:batch_real]]
         seed = random.randrange(100_000)

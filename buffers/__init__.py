@@ -1,1 +1,1 @@
-"""Builders of costly artifacts: expert trajectories, trained here or imported."""
+"""Train or import buffers of networks: expert trajectories and teachers."""

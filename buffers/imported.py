@@ -1,9 +1,9 @@
-"""Import of networks that others trained: single ones, and published trajectories.
+"""Import networks that were trained elsewhere: single networks and published trajectories.
 
-Trajectories are ``replay_buffer_N.pt``, as the code of MTT and its descendants writes it. Each file is a list of
-experts, an expert a list of epochs (the initialisation first), an epoch a list of tensors: the parameters in the order
-of the network, without names. Nothing says on which data or how they were trained, so they are matched on the shapes of
-the parameters alone and the caller says the rest. The statistics of BatchNorm were never stored.
+Published trajectories are files ``replay_buffer_N.pt``, as written by the code of MTT and its descendants. Each file is
+a list of experts, each expert a list of epochs (the initialisation first), and each epoch a list of tensors: the
+parameters in the order of the network, without names. The files do not record the data or the training. They are
+therefore matched by the shapes of the parameters, and the caller gives the rest. They hold no BatchNorm statistics.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def import_replay_buffers(
 ) -> Path:
     """Write published trajectories as a buffer under ``dst_root`` and return its folder.
 
-    The buffer becomes visible once all of it is written. It says ``origin: imported`` and leaves open how its
-    experts were trained; a warning says what could not be checked.
+    The buffer becomes visible once it is complete. Its manifest records ``origin: imported`` and does not specify how
+    the experts were trained. A warning says what could not be verified.
 
     Args:
-        src: a folder of ``replay_buffer_N.pt``, or one such file. One file at a time is held in memory.
-        dst_root: folder of buffers.
-        task: the data set, split, transform and network that the user says they belong to.
-        progress: called with (files done, files).
+        src: a folder of ``replay_buffer_N.pt`` files, or one such file. One file at a time is held in memory.
+        dst_root: the folder of buffers.
+        task: the data set, split, transform and network to which the user assigns the experts.
+        progress: called with (files done, total files).
 
     Raises:
-        ValueError: no such files; something else than lists of tensors in them; tensors that do not fit the
-            network; snapshots that are all the same; the buffer exists already or cannot be written.
+        ValueError: there are no such files, or they hold anything other than lists of tensors; the tensors do not fit
+            the network; all snapshots are the same; the buffer exists already or cannot be written.
     """
     files = _files(src)
     params = task.network.init(Rng(0), "layout").params
@@ -62,27 +62,27 @@ def import_replay_buffers(
             progress(done, len(files))
     writer.save()
     warnings.warn(
-        f"{len(writer.experts)} experts were imported to {writer.folder} by the shapes of their parameters: "
-        f"that they belong to {task.name}, this transform and network is your word, the files do not say it",
+        f"{len(writer.experts)} experts were imported to {writer.folder} by the shapes of their parameters: Condense "
+        f"cannot verify that they belong to {task.name}, this transform and network; it is recorded as given",
         stacklevel=2,
     )
     return writer.folder
 
 
 def import_weights(src: Path, dst_root: Path, task: Task) -> Path:
-    """Write one network that others trained as a buffer of its last epoch under ``dst_root``, and return its folder.
+    """Write one network that was trained elsewhere as a buffer of its last epoch, and return its folder.
 
-    Its manifest says ``origin: imported``, and its accuracy on at most 5000 of the training images and, where there is
-    one, on the validation split. How it was trained stays open.
+    The manifest records ``origin: imported`` and the accuracy on at most 5000 training images and on any validation
+    split. It does not specify how the network was trained.
 
     Args:
         src: a state dict, see ``condense.exchange.weights``.
-        dst_root: folder of buffers.
-        task: the data set, split, transform and network that the user says it belongs to.
+        dst_root: the folder of buffers.
+        task: the data set, split, transform and network to which the user assigns the weights.
 
     Raises:
-        ValueError: no state dict, or one that does not fit the network; the same weights were imported already; the
-            folder cannot be written. Nothing half-written stays.
+        ValueError: the file holds no state dict, or one that does not fit the network; the same weights were imported
+            already; the folder cannot be written. No partially written buffer is left behind.
     """
     network = task.network
     weights = match(read_state_dict(src), network, str(src))
@@ -116,38 +116,38 @@ def _files(src: Path) -> list[Path]:
 
 
 def _load(file: Path) -> Any:
-    return read_foreign(file, holds="lists of tensors", mend="a list of lists of lists of tensors")
+    return read_foreign(file, holds="lists of tensors", save_as="a list of lists of lists of tensors")
 
 
 def _items(value: Any, where: str, what: str) -> list[Any]:
     if not isinstance(value, list | tuple) or not value:
-        found = "an empty one" if isinstance(value, list | tuple) else type(value).__name__
-        raise ValueError(f"{where}: a list of {what} was expected, found {found}; give files as MTT's code writes them")
+        actual = "an empty one" if isinstance(value, list | tuple) else type(value).__name__
+        raise ValueError(f"{where}: expected a list of {what}, found {actual}; give files written by the code of MTT")
     return list(value)
 
 
 def _table(expert: Any, network: Functional, where: str) -> Tensor:
-    """The snapshots of one expert as (E + 1, P)."""
+    """Return the snapshots of one expert as a tensor (E + 1, P)."""
     rows = []
     for epoch, value in enumerate(_items(expert, where, "epochs")):
         tensors = _items(value, f"{where}, epoch {epoch}", "tensors")
         if len(tensors) != len(network.shapes):
             raise ValueError(
-                f"{where}, epoch {epoch}: {len(tensors)} tensors, {network.name} has {len(network.shapes)}; "
-                f"give {spelt('network')} as they were trained"
+                f"{where}, epoch {epoch}: it holds {len(tensors)} tensors, but {network.name} has "
+                f"{len(network.shapes)}; give the {spelt('network')} that was trained"
             )
         snapshot = dict(zip(network.shapes, tensors, strict=True))
         for name, tensor in snapshot.items():
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            if found != network.shapes[name]:
+            actual = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            if actual != network.shapes[name]:
                 raise ValueError(
-                    f"{where}, epoch {epoch}: {found} where {name} of {network.name} is "
-                    f"{network.shapes[name]}; give {spelt('network')} and {spelt('dataset')} as they were trained"
+                    f"{where}, epoch {epoch}: {name} is {actual}, but {network.shapes[name]} in {network.name}; "
+                    f"give the {spelt('network')} and {spelt('dataset')} of the training"
                 )
         rows.append(pack(snapshot))
     if len(rows) < 2 or torch.equal(rows[0], rows[-1]):
         raise ValueError(
-            f"{where}: the first and the last snapshot are the same, which is no trajectory (on a CPU MTT's "
-            "code stores the final weights for every epoch); train experts with `condense buffer`"
+            f"{where}: the first and the last snapshot are the same, so it is not a trajectory (on a CPU the code of "
+            "MTT stores the final weights for every epoch); train experts with `condense buffer`"
         )
     return torch.stack(rows)

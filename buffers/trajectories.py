@@ -1,15 +1,15 @@
-"""Networks trained on the real data: expert trajectories, with a snapshot of their weights after every epoch, or
-teachers, of which the last snapshot alone is kept.
+"""Train networks on the real data: experts, with a snapshot of the weights after every epoch, or teachers, with the
+last snapshot only.
 
 Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022: experts are ConvNets
-trained with plain SGD (rate 0.01, batches of 256, no momentum) under DSA with one draw per image. A snapshot
-is a copy: on a CPU ``p.detach().cpu()`` shares its memory with the live weights, and a trajectory made of it
-is its last epoch over and over.
+trained with plain SGD (learning rate 0.01, batches of 256, no momentum) under DSA with one draw per image. Snapshots
+are copied, because on a CPU ``p.detach().cpu()`` shares its memory with the weights in training, and every snapshot
+would end up as the last epoch.
 
-Expert e draws its initialisation, batch order and augmentation from keys of its own. So a buffer grows
-without touching what is there, an interrupted build goes on with the next expert, and an expert trained for
-longer begins with the same epochs. A schedule that depends on the length of the training, such as a cosine, rules
-that out: the number of epochs is then part of what identifies the buffer.
+Each expert draws its initialisation, batch order and augmentation from its own keys. A buffer can therefore grow
+without changing the existing experts, an interrupted build continues with the next expert, and an expert trained for
+longer starts with the same epochs. This does not hold for a schedule that depends on the length of the training, such
+as a cosine; the number of epochs is then part of the buffer's identity.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from condense.task import Task
 from condense.train import Scorer, Trainer, Training
 
 MAX_SCORED = 5000
-"""Training images that accuracies are measured on, at most."""
+"""The maximum number of training images on which accuracies are measured."""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """(expert, epochs done, accuracies): called for the initialisation and after each epoch."""
@@ -46,45 +46,45 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(Checked):
-    """How many experts, and how each is trained."""
+    """The number of experts and how each of them is trained."""
 
     num_experts: int = 10
-    """Experts, each from an initialisation of its own."""
+    """Number of experts. Each one has its own initialisation."""
     num_epochs: int = 20
-    """Epochs of each expert; there is one snapshot more."""
+    """Number of epochs for which each expert is trained."""
     keep: Keep = "all"
-    """Epochs of which the weights are kept: all, for trajectories, or the last one alone, for teachers."""
+    """Epochs whose weights are stored: all of them, for trajectories, or only the last one, for teachers."""
     lr: float = 0.01
     """Learning rate of SGD."""
     momentum: float = 0.0
     """Momentum of SGD."""
     weight_decay: float = 0.0
-    """L2 penalty, added to the gradient."""
+    """Weight decay of SGD (an L2 penalty)."""
     batch_size: int = 256
-    """Images a step; the last batch of an epoch may be smaller."""
+    """Batch size; the last batch of an epoch may be smaller."""
     schedule: Schedule = CONSTANT
-    """How the learning rate changes; ``drop_after`` and ``warmup_steps`` do not depend on the number of epochs."""
+    """Learning rate schedule; ``drop_after`` and ``warmup_steps`` do not depend on the number of epochs."""
     augment: str = "dsa"
-    """none, dsa (the task's augmentation) or a strategy; options as in dsa:mode=M,align_corners=true. Every image has
-    its own draw."""
+    """Augmentation of the experts: none, dsa (the augmentation of the data set) or a strategy, with options as in
+    dsa:mode=M,align_corners=true. Every image has its own draw."""
     cutmix: float = 0.0
     """Probability that CutMix is applied to a batch."""
     rho: float = 0.0
-    """How far adaptive GSAM goes uphill for its gradient: 0.01 for FTD and DATM; 0: plain gradients."""
+    """Radius of the ascent step of adaptive GSAM: 0.01 for FTD and DATM; 0 trains with plain gradients."""
     alpha: float = 0.0
-    """How much GSAM counts the plain gradient's part across that one: 0.4 for FTD, 0.3 for DATM."""
+    """Weight of the plain gradient's component orthogonal to the perturbed one (GSAM): 0.4 for FTD, 0.3 for DATM."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_experts < 1 or self.num_epochs < 1:
             raise ValueError(
-                f"a buffer needs experts and epochs, got {self.num_experts} and {self.num_epochs}; "
+                f"a buffer needs at least one expert and one epoch, got {self.num_experts} and {self.num_epochs}; "
                 f"give {spelt('num_experts', 10)} and {spelt('num_epochs', 20)}"
             )
         self.training()
 
     def training(self) -> Training:
-        """Raises ValueError as ``Training`` does."""
+        """Return how one expert is trained. Raises ValueError as ``Training`` does."""
         return Training(
             num_epochs=self.num_epochs,
             batch_size=self.batch_size,
@@ -98,29 +98,40 @@ class Experts(Checked):
         )
 
     def augmentation(self, own: Augment) -> Augment:
-        """What ``augment`` names, for a task whose augmentation is ``own``. Raises ValueError as ``Augment.parse``."""
+        """Return the augmentation named by ``augment``, where ``own`` is that of the task.
+
+        Raises:
+            ValueError: as ``Augment.parse`` does.
+        """
         return own if self.augment == "dsa" else Augment.parse(self.augment, own="_".join(own.ops) or "none")
 
     def identity(self) -> dict[str, Any]:
-        """What decides a trajectory, augmentation excepted: its length only where the schedule depends on it."""
+        """Return the settings that determine a trajectory, except for the augmentation.
+
+        They include the number of epochs only if the schedule depends on it.
+        """
         content, schedule = self.training().content(), self.schedule
-        apart = set() if schedule.depends_on_length else {"num_epochs"}
-        apart |= set() if schedule.drop_at else {"decay_at"}
-        apart |= set() if schedule.drop_at or schedule.drop_after else {"decay"}
-        return {name: value for name, value in content.items() if name not in apart}
+        excluded = set() if schedule.depends_on_length else {"num_epochs"}
+        excluded |= set() if schedule.drop_at else {"decay_at"}
+        excluded |= set() if schedule.drop_at or schedule.drop_after else {"decay"}
+        return {name: value for name, value in content.items() if name not in excluded}
 
 
 def check_augment(augment: Augment) -> None:
-    """Raise ValueError for an augmentation that experts cannot have."""
+    """Raise ValueError for an augmentation that experts cannot use."""
     if augment.flips:
         raise ValueError(
-            f"experts see real images, which flips=true does not concern; leave it out of {spelt('augment')}"
+            f"experts are trained on real images, but flips=true is for synthetic ones; leave it out of "
+            f"{spelt('augment')}"
         )
 
 
 def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str, Any]:
-    """What names the buffer: everything that decides its snapshots. That includes the number of epochs where the last
-    one alone is kept, since a longer training then ends in other weights; else it is extent and may grow."""
+    """Return everything that determines the snapshots of a buffer.
+
+    Where only the last epoch is stored, this includes the number of epochs, since longer training ends in different
+    weights. Otherwise the number of epochs belongs to the extent, which may grow.
+    """
     return {
         **task.identity(),
         "training": plan.identity(),
@@ -132,16 +143,16 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
 
 
 USUAL_EPOCHS = 200
-"""Epochs of a usual buffer: ten experts of twenty. How far a buffer grows is no part of its identity, how it is
-computed is: so the policy is settled for this much work, whatever was asked for."""
+"""The epochs of a typical buffer: ten experts of twenty epochs. The compute policy is resolved for this amount of work,
+whatever was requested, because the policy belongs to the identity of a buffer and its extent does not."""
 
 
-def settled(task: Task, plan: Experts, root: Path, seed: int, compute: Compute) -> Compute:
-    """``compute`` with nothing left open; where a buffer of this kind is there already, as that was built."""
+def resolved(task: Task, plan: Experts, root: Path, seed: int, compute: Compute) -> Compute:
+    """Return ``compute`` with every choice made; the choices of an otherwise equal existing buffer are reused."""
     like = {k: v for k, v in identity(task, plan, seed, compute).items() if k != "compute"}
     kind = Trajectories.kind if plan.keep == "all" else TrainedNetworks.kind
-    there = identities(root, kind, like)
-    earlier = there[0]["compute"] if len(there) == 1 else None
+    existing = identities(root, kind, like)
+    earlier = existing[0]["compute"] if len(existing) == 1 else None
     return compute.resolved(task.network.flops * len(task.train) * USUAL_EPOCHS, task.device, earlier)
 
 
@@ -155,19 +166,19 @@ def build(
     progress: Progress | None = None,
     ranks: Ranks = Ranks(),
 ) -> Path:
-    """Train what is missing of a buffer under ``root`` and return its folder.
+    """Train the missing experts of a buffer under ``root`` and return its folder.
 
-    Several processes deal the missing experts out; each returns when all are there. Experts of the buffer that have
-    fewer epochs are trained again from scratch, and a warning says so.
+    Several processes divide the missing experts among them; each returns when all experts are finished. Existing
+    experts with fewer epochs than requested are trained again from scratch, with a warning.
 
     Raises:
-        ValueError: new experts would be shorter than the present ones; an expert diverged; the buffer is
-            damaged or cannot be written; another process ended. Experts that were finished are kept.
+        ValueError: new experts would have fewer epochs than the existing ones; an expert diverged; the buffer is
+            damaged or cannot be written; another process ended. Finished experts are kept.
     """
     augment = plan.augmentation(task.augment)
     check_augment(augment)
     network, rng = task.network, Rng(seed)
-    compute = settled(task, plan, root, seed, compute)
+    compute = resolved(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
     writer = BufferWriter(root, task.name, identity(task, plan, seed, compute), layout, plan.keep)
     writer.make_folder()
@@ -176,17 +187,17 @@ def build(
     shortest = min((expert["num_epochs"] for expert in writer.complete), default=0)
     if missing and plan.num_epochs < shortest:
         raise ValueError(
-            f"{writer.folder} has experts of {shortest} epochs: new ones of {plan.num_epochs} would shorten it; "
-            f"give {spelt('num_epochs', shortest)}"
+            f"{writer.folder} has experts of {shortest} epochs: new ones of {plan.num_epochs} would shorten the "
+            f"buffer; give {spelt('num_epochs', shortest)}"
         )
     short = [expert for expert in missing if writer.epochs(expert)]
     if short:
         warnings.warn(
             f"{len(short)} experts of {writer.folder} have fewer than {plan.num_epochs} epochs: they are "
-            "trained again from scratch, and each replaces its shorter self when it is done",
+            "trained again from scratch, and each replaces its shorter version when it is finished",
             stacklevel=2,
         )
-    ranks.barrier()  # all have seen what is missing, before one adds to it
+    ranks.barrier()  # every rank has listed the missing experts before any rank adds one
     trainer = Trainer(network, plan.training(), compute)
     measure = measure_accuracy(task, Scorer(network, compute), rng)
     mine, at_once = ranks.shard(missing), compute.networks or 1
@@ -212,7 +223,7 @@ def build(
 
 
 def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
-    """Accuracy on a fixed part of the training images and, where there is one, on the validation split."""
+    """Return a function that measures accuracy on a fixed part of the training images and on any validation split."""
     index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
     parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
     parts["train_accuracy"] = (task.train.images[index], task.train.labels[index])
@@ -222,7 +233,7 @@ def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights]
 
 
 class _Recorder:
-    """Keeps the snapshots of one expert."""
+    """Collects the snapshots and accuracies of one expert."""
 
     def __init__(
         self,

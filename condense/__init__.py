@@ -1,6 +1,6 @@
 """Condense: a dataset-distillation engine.
 
-Public names are loaded when they are first used, so that ``import condense`` stays fast.
+Public names are loaded on first use, so that ``import condense`` is fast.
 """
 
 from importlib import import_module
@@ -32,7 +32,7 @@ __all__ = ["Recipe", "RunOptions", "SyntheticSet", "distill", "evaluate", "load"
 
 try:
     __version__ = version("condense-dd")
-except PackageNotFoundError:  # a checkout that was never installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0"
 
 

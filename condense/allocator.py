@@ -1,7 +1,7 @@
-"""glibc's memory allocator, told to keep what is freed.
+"""Settings of glibc's memory allocator that make it keep freed memory.
 
-By default every tensor of some megabytes is mapped from the system and given back when it is freed; each use then
-faults its pages in anew, which costs training on a CPU up to half of its time.
+By default glibc maps the memory of every tensor of some megabytes from the system and unmaps it when the tensor is
+freed. The page faults of the next use take up to half of the time of training on a CPU.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Serve all sizes from the heap and never shrink it; whether that took effect.
+    """Allocate all sizes from the heap and never shrink it; return whether that took effect.
 
-    Nothing is changed where the C library is not glibc, or where the environment chose otherwise: LD_PRELOAD,
+    Nothing is changed if the C library is not glibc, or if the environment configures the allocator: LD_PRELOAD,
     GLIBC_TUNABLES or a variable MALLOC_... is set.
     """
-    chosen = any(name in ("LD_PRELOAD", "GLIBC_TUNABLES") or name.startswith("MALLOC_") for name in os.environ)
-    return not chosen and _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
+    configured = any(name in ("LD_PRELOAD", "GLIBC_TUNABLES") or name.startswith("MALLOC_") for name in os.environ)
+    return not configured and _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
 
 
 def restore_defaults() -> bool:
-    """What glibc does by itself once tensors have come and gone; whether that took effect."""
+    """Set the thresholds that glibc reaches by itself after large tensors were freed; return whether that worked."""
     return _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
 
 

@@ -1,4 +1,4 @@
-"""What a notebook user calls: make_buffer, distill, evaluate, load. The command line calls the same."""
+"""Public functions of the package, which the command line also calls: make_buffer, distill, evaluate, load, ..."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def make_buffer(
     ranks: Ranks = Ranks(),
     **fields: Any,
 ) -> Path:
-    """Train expert trajectories, or the ones still missing, and return the buffer's folder.
+    """Train expert trajectories that the buffer lacks, and return the folder of the buffer.
 
     ``fields`` are fields of ``Experts``: ``make_buffer("digits", num_experts=5, num_epochs=10)``. ``on_data`` is called
-    with the data before anything is trained. ``ranks``, of ``condense.distributed.init_distributed``, share the
-    experts.
+    with the data before training starts. The processes of ``ranks`` (see ``condense.distributed.init_distributed``)
+    share the experts.
 
     Raises:
-        ValueError: bad data, network or field; the disk is full.
+        ValueError: invalid data, network or field; the disk is full.
     """
     plan = replaced(experts, fields)
     check_seed(seed)
@@ -104,15 +104,15 @@ def distill(
     ranks: Ranks = Ranks(),
     **fields: Any,
 ) -> SyntheticSet:
-    """Distil a data set and return the synthetic set; the run folder holds everything else.
+    """Distil a data set and return the synthetic set. All other output is written to the run folder.
 
-    ``method`` is a name (with its published recipe for this data set and budget, where there is one), the name or
-    path of a recipe, a ``Method`` or a ``Recipe``. ``fields`` are, by name, fields of ``RunOptions`` (out, resume,
-    ...), of the recipe (ipc, seed, ...) or of the method (num_steps, ...). ``ranks``, of
-    ``condense.distributed.init_distributed``, share the parts of a step.
+    ``method`` is the name of a method (run with its published recipe for this data set and budget, if there is one),
+    the name or path of a recipe, a ``Method`` or a ``Recipe``. ``fields`` are fields of ``RunOptions`` (out, resume,
+    ...), of the recipe (ipc, seed, ...) or of the method (num_steps, ...). The processes of ``ranks`` (see
+    ``condense.distributed.init_distributed``) share the parts of a step.
 
     Raises:
-        ValueError: one line that names the culprit and how to correct it.
+        ValueError: invalid input; one line that says what is wrong and how to correct it.
     """
     names = [f.name for f in dataclasses.fields(RunOptions)]
     options = dataclasses.replace(options, **{k: _option(k, v) for k, v in fields.items() if k in names})
@@ -123,13 +123,13 @@ def distill(
         fields["network"] = network
     if dataset is None:
         return run(experiment.recipe_for(method, None, fields), options, network=network, ranks=ranks)
-    name, place = name_of(dataset), {"dataset": str(dataset)} if isinstance(dataset, str | Path) else {}
-    plan = experiment.recipe_for(method, name, {"dataset": name, **fields, **place})
+    name, source = name_of(dataset), {"dataset": str(dataset)} if isinstance(dataset, str | Path) else {}
+    plan = experiment.recipe_for(method, name, {"dataset": name, **fields, **source})
     with ranks.rank_zero_first():
         experiment.check_run(plan, options, network, dataset=dataset, ranks=ranks)
         arrays = open_data(dataset, options.download)
-    if arrays.name != name:  # a known data set was recognised
-        plan = experiment.recipe_for(method, arrays.name, {"dataset": arrays.name, **fields, **place})
+    if arrays.name != name:  # the file holds a known data set
+        plan = experiment.recipe_for(method, arrays.name, {"dataset": arrays.name, **fields, **source})
     return run(plan, options, arrays=arrays, network=network, ranks=ranks)
 
 
@@ -142,9 +142,9 @@ def run(
     network: str | Factory | None = None,
     ranks: Ranks = Ranks(),
 ) -> SyntheticSet:
-    """Run one recipe in one folder. ``arrays`` and ``network`` stand in for data and networks without a name.
+    """Run a recipe in its run folder. ``arrays`` and ``network`` replace the data and the network of the recipe.
 
-    Of several processes the first one writes. Processes that the launcher started again resume.
+    Only rank 0 writes files. A run that its launcher restarted is resumed.
 
     Raises:
         ValueError: the folder holds another run; see also ``condense.engine.run``.
@@ -186,17 +186,17 @@ def evaluate(
     download: bool = False,
     ranks: Ranks = Ranks(),
 ) -> Evaluation:
-    """Train fresh networks on a set and score each once, at its last epoch, on the test split.
+    """Train new networks on a set and test each once, after its last epoch, on the test split.
 
-    ``syn`` is a set, its file or a run folder (then ``evaluation.json`` lands there). ``networks`` are by default those
-    of ``default_networks``; the results name them. ``baselines`` are methods or recipes that are run at the same
-    ``budget``, images a class or bytes, and ``full`` for all training data; sets with soft labels are trained on these.
-    ``ranks``, of ``condense.distributed.init_distributed``, share the networks.
+    ``syn`` is a set, its file or a run folder, to which ``evaluation.json`` is written. By default ``networks``
+    are those of ``default_networks``. ``baselines`` are methods or recipes that are run at the same ``budget`` (images
+    per class or bytes), and ``full`` for all training data. If a set has soft labels, networks are trained on these.
+    The processes of ``ranks`` (see ``condense.distributed.init_distributed``) share the networks.
 
-    An evaluation that was stopped goes on with the networks that are missing. Baselines are cached.
+    An evaluation that was stopped continues with the missing networks. Baselines are cached.
 
     Raises:
-        ValueError: the set does not belong to this data set; bad network or protocol.
+        ValueError: the set does not belong to this data set; invalid network or protocol.
     """
     check_seed(seed)
     target = expanded(out) if out is not None else _evaluation_file(syn)
@@ -258,9 +258,11 @@ def apply(
     download: bool = False,
     **fields: Any,
 ) -> Findings:
-    """What a set is worth: ``continual``, ``nas``, ``privacy`` or ``ranking``, beside baselines of the same budget.
+    """Test a set in an application: ``continual``, ``nas``, ``privacy`` or ``ranking``.
 
-    ``fields`` are those of the application. The findings land in ``apply-NAME.json`` in the run folder, or in ``out``.
+    ``baselines`` are methods or recipes that are run at the same budget.
+    ``fields`` are fields of the application. The results are written to ``out``, by default ``apply-NAME.json`` in the
+    run folder.
 
     Raises:
         ValueError: unknown application or field; the set does not belong to the data.
@@ -293,10 +295,10 @@ def apply(
 
 
 def default_networks(syn: SyntheticSet | None, protocol: Protocol) -> tuple[str, ...]:
-    """The networks of an evaluation that names none: under ``own`` the one that the set is meant for, else a ConvNet.
+    """Return the default networks of an evaluation: under ``own`` the network stored in the set, else a ConvNet.
 
     Raises:
-        ValueError: that network has no name, since it was given as a callable.
+        ValueError: the stored network was given as a callable, so it cannot be built from its name.
     """
     return (own_network(syn),) if syn is not None and protocol.name == "own" else ("auto",)
 
@@ -310,10 +312,10 @@ def import_set(
     decode: Decode | str = Pixels(),
     download: bool = False,
 ) -> SyntheticSet:
-    """A published set (see ``condense.exchange.published``) as one of ours, by the caller's word on data and transform.
+    """Read a published set (see ``condense.exchange.published``). Its data and transform are recorded as given.
 
     Raises:
-        ValueError: it cannot be read, or does not fit the data.
+        ValueError: the set cannot be read or does not fit the data.
     """
     chosen = recipe.choice("decode", decode)
     check_transform(transform)
@@ -329,9 +331,9 @@ def report(
     *,
     download: bool = False,
 ) -> Path:
-    """Write runs, side by side, as one HTML file that asks nothing of a network; by default report.html in the first.
+    """Write a self-contained HTML file that compares runs, by default ``report.html`` in the first run folder.
 
-    ``dataset`` is where the data of whitened sets lie, if not where their runs recorded it.
+    ``dataset`` is the data set of ZCA-whitened sets, by default at the location that their runs recorded.
 
     Raises:
         ValueError: a folder holds no finished run; the file cannot be written.
@@ -340,7 +342,7 @@ def report(
 
     paths = [expanded(folder) for folder in ((folders,) if isinstance(folders, Path | str) else folders)]
     if not paths:
-        raise ValueError("a report needs a run; give one or more folders that `condense distill` wrote")
+        raise ValueError("a report needs at least one run; give folders that `condense distill` wrote")
     target = expanded(out) if out is not None else paths[0] / "report.html"
     collected = [report.collect(path) for path in paths]
     check_new_file(target, "report")
@@ -357,10 +359,10 @@ def report(
 
 @checked
 def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
-    """Draw the images of a set as one PNG, a row for each class.
+    """Draw the images of a set to a PNG file, one row per class.
 
     Raises:
-        ValueError: the set is whitened and its data are not at hand; the file cannot be written.
+        ValueError: the set is whitened and its data are not available; the file cannot be written.
     """
     loaded = syn if isinstance(syn, SyntheticSet) else load(syn)
     picture.draw(loaded, sets.pixel_transform(syn, dataset), expanded(out))
@@ -371,7 +373,7 @@ def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None =
     """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``.
 
     Raises:
-        ValueError: unknown format, something is at ``out``, or it cannot be written.
+        ValueError: unknown format; ``out`` exists or cannot be written.
     """
     exchange.check_export(expanded(out), kind)
     loaded = syn if isinstance(syn, SyntheticSet) else load(syn)
@@ -379,7 +381,7 @@ def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None =
 
 
 def _option(name: str, value: Any) -> Any:
-    """A run option as people write it in Python: one tracker by its name."""
+    """Convert a run option given in Python: a single tracker may be given by its name."""
     return (value,) if name == "track" and isinstance(value, str) else value
 
 

@@ -1,12 +1,12 @@
-"""Costly things that methods need from disk: what is asked for, how it is found, how it is read.
+"""Artifacts: expensive inputs of methods that are stored on disk, such as buffers of trained networks.
 
-An artifact is a folder with a ``manifest.json``. Its *identity* says what decided its content; the hash of it
-ends the folder's name. Its *extent* (experts, epochs) says how much of it there is, and may grow.
+An artifact is a folder with a ``manifest.json``. Its *identity* is everything that determined its content; the folder's
+name ends in a hash of the identity. Its *extent* (experts, epochs) is how much it holds, and may grow.
 
-Trained networks lie in a *buffer*, which keeps each of them in one ``.safetensors`` file: ``params`` (R, P) and, where
-the network has some, ``buffers`` (R, B), float32. A buffer of *trajectories* keeps every epoch: R = E + 1 rows, row 0
-the initialisation. A buffer of *networks* keeps the last epoch alone: R = 1. The header holds a checksum of every row,
-so that a row is read and verified without touching the others.
+Trained networks are stored in a *buffer*, one ``.safetensors`` file per network: ``params`` (R, P) and, where the
+network has buffers, ``buffers`` (R, B), both float32. A buffer of *trajectories* stores every epoch: R = E + 1 rows, of
+which row 0 is the initialisation. A buffer of *networks* stores only the last epoch: R = 1. The header holds a checksum
+of every row, so that a row can be read and verified without reading the others.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ DEFAULT_ROOT = Path("artifacts")
 MANIFEST = "manifest.json"
 
 Keep = Literal["all", "last"]
-"""Which epochs of a training a buffer keeps: all of them, the initialisation included, or the last one alone."""
+"""The epochs of a training run that a buffer stores: all of them and the initialisation, or only the last one."""
 
 IMPORTED = "imported"
-"""The origin of networks that others trained."""
+"""The ``origin`` of networks that were trained elsewhere."""
 
-_MEND = "restore it, or move it away and build the buffer again, which trains what is missing"
+_FIX = "restore it, or move it away and build the buffer again, which trains the missing experts"
 
 
 class Artifact(ABC):
-    """What a spec finds on disk, opened for reading.
+    """An artifact on disk, opened for reading.
 
     Raises:
         ValueError: as ``read_manifest`` does.
@@ -63,10 +63,11 @@ class Artifact(ABC):
 
     @abstractmethod
     def extent(self) -> dict[str, int]:
-        """How much of it there is, by name; JSON-able."""
+        """Return how much the artifact holds, by name; JSON-serialisable."""
 
     def describe(self) -> dict[str, Any]:
-        """For the files of what was made with it: kind, name (which ends in the hash of its identity) and extent."""
+        """Return the record that results made with the artifact store: its kind, its name (which ends in the hash of
+        its identity) and its extent."""
         return {"kind": self.kind, "name": self.folder.resolve().name, **self.extent()}
 
 
@@ -85,17 +86,17 @@ class TrainedNetworks(Artifact):
 
     @property
     def num_epochs(self) -> int:
-        """The epochs that every network was trained for; 0 of imported networks, of which the number is not known."""
+        """The number of epochs that every network was trained for; 0 for imported networks, where it is unknown."""
         return int(self.manifest["num_epochs"])
 
     def extent(self) -> dict[str, int]:
         return {"num_networks": self.num_networks}
 
     def weights(self, index: int, network: Functional) -> Weights:
-        """Network ``index`` after its last epoch, on the device and in the types of ``network``.
+        """Return the weights of network ``index`` after its last epoch, on the device and in the dtypes of ``network``.
 
         Raises:
-            ValueError: its file is missing or damaged; its tensors are not those of ``network``.
+            ValueError: its file is missing or damaged, or its tensors do not fit ``network``.
         """
         return self._weights(index, self._last_row(index), network)
 
@@ -106,11 +107,11 @@ class TrainedNetworks(Artifact):
         params, buffers = ({name: tuple(shape) for name, shape in self.manifest[part]} for part in Weights._fields)
         if network.buffer_shapes and not buffers:
             raise ValueError(
-                f"networks of {self.folder} cannot label images: they came without the running statistics of "
-                f"{network.name}; train them with `condense buffer`, which keeps these"
+                f"networks of {self.folder} cannot label images: the buffer has no running statistics, which "
+                f"{network.name} needs; train them with `condense buffer`, which stores these"
             )
         if (params, buffers) != (network.shapes, network.buffer_shapes):
-            raise ValueError(f"{self.folder} holds other networks than {network.name}; give another folder")
+            raise ValueError(f"{self.folder} holds networks other than {network.name}; give another folder")
         stored = (self._read(part, index, (row,))[0] if self.manifest[part] else {} for part in Weights._fields)
         return network.restored(*stored)
 
@@ -119,7 +120,7 @@ class TrainedNetworks(Artifact):
         path = self.folder / expert_file(index)
         header = from_json(_ExpertHeader, read_header(path), str(path))
         if header.buffer != self._key:
-            raise ValueError(f"{path} belongs to another buffer; {_MEND}")
+            raise ValueError(f"{path} belongs to another buffer; {_FIX}")
         layout, checksums = self.manifest[table], header.rows.get(table, ())
         width = sum(math.prod(shape) for _, shape in layout)
         tensors = []
@@ -130,7 +131,7 @@ class TrainedNetworks(Artifact):
             except (OSError, ValueError):
                 intact = False
             if not intact:
-                raise ValueError(f"{path} is damaged: row {number} of its {table} does not fit its checksum; {_MEND}")
+                raise ValueError(f"{path} is damaged: row {number} of its {table} does not match its checksum; {_FIX}")
             tensors.append(_unpack(row, layout))
         return tensors
 
@@ -148,12 +149,15 @@ class Trajectories(TrainedNetworks):
         return {"num_experts": self.num_experts, "num_epochs": self.num_epochs}
 
     def weights(self, index: int, network: Functional, epoch: int | None = None) -> Weights:
-        """As of ``TrainedNetworks``, after ``epoch`` epochs; by default after as many as every expert has."""
+        """Return weights as in ``TrainedNetworks``, after ``epoch`` epochs.
+
+        By default this is the last epoch that every expert has.
+        """
         row = self._last_row(index) if epoch is None else self._row(index, epoch)
         return self._weights(index, row, network)
 
     def snapshot(self, expert: int, epoch: int) -> dict[str, Tensor]:
-        """Parameters by name, float32, on the CPU.
+        """Return the parameters of an expert after ``epoch`` epochs by name, as float32 on the CPU.
 
         Raises:
             ValueError: the expert's file is missing or damaged.
@@ -161,12 +165,15 @@ class Trajectories(TrainedNetworks):
         return self._read("params", expert, (self._row(expert, epoch),))[0]
 
     def pair(self, expert: int, start: int, target: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Two snapshots of one expert; raises as ``snapshot`` does."""
+        """Return two snapshots of one expert. Raises ValueError as ``snapshot`` does."""
         first, second = self._read("params", expert, (self._row(expert, start), self._row(expert, target)))
         return first, second
 
     def buffers(self, expert: int, epoch: int) -> dict[str, Tensor]:
-        """Buffers by name (BatchNorm's statistics), float32, on the CPU; empty where the network has none."""
+        """Return the buffers of an expert (BatchNorm statistics) by name, as float32 on the CPU.
+
+        The dictionary is empty if the network has no buffers.
+        """
         return self._read("buffers", expert, (self._row(expert, epoch),))[0] if self.manifest["buffers"] else {}
 
     def _last_row(self, index: int) -> int:
@@ -180,7 +187,7 @@ class Trajectories(TrainedNetworks):
 
 
 def open_buffer(folder: Path) -> TrainedNetworks:
-    """Trained networks, or the trajectories of which they are the end.
+    """Open a buffer of networks or of trajectories.
 
     Raises:
         ValueError: the folder holds neither, or its manifest is damaged.
@@ -191,39 +198,42 @@ def open_buffer(folder: Path) -> TrainedNetworks:
 
 @dataclass(frozen=True)
 class ArtifactSpec(ABC):
-    """What a method asks for."""
+    """An artifact that a method requests."""
 
     kind: ClassVar[str]
 
     identity: Mapping[str, Any]
-    """What has to agree; keys left out, at any level, are open."""
+    """The part of the identity that has to agree. Keys that are left out, at any level, may have any value."""
 
     @abstractmethod
     def command(self, dataset: str) -> str:
-        """The command line that builds it."""
+        """Return the command line that builds the artifact."""
 
     @abstractmethod
     def open(self, path: Path) -> Artifact:
         """Open the folder that ``find`` returned. Raises ValueError if it is damaged."""
 
     def compares(self, kind: str) -> bool:
-        """Whether artifacts of this kind serve, or come near enough for ``misfits`` to say what they lack."""
+        """Whether ``misfits`` can compare artifacts of this kind with the spec."""
         return kind == self.kind
 
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Why an artifact of a kind that ``compares`` accepts does not serve, in words; empty if it does."""
+        """Return the reasons why an artifact does not meet the spec, for error messages; empty if it does.
+
+        ``compares`` has to accept the kind of the artifact.
+        """
         return _differences(_plain(self.identity), manifest["identity"])
 
 
 @dataclass(frozen=True)
 class _BufferSpec(ArtifactSpec):
-    """What the specs of buffers share."""
+    """The common part of the specs of buffers."""
 
     def compares(self, kind: str) -> bool:
         return kind in (Trajectories.kind, TrainedNetworks.kind)
 
     def _command(self, dataset: str) -> list[str]:
-        """The words of ``condense buffer`` that follow from the identity."""
+        """Return the arguments of ``condense buffer`` that follow from the identity."""
         words = ["condense", "buffer", "--dataset", dataset]
         if "network" in self.identity:
             words += ["--network", self.identity["network"]]
@@ -244,11 +254,11 @@ class TrajectorySpec(_BufferSpec):
     kind: ClassVar[str] = Trajectories.kind
 
     num_experts: int = 1
-    """Fewest experts that serve."""
+    """Minimum number of experts."""
     num_epochs: int = 1
-    """Fewest epochs that serve; there is one snapshot more."""
+    """Minimum number of epochs of each expert."""
     experts: Literal["any", "sgd", "gsam"] = "any"
-    """How they were trained. Of imported experts it is not known, and not asked."""
+    """How the experts were trained. This is not checked for imported experts, where it is unknown."""
 
     def command(self, dataset: str) -> str:
         words = self._command(dataset)
@@ -261,11 +271,11 @@ class TrajectorySpec(_BufferSpec):
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
         short = _shortfall(manifest, num_experts=self.num_experts, num_epochs=self.num_epochs)
         if manifest["kind"] != self.kind:
-            short.append("only the last epoch is kept")
+            short.append("only the last epoch is stored")
         training = manifest["identity"].get("training", {})
-        result = "gsam" if training.get("rho") else "sgd"
-        if training and self.experts not in ("any", result):
-            short.append(f"experts are trained by {result}, not {self.experts}")
+        actual = "gsam" if training.get("rho") else "sgd"
+        if training and self.experts not in ("any", actual):
+            short.append(f"experts are trained by {actual}, not {self.experts}")
         return super().misfits(manifest) + short
 
     def open(self, path: Path) -> Trajectories:
@@ -274,20 +284,21 @@ class TrajectorySpec(_BufferSpec):
 
 @dataclass(frozen=True)
 class TrainedNetworkSpec(_BufferSpec):
-    """Networks at the end of their training, such as teachers; of an expert buffer its last epoch serves.
+    """Networks at the end of their training, such as teachers; the last epoch of an expert buffer is accepted too.
 
-    ``identity`` says which, with ``Task.identity`` for the data and the architecture (of ``task.with_network(name)``
-    for another one than the recipe's) and, where it matters, the fields ``training``, of which names and values are
-    those of ``condense buffer``: ``{**task.identity(), "training": {"lr": 0.1, "momentum": 0.9}}``. What is left out
-    is open. Imported networks do not say how they were trained: they serve where ``training`` is left out.
+    ``identity`` combines ``Task.identity`` for the data and the architecture (of ``task.with_network(name)`` for an
+    architecture other than the recipe's) with, if required, the settings ``training``. These have the names and values
+    of ``condense buffer``: ``{**task.identity(), "training": {"lr": 0.1, "momentum": 0.9}}``. Settings that are left
+    out may have any value. Imported networks do not record their training, so they are accepted only if ``training``
+    is left out.
     """
 
     kind: ClassVar[str] = TrainedNetworks.kind
 
     num_networks: int = 1
-    """Fewest networks that serve."""
+    """Minimum number of networks."""
     num_epochs: int = 1
-    """Fewest epochs of training that serve."""
+    """Minimum number of epochs of training."""
 
     def command(self, dataset: str) -> str:
         extent = ["--num-experts", str(self.num_networks), "--num-epochs", str(self.num_epochs)]
@@ -302,12 +313,12 @@ class TrainedNetworkSpec(_BufferSpec):
         return open_buffer(path)
 
 
-def _shortfall(manifest: Mapping[str, Any], **fewest: int) -> list[str]:
-    return [f"{key} is {manifest[key]}, less than {n}" for key, n in fewest.items() if manifest[key] < n]
+def _shortfall(manifest: Mapping[str, Any], **minimum: int) -> list[str]:
+    return [f"{key} is {manifest[key]}, less than {n}" for key, n in minimum.items() if manifest[key] < n]
 
 
 def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    """The words that give these fields on the command line."""
+    """Yield the command-line arguments that set these fields."""
     for name, value in fields.items():
         flag = f"{prefix}{name.replace('_', '-')}"
         if isinstance(value, Mapping):
@@ -317,20 +328,20 @@ def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
 
 
 class BufferWriter:
-    """A buffer being written: experts are added in any order, each atomically; ``save`` makes them visible.
+    """Writes a buffer: experts are added atomically in any order, and ``save`` makes them visible.
 
-    Several processes may write one buffer: ``save`` adds to what the others saved. Readers see the experts that come
-    before the first one missing.
+    Several processes may write one buffer: ``save`` keeps what the others saved. Readers see the experts before the
+    first missing one.
 
     Args:
-        root: folder of buffers.
-        dataset: its name, for the folder's name.
-        identity: everything that decided the snapshots; JSON-able, with the key ``network``.
-        weights: of the network, for names and shapes.
-        keep: which epochs of an expert it holds. Where it is "last", ``identity`` has to say how many were trained.
+        root: the folder of buffers.
+        dataset: the name of the data set, for the folder's name.
+        identity: everything that determined the snapshots; JSON-serialisable, with the key ``network``.
+        weights: weights of the network, for names and shapes.
+        keep: the epochs of an expert to store. If it is "last", ``identity`` has to include the number of epochs.
 
     Raises:
-        ValueError: the folder cannot be made, or what it holds is damaged or another buffer.
+        ValueError: the folder holds a damaged manifest or another buffer.
     """
 
     def __init__(
@@ -349,32 +360,32 @@ class BufferWriter:
             "buffers": [[name, list(t.shape)] for name, t in weights.buffers.items()],
         }
         self.experts: list[dict[str, Any] | None] = self._saved()
-        """What is known of each expert, None of one that is missing; ``num_epochs`` is its extent."""
+        """The manifest's record of each expert, or None if it is missing; ``num_epochs`` is its extent."""
         self._added: dict[int, dict[str, Any]] = {}
 
     @property
     def complete(self) -> list[dict[str, Any]]:
-        """The experts before the first one missing."""
-        found = []
+        """The experts before the first missing one."""
+        result = []
         for expert in self.experts:
             if expert is None:
                 break
-            found.append(expert)
-        return found
+            result.append(expert)
+        return result
 
     def make_folder(self) -> None:
-        """Called by ``add``; earlier by whoever wants to know before the work that the place can be written.
+        """Create the folder. ``add`` calls this; call it earlier to find out before training that it can be written.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the folder cannot be created.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make {self.folder}: {error.strerror}; choose another {spelt('out')}") from error
+            raise ValueError(f"cannot create {self.folder}: {error.strerror}; choose another {spelt('out')}") from error
 
     def epochs(self, expert: int) -> int:
-        """The extent of an expert; 0 if it is not there."""
+        """Return the number of epochs of an expert; 0 if it is missing."""
         record = self.experts[expert] if expert < len(self.experts) else None
         if record is None or not (self.folder / expert_file(expert)).exists():
             return 0
@@ -383,13 +394,13 @@ class BufferWriter:
     def add(
         self, expert: int, params: Tensor, buffers: Tensor, record: Mapping[str, Any], num_epochs: int | None = None
     ) -> None:
-        """Write an expert, a new one or in place of an old one.
+        """Write an expert, or replace an existing one.
 
         Args:
-            params, buffers: (R, P) and (R, B), rows made by ``pack``; R is one for each epoch and one for the
-                initialisation, or 1 where the last epoch alone is kept.
-            record: for the manifest.
-            num_epochs: epochs that it was trained for; by default R - 1.
+            params, buffers: (R, P) and (R, B), rows made by ``pack``; R is the number of epochs plus one for the
+                initialisation, or 1 if only the last epoch is stored.
+            record: further entries for the manifest.
+            num_epochs: the number of epochs that it was trained for; by default R - 1.
         """
         self.make_folder()
         tables = {"params": params} | ({"buffers": buffers} if buffers.shape[1] else {})
@@ -403,14 +414,14 @@ class BufferWriter:
             try:
                 safetensors.torch.save_file(tables, fresh, {"condense": canonical_json(header)})
             except safetensors.SafetensorError as error:
-                found = re.search(r"os error (\d+)", str(error))
-                code = int(found[1]) if found else errno.EIO
+                match = re.search(r"os error (\d+)", str(error))
+                code = int(match[1]) if match else errno.EIO
                 raise OSError(code, os.strerror(code)) from error
         self._added[expert] = {"num_epochs": len(params) - 1 if num_epochs is None else num_epochs, **record}
         self._place(self._added)
 
     def save(self) -> None:
-        """Write the manifest: what was added here since the last time, and what others saved meanwhile."""
+        """Write the manifest with the experts added here since the last call and those that other processes saved."""
         with locked(self.folder / MANIFEST):
             self.experts = self._saved()
             self._place(self._added)
@@ -425,7 +436,7 @@ class BufferWriter:
         self._added = {}
 
     def _saved(self) -> list[dict[str, Any] | None]:
-        """The experts of the manifest. Raises ValueError where it is of another buffer."""
+        """Return the experts of the manifest. Raises ValueError if it belongs to another buffer."""
         if not (self.folder / MANIFEST).exists():
             return []
         manifest = read_manifest(self.folder, self._kind)
@@ -441,55 +452,55 @@ class BufferWriter:
 
 
 def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
-    """The one folder under ``root`` that serves; ``root`` may itself be that folder.
+    """Return the only folder under ``root`` that meets the spec; ``root`` may itself be that folder.
 
     Raises:
-        ValueError: none serves (the line says how the nearest one differs, and the command that builds one);
-            several do; a manifest is damaged.
+        ValueError: no folder meets it (the message says how the closest one differs and gives the command that builds
+            one); several do; a manifest is damaged.
     """
     is_artifact = (root / MANIFEST).is_file()
     folders = [root] if is_artifact else sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
     manifests = {folder: read_manifest(folder) for folder in folders}
-    misfits = {f: spec.misfits(found) for f, found in manifests.items() if spec.compares(found["kind"])}
+    misfits = {f: spec.misfits(manifest) for f, manifest in manifests.items() if spec.compares(manifest["kind"])}
     fitting = [folder for folder, reasons in misfits.items() if not reasons]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = ", ".join(folder.name for folder in fitting)
-        raise ValueError(f"several buffers in {root} serve {dataset}: {names}; choose with {spelt('buffers')}")
+        raise ValueError(f"several buffers in {root} fit {dataset}: {names}; choose one with {spelt('buffers')}")
     why = "there are none"
     if misfits:
-        nearest = min(misfits, key=lambda folder: len(misfits[folder]))
-        why = f"the nearest is {nearest.name}, where {', '.join(misfits[nearest][:3])}"
+        closest = min(misfits, key=lambda folder: len(misfits[folder]))
+        why = f"the closest is {closest.name}, where {', '.join(misfits[closest][:3])}"
     out = "" if is_artifact or root == DEFAULT_ROOT else f" --out {shlex.quote(str(root))}"
-    in_python = dataset not in datasets.names() and not expanded(dataset).exists()  # no command finds such data
-    with_what = "make_buffer in Python, from the same data and with the fields of " if in_python else ""
-    command = f"{with_what}`{spec.command(dataset)}{out}`"
+    in_python = dataset not in datasets.names() and not expanded(dataset).exists()  # the CLI cannot load such data
+    prefix = "make_buffer in Python, with the same data and the fields of " if in_python else ""
+    command = f"{prefix}`{spec.command(dataset)}{out}`"
     raise ValueError(f"no {spec.kind} for {dataset} in {root}: {why}; build them with {command}")
 
 
 def identities(root: Path, kind: str, like: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The identities of the artifacts under ``root`` that agree with ``like``; what that leaves out is open."""
+    """Return the identities of the artifacts under ``root`` that agree with ``like`` in all of its keys."""
     manifests = [read_manifest(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
-    found = [dict(manifest["identity"]) for manifest in manifests if manifest["kind"] == kind]
-    return [identity for identity in found if not _differences(_plain(like), identity)]
+    candidates = [dict(manifest["identity"]) for manifest in manifests if manifest["kind"] == kind]
+    return [identity for identity in candidates if not _differences(_plain(like), identity)]
 
 
 def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
-    """The manifest of an artifact.
+    """Read the manifest of an artifact.
 
     Raises:
-        ValueError: missing, changed since it was written, of another format, or not of this kind.
+        ValueError: it is missing, was changed after it was written, has another format, or is not of this kind.
     """
     path = folder / MANIFEST
-    manifest = read_json(path, mend="restore it, or give the folder of a buffer")
+    manifest = read_json(path, fix="restore it, or give the folder of a buffer")
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != _hash(manifest):
-        raise ValueError(f"{path} is damaged: its checksum does not fit; restore it, or move {folder} away")
+        raise ValueError(f"{path} is damaged: its checksum does not match; restore it, or move {folder} away")
     head = from_json(_Manifest, manifest, str(path))
     if head.format != FORMAT or kind not in (None, head.kind):
-        found, wanted = f"{printable(head.kind, 60)} of format {head.format}", f"{kind or 'format'} {FORMAT}"
-        raise ValueError(f"{folder} holds {found}, not {wanted}; give another folder")
+        actual, expected = f"{printable(head.kind, 60)} of format {head.format}", f"{kind or 'format'} {FORMAT}"
+        raise ValueError(f"{folder} holds {actual}, not {expected}; give another folder")
     if head.kind in (Trajectories.kind, TrainedNetworks.kind):
         from_json(_BufferManifest, manifest, str(path))
     return dict(manifest)
@@ -497,7 +508,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The fields that the manifest of every artifact has."""
+    """The fields of every artifact's manifest."""
 
     kind: str
     format: int
@@ -506,7 +517,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class _Identity:
-    """The fields of the identity of a buffer that are used here."""
+    """The fields of a buffer's identity that this module uses."""
 
     network: str
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -519,7 +530,7 @@ class _Expert:
 
     def __post_init__(self) -> None:
         if self.num_epochs < 0:
-            raise ValueError(f"an expert of {self.num_epochs} epochs")
+            raise ValueError(f"an expert has {self.num_epochs} epochs")
 
 
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -527,7 +538,7 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class _BufferManifest:
-    """The other fields of the manifest of a buffer; see ``BufferWriter.save``."""
+    """The other fields of a buffer's manifest; see ``BufferWriter.save``."""
 
     dataset: str
     identity: _Identity
@@ -540,25 +551,27 @@ class _BufferManifest:
     def __post_init__(self) -> None:
         sides = [side for _, shape in (*self.params, *self.buffers) for side in shape]
         if not all(0 <= side < 2**48 for side in sides):
-            raise ValueError("it has a shape with a negative or far too long side")
+            raise ValueError("it has a shape with a negative or far too large side")
         first_missing = self.experts.index(None) if None in self.experts else len(self.experts)
         extents = [expert.num_epochs for expert in self.experts[:first_missing] if expert is not None]
-        said, listed = (self.num_experts, self.num_epochs), (len(extents), min(extents, default=0))
-        if said != listed:
-            raise ValueError(f"it says {said[0]} experts of {said[1]} epochs, and lists {listed[0]} of {listed[1]}")
+        stated, listed = (self.num_experts, self.num_epochs), (len(extents), min(extents, default=0))
+        if stated != listed:
+            raise ValueError(
+                f"it states {stated[0]} experts of {stated[1]} epochs, but lists {listed[0]} of {listed[1]}"
+            )
 
 
 @dataclass(frozen=True)
 class _ExpertHeader:
-    """The header of the file of one expert."""
+    """The header of one expert's file."""
 
     buffer: str
     rows: Mapping[str, Sequence[str]]
-    """Checksums of the rows of each table."""
+    """The checksums of the rows of each table."""
 
 
 def folder_name(dataset: str, identity: Mapping[str, Any]) -> str:
-    """The name of a buffer's folder: data set, network, and the first digits of the hash of its identity."""
+    """Return the name of a buffer's folder: data set, network and the first digits of the hash of its identity."""
     return "-".join([_slug(dataset), _slug(identity["network"]), _hash(_plain(identity))[:8]])
 
 
@@ -567,7 +580,7 @@ def expert_file(expert: int) -> str:
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Parameters or buffers as one row: a float32 vector on the CPU that shares no memory with them."""
+    """Return parameters or buffers as one row, a float32 vector on the CPU that shares no memory with them."""
     parts = [tensor.detach().reshape(-1).to("cpu", torch.float32) for tensor in tensors.values()]
     return torch.cat([torch.empty(0), *parts])
 
@@ -584,7 +597,7 @@ def _checksum(row: Tensor) -> str:
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON."""
+    """Return ``value`` as it is read back from JSON."""
     return dict(json.loads(canonical_json(value)))
 
 
@@ -596,12 +609,12 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text).strip("-.")
 
 
-def _differences(wanted: Any, found: Any, where: str = "") -> list[str]:
-    """Where ``found`` disagrees with ``wanted``; what ``wanted`` leaves out is open."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        pairs = [(f"{where}.{key}".lstrip("."), value, found.get(key)) for key, value in wanted.items()]
+def _differences(expected: Any, actual: Any, where: str = "") -> list[str]:
+    """Return where ``actual`` differs from ``expected`` in the keys of ``expected``."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        pairs = [(f"{where}.{key}".lstrip("."), value, actual.get(key)) for key, value in expected.items()]
         return [line for name, ours, theirs in pairs for line in _differences(ours, theirs, name)]
-    return [] if wanted == found else [f"{where} is {_brief(found)}, not {_brief(wanted)}"]
+    return [] if expected == actual else [f"{where} is {_brief(actual)}, not {_brief(expected)}"]
 
 
 def _brief(value: Any) -> str:

@@ -1,35 +1,36 @@
-"""Differentiable Siamese augmentation (DSA): a draw is a value, applying it is a pure function.
+"""Differentiable Siamese augmentation (DSA): drawn parameters are values, and applying them is a pure function.
 
 Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021. Images are
-(N, C, H, W) and normalised: zero, which fills whatever an operation uncovers, is the mean of the data. Clips are
-(N, T, C, H, W): all frames of a clip undergo the same draw, each as an image of its own. No operation takes series.
+(N, C, H, W) and normalised, so that zero, with which operations pad, is the mean of the data. Clips are
+(N, T, C, H, W): all frames of a clip share one draw and are transformed as separate images. No operation takes series.
 
 * ``color``: brightness x + b, b in [-0.5, 0.5]; then saturation (x - m) s + m, s in [0, 2], m the mean over
   channels; then contrast (x - m) c + m, c in [0.5, 1.5], m the mean over channels and pixels.
 * ``crop``: a translation by whole pixels, up to an eighth of each side.
-* ``cutout``: a rectangle of half of each side becomes zero; its centre is anywhere, what sticks out is cut.
-* ``flip``: left and right change places with probability one half.
-* ``scale``: both axes of the sampling grid are multiplied by factors in [1/1.2, 1.2], independently.
-* ``rotate``: the sampling grid is turned by up to 15 degrees. It is the grid of normalised coordinates: an
-  image that is not square is sheared as well.
+* ``cutout``: a rectangle of half the height and width is set to zero. Its centre is anywhere in the image, and its part
+  outside the image is ignored.
+* ``flip``: a horizontal flip with probability one half.
+* ``scale``: both axes of the sampling grid are multiplied by independent factors in [1/1.2, 1.2].
+* ``rotate``: the sampling grid is rotated by up to 15 degrees. Since the grid has normalised coordinates, an image that
+  is not square is sheared as well.
 * ``crop-dc``, ``scale-dc``, ``rotate-dc``: the operations of DC's evaluation on MNIST (Zhao, Mopuri and Bilen 2021).
   A crop moves its window by up to an eighth of each side, and one pixel less to the right and down than to the left and
-  up. Scaling makes the image 0.8 to 1.2 times as wide and, independently, as high. A rotation is by up to 45 degrees.
-  Pixels that a crop or a rotation uncovers take the mean of the batch in their channel, before the operation.
+  up. Scaling multiplies width and height by independent factors in [0.8, 1.2]. A rotation is by up to 45 degrees.
+  Pixels that a crop or a rotation uncovers are filled with the batch mean of their channel before the operation.
 
-The milder operations with which Zhou et al. (2022, FRePo) and Loo et al. (2023, RCIG) evaluate have names of their own:
+The milder operations of the evaluations of Zhou et al. (2022, FRePo) and Loo et al. (2023, RCIG) have separate names:
 
-* ``jitter``: brightness x + b, b in [-0.25, 0.25]; then contrast and saturation as under ``color``, their factors
+* ``jitter``: brightness x + b, b in [-0.25, 0.25]; then contrast and saturation as in ``color``, with factors
   log-uniform in [exp(-0.25), exp(0.25)].
-* ``zoom``: the image is magnified by a factor log-uniform in [0.8, 1.25] and moved at random: a magnified image still
-  covers the whole frame, and a reduced one stays wholly inside it.
-* ``translate``: a translation by up to an eighth of each side, not by whole pixels.
-* ``cutout-quarter``: a rectangle of a quarter of each side, wholly inside, becomes zero.
+* ``zoom``: the image is magnified by a factor log-uniform in [0.8, 1.25] and moved at random. A magnified image still
+  covers the whole frame, and a reduced one stays inside it.
+* ``translate``: a translation by up to an eighth of each side, not restricted to whole pixels.
+* ``cutout-quarter``: a rectangle of a quarter of the height and width, entirely inside the image, is set to zero.
 
-Deviations from the published code: a draw comes from a generator that is passed in, where the original
-re-seeds the global one from the wall clock; one row of parameters per image, where the original loops over
-images. The warps are ``grid_sample`` and not kornia's: on square images the two agree, on others kornia turns
-in pixel coordinates, which is not the published definition.
+Deviations from the published code: parameters are drawn from a generator that is passed in, where the original
+re-seeds the global generator from the system time; all images are transformed at once, each by its own row of
+parameters, where the original loops over images. Warps use ``grid_sample`` instead of kornia. The two agree on square
+images; on others kornia rotates in pixel coordinates, which is not the published definition.
 """
 
 from __future__ import annotations
@@ -62,24 +63,24 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
 
 
 TAKES: tuple[Kind, ...] = ("images", "clips")
-"""The kinds of samples that operations take; all operations are alike in this."""
+"""The kinds of samples that all operations take."""
 
 MILD = ("jitter", "zoom", "rotate", "translate", "cutout-quarter")
-"""The operations of FRePo's evaluation on grey images; on colour images there is ``flip`` as well."""
+"""The operations of FRePo's evaluation on grey images; on colour images it uses ``flip`` as well."""
 
 
 def mild(input_shape: InputShape) -> tuple[str, ...]:
-    """The operations of FRePo's evaluation on images of this shape; none on series and clips, of which it has none."""
+    """Return the operations of FRePo's evaluation for samples of this shape; empty for series and clips."""
     if kind(input_shape) != "images":
         return ()
     return MILD if input_shape[0] == 1 else ("flip", *MILD)
 
 
 class Params(NamedTuple):
-    """One draw. A tuple, hence a pytree: torch.func maps over its tensors and takes the names as they are."""
+    """The parameters of one draw. As a named tuple it is a pytree, over whose tensors torch.func can map."""
 
     values: dict[str, Tensor]
-    """By operation, in the order of application: one row for all images (siamese) or one per image."""
+    """Parameters by operation, in the order of application: one row shared by all images (siamese) or one per image."""
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -89,27 +90,27 @@ class Params(NamedTuple):
         return Params({name: value.to(device) for name, value in self.values.items()})
 
     def take(self, index: Tensor | slice) -> Params:
-        """The parameters of a part of the batch; a row that all images share stays."""
+        """Return the parameters of a part of the batch; a row shared by all images is kept."""
         return Params({name: v if len(v) == 1 else v[index] for name, v in self.values.items()})
 
 
 @dataclass(frozen=True)
 class Augment(Checked):
-    """What may be done to a batch. ``str`` gives back the strategy that ``parse`` reads."""
+    """An augmentation strategy. ``str`` returns the string that ``parse`` reads."""
 
     ops: tuple[str, ...] = ()
-    """Operations of this module, each at most once; none is the identity."""
+    """Names of operations of this module, each at most once. Without any, images are unchanged."""
     mode: Mode = "S"
-    """S: a draw picks one operation, the same for the whole batch. M: a draw has all, in their order. D: flip, color,
-    one of crop, scale and rotate, and cutout, in this order, as far as they are listed (Kim et al. 2022, IDC). P: each
-    image has one operation of its own (DC's evaluation, RCIG's)."""
+    """How operations are chosen. S: one drawn operation for the whole batch. M: all operations, in order. D: flip,
+    color, one of crop, scale and rotate, and cutout, in this order, if they are listed (Kim et al. 2022, IDC). P: one
+    drawn operation for each image (evaluation of DC and RCIG)."""
     align_corners: bool = False
-    """Whether scale and rotate take -1 and 1 for the centres of the corner pixels (True: MTT, TESLA, FTD,
-    DATM) or for their outer edges (False: DC, DSA, DM)."""
+    """Whether the coordinates -1 and 1 of warps are the centres of the corner pixels (True: MTT, TESLA, FTD, DATM) or
+    their outer edges (False: DC, DSA, DM)."""
     flips: bool = False
-    """Whether every synthetic image is joined by its mirror image before anything else is done to it (Son et al. 2024,
-    FYI). Real images are never mirrored. In an evaluation the set is mirrored where the protocol or the set's own
-    training has ``flips``, as RCIG's have."""
+    """Whether the mirror image of every synthetic image is added to the set before any other operation (Son et al.
+    2024, FYI). Real images are never mirrored. An evaluation mirrors the set if the protocol or the training recorded
+    with the set has ``flips``, as for RCIG."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,18 +121,20 @@ class Augment(Checked):
                     f"{suggest(op, [*_OPERATIONS, 'dsa', 'none'])} (operations are joined by underscores)"
                 )
         if len(set(self.ops)) < len(self.ops):
-            raise ValueError(f"augmentation {str(self)!r}: an operation stands there twice; name each once")
-        foreign = [op for op in self.ops if op not in _OF_MODE_D] if self.mode == "D" else []
-        if foreign:
-            raise ValueError(f"augmentation {str(self)!r}: mode D has no place for {foreign[0]}; give mode=S, M or P")
+            raise ValueError(f"augmentation {str(self)!r}: an operation occurs twice; give each once")
+        unsupported = [op for op in self.ops if op not in _OF_MODE_D] if self.mode == "D" else []
+        if unsupported:
+            raise ValueError(
+                f"augmentation {str(self)!r}: mode D does not support {unsupported[0]}; give mode=S, M or P"
+            )
 
     @classmethod
     def parse(cls, spec: str, *, own: str = "none") -> Augment:
-        """Read ``none``, ``dsa`` (the strategy ``own`` of the data set) or operations joined by underscores,
-        with options behind a colon: ``dsa:mode=M,align_corners=true``.
+        """Parse ``none``, ``dsa`` (the strategy ``own`` of the data set) or operations joined by underscores,
+        with options after a colon: ``dsa:mode=M,align_corners=true``.
 
         Raises:
-            ValueError: unknown or repeated operations, unknown options.
+            ValueError: an operation is unknown or repeated, or an option is unknown.
         """
         strategy, colon, options = spec.partition(":")
         strategy = own if strategy == "dsa" else strategy
@@ -144,7 +147,7 @@ class Augment(Checked):
         return cls(() if strategy == "none" else tuple(strategy.split("_")), **fields)
 
     def __str__(self) -> str:
-        """What ``parse`` reads back to an equal value."""
+        """Return the string that ``parse`` reads back to an equal value."""
         options = [f"mode={self.mode}"] if self.mode != "S" else []
         options += ["align_corners=true"] if self.align_corners else []
         options += ["flips=true"] if self.flips else []
@@ -152,38 +155,37 @@ class Augment(Checked):
         return f"{strategy}:{','.join(options)}" if options else strategy
 
     def content(self) -> dict[str, Any]:
-        """What decides what is done to real images, for hashes."""
+        """Return the settings that affect real images, for hashes."""
         fields: dict[str, Any] = {"ops": list(self.ops)}
         if self.ops:
             fields |= {"mode": self.mode, "align_corners": self.align_corners}
         return fields
 
     def require_kind(self, input_shape: Sequence[int], field: str = "augment") -> None:
-        """Raise ValueError where an operation does not take samples of this shape; ``field`` is where its user wrote
-        it."""
+        """Raise ValueError, which names ``field``, if the operations do not take samples of this shape."""
         if self.ops or self.flips:
             remedy = f"give {spelt(field, 'none')}"
             require_kind(f"augmentation {str(self)!r}", TAKES, input_shape, remedy)
 
     @property
     def copies(self) -> int:
-        """How many images ``mirrored`` makes of one."""
+        """The number of images that ``mirrored`` returns for each image."""
         return 2 if self.flips else 1
 
     def mirrored(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Synthetic images (n, ..., H, W) and targets (n, ...); with ``flips`` also mirrored, behind the others."""
+        """Return synthetic images (n, ..., H, W) and targets (n, ...), with ``flips`` followed by the mirror images."""
         if not self.flips:
             return images, targets
         return torch.cat([images, images.flip(-1)]), torch.cat([targets, targets])
 
     def sample(self, gen: torch.Generator, num: int, input_shape: Sequence[int], siamese: bool) -> Params:
-        """Draw for ``num`` images of shape (C, H, W), or clips of shape (T, C, H, W), from a CPU generator.
+        """Draw parameters for ``num`` images of shape (C, H, W), or clips of shape (T, C, H, W), from a CPU generator.
 
-        A siamese draw is one row that all images share. It fits a batch of any size: the real one and the
-        synthetic one alike.
+        A siamese draw is one row that all images share. It can be applied to batches of any size, and so to the real
+        and the synthetic batch.
 
         Raises:
-            ValueError: there are operations, and the shape is that of a series.
+            ValueError: there are operations and the shape is that of a series.
         """
         self.require_kind(input_shape)
         ops = self.ops
@@ -198,12 +200,14 @@ class Augment(Checked):
         if self.mode == "P" and ops:
             chosen = torch.randint(len(ops), (rows,), generator=gen)
             for i, (op, value) in enumerate(values.items()):
-                value[chosen != i] = torch.tensor(_OPERATIONS[op].nothing, dtype=value.dtype)
+                value[chosen != i] = torch.tensor(_OPERATIONS[op].identity, dtype=value.dtype)
         return Params(values)
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
-        """Images (N, C, H, W) or clips (N, T, C, H, W) under ``params``: draws nothing, differentiable in ``x``, keeps
-        its dtype."""
+        """Apply ``params`` to images (N, C, H, W) or clips (N, T, C, H, W).
+
+        The result is deterministic, differentiable in ``x``, and has its dtype.
+        """
         if x.dim() == 5 and params.values:
             frames = x.shape[1]
             rows = {name: v if len(v) == 1 else v.repeat_interleave(frames, 0) for name, v in params.values.items()}
@@ -215,7 +219,7 @@ class Augment(Checked):
 
 
 def _one_of(ops: Sequence[str], gen: torch.Generator) -> tuple[str, ...]:
-    """One operation, or none where there is none."""
+    """Draw one of the operations; empty if there are none."""
     return (ops[int(torch.randint(len(ops), (), generator=gen))],) if ops else ()
 
 
@@ -224,7 +228,7 @@ def _extent(side: int, ratio: float) -> int:
 
 
 def _per_image(value: Tensor, x: Tensor) -> Tensor:
-    """(rows,) -> (rows, 1, 1, 1) in the dtype of the images."""
+    """Reshape (rows,) to (rows, 1, 1, 1), in the dtype of the images."""
     return value[:, None, None, None].to(x.dtype)
 
 
@@ -244,9 +248,9 @@ def _color(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _draw_crop(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
-    """(rows, 2): by how many pixels the window moves down and right."""
-    reaches = (_extent(side, 0.125) for side in (height, width))
-    return torch.stack([torch.randint(-reach, reach + 1, (rows,), generator=gen) for reach in reaches], 1)
+    """(rows, 2): the shift of the window down and right, in pixels."""
+    limits = (_extent(side, 0.125) for side in (height, width))
+    return torch.stack([torch.randint(-limit, limit + 1, (rows,), generator=gen) for limit in limits], 1)
 
 
 def _crop(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -255,7 +259,8 @@ def _crop(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _shifted(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """y[i, j] = x[i + down, j + right], and where that lies inside; outside y is arbitrary."""
+    """Return y[i, j] = x[i + down, j + right] and a mask of the pixels where that is inside x; elsewhere y is
+    arbitrary."""
     height, width = x.shape[2:]
     rows = (torch.arange(height, device=x.device) + value[:, :1])[:, None, :, None]
     columns = (torch.arange(width, device=x.device) + value[:, 1:])[:, None, None, :]
@@ -266,8 +271,8 @@ def _shifted(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _draw_crop_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
     """(rows, 2), as ``_draw_crop``."""
-    reaches = (_extent(side, 0.125) for side in (height, width))
-    return torch.stack([torch.randint(-reach, max(reach, 1), (rows,), generator=gen) for reach in reaches], 1)
+    limits = (_extent(side, 0.125) for side in (height, width))
+    return torch.stack([torch.randint(-limit, max(limit, 1), (rows,), generator=gen) for limit in limits], 1)
 
 
 def _crop_dc(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -276,12 +281,12 @@ def _crop_dc(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _batch_mean(x: Tensor) -> Tensor:
-    """(1, C, 1, 1)"""
+    """Return the mean of each channel over the batch, (1, C, 1, 1)."""
     return x.mean((0, 2, 3), keepdim=True)
 
 
 def _draw_cutout(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
-    """(rows, 2): row and column of the centre: a pixel if the side cut out is odd, a pixel edge if even."""
+    """(rows, 2): row and column of the centre, which is a pixel if the side cut out is odd, else a pixel edge."""
     ends = (side + 1 - _extent(side, 0.5) % 2 for side in (height, width))
     return torch.stack([torch.randint(end, (rows,), generator=gen) for end in ends], 1)
 
@@ -306,7 +311,7 @@ def _flip(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _draw_scale(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
-    """(rows, 2): the factors of the horizontal and the vertical coordinate; less than one enlarges."""
+    """(rows, 2): the factors of the horizontal and vertical coordinates; a factor below one enlarges."""
     return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * (1.2 - 1 / 1.2) + 1 / 1.2
 
 
@@ -358,8 +363,8 @@ def _jitter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _draw_zoom(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
-    """(rows, 3): the factor of both coordinates, then how far the window moves right and down, in normalised
-    coordinates; a factor below one magnifies."""
+    """(rows, 3): the factor of both coordinates, then the shift of the window right and down in normalised coordinates;
+    a factor below one magnifies."""
     u = torch.rand(rows, 3, generator=gen, dtype=torch.float32) * 2 - 1
     factor = (u[:, :1] * math.log(1.25)).exp()
     return torch.cat([factor, u[:, 1:] * (1 - factor).abs()], 1)
@@ -372,7 +377,7 @@ def _zoom(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _draw_translate(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
-    """(rows, 2): how far the window moves right and down, in normalised coordinates, in which the image spans 2."""
+    """(rows, 2): the shift of the window right and down, in normalised coordinates, in which the image spans 2."""
     return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * 0.5 - 0.25
 
 
@@ -383,7 +388,7 @@ def _translate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
 
 
 def _draw_cutout_quarter(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
-    """(rows, 2): top and left of the rectangle."""
+    """(rows, 2): the first row and column of the rectangle."""
     return torch.stack([torch.randint(side - side // 4 + 1, (rows,), generator=gen) for side in (height, width)], 1)
 
 
@@ -402,10 +407,10 @@ def _warp(
     align_corners: bool,
     offset: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The images sampled at (a u + b v, c u + d v) plus ``offset``, (u, v) normalised coordinates; bilinear, zero
-    outside.
+    """Sample images at (a u + b v, c u + d v) plus ``offset``, where (u, v) are normalised coordinates.
 
-    The grid is at least float32 and made without a matrix product, which TF32 or autocast would blur.
+    Interpolation is bilinear, with zeros outside the image. The grid is at least float32 and computed without a matrix
+    product, whose precision TF32 or autocast would reduce.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     v, u = (
@@ -421,14 +426,14 @@ def _warp(
 
 
 _OF_MODE_D = ("flip", "color", "crop", "scale", "rotate", "cutout")
-"""The operations of mode D."""
+"""The operations that mode D supports."""
 
 
 class _Operation(NamedTuple):
     draw: Callable[[torch.Generator, int, int, int], Tensor]
     apply: Callable[[Tensor, Tensor, bool], Tensor]
-    nothing: Any
-    """The parameters under which an image stays as it is."""
+    identity: Any
+    """The parameters that leave an image unchanged."""
 
 
 _OPERATIONS = {

@@ -1,4 +1,4 @@
-"""Sets of the same budget that other recipes make of the same data, to compare a set with."""
+"""Baselines of a set: sets that other recipes make from the same data at the same budget."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from condense.task import Task
 from condense.tracking import progress
 
 Budget = Literal["images", "bytes"]
-"""What a baseline has as much of as the set: images a class, or bytes of images, labels and decoder together."""
+"""What a baseline and the set have in common: images per class, or total bytes of images, labels and decoder."""
 
 
 def check_baselines(
     names: Sequence[str], read: SyntheticSet | External, network: str | Factory, seed: int, budget: Budget = "images"
 ) -> None:
-    """Raise ValueError where a baseline of a set would be refused, as far as that is known without its data.
+    """Raise ValueError if a baseline of a set is invalid, as far as this can be checked without the data.
 
-    Of published images, of which the budget is known with the data, the names of the baselines are checked.
+    For published images only the names of the baselines are checked, since their budget depends on the data.
     """
     if isinstance(read, SyntheticSet):
         _recipes(names, read, _network(read, network), seed, budget)
@@ -51,21 +51,21 @@ def prepare_baselines(
     seed: int,
     budget: Budget = "images",
 ) -> dict[str, Callable[[], SyntheticSet]]:
-    """What makes each baseline of a set, by name. All are prepared now; each is made when it is called.
+    """Prepare all baselines of a set, and return one function per name that makes the baseline when it is called.
 
-    A baseline is made by the recipe of its name with the budget, transform, split and network of the set.
+    A baseline uses the recipe of its name with the budget, transform, split and network of the set.
 
     Args:
         names: methods or recipes.
         syn: the set to compare with.
-        arrays: its data.
-        network: stands in for the network of the set where only the code of its user can build that.
-        device: where the baselines are made.
-        seed: root of every random draw.
-        budget: what the baselines have as much of as the set.
+        arrays: the data of the set.
+        network: replaces the network of the set if that was given as a callable.
+        device: the device to compute on.
+        seed: seed of all random numbers.
+        budget: whether the baselines have the same images per class or the same bytes as the set.
 
     Raises:
-        ValueError: an unknown name; a recipe that is refused, in the words of a distillation by it.
+        ValueError: unknown name, or a recipe that ``condense distill`` refuses too.
     """
     makers: dict[str, Callable[[], SyntheticSet]] = {}
     task: Task | None = None
@@ -105,12 +105,15 @@ def _recipes(
 def _make(name: str, plan: Recipe, ctx: Context, max_bytes: int | None) -> SyntheticSet:
     made = _cached(name, plan, ctx)
     if max_bytes is not None and sum(made.cost()) > max_bytes:
-        warnings.warn(f"{name} takes {sum(made.cost())} bytes, the set {max_bytes}", stacklevel=2)
+        warnings.warn(
+            f"the baseline {name} takes {sum(made.cost())} bytes, more than the {max_bytes} bytes of the set",
+            stacklevel=2,
+        )
     return made
 
 
 def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
-    """The set that a recipe makes; made once, then cached."""
+    """Return the set that a recipe makes, from the cache if it is there."""
     device = ctx.task.device
     listed = registry.name_of(plan.method) in registry.METHODS and not plan.network.startswith("custom:")
     cache = Cache(cache_folder() if listed else None, "baselines")
@@ -126,8 +129,8 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
-    """Images a class, in the arithmetic of ``syn``, whose images and labels take no more bytes than all of ``syn``; at
-    least one."""
+    """Return the largest number of images per class (at least 1) whose images and labels, with the number type of
+    ``syn``, take at most the bytes of ``syn``."""
     classes = syn.origin.num_classes
     labels = plan.labels.build(torch.zeros(1, dtype=torch.long), classes).state_dict().values()
     each = math.prod(syn.origin.input_shape) * syn.latents.itemsize + sum(t.nbytes for t in labels)

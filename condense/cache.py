@@ -1,11 +1,11 @@
-"""Derived data that are kept between runs: decoded images, whitening matrices, baselines, results, compiled code.
+"""Cache of derived data: decoded images, whitening matrices, baselines, results, compiled code.
 
-An entry is a folder ``KIND/DIGEST`` in the cache folder. The digest is that of the entry's *key*, a JSON value that
-says all that decides the content, and ``entry.json`` in it names kind and key. Whatever the cache holds can be made
-again: an entry that is missing or damaged is made anew, and a cache that cannot be written to never stops a run.
+An entry is a folder ``KIND/DIGEST`` in the cache folder. The digest is computed from the *key* of the entry, a JSON
+value of everything that determines its content; ``entry.json`` in the folder holds kind and key. Every entry can be
+computed again: missing or damaged entries are replaced, and a cache that is not writable never stops a run.
 
-A process that uses an entry holds a shared lock on one of its files, and the files of an entry that is being written
-lie in a locked temporary folder; ``prune`` leaves both alone.
+A process that uses an entry holds a shared lock on one of its files. An entry is first written to a locked temporary
+folder. ``prune`` removes neither.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from condense.schema import from_json
 T = TypeVar("T")
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
-"""What reading a damaged entry may raise."""
+"""Exceptions that reading a damaged entry may raise."""
 
 _MANIFEST = "entry.json"
 _LOST_RACE = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
 def cache_folder() -> Path | None:
-    """The folder of the cache: $CONDENSE_CACHE, else ~/.cache/condense.
+    """Return the cache folder, $CONDENSE_CACHE or ~/.cache/condense, or None if it cannot be created.
 
-    A folder that can only be read is used as it is, with one warning; None, with one warning, where there is none.
+    A read-only folder is used for reading. Both cases give one warning.
     """
     name = os.environ.get("CONDENSE_CACHE", "~/.cache/condense")
     folder = None
@@ -68,35 +68,36 @@ def cache_folder() -> Path | None:
 
 @dataclass(frozen=True)
 class Cache:
-    """The entries of one kind.
+    """Cache entries of one kind.
 
     Args:
-        root: the cache folder; None: nothing is read or written.
-        kind: name of the kind, and of its folder.
+        root: the cache folder; None turns the cache off.
+        kind: name of the kind and of its folder.
     """
 
     root: Path | None
     kind: str
 
     def read(self, key: Any, read: Callable[[Path], T]) -> T | None:
-        """What ``read(folder)`` makes of the files of an entry; None where there is no such entry, or a damaged one.
+        """Return ``read(folder)`` of an entry, or None if the entry is missing or damaged.
 
         Args:
-            key: a JSON value, everything that decides the content.
-            read: reports damage by one of the exceptions in ``DAMAGE``.
+            key: a JSON value of everything that determines the content.
+            read: a function that raises one of ``DAMAGE`` if the entry is damaged.
         """
         with contextlib.ExitStack() as lock:
             return self._read(key, read, lock)
 
     def write(self, key: Any, write: Callable[[Path], None], *, about: str) -> None:
-        """Make an entry, or replace it.
+        """Write or replace an entry.
 
-        What fails gives one warning for each cache folder. An entry that another process has just made stays.
+        A failure gives one warning per cache folder. If another process writes the entry at the same time, one of them
+        is kept.
 
         Args:
             key: as in ``read``.
-            write: puts the files into an empty folder, which becomes the entry when all of them are on disk.
-            about: the content in a few words, for the list of entries.
+            write: writes the files to an empty folder, which becomes the entry when all files are on disk.
+            about: short description for the list of entries.
         """
         if self.root is None:
             return
@@ -117,10 +118,9 @@ class Cache:
 
     @contextlib.contextmanager
     def held(self, key: Any, *, about: str) -> Iterator[Path | None]:
-        """The folder of an entry, made empty where there is none, for content that grows.
+        """Yield the folder of an entry whose content grows. An empty one is created if necessary; None if that fails.
 
-        What fills the folder takes care of other readers and writers itself. No process removes the entry inside the
-        context. None where the entry cannot be made.
+        The caller must handle concurrent readers and writers itself. The entry is not removed inside the context.
         """
         with contextlib.ExitStack() as lock:
             folder = self._read(key, lambda entry: entry, lock)
@@ -130,7 +130,7 @@ class Cache:
             yield folder
 
     def _read(self, key: Any, read: Callable[[Path], T], lock: contextlib.ExitStack) -> T | None:
-        """``read``, with the entry locked until ``lock`` ends."""
+        """Read an entry as ``read`` does, and lock it until ``lock`` is closed."""
         if self.root is None:
             return None
         entry = self._entry(key)
@@ -152,25 +152,25 @@ class Cache:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry, as ``entries`` lists it."""
+    """A cache entry in the list of ``entries``."""
 
     kind: str
     about: str
-    """Its content in a few words."""
+    """Short description of the content."""
     path: Path
     size: int
-    """Bytes of its files."""
+    """Size of all files in bytes."""
     last_use: float
-    """Seconds since the epoch; where nothing else is known, the time at which it was last written."""
+    """Time of the last use in seconds since the epoch; for outdated entries, of the last write."""
     outdated: bool
-    """An earlier version made it, and this one does not read it."""
+    """Whether an earlier version wrote the entry, so that this version does not read it."""
 
 
 def entries(root: Path) -> list[Entry]:
-    """The entries in a cache folder, by kind and size; nothing else that lies there."""
+    """List the entries in a cache folder by kind and size. Other files are ignored."""
     listed = []
     for path in _candidates(root):
-        with contextlib.suppress(OSError, ValueError):  # it is no entry, or another process removes it
+        with contextlib.suppress(OSError, ValueError):  # not an entry, or removed by another process
             kind, about = _earlier_kind(path, root), path.name
             outdated = kind is not None
             if kind is None:
@@ -185,9 +185,9 @@ def entries(root: Path) -> list[Entry]:
 
 
 def prune(root: Path, days: float) -> list[Entry]:
-    """Remove the entries that were not used for so many days, and all that earlier versions made; the list of these.
+    """Remove entries that were not used for ``days`` days and all entries of earlier versions; return the removed ones.
 
-    Entries that a process uses at the moment stay.
+    Entries in use are kept.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -218,11 +218,11 @@ _EARLIER = {
         r"compiled/(default|no avx|avx2|avx512\w*|sve\d*|zvector|vsx|fxgraph|aotautograd|triton|[a-z0-9]{2})"
     ),
 }
-"""Names of the entries that earlier versions made, by kind; those of `compiled` are torch's."""
+"""Names of the entries of earlier versions, by kind. Those of `compiled` are chosen by torch."""
 
 
 def _candidates(root: Path) -> list[Path]:
-    """What may be an entry: all that lies in a folder and in the folders there, but no links."""
+    """Return all possible entries: files and folders in the cache folder and in its subfolders, without links."""
     try:
         top = [path for path in root.iterdir() if not path.is_symlink()]
     except OSError:
@@ -231,13 +231,13 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def _earlier_kind(path: Path, root: Path) -> str | None:
-    """The kind of an entry that an earlier version made; None of anything else."""
+    """Return the kind of an entry of an earlier version, or None if it is not one."""
     name = path.relative_to(root).as_posix()
     return next((kind for kind, pattern in _EARLIER.items() if pattern.fullmatch(name)), None)
 
 
 def _manifest(entry: Path) -> _Manifest:
-    return from_json(_Manifest, read_json(entry / _MANIFEST, mend="make it again"), _MANIFEST)
+    return from_json(_Manifest, read_json(entry / _MANIFEST, fix="make it again"), _MANIFEST)
 
 
 def _digest(key: Any) -> str:
@@ -249,21 +249,21 @@ def _is_entry(path: Path, manifest: _Manifest) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of an entry, in all folders of it."""
+    """Return all files of an entry, including those in subfolders."""
     if not path.is_dir():
         return [path]
     return [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
 
 
 def _sync(folder: Path) -> None:
-    """Let everything in a folder be on disk when this returns."""
+    """Flush all files in a folder to disk."""
     for file in _files(folder):
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
 
 
 def _publish(new: Path, entry: Path, old: Path) -> None:
-    """Let a folder take the place of an entry, unless another process is just as fast."""
+    """Move a folder to the place of an entry, unless another process does so at the same time."""
     try:
         if entry.exists():
             entry.rename(old)
@@ -274,7 +274,7 @@ def _publish(new: Path, entry: Path, old: Path) -> None:
 
 
 def _remove(path: Path) -> bool:
-    """Remove an entry; False where a process uses it, or has removed it."""
+    """Remove an entry. Return False if it is in use or was already removed."""
     with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as locks:
         files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
         if any(try_lock(file, locks) is False for file in files):
@@ -288,8 +288,8 @@ def _remove(path: Path) -> bool:
 def _warn_once(folder: str, text: str) -> None:
     if folder not in _warned:
         _warned.add(folder)
-        warnings.warn(f"{text}; set CONDENSE_CACHE to a folder that can be written to", stacklevel=3)
+        warnings.warn(f"{text}; set CONDENSE_CACHE to a writable folder", stacklevel=3)
 
 
 _warned: set[str] = set()
-"""Cache folders of which a warning was given."""
+"""Cache folders for which a warning was given."""

@@ -1,16 +1,16 @@
-"""Recipe files with a table: one file for each method, the published values of all data sets and budgets in it.
+"""Recipe files with a table: one file per method, with the published values of all data sets and budgets.
 
-Besides the fields of a recipe such a file has two keys:
+In addition to the fields of a recipe, such a file has two keys:
 
-    source   Text. Its first line says what the recipe is and where it was published; further lines say where single
+    source   Text. The first line says what the recipe is and where it was published. Further lines say where individual
              values come from.
-    table    A list of rows. A row names the data sets and budgets that it is for, ``dataset`` and ``ipc``, each one
-             value or a list, and holds the fields that differ there from those above the table, and a ``source``.
+    table    A list of rows. The keys ``dataset`` and ``ipc`` of a row hold its data sets and budgets, each a value or a
+             list. The other keys are the fields that differ from those above the table, and a ``source``.
 
-What stands above the table of ``mtt.yaml`` is the recipe ``mtt``, for any data set. A row for ``cifar10`` and ``10`` is
-the recipe ``mtt-cifar10-ipc10``. No row builds on another.
+The fields above the table of ``mtt.yaml`` are the recipe ``mtt`` for any data set. A row for ``cifar10`` and ``10`` is
+the recipe ``mtt-cifar10-ipc10``. Rows are independent of each other.
 
-This module reads the files as nested dicts; ``condense.recipe`` makes recipes of them.
+This module reads the files as nested dicts, and ``condense.recipe`` converts these to recipes.
 """
 
 from __future__ import annotations
@@ -29,61 +29,61 @@ from condense.files import read_yaml
 from condense.names import reason
 
 BUILT_IN = "condense.methods.recipes"
-"""The package with the recipe files of Condense."""
+"""Package that contains the recipe files of Condense."""
 GROUP = "condense.recipes"
-"""Entry-point group through which other packages add recipe files. The value of an entry is ``package``, whose folder
-holds the files, or ``package:name``, where the name is that of a folder or of a file in it."""
+"""Entry-point group for recipe files of other packages. The value of an entry is ``package`` for all files in the
+folder of the package, or ``package:name`` for a folder or a file in it."""
 MAX_RECIPES = 1000
-"""Pairs of a data set and a budget in one table."""
+"""Maximum number of pairs of data set and budget in one table."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe of a file, of which only the place in the table has been checked."""
+    """One recipe of a file. Its fields have not been validated yet."""
 
     stem: str
-    """The name of the file without its ending: that of the method, as a rule."""
+    """File name without suffix, usually the name of the method."""
     source: str
     shared: Mapping[str, Any]
-    """Fields above the table, as nested dicts."""
+    """Fields above the table as nested dicts."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that differ from these, besides ``dataset`` and ``ipc``."""
+    """Fields of the row without ``dataset`` and ``ipc``."""
     dataset: str | None = None
-    """None: the recipe is for any data set."""
+    """Data set; None if the recipe is for any data set."""
     ipc: int | None = None
-    """Images per class; None where the recipe is for any data set."""
+    """Images per class; None if the recipe is for any data set."""
 
     @property
     def name(self) -> str:
-        """``mtt`` for any data set, else ``mtt-cifar10-ipc10``."""
+        """Name of the recipe: ``mtt`` for any data set, else e.g. ``mtt-cifar10-ipc10``."""
         return self.stem if self.dataset is None else f"{self.stem}-{self.dataset}-ipc{self.ipc}"
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of the recipe, as nested dicts."""
-        place = {} if self.dataset is None else {"dataset": self.dataset, "ipc": self.ipc}
-        return _merged(self.shared, self.row) | place
+        """All fields of the recipe as nested dicts."""
+        pair = {} if self.dataset is None else {"dataset": self.dataset, "ipc": self.ipc}
+        return _merged(self.shared, self.row) | pair
 
     @property
     def description(self) -> str:
-        """The first line of the source."""
+        """First line of the source."""
         return self.source.partition("\n")[0]
 
 
 def read(path: Path) -> list[Entry]:
-    """The recipes of a file: the one for any data set, then those of the table. A file without a table holds one.
+    """Read the recipes of a file: the recipe for any data set, followed by those of the table, if there is one.
 
     Raises:
-        ValueError: the file is missing, is not YAML or its table is not as described above.
+        ValueError: the file is missing, is not YAML, or has an invalid table.
     """
     if not path.exists():
-        raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in ones")
+        raise ValueError(f"there is no recipe {path}; `condense list recipes` shows the built-in recipes")
     try:
-        content = read_yaml(path, mend="correct the file")
+        content = read_yaml(path, fix="correct the file")
     except ValueError as error:
         raise ValueError(f"recipe {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} is not a mapping of fields; begin it with `method: {{name: dm}}`")
+        raise ValueError(f"recipe {path} is not a mapping of fields; start it with `method: {{name: dm}}`")
     try:
         return list(_entries(content, path.stem))
     except ValueError as error:
@@ -91,9 +91,9 @@ def read(path: Path) -> list[Entry]:
 
 
 def files() -> list[Path]:
-    """The recipe files of this package, then those of other packages in the order of their entry points.
+    """Return the recipe files of this package, then those of other packages in the order of their entry points.
 
-    A package whose files cannot be located is left out with a warning.
+    A package whose files cannot be found is left out with a warning.
     """
     paths = _located(BUILT_IN)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
@@ -108,36 +108,39 @@ def files() -> list[Path]:
 
 
 def recipes() -> dict[str, Entry]:
-    """All recipes by name. The name of a recipe of this package cannot be taken by another package."""
+    """Return all recipes by name. Other packages cannot replace a recipe of this package."""
     return _by_name(files())
 
 
 def search(words: Iterable[str]) -> list[Entry]:
-    """The recipes with all the words: each is the name of the file, the data set, the budget as in ``ipc10``, or a word
-    of the description, in any case.
+    """Return the recipes that match all words, ignoring case.
+
+    A word matches the name of the recipe or file, the data set, the budget (``ipc10``) or a word of the description.
 
     Raises:
-        ValueError: no recipe has them all.
+        ValueError: no recipe matches all words.
     """
     wanted = {word.casefold() for word in words}
     chosen = [entry for entry in recipes().values() if wanted <= _words(entry)]
     if not chosen:
-        raise ValueError(f"no recipe has the words {' '.join(sorted(wanted))}; `condense list recipes` shows them all")
+        raise ValueError(
+            f"no recipe has the words {' '.join(sorted(wanted))}; `condense list recipes` shows all recipes"
+        )
     return chosen
 
 
 def named(name: str) -> Entry | None:
-    """The recipe of a name, ``mtt`` or ``mtt-cifar10-ipc10``; None: there is none."""
+    """Return the recipe with a name such as ``mtt`` or ``mtt-cifar10-ipc10``, or None."""
     return _by_name(path for path in files() if name == path.stem or name.startswith(f"{path.stem}-")).get(name)
 
 
 def published(stem: str, dataset: str | None, ipc: int) -> Entry | None:
-    """The recipe of a method's file that is nearest to a data set and a budget; None: there is no such file."""
+    """Return the recipe of a method's file that is nearest to a data set and a budget; None if there is no file."""
     return nearest(_by_name(path for path in files() if path.stem == stem).values(), dataset, ipc)
 
 
 def nearest(entries: Iterable[Entry], dataset: str | None, ipc: int) -> Entry | None:
-    """The recipe of the same data set at the nearest budget, by their ratio; else the one for any data set."""
+    """Return the recipe of the data set with the nearest budget (by ratio), else the one for any data set."""
     entries = list(entries)
     rows = [(entry.ipc, entry) for entry in entries if entry.dataset == dataset and entry.ipc is not None]
     if rows:
@@ -150,11 +153,11 @@ def _words(entry: Entry) -> set[str]:
     return {word.casefold() for word in (*parts, *re.findall(r"[\w-]+", entry.description))}
 
 
-def _located(place: str) -> list[Path]:
-    package, _, inside = place.partition(":")
+def _located(value: str) -> list[Path]:
+    package, _, inside = value.partition(":")
     path = Path(str(resources.files(package))) / inside
     if not path.exists():
-        raise ValueError(f"there is no {path}")
+        raise ValueError(f"{path} does not exist")
     return sorted(path.glob("*.yaml")) if path.is_dir() else [path]
 
 
@@ -172,30 +175,32 @@ def _entries(content: Mapping[str, Any], stem: str) -> Iterator[Entry]:
     yield Entry(stem, source, shared)
     table = content.get("table", [])
     if not isinstance(table, list):
-        raise ValueError("table is not a list of rows; begin each row with `- dataset: cifar10`")
+        raise ValueError("table is not a list of rows; start each row with `- dataset: cifar10`")
     pairs: set[tuple[str, int]] = set()
     for number, row in enumerate(table, 1):
         where = f"row {number} of the table"
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is not a mapping of fields; begin it with `- dataset: cifar10`")
+            raise ValueError(f"{where} is not a mapping of fields; start it with `- dataset: cifar10`")
         datasets = row.get("dataset")
         datasets = datasets if isinstance(datasets, list) else [datasets]
         budgets = row.get("ipc")
         budgets = budgets if isinstance(budgets, list) else [budgets]
         if not datasets or not all(isinstance(name, str) for name in datasets):
-            raise ValueError(f"{where} does not say for which data sets it is; give it `dataset: [cifar10, cifar100]`")
+            raise ValueError(f"{where} does not name its data sets; add `dataset: [cifar10, cifar100]`")
         if not budgets or not all(isinstance(ipc, int) and not isinstance(ipc, bool) and ipc > 0 for ipc in budgets):
-            raise ValueError(f"{where} does not say for how many images per class it is; give it `ipc: [1, 10]`")
+            raise ValueError(f"{where} does not give its images per class; add `ipc: [1, 10]`")
         if len(pairs) + len(datasets) * len(budgets) > MAX_RECIPES:
             raise ValueError(f"the table has more than {MAX_RECIPES} pairs of data set and budget; split the file")
         differing = {key: value for key, value in row.items() if key not in ("source", "dataset", "ipc")}
-        said = _source(row, source, f"{where}: source")
+        row_source = _source(row, source, f"{where}: source")
         for dataset in datasets:
             for ipc in budgets:
                 if (dataset, ipc) in pairs:
-                    raise ValueError(f"{where} is the second one for {dataset} at {ipc} images per class; keep one")
+                    raise ValueError(
+                        f"{where} is the second row for {dataset} at {ipc} images per class; keep one of them"
+                    )
                 pairs.add((dataset, ipc))
-                yield Entry(stem, said, shared, differing, dataset, ipc)
+                yield Entry(stem, row_source, shared, differing, dataset, ipc)
 
 
 def _source(fields: Mapping[str, Any], default: str, where: str) -> str:
@@ -206,7 +211,7 @@ def _source(fields: Mapping[str, Any], default: str, where: str) -> str:
 
 
 def _merged(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``shared`` with the changes of a row. A mapping that chooses another ``name`` takes no fields over."""
+    """Apply the fields of a row to ``shared``. A mapping with another ``name`` replaces the shared one completely."""
     merged = dict(shared)
     for key, value in changes.items():
         existing = merged.get(key)

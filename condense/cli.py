@@ -1,4 +1,4 @@
-"""The command line's front door: it knows the commands' names; torch is imported by the command that needs it."""
+"""Entry point of the command line. It only knows the names of the commands; each command imports torch itself."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from condense.names import excerpt, flags, suggest
 USAGE = """\
 usage: condense COMMAND ...
 
-Distil a data set into a few images a class, and measure what they are worth.
+Distil a data set into a few images per class, and evaluate them.
 
-  demo                         the whole job on embedded data, in a few minutes
-  buffer    --dataset D ...    train expert trajectories, or teachers (--keep last)
+  demo                         buffer, distil and evaluate on embedded data, in a few minutes
+  buffer    --dataset D ...    train and store expert trajectories, or teachers (--keep last)
   distill   METHOD|RECIPE ...  distil a data set
-  evaluate  RUN|FILE ...       train fresh networks on a synthetic set and score them
-  apply     NAME RUN|FILE ...  continual, nas, privacy, ranking: what a set is worth
-  report    RUN... [--out F]   runs side by side as one HTML page
-  show      RUN|FILE|BUFFER    what a file says of itself
-  show      METHOD|RECIPE ...  the recipe for a data set and budget, as YAML
+  evaluate  RUN|FILE ...       train new networks on a synthetic set and test them
+  apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, ranking
+  report    RUN... [--out F]   compare runs in one HTML page
+  show      RUN|FILE|BUFFER    summarise a run, a set or a buffer
+  show      METHOD|RECIPE ...  print the recipe for a data set and budget as YAML
   list      methods|decoders|labels|adjoints|datasets|networks|recipes|protocols
-  cache     [--prune]          what is kept between runs, with sizes
-  import    SRC DST ...        published sets, expert buffers and weights into ours
-  export    RUN|FILE DST ...   a set as .npz, a folder of images or a Hugging Face data set
+  cache     [--prune]          list or prune the cached data
+  import    SRC DST ...        import published sets, expert buffers or weights
+  export    RUN|FILE DST ...   export a set as .npz, image folder or Hugging Face data set
 
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
 """
 
 LONGEST_MESSAGE = 2000
-"""Characters of an error or a warning that are shown."""
+"""Maximum number of characters shown of an error or a warning."""
 
 COMMANDS = ("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; bad input ends in one line on standard error and exit status 2."""
+    """Run one command. For invalid input, print one line to standard error and exit with status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if words[0] not in COMMANDS:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
-        if "RANK" in os.environ:  # what torch's own library says of a process that is gone, this package says in a line
+        if "RANK" in os.environ:  # this package reports a lost process itself, in one line
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from condense import commands
 
@@ -71,15 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"condense: {_rank()}{excerpt(error, LONGEST_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        print(f"condense: {_rank()}stopped; to go on: {_again(words)}", file=sys.stderr)
+        print(f"condense: {_rank()}stopped; to continue: {_again(words)}", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does.
+    """Make SIGTERM end a command as Ctrl-C does.
 
-    Under torchrun it ends a process at once: one that waits for another would not come to run a handler.
+    Under torchrun SIGTERM keeps its default effect: a process that waits for another would never run a handler.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or "RANK" in os.environ or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -97,7 +97,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 
 def _again(words: Sequence[str]) -> str:
-    """The command that goes on where this one stopped."""
+    """Return the command that continues a stopped one."""
     resume = ["--resume"] if words[0] == "distill" and "--resume" not in words else []
     if "RANK" in os.environ:
         return " ".join(["the same torchrun command", *(["with --resume"] if resume else [])])
@@ -105,8 +105,8 @@ def _again(words: Sequence[str]) -> str:
 
 
 def _rank() -> str:
-    """Which process of torchrun speaks, where it is not the first."""
-    with contextlib.suppress(ValueError):  # the error that is being told
+    """Return the prefix that names the rank, or an empty string for rank 0."""
+    with contextlib.suppress(ValueError):  # an invalid RANK is the error being reported
         if rank := rank_of_environment():
             return f"rank {rank}: "
     return ""

@@ -1,4 +1,4 @@
-"""The commands behind the command line: each parses its flags, calls ``condense.api`` and prints."""
+"""The commands of the command line. Each parses its flags, calls ``condense.api`` and prints the result."""
 
 from __future__ import annotations
 
@@ -56,129 +56,133 @@ class Distill:
 @dataclass(frozen=True, kw_only=True)
 class Buffer:
     dataset: str = "digits"
-    """Name of a data set, an .npz file or an image folder."""
+    """Name of a data set, or path of an .npz file or an image folder."""
     network: str = "auto"
-    """Network to train, e.g. convnet:depth=3; auto is the ConvNet for the kind of data."""
+    """Network to train, e.g. convnet:depth=3. auto selects the ConvNet for the kind of data."""
     experts: Annotated[Experts, Flat] = Experts()
     transform: str = "channel"
-    """none, channel, zca or zca-relative."""
+    """Transform of the images: none, channel, zca or zca-relative."""
     split: Split = Split(val_fraction=0.0)
-    """The validation part, held out of training."""
+    """Validation split, which is held out of training."""
     compute: Switch[Compute] = Compute()
-    """Exactness against speed."""
+    """Numerical precision and speed."""
     out: Path = Path("artifacts")
-    """Root under which the buffer's folder is made."""
+    """Folder in which the folder of the buffer is created."""
     seed: int = 0
-    """Root of every random draw."""
+    """Seed of all random numbers."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a data set that is missing."""
+    """Let torchvision download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     networks: tuple[str, ...] = ()
-    """Architectures to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t; default: the ConvNet for the
-    kind of data, but under the protocol own the network that the set is meant for."""
+    """Networks to train, e.g. convnet mlp torchvision:resnet50 timm:resnet10t. The default is the ConvNet for the kind
+    of data; under the protocol own it is the network that is stored in the set."""
     num_seeds: int = 5
-    """Fresh networks of each."""
+    """Number of networks to train per architecture, each from a different seed."""
     protocol: Protocol = PROTOCOLS["canonical"]
-    """How they are trained."""
+    """Training protocol of the networks."""
     baselines: tuple[str, ...] = ()
-    """Methods or recipes to compare with at the same budget, and `full` for all training data."""
+    """Methods or recipes to compare with at the same budget; `full` stands for all training data."""
     budget: api.Budget = "images"
-    """What they have as much of as the set: images a class, or bytes."""
+    """Budget of the baselines: as many images per class as the set (images), or as many bytes (bytes)."""
     dataset: str | None = None
-    """Where the data lie; default: as the run recorded it, else by the name in the file."""
+    """Data set that the set was distilled from. The default is the location recorded by the run, else the name in the
+    file."""
     out: Path | None = None
-    """Result file; default evaluation.json in the run, or FILE.evaluation.json."""
+    """File for the results. The default is evaluation.json in the run folder, or FILE.evaluation.json."""
     seed: int = 0
-    """Root of every random draw."""
+    """Seed of all random numbers."""
     compute: Switch[Compute] = Compute()
-    """Exactness against speed."""
+    """Numerical precision and speed."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a data set that is missing."""
+    """Let torchvision download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
     dataset: str = "cifar10"
-    """Data set that the networks were trained on, or the images made from."""
+    """Data set that the networks were trained on, or that the images were distilled from."""
     network: str = "convnet"
-    """The architecture of the networks, e.g. convnet:norm=batch, torchvision:resnet18 or timm:resnet10t."""
+    """Architecture of the networks, e.g. convnet:norm=batch, torchvision:resnet18 or timm:resnet10t."""
     transform: str = "channel"
-    """Their transform: published MTT buffers and sets used zca unless their folder says NO_ZCA."""
+    """Transform of the training images. Published MTT buffers and sets used zca unless their folder says NO_ZCA."""
     decode: Decode = Pixels()
-    """How the images of a set are stored: factor where one holds several (IDC)."""
+    """Decoder of the imported set: factor where one stored image holds several images (IDC)."""
     split: Split = Split(val_fraction=0.0)
-    """Their validation split."""
+    """Validation split that the networks were trained with."""
     download: Switch[bool] = False
-    """Let torchvision download the data set if it is missing."""
+    """Let torchvision download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Apply:
     choices: Annotated[Application, Flat]
     baselines: tuple[str, ...] = ("random", "herding")
-    """Methods to compare with at the same budget."""
+    """Methods or recipes to compare with at the same budget."""
     dataset: str | None = None
-    """Where the data lie; default: as the run recorded it, else by the name in the file."""
+    """Data set that the set was distilled from. The default is the location recorded by the run, else the name in the
+    file."""
     out: Path | None = None
-    """Result file; default apply-NAME.json in the run."""
+    """File for the results. The default is apply-NAME.json in the run folder."""
     seed: int = 0
-    """Root of every random draw."""
+    """Seed of all random numbers."""
     compute: Switch[Compute] = Compute()
-    """Exactness against speed."""
+    """Numerical precision and speed."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a data set that is missing."""
+    """Let torchvision download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
     format: str = ""
-    """npz, folder (PNG and labels.csv) or huggingface; default: npz for a name that ends so, else folder."""
+    """Format: npz, folder (PNG files and labels.csv) or huggingface. The default is npz if the name ends in .npz, else
+    folder."""
     dataset: str | None = None
-    """Where the data lie, for a set that is whitened; default: as the run recorded it."""
+    """Data set that a ZCA-whitened set was distilled from. The default is the location recorded by the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     out: Path | None = None
-    """The HTML file; default report.html in the first run."""
+    """HTML file to write. The default is report.html in the first run folder."""
     dataset: str | None = None
-    """Where the data of whitened sets lie; default: as their runs recorded it."""
+    """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
     download: Switch[bool] = False
-    """Let torchvision download a data set that is missing."""
+    """Let torchvision download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
     png: Path | None = None
-    """Where to draw the images of a set, a row for each class."""
+    """PNG file to draw the images of a set to, with one row per class."""
     dataset: str | None = None
-    """Where the data of a whitened set lie, for its picture; default: as its run recorded it."""
+    """Data set that a ZCA-whitened set was distilled from, needed to draw its images. The default is the location
+    recorded by the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRecipe:
     recipe: Annotated[Switch[Recipe], Flat]
     json: bool = False
-    """Print JSON: the name of the recipe, its source and its fields."""
+    """Print the name, the source and the fields of the recipe as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     prune: bool = False
-    """Remove what was not used for some time, and what earlier versions left; what a process uses now stays."""
+    """Remove entries that were not used recently, and entries of earlier versions. Entries in use are kept."""
     days: float = 30.0
-    """Days without use after which --prune removes an entry; 0: all entries."""
+    """Number of days without use after which --prune removes an entry; 0 removes all entries."""
     json: bool = False
-    """Print JSON."""
+    """Print the entries as JSON."""
 
     def __post_init__(self) -> None:
         if not self.days >= 0:
@@ -204,7 +208,7 @@ def distill(words: list[str], ranks: Ranks) -> None:
     with ranks.rank_zero_first():
         experiment.check_run(plan, command.options, dataset=plan.dataset, ranks=ranks)
         arrays = datasets.open_data(plan.dataset, command.options.download)
-    if source is not None and arrays.name != expected:  # a known data set was recognised
+    if source is not None and arrays.name != expected:  # the file holds a known data set
         command, origin = parsed(arrays.name)
         plan = command.recipe
     _say_unknown(arrays)
@@ -231,7 +235,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
     chosen = command.networks or api.default_networks(syn, command.protocol)
     if not command.networks and command.protocol.name == "own":
-        say(f"network: {chosen[0]}, which the set is meant for")
+        say(f"network: {chosen[0]}, which is stored in the set")
     result = api.evaluate(target, **_fields(command) | {"networks": chosen}, ranks=ranks)
     print_results([row.row() for row in result.results])
 
@@ -250,12 +254,12 @@ def show(words: list[str]) -> None:
     names = [*METHODS, *catalog.recipes()]
     if target not in names:
         near = suggest(target, names, "`condense list recipes`")
-        raise ValueError(f"there is nothing at {target}, and no method or recipe has this name: {near}")
+        raise ValueError(f"{target} is no file or folder, and no method or recipe has this name: {near}")
     _show_recipe(target, words[1:])
 
 
 def _show_recipe(name: str, flags: list[str]) -> None:
-    """Print the recipe that ``condense distill`` would run with the same flags."""
+    """Print the recipe that ``condense distill`` runs with the same flags."""
     source = recipe.take(flags, "--dataset")[1]
 
     def resolve(dataset: str | None) -> tuple[recipe.Resolved, ShowRecipe]:
@@ -264,7 +268,7 @@ def _show_recipe(name: str, flags: list[str]) -> None:
         return resolved, recipe.parse(ShowRecipe, flags, default, f"condense show {name}", about)
 
     resolved, command = resolve(source)
-    if source is not None and expanded(source).exists():  # a file may hold a data set that has a name
+    if source is not None and expanded(source).exists():  # the file may hold a known data set
         resolved, command = resolve(api.open_data(source).name)
     glance.show_recipe(resolved, command.recipe, flags, command.json)
 
@@ -272,7 +276,7 @@ def _show_recipe(name: str, flags: list[str]) -> None:
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
         say("usage: condense list methods|decoders|labels|adjoints|datasets|networks|recipes|protocols [--json]")
-        say("condense list recipes WORD... lists those with all the words, e.g. condense list recipes mtt cifar10")
+        say("condense list recipes WORD... lists recipes with all the words, e.g. condense list recipes mtt cifar10")
         return
     as_json = "--json" in words
     kinds = [word for word in words if word != "--json"]
@@ -286,7 +290,7 @@ def list_(words: list[str]) -> None:
         "recipes": lambda: {entry.name: entry.description for entry in catalog.search(kinds[1:])},
         "protocols": lambda: {
             **summaries(PROTOCOLS, lambda name: PROTOCOLS[name].describe()),
-            "own": "the training stored in the file: its network, its labels, its learned step size",
+            "own": "the training stored in the set: its network, its labels, its learned learning rate",
         },
     }
     if not kinds or kinds[0] not in tables or (kinds[1:] and kinds[0] != "recipes"):
@@ -331,7 +335,7 @@ def import_(words: list[str]) -> None:
     is_weights = source.suffix in (".pt", ".pth", ".safetensors") and not _holds_experts(source)
     if exchange.is_foreign(source) and not _holds_experts(source) and not is_weights:
         raise ValueError(
-            f"{words[0]} looks like a set; name a file for it, e.g. condense import {words[0]} set.safetensors"
+            f"{words[0]} looks like a set; give the file to write, e.g. condense import {words[0]} set.safetensors"
         )
     experiment.check_names(command.network, command.transform)
     check_new_folder(target)
@@ -372,7 +376,7 @@ def _holds_experts(path: Path) -> bool:
 
 def _import_set(source: Path, target: Path, command: Import) -> None:
     if target.exists():
-        raise ValueError(f"{target} exists already; move it away or give another name")
+        raise ValueError(f"{target} already exists; move it or give another name")
     check_new_file(target, "set")
     syn = api.import_set(
         source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
@@ -380,7 +384,10 @@ def _import_set(source: Path, target: Path, command: Import) -> None:
     save(syn, target)
     cost, kind = syn.cost(), layout.kind(syn.origin.input_shape)
     say(f"{target}: {len(syn)} {kind} ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
-    say(f"that they belong to {command.dataset} and went through {command.transform} is your word, no file says it")
+    say(
+        f"the data set {command.dataset} and the transform {command.transform} are recorded as given; "
+        "Condense cannot verify them"
+    )
 
 
 def export(words: list[str]) -> None:
@@ -405,7 +412,7 @@ def cache(words: list[str]) -> None:
     flags = _bare(_bare(words, "--prune"), "--json")
     command = recipe.parse(Cache, flags, Cache(), prog="condense cache")
     if any(word.partition("=")[0] == "--days" for word in words) and not command.prune:
-        raise ValueError("--days says what --prune removes; give --prune --days N")
+        raise ValueError("--days needs --prune; give --prune --days N")
     folder = cache_folder()
     removed = prune(folder, command.days) if folder is not None and command.prune else []
     listed = entries(folder) if folder is not None else []
@@ -428,7 +435,7 @@ def _rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _described(entry: Entry) -> str:
-    return f"{entry.about} (of an earlier version)" if entry.outdated else entry.about
+    return f"{entry.about} (from an earlier version)" if entry.outdated else entry.about
 
 
 def _size(size: int) -> str:
@@ -444,17 +451,17 @@ def demo(words: list[str]) -> None:
     job.main(words)
 
 
-def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]], None]:
-    """A command that the processes of torchrun share; only the first one prints."""
+def _distributed(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]], None]:
+    """Wrap a command so that the processes of torchrun share its work and only rank 0 prints."""
 
     def run(words: list[str]) -> None:
         if size_of_environment() > 1:
-            choose_compiled_folder()  # a process group is made with torch's compiler imported
+            choose_compiled_folder()  # creating a process group imports torch's compiler
         try:
             with init_distributed(recipe.take(words, "--device")[1] or "auto") as ranks:
                 with contextlib.redirect_stdout(sys.stdout if ranks.first else None):
                     command(words, ranks)
-        except AnotherFailed:  # one line is enough
+        except AnotherFailed:  # the other process reports the error
             raise SystemExit(2) from None
 
     return run
@@ -462,11 +469,11 @@ def _divided(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]
 
 TABLE: dict[str, Callable[[list[str]], None]] = {
     "apply": apply,
-    "buffer": _divided(buffer),
+    "buffer": _distributed(buffer),
     "cache": cache,
     "demo": demo,
-    "distill": _divided(distill),
-    "evaluate": _divided(evaluate),
+    "distill": _distributed(distill),
+    "evaluate": _distributed(evaluate),
     "export": export,
     "import": import_,
     "list": list_,
@@ -476,13 +483,13 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
 
 
 def say(text: str) -> None:
-    """Lines on standard output; what is not printable in names of files and data sets is escaped."""
+    """Print lines to standard output, with characters that are not printable escaped."""
     print("\n".join(map(printable, text.split("\n"))), file=sys.stdout, flush=True)
 
 
 def _say_unknown(arrays: datasets.Arrays) -> None:
     if arrays.known is None:
-        say(f"{arrays.name}: not a known data set, so its statistics are computed and DSA does not flip")
+        say(f"{arrays.name}: not a known data set, so its mean and std are computed and DSA does not flip images")
 
 
 def _fields(command: Any) -> dict[str, Any]:
@@ -494,40 +501,40 @@ def _asks_for_help(words: list[str]) -> bool:
 
 
 def _bare(words: list[str], flag: str) -> list[str]:
-    """Let a switch be spelt ``--flag``, ``--flag True`` or ``--flag False``."""
+    """Accept a switch as ``--flag``, ``--flag True`` or ``--flag False``."""
     following = [*words[1:], ""]
-    spelt = [
+    normalised = [
         f"{flag}=True" if word == flag and after not in ("True", "False") else word
         for word, after in zip(words, following, strict=False)
     ]
-    kept, value = recipe.take(spelt, flag)
-    return [*kept, flag] if value == "True" else kept
+    rest, value = recipe.take(normalised, flag)
+    return [*rest, flag] if value == "True" else rest
 
 
-def _positional(words: list[str], usage: str, mend: str) -> str:
+def _positional(words: list[str], usage: str, fix: str) -> str:
     if words and _asks_for_help(words[:1]):
-        say(f"usage: condense {usage} ...\n{mend}; `condense {usage.split()[0]} NAME --help` lists the flags")
+        say(f"usage: condense {usage} ...\n{fix}; `condense {usage.split()[0]} NAME --help` lists the flags")
         raise SystemExit(0)
     if not words or words[0].startswith("-"):
-        raise ValueError(f"usage: condense {usage} ...: the first word is missing; {mend}")
+        raise ValueError(f"usage: condense {usage} ...: the first word is missing; {fix}")
     return words[0]
 
 
 def _budget(flags: list[str]) -> int | None:
-    """The number that ``--ipc`` gives; None where it gives none, which parsing the flags reports."""
+    """Return the value of ``--ipc``, or None where it is missing or not a number (which ``parse`` reports)."""
     ipc = recipe.take(flags, "--ipc")[1]
     return int(ipc) if ipc is not None and ipc.isdecimal() else None
 
 
 def _about(resolved: recipe.Resolved) -> str:
-    """What stands above the flags of a recipe: the method's docstrings up to the equations, and the recipe's source."""
+    """Return the help text above the flags: the method's docstrings up to the equations, and the recipe's source."""
     cls = type(resolved.recipe.method)
     paragraphs = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")
     citation = itertools.takewhile(lambda text: not text.startswith(" ") and not text.endswith(":"), paragraphs)
     about = [_summary(cls), *citation, f"Recipe: {resolved.name}. {resolved.source}".strip()]
     rows = [entry.dataset for entry in catalog.recipes().values() if entry.stem == resolved.name and entry.dataset]
     if rows:
-        about.append(f"There are recipes for {', '.join(dict.fromkeys(rows))}: give --dataset and --ipc to see one.")
+        about.append(f"There are recipes for {', '.join(dict.fromkeys(rows))}; give --dataset and --ipc to see one.")
     return "\n\n".join(about)
 
 

@@ -1,4 +1,4 @@
-"""How to compute: what may be traded between exactness and speed, as one value of the recipe."""
+"""The compute policy of a recipe: how exactness is traded for speed."""
 
 from __future__ import annotations
 
@@ -33,28 +33,30 @@ except ImportError:  # Windows
 
 @dataclass(frozen=True, kw_only=True)
 class Compute(Checked):
-    """What is unset is settled once, by ``resolved``; until then it counts as off.
+    """The compute policy. Unset fields are chosen by ``resolved``; until then they count as off.
 
-    ``compile``, ``autocast`` and ``channels_last`` act on first-order work (training, features, gradients of real
-    data). Second-order work is compiled too, but stays float32 unless ``adjoint_dtype`` says otherwise.
+    ``compile``, ``autocast`` and ``channels_last`` apply to first-order work (training, features, gradients on real
+    data). Second-order work is compiled too, but runs in ``adjoint_dtype``.
     """
 
     exact: bool = False
-    """Eager float32 throughout, without TF32; on a CPU bit-reproducible with the same machine and threads."""
+    """Compute everything in eager float32 without TF32. On a CPU the results are bit-reproducible with the same machine
+    and number of threads."""
     compile: bool | None = None
-    """Send the hot functions through torch.compile."""
+    """Compile the most expensive functions with torch.compile."""
     autocast: Literal["none", "bfloat16"] | None = None
-    """Arithmetic of first-order forward and backward passes."""
+    """Autocast dtype of first-order forward and backward passes."""
     channels_last: bool | None = None
-    """Memory layout of images in first-order work; series and clips have but one."""
+    """Use the channels-last memory format for images in first-order work; series and clips are not affected."""
     micro_batch: int | None = None
-    """Most images of one pass where a method matches a whole class or set; bounds the memory."""
+    """Largest number of images per pass where a method matches a whole class or set; it limits the memory."""
     vmap_batch: int | None = None
-    """Most images of classes whose second-order work is done together; one class at a time where each has more."""
+    """Largest number of images in classes whose second-order work is vectorised together (vmap); classes with more
+    images are processed one at a time."""
     networks: int | None = None
-    """Experts, or networks of an evaluation, that one process trains at once (vmap)."""
+    """Number of experts, or of networks in an evaluation, that one process trains at once (vmap)."""
     adjoint_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of second-order work. bfloat16 is faster, and its meta-gradient off by percents."""
+    """Dtype of second-order work. bfloat16 is faster, but changes the meta-gradient by a few percent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,33 +75,35 @@ class Compute(Checked):
             raise ValueError(f"compute.exact excludes compute.{clash[0]}; give one of them")
 
     def resolved(self, work: float, device: torch.device, earlier: Mapping[str, Any] | None = None) -> Compute:
-        """This policy with nothing left open.
+        """Return this policy with a value for every field.
 
         Args:
-            work: planned floating-point operations of all that the policy is for, not of what remains of it; so the
-                answer is the same for a run that is resumed, and for any number of processes.
-            device: its type decides, and whether it has bfloat16 arithmetic.
-            earlier: the fields settled when the run began; what is unset here is taken from there.
+            work: planned floating-point operations of the whole run, not of the remaining part. The result is therefore
+                the same for a resumed run, and for any number of processes.
+            device: its type and its support of bfloat16 determine the defaults.
+            earlier: the fields that were resolved when the run began; they are used where this policy leaves one unset.
         """
         row = _TABLE.get(device.type, _Row())
         fast = not self.exact and work >= row.fast_from
-        settled: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "compile": fast,
             "autocast": "bfloat16" if fast and has_bfloat16(device) else "none",
             "channels_last": fast and row.channels_last,
             "micro_batch": row.micro_batch,
             "vmap_batch": row.vmap_batch if fast else 1,
-            "networks": 1,  # more did not pay on two cores; not measured on a GPU
+            "networks": 1,  # more were not faster on two cores; not measured on a GPU
         }
         if earlier is not None:
-            settled |= {name: earlier[name] for name in settled if earlier.get(name) is not None}
-        unset: dict[str, Any] = {name: value for name, value in settled.items() if getattr(self, name) is None}
+            defaults |= {name: earlier[name] for name in defaults if earlier.get(name) is not None}
+        unset: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Inside, an exact policy has float32 products and convolutions without TF32 or bfloat16, whatever the process
-        allows elsewhere; on leaving that is as it was before."""
+        """With an exact policy, disable TF32 and bfloat16 in float32 products and convolutions inside the context.
+
+        The settings of the process are restored on exit. Other policies change nothing.
+        """
         if not self.exact:
             yield
             return
@@ -113,43 +117,44 @@ class Compute(Checked):
                 switch.restore(value)
 
     def first_order_identity(self) -> dict[str, Any]:
-        """What decides the bits of plain training."""
-        found: dict[str, Any] = {"compile": bool(self.compile), "autocast": self.autocast or "none"}
+        """Return the settings that change the exact result of ordinary training."""
+        identity: dict[str, Any] = {"compile": bool(self.compile), "autocast": self.autocast or "none"}
         if self.channels_last:
-            found["channels_last"] = True
+            identity["channels_last"] = True
         if (self.networks or 1) > 1:
-            found["networks"] = self.networks
-        return found
+            identity["networks"] = self.networks
+        return identity
 
     def layout(self, images: Tensor) -> Tensor:
-        """Samples (N, *input_shape) as first-order work wants them in memory; series and clips stay as they are."""
+        """Return samples (N, *input_shape) in the memory format of first-order work; only images are converted."""
         if self.channels_last and images.dim() == 4:
             return images.contiguous(memory_format=torch.channels_last)
         return images
 
     def first_order(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        """``fn`` under this policy; for functions that are differentiated at most once.
+        """Return ``fn`` under this policy, for functions that are differentiated at most once.
 
-        What does not compile runs eagerly, with one warning. Keep the returned function: what it compiled goes
-        with it.
+        A function that does not compile runs eagerly, with one warning. Reuse the returned function: compiled code
+        belongs to it.
         """
         cast = autocast(fn, device, self.autocast)
         return compiled_or_eager(cast) if self.compile else cast
 
     def second_order(self, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        """``fn``, a loss that is differentiated twice, in ``adjoint_dtype``; whoever differentiates it compiles."""
+        """Return ``fn``, a loss that is differentiated twice, in ``adjoint_dtype``. The caller compiles its
+        derivatives."""
         return autocast(fn, device, self.adjoint_dtype)
 
 
 class _Precision(NamedTuple):
-    """One of PyTorch's switches for the arithmetic of float32 numbers."""
+    """One of PyTorch's settings for the precision of float32 operations."""
 
     get: Callable[[], Any]
     set_: Callable[[Any], None]
     full: Any
-    """Its value for arithmetic of full precision."""
+    """Its value for full precision."""
     inherits: Any = None
-    """The value that lets it follow PyTorch's switch for all operations, where there is such a switch."""
+    """The value with which it follows PyTorch's global setting, if there is one."""
 
     @staticmethod
     def of(owner: Any, name: str, full: Any, inherits: Any = None) -> _Precision:
@@ -157,7 +162,7 @@ class _Precision(NamedTuple):
         return _Precision(get, set_, full, inherits)
 
     def restore(self, value: Any) -> None:
-        """Give it back the value that ``get`` gave; where it can be inherited, so that it still is."""
+        """Set it to a value that ``get`` returned; a value that was inherited is inherited again."""
         if self.inherits is not None:
             self.set_(self.inherits)
         if self.get() != value:
@@ -165,7 +170,7 @@ class _Precision(NamedTuple):
 
 
 def _precisions() -> list[_Precision]:
-    """By the interface that this PyTorch has: it refuses to be asked by the older one once the newer was used."""
+    """Return the settings of this version of PyTorch, which does not allow its two interfaces to be mixed."""
     backends: Any = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         operations = [
@@ -182,15 +187,15 @@ _PRECISIONS = _precisions()
 
 class _Row(NamedTuple):
     fast_from: float = float("inf")
-    """Planned floating-point operations from which compilation and bfloat16 pay."""
+    """Planned floating-point operations from which compilation and bfloat16 save time."""
     channels_last: bool = False
     micro_batch: int = 256
     vmap_batch: int = 1
 
 
 _TABLE = {
-    # Two cores: compiling costs about 10 s and saves 2 s in 1e12 operations; vmap over classes wins with one image
-    # a class and loses with ten.
+    # Two cores: compiling costs about 10 s and saves 2 s per 1e12 operations; vmap over classes is faster with one
+    # image per class and slower with ten.
     "cpu": _Row(fast_from=2e13, vmap_batch=16),
     # Not measured yet.
     "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048, vmap_batch=2048),
@@ -209,19 +214,19 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU by its maker, else of the kind of device."""
+    """Return the model name of a GPU, else the name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin anew to look for the most memory; the process's own most, which a CPU has, cannot be forgotten."""
+    """Reset the peak memory of a GPU; on a CPU the peak memory of the process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since ``forget_peak``, else the most that the process ever held; 0
-    where the system does not say."""
+    """Return the peak memory in bytes: on a GPU that of tensors since ``forget_peak``, else that of the process since
+    its start; 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -230,6 +235,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def autocast(fn: Callable[..., Any], device: torch.device, dtype: str | None) -> Callable[..., Any]:
+    """Return ``fn`` under autocast to bfloat16 if ``dtype`` says so, else ``fn``."""
     if dtype != "bfloat16":
         return fn
 
@@ -242,24 +248,24 @@ def autocast(fn: Callable[..., Any], device: torch.device, dtype: str | None) ->
 
 
 MAX_VARIANTS = 64
-"""How many variants of one function (shapes, static inputs) torch.compile may keep."""
+"""Largest number of variants of one function (shapes, static inputs) that torch.compile may keep."""
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Settings of torch.compile, in force where a compiled function is called.
+    """Apply our settings of torch.compile inside the context, in which compiled functions are called.
 
-    Random numbers (dropout) come from the global generators in the order of the code, as they do eagerly: a function
-    and its derivative, compiled apart, then draw the same ones from the same state.
+    Random numbers (dropout) are drawn from the global generators in the order of the code, as in eager mode. A function
+    and its derivative, which are compiled separately, therefore draw the same numbers from the same state.
     """
-    from torch._inductor import config  # importing it makes the cache folder, which ``keep_compiled`` chooses
+    from torch._inductor import config  # importing it creates the cache folder, which ``keep_compiled`` chooses
 
     with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), config.patch(fallback_random=True):
         yield
 
 
 def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` through torch.compile; from the first failure on as it is, with one warning."""
+    """Compile ``fn`` with torch.compile; after the first failure it runs eagerly, with one warning."""
     compiled = torch.compile(fn, dynamic=False)
     failed = False
 
@@ -271,7 +277,7 @@ def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
             with compiling():
                 return compiled(*inputs)
         except Exception as error:
-            output = fn(*inputs)  # an error of its own is raised again here, undisguised
+            output = fn(*inputs)  # an error of ``fn`` itself is raised again here, in its original form
             failed = True
             reason = next(iter(str(error).splitlines()), "")
             warnings.warn(f"{fn.__name__} runs eagerly, it does not compile: {reason}", stacklevel=2)
@@ -281,34 +287,34 @@ def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep_compiled(folder: Path | None) -> None:
-    """Let torch.compile keep what it makes in ``folder`` from run to run, unless the environment names a place.
+    """Cache compiled code in ``folder`` across runs, or in $TORCHINDUCTOR_CACHE_DIR if that is set.
 
-    torch makes this folder when it imports its compiler, and fails where it cannot; it also fails to compile where the
-    path has spaces, quotes or backslashes. In these cases, with a warning, and without ``folder`` the place is a
-    temporary folder, which is removed when the process ends.
+    torch fails if it cannot create this folder when it imports its compiler, and it fails to compile if the path has
+    spaces, quotes or backslashes. In these cases a temporary folder is used instead, with a warning. It is also used,
+    without a warning, if there is no ``folder``. A temporary folder is removed when the process ends.
     """
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    place = Path(named) if named else folder
+    from_environment = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    place = Path(from_environment) if from_environment else folder
     if place is not None:
         try:
             if set(str(place.absolute())) & (set("'\"\\ ") - {os.sep}):
                 raise ValueError(
-                    f"compilers do not take the path {place}; set TORCHINDUCTOR_CACHE_DIR to another folder"
+                    f"compilers do not accept the path {place}; set TORCHINDUCTOR_CACHE_DIR to another folder"
                 )
             check_writable(place)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
             return
         except ValueError as error:
-            warnings.warn(f"compiled code is not kept: {error}", stacklevel=2)
+            warnings.warn(f"compiled code is not cached: {error}", stacklevel=2)
     scratch = tempfile.mkdtemp(prefix="condense-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
 
 
 def choose_compiled_folder() -> None:
-    """Choose where torch.compile keeps what it makes. Call it before torch's compiler is imported.
+    """Choose the folder in which torch.compile caches its code. Call it before torch's compiler is imported.
 
-    Each instruction set has a folder of its own: torch takes code of another one from its cache, which gives NaN.
+    Each instruction set has its own folder, because torch also reuses cached code of another one, which gives NaN.
     """
     _compiled.close()
     instructions = torch.backends.cpu.get_cpu_capability().lower()
@@ -318,11 +324,11 @@ def choose_compiled_folder() -> None:
 
 
 _compiled = contextlib.ExitStack()
-"""Holds the entry of the cache in which this process keeps compiled code."""
+"""Holds the cache entry in which this process stores compiled code."""
 
 
 def prepare_device(name: str) -> torch.device:
-    """The device of this name, with the process made ready for work on it.
+    """Return the device of this name, and prepare the process for computing on it.
 
     Raises:
         ValueError: see ``resolve_device``.
@@ -335,7 +341,11 @@ def prepare_device(name: str) -> torch.device:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first of cuda, mps and cpu that is there; any other name must be usable now."""
+    """Return the device of this name; ``auto`` is the first of cuda, mps and cpu that is available.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -1,4 +1,4 @@
-"""The whole job on embedded data: expert trajectories, two distillations, cross-architecture evaluation."""
+"""A complete example on embedded data: expert trajectories, two distillations, cross-architecture evaluation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NUM_SEEDS = 3
 
 
 def main(words: Sequence[str]) -> None:
-    """Run everything into one folder; a second call continues where the first one stopped.
+    """Run the example in one folder. A second call continues where the first one stopped.
 
     Raises:
-        ValueError: an argument that is not ``--out FOLDER``.
+        ValueError: an argument other than ``--out FOLDER``.
     """
     if words and (len(words) != 2 or words[0] != "--out"):
-        raise ValueError(f"demo takes no {' '.join(words)}; it has one flag: --out FOLDER")
+        raise ValueError(f"demo does not take {' '.join(words)}; its only flag is --out FOLDER")
     out = expanded(words[1] if words else "demo")
     begun = time.monotonic()
 
@@ -35,23 +35,23 @@ def main(words: Sequence[str]) -> None:
     buffer = api.make_buffer(
         "digits", NETWORK, num_experts=5, num_epochs=10, batch_size=64, lr=0.02, out=out / "artifacts"
     )
-    say("2/3 distil 10 images a class: trajectory matching, then distribution matching")
+    say("2/3 distil 10 images per class: trajectory matching, then distribution matching")
     common: dict[str, Any] = {"dataset": "digits", "network": NETWORK, "ipc": 10, "resume": True}
     api.distill("mtt", **common, buffers=buffer, out=out / "mtt")
     api.distill("dm", **common, num_steps=100, batch_real=64, out=out / "dm")
-    say(f"3/3 train {NUM_SEEDS} fresh networks of each of {', '.join(NETWORKS)} on every set")
+    say(f"3/3 train {NUM_SEEDS} new networks of each of {', '.join(NETWORKS)} on every set")
     rows: list[dict[str, Any]] = []
     plan: tuple[tuple[Path, tuple[str, ...]], ...] = (
         (out / "mtt", ()),
         (out / "dm", ("random", "herding", "full")),
     )
     for run, baselines in plan:
-        found = api.evaluate(run, networks=NETWORKS, num_seeds=NUM_SEEDS, baselines=baselines)
-        rows += [result.row() for result in found.results]
+        result = api.evaluate(run, networks=NETWORKS, num_seeds=NUM_SEEDS, baselines=baselines)
+        rows += [each.row() for each in result.results]
     print_results(rows)
     page = api.report([out / "mtt", out / "dm"], out / "report.html")
-    say("done; everything lies here:")
-    print(f"  {page}: the two runs side by side, for a browser")
+    say("done; the results are in:")
+    print(f"  {page}: comparison of the two runs (open in a browser)")
     for name in ("mtt", "dm"):
         print(f"  {out / name}: synthetic.png, synthetic.safetensors, evaluation.json, recipe.yaml, log.jsonl")
     print(f"  {buffer}: the expert trajectories")

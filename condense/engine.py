@@ -1,4 +1,4 @@
-"""The loop: init, step by step, checkpoint, log, resume, finalize. Nothing here knows a method."""
+"""The distillation loop: initialise, step, checkpoint, log, resume, finalise. It is the same for all methods."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ from condense.tracking import Log, Sink, cut_back
 NUM_SNAPSHOTS = 10
 CHECKPOINT_SECONDS = 10.0
 CHECKPOINT_STEPS = 100
-"""A checkpoint is due after so many seconds or steps, whichever comes first; it changes nothing of the result."""
+"""A checkpoint is written after so many seconds or steps, whichever comes first. The result does not depend on it."""
 
 _CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 
 Validate = Callable[[SyntheticSet, int], Mapping[str, float]]
-"""(set, steps done) -> numbers for the log; called by the engine, provided by whoever has an evaluator."""
-
+"""(set, steps done) -> numbers for the log, computed on validation images; provided by the caller."""
 
 OnStep = Callable[[int, Mapping[str, float]], None]
-"""(steps done, what the step logged)."""
+"""(steps done, logged numbers of the step) -> None."""
 
 
 def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> SyntheticSet:
-    """Distil in memory, without a folder; for baselines.
+    """Distil in memory, without a folder, for baselines.
 
     Raises:
-        ValueError: as ``run``.
+        ValueError: a loss or gradient is not finite; a layer lacks a derivative that the method needs.
     """
     state = method.init(ctx)
     for done in range(method.num_steps):
@@ -68,17 +67,18 @@ def run(
     sinks: tuple[Sink, ...] = (),
     on_step: OnStep | None = None,
 ) -> SyntheticSet:
-    """Distil, beginning with ``state`` as ``method.init`` made it.
+    """Distil, starting from ``state`` as ``method.init`` returned it.
 
-    Leaves ``log.jsonl``, ``checkpoint.safetensors``, ``snapshots/`` and ``synthetic.safetensors`` in ``folder``.
+    Writes ``log.jsonl``, ``checkpoint.safetensors``, ``snapshots/`` and ``synthetic.safetensors`` to ``folder``.
 
-    Stopped at any moment and called again with ``resume``, it gives the same bytes as a run that was not stopped.
-    Of several processes (``ctx.ranks``) the first one writes all of this and the others read the checkpoint, so the
-    folder is shared; process k keeps the parts of its steps in ``log.rank<k>.jsonl``.
+    A run that is interrupted at any moment and continued with ``resume`` gives the same bytes as an uninterrupted run.
+    With several processes (``ctx.ranks``) the first one writes these files and the others read the checkpoint, so all
+    must share the folder. Process k logs the parts of each step that it computes in ``log.rank<k>.jsonl``.
 
     Raises:
-        ValueError: the checkpoint belongs to another recipe or is damaged; the disk is full; a loss or gradient
-            is not finite (the last good checkpoint is kept); another process ended.
+        ValueError: the checkpoint belongs to another recipe or is damaged; the disk is full; a loss or gradient is not
+            finite (the last good checkpoint is kept); a layer lacks a derivative that the method needs; another
+            process ended.
     """
     ranks, parts = ctx.ranks, method.parts(ctx)
     _laid_out(state)
@@ -86,7 +86,7 @@ def run(
     done, restored = 0, checkpoint
     if resume and has_checkpoint(folder):
         done, restored = _restore(state, ctx, checkpoint, previous)
-    keep = previous if restored == checkpoint else None  # a damaged one must not take the place of the good one
+    keep = previous if restored == checkpoint else None  # a damaged checkpoint must not replace the good one
     if done > method.num_steps:
         raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another {spelt('out')}")
     if ranks.first:
@@ -104,7 +104,7 @@ def run(
             log.write({"event": "resume", "step": done})
         saved_at, saved_time = done, time.monotonic()
         while done < method.num_steps:
-            if shares is not None:  # before the step, so that no checkpoint is ahead of it
+            if shares is not None:  # before the step, so that no checkpoint is ahead of this log
                 shares.write({"step": done + 1, "parts": list(ranks.shard(parts))})
             record = _step(method, ctx, state, done, checkpoint)
             done += 1
@@ -132,39 +132,40 @@ def run(
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run in this folder can be continued; else it starts afresh."""
+    """Whether the folder has a checkpoint from which a run can be resumed."""
     return any((folder / name).exists() for name in _CHECKPOINTS)
 
 
 def snapshot_steps(num_steps: int) -> set[int]:
-    """Up to ten steps, evenly spaced in the logarithm, the last one included."""
+    """Return at most ten steps, evenly spaced on a logarithmic scale and including the last."""
     exponents = [k / (NUM_SNAPSHOTS - 1) for k in range(NUM_SNAPSHOTS)]
     return {round(num_steps**exponent) for exponent in exponents}
 
 
 @torch.no_grad()
 def image_statistics(syn: SyntheticSet) -> dict[str, float]:
+    """Return mean, standard deviation and largest absolute value of the stored values of a set, for the log."""
     latents = syn.latents
     mean, std, peak = torch.stack([latents.mean(), latents.std(), latents.abs().max()]).tolist()
     return {"image_mean": mean, "image_std": std, "image_max": peak}
 
 
 def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path | None) -> dict[str, float]:
-    """One step and what there is to log of it; nothing that is not finite gets past here."""
+    """Run one step and return the numbers to log; raise ValueError if a loss, gradient or number is not finite."""
     try:
-        with ctx.rng.forked("layers", done):  # dropout of foreign networks
+        with ctx.rng.forked("layers", done):  # dropout of external networks
             record = method.step(ctx, state, done)
-        if ctx.task.device.type == "cuda":  # kernels that add up in no fixed order would lead the processes apart
+        if ctx.task.device.type == "cuda":  # kernels that sum in no fixed order would let the processes diverge
             live, _ = _laid_out(state)
             ctx.ranks.broadcast([tensor for tensor in live.values() if tensor.is_floating_point()])
         record |= image_statistics(state.syn)
         require_finite(record)
         return record
     except FloatingPointError as error:
-        there = checkpoint is not None and checkpoint.exists()
-        kept = f"the last good checkpoint is kept in {checkpoint}" if there else "nothing was kept yet"
+        exists = checkpoint is not None and checkpoint.exists()
+        saved = f"the last good checkpoint is {checkpoint}" if exists else "there is no checkpoint yet"
         raise ValueError(
-            f"step {done + 1} is not finite ({error}): the distillation diverged; {kept}; "
+            f"step {done + 1} is not finite ({error}): the distillation diverged ({saved}); "
             f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
         ) from error
     except RuntimeError as error:
@@ -172,34 +173,34 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
             raise
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{ctx.task.network.name} lacks a derivative that this method takes ({reason}): torch has none for one of "
-            f"its layers; give another network, e.g. {spelt('network', 'convnet')}"
+            f"{ctx.task.network.name} lacks a derivative that this method needs ({reason}): PyTorch does not implement "
+            f"it for one of the layers; give another network, e.g. {spelt('network', 'convnet')}"
         ) from error
 
 
 def _agree(ranks: Ranks, done: int, folder: Path) -> None:
-    """Raise ValueError where the processes would go on from different steps; returns when all are here."""
+    """Wait for all processes, and raise ValueError if they would continue from different steps."""
     total = torch.tensor([done])
     ranks.all_reduce_([total])
     if total.item() != done * ranks.size:
         raise ValueError(
-            f"the processes found checkpoints of different steps in {folder}, this one {done}: every machine has to "
-            f"see the same folder; give {spelt('out')} on a shared disk"
+            f"the processes found checkpoints of different steps in {folder}, this one step {done}: all machines must "
+            f"share the folder; give {spelt('out')} on a shared disk"
         )
 
 
 def _idle(method: Method, ctx: Context) -> str:
-    """The warning of processes without a share, with the field that makes more parts, if there is one."""
+    """Return the warning about idle processes; it names the field that increases the number of parts, if any does."""
     parts, size = method.parts(ctx), ctx.ranks.size
-    mend = "start fewer"
+    fix = "start fewer processes"
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
         if type(value) is int:
             with contextlib.suppress(ValueError):
                 if len(dataclasses.replace(method, **{field.name: value + 1}).parts(ctx)) > len(parts):
-                    mend += f", or give {spelt(f'method.{field.name}', size)}, which is another recipe"
-    idle = f"{size - len(parts)} of {size} processes idle"
-    return f"{idle}: a step of this recipe divides among {len(parts)} at most; {mend}"
+                    fix += f", or give {spelt(f'method.{field.name}', size)}, which changes the recipe"
+    idle = f"{size - len(parts)} of {size} processes are idle"
+    return f"{idle}: a step of this recipe can be divided among at most {len(parts)}; {fix}"
 
 
 def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, keep: Path | None) -> None:
@@ -211,12 +212,12 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, keep: P
         "recipe_hash": ctx.origin.recipe_hash,
         "state": skeleton,
     }
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a file cannot hold two views of one storage
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a file cannot hold views of one storage
     write_tensors(checkpoint, copies, header, keep=keep)
 
 
 def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> tuple[int, Path]:
-    """Load the newest readable checkpoint into ``state``; returns the steps done and its file."""
+    """Load the newest readable checkpoint into ``state``; return the number of steps done and the file."""
     source = checkpoint
     try:
         tensors, header = read_tensors(source, "checkpoint")
@@ -225,24 +226,24 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> tu
             raise
         source = previous
         tensors, header = read_tensors(source, "checkpoint")
-    found = from_json(_Checkpoint, header, str(source))
-    if found.recipe_hash != ctx.origin.recipe_hash:
+    saved = from_json(_Checkpoint, header, str(source))
+    if saved.recipe_hash != ctx.origin.recipe_hash:
         raise ValueError(
             f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')}, or move that run away"
         )
     try:
         template = _fields(state)
-        values = _unflatten(template, found.state, tensors, "")
+        values = _unflatten(template, saved.state, tensors, "")
         if not isinstance(values, dict) or values.keys() != template.keys():
-            found_names = list(values) if isinstance(values, dict) else values
-            raise ValueError(f"it holds {brief(found_names)}, the state of the method has {', '.join(template)}")
+            names = list(values) if isinstance(values, dict) else values
+            raise ValueError(f"it holds {brief(names)}, the state of the method has {', '.join(template)}")
     except ValueError as error:
         raise ValueError(
-            f"{source} does not fit the state of this method: {error}; choose another {spelt('out')} to begin anew"
+            f"{source} does not fit the state of this method: {error}; choose another {spelt('out')} to start again"
         ) from error
     for name, value in values.items():
         setattr(state, name, value)
-    return found.step, source
+    return saved.step, source
 
 
 @dataclass(frozen=True)
@@ -259,10 +260,9 @@ class _Checkpoint:
 
 
 def _laid_out(state: State) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a state by path, which share memory with it, and its JSON skeleton.
+    """Return the tensors of a state by path, which share memory with it, and its JSON skeleton.
 
-    Two leaves must not share memory: restoring writes into the leaves one after the other, so that the second would
-    overwrite the first.
+    Two leaves must not share memory: a checkpoint is restored leaf by leaf, so the second would overwrite the first.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(_fields(state), "", tensors)
@@ -275,7 +275,7 @@ def _laid_out(state: State) -> tuple[dict[str, Tensor], Any]:
             storage.append((start, start + (last + 1) * width, path))
     for storage in spans.values():
         for (_, end, one), (start, _, other) in itertools.pairwise(sorted(storage)):
-            assert end <= start, f"the leaves state{one} and state{other} share memory; let one of them be a copy"
+            assert end <= start, f"the leaves state{one} and state{other} share memory; make one of them a copy"
     return tensors, skeleton
 
 
@@ -284,7 +284,7 @@ def _fields(state: State) -> dict[str, Any]:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON skeleton of a value; its tensors go to ``tensors``, by path, and share memory with the value."""
+    """Return the JSON skeleton of a value; its tensors, which are not copied, are added to ``tensors`` by path."""
     match value:
         case Tensor():
             assert path not in tensors, f"two leaves of the state are called {path}"
@@ -308,18 +308,18 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unflatten(template: Any, skeleton: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
-    """The inverse of ``_flatten``; tensors, modules and optimisers of ``template`` are filled in place.
+    """Invert ``_flatten``; tensors, modules and optimisers of ``template`` are filled in place.
 
     Raises:
-        ValueError: the skeleton is none, or of another kind than the template.
+        ValueError: the skeleton is invalid, or its kind is not that of the template.
     """
     if not isinstance(skeleton, dict):
         if isinstance(skeleton, list):
-            raise ValueError(f"{brief(skeleton)} at {path!r} is no value")
+            raise ValueError(f"{brief(skeleton)} at {path!r} is not a valid value")
         _same_kind(template, skeleton, path)
         return skeleton
     if len(skeleton) != 1:
-        raise ValueError(f"{brief(skeleton)} at {path!r} is no value")
+        raise ValueError(f"{brief(skeleton)} at {path!r} is not a valid value")
     ((kind, content),) = skeleton.items()
     match kind:
         case "tensor" if isinstance(content, str) and content in tensors:
@@ -331,7 +331,7 @@ def _unflatten(template: Any, skeleton: Any, tensors: Mapping[str, Tensor], path
             expected = dict(template.state_dict())
             values = _unflatten(expected, content, tensors, path)
             if not isinstance(values, dict) or values.keys() != expected.keys():
-                raise ValueError(f"what is kept at {path!r} does not fit: it has other names")
+                raise ValueError(f"the saved module at {path!r} does not fit: its tensors have other names")
             return _loaded(template, values, path)
         case "optimiser" if isinstance(template, torch.optim.Optimizer):
             values = _unflatten(template.state_dict(), content, tensors, path)
@@ -344,40 +344,40 @@ def _unflatten(template: Any, skeleton: Any, tensors: Mapping[str, Tensor], path
                 return {key: _unflatten(known.get(key), item, tensors, f"{path}.{key}") for key, item in pairs}
         case "list" | "tuple" if isinstance(content, list) and (template is None or isinstance(template, list | tuple)):
             known_items = [*(template or ()), *[None] * len(content)]
-            pieces = enumerate(zip(content, known_items, strict=False))
-            items = [_unflatten(like, item, tensors, f"{path}.{i}") for i, (item, like) in pieces]
+            numbered = enumerate(zip(content, known_items, strict=False))
+            items = [_unflatten(like, item, tensors, f"{path}.{i}") for i, (item, like) in numbered]
             return items if kind == "list" else tuple(items)
-    raise ValueError(f"{brief(skeleton)} at {path!r} is not what the method keeps there")
+    raise ValueError(f"{brief(skeleton)} at {path!r} is not what the method saves there")
 
 
 def _filled(template: Any, saved: Tensor, path: str) -> Tensor:
     if template is None:
         return saved
     if not isinstance(template, Tensor) or template.dtype != saved.dtype or template.dim() != saved.dim():
-        raise ValueError(f"{saved.dtype} of shape {tuple(saved.shape)} at {path!r} is not what the method keeps there")
+        raise ValueError(f"{saved.dtype} of shape {tuple(saved.shape)} at {path!r} is not what the method saves there")
     if template.shape != saved.shape:
         return saved.to(template.device).requires_grad_(template.requires_grad)
-    with torch.no_grad():  # in place: an optimiser may hold this very tensor
+    with torch.no_grad():  # in place, because an optimiser may hold this tensor
         return template.copy_(saved)
 
 
 def _same_kind(template: Any, value: Any, path: str) -> None:
-    """Raise ValueError where a number, text or None stands for something else."""
+    """Raise ValueError if a number, text or None replaces a value of another type."""
     numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in (template, value)]
     if template is not None and value is not None and not all(numbers) and type(template) is not type(value):
-        raise ValueError(f"{brief(value)} at {path!r} is not what the method keeps there")
+        raise ValueError(f"{brief(value)} at {path!r} is not what the method saves there")
 
 
 def _loaded(template: Any, values: Any, path: str) -> Any:
     try:
         template.load_state_dict(values)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:  # names or shapes that differ
-        raise ValueError(f"what is kept at {path!r} does not fit: {reason(error)}") from error
+        raise ValueError(f"the saved value at {path!r} does not fit: {reason(error)}") from error
     return template
 
 
 def _check_optimiser(optimiser: torch.optim.Optimizer, values: Any, path: str) -> None:
-    """Raise ValueError where the state does not fit the parameters, which torch would find at a later step."""
+    """Raise ValueError if the state does not fit the parameters; PyTorch would fail only at a later step."""
     params = [param for group in optimiser.param_groups for param in group["params"]]
     groups = optimiser.state_dict()["param_groups"]
     fits = isinstance(values, dict) and values.keys() == {"state", "param_groups"}
@@ -388,9 +388,9 @@ def _check_optimiser(optimiser: torch.optim.Optimizer, values: Any, path: str) -
     )
     if not fits:
         raise ValueError(f"the optimiser at {path!r} has other groups of parameters")
-    for index, kept in values["state"].items():
-        if not isinstance(kept, dict) or not isinstance(index, int) or not 0 <= index < len(params):
+    for index, state in values["state"].items():
+        if not isinstance(state, dict) or not isinstance(index, int) or not 0 <= index < len(params):
             raise ValueError(f"the optimiser at {path!r} has no parameter {brief(index)}")
-        for name, tensor in kept.items():
+        for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.shape not in (torch.Size(), params[index].shape):
                 raise ValueError(f"{brief(name)} of parameter {index} at {path!r} has another shape")

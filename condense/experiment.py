@@ -1,9 +1,9 @@
-"""From a recipe to a running method, the same way for new runs, resumed runs and baselines.
+"""Prepare and run a recipe. New runs, resumed runs and baselines all take these steps:
 
-``check``    what the recipe says, before data are read or downloaded;
-``resolve``  the recipe and its data: nothing is left open;
-``prepare``  the task, what the method needs from disk, and the context that the method is given;
-``run``      the method, step by step, in a run folder.
+``check``    validate the recipe before data are read or downloaded;
+``resolve``  fill in what depends on the data;
+``prepare``  create the task, open the artifacts of the method, and create its context;
+``run``      run the steps of the method in a run folder.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from condense.tracking import Sink, check_sinks, open_sinks, progress
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A recipe that has met its data, made by ``resolve``."""
+    """A recipe resolved for its data; made by ``resolve``."""
 
     plan: Recipe
-    """With nothing left open, as files hold it: it says which data are needed, not where they lie."""
+    """Resolved recipe as stored in files: it identifies the data, but not their location."""
     arrays: Arrays
     network: Functional
     source: str
-    """Where the data lie, for the command that builds a missing artifact and for ``run.json``."""
+    """Name or path of the data, for ``run.json`` and for the command that builds a missing artifact."""
     validates: bool = False
-    """Whether the set is evaluated on the validation split while it is distilled."""
+    """Whether the set is evaluated on the validation split during distillation."""
 
 
 def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -> tuple[Recipe, str]:
-    """The recipe meant by a method's name, a built-in recipe's name or a path; and where it came from.
+    """Return the recipe for the name of a method or recipe or for a path, and a text that says where it is from.
 
     Raises:
-        ValueError: none of these.
+        ValueError: there is no such method or recipe.
     """
     if name.endswith((".yaml", ".yml")):
         plan, origin, _ = recipe.find(name, dataset, ipc)
@@ -68,15 +68,15 @@ def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -
 
 
 def recipe_for(method: str | Path | Method | Recipe, dataset: str | None, fields: Mapping[str, Any]) -> Recipe:
-    """A recipe with some of its fields, or of those of its method, replaced.
+    """Return a recipe with some fields of the recipe or of its method replaced.
 
     Args:
         method: a name or path for ``find_recipe``, a method or a recipe.
         dataset: the name of the data set.
-        fields: by name; choices (``decode="factor"``) may be given by theirs.
+        fields: new values by field name; choices may be given by name (``decode="factor"``).
 
     Raises:
-        ValueError: neither the recipe nor its method has such a field, or its value is refused.
+        ValueError: unknown field or invalid value.
     """
     if isinstance(method, Recipe):
         base = method
@@ -93,17 +93,17 @@ def recipe_for(method: str | Path | Method | Recipe, dataset: str | None, fields
 
 
 def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool = False) -> None:
-    """Raise ValueError for what is wrong with a recipe whatever the data are.
+    """Raise ValueError if a recipe is invalid for any data.
 
     Args:
         plan: the recipe.
-        network: stands in for the recipe's.
-        validates: whether the set is evaluated on the validation split while it is distilled.
+        network: replaces the network of the recipe.
+        validates: whether the set is evaluated on the validation split during distillation.
     """
     check_names(network or plan.network, plan.transform, plan.augment)
     if validates and not plan.split.resolved(selects=True).val_fraction:
         raise ValueError(
-            f"{spelt('eval_every')} needs a validation split, the recipe holds none out; "
+            f"{spelt('eval_every')} needs a validation split, but the recipe has none; "
             f"give {spelt('split.val_fraction', 0.1)}"
         )
     reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
@@ -119,17 +119,17 @@ def check_run(
     dataset: Data,
     ranks: Ranks = Ranks(),
 ) -> torch.device:
-    """``check``, with what is wrong with the options of a run whatever the data hold; the device, ready for work.
+    """Check a recipe and the options of its run without reading the data, and return the prepared device.
 
     Args:
         plan: the recipe.
-        options: how it is run.
-        network: stands in for the recipe's.
+        options: the options of the run.
+        network: replaces the network of the recipe.
         dataset: the data, which are not read.
-        ranks: of these the first process checks the folder.
+        ranks: the processes; rank 0 checks the run folder.
 
     Raises:
-        ValueError: one line that names the culprit and how to correct it.
+        ValueError: one line that says what is wrong and how to correct it.
     """
     check(plan, network, validates=options.eval_every > 0)
     check_sinks(options.track)
@@ -139,7 +139,7 @@ def check_run(
 
 
 def check_names(network: str | Factory, transform: str, augment: str = "none") -> None:
-    """Raise ValueError for a network, transform or augmentation that does not exist."""
+    """Raise ValueError for an unknown network, transform or augmentation."""
     if isinstance(network, str):
         parse(network)
     check_transform(transform)
@@ -155,18 +155,18 @@ def resolve(
     validates: bool = False,
     earlier: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """Settle what a recipe leaves open: the split, the spelling of the network, how it is computed.
+    """Resolve the fields of a recipe that depend on the data: split, full name of the network, ``compute``.
 
     Args:
         plan: the recipe.
         arrays: the data.
-        device: of the networks.
-        network: stands in for the recipe's.
-        validates: whether the set is evaluated on the validation split while it is distilled.
-        earlier: the recipe of the run that is resumed, by field; its ``compute`` is taken.
+        device: device of the networks.
+        network: replaces the network of the recipe.
+        validates: whether the set is evaluated on the validation split during distillation.
+        earlier: fields of the recipe of the run to be resumed, whose ``compute`` is used.
 
     Raises:
-        ValueError: see ``check``; these are not the data of the recipe; the network or the decoder does not take them.
+        ValueError: see ``check``; the data have another fingerprint, or do not fit the network or the decoder.
     """
     check(plan, network, validates=validates)
     fingerprint = arrays.fingerprint["train"]
@@ -190,23 +190,23 @@ def resolve(
 
 
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:
-    """A function of the planned work, or of ``earlier``."""
+    """Resolve ``compute`` from the estimated work of the run, or from ``earlier`` where it is given."""
     latents = plan.decode.latents_per_class(plan.ipc, arrays.input_shape, arrays.num_classes)
     per_class = latents * plan.decode.expansion
-    passes = plan.method.estimated_work(len(arrays.x_train), arrays.num_classes, per_class)
-    return plan.compute.resolved(network.flops * passes, network.device, earlier)
+    work = plan.method.estimated_work(len(arrays.x_train), arrays.num_classes, per_class)
+    return plan.compute.resolved(network.flops * work, network.device, earlier)
 
 
 def prepare(
     experiment: Experiment, buffers: Path = artifacts.DEFAULT_ROOT, *, ranks: Ranks = Ranks(), like: Task | None = None
 ) -> Context:
-    """What the method of an experiment is given.
+    """Create the context of a method.
 
     Args:
         experiment: made by ``resolve``.
-        buffers: where artifacts are looked for: a root, or one of them.
+        buffers: folder to search for artifacts, or the folder of one artifact.
         ranks: the processes that share the parts of a step.
-        like: a task of the same data, transform, split and network, whose images are taken.
+        like: a task with the same data, transform, split and network, whose images are reused.
 
     Raises:
         ValueError: a class without training or validation images; a missing artifact, with the command that builds it.
@@ -243,13 +243,13 @@ def run(
     resume: bool = False,
     validate: engine.Validate | None = None,
 ) -> SyntheticSet:
-    """Distil in a run folder, which the first process holds, and leave there everything that belongs to a run.
+    """Distil in a run folder, which rank 0 has locked, and write all files of the run.
 
     Args:
         experiment: made by ``resolve``.
         ctx: made by ``prepare``.
-        folder: of ``condense.runs.run_folder``.
-        options: how it is run.
+        folder: the result of ``condense.runs.run_folder``.
+        options: the options of the run.
         resume: whether to continue from a checkpoint.
         validate: evaluates a set every ``options.eval_every`` steps.
 
@@ -290,13 +290,13 @@ def run(
 
 
 def _open_artifacts(plan: Recipe, task: Task, buffers: Path, source: str) -> dict[str, Artifact]:
-    """The artifacts that the method asks for, by the names that it gives them."""
+    """Open the artifacts that the method needs, by the names in ``Method.needs``."""
     needs = plan.method.needs(task)
     return {name: spec.open(artifacts.find(buffers, spec, source)) for name, spec in needs.items()}
 
 
 def _origin(plan: Recipe, task: Task, described: list[dict[str, Any]]) -> Origin:
-    """What the sets of a recipe say of themselves; ``described``: the artifacts that were read."""
+    """Return the origin that is stored in the sets of a recipe. ``described`` are descriptions of its artifacts."""
     training = plan.method.training(task)
     if plan.objective != "cross-entropy":
         training = dataclasses.replace(training, loss=plan.objective)
@@ -316,7 +316,7 @@ def _origin(plan: Recipe, task: Task, described: list[dict[str, Any]]) -> Origin
 
 
 def _check_validation(task: Task) -> None:
-    """Raise ValueError where a class has no validation image."""
+    """Raise ValueError if a class has no validation image."""
     train = task.train.labels.bincount(minlength=task.num_classes)
     held_out = torch.zeros_like(train) if task.val is None else task.val.labels.bincount(minlength=task.num_classes)
     if not held_out.all():
@@ -324,13 +324,13 @@ def _check_validation(task: Task) -> None:
         wider = spelt("split.val_fraction", math.ceil(100 / rarest) / 100)
         fix = f"{wider} or {spelt('eval_every', 0)}" if rarest > 1 else spelt("eval_every", 0)
         raise ValueError(
-            f"{spelt('eval_every')} needs validation images of every class, split.val_fraction "
-            f"{task.split.val_fraction} holds none of class {name!r} out; give {fix}"
+            f"{spelt('eval_every')} needs validation images of every class, but split.val_fraction "
+            f"{task.split.val_fraction} holds out none of class {name!r}; give {fix}"
         )
 
 
 def open_task(arrays: Arrays, network: Functional, *, transform: str, split: Split, augment: str) -> Task:
-    """``make_task`` with an augmentation by its name, on the network's device, with the cache of this user."""
+    """Call ``make_task`` with an augmentation given by name, the device of the network and the user's cache."""
     return make_task(
         arrays,
         transform=transform,
@@ -343,6 +343,6 @@ def open_task(arrays: Arrays, network: Functional, *, transform: str, split: Spl
 
 
 def plain_task(arrays: Arrays, network: str, transform: str, split: Split) -> Task:
-    """A task on the CPU without augmentation, where only shapes and identities are needed."""
+    """Create a task on the CPU without augmentation, for uses that need only shapes and identities."""
     functional = Functional(network, arrays.input_shape, arrays.num_classes)
     return open_task(arrays, functional, transform=transform, split=split.resolved(False), augment="none")

@@ -1,4 +1,4 @@
-"""Files that describe themselves: atomic to write, checked to read, and never a pickle."""
+"""Reading and writing of files: writes are atomic, reads are validated, and pickles are never executed."""
 
 from __future__ import annotations
 
@@ -38,43 +38,43 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
-_HARMLESS = 256 << 20  # bytes that anything may take in memory
+_HARMLESS = 256 << 20  # bytes in memory that any file may need
 _LARGEST_EXPANSION = 100
 LONGEST_JSON = 32 << 20
-"""Bytes of a JSON file, or of the header of a safetensors file, that are read."""
+"""Maximum bytes of a JSON file, or of the header of a safetensors file."""
 LONGEST_YAML = 256 << 10
-"""Bytes of a YAML file that are read."""
+"""Maximum bytes of a YAML file."""
 DEEPEST = 64
-"""Levels of lists and mappings in a JSON or YAML file."""
+"""Maximum nesting depth of lists and mappings in a JSON or YAML file."""
 
 
 def canonical_json(value: Any) -> str:
-    """Sorted keys, no spaces: equal values give equal text."""
+    """Convert a value to JSON with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def expanded(path: Path | str) -> Path:
-    """A path as a user gave it, with the home folder in the place of a leading ``~``.
+    """Convert to a path, with a leading ``~`` replaced by the home folder.
 
     Raises:
-        ValueError: there is no such home folder.
+        ValueError: the home folder is unknown.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"cannot expand {path}: the home folder is not known; give the whole path") from error
+        raise ValueError(f"cannot expand {path}: the home folder is not known; give the full path") from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
-    """A temporary file to write to; on success it is synced and takes the place of ``path``, else it is removed.
+    """Yield a temporary file to write to, which replaces ``path`` on success and is removed on failure.
 
     Args:
-        path: the file to be written.
-        keep: where the file goes that was at ``path`` before; None: it is overwritten.
+        path: the file to write.
+        keep: where to move the previous file at ``path``; None overwrites it.
 
     Raises:
-        ValueError: the disk is full or not writable; what was there before is unchanged.
+        ValueError: the disk is full or not writable; existing files are unchanged.
     """
     with reporting(path), temporary(path.parent) as fresh:
         yield fresh
@@ -88,36 +88,36 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reporting(path: Path) -> Iterator[None]:
-    """Turn what the system says of a write into one line for the user."""
+    """Convert an OSError of a write to a ValueError with one line for the user."""
     try:
         yield
     except OSError as error:
-        mend = _MENDS.get(error.errno or 0, "choose another place")
+        fix = _FIXES.get(error.errno or 0, "choose another location")
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; {mend}; what was there before is unchanged"
+            f"cannot write {path}: {error.strerror or error}; {fix}; existing files are unchanged"
         ) from error
 
 
-_MENDS = {
-    errno.ENOSPC: "make room or choose another place",
-    errno.EDQUOT: "your quota is used up: make room or choose another place",
-    errno.EROFS: "choose a place that can be written to",
-    errno.EACCES: "choose a place that you are allowed to write to",
-    errno.EPERM: "choose a place that you are allowed to write to",
-    errno.EIO: "the disk reports a fault: check it or choose another place",
-    errno.ENOENT: "make the folder that it is to lie in",
+_FIXES = {
+    errno.ENOSPC: "free some space or choose another location",
+    errno.EDQUOT: "your quota is used up: free some space or choose another location",
+    errno.EROFS: "choose a writable location",
+    errno.EACCES: "choose a location where you may write",
+    errno.EPERM: "choose a location where you may write",
+    errno.EIO: "the disk reports an error: check it or choose another location",
+    errno.ENOENT: "create its parent folder",
 }
 
 
 @contextlib.contextmanager
 def temporary(folder: Path, *, is_folder: bool = False) -> Iterator[Path]:
-    """A new hidden file (or folder) in ``folder`` to write to; at the end it is removed, unless it was renamed.
+    """Yield a new hidden file or folder in ``folder``, which is removed at the end unless it was renamed.
 
-    It is locked while it is in use. The lock tells what another process is writing from what a killed process left;
-    the latter is removed when something is next written to the same folder.
+    It is locked while it is in use. Unlocked ones were left by killed processes and are removed by the next write to
+    the same folder.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     remove_leftovers(folder)
     path = folder / f".condense-{uuid.uuid4().hex}.tmp"
@@ -135,14 +135,14 @@ def temporary(folder: Path, *, is_folder: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of the name ``path`` among all processes, and on a shared disk among all machines.
+    """Hold an exclusive lock for ``path`` among all processes and, on a shared disk, all machines.
 
-    The lock is the file ``.NAME.lock`` beside ``path``. The kernel releases it when its holder ends, however that
-    happens. On Windows, and with a warning on file systems without locks, nothing is held.
+    The lock file is ``.NAME.lock`` next to ``path``. The kernel releases the lock when its process ends in any way.
+    There are no locks on Windows and, after a warning, on file systems without locks.
 
     Raises:
-        BlockingIOError: without ``wait``, where another process holds it; the message says which.
-        ValueError: the file of the lock cannot be written.
+        BlockingIOError: another process holds the lock and ``wait`` is False; the message names the process.
+        ValueError: the lock file cannot be written.
     """
     if fcntl is None:
         yield
@@ -160,18 +160,18 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def content(folder: Path) -> list[Path]:
-    """What lies in a folder besides locks and temporary files of this package."""
+    """List a folder without the lock files and temporary files of this package."""
     return [path for path in folder.iterdir() if not _LOCK.fullmatch(path.name) and not _TEMPORARY.fullmatch(path.name)]
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder where there is none, and write to it.
+    """Create a folder if it does not exist, and check that it is writable.
 
     Raises:
-        ValueError: that fails, or its path has characters that compilers do not take.
+        ValueError: it is not, or its path has characters that compilers do not accept.
     """
     if not str(folder).isprintable():
-        raise ValueError(f"the path {str(folder)!r} has characters that cannot be printed; choose another place")
+        raise ValueError(f"the path {str(folder)!r} has characters that cannot be printed; choose another location")
     with reporting(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with temporary(folder) as probe:
@@ -179,29 +179,31 @@ def check_writable(folder: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise ValueError where a folder cannot be made or written to. Nothing is left behind."""
+    """Raise ValueError if a folder cannot be created or is not writable. The check leaves no files behind."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with reporting(folder), temporary(existing):
         pass
 
 
 def check_new_file(file: Path, content: str) -> None:
-    """Raise ValueError where a file cannot be written; ``content`` says what it is to hold. Nothing is left behind."""
+    """Raise ValueError if a file cannot be written. ``content`` names its content in the message."""
     if file.is_dir():
         raise ValueError(f"{file} is a folder; give a file for the {content} as {spelt('out')}")
     if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {file.parent} for the {content}; make it or give another {spelt('out')}")
+        raise ValueError(
+            f"there is no folder {file.parent} for the {content}; create it or give another {spelt('out')}"
+        )
     with reporting(file), temporary(file.parent):
         pass
 
 
 _LOCK = re.compile(r"\..+\.lock")
 _TEMPORARY = re.compile(r"\.condense-[0-9a-f]{32}\.tmp|\..+\.[0-9a-f]{32}\.tmp|\.checkpoint\.next\.safetensors")
-"""Names that ``temporary`` makes, and those of version 0.1.0."""
+"""Names of temporary files, including those of version 0.1.0."""
 
 _YOUNG, _OLD = 60, 7 * 24 * 3600
-"""Ages in seconds: up to the first, a process may have made a temporary file and not locked it yet; beyond the second,
-a temporary file counts as left behind where there are no locks."""
+"""Ages of temporary files in seconds. Below the first, a file may not be locked yet. Above the second, a file counts as
+left behind on systems without locks."""
 
 
 def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
@@ -222,19 +224,19 @@ def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                 return file
-        file.close()  # the holder before removed it
+        file.close()  # removed by its previous holder
 
 
 def try_lock(path: Path, stack: contextlib.ExitStack, *, shared: bool = False) -> bool | None:
-    """Lock a file or folder until ``stack`` ends, alone or ``shared`` with others.
+    """Lock a file or folder until ``stack`` is closed, exclusively or ``shared``.
 
     Returns:
-        Whether it is locked: False where another process holds it, None where there are no locks.
+        True if it is locked now, False if another process holds the lock, None if the system has no locks.
 
     Raises:
         OSError: it cannot be opened.
     """
-    if fcntl is None:  # on Windows what is open cannot be renamed
+    if fcntl is None:  # on Windows an open file cannot be renamed
         return None
     descriptor = os.open(path, os.O_RDONLY if shared or path.is_dir() else os.O_RDWR)
     stack.callback(os.close, descriptor)
@@ -242,7 +244,7 @@ def try_lock(path: Path, stack: contextlib.ExitStack, *, shared: bool = False) -
 
 
 def try_lock_open(descriptor: int, *, shared: bool = False) -> bool | None:
-    """``try_lock`` of an open file; the lock lasts until the descriptor and all duplicates of it are closed."""
+    """Lock an open file like ``try_lock``, until its descriptor and all duplicates are closed."""
     if fcntl is None:
         return None
     try:
@@ -255,7 +257,7 @@ def try_lock_open(descriptor: int, *, shared: bool = False) -> bool | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that ended; what cannot be removed stays."""
+    """Remove temporary files of ended processes. Errors are ignored."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in [entry for entry in entries if _TEMPORARY.fullmatch(entry.name) and not entry.is_symlink()]:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
@@ -266,7 +268,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove(path: Path, is_folder: bool) -> None:
-    """Remove what can be removed; whatever hinders it must not hide why this was called."""
+    """Remove a file or folder. Errors are ignored, so that they do not hide an earlier one."""
     if is_folder:
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -275,7 +277,7 @@ def _remove(path: Path, is_folder: bool) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let a rename in a folder last, where the system can."""
+    """Flush a rename in a folder to disk, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -290,9 +292,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], *, keep: Path | None = None) -> None:
-    """Tensors and one JSON header under the metadata key ``condense``; the header gains a checksum of the bytes.
+    """Write a safetensors file with a JSON header, including checksums, under the metadata key ``condense``.
 
-    ``keep`` is where the file goes that was at ``path`` before, if it is to be kept.
+    ``keep`` is where to move the previous file at ``path``; None overwrites it.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = {**header, "sha256": checksum(tensors)}
@@ -302,30 +304,30 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
         fresh.write_bytes(data)
 
 
-def read_json(path: Path, *, mend: str, finite: bool = True) -> Any:
-    """The value in a JSON file; see ``parse_json``.
+def read_json(path: Path, *, fix: str, finite: bool = True) -> Any:
+    """Read a JSON file; see ``parse_json``.
 
     Args:
         path: the file.
-        mend: what to do about a file that cannot be read, for the error.
+        fix: advice at the end of the error if the file cannot be read.
         finite: refuse NaN and infinities.
 
     Raises:
-        ValueError: there is no such file; it is longer than ``LONGEST_JSON`` or cannot be parsed.
+        ValueError: the file is missing, longer than ``LONGEST_JSON`` or cannot be parsed.
     """
-    data = _read_bytes(path, LONGEST_JSON, mend)
+    data = _read_bytes(path, LONGEST_JSON, fix)
     try:
         return parse_json(data, finite=finite)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; {mend}") from None
+        raise ValueError(f"{path} cannot be read: {error}; {fix}") from None
 
 
 def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
-    """The value of a JSON text in UTF-8.
+    """Parse a JSON text in UTF-8.
 
     Raises:
-        ValueError: it is no JSON, has a key twice or is nested more than ``DEEPEST`` levels deep; a number of more than
-            100 digits; a number that is not finite, where ``finite``.
+        ValueError: invalid JSON; a repeated key; nesting deeper than ``DEEPEST``; an integer of more than 100 digits;
+            a number that is not finite, if ``finite``.
     """
     constant = _not_finite if finite else float
     try:
@@ -338,7 +340,7 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"it is not valid UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no valid JSON ({error.msg} in line {error.lineno})") from None
+        raise ValueError(f"it is not valid JSON ({error.msg} in line {error.lineno})") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if _deeper(value):
@@ -346,73 +348,74 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
     return value
 
 
-def read_yaml(path: Path, *, mend: str) -> Any:
-    """The value in a YAML file, without anchors and aliases; the arguments are those of ``read_json``.
+def read_yaml(path: Path, *, fix: str) -> Any:
+    """Read a YAML file without anchors and aliases. The arguments are those of ``read_json``.
 
     Raises:
-        ValueError: there is no such file; it is longer than ``LONGEST_YAML``, has anchors, has a key twice, is nested
-            more than ``DEEPEST`` levels deep or cannot be parsed.
+        ValueError: the file is missing, longer than ``LONGEST_YAML`` or not valid YAML; it has anchors, a repeated key
+            or nesting deeper than ``DEEPEST``.
     """
-    data = _read_bytes(path, LONGEST_YAML, mend)
+    data = _read_bytes(path, LONGEST_YAML, fix)
     try:
         return yaml.load(data.decode("utf-8"), _Loader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read: it is not valid UTF-8 ({error.reason}); {mend}") from None
+        raise ValueError(f"{path} cannot be read: it is not valid UTF-8 ({error.reason}); {fix}") from None
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path} cannot be read: it is no valid YAML ({error.problem}{line}); {mend}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets errors of its numbers and dates through
-        raise ValueError(f"{path} cannot be read: {reason(error)}; {mend}") from None
+        raise ValueError(f"{path} cannot be read: it is not valid YAML ({error.problem}{line}); {fix}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML does not catch errors of numbers and dates
+        raise ValueError(f"{path} cannot be read: {reason(error)}; {fix}") from None
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file written by ``write_tensors``.
+    """Read the tensors and the header of a file written by ``write_tensors``.
 
     Raises:
-        ValueError: missing, not of this kind or format, truncated, or changed since it was written.
+        ValueError: the file is missing, truncated, damaged, or of another kind or format.
     """
     header = read_header(path)
     if header.get("kind") != kind or header.get("format") != FORMAT:
-        found = f"{printable(str(header.get('kind')), 60)} of format {brief(header.get('format'))}"
-        raise ValueError(f"{path} holds a {found}, not a {kind} of format {FORMAT}; give the right file")
+        actual = f"{printable(str(header.get('kind')), 60)} of format {brief(header.get('format'))}"
+        raise ValueError(f"{path} holds a {actual}, not a {kind} of format {FORMAT}; give the right file")
     try:
         tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {reason(error)}; restore it") from error
     if checksum(tensors) != header.get("sha256") or "header_sha256" not in header:
-        raise ValueError(f"{path} is damaged: its checksum does not fit its content; write it again or restore it")
+        raise ValueError(f"{path} is damaged: its checksum does not match its content; write it again or restore it")
     return tensors, header
 
 
-def check_expansion(what: str, size: int, stored: int, mend: str) -> None:
-    """Refuse a file whose content would take far more memory than it has bytes, before the memory is taken.
+def check_expansion(what: str, size: int, stored: int, fix: str) -> None:
+    """Refuse a file whose content needs far more memory than disk space, before memory is allocated.
 
     Args:
-        what: the culprit, for the message.
+        what: start of the error message.
         size: bytes in memory.
         stored: bytes on disk.
-        mend: what helps where the content is right after all.
+        fix: advice at the end of the error, for a file that is correct.
 
     Raises:
-        ValueError: more than 256 MiB, and more than a hundred times what is stored.
+        ValueError: ``size`` is more than 256 MiB and more than 100 times ``stored``.
     """
     if size > max(_HARMLESS, _LARGEST_EXPANSION * stored):
         raise ValueError(
-            f"{what} takes {size / 2**20:,.0f} MiB in memory and {stored / 2**20:,.1f} MiB on disk: what takes more "
-            f"than {_HARMLESS >> 20} MiB may take at most {_LARGEST_EXPANSION} times as much as on disk; {mend}"
+            f"{what} takes {size / 2**20:,.0f} MiB in memory and {stored / 2**20:,.1f} MiB on disk: more than "
+            f"{_HARMLESS >> 20} MiB are allowed up to {_LARGEST_EXPANSION} times the size on disk only; {fix}"
         )
 
 
-def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = ()) -> Any:
-    """The content of a ``.pt`` file that others wrote, on the CPU; nothing in it is run.
+def read_foreign(path: Path, *, holds: str, save_as: str, allowed: Sequence[Any] = ()) -> Any:
+    """Load a ``.pt`` file of unknown origin to the CPU. No code in it is executed.
 
     Args:
         path: the file.
-        holds: what it should hold, and ``mend`` how to save it, for the error.
-        allowed: harmless types that it may hold besides tensors, containers and numbers.
+        holds: the expected content, for the error.
+        save_as: the form in which to save it, for the error.
+        allowed: safe types that it may contain in addition to tensors, containers and numbers.
 
     Raises:
-        ValueError: it is damaged, missing, no ordinary file, or holds something else.
+        ValueError: the file is missing, damaged or not a regular file, or contains other types.
     """
     require_file(path)
     check_expansion(str(path), _unpacked_size(path), path.stat().st_size, "save it again with torch.save")
@@ -421,27 +424,27 @@ def read_foreign(path: Path, *, holds: str, mend: str, allowed: Sequence[Any] = 
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it is damaged, or holds other objects than {holds}, and to read those may run any "
-            f"code; save it again as {mend}"
+            f"{path} is refused: it is damaged, or holds objects other than {holds}, and loading those could run "
+            f"arbitrary code; save it again as {save_as}"
         ) from error
-    except Exception as error:  # whatever the unpickler meets in a damaged file: no list of types is complete
-        raise ValueError(f"{path} cannot be read: {reason(error)}; it may be cut short, get it again") from error
+    except Exception as error:  # the unpickler may raise anything for a damaged file
+        raise ValueError(f"{path} cannot be read: {reason(error)}; it may be truncated, so get it again") from error
 
 
 def _unpacked_size(path: Path) -> int:
-    """Bytes that the members of a zip file say they have; 0 of any other file."""
+    """Return the total uncompressed size that a zip file declares, or 0 for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(member.file_size for member in archive.infolist())
-    except Exception:  # the reader that comes next says what is wrong with it
+    except Exception:  # the caller reports what is wrong
         return 0
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a Condense file, without reading its tensors.
+    """Read the header of a Condense file without its tensors.
 
     Raises:
-        ValueError: there is no such file; it is not of this form, or its size or checksum does not fit.
+        ValueError: the file is missing or not a Condense file, or its size or checksum is wrong.
     """
     require_file(path)
     try:
@@ -451,7 +454,7 @@ def read_header(path: Path) -> dict[str, Any]:
             raise _Foreign
         header = parse_json(layout.metadata["condense"])
         if not isinstance(header, dict):
-            raise ValueError("its header is no mapping")
+            raise ValueError("its header is not a mapping")
     except _Foreign:
         raise ValueError(
             f"{path} was not written by Condense: it has no `condense` header; for published files see "
@@ -459,19 +462,19 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors: {error}; it may be cut short or of another kind, so restore it or "
+            f"{path} cannot be read as safetensors: {error}; it may be truncated or of another kind, so restore it or "
             "give another file"
         ) from error
     if "header_sha256" in header and header["header_sha256"] != _header_checksum(header):
-        raise ValueError(f"{path} is damaged: its checksum does not fit its header; write it again or restore it")
+        raise ValueError(f"{path} is damaged: its checksum does not match its header; write it again or restore it")
     return header
 
 
 def read_row(path: Path, name: str, index: int, width: int) -> Tensor:
-    """One row of a float32 table of this width in a safetensors file, and no other byte of it.
+    """Read one row of a float32 table (N, width) in a safetensors file, without reading the rest.
 
     Raises:
-        OSError, ValueError: the file is not of this form.
+        OSError, ValueError: the file cannot be read or has no such row.
     """
     with _unbuffered(path) as file:
         layout = _layout(file)
@@ -483,26 +486,26 @@ def read_row(path: Path, name: str, index: int, width: int) -> Tensor:
         file.seek(layout.start + entry.data_offsets[0] + 4 * width * index)
         row = torch.empty(width)
         if file.readinto(row.numpy().data.cast("B")) != 4 * width:
-            raise ValueError(f"{path} is cut short")
+            raise ValueError(f"{path} is truncated")
         return row
 
 
-def require_file(path: Path, mend: str = "check the path") -> None:
-    """Raise ValueError where there is no regular file: to open a pipe would wait for ever."""
+def require_file(path: Path, fix: str = "check the path") -> None:
+    """Raise ValueError if there is no regular file. Opening a pipe would block forever."""
     if not path.is_file():
-        what = f"{path} is no file" if path.exists() else f"there is no file {path}"
-        raise ValueError(f"{what}; {mend}")
+        what = f"{path} is not a regular file" if path.exists() else f"there is no file {path}"
+        raise ValueError(f"{what}; {fix}")
 
 
-def _read_bytes(path: Path, longest: int, mend: str) -> bytes:
-    require_file(path, mend)
+def _read_bytes(path: Path, longest: int, fix: str) -> bytes:
+    require_file(path, fix)
     try:
         with open(path, "rb") as file:
             data = file.read(longest + 1)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {mend}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}; {fix}") from error
     if len(data) > longest:
-        raise ValueError(f"{path} is longer than the {longest >> 10} KiB that are read of such a file; {mend}")
+        raise ValueError(f"{path} is longer than {longest >> 10} KiB, the limit for such a file; {fix}")
     return data
 
 
@@ -510,7 +513,7 @@ _TOO_DEEP = f"it is nested more than {DEEPEST} levels deep"
 
 
 def _deeper(value: Any) -> bool:
-    """Whether lists and mappings are nested more than ``DEEPEST`` levels deep."""
+    """Return whether lists and mappings are nested more than ``DEEPEST`` levels deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
         holders = [item for item in level if isinstance(item, dict | list)]
@@ -521,11 +524,11 @@ def _deeper(value: Any) -> bool:
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"it has the key {brief(next(name for name in names if names.count(name) > 1))} twice")
-    return found
+    return mapping
 
 
 def _whole(digits: str) -> int:
@@ -544,14 +547,16 @@ def _not_finite(text: str) -> float:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: a tree that is as large as its text."""
+    """YAML without anchors and aliases, so that the value is not larger than its text."""
 
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.YAMLError(f"it has an anchor or alias in line {event.start_mark.line + 1}, write the value out")
+            raise yaml.YAMLError(
+                f"it has an anchor or alias in line {event.start_mark.line + 1}, so write the value out"
+            )
         if self._depth > DEEPEST:
             raise yaml.YAMLError(_TOO_DEEP)
         self._depth += 1
@@ -560,14 +565,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        found = super().construct_mapping(node, deep=deep)
-        if len(found) != len(node.value):
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) != len(node.value):
             raise yaml.YAMLError(f"it has a key twice in the mapping of line {node.start_mark.line + 1}")
-        return found
+        return mapping
 
 
 class _Foreign(Exception):
-    """A safetensors file without our header."""
+    """A safetensors file without the header of Condense."""
 
 
 @dataclass(frozen=True)
@@ -580,7 +585,7 @@ class _Entry:
 
     def __post_init__(self) -> None:
         if len(self.shape) > 16 or not all(0 <= side < 2**48 for side in self.shape):
-            raise ValueError(f"{brief(self.shape)} is no shape of a tensor")
+            raise ValueError(f"{brief(self.shape)} is not the shape of a tensor")
         begin, end = self.data_offsets
         if not 0 <= begin <= end or end - begin != _BYTES[self.dtype] * math.prod(self.shape):
             raise ValueError(f"bytes {begin} to {end} do not hold {self.dtype} of shape {list(self.shape)}")
@@ -591,16 +596,16 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the first part of a safetensors file says."""
+    """The header of a safetensors file."""
 
     entries: Mapping[str, _Entry]
     metadata: Mapping[str, str]
     start: int
-    """Where the bytes of the tensors begin."""
+    """Offset of the first tensor in bytes."""
 
 
 def _unbuffered(path: Path) -> FileIO:
-    """For reading what is asked for: a memory map, or a buffer, reads ahead."""
+    """Open a file without buffering and read-ahead, to read only the requested bytes."""
     file = open(path, "rb", buffering=0)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -608,20 +613,20 @@ def _unbuffered(path: Path) -> FileIO:
 
 
 def _layout(file: FileIO) -> _Layout:
-    """Raises ValueError where it is of another form, or promises more or less than the file holds."""
+    """Parse the header of a safetensors file. Raises ValueError if it is invalid or does not match the file size."""
     size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
     if length > min(LONGEST_JSON, size - 8):
         raise ValueError(f"its header is longer than the file or than {LONGEST_JSON >> 20} MiB")
-    found = parse_json(file.read(length))
-    if not isinstance(found, dict):
-        raise ValueError("its header is no mapping")
-    metadata = found.pop("__metadata__", {})
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a mapping")
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its metadata hold something else than text")
-    entries = {name: from_json(_Entry, entry, f"its tensor {brief(name)}") for name, entry in found.items()}
+        raise ValueError("its metadata contain values other than text")
+    entries = {name: from_json(_Entry, entry, f"its tensor {brief(name)}") for name, entry in header.items()}
     spans = sorted(entry.data_offsets for entry in entries.values())
     if any(before[1] != after[0] for before, after in itertools.pairwise([(0, 0), *spans, (size - 8 - length, 0)])):
-        raise ValueError("its size is not what it says, or its tensors do not lie one after the other")
+        raise ValueError("its size does not match its header, or its tensors are not contiguous")
     return _Layout(entries, metadata, 8 + length)
 
 

@@ -1,4 +1,4 @@
-"""Kernels and kernel ridge regression: what a network fitted to the synthetic set would predict, in closed form."""
+"""Kernels and kernel ridge regression: the predictions of a network fitted to the synthetic set, in closed form."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ESCALATIONS = 6
-"""How often the ridge is multiplied by ten, where the matrix is not numerically positive definite."""
+"""The maximum number of Cholesky attempts, each with a ten times larger ridge than the one before."""
 
 
 def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
-    """``(K + ridge I)^-1 y`` by a Cholesky factorisation; differentiable.
+    """Return ``(K + ridge I)^-1 y``, computed by a Cholesky factorisation; differentiable.
 
-    A ridge that leaves the matrix indefinite to rounding is multiplied by ten until it does not; no ridge at all
-    becomes one of that size first.
+    If the matrix is not numerically positive definite, the ridge is multiplied by ten, and is at least as large as the
+    rounding error of the matrix. This is repeated up to ``MAX_ESCALATIONS`` times in total.
 
     Args:
-        k_ss: (n, n), symmetric; the lower triangle is read.
+        k_ss: (n, n), symmetric; only the lower triangle is read.
         y: (n, C).
-        ridge: absolute; see ``relative_ridge``.
+        ridge: the absolute ridge; see ``relative_ridge``.
 
     Raises:
         FloatingPointError: the matrix is not finite, or far from positive definite.
@@ -39,17 +39,17 @@ def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
 
 
 def relative_ridge(k_ss: Tensor, ridge: float) -> Tensor:
-    """``ridge`` times the mean of the diagonal; differentiable, since a larger kernel has a larger ridge."""
+    """Return ``ridge`` times the absolute value of the mean of the diagonal; differentiable in the kernel."""
     return ridge * k_ss.diagonal().mean().abs()
 
 
 def regression(k_ts: Tensor, k_ss: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """Predictions (m, C) of the ridge regression on ``y`` (n, C): ``K_ts (K_ss + ridge mean(diag K_ss) I)^-1 y``."""
+    """Return the predictions (m, C) of ridge regression on ``y``, ``K_ts (K_ss + ridge mean(diag K_ss) I)^-1 y``."""
     return k_ts @ ridge_solve(k_ss, y, relative_ridge(k_ss, ridge))
 
 
 def centred(targets: Tensor, num_classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Classes (n,), as one-hot vectors, or probabilities (n, C), less 1/C: (n, C)."""
+    """Return one-hot vectors of classes (n,), or probabilities (n, C), minus 1/C: (n, C)."""
     if targets.dim() == 1:
         targets = F.one_hot(targets, num_classes)
     return targets.to(dtype) - 1 / num_classes
@@ -61,40 +61,40 @@ def regression_targets(
     num_classes: int,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """What a regression on a set is fitted to, (n, C): centred classes or probabilities, values as they are."""
+    """Return the regression targets (n, C) of a set: centred classes or probabilities, or unchanged values."""
     return targets.to(dtype) if space == "values" else centred(targets, num_classes, dtype)
 
 
 def feature_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (n, m) of features (n, F) and (m, F)."""
+    """Return the inner products (n, m) of features (n, F) and (m, F)."""
     return a @ b.T
 
 
 class Kernels(NamedTuple):
-    """Of an infinitely wide network, both (n, m)."""
+    """The kernels of an infinitely wide network, both (n, m)."""
 
     nngp: Tensor
-    """Covariance of its outputs under random weights: only the last layer is fitted."""
+    """Covariance of the outputs with random weights; its regression corresponds to training only the last layer."""
     ntk: Tensor
-    """Inner products of its gradients: all layers are trained, by small steps."""
+    """Inner products of the gradients; its regression corresponds to training all layers by small steps."""
 
 
 def fully_connected(
     a: Tensor, b: Tensor | None = None, *, depth: int = 1, w_std: float = math.sqrt(2), b_std: float = 0.1
 ) -> Kernels:
-    """Kernels of an infinitely wide ReLU network between images (n, ...) and (m, ...), in their dtype.
+    """Return the kernels of an infinitely wide ReLU network between images (n, ...) and (m, ...), in their dtype.
 
     Layers are ``w_std / sqrt(fan_in) W x + b_std b`` with standard normal W and b, the parameterisation of Jacot,
-    Gabriel and Hongler (2018). What a ReLU does to the kernels are the arc-cosine functions of Cho and Saul (2009).
+    Gabriel and Hongler (2018). A ReLU transforms the kernels by the arc-cosine functions of Cho and Saul (2009).
 
-    The gradient is finite everywhere. Where two images are equal the NTK has the tip of a cone, whose directional
-    derivatives cancel: the gradient there is zero, up to rounding.
+    The gradient is finite everywhere. Where two images are equal, the NTK has a cone-shaped cusp whose directional
+    derivatives cancel, and the gradient is zero up to rounding.
 
     Args:
-        a: images, or anything that ``flatten(1)`` makes vectors.
-        b: others; None: ``a`` itself, where the diagonal is then exact.
-        depth: hidden layers.
-        w_std, b_std: of all layers.
+        a: images, or other tensors that ``flatten(1)`` turns into vectors.
+        b: other images. None: ``a`` itself, for which the diagonal is exact.
+        depth: the number of hidden layers.
+        w_std, b_std: the standard deviations of weights and biases in all layers.
     """
     x = a.flatten(1)
     y = x if b is None else b.flatten(1)
@@ -125,13 +125,13 @@ def empirical_ntk(
     *,
     chunk: int = 32,
 ) -> Tensor:
-    """Inner products (n, m) of the gradients of a finite network's outputs, averaged over the outputs.
+    """Return the inner products (n, m) of the gradients of a finite network's outputs, averaged over the outputs.
 
     Args:
-        logits: ``logits(params, images (N, ...)) -> (N, C)``; an output may depend on its own image only.
-        params: of the network; all of them count.
-        a, b: images (n, ...) and (m, ...); None: ``a`` itself.
-        chunk: images whose Jacobians are alive at a time, on either side.
+        logits: ``logits(params, images (N, ...)) -> (N, C)``, where each output may depend only on its own image.
+        params: the parameters of the network, all of which are included.
+        a, b: images (n, ...) and (m, ...). If ``b`` is None, it is ``a``.
+        chunk: the number of images, on each side, whose Jacobians are held at a time.
     """
 
     def of_one(params: Mapping[str, Tensor], image: Tensor) -> Tensor:
@@ -140,9 +140,9 @@ def empirical_ntk(
     jacobian = torch.func.vmap(torch.func.jacrev(of_one), (None, 0))
 
     def gradients(images: Tensor) -> Tensor:
-        """(N, C P)"""
-        found = jacobian(params, images)
-        return torch.cat([g.flatten(1) / math.sqrt(g.shape[1]) for g in found.values()], 1)
+        """Return the scaled gradients of all outputs, (N, C P)."""
+        jacobians = jacobian(params, images)
+        return torch.cat([g.flatten(1) / math.sqrt(g.shape[1]) for g in jacobians.values()], 1)
 
     def rows(images: Tensor) -> Tensor:
         left = gradients(images)
@@ -152,20 +152,24 @@ def empirical_ntk(
 
 
 def arc_cosine_0(cos: Tensor) -> Tensor:
-    """``(pi - theta) / pi`` of cos theta, elementwise: twice the expectation of step(u) step(v)."""
+    """Return ``(pi - theta) / pi`` for cos theta, elementwise: twice the expectation of step(u) step(v)."""
     value: Tensor = _ArcCosine0.apply(cos)
     return value
 
 
 def arc_cosine_1(cos: Tensor) -> Tensor:
-    """``(sin theta + (pi - theta) cos theta) / pi``, elementwise: twice the expectation of relu(u) relu(v)."""
+    """Return ``(sin theta + (pi - theta) cos theta) / pi``, elementwise: twice the expectation of relu(u) relu(v)."""
     value: Tensor = _ArcCosine1.apply(cos)
     return value
 
 
 class _ArcCosine0(torch.autograd.Function):
-    """Its derivative 1 / (pi sin theta) grows without bound towards cos = +-1, while what it is multiplied with, the
-    derivative of the cosine in the images, shrinks like sin theta. sin theta is bounded by what the dtype resolves."""
+    """The arc-cosine function of order 0, with a bounded derivative.
+
+    The derivative 1 / (pi sin theta) diverges at cos = +-1, while the factor it is multiplied by, the derivative of the
+    cosine in the images, goes to zero like sin theta. sin theta is therefore bounded below by the precision of the
+    dtype.
+    """
 
     @staticmethod
     def forward(cos: Tensor) -> Tensor:
@@ -182,7 +186,10 @@ class _ArcCosine0(torch.autograd.Function):
 
 
 class _ArcCosine1(torch.autograd.Function):
-    """Its derivative is the function of order 0, finite everywhere, where autograd would subtract infinities."""
+    """The arc-cosine function of order 1.
+
+    Its derivative is the function of order 0, which is finite everywhere; autograd would subtract infinities.
+    """
 
     @staticmethod
     def forward(cos: Tensor) -> Tensor:

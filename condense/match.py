@@ -1,4 +1,4 @@
-"""Distances between what two sets do to a network (its gradients, features, weights), and the matching loss.
+"""Distances between gradients, features or weights of a network, and the matching losses.
 
 Gradients and weights are mappings of tensors, compared by name, or sequences, compared in order.
 """
@@ -24,11 +24,11 @@ LossFn = Callable[[dict[str, Tensor], tuple[Tensor, Tensor]], Tensor]
 
 
 def layerwise_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
-    """Sum over layers and over output rows of 1 - <a, b> / (|a| |b| + 1e-6).
+    """Return the sum over layers and output rows of 1 - <a, b> / (|a| |b| + 1e-6).
 
-    A parameter with two or more axes is a matrix with one row per entry of the first: [out, in k k] for a
-    convolution, [out, in] for a linear layer. Those with one axis (biases, affine norms) count nothing.
-    The distance "ours" of Zhao et al., "Dataset Condensation with Gradient Matching", ICLR 2021.
+    A parameter with two or more axes is a matrix with one row per entry of the first axis: [out, in k k] for a
+    convolution, [out, in] for a linear layer. Parameters with one axis (biases, affine norms) are ignored.
+    This is the distance "ours" of Zhao et al., "Dataset Condensation with Gradient Matching", ICLR 2021.
     """
 
     def layer(a: Tensor, b: Tensor) -> Tensor:
@@ -38,27 +38,27 @@ def layerwise_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
 
 
 def mse_sum(a: Tensors, b: Tensors) -> Tensor:
-    """Sum of squared differences over all entries."""
+    """Return the sum of squared differences over all entries."""
     return torch.stack([(x - y).square().sum() for x, y in _pairs(a, b)]).sum()
 
 
 def global_cosine(grads_a: Tensors, grads_b: Tensors) -> Tensor:
-    """1 - <a, b> / (|a| |b| + 1e-6) of all parameters as one vector."""
+    """Return 1 - <a, b> / (|a| |b| + 1e-6), with all parameters as one vector."""
     flat_a, flat_b = (torch.cat([g.flatten() for g in side]) for side in zip(*_pairs(grads_a, grads_b), strict=True))
     return _cosine_distance(flat_a, flat_b)
 
 
 def convolution_mse_sum(a: Tensors, b: Tensors) -> Tensor:
-    """``mse_sum`` of convolution weights, which are the parameters with the most axes, three to five: channels out, in,
-    and one for each axis of the kernel. The others count nothing.
+    """Return ``mse_sum`` of the convolution weights; other parameters are ignored.
 
-    Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
+    These are the parameters with the most axes, three to five: output channels, input channels and one for each axis of
+    the kernel. Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
     """
     return _over_convolutions(lambda x, y: (x - y).square().sum(), a, b)
 
 
 def convolution_l1_sum(a: Tensors, b: Tensors) -> Tensor:
-    """Sum of absolute differences of convolution weights; otherwise as ``convolution_mse_sum``."""
+    """Return the sum of absolute differences of the convolution weights, see ``convolution_mse_sum``."""
     return _over_convolutions(lambda x, y: (x - y).abs().sum(), a, b)
 
 
@@ -72,14 +72,14 @@ DISTANCES: dict[str, Distance] = {
 
 
 def named_distance(name: str) -> Distance:
-    """The distance between gradients that a recipe calls ``name``. Raises ValueError on an unknown name."""
+    """Return the distance between gradients with this name in a recipe. Raises ValueError for an unknown name."""
     if name not in DISTANCES:
         raise ValueError(f"unknown distance {name!r}: {suggest(name, DISTANCES)}")
     return DISTANCES[name]
 
 
 def trajectory_distance(theta: Tensors, target: Tensors, start: Tensors) -> Tensor:
-    """|theta - target|^2 / |start - target|^2 over all weights.
+    """Return |theta - target|^2 / |start - target|^2 over all weights.
 
     Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022.
     """
@@ -87,7 +87,7 @@ def trajectory_distance(theta: Tensors, target: Tensors, start: Tensors) -> Tens
 
 
 def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor:
-    """Squared distance between the means of features (N, F) and (M, F).
+    """Return the squared distance between the means of features (N, F) and (M, F).
 
     Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023.
     """
@@ -95,8 +95,9 @@ def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor
 
 
 def attention_map(maps: Tensor, power: float) -> Tensor:
-    """Where feature maps (N, C, ...) are strong, (N, number of places): sums over channels of |x|^power, of norm 1 for
-    each image.
+    """Return the attention of feature maps (N, C, ...), flattened to (N, positions).
+
+    It is the sum over channels of |x|^power, normalised to norm 1 for each image.
 
     Sajedi et al., "DataDAM: Efficient Dataset Distillation with Attention Matching", ICCV 2023.
     """
@@ -113,62 +114,64 @@ def matching_loss(
     compile: bool = False,  # noqa: A002
     micro_batch: int | None = None,
 ) -> Tensor:
-    """``distance(real_grads, g)``, g = gradient in ``params`` of ``loss_fn(params, (images, targets))``.
+    """Return ``distance(real_grads, g)``, where g is the gradient of the loss in ``params``.
 
-    A scalar, differentiable once, in ``images`` and ``targets`` only: whatever else ``loss_fn`` uses is a
-    constant. The gradients are computed with the value, so that no second-order graph outlives this call.
-    ``compile`` sends value and gradients through torch.compile as one function, since a compiled ``loss_fn``
-    could not be differentiated twice; a new architecture, distance or shape compiles anew.
+    The loss is ``loss_fn(params, (images, targets))``. The result is a scalar that is differentiable once, in
+    ``images`` and ``targets`` only; everything else that ``loss_fn`` uses is constant. The gradients are computed
+    together with the value, so that no second-order graph outlives this call. ``compile`` compiles the value and the
+    gradients as one function, since a compiled ``loss_fn`` cannot be differentiated twice. A new architecture, distance
+    or shape is compiled separately.
 
     Args:
-        real_grads: by parameter, of its shape; or of K sets at once, with K in front.
-        images, targets: (N, *input_shape) and (N, ...); of K sets (K, N, *input_shape) and (K, N, ...). The value is
-            then the sum over the sets.
-        micro_batch: most images of one pass; more are gone through in pieces, for which ``loss_fn`` has to be a
-            mean over them. It changes nothing but rounding, and which random numbers dropout draws. One set only.
+        real_grads: gradients by parameter, with the shapes of the parameters; or those of K sets, with a first axis K.
+        images, targets: (N, *input_shape) and (N, ...); for K sets (K, N, *input_shape) and (K, N, ...). For K sets the
+            value is the sum over the sets.
+        micro_batch: the maximum number of images in one pass. Larger batches are processed in chunks, for which
+            ``loss_fn`` has to be a mean over images. Chunks change only rounding and the random numbers of dropout.
+            Supported for one set only.
     """
     inputs = (images, targets)
     wanted = tuple(i for i, x in enumerate(inputs) if x.requires_grad)
     fixed = (images.detach(), targets.detach())
     sets = any(real_grads[name].dim() > p.dim() for name, p in params.items())
-    evaluate = _of_sets if sets else _value_and_gradients
+    evaluate = _over_sets if sets else _value_and_gradients
     run = _compiled(evaluate) if compile else evaluate
     with torch.no_grad():
         if micro_batch is None or sets or len(images) <= micro_batch:
             value, gradients = run(wanted, loss_fn, params, real_grads, distance, fixed)
         else:
-            value, gradients = _in_pieces(wanted, loss_fn, params, real_grads, distance, fixed, micro_batch, compile)
+            value, gradients = _in_chunks(wanted, loss_fn, params, real_grads, distance, fixed, micro_batch, compile)
     return differentiated(value, gradients, [inputs[i] for i in wanted]) if wanted else value
 
 
 def feature_matching_loss(
     features: Callable[[Tensor], Tensor], real_mean: Tensor, images: Tensor, micro_batch: int
 ) -> Tensor:
-    """``|real_mean - mean of features(images)|^2``, going through the images (N, *input_shape) in pieces.
+    """Return ``|real_mean - mean of features(images)|^2``, computed in chunks of the images (N, *input_shape).
 
-    A scalar, differentiable once, in ``images`` only. The features of one piece at a time have a graph: the first
-    pass finds the mean, the second the gradients, with the same random numbers (dropout).
+    The result is a scalar that is differentiable once, in ``images`` only. Only one chunk at a time has a graph: the
+    first pass computes the mean and the second the gradients, with the same random numbers for dropout.
     """
-    pieces = images.detach().split(micro_batch)
-    sums, draws = [], []
-    for piece in pieces:
-        draws.append(Generators.of(images.device))
+    chunks = images.detach().split(micro_batch)
+    sums, generators = [], []
+    for chunk in chunks:
+        generators.append(Generators.of(images.device))
         with torch.no_grad():
-            sums.append(features(piece).sum(0))
+            sums.append(features(chunk).sum(0))
     mean = torch.stack(sums).sum(0) / len(images)
-    slope = 2 * (mean - real_mean) / len(images)
+    cotangent = 2 * (mean - real_mean) / len(images)
     gradients = []
-    for piece, drawn in zip(pieces, draws, strict=True):
-        piece = piece.clone().requires_grad_()
-        with torch.enable_grad(), drawn.replayed():
-            product = (features(piece) * slope).sum()
-        gradients += torch.autograd.grad(product, piece)
+    for chunk, generator in zip(chunks, generators, strict=True):
+        chunk = chunk.clone().requires_grad_()
+        with torch.enable_grad(), generator.replayed():
+            product = (features(chunk) * cotangent).sum()
+        gradients += torch.autograd.grad(product, chunk)
     value = (real_mean - mean).square().sum()
     return differentiated(value, (torch.cat(gradients),), (images,))
 
 
 def differentiated(value: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """``value`` as a function of ``inputs``, differentiable once, whose gradients there are known already."""
+    """Return ``value`` as a once differentiable function of ``inputs`` with the given gradients."""
     output: Tensor = _Differentiated.apply(value, tuple(gradients), *inputs)
     return output
 
@@ -181,7 +184,7 @@ def _value_and_gradients(
     distance: Distance,
     inputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The matching loss and its gradients in those ``inputs`` whose positions are ``wanted``."""
+    """Return the matching loss and its gradients in the ``inputs`` at the positions ``wanted``."""
 
     def value(images: Tensor, targets: Tensor) -> Tensor:
         return distance(real_grads, torch.func.grad(loss_fn)(params, (images, targets)))
@@ -192,7 +195,7 @@ def _value_and_gradients(
     return loss, gradients
 
 
-def _of_sets(
+def _over_sets(
     wanted: tuple[int, ...],
     loss_fn: LossFn,
     params: dict[str, Tensor],
@@ -200,7 +203,7 @@ def _of_sets(
     distance: Distance,
     inputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``_value_and_gradients`` of several sets at once, summed."""
+    """Return ``_value_and_gradients`` for several sets at once; the values are summed."""
 
     def one(real_grads: Mapping[str, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return _value_and_gradients(wanted, loss_fn, params, real_grads, distance, inputs)
@@ -209,7 +212,7 @@ def _of_sets(
     return values.sum(), gradients
 
 
-def _in_pieces(
+def _in_chunks(
     wanted: tuple[int, ...],
     loss_fn: LossFn,
     params: dict[str, Tensor],
@@ -219,49 +222,54 @@ def _in_pieces(
     micro_batch: int,
     compile: bool,  # noqa: A002
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``_value_and_gradients``: the gradient g first, then with c = dD/dg the gradients of <g, c>, by pieces; both
-    passes draw the same random numbers (dropout)."""
+    """Return ``_value_and_gradients``, computed in chunks.
+
+    The first pass computes the gradient g, the second with c = dD/dg the gradients of <g, c>. Both draw the same random
+    numbers for dropout.
+    """
     gradient = _compiled(_gradient) if compile else _gradient
-    along = _compiled(_slope_gradients) if compile else _slope_gradients
-    pieces = list(zip(*(x.split(micro_batch) for x in inputs), strict=True))
-    shares = [len(images) / len(inputs[0]) for images, _ in pieces]
-    found, draws = [], []
-    for piece in pieces:
-        draws.append(Generators.of(inputs[0].device))
-        found.append(gradient(loss_fn, params, piece))
+    product_gradients = _compiled(_product_gradients) if compile else _product_gradients
+    chunks = list(zip(*(x.split(micro_batch) for x in inputs), strict=True))
+    fractions = [len(images) / len(inputs[0]) for images, _ in chunks]
+    chunk_grads, generators = [], []
+    for chunk in chunks:
+        generators.append(Generators.of(inputs[0].device))
+        chunk_grads.append(gradient(loss_fn, params, chunk))
     grads = {
-        name: torch.stack([share * g[name] for share, g in zip(shares, found, strict=True)]).sum(0) for name in params
+        name: torch.stack([fraction * g[name] for fraction, g in zip(fractions, chunk_grads, strict=True)]).sum(0)
+        for name in params
     }
-    into_grads, value = torch.func.grad_and_value(lambda g: distance(real_grads, g))(grads)
+    cotangent, value = torch.func.grad_and_value(lambda g: distance(real_grads, g))(grads)
     parts = []
-    for piece, drawn in zip(pieces, draws, strict=True):
-        with drawn.replayed():
-            parts.append(along(wanted, loss_fn, params, into_grads, piece))
+    for chunk, generator in zip(chunks, generators, strict=True):
+        with generator.replayed():
+            parts.append(product_gradients(wanted, loss_fn, params, cotangent, chunk))
     gradients = tuple(
-        torch.cat([share * part[k] for share, part in zip(shares, parts, strict=True)]) for k in range(len(wanted))
+        torch.cat([fraction * part[k] for fraction, part in zip(fractions, parts, strict=True)])
+        for k in range(len(wanted))
     )
     return value, gradients
 
 
 def _gradient(loss_fn: LossFn, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = torch.func.grad(loss_fn)(params, batch)
-    return found
+    grads: dict[str, Tensor] = torch.func.grad(loss_fn)(params, batch)
+    return grads
 
 
-def _slope_gradients(
+def _product_gradients(
     wanted: tuple[int, ...],
     loss_fn: LossFn,
     params: dict[str, Tensor],
-    along: Mapping[str, Tensor],
+    cotangent: Mapping[str, Tensor],
     inputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, ...]:
-    """Gradients in the ``wanted`` inputs of the derivative of the loss along a direction in ``params``."""
+    """Return the gradients, in the ``wanted`` inputs, of the inner product of the loss gradient and ``cotangent``."""
 
-    def slope(images: Tensor, targets: Tensor) -> Tensor:
+    def product(images: Tensor, targets: Tensor) -> Tensor:
         grads = torch.func.grad(loss_fn)(params, (images, targets))
-        return torch.stack([(grads[name] * along[name]).sum() for name in grads]).sum()
+        return torch.stack([(grads[name] * cotangent[name]).sum() for name in grads]).sum()
 
-    gradients: tuple[Tensor, ...] = torch.func.grad(slope, argnums=wanted)(*inputs) if wanted else ()
+    gradients: tuple[Tensor, ...] = torch.func.grad(product, argnums=wanted)(*inputs) if wanted else ()
     return gradients
 
 
@@ -271,7 +279,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Differentiated(torch.autograd.Function):
-    """A value whose gradients are known already."""
+    """A value with given gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
@@ -288,7 +296,7 @@ def _pairs(a: Tensors, b: Tensors) -> list[tuple[Tensor, Tensor]]:
     if isinstance(a, Mapping):
         assert isinstance(b, Mapping) and a.keys() == b.keys(), "not the same parameters"
         return [(a[name], b[name]) for name in a]
-    assert not isinstance(b, Mapping), "names on one side only"
+    assert not isinstance(b, Mapping), "only one side has names"
     return list(zip(a, b, strict=True))
 
 
@@ -301,6 +309,6 @@ def _over_convolutions(distance: Callable[[Tensor, Tensor], Tensor], a: Tensors,
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos along the last axis."""
+    """Return 1 - cos along the last axis."""
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return 1 - (a * b).sum(-1) / (norms + 1e-6)

@@ -1,4 +1,4 @@
-"""What a method is: a frozen value of hyper-parameters that makes a state and advances it step by step."""
+"""Base classes of methods. A method is a frozen dataclass of hyper-parameters that creates a state and updates it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from condense.train import Training
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Checked):
-    """An optimiser of one learnable leaf of the set."""
+    """Optimiser of one learnable leaf of the set."""
 
     kind: Literal["sgd", "adam", "lamb", "adabelief"] = "sgd"
-    """sgd, adam, lamb (without a bound of the trust ratio) or adabelief."""
+    """Optimiser: sgd, adam, lamb (with unbounded trust ratio) or adabelief."""
     lr: float = 0.1
     """Learning rate."""
     momentum: float = 0.5
-    """Momentum of sgd; first beta of the others."""
+    """Momentum of sgd, or the first beta of the other optimisers."""
     schedule: Schedule = CONSTANT
-    """How the learning rate changes over the run."""
+    """Schedule of the learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,19 +66,19 @@ class Optim(Checked):
                 return AdaBelief(params, lr=self.lr, betas=betas, eps=1e-16, foreach=False)
 
     def lr_at(self, step: int, num_steps: int) -> float:
-        """The learning rate of a step, counted from 0, of a run of so many."""
+        """Return the learning rate at a step, counted from 0, of a run of ``num_steps`` steps."""
         return self.schedule.lr_at(self.lr, step, num_steps)
 
     def content(self) -> dict[str, Any]:
-        """The fields as recipes and sets hold them, see ``Schedule.optimiser_content``."""
+        """Return the fields as stored in recipes and sets, see ``Schedule.optimiser_content``."""
         return {"kind": self.kind, "lr": self.lr, "momentum": self.momentum, **self.schedule.optimiser_content()}
 
 
 class Lamb(torch.optim.Optimizer):
-    """You et al. (2020): each parameter moves along Adam's direction u by the rate times the parameter's own length.
+    """LAMB (You et al., 2020): Adam's update u, scaled per parameter w by the trust ratio |w| / |u|.
 
-    Both moments are corrected for their start before ``eps`` is added, and the trust ratio |w| / |u| has no bound. The
-    ratio is 1 where the parameter or the direction is zero.
+    Both moments are bias-corrected before ``eps`` is added, and the trust ratio is unbounded. It is 1 where w or u is
+    zero.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float = 1e-6) -> None:
@@ -103,9 +103,9 @@ class Lamb(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Context:
-    """What the engine hands to a method: the task, keyed randomness, and the fields of the recipe that compose.
+    """What the engine passes to a method: the task, keyed random numbers, and fields of the recipe.
 
-    ``ranks`` are the processes that share the parts of a step; no result depends on their number.
+    ``ranks`` are the processes that share the parts of a step. Their number does not affect the result.
     """
 
     task: Task
@@ -116,34 +116,34 @@ class Context:
     compute: Compute
     origin: Origin
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
-    """What the specs of ``Method.needs`` opened, by the same names."""
+    """Artifacts opened for ``Method.needs``, by the same names."""
     ranks: Ranks = Ranks()
     objective: Objective = field(default_factory=CrossEntropy)
-    """What the networks of the method are trained towards."""
+    """Training objective of the networks of the method."""
 
     @property
     def latents_per_class(self) -> int:
-        """Latents a class that the budget of ``ipc`` images buys."""
+        """Number of latents per class within the budget of ``ipc`` images."""
         return self.decode.latents_per_class(self.ipc, self.task.input_shape, self.task.num_classes)
 
     @property
     def images_per_class(self) -> int:
-        """Decoded images a class: the latents times what the decoder makes of one."""
+        """Number of decoded images per class: the latents per class times the images decoded from each."""
         return self.latents_per_class * self.decode.expansion
 
     def new_set(
         self, images: Tensor, labels: Tensor, *, lr: float | Tensor | None = None, interleave: bool = False
     ) -> SyntheticSet:
-        """A set with the recipe's decoder and labels.
+        """Create a set with the decoder and the labels of the recipe.
 
         Args:
-            images: (images_per_class * C, c, h, w) in the transformed space, grouped by class.
-            labels: of these images; classes (n,), logits (n, C), or targets (n, D) of another width.
-            lr: initial learned step size, if the method learns one.
-            interleave: let each C latents in a row be one of every class, instead of grouping them by class.
+            images: (images_per_class * C, *input_shape) in the transformed space, grouped by class.
+            labels: labels of the images: classes (n,), logits (n, C), or targets (n, D) of another width.
+            lr: initial value of the learned learning rate, if the method learns one.
+            interleave: order the latents so that each C consecutive ones hold one of every class.
 
         Raises:
-            ValueError: images or labels of another number or shape, or classes that are not grouped so.
+            ValueError: wrong number or shape of images or labels, or images not grouped by class.
         """
         self._require_grouped(images, labels)
         copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
@@ -164,32 +164,32 @@ class Context:
         )
 
     def _require_grouped(self, images: Tensor, labels: Tensor) -> None:
-        """Raise ValueError where ``new_set`` cannot take these."""
+        """Raise ValueError if the shapes are wrong or the images are not grouped by class."""
         each, classes = self.images_per_class, self.task.num_classes
         wanted = (each * classes, *self.task.input_shape)
         if images.shape != wanted:
             raise ValueError(
-                f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: {each} are needed for each "
-                f"of {classes} classes; give ctx.images_per_class images of every class, as ctx.initial does"
+                f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: each of {classes} classes "
+                f"needs {each} images; give ctx.images_per_class images of every class, as ctx.initial does"
             )
         width = self.origin.target_width
         if labels.shape not in (wanted[:1], (wanted[0], width)):
             raise ValueError(
-                f"the labels of a new set have shape {tuple(labels.shape)}: {len(images)} images have as many classes, "
+                f"the labels of a new set have shape {tuple(labels.shape)}: {len(images)} images need one class each, "
                 f"or targets of width {width}; give shape {wanted[:1]} or {(wanted[0], width)}"
             )
         grouped = torch.arange(classes, device=labels.device).repeat_interleave(each)
         if labels.dim() == 1 and not torch.equal(labels, grouped.to(labels.dtype)):
             raise ValueError(
                 f"the classes of a new set are not grouped: the first {each} images belong to class 0, the next "
-                f"{each} to class 1, and so on; order the images so, as ctx.initial does"
+                f"{each} to class 1, and so on; order the images like this, as ctx.initial does"
             )
 
     def initial(self, kind: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
-        """Images and classes to start from: real ones drawn per class, or standard normal noise.
+        """Return initial images and classes: random real images of each class, or standard normal noise.
 
         Raises:
-            ValueError: a class has fewer real images than asked for.
+            ValueError: a class has fewer real images than needed.
         """
         num, task = self.images_per_class, self.task
         labels = torch.arange(task.num_classes, device=task.device).repeat_interleave(num)
@@ -201,7 +201,7 @@ class Context:
         return torch.cat(drawn), labels
 
     def require_images(self) -> None:
-        """Raise ValueError where a class has too few real images to pick from."""
+        """Raise ValueError if a class has fewer real images than ``images_per_class``."""
         for c, members in enumerate(self.task.train.by_class):
             if len(members) < self.images_per_class:
                 most = self.ipc * len(members) // self.images_per_class
@@ -213,8 +213,10 @@ class Context:
 
     @cached_property
     def loss_fn(self) -> Callable[[dict[str, Tensor], tuple[Tensor, ...]], Tensor]:
-        """The objective of the task's network: ``loss_fn(params, (images, targets))``, pure, for second order. A third
-        tensor (N, F) says which features the classifier sees."""
+        """The training loss of the network, ``loss_fn(params, (images, targets))``: pure and twice differentiable.
+
+        A third tensor (N, F) in the batch is a mask of the features that the classifier uses.
+        """
         network, buffers = self.task.network, self.task.network.init(Rng(0), "buffers").buffers
         objective = self.objective
 
@@ -227,7 +229,7 @@ class Context:
 
     @cached_property
     def features(self) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]:
-        """``features(params, buffers, images) -> (N, F)``, train mode; differentiable once, under the policy."""
+        """``features(params, buffers, images) -> (N, F)``: features in training mode, differentiable once."""
         network = self.task.network
 
         def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -238,11 +240,12 @@ class Context:
 
     @cached_property
     def maps(self) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], tuple[list[Tensor], Tensor]]:
-        """``maps(params, buffers, images)``: what each activation puts out, (N, c, ...), and the features (N, F);
-        otherwise as ``features``.
+        """``maps(params, buffers, images)``: the output of each activation, (N, c, ...), and the features (N, F).
+
+        Otherwise like ``features``.
 
         Raises:
-            ValueError: the network has no such maps.
+            ValueError: the network has no feature maps.
         """
         network = self.task.network
         network.require_maps()
@@ -257,11 +260,11 @@ class Context:
 
 @dataclass
 class State:
-    """What a method carries from step to step.
+    """State of a method between steps.
 
-    Leaves are tensors, modules, optimisers, numbers, strings, None, and lists or dicts of these. ``init`` lays
-    the structure and steps change only values, so the engine alone saves and restores it: every tensor of a
-    module or optimiser by its own state dict, everything else by value.
+    Leaves are tensors, modules, optimisers, numbers, strings, None, and lists or dicts of these. ``init`` creates
+    the structure and steps change only values, so the engine can save and restore it: modules and optimisers by
+    their state dicts, everything else by value.
     """
 
     syn: SyntheticSet
@@ -269,29 +272,29 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Checked, ABC):
-    """The instance is the hyper-parameters; subclasses are frozen dataclasses."""
+    """Base class of methods. Subclasses are frozen dataclasses whose fields are the hyper-parameters."""
 
     num_steps: int = 1
-    """Steps of distillation."""
+    """Number of distillation steps."""
 
     learns: ClassVar[bool] = False
-    """Learns by gradient; else it selects or computes in one go."""
+    """Whether the set is learned by gradient descent. Other methods select images or compute the set directly."""
 
     learns_labels: ClassVar[bool] = False
-    """Its objective depends on the targets, so that soft labels receive gradient."""
+    """Whether the loss depends on the targets, so that soft labels receive a gradient."""
 
     regresses: ClassVar[bool] = False
-    """Its objective is a squared error, so that targets need not be probabilities."""
+    """Whether the loss is a squared error, so that targets need not be probabilities."""
 
     objectives: ClassVar[tuple[ObjectiveName, ...]] = ("cross-entropy",)
-    """What the ``objective`` of a recipe may be. A method lists others only where ``Context.objective`` takes the place
-    of its every loss on targets."""
+    """Objectives that a recipe may choose. A method may list others only if ``Context.objective`` is its every loss on
+    targets."""
 
     has_teacher: ClassVar[bool] = False
-    """It has trained networks at hand that can label the images: it makes ``teacher`` labels."""
+    """Whether the method has trained networks that label the images, as ``teacher`` labels need."""
 
     family: ClassVar[str] = "other"
-    """What it is listed under."""
+    """Heading under which ``condense list methods`` shows the method."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,50 +304,54 @@ class Method(Checked, ABC):
             )
 
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
-        """The artifacts to be found on disk before the run begins, by the names under which ``Context.artifacts`` holds
-        them opened. Files list what was read in the order of these names."""
+        """Return the artifacts that must exist before the run starts, by their names in ``Context.artifacts``.
+
+        Files list the artifacts in the order of these names.
+        """
         return {}
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
-        """Planned work of all steps: images times passes forth and back through the network. A forward pass alone
-        is a third, a step that is differentiated twice about four. What is small is not compiled.
+        """Return the estimated work of all steps, in images times forward-backward passes through the network.
+
+        A forward pass alone counts a third, a step that is differentiated twice about four. Small runs are not
+        compiled.
 
         Args:
-            num_images: of the training data.
-            num_classes: of the same.
-            images_per_class: of the set, decoded.
+            num_images: number of training images.
+            num_classes: number of classes.
+            images_per_class: number of decoded images of the set per class.
         """
         return 0.0
 
     def training(self, task: Task) -> Training:
-        """How its sets are meant to be trained on; stored in the file for the protocol ``own``."""
+        """Return how to train networks on the set; stored in its file for the protocol ``own``."""
         return Training()
 
     def training_network(self, task: Task) -> str:
-        """The network of that training: the one it was distilled with."""
+        """Return the network of this training, by default the one used for distillation."""
         return task.network.name
 
     def training_augment(self, task: Task) -> Augment:
-        """The augmentation of that training: the one it was distilled with."""
+        """Return the augmentation of this training, by default the one used for distillation without flips."""
         return replace(task.augment, flips=False)
 
     def incompatibility(
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
     ) -> str | None:
-        """Why a set with this decoder and these labels, or this objective, makes no sense here, and what to give
-        instead; None: it does."""
+        """Return why the method cannot be used with this decoder, labels, transform or objective, and what to give
+        instead; None if it can."""
         if objective not in self.objectives:
             return f"does not take the objective {objective}; give {spelt('objective', 'cross-entropy')}, the default"
         if labels.learned and not self.learns_labels:
-            return f"gives labels no gradient: {labels.name} would stay as they begin; give {spelt('labels', 'hard')}"
+            return f"gives labels no gradient: {labels.name} would never change; give {spelt('labels', 'hard')}"
         if labels.space == "values" and not self.regresses and not OBJECTIVES[objective].takes_values:
-            return f"trains by {objective}, which {labels.name} are not made for; give {spelt('labels', 'logits')}"
+            return f"trains with {objective}, which cannot use {labels.name}; give {spelt('labels', 'logits')}"
         if labels.name == "teacher" and not self.has_teacher:
             return f"has no trained network that could label the images; give {spelt('labels', 'hard')}"
         return None
 
     def parts(self, ctx: Context) -> Sequence[int]:
-        """How the work of one step divides (classes, trajectories), fixed by the recipe; empty if it does not."""
+        """Return the parts of one step (classes, trajectories), fixed by the recipe; empty if it cannot be divided."""
         return ()
 
     @abstractmethod
@@ -352,38 +359,41 @@ class Method(Checked, ABC):
 
     @abstractmethod
     def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
-        """Advance ``state`` by one step (counted from 0) and return what is worth logging."""
+        """Advance ``state`` by one step (counted from 0) and return the values to log."""
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
-        """The set that is stored after so many ``steps``; leaves the state as it is."""
+        """Return the set to store after ``steps`` steps. The state must not change."""
         return cast(SyntheticSet, state.syn)
 
 
 @dataclass(kw_only=True)
 class GradientState(State):
     optimisers: dict[str, torch.optim.Optimizer]
-    """By leaf."""
+    """Optimisers by leaf."""
     learned: nn.ParameterDict = field(default_factory=nn.ParameterDict)
-    """What the method learns beside the set, each a leaf of its own."""
+    """Parameters that the method learns in addition to the set, each a leaf of its own."""
     average: dict[str, Tensor] = field(default_factory=dict)
-    """The running average of the set's leaves, where one is kept; not yet divided by its weight."""
+    """Exponential moving average of the leaves of the set, without bias correction; empty if ``ema`` is unset."""
 
     def leaves(self) -> dict[str, list[nn.Parameter]]:
-        """The learnable leaves of the set, and what is learned beside it."""
+        """Return the learnable leaves of the set and the additional learned parameters."""
         return self.syn.leaves() | {name: [param] for name, param in self.learned.items()}
 
 
 Loss = Tensor | tuple[Tensor, Mapping[str, Tensor]]
-"""A scalar to descend; or (scalar, terms), where terms are the scalars by name that the log tells apart."""
+"""The loss, a scalar; or (loss, terms), where terms are named scalars that are logged separately."""
 
 MAX_TERMS = 16
-"""The most terms of a loss. All processes add up so many numbers, since one without a part does not know the names."""
+"""Maximum number of terms of a loss. All processes reduce this many numbers, since a process without parts does not
+know the names of the terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientMethod(Method):
-    """Learns the set by gradient descent. ``step`` is final: a method says its ``parts``, their ``loss`` and what
-    comes ``after``."""
+    """Base class of methods that learn the set by gradient descent.
+
+    ``step`` is final: a subclass defines the ``parts`` of a step, their ``loss`` and what follows ``after`` the update.
+    """
 
     learns: ClassVar[bool] = True
     learns_labels: ClassVar[bool] = True
@@ -391,22 +401,22 @@ class GradientMethod(Method):
     optim: Optim = Optim()
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(lr=1.0, momentum=0.9)
-    """Optimiser of learned labels."""
+    """Optimiser of the learned labels."""
     optim_decoder: Optim = Optim()
-    """Optimiser of a decoder with parameters."""
+    """Optimiser of the parameters of the decoder."""
     optim_lr: Optim = Optim(lr=1e-3)
-    """Optimiser of the logarithm of a learned step size."""
+    """Optimiser of the logarithm of the learned learning rate."""
     clip: float | None = None
-    """Largest norm of the gradient of the images; longer ones are scaled down."""
+    """Maximum norm of the gradient of the images (gradient clipping); unset turns clipping off."""
     ema: float | None = None
-    """Decay of a running average of the set, which is then what is stored; unset: the set as it is."""
+    """Decay of an exponential moving average of the set, which is stored in place of the set; unset turns it off."""
     clamp: bool = False
-    """After each step, move pixels that left [0, 1] back to the border; series have no border."""
+    """Clamp pixels to [0, 1] after each step; has no effect on series."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"method.ema must lie between 0 and 1, got {self.ema}; try 0.999")
+            raise ValueError(f"method.ema must be between 0 and 1, got {self.ema}; try 0.999")
 
     def incompatibility(
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
@@ -418,7 +428,7 @@ class GradientMethod(Method):
         return super().incompatibility(decode, labels, transform, objective)
 
     def optims(self) -> dict[str, Optim]:
-        """The optimiser of each leaf."""
+        """Return the optimiser of each leaf."""
         return {
             "latents": self.optim,
             "labels": self.optim_labels,
@@ -429,31 +439,31 @@ class GradientMethod(Method):
     def optimisers(
         self, syn: SyntheticSet, learned: nn.ParameterDict | None = None
     ) -> dict[str, torch.optim.Optimizer]:
-        """One optimiser per leaf: those of the set, and what is learned beside it."""
+        """Build one optimiser per leaf of the set and per additional learned parameter."""
         plans, leaves = self.optims(), syn.leaves()
         leaves |= {name: [param] for name, param in (learned or {}).items()}
         return {leaf: plans[leaf].build(params) for leaf, params in leaves.items()}
 
     def parts(self, ctx: Context) -> Sequence[int]:
-        """What the processes of a step deal out among themselves."""
+        """Return the parts that are sharded over the processes."""
         return (0,)
 
     @abstractmethod
     def loss(self, ctx: Context, state: Any, step: int, part: int) -> Loss:
-        """The loss of one part, a scalar; the loss of the step is the sum over parts.
+        """Return the loss of one part, a scalar. The loss of the step is the sum over all parts.
 
-        It may come with the terms that it consists of, ``(loss, {"alignment": ..., "margin": ...})``: scalars, at most
-        ``MAX_TERMS``, of the same names in every part. They are summed over parts like the loss and logged as
-        ``loss_alignment`` and ``loss_margin``; no gradient is taken of them.
+        It may be returned with its terms, ``(loss, {"alignment": ..., "margin": ...})``: at most ``MAX_TERMS`` scalars
+        with the same names in every part. They are summed over parts and logged as ``loss_alignment`` and
+        ``loss_margin``; no gradient is computed of them.
         """
 
     def parts_at_once(self, ctx: Context) -> int:
-        """How many parts ``losses`` is given together; bounded by memory. It changes nothing but rounding, and which
-        random numbers the layers of a network draw (dropout)."""
+        """Return how many parts ``losses`` receives at once; limited by memory. It only affects rounding and the random
+        numbers of layers such as dropout."""
         return 1
 
     def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Loss:
-        """The loss of several parts, for methods that compute them faster together than one by one."""
+        """Return the sum of the losses of several parts. Override it if they are faster to compute together."""
         values, terms = zip(*(_with_terms(self.loss(ctx, state, step, part)) for part in parts), strict=True)
         names = dict.fromkeys(name for each in terms for name in each)
         return torch.stack(values).sum(), {
@@ -461,13 +471,13 @@ class GradientMethod(Method):
         }
 
     def update(self, state: Any, record: dict[str, float]) -> None:
-        """Update the leaves by their gradients, which every process has: clip that of the images, step the optimisers.
+        """Clip the gradient of the images and step all optimisers. Every process has all gradients.
 
-        A method with a rule of its own for either overrides this.
+        Methods may override this.
 
         Args:
-            record: what the log will say of the step, to which entries may be added: ``loss``, its terms, the norm
-                ``grad_NAME`` of each leaf's gradient and its learning rate ``lr_NAME``.
+            record: values to log, to which entries may be added: ``loss``, its terms, and for each leaf the norm
+                ``grad_NAME`` of its gradient and its learning rate ``lr_NAME``.
 
         Raises:
             FloatingPointError: a number of the record is not finite.
@@ -479,8 +489,7 @@ class GradientMethod(Method):
             optimiser.step()
 
     def after(self, ctx: Context, state: Any, step: int) -> Mapping[str, float] | None:
-        """What follows the update of the set: train a student, replace a network. Returns what else the log is to say
-        of the step, if anything."""
+        """Run what follows the update, e.g. train a student or replace a network. Return additional values to log."""
         return None
 
     @final
@@ -493,13 +502,13 @@ class GradientMethod(Method):
         names = [str(number) for number in range(MAX_TERMS)]
         parts, at_once = ctx.ranks.shard(self.parts(ctx)), self.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
-            with ctx.rng.forked("layers of a part", step, parts[first]):  # dropout, whichever process has the part
+            with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding
                 loss, terms = _with_terms(self.losses(ctx, state, step, parts[first : first + at_once]))
                 loss.backward()
             if first and sorted(terms) != names:
                 raise ValueError(
                     f"the parts of a loss have different terms, {', '.join(sorted(terms))} and {', '.join(names)}: "
-                    "each is a sum over all parts; return the same names for every part"
+                    "each term is summed over all parts; return the same names for every part"
                 )
             names = sorted(terms)
             total[0] += loss.detach()
@@ -536,22 +545,22 @@ class GradientMethod(Method):
 
 
 def require_finite(record: Mapping[str, float]) -> None:
-    """Raise FloatingPointError, with all of the record, where a number is not finite."""
+    """Raise FloatingPointError, with the whole record, if a value is not finite."""
     if not all(map(math.isfinite, record.values())):
         raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
 
 
 def clip_grad(param: nn.Parameter, norm: float, max_norm: float) -> None:
-    """Scale the gradient of ``param``, which has this ``norm``, down to ``max_norm`` where it is longer."""
+    """Scale the gradient of ``param``, whose norm is ``norm``, to at most ``max_norm``."""
     if norm > max_norm:
         cast(Tensor, param.grad).mul_(max_norm / norm)
 
 
 def _with_terms(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """A loss with its terms. Raises ValueError where it has too many."""
+    """Return a loss and its terms. Raises ValueError if there are too many terms."""
     value, terms = (loss, {}) if isinstance(loss, Tensor) else loss
     if len(terms) > MAX_TERMS:
-        raise ValueError(f"a loss has {len(terms)} terms, at most {MAX_TERMS} are logged; return fewer of them")
+        raise ValueError(f"a loss has {len(terms)} terms, but at most {MAX_TERMS} can be logged; return fewer terms")
     return value, terms
 
 

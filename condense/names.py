@@ -1,4 +1,4 @@
-"""Names and texts as people are shown them, and how a user writes the one that mends an error."""
+"""Format names and texts for messages, and spell fields as the user writes them."""
 
 import contextlib
 import difflib
@@ -9,26 +9,26 @@ _as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """Text as a terminal may show it: what is not printable is escaped, what is beyond ``longest`` characters left out.
+    """Escape characters that are not printable, and cut the text after ``longest`` characters.
 
-    File names, and names in files that others wrote, may hold sequences that move the cursor or change colours."""
+    File names, and names stored in files, may hold sequences that move the cursor or change colours."""
     if longest is not None and len(text) > longest:
         text = text[: longest - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def excerpt(value: object, longest: int = 200) -> str:
-    """``str(value)`` for a message: on one line, printable, at most ``longest`` characters."""
+    """Return ``str(value)`` for a message: one line, printable, at most ``longest`` characters."""
     return printable(" ".join(str(value).split()), longest)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, as an ``excerpt``; its type where it says nothing."""
+    """Return the message of an error as an ``excerpt``, or the name of its type if the message is empty."""
     return excerpt(error) or type(error).__name__
 
 
 def suggest(name: str, known: Iterable[str], listing: str | None = None) -> str:
-    """The end of an error line: the nearest known name, and all of them, or what lists them where they are too many."""
+    """Return the end of an error line: the most similar known name, and all names or the command that lists them."""
     known = list(known)
     near = difflib.get_close_matches(name.lower(), known, n=1)
     rest = f"{listing} lists them" if listing else "there are " + ", ".join(known)
@@ -37,7 +37,7 @@ def suggest(name: str, known: Iterable[str], listing: str | None = None) -> str:
 
 @contextlib.contextmanager
 def flags() -> Iterator[None]:
-    """Inside, ``spelt`` spells fields as flags: the command line speaks."""
+    """Make ``spelt`` spell fields as flags inside the context, for the command line."""
     token = _as_flags.set(True)
     try:
         yield
@@ -46,19 +46,18 @@ def flags() -> Iterator[None]:
 
 
 def speaks_flags() -> bool:
-    """Whether the user reads flags."""
+    """Return whether messages spell fields as flags."""
     return _as_flags.get()
 
 
 def spelt(field: str, value: object = ..., kind: str = "") -> str:
-    """How the user writes a field: on the command line ``--split.val-fraction 0.1``, in Python
-    ``split=Split(val_fraction=0.1)``.
+    """Spell a field as the user writes it: ``--split.val-fraction 0.1`` on the command line,
+    ``split=Split(val_fraction=0.1)`` in Python.
 
     Args:
-        field: as the command line nests it, ``method.num_steps``; fields of the method are keywords of their own in
-            Python.
-        value: left out where the message leaves it to the user.
-        kind: the class of the outer field, where it is not the field's name in upper case: ``RandomTruncated``.
+        field: path of the field, e.g. ``method.num_steps``. In Python, fields of the method are keyword arguments.
+        value: the suggested value, if there is one.
+        kind: class of the outer field if it differs from the capitalised name of the field, e.g. ``RandomTruncated``.
     """
     if speaks_flags():
         words = value if isinstance(value, tuple) else () if value is ... else (value,)

@@ -1,4 +1,4 @@
-"""What a network is trained towards: the loss between its outputs and the targets, as a value."""
+"""Training objectives: losses between the outputs of a network and the targets."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine"]
 class Objective(Checked, ABC):
     name: ClassVar[ObjectiveName]
     takes_values: ClassVar[bool] = False
-    """Targets may be any numbers (features of a teacher, say), and not only classes or their probabilities."""
+    """Whether targets may be any values (e.g. features of a teacher), not only classes or probabilities."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over a batch, a scalar.
+        """Return the mean loss over a batch, a scalar.
 
         Args:
-            outputs: of the network, (N, D).
-            targets: classes (N,), which count as one-hot vectors of width D, or rows (N, D).
+            outputs: outputs of the network, (N, D).
+            targets: class indices (N,), which are converted to one-hot rows, or rows (N, D).
         """
 
 
@@ -37,7 +37,7 @@ class CrossEntropy(Objective):
 
     name: ClassVar[ObjectiveName] = "cross-entropy"
     label_smoothing: float = 0.0
-    """Share of a target that goes to all classes evenly."""
+    """Fraction of each target that is spread evenly over all classes."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
@@ -45,7 +45,7 @@ class CrossEntropy(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredError(Objective):
-    """Half the squared distance to the targets, summed over their width."""
+    """Half the squared error, summed over the width of the targets."""
 
     name: ClassVar[ObjectiveName] = "mse"
     takes_values: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class KL(Objective):
 
     name: ClassVar[ObjectiveName] = "kl"
     temperature: float = 1.0
-    """What the outputs are divided by."""
+    """Temperature by which the outputs are divided."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         log_p = (outputs / self.temperature).log_softmax(1)
@@ -69,7 +69,7 @@ class KL(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Objective):
-    """One minus the cosine of the angle between outputs and targets."""
+    """One minus the cosine similarity of outputs and targets."""
 
     name: ClassVar[ObjectiveName] = "cosine"
     takes_values: ClassVar[bool] = True
@@ -84,7 +84,7 @@ OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
 
 
 def one_hot(targets: Tensor, num_classes: int) -> Tensor:
-    """Classes (N,) as rows (N, num_classes), float32; what has rows already stays as it is."""
+    """Convert class indices (N,) to one-hot rows (N, num_classes), float32. Rows are returned unchanged."""
     return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
 
 

@@ -1,7 +1,7 @@
-"""A synthetic set as pictures: a grid with one row a class, or a strip for each class.
+"""Pictures of a synthetic set: a grid with one row per class, or one strip per class.
 
-An image is its own picture. A clip is a contact sheet of its frames, in rows from left to right. A series is a plot
-with one line for each channel; all plots of a set share one scale.
+An image is shown as it is. A clip is shown as a contact sheet of its frames, in rows from left to right. A series is
+shown as a plot with one line per channel; all plots of a set have the same scale.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ BACKGROUND = 1.0
 
 _PLOT_HEIGHT = 64
 _PLOT_WIDTHS = (96, 192)
-"""Least and most pixels of a plot from left to right; between them there is one for each point of the series."""
+"""Smallest and largest width of a plot in pixels; between them it is the length of the series."""
 _MARGIN = 2
-"""Pixels of a plot above the greatest value and below the least."""
+"""Pixels of a plot above the largest and below the smallest value."""
 _OVERSAMPLING = 2
 
 
 @torch.no_grad()
 def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[Tensor]:
-    """Pictures in [0, 1], (n, C, h, w) of each class with one or three channels C, at most ``columns`` of them; in one
-    row without classes."""
+    """Return at most ``columns`` pictures of each class, (n, C, h, w) in [0, 1] with one or three channels C.
+
+    A set without classes has one row.
+    """
     samples = transform.to_data(syn()[0]).cpu()
     source = syn.classes.cpu().repeat(len(samples) // len(syn))
     rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
@@ -51,7 +53,7 @@ def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> l
 
 
 def grid(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of pictures (n, C, h, w) on one canvas (C, height, width)."""
+    """Place rows of pictures (n, C, h, w) on one canvas (C, height, width)."""
     _, channels, h, w = rows[0].shape
     widest = max(len(row) for row in rows)
     canvas = torch.full((channels, len(rows) * (h + GAP) + GAP, widest * (w + GAP) + GAP), BACKGROUND)
@@ -63,7 +65,7 @@ def grid(rows: Sequence[Tensor]) -> Tensor:
 
 
 def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 10) -> None:
-    """Write the grid as a PNG, enlarged so that small pictures can be seen."""
+    """Write the grid as a PNG, enlarged so that small pictures are visible."""
     image = _image(grid(by_class(syn, transform, columns=columns)))
     scale = max(1, round(700 / max(image.size)))
     with replacing(path) as fresh:
@@ -71,7 +73,7 @@ def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 
 
 
 def strip(images: Tensor) -> bytes:
-    """Pictures (n, C, h, w) of one or three channels in a row, as a PNG that is transparent between them."""
+    """Return a PNG with pictures (n, C, h, w), of one or three channels, in a row; the gaps are transparent."""
     n, _, h, w = images.shape
     canvas = Image.new("RGBA" if images.shape[1] == 3 else "LA", (n * (w + GAP) - GAP, h))
     for k, image in enumerate(images):
@@ -82,7 +84,7 @@ def strip(images: Tensor) -> bytes:
 
 
 def _contact_sheets(clips: Tensor) -> Tensor:
-    """Clips (n, T, C, H, W) as pictures (n, C, h, w) of their frames, in as many columns as make it nearly square."""
+    """Return clips (n, T, C, H, W) as pictures (n, C, h, w) of their frames in a nearly square arrangement."""
     n, frames, channels, height, width = clips.shape
     columns = math.ceil(math.sqrt(frames))
     rows = -(-frames // columns)
@@ -94,7 +96,7 @@ def _contact_sheets(clips: Tensor) -> Tensor:
 
 
 def _plots(series: Tensor, low: float, high: float) -> Tensor:
-    """Series (n, C, L) as pictures (n, 3, h, w): a line for each channel, from ``low`` at the bottom to ``high``."""
+    """Plot series (n, C, L) as pictures (n, 3, h, w), one line per channel; the y axis is ``low`` to ``high``."""
     n, channels, length = series.shape
     size = min(max(length, _PLOT_WIDTHS[0]), _PLOT_WIDTHS[1]), _PLOT_HEIGHT
     width, height = (_OVERSAMPLING * side for side in size)
@@ -113,6 +115,6 @@ def _plots(series: Tensor, low: float, high: float) -> Tensor:
 
 
 def _image(pixels: Tensor) -> Image.Image:
-    """Pixels (C, h, w) in [0, 1], gray or RGB."""
+    """Convert pixels (C, h, w) in [0, 1], gray or RGB."""
     array = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

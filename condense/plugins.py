@@ -1,4 +1,4 @@
-"""Values by name: those of this package, and those that other packages provide through entry points."""
+"""Registries of named values, from this package and from entry points of other packages."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T", covariant=True)
 
 
 class Registry(Mapping[str, T]):
-    """name -> value, usually a class. Values of other packages are imported when they are asked for.
+    """A mapping of names to values, usually classes. Values of other packages are imported when they are looked up.
 
-    Looking a name up raises KeyError where there is no such name, and ValueError, in a line that names the package,
-    where the value of another package cannot be imported or is not of this kind.
+    An unknown name raises KeyError. A value of another package that cannot be imported or is not of this kind raises
+    ValueError with the name of the package.
 
     Args:
-        kind: what a value is, for messages: ``decoder``.
-        group: the entry-point group of other packages: ``name = "package.module:attribute"``.
-        own: the values of this package, or their import paths ``module:attribute``. Their names cannot be taken.
-        complaint: ``complaint(name, value)`` says why a value cannot be listed under a name ("is not ..."), or None.
+        kind: the kind of value, for messages, e.g. ``decoder``.
+        group: the entry-point group of other packages, with entries ``name = "package.module:attribute"``.
+        own: the values of this package or their import paths ``module:attribute``. Other packages cannot replace them.
+        complaint: ``complaint(name, value)`` returns why a value cannot have a name ("is not ..."), or None.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Registry(Mapping[str, T]):
         entries = self._entries()[name]
         if len(entries) > 1:
             raise ValueError(
-                f"the {self.kind} {name!r} comes with several packages, {', '.join(map(_package, entries))}; "
+                f"the {self.kind} {name!r} is provided by several packages, {', '.join(map(_package, entries))}; "
                 "uninstall all but one"
             )
         package, advice = _package(entries[0]), "update or uninstall that package"
         try:
             value = import_path(entries[0].value)
-        except Exception as error:  # the code of a stranger may raise anything
+        except Exception as error:  # code of another package may raise anything
             raise ValueError(
                 f"the {self.kind} {name!r} of the package {package} cannot be loaded: {reason(error)}; {advice}"
             ) from error
@@ -65,23 +65,25 @@ class Registry(Mapping[str, T]):
         return value
 
     def named(self, name: str) -> T:
-        """The value of a name. Raises ValueError, with the nearest names, where there is none."""
+        """Return the value of a name. Raises ValueError, with the most similar name, if it is unknown."""
         if name not in self:
             raise ValueError(f"unknown {self.kind} {name!r}: {suggest(name, self)}")
         return self[name]
 
     def package(self, name: str) -> str | None:
-        """The distribution package that provides a name; None for a name of this package."""
+        """Return the distribution package that provides a name, or None for a name of this package."""
         return None if name in self.own else _package(self._entries()[name][0])
 
     def name_of(self, cls: type) -> str | None:
-        """The name under which a class is listed; None where it is not."""
+        """Return the registered name of a class, or None if it has none."""
         path = f"{cls.__module__}:{cls.__qualname__}"
         for name, value in self.own.items():
             if value is cls or value == path:
                 return name
         for name, (entry, *_) in self._entries().items():
-            nearby = entry.module.partition(".")[0] == cls.__module__.partition(".")[0]  # others need no import
+            nearby = (
+                entry.module.partition(".")[0] == cls.__module__.partition(".")[0]
+            )  # avoids importing other packages
             if entry.value == path or (nearby and self._leads_to(name, cls)):
                 return name
         return None
@@ -101,7 +103,7 @@ class Registry(Mapping[str, T]):
 
 
 def summaries(names: Iterable[str], describe: Callable[[str], str]) -> dict[str, str]:
-    """A line about each name; about one that cannot be loaded, the reason."""
+    """Return one line per name: its description, or the error if its value cannot be loaded."""
     lines = {}
     for name in names:
         try:
@@ -112,14 +114,17 @@ def summaries(names: Iterable[str], describe: Callable[[str], str]) -> dict[str,
 
 
 def import_path(path: str) -> Any:
-    """What ``module:attribute`` leads to; the attribute may be nested, ``Outer.Inner``. Raises what the import does."""
+    """Import ``module:attribute``; the attribute may be nested (``Outer.Inner``). Errors of the import propagate."""
     module, _, attribute = path.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
 
 
 def subclass_of(base: type) -> Callable[[str, Any], str | None]:
-    """The complaint about what is not a concrete subclass of ``base`` that can be chosen by its name alone: a name in
-    its class variable ``name`` has to be the one that it is listed under, and fields need defaults."""
+    """Return a ``complaint`` function of a registry of subclasses of ``base``.
+
+    A value must be a concrete subclass whose fields all have defaults. Its class variable ``name``, if there is one,
+    must be its registered name.
+    """
 
     def complaint(name: str, value: Any) -> str | None:
         if not (isinstance(value, type) and issubclass(value, base)):
@@ -137,7 +142,7 @@ def subclass_of(base: type) -> Callable[[str, Any], str | None]:
 
 
 def instance_of(base: type) -> Callable[[str, Any], str | None]:
-    """The complaint about what is not a ``base`` with the name that it is listed under."""
+    """Return a ``complaint`` function of a registry of instances of ``base`` under their own ``name``."""
 
     def complaint(name: str, value: Any) -> str | None:
         if not isinstance(value, base):
@@ -149,7 +154,7 @@ def instance_of(base: type) -> Callable[[str, Any], str | None]:
 
 def _misnamed(name: str, value: Any) -> str | None:
     own = getattr(value, "name", name)
-    return None if own == name else f"calls itself {own!r}"
+    return None if own == name else f"has another name, {own!r}"
 
 
 def _package(entry: EntryPoint) -> str:

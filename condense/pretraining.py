@@ -1,5 +1,4 @@
-"""Networks trained on the real images on the way to something else, such as teachers and feature extractors: trained
-once, and read from the cache after that."""
+"""Train auxiliary networks on the real images, such as teachers and feature extractors, and cache them."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from condense.task import Task
 from condense.train import Trainer, Training
 
 MOST_CACHED = 1 << 30
-"""Bytes of the snapshots of one training, above which they are not cached."""
+"""The maximum size, in bytes, of the snapshots of one training run that are cached."""
 
 
 def pretrained(
@@ -35,24 +34,23 @@ def pretrained(
     cache: Path | None,
     on_epoch: Callable[[int, Weights], None] | None = None,
 ) -> Weights:
-    """``initial`` after ``training`` on the training images of ``task``, without augmentation.
+    """Return the weights ``initial`` after ``training`` on the training images of ``task``, without augmentation.
 
-    The result is a buffer of one network, an entry of the kind ``networks`` in the cache, whose key is everything that
-    decides its bits: the data, the training, the initial weights, ``rng``, the arithmetic and the version of this
-    package. A training whose result is cached is not repeated. Networks without a name (callables), and those of
-    another type than float32, are not cached.
+    The result is a buffer of one network, cached as an entry of the kind ``networks``. Its key is everything that
+    determines its bits: the data, the training, the initial weights, ``rng``, the arithmetic and the version of this
+    package. Training whose result is cached is not repeated. Networks without a name (callables) and networks of a
+    dtype other than float32 are not cached.
 
     Args:
-        task: the data, and the architecture of ``initial``.
-        rng: of the order of the batches, as of ``Trainer.run``.
-        cache: None where nothing can be cached.
-        on_epoch: called with the number of epochs done and the weights after each; then all epochs are cached, if they
-            take at most ``MOST_CACHED`` bytes.
+        task: the data and the architecture of ``initial``.
+        rng: determines the order of the batches, as in ``Trainer.run``.
+        cache: the cache folder; None disables caching.
+        on_epoch: called after each epoch with the number of epochs done and the weights. If given, all epochs are
+            cached, provided that they take at most ``MOST_CACHED`` bytes.
     """
     network = task.network
     keep: Keep = "last" if on_epoch is None else "all"
     num_rows = 1 if on_epoch is None else training.num_epochs + 1
-    is_named = not network.name.startswith("custom:") and network.dtype == torch.float32
     is_named = not network.name.startswith("custom:") and network.dtype == torch.float32
     is_small = 4 * num_rows * network.num_params <= MOST_CACHED
     store = Cache(cache if is_named and is_small else None, "networks")
@@ -99,14 +97,14 @@ def pretrained(
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """On what the bits of a result depend beside its inputs."""
+    """Return what the bits of a result depend on besides its inputs."""
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     return {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
 
 
 def _read(folder: Path, task: Task, training: Training) -> list[Weights]:
-    """The network after each epoch, or after the last one alone. Raises ValueError where the buffer is damaged."""
+    """Return the weights after each stored epoch. Raises ValueError if the buffer is damaged."""
     buffer = open_buffer(folder)
     if not isinstance(buffer, Trajectories):
         return [buffer.weights(0, task.network)]

@@ -1,8 +1,8 @@
-"""The recipe: everything that decides a result, as one typed value that is also a YAML file and a set of flags.
+"""The recipe: all settings that determine a result, as a dataclass that is also read from YAML files and flags.
 
-A recipe is read in two phases. Fields annotated with a base class (method, decode, labels, a method's adjoint)
-are choices: their value is a name, swapped in first. Then tyro parses the numbers of what was chosen, so that
-``--help`` shows these fields only, and YAML and command line go through the same validation.
+A recipe is parsed in two phases. First, fields annotated with a base class (method, decode, labels, a method's
+adjoint) are choices, and their names are replaced by the chosen values. Then tyro parses the fields of these values.
+``--help`` therefore shows only the fields of the chosen values. YAML and flags go through the same validation.
 """
 
 from __future__ import annotations
@@ -39,41 +39,42 @@ from condense.task import Split
 T = TypeVar("T")
 
 CHOICES: dict[type, Registry[type[Any]]] = {Decode: DECODERS, Labels: LABELS, Adjoint: ADJOINTS}
-"""Base class -> name -> class, for every kind of choice but the method itself."""
+"""Registry of each kind of choice, by base class. The method is not in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Checked):
-    """What decides a result; hashed, and stored in every file made from it."""
+    """All settings that determine a result. They are hashed and stored in every file of the run."""
 
     method: Method
-    """The method and its hyper-parameters."""
+    """Method and its hyper-parameters."""
     dataset: str = "digits"
-    """Name of a data set, an .npz file or an image folder."""
+    """Name of a data set, or path of an .npz file or an image folder."""
     fingerprint: str | None = None
-    """Of the training data, which have to be these and no others; unset: any."""
+    """Fingerprint that the training data must have; unset allows any data."""
     transform: str = "channel"
-    """none, channel, zca (absolute regulariser) or zca-relative."""
+    """Transform of the images: none, channel, zca (absolute regulariser) or zca-relative."""
     split: Split = Split()
-    """The validation part of the training data."""
+    """Validation split of the training data."""
     network: str = "auto"
-    """Network to distil with, e.g. convnet:depth=3,norm=batch; auto is the ConvNet for the kind of data, and takes
-    options likewise."""
+    """Network to distil with, e.g. convnet:depth=3,norm=batch. auto selects the ConvNet for the kind of data and
+    takes the same options."""
     ipc: int = 10
-    """Images per class: the budget of stored images."""
+    """Budget of the set in images per class."""
     augment: str = "dsa"
-    """none, dsa (the data set's own strategy) or a strategy; options as in dsa:mode=M,align_corners=true."""
+    """Augmentation: none, dsa (the default strategy of the data set) or a strategy, with options as in
+    dsa:mode=M,align_corners=true."""
     decode: Decode = Pixels()
-    """How stored latents become images."""
+    """Decoder from stored latents to images."""
     labels: Labels = Hard()
-    """What the images are trained towards."""
+    """Kind of labels of the images."""
     objective: ObjectiveName = "cross-entropy"
-    """What the networks of the method, and those that its sets train, are trained towards; mse and cosine take targets
-    that are no probabilities."""
+    """Training loss of the networks of the method and of the networks trained on the set. mse and cosine also take
+    targets that are not probabilities."""
     compute: Compute = Compute()
-    """Exactness against speed."""
+    """Numerical precision and speed."""
     seed: int = 0
-    """Root of every random draw."""
+    """Seed of all random numbers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,22 +83,25 @@ class Recipe(Checked):
         check_seed(self.seed)
 
     def hash(self, dataset: str, **inputs: Any) -> str:
-        """Of all fields; ``dataset`` (a fingerprint) stands for the data wherever they lie. ``inputs`` are JSON values
-        that decide the result too: the identity of the network, what the method reads from disk."""
+        """Return the SHA-256 of all fields, with the fingerprint ``dataset`` in place of the name or path of the data.
+
+        ``inputs`` are further JSON values that determine the result: the identity of the network and the artifacts
+        that the method reads.
+        """
         fields = to_mapping(self) | {"dataset": dataset} | inputs
         del fields["fingerprint"]
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
 def to_mapping(value: Any) -> Any:
-    """Nested dicts of plain values; a choice becomes a dict with its ``name``."""
+    """Convert a recipe to nested dicts of plain values. A choice becomes a dict with the key ``name``."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return list(value) if isinstance(value, tuple) else value
     if isinstance(value, Optim):
         return value.content()
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Recipe) and value.objective == "cross-entropy":
-        del fields["objective"]  # which recipes of earlier versions, and their hashes, do not have
+        del fields["objective"]  # absent from recipes, and hashes, of earlier versions
     if isinstance(value, Method):
         return {"name": registry.name_of(value), **fields}
     for base, options in CHOICES.items():
@@ -107,21 +111,21 @@ def to_mapping(value: Any) -> Any:
 
 
 def _listed(cls: type, options: Registry[type[Any]]) -> str:
-    """The name of a choice. Raises ValueError where it has none, since a file could not say what it is."""
+    """Return the registered name of a choice. Raises ValueError if it has none, since a file could not refer to it."""
     name = options.name_of(cls)
     if name is None:
         raise ValueError(
-            f"{cls.__module__}.{cls.__name__} has no name that a file could hold: it is no {options.kind} of this "
-            f"package or of an installed one; list it under the entry-point group {options.group}"
+            f"{cls.__module__}.{cls.__name__} has no name to store in a file: it is no {options.kind} of Condense or "
+            f"of an installed package; register it in the entry-point group {options.group}"
         )
     return name
 
 
 def choice(field: str, value: Any) -> Any:
-    """The default of a choice given by its name in Python (``decode="factor"``); any other value as it is.
+    """Return the default value of a choice given by name (``decode="factor"``), and any other value unchanged.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: unknown name.
     """
     tables: dict[str, Registry[type[Any]]] = {"decode": DECODERS, "labels": LABELS, "adjoint": ADJOINTS}
     options = tables.get(field)
@@ -137,16 +141,16 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str) -> Recipe:
-    """A recipe from nested dicts, over the defaults of the method's class.
+    """Build a recipe from nested dicts. Missing fields have the defaults of the method's class.
 
     Raises:
-        ValueError: unknown key, wrong type, value out of range; prefixed with ``source``.
+        ValueError: unknown key, wrong type or value out of range; the message starts with ``source``.
     """
     try:
         method = mapping.get("method")
         name = method.get("name") if isinstance(method, Mapping) else method
         if not isinstance(name, str):
-            raise ValueError("it names no method; begin it with `method: {name: dm}`")
+            raise ValueError("it names no method; start it with `method: {name: dm}`")
         base = Recipe(method=registry.load(name)())
         mapping = {**mapping, "method": _with_schedules(method, base.method)}
         _check(mapping, base, "")
@@ -157,7 +161,7 @@ def from_mapping(mapping: Mapping[str, Any], source: str) -> Recipe:
 
 
 def _with_schedules(fields: Any, method: Method) -> Any:
-    """The fields of a method, with the schedule of each optimiser as a field of its own (see ``schedule.nested``)."""
+    """Return the fields of a method with the schedule of each optimiser as a nested field (see ``schedule.nested``)."""
     if not isinstance(fields, Mapping):
         return fields
     optims = {name for name, value in vars(method).items() if isinstance(value, Optim)}
@@ -168,8 +172,10 @@ def _with_schedules(fields: Any, method: Method) -> Any:
 
 
 def from_yaml(path: Path, dataset: str | None = None, ipc: int | None = None) -> Recipe:
-    """Read a recipe file. Of a file with a table: the recipe nearest to a data set and a budget, by default to those
-    that stand above the table.
+    """Read a recipe file.
+
+    If the file has a table, the recipe nearest to a data set and a budget is returned. By default these are the data
+    set and the budget above the table.
 
     Raises:
         ValueError: see ``condense.catalog.read`` and ``from_mapping``.
@@ -178,7 +184,7 @@ def from_yaml(path: Path, dataset: str | None = None, ipc: int | None = None) ->
 
 
 def named(name: str) -> Recipe:
-    """The recipe of a name, ``mtt`` or ``mtt-cifar10-ipc10``, of this package or of another one that is installed.
+    """Return the recipe with a name such as ``mtt`` or ``mtt-cifar10-ipc10``, from any installed package.
 
     Raises:
         ValueError: there is no such recipe, or it is not valid.
@@ -194,21 +200,21 @@ class Resolved(NamedTuple):
 
     recipe: Recipe
     name: str
-    """The name of the recipe or the path of its file; ``the defaults of the method`` where there is neither."""
+    """Name of the recipe or path of its file; ``the defaults of the method`` if there is no recipe."""
     source: str
-    """Its publication, and where single values come from; empty where that is not known."""
+    """Publication, and where individual values come from; empty if unknown."""
 
 
 def find(name: str, dataset: str | None = None, ipc: int | None = None) -> Resolved:
-    """The recipe that is meant by the name of a method or of a recipe, or by the path of a recipe file.
+    """Return the recipe for the name of a method, the name of a recipe, or the path of a recipe file.
 
     Args:
         name: ``mtt``, ``mtt-cifar10-ipc10``, ``mine.yaml``, or the import path of a method.
-        dataset: the name of the data set. None: the recipe for any data set; of a file, the data set that it names.
-        ipc: images per class, of which the nearest published ones serve.
+        dataset: name of the data set. None selects the recipe for any data set, or the data set named by the file.
+        ipc: images per class; the recipe with the nearest published budget is returned.
 
     Raises:
-        ValueError: none of these, or a recipe that is not valid.
+        ValueError: there is no such method or recipe, or the recipe is not valid.
     """
     if name.endswith((".yaml", ".yml")):
         return _of_file(expanded(name), dataset, ipc)._replace(name=name)
@@ -231,17 +237,17 @@ def _of_file(path: Path, dataset: str | None, ipc: int | None) -> Resolved:
 
 
 def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None, description: str = "") -> T:
-    """``default`` with the flags of ``argv``: choices first, then everything else by tyro.
+    """Apply the flags of ``argv`` to ``default``: first the choices, then all other fields with tyro.
 
     Args:
-        kind: the type of ``default``, with tyro's markers.
-        argv: flags; ``--help`` prints them all and ends the process.
+        kind: type of ``default``, with tyro's markers.
+        argv: the flags. ``--help`` prints the help and exits.
         default: the value that the flags change.
-        prog: the command, for the help.
-        description: what stands above the flags in the help.
+        prog: the command shown in the help.
+        description: the help text above the flags.
 
     Raises:
-        ValueError: one line for an unknown flag (with the nearest ones), a wrong type or a value out of range.
+        ValueError: unknown flag (the message suggests similar ones), wrong type or value out of range; one line.
     """
     argv, default = _choose(list(argv), default, "")
     output = io.StringIO()
@@ -264,7 +270,7 @@ def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None, d
 
 
 def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
-    """Take the flags that name a choice out of ``argv`` and put the chosen defaults into ``value``."""
+    """Remove the flags that name a choice from ``argv``, and set the chosen defaults in ``value``."""
     hints = typing.get_type_hints(type(value))
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(value):
@@ -282,7 +288,7 @@ def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
 
 
 def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
-    """A type and its default, with a field for each choice below it: the help shows choices as it shows other flags."""
+    """Add a field for each nested choice to a type and its default, so that the help lists choices like other flags."""
     fields: dict[str, Any] = {}
     values: dict[str, str] = {}
     for flag, options, chosen in _choices(default):
@@ -299,7 +305,7 @@ def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
 
 
 def _choices(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, type], str]]:
-    """Flag, options and the option chosen, of each choice below ``value``."""
+    """Yield flag, options and chosen option of each choice nested in ``value``."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
@@ -311,25 +317,25 @@ def _choices(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, typ
 
 
 def _nested(path: str, name: str) -> str:
-    """The prefix of flags below a field; parts of a command stand at the top level."""
+    """Return the prefix of the flags of a nested field. ``recipe`` and ``options`` of a command add no prefix."""
     return "" if path == "" and name in ("recipe", "options") else f"{path}{name}."
 
 
 def take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Remove ``flag VALUE`` or ``flag=VALUE``; the last one counts."""
-    kept, found, items = [], None, iter(argv)
+    """Remove all ``flag VALUE`` and ``flag=VALUE`` from ``argv``; return the rest and the last value, or None."""
+    rest, value, items = [], None, iter(argv)
     for item in items:
         if item == flag:
-            found = next(items, "")
+            value = next(items, "")
         elif item.startswith(flag + "="):
-            found = item.removeprefix(flag + "=")
+            value = item.removeprefix(flag + "=")
         else:
-            kept.append(item)
-    return kept, found
+            rest.append(item)
+    return rest, value
 
 
 def _check(mapping: Mapping[Any, Any], value: Any, path: str) -> None:
-    """Raise ValueError for what YAML can say and a recipe cannot, before it is spelt as flags."""
+    """Raise ValueError for YAML values that a recipe cannot hold, before they are converted to flags."""
     hints = typing.get_type_hints(type(value))
     for key, item in mapping.items():
         field, where = str(key).replace("-", "_"), f"{path}{key}"
@@ -346,15 +352,15 @@ def _check(mapping: Mapping[Any, Any], value: Any, path: str) -> None:
                 current = _named(field, name, current, where)
             _check(content, current, f"{where}.")
         elif not chosen:
-            raise ValueError(f"{where} holds fields of its own, not {item!r}; write {where}: {{field: value}}")
+            raise ValueError(f"{where} is a mapping of fields, not {item!r}; write {where}: {{field: value}}")
         elif field != "method":
             _named(field, item, current, where)
 
 
 def _named(field: str, name: Any, current: Any, where: str) -> Any:
-    """``current``, or what a choice is by default where another is named."""
+    """Return ``current``, or the default value of the named choice if it has another type."""
     if not isinstance(name, str):
-        raise ValueError(f"{where} is chosen by its name, which {name!r} is not")
+        raise ValueError(f"{where} is {name!r} where the name of a choice is expected; give a name")
     chosen = choice(field, name)
     return current if type(current) is type(chosen) else chosen
 
@@ -372,7 +378,7 @@ def _check_plain(item: Any, annotation: Any, where: str) -> None:
 
 
 def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The command line that says what a nested mapping says."""
+    """Yield the flags that are equivalent to a nested mapping."""
     for key, value in mapping.items():
         flag = f"{prefix}{key}".replace("_", "-")
         if isinstance(value, Mapping):
@@ -390,10 +396,10 @@ def _flags(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(box: str) -> str:
-    """What tyro prints in a frame, as one line: the complaint, and the nearest flags besides those it is about.
+    """Convert an error that tyro prints in a frame to one line: the error, and similar flags that the user may mean.
 
-    The frame has a title and sections between rules, the complaint first; where the terminal has no box characters, a
-    rule of dashes follows the title.
+    The frame has a title and sections separated by rules. The first section is the error. On a terminal without box
+    characters a line of dashes follows the title.
     """
     sections: list[list[str]] = [[]]
     for line in box.splitlines():
@@ -414,6 +420,6 @@ def _one_line(box: str) -> str:
 
 
 def _of_fields(line: str) -> str:
-    """A complaint of ``parse`` for somebody who wrote fields and no flags."""
+    """Rewrite an error of ``parse`` for a user who wrote fields, not flags."""
     complaint = re.split(r"; (?:did you mean --|--help lists)", line)[0]
     return re.sub(r"--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), complaint)

@@ -1,4 +1,4 @@
-"""Methods by name. The table holds paths, not classes: a method is imported when it is asked for."""
+"""Registry of methods. It holds import paths; a method is imported when it is looked up."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ METHODS: Registry[type[Method]] = Registry(
 
 
 def load(name: str) -> type[Method]:
-    """The class behind a name, or behind an import path: ``module:Class`` as ``name_of`` gives it for a class that is
-    not listed, or ``FILE.py:Class``. A module is also looked for in the current folder, that of a file in its own.
+    """Return the class of a method, given its name or an import path.
+
+    The path is ``module:Class``, as returned by ``name_of`` for a class that is not registered, or ``FILE.py:Class``.
+    Modules are also searched in the current folder or, for a file, in its folder.
 
     Raises:
-        ValueError: unknown name, or a path that does not lead to a method.
+        ValueError: unknown name, or the path does not lead to a method.
     """
     if name in METHODS or ":" not in name:
         return METHODS.named(name)
@@ -59,20 +61,22 @@ def load(name: str) -> type[Method]:
         module = file.stem
     if "<locals>" in attribute:
         raise ValueError(
-            f"method {name!r} is a class inside a function, which nobody else can import; move it to the top level of "
+            f"method {name!r} is a class inside a function and cannot be imported; move it to the top level of "
             "its module, or pass an instance of it in Python"
         )
     try:
         with _importable(file.parent if file else Path()):
-            place = getattr(importlib.import_module(module), "__file__", None)
-            if file is not None and (place is None or not file.samefile(place)):
-                raise ImportError(f"another module has that name, {place or 'a built-in one'}")
+            origin = getattr(importlib.import_module(module), "__file__", None)
+            if file is not None and (origin is None or not file.samefile(origin)):
+                raise ImportError(f"another module has this name: {origin or 'a built-in one'}")
             value = import_path(f"{module}:{attribute}")
     except Exception as error:  # the module may raise anything
         if module == "__main__":
-            advice = "it stood in a script: run that script again, or move the class to a module that can be imported"
+            advice = (
+                "it was defined in a script: run that script again, or move the class to a module that can be imported"
+            )
         else:
-            advice = "correct or rename the file" if file else "install its package, or put its folder on PYTHONPATH"
+            advice = "correct or rename the file" if file else "install its package, or add its folder to PYTHONPATH"
         raise ValueError(f"method {name!r} cannot be loaded: {reason(error)}; {advice}") from error
     complaint = METHODS.complaint(name, value)
     if complaint is not None:
@@ -81,17 +85,17 @@ def load(name: str) -> type[Method]:
 
 
 def name_of(method: Method) -> str:
-    """The name a method is listed under; for a class that is not listed its import path."""
+    """Return the registered name of a method, or the import path of its class if it is not registered."""
     cls = type(method)
     return METHODS.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
 
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Inside, modules of a folder can be imported; what is installed comes first."""
-    place = str(folder.resolve())
-    sys.path.append(place)
+    """Make the modules of a folder importable inside the context. Installed modules take precedence."""
+    entry = str(folder.resolve())
+    sys.path.append(entry)
     try:
         yield
     finally:
-        sys.path.remove(place)
+        sys.path.remove(entry)

@@ -1,7 +1,8 @@
 """Keyed randomness: every draw is a function of (root seed, name, step, unit), never of history.
 
-A keyed draw does not depend on what was drawn before it, on the number of processes or on the device, so a
-resumed run needs no generator state and every rank agrees. The global generators are never read and never seeded.
+A keyed draw does not depend on earlier draws, on the number of processes or on the device. A resumed run therefore
+needs no generator state, and all ranks draw the same numbers. Only ``Rng.forked`` and ``Generators`` use the global
+generators, and they restore their states.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from condense.names import spelt
 
 @dataclass(frozen=True)
 class Rng:
-    """A root seed. ``rng(name, step, unit)`` returns a fresh CPU generator for that key.
+    """A root seed. ``rng(name, step, unit)`` returns a new CPU generator for that key.
 
-    ``unit`` tells apart the parts of one step: a class, a trajectory, a pool member, an expert.
+    ``unit`` distinguishes the parts of one step, such as classes, trajectories, pool members or experts.
     """
 
     seed: int
 
     def key(self, name: str, step: int = 0, unit: int | str = 0) -> int:
-        """A 63-bit integer: the hash of (seed, name, step, unit)."""
+        """Return the 63-bit hash of (seed, name, step, unit)."""
         text = f"{self.seed}/{name}/{step}/{unit}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -36,14 +37,14 @@ class Rng:
         return torch.Generator().manual_seed(self.key(name, step, unit))
 
     def child(self, name: str, unit: int | str = 0) -> Rng:
-        """A root of its own, for a part (an expert, an evaluation cell) that draws by names of its own."""
+        """Return a new root for a component (an expert, an evaluation cell) that chooses its own names of draws."""
         return Rng(self.key(name, 0, unit))
 
     @contextlib.contextmanager
     def forked(self, name: str, step: int = 0, unit: int | str = 0) -> Iterator[None]:
-        """Inside, the global generators are seeded by the key; on leaving they are as they were before.
+        """Seed the global generators by the key inside the context, and restore their states on exit.
 
-        For code that cannot take a generator: the constructors of ``torch.nn`` modules, dropout.
+        This is for code that cannot take a generator: the constructors of ``torch.nn`` modules, dropout.
         """
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices):
@@ -52,31 +53,31 @@ class Rng:
 
 
 def check_seed(seed: int, field: str = "seed") -> None:
-    """Raise ValueError of a seed that is negative; ``field`` is where the user gave it."""
+    """Raise ValueError if a seed is negative; ``field`` is the name of the user's field, for the message."""
     if seed < 0:
         raise ValueError(f"{field} must be at least 0, got {seed}; give {spelt(field, 0)}")
 
 
 class Generators(NamedTuple):
-    """The states of the global generators that a computation on one device draws from.
+    """The states of the global generators from which a computation on one device draws, for example for dropout.
 
-    Dropout draws from them. What is computed twice, once for its value and once for its derivative, has to draw the
-    same numbers both times: take ``of`` before the first time, and go through ``replayed`` the second time.
+    A function that is computed twice, once for its value and once for its derivative, has to draw the same numbers
+    both times: call ``of`` before the first time, and use ``replayed`` the second time.
     """
 
     cpu: Tensor
     device: torch.device
     own: Tensor | None
-    """The state of the generator of ``device``, where that is not the CPU."""
+    """The state of the generator of ``device``; None if that is the CPU."""
 
     @classmethod
     def of(cls, device: torch.device) -> Generators:
-        """As they are now."""
+        """Return the current states."""
         return cls(torch.get_rng_state(), device, _state_of(device))
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, the global generators go on from these states; on leaving they are as they were before."""
+        """Set the global generators to these states inside the context, and restore their own states on exit."""
         before = Generators.of(self.device)
         self._set()
         try:

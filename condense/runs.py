@@ -1,5 +1,5 @@
-"""How and where a recipe is run: the options, the run folder, and what is true of a run and not of its result (place,
-time, machine)."""
+"""Options of a run, its folder, and its record of facts that do not affect the result (location of the data, time,
+machine)."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ RECORD = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Checked):
-    """How a distillation is run; nothing here decides its result, but ``eval_every`` asks for a validation split where
+    """Options of a run. They do not affect the result, except that ``eval_every`` holds out a validation split where
     the recipe leaves that open."""
 
     out: Path | None = None
-    """Run folder; default runs/METHOD-DATASET-ipcN-seedS."""
+    """Run folder. The default is runs/METHOD-DATASET-ipcN-seedS."""
     buffers: Path = Path("artifacts")
-    """Where expert buffers are looked for: a root, or one buffer."""
+    """Folder to search for buffers, or the folder of one buffer."""
     resume: bool = False
-    """Continue from the checkpoint; starts afresh where there is none. Implied where torchrun starts a run again."""
+    """Continue from the checkpoint, or start anew if there is none. Implied when torchrun restarts a run."""
     eval_every: int = 0
-    """Steps between evaluations on the validation split; 0: none."""
+    """Number of steps between evaluations on the validation split; 0 turns them off."""
     track: tuple[str, ...] = ()
-    """Trackers beside log.jsonl: wandb, tensorboard."""
+    """Trackers to use in addition to log.jsonl: wandb, tensorboard."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: FlagConversionOff[bool] = False
-    """Let torchvision download a data set that is missing."""
+    """Let torchvision download a missing data set."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,33 +54,33 @@ class RunOptions(Checked):
 
 
 def run_folder(plan: Recipe, out: Path | None, dataset: str) -> Path:
-    """Where a recipe is run: ``out``, or a name made of method, data set, budget and seed."""
+    """Return ``out``, or the default run folder, which is named after method, data set, budget and seed."""
     method = registry.name_of(plan.method).replace(":", ".").replace("<locals>.", "")
     return expanded(out or Path("runs") / f"{method}-{dataset}-ipc{plan.ipc}-seed{plan.seed}")
 
 
 def located(plan: Recipe, options: RunOptions) -> Recipe:
-    """The recipe with the place of its data: where the run to be resumed recorded it, else as the recipe says.
+    """Return the recipe with the location of its data, as recorded by the run to be resumed, else as in the recipe.
 
     Raises:
-        ValueError: the recipe has a name and a fingerprint only, and there are no such data here.
+        ValueError: the recipe names data with a fingerprint that are neither a known data set nor an existing path.
     """
     run = expanded(options.out) if options.resume and options.out is not None else None
     source = source_of(run, plan.dataset)
     if plan.fingerprint is not None and source not in datasets.names() and not expanded(source).exists():
         raise ValueError(
-            f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is no "
-            f"known name and no file here; give {spelt('dataset', 'PATH')}"
+            f"the recipe is for the data set {plan.dataset!r} with fingerprint {plan.fingerprint[:12]}, which is "
+            f"neither a known data set nor an existing file; give {spelt('dataset', 'PATH')}"
         )
     return replace(plan, dataset=source)
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a run folder, which is made where there is none, against all other processes.
+    """Create a run folder if necessary, and lock it against all other processes.
 
     Raises:
-        ValueError: it cannot be made; another process is running in it.
+        ValueError: the folder cannot be created, or another process is running in it.
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
@@ -89,7 +89,7 @@ def held(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"cannot make the run folder {folder}: {error.strerror}; choose another {spelt('out')}"
+            f"cannot create the run folder {folder}: {error.strerror}; choose another {spelt('out')}"
         ) from error
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
@@ -109,13 +109,13 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Raise ValueError where no run can be written to ``folder``: it is a file, holds something else or a run that is
-    not to be resumed, or cannot be made. Nothing is left behind."""
+    """Raise ValueError if no run can be written to ``folder``: it is a file, it holds other files or a run that is not
+    to be resumed, or it cannot be created. The check leaves no files behind."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
     if folder.exists() and content(folder):
         if not (folder / "recipe.yaml").exists():
-            raise ValueError(f"{folder} holds other files and is no run; choose another {spelt('out')}")
+            raise ValueError(f"{folder} is not empty and holds no run; choose another {spelt('out')}")
         if not resume:
             raise ValueError(
                 f"{folder} already holds a run; give {spelt('resume', True)} to continue it, or another {spelt('out')}"
@@ -124,15 +124,15 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 
 def written_recipe(folder: Path) -> Mapping[str, Any] | None:
-    """The recipe of the run in ``folder``, by field; None where there is none. Its ``compute`` has been checked.
+    """Return the fields of the recipe of the run in ``folder``, with ``compute`` checked; None if there is no run.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     file, fix = folder / "recipe.yaml", f"restore it, or choose another {spelt('out')}"
     if not file.exists():
         return None
-    written = read_yaml(file, mend=fix)
+    written = read_yaml(file, fix=fix)
     if not isinstance(written, dict):
         raise ValueError(f"{file} is damaged: it is not a mapping of fields; {fix}")
     if written.get("compute") is not None:
@@ -141,15 +141,15 @@ def written_recipe(folder: Path) -> Mapping[str, Any] | None:
 
 
 def claim(folder: Path, plan: Recipe, written: Mapping[str, Any] | None) -> None:
-    """Refuse a folder that holds something else, before anything is written.
+    """Check that a run may write to a folder, before anything is written.
 
     Args:
-        folder: of the run.
-        plan: its recipe.
-        written: of ``written_recipe``, where that run is to be resumed. Where its data lay makes no difference.
+        folder: the run folder.
+        plan: the recipe of the run.
+        written: the result of ``written_recipe``, if that run is to be resumed. The location of its data is ignored.
 
     Raises:
-        ValueError: see ``check_folder``; the run was begun with another recipe (names the field).
+        ValueError: see ``check_folder``; or the existing run has another recipe (the error names the field).
     """
     if written is None:
         return check_folder(folder, resume=False)
@@ -160,12 +160,12 @@ def claim(folder: Path, plan: Recipe, written: Mapping[str, Any] | None) -> None
     if different is not None:
         name, old, new = (printable(str(part), 60) for part in different)
         raise ValueError(
-            f"{folder} was begun with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
+            f"{folder} was started with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
         )
 
 
 def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two recipes differ."""
+    """Return path, old and new value of the first field in which two recipes differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*new, *(k for k in old if k not in new)]:
             difference = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -176,21 +176,21 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
 
 
 def write_source(folder: Path, dataset: str) -> None:
-    """Where the data of a run lie, into ``run.json`` as the run begins.
+    """Write the location of the data to ``run.json`` at the start of a run.
 
-    Data that were passed in Python have a name and no place: theirs is the place that an earlier record holds, else
-    the name.
+    Data that were passed in Python have a name but no location. For these an earlier record is retained, else the name
+    is written.
     """
-    record, place = read_record(folder), expanded(dataset)
-    if dataset not in datasets.names() and place.exists():
-        record["dataset"] = str(place.resolve())
+    record, path = read_record(folder), expanded(dataset)
+    if dataset not in datasets.names() and path.exists():
+        record["dataset"] = str(path.resolve())
     elif dataset in datasets.names() or "dataset" not in record:
         record["dataset"] = dataset
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def write_record(folder: Path, device: torch.device, seconds: float, processes: int) -> None:
-    """The rest of ``run.json`` when the run has ended; ``seconds`` add up over resumptions."""
+    """Complete ``run.json`` at the end of a run. ``seconds`` are added to those of earlier sessions of the run."""
     earlier = read_record(folder)
     record = {
         "dataset": earlier.get("dataset", ""),
@@ -210,12 +210,12 @@ def write_record(folder: Path, device: torch.device, seconds: float, processes: 
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What ``write_record`` wrote; empty where there is nothing readable. Fields of another type are left out."""
+    """Return the content of ``run.json`` without fields of a wrong type; empty if it cannot be read."""
     path = folder / RECORD
     if not path.exists():
         return {}
     try:
-        content = read_json(path, mend="remove it")
+        content = read_json(path, fix="remove it")
     except ValueError:
         return {}
     record = content if isinstance(content, dict) else {}
@@ -228,10 +228,12 @@ def _is_of_record(name: str, value: Any) -> bool:
 
 
 def source_of(path: Path | None, name: str) -> str:
-    """Where the data of a set lie: the place that its run recorded (``path`` is the run, or a file in it), or ``name``
-    where no place is recorded or the data are no longer there."""
+    """Return the location of the data recorded by a run, or ``name`` if none is recorded or the data no longer exist.
+
+    ``path`` is the run folder or a file in it.
+    """
     for folder in () if path is None else (path, *path.parents[:2]):
-        place = str(read_record(folder).get("dataset", ""))
-        if place in datasets.names() or (place and Path(place).exists()):
-            return place
+        source = str(read_record(folder).get("dataset", ""))
+        if source in datasets.names() or (source and Path(source).exists()):
+            return source
     return name

@@ -1,8 +1,8 @@
-"""How a learning rate changes from step to step: one type for optimisers of a set, for trainings and for experts.
+"""Learning rate schedules of the optimisers of a set, of trainings and of experts.
 
 Files of version 0.1 write a schedule as flat fields of its optimiser or training. ``Schedule.content``,
-``Schedule.optimiser_content`` and ``nested`` are the only places that know this spelling: what can be said in it is
-still written in it, so that hashes and identities stay as they are.
+``Schedule.optimiser_content`` and ``nested`` are the only places that know this format. Schedules that it can express
+are still written in it, so that hashes and identities do not change.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from condense.schema import Checked
 class Schedule(Checked):
     """The learning rate of each step as a function of a base learning rate; by default it is constant.
 
-    After the warm-up the factors of all drops and of the cosine are multiplied. An epoch of an optimiser that
-    has no epochs, such as one of the synthetic set, is one step.
+    After the warm-up the learning rate is multiplied by the factors of all drops and of the cosine. For an optimiser
+    without epochs, such as that of the synthetic set, an epoch is one step.
     """
 
     warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly from zero."""
+    """Number of warm-up steps, in which the learning rate rises linearly from zero."""
     drop_at: tuple[float, ...] = ()
     """Fractions of the run after which the learning rate drops, at the beginning of an epoch."""
     drop_after: tuple[int, ...] = ()
-    """Epochs after which the learning rate drops, however long the run is."""
+    """Epochs after which the learning rate drops, whatever the length of the run."""
     drop_factor: float = 0.1
-    """Factor of each drop; 0.5 halves the learning rate."""
+    """Factor by which each drop multiplies the learning rate; 0.5 halves it."""
     cosine_to: float | None = None
-    """Final learning rate as a fraction of the base one (cosine annealing); None: no annealing."""
+    """Final learning rate as a fraction of the base learning rate (cosine annealing); None: no annealing."""
     cosine_span: float = 1.0
-    """Fraction of the half wave of the cosine that the run covers."""
+    """Fraction of the half period of the cosine that the run covers; 1: the run ends at ``cosine_to``."""
     lr_per_step: tuple[float, ...] = ()
-    """A learning rate for each step, in place of everything else; the last one is kept in all further steps."""
+    """Learning rate of each step, which replaces all other fields; further steps keep the last one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup_steps < 0:
             raise ValueError(f"a schedule's warmup_steps must be at least 0, got {self.warmup_steps}; try 500")
         if not all(0 <= at <= 1 for at in self.drop_at):
-            raise ValueError(f"a schedule's drop_at are fractions of the run, got {self.drop_at}; try 0.5")
+            raise ValueError(f"a schedule's drop_at are fractions of the run in [0, 1], got {self.drop_at}; try 0.5")
         if not all(epoch >= 0 for epoch in self.drop_after):
-            raise ValueError(f"a schedule's drop_after are numbers of epochs, got {self.drop_after}; try 15")
+            raise ValueError(f"a schedule's drop_after are numbers of epochs >= 0, got {self.drop_after}; try 15")
         if not 0 <= self.drop_factor < math.inf:
             raise ValueError(f"a schedule's drop_factor must be finite and >= 0, got {self.drop_factor}; try 0.1")
         if self.cosine_to is not None and not 0 <= self.cosine_to <= 1:
@@ -58,7 +58,7 @@ class Schedule(Checked):
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a longer run has other learning rates in the steps that both runs have."""
+        """Whether the learning rate of a step depends on the number of steps of the run."""
         return not self.lr_per_step and (bool(self.drop_at) or self.cosine_to is not None)
 
     def lr_at(self, lr: float, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
@@ -66,9 +66,9 @@ class Schedule(Checked):
 
         Args:
             lr: the base learning rate.
-            step: counted from 0.
-            num_steps: of the whole run.
-            steps_per_epoch: steps in an epoch; drops come between epochs.
+            step: the step, counted from 0.
+            num_steps: number of steps of the whole run.
+            steps_per_epoch: steps per epoch; the learning rate drops only between epochs.
         """
         if self.lr_per_step:
             return self.lr_per_step[min(step, len(self.lr_per_step) - 1)]
@@ -85,7 +85,7 @@ class Schedule(Checked):
         return lr * (self.cosine_to + (1 - self.cosine_to) * wave)
 
     def describe(self) -> str:
-        """In brackets behind a learning rate; empty if that is constant."""
+        """Return text in brackets that follows a learning rate in messages; empty if the learning rate is constant."""
         parts = [f"warm-up of {self.warmup_steps} steps"] if self.warmup_steps else []
         if self.cosine_to is not None:
             parts.append(f"cosine to {self.cosine_to:g}")
@@ -98,7 +98,7 @@ class Schedule(Checked):
         return f" ({', '.join(parts)})" if parts else ""
 
     def content(self) -> dict[str, Any]:
-        """The flat fields of a training's file: ``decay_at`` and ``decay``, and further ones that differ from their
+        """Return the flat fields of a training: ``decay_at``, ``decay``, and all others that differ from their
         default."""
         flat = {
             "decay_at": _one_or_several(self.drop_at),
@@ -112,8 +112,8 @@ class Schedule(Checked):
         return {name: value for name, value in flat.items() if name in ("decay_at", "decay") or value != _OMITTED[name]}
 
     def optimiser_content(self) -> dict[str, Any]:
-        """The fields beside those of an optimiser of the set: ``cosine_to`` and ``halve_at`` where these say it all,
-        else ``schedule`` with all fields."""
+        """Return the fields of an optimiser of the set: ``cosine_to`` and ``halve_at`` where these suffice, else
+        ``schedule`` with all of its fields."""
         factor = 0.5 if self.drop_at else self.drop_factor
         if self == Schedule(cosine_to=self.cosine_to, drop_at=self.drop_at, drop_factor=factor):
             return {"cosine_to": self.cosine_to, "halve_at": list(self.drop_at)}
@@ -123,10 +123,10 @@ class Schedule(Checked):
 
 CONSTANT = Schedule()
 DROP_AT_HALF = Schedule(drop_at=(0.5,))
-"""To a tenth after half of the epochs."""
+"""The learning rate drops to a tenth after half of the epochs."""
 
 FLAT_NAMES = ("decay_at", "decay", "decay_epoch", "warmup_steps", "cosine_to", "cosine_span", "rates")
-"""What ``Schedule.content`` writes."""
+"""Names of the fields that ``Schedule.content`` writes."""
 
 _OMITTED: dict[str, Any] = {"decay_epoch": None, "warmup_steps": 0, "cosine_to": None, "cosine_span": 1.0, "rates": ()}
 
@@ -140,13 +140,13 @@ _NAMES = {
     "cosine_span": "cosine_span",
     "rates": "lr_per_step",
 }
-"""Flat name -> field of ``Schedule``."""
+"""Flat name -> name of the field of ``Schedule``."""
 
 
 def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of an optimiser or a training as files have them, with the flat ones moved into ``schedule``.
+    """Return the fields of an optimiser or a training in a file, with the flat ones moved into ``schedule``.
 
-    Values are passed on as they are, for the reader to check. What ``schedule`` itself says takes precedence.
+    The values are not checked here. Fields that are given under ``schedule`` take precedence.
     """
     rest, moved = dict[str, Any](), dict[str, Any]()
     for key, value in fields.items():
@@ -168,5 +168,5 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_or_several(values: tuple[Any, ...]) -> Any:
-    """None of no values, the value itself of one, else the tuple."""
+    """Return None for an empty tuple, the value for a tuple of one, else the tuple."""
     return None if not values else values[0] if len(values) == 1 else values

@@ -1,6 +1,6 @@
-"""Values checked against annotations: the content of a JSON file, and the fields that a Python user passes.
+"""Check values against type annotations: the content of JSON files, and fields that are passed in Python.
 
-One checker serves both, so that a wrong type is refused in the same words wherever it comes from.
+Both use the same check, so that the error messages are the same.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ P = ParamSpec("P")
 
 
 def mismatch(value: Any, annotation: Any) -> str | None:
-    """Why ``value`` is not of the annotated type, as "VALUE is not EXPECTED"; None where it is.
+    """Return why ``value`` is not of the annotated type, as "VALUE is not EXPECTED", or None if it is.
 
-    An ``int`` serves as a ``float``; a ``bool`` serves as neither. ``float`` means a finite number or an infinity,
-    never NaN. Tuples, sequences and mappings are checked element by element; a dataclass and any other class by
-    ``isinstance``.
+    An ``int`` is accepted as a ``float``; a ``bool`` as neither. A ``float`` may be infinite but not NaN. Tuples,
+    sequences and mappings are checked element by element, dataclasses and all other classes by ``isinstance``.
     """
     if annotation is Any or annotation is dataclasses.MISSING:
         return None
@@ -45,7 +44,7 @@ def mismatch(value: Any, annotation: Any) -> str | None:
         of_value = f"{brief(value)} is not "
         return next((line for line in lines if not line.startswith(of_value)), _not(value, annotation))
     if origin is Literal:
-        # `True == 1`: the type decides too
+        # compare types too, since `True == 1`
         return None if any(value == x and type(value) is type(x) for x in args) else _not(value, annotation)
     if annotation is None or annotation is type(None):
         return None if value is None else _not(value, annotation)
@@ -56,7 +55,7 @@ def mismatch(value: Any, annotation: Any) -> str | None:
         return None if isinstance(value, int) and not isinstance(value, bool) else _not(value, annotation)
     kind = origin or annotation
     if not isinstance(kind, type):
-        return None  # a type variable or an alias that says nothing at run time
+        return None  # a type variable or an alias, which cannot be checked at run time
     fits = isinstance(value, kind)
     if not fits or (kind is Sequence and isinstance(value, str | bytes)):
         return _not(value, annotation)
@@ -72,14 +71,13 @@ def mismatch(value: Any, annotation: Any) -> str | None:
 
 
 class Checked:
-    """Base of the dataclasses that a Python user makes: their fields are of the annotated types when they are made.
+    """Base class of dataclasses whose fields are checked against their annotations on construction.
 
-    What means the same is converted: numpy's numbers, a list where a tuple is expected, an ``int`` where a ``float``
-    is, text where a ``Path`` is, a ``torch.device`` where its name is. A subclass with a ``__post_init__`` of its own
-    calls this one first.
+    Equivalent values are converted: NumPy numbers, a list to a tuple, an ``int`` to a ``float``, a string to a
+    ``Path``, a ``torch.device`` to its name. A subclass that defines ``__post_init__`` must call this one first.
 
     Raises:
-        ValueError: a value of another type, on construction.
+        ValueError: a field has a value of another type.
     """
 
     def __post_init__(self) -> None:
@@ -92,7 +90,7 @@ class Checked:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """A function whose arguments are converted and checked as the fields of ``Checked`` are; ``**fields`` pass."""
+    """Decorate a function so that its arguments are converted and checked as in ``Checked``, except ``**fields``."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -111,13 +109,13 @@ _hints_of_function = functools.cache(typing.get_type_hints)
 
 
 def accepted(value: Any, annotation: Any, owner: str, name: str) -> Any:
-    """``value`` as the annotation means it.
+    """Return ``value`` converted to the annotated type.
 
     Args:
         owner, name: the class or function and its field, for the message.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: ``value`` is of another type.
     """
     value = _as_meant(value, annotation)
     line = mismatch(value, annotation)
@@ -127,20 +125,20 @@ def accepted(value: Any, annotation: Any, owner: str, name: str) -> Any:
     if isinstance(value, str) and typing.get_origin(annotation) is Literal:
         raise ValueError(f"{owner}: {name}={text} is unknown: {suggest(value, typing.get_args(annotation))}")
     reason = line.removeprefix(text) if line.startswith(text) else f": {line}"
-    mend = "one of them" if reason.endswith(f"is not {wanted}") else wanted
-    raise ValueError(f"{owner}: {name}={text}{reason}; give {mend}")
+    fix = "one of them" if reason.endswith(f"is not {wanted}") else wanted
+    raise ValueError(f"{owner}: {name}={text}{reason}; give {fix}")
 
 
 def replaced(value: D, fields: Mapping[str, Any], others: Iterable[str] = ()) -> D:
-    """``dataclasses.replace``, with the nearest names where there is no such field.
+    """Call ``dataclasses.replace`` with a helpful error for unknown fields.
 
     Args:
         value: a dataclass.
-        fields: its new values, by name.
-        others: names that the user may have meant besides those of the fields.
+        fields: new values by field name.
+        others: further names to suggest for an unknown field.
 
     Raises:
-        ValueError: an unknown field, or a value that the constructor refuses.
+        ValueError: unknown field (the message suggests a similar name), or a value that the constructor refuses.
     """
     names = [f.name for f in dataclasses.fields(value)]
     for name in fields:
@@ -150,49 +148,50 @@ def replaced(value: D, fields: Mapping[str, Any], others: Iterable[str] = ()) ->
 
 
 def from_json(kind: type[T], value: Any, where: str) -> T:
-    """A dataclass from the mapping that JSON gave; keys beyond its fields are ignored, lists serve as tuples.
+    """Build a dataclass from a JSON mapping. Unknown keys are ignored, and lists are converted to tuples.
 
     Args:
-        kind: a dataclass whose nested fields may be dataclasses themselves.
-        value: what ``json.loads`` returned.
-        where: the file, and the place in it, for the message.
+        kind: a dataclass, whose fields may be dataclasses too.
+        value: the result of ``json.loads``.
+        where: the file and the position in it, for the message.
 
     Raises:
-        ValueError: not a mapping; a field without default is missing; a field has another type; the constructor of
-            the dataclass refuses it.
+        ValueError: not a mapping; missing field without default; wrong type; the constructor refuses a value.
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {_not(value, Mapping)}")
-    hints, found = hints_of(kind), {}
+    hints, values = hints_of(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in value:
-            found[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
+            values[field.name] = _converted(value[field.name], hints[field.name], f"{where}, {field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: the field {field.name!r} is missing")
     try:
-        return kind(**found)
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def brief(value: Any) -> str:
-    """``repr(value)`` for a message: on one line, printable, at most 60 characters."""
+    """Return ``repr(value)`` for a message: one line, printable, at most 60 characters."""
     try:
         return excerpt(repr(value), 60)
-    except Exception:  # a foreign class may represent itself in any way
+    except Exception:  # the repr of any class may fail
         return type(value).__name__
 
 
 def _hints_of_class(kind: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass, by field name; ``Any`` for those of a class whose annotations name what
-    only type checkers import."""
-    found: dict[str, Any] = {}
+    """Return the resolved annotations of a dataclass by field name.
+
+    They are ``Any`` for a class whose annotations use names that are imported only for type checking.
+    """
+    hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         try:
-            found |= inspect.get_annotations(base, eval_str=True)
+            hints |= inspect.get_annotations(base, eval_str=True)
         except NameError:
-            found |= dict.fromkeys(inspect.get_annotations(base), Any)
-    return found
+            hints |= dict.fromkeys(inspect.get_annotations(base), Any)
+    return hints
 
 
 hints_of: Callable[[type], dict[str, Any]] = functools.cache(_hints_of_class)
@@ -203,7 +202,7 @@ def _as_meant(value: Any, annotation: Any) -> Any:
     if Any in options:
         return value
     if type(value) not in (int, float, bool, str) and getattr(value, "shape", None) == () and hasattr(value, "item"):
-        plain = value.item()  # of numpy and torch
+        plain = value.item()  # NumPy and torch scalars
         value = plain if mismatch(plain, annotation) is None else value
     if type(value) is int and float in options and int not in options:
         return float(value) if abs(value) < 2**1000 else value
@@ -222,7 +221,7 @@ def _as_meant(value: Any, annotation: Any) -> Any:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of an annotation: one, or those of a union."""
+    """Return the members of a union, or the annotation itself as the only member."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _options(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (Union, types.UnionType):
@@ -231,7 +230,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def _in_python(annotation: Any) -> str:
-    """What an annotation says, as a Python user names it."""
+    """Return an annotation in Python terms, for the advice of an error."""
     names: list[str] = []
     for option in _options(annotation):
         origin, args = typing.get_origin(option), typing.get_args(option)
@@ -251,7 +250,7 @@ def _in_python(annotation: Any) -> str:
 
 
 def _converted(value: Any, annotation: Any, where: str) -> Any:
-    """``value`` with dataclasses and tuples made of the mappings and lists in it, wherever the annotation has them."""
+    """Convert mappings and lists in ``value`` to dataclasses and tuples as annotated."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return from_json(annotation, value, where)
@@ -276,7 +275,7 @@ def _converted(value: Any, annotation: Any, where: str) -> Any:
 
 
 def _has_parts(annotation: Any) -> bool:
-    """Whether JSON holds such a value as a mapping or list that is to be converted."""
+    """Return whether values of this type are converted from a JSON mapping or list."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         return any(map(_has_parts, typing.get_args(annotation)))
     return dataclasses.is_dataclass(annotation) or typing.get_origin(annotation) is tuple
@@ -295,7 +294,7 @@ def _not(value: Any, annotation: Any) -> str:
 
 
 def _plain(annotation: Any) -> str:
-    """What an annotation says, in words."""
+    """Return an annotation in words."""
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:

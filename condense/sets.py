@@ -1,4 +1,4 @@
-"""Sets and their data: from a file, a run folder or what others publish to a set and the arrays it was made from."""
+"""Read sets from files, run folders or published images, together with the data they were distilled from."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from condense.synthetic.set import SyntheticSet
 from condense.task import Split
 
 Readable = SyntheticSet | Path | str
-"""A set, its file or run folder, or labelled pixels of any origin (``.npz``, a folder of images)."""
+"""A set, its file or run folder, or labelled images from elsewhere (``.npz``, a folder of images)."""
 
 
 def read_set(syn: Readable, dataset: Data | None = None) -> tuple[SyntheticSet | exchange.External, Data]:
-    """A set, or pixels of any origin, and which data belong to it; the data are not read.
+    """Read a set or external images; return them and the data they belong to, which are not read.
 
-    ``dataset`` is where the data lie: by default as the run recorded it, else by the name in the file.
+    By default ``dataset`` is the location that the run recorded, else the name stored in the file.
 
     Raises:
-        ValueError: it cannot be read; pixels of any origin without ``dataset``.
+        ValueError: the set cannot be read, or external images come without ``dataset``.
     """
     if isinstance(syn, SyntheticSet):
         return syn, syn.origin.dataset_name if dataset is None else dataset
@@ -44,14 +44,14 @@ def read_set(syn: Readable, dataset: Data | None = None) -> tuple[SyntheticSet |
         )
     if external.space == "transformed":
         raise ValueError(
-            f"{path} does not say through which transform its images went; first `condense import {path} "
+            f"{path} does not say which transform its images have; first run `condense import {path} "
             "set.safetensors --dataset NAME --transform channel` (or zca)"
         )
     return external, dataset
 
 
 def open_set(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> tuple[SyntheticSet, Arrays]:
-    """``read_set`` with the data; pixels of any origin become a set that goes through ``channel``.
+    """Read a set and its data. External images become a set with the transform ``channel``.
 
     Raises:
         ValueError: see ``read_set`` and ``open_data``.
@@ -61,14 +61,14 @@ def open_set(syn: Readable, dataset: Data | None = None, *, download: bool = Fal
 
 
 def with_data(read: SyntheticSet | exchange.External, arrays: Arrays) -> tuple[SyntheticSet, Arrays]:
-    """What ``read_set`` read, as a set, and its data."""
+    """Return the result of ``read_set`` as a set, and its data."""
     return (read if isinstance(read, SyntheticSet) else adopted(read, arrays)), arrays
 
 
 def adopted(
     external: exchange.External, arrays: Arrays, transform: str = "channel", decode: Decode = Pixels()
 ) -> SyntheticSet:
-    """Published images as a set of these data, in the space of this transform.
+    """Convert external images to a set of these data with this transform.
 
     Raises:
         ValueError: see ``condense.exchange.as_set``.
@@ -78,7 +78,7 @@ def adopted(
 
 
 def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transform:
-    """The transform of a set. A whitening matrix that is not in the folder ``cache`` is fitted again to ``arrays``.
+    """Return the transform of a set. A whitening matrix that is not in ``cache`` is fitted to ``arrays`` again.
 
     Raises:
         ValueError: see ``Transform.from_description``.
@@ -91,7 +91,7 @@ def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Trans
 
 
 def pixel_transform(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> Transform:
-    """The transform of a set, whose inverse gives pixels. Data are read for whitened sets only.
+    """Return the transform of a set, whose inverse gives pixels. Only whitened sets need their data.
 
     Raises:
         ValueError: see ``open_set``.

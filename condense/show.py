@@ -1,4 +1,4 @@
-"""``condense show``: what a run, a file or a buffer says of itself, at a glance in the terminal; a recipe as YAML."""
+"""``condense show``: print a summary of a run, a set or a buffer, or a recipe as YAML."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ from condense.table import print_table
 
 
 def show(target: Path, png: Path | None = None, dataset: str | None = None) -> None:
-    """Print it; ``png`` is where to draw the images of a set, ``dataset`` where its data lie if it is whitened.
+    """Print a summary of a run, a file or a buffer.
+
+    Args:
+        target: the run folder, file or buffer folder.
+        png: file to draw the images of a set to.
+        dataset: the data of a whitened set, to draw its images.
 
     Raises:
-        ValueError: there is nothing, or nothing of ours; the file is damaged; the picture cannot be written.
+        ValueError: there is no Condense file; the file is damaged; the picture cannot be written.
     """
     if not target.exists():
-        raise ValueError(f"there is nothing at {target}; check the path")
+        raise ValueError(f"{target} does not exist; check the path")
     is_run = target.is_dir() and (target / "recipe.yaml").exists()
     file = target / "synthetic.safetensors" if is_run else target
     if png is not None:
         if not file.is_file() or read_header(file).get("kind") != "synthetic set":
-            raise ValueError(f"{target} holds no images to draw; give a finished run or a set, or leave --png out")
+            raise ValueError(f"{target} holds no images to draw; give a finished run or a set, or leave out --png")
         api.draw(file, png, dataset)
     if target.is_dir() and (target / "manifest.json").exists():
         _buffer(target)
@@ -45,13 +50,13 @@ def show(target: Path, png: Path | None = None, dataset: str | None = None) -> N
 
 
 def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json: bool) -> None:
-    """Print a recipe as a YAML file that can be run, with its source in comments, or as JSON.
+    """Print a recipe as JSON, or as a YAML file that can be run, with its source in comments.
 
     Args:
         resolved: the recipe and its source.
-        plan: the recipe with the changes of ``flags``.
-        flags: of the command line.
-        as_json: print an object with the keys ``name``, ``source`` and ``recipe``.
+        plan: the recipe after ``flags`` were applied.
+        flags: the flags of the command line.
+        as_json: print a JSON object with the keys ``name``, ``source`` and ``recipe``.
     """
     if as_json:
         print(json.dumps({"name": resolved.name, "source": resolved.source, "recipe": to_mapping(plan)}, indent=1))
@@ -63,14 +68,16 @@ def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json:
 
 
 def print_results(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of an ``evaluation.json``: one table for each protocol, a line for each set, a column for each
-    architecture. A cell is the mean test accuracy in percent, with its standard deviation."""
+    """Print the rows of ``evaluation.json`` as one table per protocol, one line per set and one column per network.
+
+    A cell is the mean test accuracy in percent with its standard deviation.
+    """
     for title, of_protocol in by_protocol(rows).items():
         networks = list(dict.fromkeys(row["network"] for row in of_protocol))
         sets = by_set(of_protocol)
         counts = ", ".join(map(str, sorted({row["n"] for cells in sets.values() for row in cells.values()})))
         lines = [(name, *(_cell(cells.get(network)) for network in networks)) for name, cells in sets.items()]
-        print_table(f"test accuracy, %: {title}, n = {counts} networks a cell", ("", *networks), lines)
+        print_table(f"test accuracy, %: {title}, n = {counts} networks per cell", ("", *networks), lines)
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -114,7 +121,7 @@ def _run(folder: Path) -> None:
     if (folder / "synthetic.safetensors").exists():
         _set(str(folder), api.load(folder))
     else:
-        print(printable(f"{folder}: not finished; the command that began it with --resume continues"))
+        print(printable(f"{folder}: not finished; run its command again with --resume to continue"))
     log, record = steps_of(folder), runs.read_record(folder)
     facts: dict[str, Any] = {}
     if "seconds" in record:
@@ -142,7 +149,7 @@ def _run(folder: Path) -> None:
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What else is known of each cell."""
+    """Print confidence interval, macro F1, NLL and ECE of each cell."""
     lines = []
     for protocol, row in ((title, row) for title, of_one in by_protocol(rows).items() for row in of_one):
         means = {name: statistics.fmean(row["metrics"][name]) for name in ("macro_f1", "nll", "ece")}
@@ -174,7 +181,7 @@ def _facts(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def _sparkline(values: Sequence[float], width: int = 20) -> str:
-    """The course of the values in at most ``width`` characters, each the mean of a stretch."""
+    """Plot values as at most ``width`` characters, each the mean of a segment of the values."""
     size, largest = -(-len(values) // width), max(map(abs, values)) or 1.0
     shares = [value / largest for value in values]  # the sum of very large values would overflow
     means = [statistics.fmean(shares[i : i + size]) for i in range(0, len(shares), size)]

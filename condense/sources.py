@@ -1,9 +1,9 @@
-"""Where a training reads its batches: batch b of epoch e, whatever it comes from.
+"""Sources of training batches: each gives batch b of epoch e.
 
-``Examples`` are real or synthetic images, in memory or mapped from disk. ``Streamed`` reads images file by file.
-``Relabelled`` and ``StoredLabels`` take the images of another source, and targets from a teacher: from its answer to
-each batch, or from logits that were stored beforehand. A batch is a pure function of the root seed, e and b (see
-``condense.views``), so that stored logits need no record of the views that they belong to.
+``Examples`` are real or synthetic images, in memory or mapped from disk. ``Streamed`` reads images shard by shard.
+``Relabelled`` and ``StoredLabels`` take the images of another source and the targets of a teacher, which are computed
+for each batch or read from stored logits. A batch is a pure function of the root seed, e and b (see
+``condense.views``), so stored logits need no record of the views that they belong to.
 """
 
 from __future__ import annotations
@@ -28,29 +28,32 @@ Teacher = Callable[[Tensor], Tensor]
 
 class Batch(NamedTuple):
     images: Tensor
-    """(n, C, H, W), as the network sees them."""
+    """Shape (n, C, H, W), in the space that networks see."""
     targets: Tensor
-    """Classes (n,), or a row of targets for each image (n, num_outputs)."""
+    """Classes (n,), or one row of targets per image (n, num_outputs)."""
 
 
 class Source(ABC):
-    """Gives the batches of a training. Those of one epoch are equally long, but the last may be shorter."""
+    """Gives the batches of a training. All batches of an epoch have the same size; only the last may be smaller."""
 
     rng: Rng | None
-    """Root of all draws, also of those of the network's layers (dropout); None: there are no draws of the source, and
-    layers draw from the global generators."""
+    """Root of all draws, including those of the network's layers (dropout). None: the source draws nothing, and layers
+    draw from the global generators."""
     num_batches: int
-    """Batches of an epoch."""
+    """Number of batches per epoch."""
     batch_size: int
-    """Images of a batch, with mirrored copies."""
+    """Images per batch, including mirrored copies."""
 
     @abstractmethod
     def batch(self, epoch: int, index: int) -> Batch:
-        """Both are counted from 0. It is a pure function: batches may be asked for in any order and repeatedly."""
+        """Return a batch; epochs and batches count from 0.
+
+        This is a pure function: batches may be requested in any order and more than once.
+        """
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides the views of its images, apart from the images themselves; JSON values."""
+        """Return, as JSON values, what determines the views of the images apart from the images themselves."""
 
 
 class Examples(Source):
@@ -71,10 +74,10 @@ class Examples(Source):
         Args:
             images: (N, C, H, W), in the space that networks see.
             targets: classes (N,), or (N, num_classes).
-            rng: root of the order and the views.
-            batch_size: images of a batch, before mirrored copies are added.
-            num_classes: for views that mix targets.
-            order: shuffled: every epoch has an order of its own. stored: as the images are stored.
+            rng: root of the draws of the order and the views.
+            batch_size: images per batch, before mirrored copies are added.
+            num_classes: number of classes, for views that mix targets.
+            order: shuffled: a new order in each epoch. stored: the order of ``images``.
         """
         self.images, self.targets, self.rng, self.num_classes = images, targets, rng, num_classes
         self.order, self.views = order, views
@@ -109,12 +112,12 @@ class Examples(Source):
 
 
 class Minibatches(Source):
-    """Given batches of images, without views; every epoch has the same ones."""
+    """Fixed batches of images, without views; they are the same in every epoch."""
 
     rng = None
 
     def __init__(self, images: Tensor, targets: Tensor, indices: Sequence[Tensor]) -> None:
-        """``indices``: for each batch, which of the images (N, C, H, W) and targets (N, ...) it has."""
+        """``indices``: for each batch, the indices of its images (N, C, H, W) and targets (N, ...)."""
         self.images, self.targets, self.indices = images, targets, indices
         self.num_batches, self.batch_size = len(indices), max(map(len, indices), default=0)
 
@@ -127,11 +130,11 @@ class Minibatches(Source):
 
 
 class Streamed(Source):
-    """Images that need not fit in memory, in shards: one shard is in memory at a time, and what is left of the one
-    before.
+    """Images that are read from shards and need not fit in memory together.
 
-    A shuffled epoch reads the shards in an order of its own and shuffles the images within each. Batches are read in
-    sequence; one that is not the next of its epoch costs reading the epoch up to it again.
+    One shard is in memory at a time, with the images of the previous one that did not fill a batch. A shuffled epoch
+    draws a new order of the shards and shuffles the images within each shard. Batches are meant to be read in
+    sequence: for any other batch the epoch is read again from its start.
     """
 
     def __init__(
@@ -147,8 +150,9 @@ class Streamed(Source):
     ) -> None:
         """
         Args:
-            shards: each reads images (n, C, H, W) and targets (n, ...), n >= 1 of its own; always the same ones.
-            num_examples: of all shards together.
+            shards: each call returns the images (n, C, H, W) and targets (n, ...) of one shard, the same ones every
+                time; n >= 1 may differ between shards.
+            num_examples: number of images in all shards.
             others: as in ``Examples``.
         """
         self.shards, self.num_examples, self.rng, self.num_classes = shards, num_examples, rng, num_classes
@@ -158,9 +162,10 @@ class Streamed(Source):
         self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
 
     def batch(self, epoch: int, index: int) -> Batch:
-        """
+        """Return a batch, see ``Source.batch``.
+
         Raises:
-            ValueError: the shards hold another number of images than ``num_examples``.
+            ValueError: the number of images in the shards is not ``num_examples``.
         """
         assert self.rng is not None
         if self._next != (epoch, index):
@@ -172,7 +177,7 @@ class Streamed(Source):
         return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
 
     def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, before their views are made."""
+        """Yield the batches of an epoch, without views."""
         assert self.rng is not None
         size, seen = self.batch_size // self.views.augment.copies, 0
         shuffled, order = self.order == "shuffled", list(range(len(self.shards)))
@@ -184,7 +189,7 @@ class Streamed(Source):
             seen += len(images)
             if seen > self.num_examples or (seen == self.num_examples and position + 1 < len(self.shards)):
                 raise ValueError(
-                    f"the shards hold more than {self.num_examples} images; give num_examples their number"
+                    f"the shards hold more than {self.num_examples} images; set num_examples to their number"
                 )
             if shuffled:
                 index = torch.randperm(len(images), generator=self.rng("within a shard", epoch, number))
@@ -212,10 +217,10 @@ class Streamed(Source):
 
 
 class Relabelled(Source):
-    """The images of another source, with targets from a teacher that sees each batch as the network does."""
+    """The images of another source, with targets from a teacher that gets the same views as the network."""
 
     def __init__(self, source: Source, teacher: Teacher, temperature: float = 1.0) -> None:
-        """Targets are the softmax of the teacher's logits divided by ``temperature``."""
+        """Targets are the softmax of the teacher's logits, divided by ``temperature``."""
         self.source, self.teacher, self.temperature = source, teacher, temperature
         self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
 
@@ -229,17 +234,17 @@ class Relabelled(Source):
 
 
 class StoredLabels(Source):
-    """The images of another source, with targets from a teacher's logits that were stored for all views of some epochs.
+    """The images of another source, with targets from stored logits of a teacher.
 
-    With E epochs stored, epoch e has the views and the labels of epoch e mod E.
+    The logits of all views of E epochs are stored. Epoch e has the views and the labels of epoch e mod E.
     """
 
     def __init__(self, source: Source, logits: Tensor, temperature: float = 1.0) -> None:
         """
         Args:
-            source: where the images come from; the same, with the same seed, as when the logits were made.
-            logits: (E, n, num_outputs), n the images of an epoch in the order of its batches; of any float type.
-            temperature: targets are the softmax of the logits divided by it.
+            source: the source of the images; it must be the one, with the seed, that the logits were computed on.
+            logits: shape (E, n, num_outputs) for the n images of an epoch in the order of its batches; any float type.
+            temperature: divides the logits before the softmax that gives the targets.
         """
         self.source, self.logits, self.temperature = source, logits, temperature
         self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
@@ -247,7 +252,7 @@ class StoredLabels(Source):
     @classmethod
     @torch.no_grad()
     def of(cls, source: Source, teacher: Teacher, num_epochs: int, temperature: float = 1.0) -> StoredLabels:
-        """What the teacher says of all views of so many epochs, in memory on the CPU."""
+        """Compute the teacher's logits of all views of ``num_epochs`` epochs and hold them in CPU memory."""
         epochs = [
             torch.cat([teacher(source.batch(epoch, index).images).cpu() for index in range(source.num_batches)])
             for epoch in range(num_epochs)
@@ -256,7 +261,7 @@ class StoredLabels(Source):
 
     @property
     def nbytes(self) -> int:
-        """Of the stored logits."""
+        """Size of the stored logits in bytes."""
         return self.logits.nbytes
 
     def batch(self, epoch: int, index: int) -> Batch:
@@ -270,17 +275,17 @@ class StoredLabels(Source):
         return self.source.identity()
 
     def save(self, path: Path) -> None:
-        """Write the logits, with the identity of the views that they belong to, as ``.safetensors``."""
+        """Write the logits and the identity of their views as ``.safetensors``."""
         header = {"kind": _KIND, "format": 1, "views": self.identity()}
         write_tensors(path, {"logits": self.logits}, header)
 
     @classmethod
     def load(cls, path: Path, source: Source, temperature: float = 1.0) -> StoredLabels:
-        """Labels that ``save`` wrote, for the same views of ``source``.
+        """Read labels that ``save`` wrote for the views of ``source``.
 
         Raises:
-            ValueError: the file is missing or damaged, belongs to other views, or holds no finite logits of the images
-                of an epoch.
+            ValueError: the file is missing or damaged; it belongs to other views; its logits are not finite, or their
+                shape does not fit an epoch of ``source``.
         """
         tensors, header = read_tensors(path, _KIND)
         stored, views = header.get("views"), source.identity()
@@ -288,7 +293,7 @@ class StoredLabels(Source):
             names = [name for name, value in views.items() if not isinstance(stored, dict) or stored.get(name) != value]
             raise ValueError(
                 f"{path} holds labels of other views: they differ in {', '.join(names) or 'their fields'}; give the "
-                "source that the labels were made for"
+                "source for which the labels were made"
             )
         logits = tensors.get("logits", torch.empty(0))
         num_rows = (source.num_batches - 1) * source.batch_size + len(source.batch(0, source.num_batches - 1).images)

@@ -12,11 +12,11 @@ from rich.text import Text
 from condense.names import printable
 
 LONGEST_CELL = 1000
-"""Characters of a cell that are shown."""
+"""Largest number of characters of a cell that are shown."""
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table below its title."""
+    """Print a table below its title."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(_cell_text(column))
@@ -29,5 +29,5 @@ def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequen
 
 
 def _cell_text(value: Any) -> Text:
-    """Without markup and control characters, for it may come from a file."""
+    """Return a value as text without markup and control characters, because it may come from a file."""
     return Text(printable(str(value), LONGEST_CELL))

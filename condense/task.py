@@ -1,4 +1,4 @@
-"""What a method is given: real tensors in the transformed space, a class index, a network. Never test data."""
+"""The input of a method: training data in the transformed space, a class index and a network, but no test data."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from condense.rng import Rng, check_seed
 from condense.schema import Checked
 
 _ROUNDING = ("sha256", "trace")
-"""What a transform's description says of one machine's rounding: a record, no part of an identity."""
+"""Fields of a transform's description that depend on the rounding of a machine; an identity omits them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split(Checked):
-    """The validation part carved from the training data."""
+    """The split of the training data into training and validation images."""
 
     val_fraction: float | None = None
-    """Share of each class held out for validation; unset: 0.1 where something is selected on it, else 0."""
+    """Fraction of each class that is held out for validation. Unset: 0.1 if something is selected on it, else 0."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the split into training and validation images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,26 +41,27 @@ class Split(Checked):
             raise ValueError(f"split.val_fraction must lie in [0, 1), got {self.val_fraction}; try 0.1")
 
     def resolved(self, selects: bool) -> Split:
+        """Return this split with ``val_fraction`` set; ``selects``: whether something is selected on held-out data."""
         fraction = (0.1 if selects else 0.0) if self.val_fraction is None else self.val_fraction
         return Split(val_fraction=fraction, seed=self.seed)
 
     def indices(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted indices (train, validation), stratified by class."""
+        """Return the sorted indices (train, validation) of a split that is stratified by class."""
         fraction = self.val_fraction or 0.0
-        rng, held = Rng(self.seed), []
+        rng, held_out = Rng(self.seed), []
         for label in labels.unique().tolist():
             members = (labels == label).nonzero().flatten()
             order = torch.randperm(len(members), generator=rng("validation", 0, label))
-            held.append(members[order[: round(fraction * len(members))]])
-        is_held = torch.zeros(len(labels), dtype=torch.bool)
-        is_held[torch.cat(held)] = True
-        return (~is_held).nonzero().flatten(), is_held.nonzero().flatten()
+            held_out.append(members[order[: round(fraction * len(members))]])
+        is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+        is_held_out[torch.cat(held_out)] = True
+        return (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Samples (N, *input_shape), float32 in the transformed space as they are taken out, and their classes (N,) int64,
-    on one device."""
+    """Samples (N, *input_shape) and their classes (N,) int64 on one device; indexing gives float32 in the transformed
+    space."""
 
     images: Tensor | Images
     labels: Tensor
@@ -70,38 +71,38 @@ class Labelled:
 
     @cached_property
     def by_class(self) -> list[Tensor]:
-        """Indices of every class, ascending; on the CPU, where draws are made."""
+        """Ascending indices of each class, on the CPU, where draws are made."""
         labels = self.labels.cpu()
         return list(labels.argsort(stable=True).split(labels.bincount().tolist()))
 
     def draw(self, label: int, num: int, generator: torch.Generator) -> Tensor:
-        """``num`` images of a class without replacement; all of them, shuffled, where it has fewer."""
+        """Draw ``num`` images of a class without replacement, or all of them, shuffled, if it has fewer."""
         members = self.by_class[label]
         index = members[torch.randperm(len(members), generator=generator)[:num]]
         return self.images[index.to(self.images.device, non_blocking=True)]
 
     def sample(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``num`` samples (num, *input_shape) of any class, without replacement, and their classes; all, shuffled,
-        where there are fewer."""
+        """Draw ``num`` samples (num, *input_shape) of any class without replacement, or all, shuffled, if there are
+        fewer; return them with their classes."""
         index = torch.randperm(len(self), generator=generator)[:num].to(self.images.device, non_blocking=True)
         return self.images[index], self.labels[index]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A data set to distil, as methods and builders see it."""
+    """A data set to distil, as it is given to methods and artifact builders."""
 
     name: str
     classes: tuple[str, ...]
     input_shape: InputShape
     fingerprint: str
-    """Of the whole training split, before validation is carved from it."""
+    """Fingerprint of the whole training part, including the images that are held out for validation."""
     train: Labelled
     val: Labelled | None
     transform: Transform
     split: Split
     augment: Augment
-    """The augmentation that the recipe names, resolved for this data set."""
+    """The augmentation of the recipe, resolved for this data set."""
     network: Functional
     device: torch.device
 
@@ -111,19 +112,19 @@ class Task:
 
     @property
     def target_width(self) -> int:
-        """Numbers in a target, which are the outputs of the network: one for each class, or those of something else."""
+        """Number of values in a target, and of outputs of the network: the classes, unless targets are other values."""
         return self.network.num_classes
 
     def with_network(self, network: str) -> Task:
-        """The same data for another architecture, on the same device.
+        """Return a task with the same data and device and another architecture.
 
         Raises:
-            ValueError: as ``Functional`` does.
+            ValueError: the network is unknown, or does not take these samples.
         """
         return replace(self, network=Functional(network, self.input_shape, self.target_width, self.device))
 
     def dataset(self) -> dict[str, Any]:
-        """What files say of the data; of the width of targets only where they are not scores of the classes."""
+        """Return the description of the data for files, with the width of targets that are not class scores."""
         facts = {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -133,7 +134,7 @@ class Task:
         return facts if self.target_width == self.num_classes else facts | {"target_width": self.target_width}
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides a network trained on this task, apart from how it is trained."""
+        """Return what determines a network that is trained on this task, apart from its training."""
         return {
             "dataset": self.fingerprint,
             "split": {"val_fraction": self.split.val_fraction, "seed": self.split.seed},
@@ -152,21 +153,21 @@ def make_task(
     device: torch.device,
     cache: Path | None = None,
 ) -> Task:
-    """Carve validation and fit the transform on what is left of the training data.
+    """Split off the validation images and fit the transform on the remaining training images.
 
     Both parts are views of one array: on a CPU the memory of ``arrays``, else a copy on ``device``.
 
     Raises:
-        ValueError: a class is left without training images, or the augmentation takes samples of another kind.
+        ValueError: no training image of a class remains, or the augmentation does not take samples of this kind.
     """
     augment.require_kind(arrays.input_shape)
     labels = torch.from_numpy(arrays.y_train)
     train_index, val_index = split.indices(labels)
-    left = labels[train_index].bincount(minlength=arrays.num_classes)
-    if not left.all():
+    counts = labels[train_index].bincount(minlength=arrays.num_classes)
+    if not counts.all():
         raise ValueError(
             f"split.val_fraction {split.val_fraction} leaves no training image of class "
-            f"{arrays.classes[int(left.argmin())]!r}; give {spelt('split.val_fraction', 0.1)}"
+            f"{arrays.classes[int(counts.argmin())]!r}; give {spelt('split.val_fraction', 0.1)}"
         )
     pixels = Images.of(arrays.x_train, device)
     key = f"{arrays.fingerprint['train']}-{split.val_fraction}-{split.seed}"

@@ -1,4 +1,4 @@
-"""Where numbers go: ``log.jsonl`` always, other trackers on request, progress bars on a terminal."""
+"""Logging of runs: always to ``log.jsonl``, on request to other trackers, and progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from condense.names import printable, reason, suggest
 
 
 class Sink(Protocol):
-    """A tracker that mirrors the log."""
+    """A tracker that receives a copy of the log."""
 
     def log(self, step: int, record: Mapping[str, float]) -> None: ...
 
@@ -36,10 +36,10 @@ class Sink(Protocol):
 
 
 class Log:
-    """An append-only JSON-lines file, one line a step, and the sinks that mirror it.
+    """An append-only JSON-lines file with one line per step, and the sinks that receive a copy.
 
     Raises:
-        ValueError: from every method, where the disk is full.
+        ValueError: by every method, if the file cannot be written.
     """
 
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()) -> None:
@@ -47,21 +47,21 @@ class Log:
         with reporting(path):
             if path.exists():
                 _end_with_a_line(path)
-            self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process leaves every line
+            self._file = open(path, "a", encoding="utf-8", buffering=1)  # a killed process loses no line
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One line as it is; for events."""
+        """Write one record to the file but not to the sinks, for events."""
         with reporting(self._path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
-        """The numbers of one step, to the file and to every sink."""
+        """Write the numbers of one step to the file and to every sink."""
         self.write({"step": step, **record})
         for sink in self._sinks:
             sink.log(step, record)
 
     def sync(self) -> None:
-        """Everything written so far is on disk when this returns."""
+        """Flush the file, so that everything written so far is on disk when this returns."""
         with reporting(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -76,11 +76,11 @@ class Log:
 
 
 LONGEST_LINE = 4 << 20
-"""Bytes of one line of a log."""
+"""Largest number of bytes of one line of a log."""
 
 
 def _end_with_a_line(path: Path) -> None:
-    """Cut off a half-written record at the end of a file, as a killed process leaves one."""
+    """Remove an incomplete record at the end of a file, which a killed process can leave."""
     with open(path, "rb+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - LONGEST_LINE, 0))
@@ -90,40 +90,43 @@ def _end_with_a_line(path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, none where there is none; a half-written line at the end, as a killed run leaves one, is
-    passed over, and so is any other line that holds no record, with a warning.
+    """Return the records of a log, an empty list if there is no file.
+
+    An incomplete line at the end, which a killed run can leave, is skipped. Any other line that holds no record is
+    skipped with a warning.
 
     Raises:
-        ValueError: there is something else than a file.
+        ValueError: ``path`` is not a file.
     """
     records = [record for _, record in _lines(path)]
     if None in records:
-        _warn_of(path, "passed over")
+        _warn_of(path, "skipped")
     return [record for record in records if record is not None]
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keep the first ``step`` steps of a log. Lines that hold no record are moved to ``NAME.damaged``, with a warning.
+    """Truncate a log to its first ``step`` steps. Lines that hold no record are moved to ``NAME.damaged``, with a
+    warning.
 
     Raises:
-        ValueError: there is something else than a file; it cannot be written.
+        ValueError: ``path`` is not a file, or cannot be written.
     """
     damaged, any_damaged = path.with_name(f"{path.name}.damaged"), False
-    with replacing(path) as temporary, open(temporary, "wb") as kept:
+    with replacing(path) as temporary, open(temporary, "wb") as retained:
         for line, record in _lines(path):
             if record is None:
                 any_damaged = True
                 with open(damaged, "ab") as file:
                     file.write(line)
             elif not isinstance(record.get("step", 0), int) or record.get("step", 0) <= step:
-                kept.write(line.rstrip(b"\n") + b"\n")
+                retained.write(line.rstrip(b"\n") + b"\n")
     if any_damaged:
         _warn_of(path, f"moved to {damaged}")
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line and its record, or None where the line holds no record. A half-written line at the end is left out; a
-    line that is too long comes in pieces."""
+    """Yield each line and its record, or None if the line holds no record. An incomplete line at the end is omitted; a
+    line that is too long is yielded in segments, each with None."""
     if not path.exists():
         return
     require_file(path, "move it away")
@@ -142,12 +145,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             begins = ends
 
 
-def _warn_of(path: Path, done: str) -> None:
-    warnings.warn(f"{path} has lines that hold no record; they are {done}", stacklevel=3)
+def _warn_of(path: Path, action: str) -> None:
+    warnings.warn(f"{path} has lines that hold no record; they are {action}", stacklevel=3)
 
 
 def check_sinks(names: tuple[str, ...]) -> None:
-    """Raise ValueError for a tracker that is unknown or not installed, before anything is written."""
+    """Raise ValueError if a tracker is unknown or not installed; nothing is written."""
     for name in names:
         if name not in _SINKS:
             raise ValueError(f"unknown tracker {name!r}: {suggest(name, _SINKS)}")
@@ -156,7 +159,11 @@ def check_sinks(names: tuple[str, ...]) -> None:
 
 
 def open_sinks(names: tuple[str, ...], folder: Path, recipe: Mapping[str, Any]) -> tuple[Sink, ...]:
-    """The trackers of these names; they write below ``folder``."""
+    """Open the trackers of these names; they write below ``folder``.
+
+    Raises:
+        ValueError: a tracker is unknown or not installed, or wandb fails to start.
+    """
     check_sinks(names)
     return tuple(_SINKS[name](folder, recipe) for name in names)
 
@@ -168,7 +175,7 @@ class _Wandb:
         try:
             self._run = self._init(wandb, folder, recipe)
         except wandb.Error as error:
-            raise ValueError(f"wandb refused: {reason(error)}; run wandb login, or set WANDB_MODE=offline") from error
+            raise ValueError(f"wandb failed: {reason(error)}; run wandb login, or set WANDB_MODE=offline") from error
 
     @staticmethod
     def _init(wandb: Any, folder: Path, recipe: Mapping[str, Any]) -> Any:
@@ -207,15 +214,17 @@ _SINKS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {"wandb": _Wandb,
 
 
 class Bar(Protocol):
-    """One line of progress: how many are done, and a few words on the latest."""
+    """A progress bar, updated by the number of items that are done and a note on the last one."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Bar]:
-    """A bar with the time left on standard error; nothing where that is not a terminal, or another process of torchrun
-    shows its own (``show`` overrides)."""
+    """Show a progress bar with the remaining time on standard error.
+
+    By default it is shown only on a terminal, and only by the first process of torchrun; ``show`` overrides this.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),

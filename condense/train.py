@@ -1,4 +1,4 @@
-"""The one plain training loop: expert trajectories, students between matching steps and evaluation all use it."""
+"""The training loop shared by expert trajectories, students between matching steps, and evaluation."""
 
 from __future__ import annotations
 
@@ -27,50 +27,51 @@ from condense.views import Views
 
 Tensors = dict[str, Tensor]
 BatchLoss = Callable[[bool], Tensor]
-"""The loss of a batch at the weights as they are; whether running statistics are updated."""
+"""``loss(update)``: the loss of a batch at the current weights; ``update``: running statistics are updated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Checked):
-    """What decides the result of an ordinary training, apart from data, initial weights and seed.
+    """Hyperparameters of a training. With the data, the initial weights and the seed they determine its result.
 
-    The training loop reads the optimiser, the schedule and the objective. ``batch_size``, ``order``, ``cutmix`` and
-    ``mixup`` describe the batches that the training is meant for, so that a set can record them; ``Trainer.source``
-    makes a source of them.
+    The training loop reads the fields of the optimiser, the schedule and the loss. ``batch_size``, ``order``,
+    ``cutmix`` and ``mixup`` describe the batches, so that a set can record them; ``Trainer.source`` makes a source of
+    them.
     """
 
     num_epochs: int = 300
-    """Passes over the images."""
+    """Number of training epochs."""
     batch_size: int = 256
-    """Images a step; the last batch of an epoch may be smaller."""
+    """Images per batch; the last batch of an epoch may be smaller."""
     lr: float = 0.01
-    """Learning rate."""
+    """Base learning rate of the training."""
     momentum: float = 0.9
-    """Momentum of sgd; first beta of the others."""
+    """Momentum of sgd; beta1 of adam and adamw."""
     weight_decay: float = 5e-4
-    """L2 penalty, added to the gradient; of adamw, taken from the weights."""
+    """Weight decay: an L2 penalty for sgd and adam, decoupled from the gradient for adamw."""
     schedule: Schedule = DROP_AT_HALF
-    """How the learning rate changes; drops keep the momentum."""
+    """Learning rate schedule of the training; the momentum is kept when the learning rate drops."""
     loss: ObjectiveName = "cross-entropy"
-    """mse: half the squared distance to the targets, summed over their width, averaged over images. kl: the divergence
-    of the softmax at ``temperature`` from the targets. cosine: one minus the cosine of outputs and targets."""
+    """Training loss. mse: half the squared distance to the targets, summed over their width and averaged over images.
+    kl: KL divergence between the targets and the softmax at ``temperature``. cosine: one minus the cosine similarity of
+    outputs and targets."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
-    """sgd, adam or adamw."""
+    """Optimiser of the training."""
     order: Literal["shuffled", "stored"] = "shuffled"
-    """shuffled: a new order in each epoch. stored: the batches are pieces of the set as it is, in their order."""
+    """Order of the images. shuffled: a new order in each epoch. stored: the order in which the set stores them."""
     cutmix: float = 0.0
-    """Probability that a batch is mixed: of each image a rectangle is that of another, and its label in proportion
-    (Yun et al. 2019, beta 1)."""
+    """Probability of CutMix in a batch: a rectangle of each image is replaced by that of another image, and the labels
+    are mixed in proportion (Yun et al. 2019, beta 1)."""
     mixup: float = 0.0
-    """Alpha of the beta distribution by which pairs of images and labels are blended (Zhang et al. 2018); 0: none."""
+    """Alpha of the beta distribution of the MixUp weights (Zhang et al. 2018); 0: no MixUp."""
     label_smoothing: float = 0.0
-    """Share of a target that goes to all classes evenly, under cross-entropy."""
+    """Label smoothing of the cross-entropy: the fraction of each target that is spread evenly over all classes."""
     temperature: float = 1.0
-    """What logits are divided by under kl, those of a teacher too."""
+    """Softmax temperature of the kl loss, for the logits of the network and of a teacher."""
     rho: float = 0.0
-    """How far adaptive GSAM goes uphill for its gradient, see ``sharpness_aware``; 0: plain gradients."""
+    """Radius of the ascent step of adaptive GSAM, see ``sharpness_aware``; 0: plain gradients."""
     alpha: float = 0.0
-    """How much GSAM counts the part of the plain gradient that lies across that one."""
+    """GSAM's weight of the component of the plain gradient that is orthogonal to the perturbed gradient."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,8 +101,8 @@ class Training(Checked):
             )
 
     def content(self) -> dict[str, Any]:
-        """The fields, for hashes and files; the schedule as flat ones. Fields that came after the first results were
-        written are left out while they have their default, so that those results still compare."""
+        """Return the fields for hashes and files, with the schedule as flat fields. Fields that were added after the
+        first results were written are omitted at their default, so that the hashes of those results stay the same."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -116,9 +117,9 @@ class Training(Checked):
         return self.schedule.lr_at(self.lr, step, self.num_epochs * steps_per_epoch, steps_per_epoch)
 
     def optimise(self, params: Tensors, velocity: Tensors | None = None) -> torch.optim.Optimizer:
-        """The optimiser of these parameters.
+        """Return the optimiser of these parameters.
 
-        ``velocity``, one tensor a parameter, is sgd's momentum where a training continues; steps change it in place.
+        ``velocity`` continues a training with sgd: it is the momentum buffer of each parameter, updated in place.
         """
         lr, decay = self.lr, self.weight_decay
         if self.optimiser != "sgd":
@@ -131,7 +132,7 @@ class Training(Checked):
 
     @property
     def objective(self) -> Objective:
-        """The objective that ``loss`` names, with its numbers."""
+        """The objective that ``loss`` names, with its parameters."""
         match self.loss:
             case "cross-entropy":
                 return CrossEntropy(label_smoothing=self.label_smoothing)
@@ -141,11 +142,11 @@ class Training(Checked):
 
 
 _FIRST_FIELDS = "num_epochs batch_size lr momentum weight_decay loss name augment labels".split()
-"""Of ``Training``, and of the protocols made of it."""
+"""Fields of ``Training``, and of the protocols made of it, that ``content`` always writes."""
 
 
 class Trainer:
-    """Trains networks of one architecture; what it compiled is reused from one network to the next."""
+    """Trains networks of one architecture; its compiled functions are reused from one network to the next."""
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class Trainer:
         compute: Compute,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """``loss(outputs, targets)``: the mean loss of a batch, in place of that of ``training``."""
+        """``loss(outputs, targets)`` replaces the loss of ``training``; it returns the mean loss of a batch."""
         self.network, self.training, self.compute = network, training, compute
         loss_of = loss or training.objective.loss
 
@@ -173,8 +174,8 @@ class Trainer:
         self._losses = compute.first_order(losses_fn, network.device)
 
     def source(self, images: Tensor | Images, targets: Tensor, rng: Rng, augment: Augment = Augment()) -> Examples:
-        """Batches of ``images`` (N, C, H, W) and ``targets`` (N,) or (N, num_outputs), with the batch size, order,
-        CutMix and MixUp that ``training`` names. All draws are keyed by ``rng``, epoch and batch."""
+        """Return a source of ``images`` (N, *input_shape) and ``targets`` (N,) or (N, num_outputs), with the batch
+        size, order, CutMix and MixUp of ``training``. All draws are keyed by ``rng``, epoch and batch."""
         plan = self.training
         return Examples(
             images,
@@ -197,9 +198,10 @@ class Trainer:
         """Train a copy of ``weights`` on the batches of ``source``.
 
         Args:
-            optimiser: makes the optimiser of the live parameters, where a training continues or has a rule of its own;
-                default: ``training.optimise``.
-            on_epoch: ``on_epoch(epochs_done, weights)`` sees the live weights after each epoch: clone what you keep.
+            optimiser: returns the optimiser of the trained parameters, for a training that is continued or has its own
+                update rule; default: ``training.optimise``.
+            on_epoch: ``on_epoch(epochs_done, weights)`` is called after each epoch. The weights change later: clone
+                what you keep.
         """
         params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
         live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
@@ -222,8 +224,8 @@ class Trainer:
         *,
         on_epoch: Callable[[int, Sequence[Weights]], None] | None = None,
     ) -> list[Weights]:
-        """``run`` of several networks at once, each with its own source, all with batches of the same shapes: equal to
-        rounding, dropout excepted.
+        """Train several networks at once, each on its own source, with batches of the same shapes. The results equal
+        those of ``run`` up to rounding, except with dropout.
 
         Raises:
             ValueError: the architecture has buffers, such as BatchNorm's running statistics.
@@ -260,7 +262,7 @@ class Trainer:
         loss_of: Callable[[Sequence[Batch]], BatchLoss],
         after: Callable[[int], None],
     ) -> None:
-        """``loss_of`` makes the loss of a batch from those of every network."""
+        """Run all epochs. ``loss_of`` returns the loss of a step from one batch for each network."""
         plan, num_batches, rng = self.training, sources[0].num_batches, sources[0].rng
         with contextlib.nullcontext() if rng is None else rng.forked("layers"):  # dropout of external networks
             for epoch in range(plan.num_epochs):
@@ -279,17 +281,18 @@ class Trainer:
 def sharpness_aware(
     params: Sequence[Tensor], objective: BatchLoss, rho: float, alpha: float, num_networks: int = 1
 ) -> None:
-    """Replace the gradient g of a batch at the weights w by that of adaptive GSAM.
+    """Replace the gradient g of a batch at the weights w by the gradient of adaptive GSAM.
 
-    Zhuang et al. (2022), "Surrogate Gap Minimization Improves Sharpness-Aware Training", with the adaptive ascent of
-    Kwon et al. (2021), as FTD trains its experts. With h the gradient of the same batch at ``w + rho w^2 g / |w g|``
-    (squares and products by element, norms over all weights of a network) it is ``h - alpha (g - (g.h / h.h) h)``.
+    Zhuang et al. (2022), "Surrogate Gap Minimization Improves Sharpness-Aware Training", with the adaptive ascent step
+    of Kwon et al. (2021), as FTD trains its experts. The perturbed gradient h is that of the same batch at
+    ``w + rho w^2 g / |w g|`` (elementwise squares and products, norms over all weights of a network). The new gradient
+    is ``h - alpha (g - (g.h / h.h) h)``.
 
     Args:
-        params: with g as their gradients. They come back as they are.
+        params: the weights w, whose ``grad`` is g. Their values are the same afterwards.
         objective: the loss of the batch.
         rho, alpha: as in ``Training``.
-        num_networks: how many the first axis of ``params`` holds, if there are several.
+        num_networks: length of the first axis of ``params`` if it stacks several networks, else 1.
     """
 
     def rows(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -302,21 +305,21 @@ def sharpness_aware(
         before = [p.clone() for p in params]
         w, g = rows(before), rows([cast(Tensor, p.grad) for p in params])
         adapted = [x * y for x, y in zip(w, g, strict=True)]
-        far = rho / (inner(adapted, adapted).sqrt() + 1e-12)
+        scale = rho / (inner(adapted, adapted).sqrt() + 1e-12)
         for p, x, y in zip(params, w, adapted, strict=True):
-            p.add_((far * x * y).view_as(p))
+            p.add_((scale * x * y).view_as(p))
             p.grad = None
     objective(False).backward()
     with torch.no_grad():
         h = rows([cast(Tensor, p.grad) for p in params])
-        along = inner(g, h) / inner(h, h).clamp(min=torch.finfo(h[0].dtype).tiny)
+        coefficient = inner(g, h) / inner(h, h).clamp(min=torch.finfo(h[0].dtype).tiny)
         for p, old, x, y in zip(params, before, g, h, strict=True):
             p.copy_(old)
-            p.grad = (y - alpha * (x - along * y)).view_as(p)
+            p.grad = (y - alpha * (x - coefficient * y)).view_as(p)
 
 
 class Scorer:
-    """Accuracy of networks of one architecture, as a fraction."""
+    """Computes logits and accuracies (fractions) of networks of one architecture."""
 
     def __init__(self, network: Functional, compute: Compute, batch_size: int = 1000) -> None:
         self.batch_size, self.compute = batch_size, compute
@@ -328,9 +331,10 @@ class Scorer:
 
     @torch.no_grad()
     def logits(self, weights: Weights, images: Tensor | Images) -> Tensor:
-        """Images (N, C, H, W) to logits (N, num_classes), float32."""
+        """Return the logits (N, num_classes), float32, of samples (N, *input_shape)."""
         batches = images.split(self.batch_size)
         return torch.cat([self._logits(*weights, self.compute.layout(x)) for x in batches])
 
     def accuracy(self, weights: Weights, images: Tensor | Images, labels: Tensor) -> float:
+        """Return the fraction of samples whose predicted class is their label; ``labels`` is (N,)."""
         return float((self.logits(weights, images).argmax(1) == labels).sum()) / len(labels)

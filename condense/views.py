@@ -1,7 +1,7 @@
-"""What is done to a batch before a network sees it: augmentation, mirrored copies, CutMix and MixUp.
+"""Views: random changes of a batch before the network sees it (mirrored copies, augmentation, CutMix, MixUp).
 
-A view is replayed from its key: that of batch b of epoch e is a pure function of the root seed, e and b. Whoever has
-the seed and the images can make it again, in any order and in another process, so that nothing of it has to be stored.
+The view of batch b of epoch e is a pure function of the root seed, e and b. It can be recomputed from the seed and the
+images, in any order and in another process, so views are never stored.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from condense.rng import Rng
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """How a batch is changed, in this order: mirrored copies, augmentation, CutMix, MixUp."""
+    """The changes that make a view, applied in this order: mirrored copies, augmentation, CutMix, MixUp."""
 
     augment: Augment = Augment()
-    """Each image has its own draw; with ``flips`` its mirror image joins the batch."""
+    """Augmentation, drawn for each image separately; with ``flips`` the batch also holds all mirror images."""
     cutmix: float = 0.0
-    """Probability of CutMix in a batch."""
+    """Probability that CutMix is applied to a batch."""
     mixup: float = 0.0
-    """Alpha of MixUp; 0: none."""
+    """Alpha of the beta distribution of the MixUp weights; 0: no MixUp."""
 
     def __call__(
         self, images: Tensor, targets: Tensor, num_classes: int, rng: Rng, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
-        """The view of a batch (n, C, H, W) with targets (n,) or (n, num_classes).
+        """Return the view of a batch (n, C, H, W) with targets (n,) or (n, num_classes).
 
-        Where batches are mixed, classes become rows of probabilities.
+        With CutMix or MixUp the returned targets are (n, num_classes).
         """
         x, y = self.augment.mirrored(images, targets)
         drawn = self.augment.sample(rng("augment", epoch, index), len(x), tuple(x.shape[1:]), siamese=False)
@@ -50,7 +50,7 @@ class Views:
         return x, y
 
     def identity(self) -> dict[str, Any]:
-        """What decides the views beside the images, the seed and the order."""
+        """Return what determines the views, apart from the images, the seed and the order."""
         return {"augment": str(self.augment), "cutmix": self.cutmix, "mixup": self.mixup}
 
 
@@ -58,11 +58,11 @@ UNCHANGED = Views()
 
 
 def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Samples (N, *input_shape) of which a part comes from another, and targets (N, C) mixed by its share.
+    """Apply CutMix (Yun et al. 2019) with some probability to samples (N, *input_shape) and targets (N, C).
 
-    The part is a rectangle of an image, the same rectangle of all frames of a clip, or a time span of a series. Yun et
-    al. (2019): its share is uniform over (0, 1), before it is cut at the border; it is the same for the whole batch,
-    which stays as it is with one minus the ``probability``.
+    A part of each sample is replaced by that of another: a rectangle of an image, the same rectangle of all frames of a
+    clip, or a time span of a series. Its relative size is uniform over (0, 1) before it is clipped at the border, and
+    the targets are mixed in proportion to the size after that. One draw serves the whole batch.
     """
     u = torch.rand(4, generator=generator).tolist()
     other = torch.randperm(len(x), generator=generator).to(x.device)
@@ -79,8 +79,8 @@ def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator)
 
 
 def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Samples (N, *input_shape) and targets (N, C), each blended with another of the batch by one weight from
-    Beta(alpha, alpha) for all."""
+    """Apply MixUp to samples (N, *input_shape) and targets (N, C): each is averaged with another of the batch, with one
+    weight from Beta(alpha, alpha) for the whole batch."""
     seed = int(torch.randint(2**31, (), generator=generator))
     weight = float(np.random.default_rng(seed).beta(alpha, alpha))
     other = torch.randperm(len(x), generator=generator).to(x.device)
@@ -88,5 +88,6 @@ def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tup
 
 
 def _cut(centre: float, side: float, size: int) -> tuple[int, int]:
+    """Return start and end of a span in an axis of ``size``, clipped to it; centre and length are fractions."""
     middle, half = int(centre * size), int(side * size) // 2
     return max(middle - half, 0), min(middle + half, size)

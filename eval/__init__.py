@@ -1,8 +1,8 @@
-"""The evaluator: fresh networks trained on a set under a named protocol, scored on real test data.
+"""The evaluator: trains fresh networks on a set under a named protocol and scores them on real test data.
 
-``subject``    a set with its data: images to train on, to choose on and to score on.
-``protocol``   how networks are trained: frozen, named, hashed values.
-``evaluate``   networks x seeds: trains and scores them.
-``results``    what came out, each number with its provenance, and the file that holds it.
+``subject``    a set with its data: images for training, for choices after distillation, and for scoring.
+``protocol``   how networks are trained: named, frozen settings with a hash.
+``evaluate``   trains and scores networks for each architecture and seed.
+``results``    the results with their provenance, and the file that stores them.
 ``baselines``  the same for sets of other recipes and for all training data.
 """

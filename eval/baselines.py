@@ -1,4 +1,4 @@
-"""What a set is measured against: the sets of other recipes, and all training data."""
+"""Baselines of a set: the sets of other recipes, and all training data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from condense.synthetic.set import SyntheticSet
 from condense.task import Split, make_task
 
 FULL = "full"
-"""The name of the baseline that is all training data."""
+"""Name of the baseline that trains on all training data."""
 
 
 def compare(
@@ -40,18 +40,18 @@ def compare(
     on_result: Callable[[Result], None],
     ranks: Ranks = Ranks(),
 ) -> None:
-    """Evaluate baselines as a set is evaluated. Networks that have a name are cached.
+    """Evaluate baselines in the same way as a set. Results of networks that have a name are cached.
 
     Args:
         subject: the set and its data.
-        names: the baselines in order; ``full`` is all training data.
-        makers: what makes each of the others.
+        names: names of the baselines, in order; ``full`` is all training data.
+        makers: for every other name, a function that makes its set.
         networks: network strings or callables.
         num_seeds: networks of each architecture.
-        protocol: of the set; see ``baseline_protocol``.
+        protocol: protocol of the set; see ``baseline_protocol``.
         seed: root of every random draw.
-        compute: exactness against speed.
-        on_result: called with each result, which carries the name of the baseline.
+        compute: compute policy.
+        on_result: called with each result, whose method is the name of the baseline.
         ranks: processes that share the networks.
 
     Raises:
@@ -97,15 +97,15 @@ def _named(name: str, on_result: Callable[[Result], None], result: Result) -> No
 
 
 def baseline_protocol(protocol: Protocol, syn: SyntheticSet, baseline: SyntheticSet) -> Protocol:
-    """The protocol of a baseline of ``syn``, which is evaluated under ``protocol``.
+    """Return the protocol for a baseline of ``syn``, where ``syn`` is evaluated under ``protocol``.
 
-    ``own`` becomes the baseline's own training, with the fields in which ``protocol`` departs from that of the set.
-    Probabilities are always trained on as they are.
+    If that is ``own``, the baseline is trained under its own training, with the fields that the caller changed.
+    A baseline whose labels are probabilities is always trained on these.
     """
     if protocol.name == "own":
-        usual = own(syn)
+        unchanged = own(syn)
         changed = {f.name: getattr(protocol, f.name) for f in dataclasses.fields(protocol)}
-        changed = {name: value for name, value in changed.items() if value != getattr(usual, name)}
+        changed = {name: value for name, value in changed.items() if value != getattr(unchanged, name)}
         protocol = dataclasses.replace(own(baseline), **changed)
     if baseline.label_kind.space == "probabilities":
         protocol = dataclasses.replace(protocol, labels="own")
@@ -127,11 +127,11 @@ def full_data(
     ranks: Ranks = Ranks(),
     journal: CellStore | None = None,
 ) -> Result:
-    """Accuracy of networks trained on all training images under ``protocol``; what ``journal`` holds is not trained
-    again.
+    """Train and score networks on all training images under ``protocol``. Networks that ``journal`` holds are not
+    trained again.
 
     Raises:
-        ValueError: no test images; see also ``make_task`` and ``Functional``.
+        ValueError: there are no test images; see also ``make_task`` and ``Functional``.
     """
     task = make_task(
         arrays,

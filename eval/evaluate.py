@@ -1,4 +1,4 @@
-"""Networks x seeds: fresh networks are trained on a labelled set and scored on test images."""
+"""Train fresh networks on a labelled set, for each architecture and seed, and score them on test images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from condense.tracking import Bar
 from condense.train import Scorer, Trainer, Training
 
 BRIEF = dataclasses.replace(PROTOCOLS["canonical"], name="brief", num_epochs=100)
-"""For an evaluation on the validation split while a set is distilled."""
+"""Protocol of the evaluations on the validation split during distillation."""
 
 
 OnEpoch = Callable[[int, Weights], None]
@@ -48,7 +48,7 @@ OnEpoch = Callable[[int, Weights], None]
 
 
 class SetScorer:
-    """Trains networks of one architecture and scores each at its last epoch; what it compiled is kept."""
+    """Trains networks of one architecture and scores each after its last epoch; compiles only once."""
 
     def __init__(
         self,
@@ -62,7 +62,8 @@ class SetScorer:
         self._trainer, self._scorer = Trainer(network, plan, compute), Scorer(network, compute)
 
     def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
-        """A fresh network after its last epoch on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C)."""
+        """Train a fresh network on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C); return its weights after the
+        last epoch."""
         return self._train(images, targets, [rng], on_epoch)[0]
 
     def score(
@@ -77,8 +78,8 @@ class SetScorer:
         calibration: Calibration = "none",
         held_out: Labelled | None = None,
     ) -> list[Scores]:
-        """Scores on ``x`` (M, C, H, W), ``y`` (M,) of fresh networks, one for each ``rng``, trained together on the
-        rest, and calibrated on ``held_out``."""
+        """Train fresh networks together, one for each ``rng``, calibrate them on ``held_out``, and score them on ``x``
+        (M, C, H, W) with classes ``y`` (M,)."""
         scores = []
         for weights, rng in zip(self._train(images, targets, rngs, on_epoch), rngs, strict=True):
             divisor = 1.0
@@ -87,7 +88,7 @@ class SetScorer:
                 divisor = temperature(calibration, real_logits, held_out.labels, rng("calibration"))
             logits = self._scorer.logits(weights, x) / divisor
             if not logits.isfinite().all():
-                warnings.warn(f"a network of {self.network.name} diverged; it is scored all the same", stacklevel=2)
+                warnings.warn(f"a network of {self.network.name} diverged; it is scored like the others", stacklevel=2)
             scores.append(Scores.of(logits, y))
         return scores
 
@@ -100,23 +101,23 @@ class SetScorer:
         return self._trainer.run_together(weights, sources, on_epoch=each)
 
     def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
-        """The batches of the plan; labelled by the teacher, where there is one."""
+        """Return the training batches; a teacher, if there is one, labels them."""
         source = self._trainer.source(images, targets, rng, self._augment)
         return Relabelled(source, self._teacher, self._trainer.training.temperature) if self._teacher else source
 
 
 USUAL_SEEDS = 5
-"""Networks of a usual evaluation. The policy is resolved for this number, so that it does not depend on the number that
-was asked for, and the first networks of a larger evaluation are those of a smaller one."""
+"""Number of networks for which the compute policy is resolved. It is fixed, so that the policy does not depend on
+``num_seeds`` and the first networks of a larger evaluation equal those of a smaller one."""
 
 
 def resolved(compute: Compute, network: Functional, plan: Training, num_images: int) -> Compute:
-    """``compute`` with nothing left open, for training on ``num_images`` images."""
+    """Return ``compute`` with all automatic choices made, for training on ``num_images`` images."""
     return compute.resolved(network.flops * num_images * plan.num_epochs * USUAL_SEEDS, network.device)
 
 
 Progress = Callable[[str, int], AbstractContextManager[Bar]]
-"""``progress(title, total)``: a bar that is shown while its context lasts."""
+"""``progress(title, total)``: a context manager that shows a progress bar."""
 
 
 def measure(
@@ -138,31 +139,31 @@ def measure(
     held_out: Labelled | None = None,
     teachers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> list[Result]:
-    """Train and score ``num_seeds`` networks of each architecture under a protocol; one result for each architecture.
+    """Train and score ``num_seeds`` networks of each architecture under a protocol; return a result per architecture.
 
     Network k draws its weights, batch order and augmentation from (seed, architecture, k) alone. Different sets are
     therefore compared on the same networks, and the networks can be divided among processes.
 
     Args:
-        images: (N, C, H, W), of ``syn``; real ones where ``syn`` is None.
+        images: (N, C, H, W), decoded from ``syn``; real images if ``syn`` is None.
         targets: classes (N,) or soft targets (N, C).
-        test: what each network is scored on, at its last epoch.
+        test: the test images, on which each network is scored after its last epoch.
         arrays: the data set.
-        transform: what the images went through; for the record.
-        syn: the set that was decoded.
+        transform: the transform of the images; recorded only.
+        syn: the set; None for real images.
         networks: one for each architecture, all on one device.
-        protocol: how they are trained.
+        protocol: how the networks are trained.
         num_seeds: networks of each architecture.
         seed: root of every random draw.
-        compute: exactness against speed.
+        compute: compute policy.
         progress: shows a bar for each architecture.
         ranks: processes that share the networks.
-        journal: trained networks are written to it, and those that it holds are not trained again.
-        held_out: real images for what is chosen or fitted after distillation.
-        teachers: by the name of the architecture, what labels its batches.
+        journal: stores trained networks; networks that it already holds are not trained again.
+        held_out: held-out real images, for the choice of a learning rate and for calibration.
+        teachers: by name of the evaluated architecture, the function that labels its batches.
 
     Raises:
-        ValueError: another process ended; the journal cannot be written. It holds the networks trained so far.
+        ValueError: another process ended, or the journal cannot be written. Networks stored so far are not lost.
     """
     name = recorded_name(protocol, syn)
     augment = protocol.augment_for(arrays.input_shape, arrays.strategy)
@@ -272,8 +273,8 @@ def _with_best_rate(
     held_out: Labelled | None,
     rng: Rng,
 ) -> Protocol:
-    """The plan with the learning rate of its grid at which one network is best on the held-out real images; the smaller
-    of equally good ones."""
+    """Return the plan with the learning rate of its grid that gives one network the best accuracy on held-out real
+    images; on a tie, the smaller learning rate."""
     if not plan.lr_grid:
         return plan
     assert held_out is not None
@@ -289,7 +290,7 @@ def _with_best_rate(
 
 
 def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
-    """Metrics by name, one entry for each network; without the accuracy, which is a field of its own in a result."""
+    """Return the metrics by name, one entry per network, without the accuracy, which results hold separately."""
     rows = [json.loads(json.dumps(dataclasses.asdict(of_one))) for of_one in scores]
     return {name: [row[name] for row in rows] for name in rows[0] if name != "accuracy"}
 
@@ -297,7 +298,7 @@ def _by_metric(scores: Sequence[Scores]) -> dict[str, list[Any]]:
 def _trained_before(
     provenance: Sequence[Mapping[str, Any]], num_seeds: int, journal: CellStore | None, ranks: Ranks
 ) -> dict[tuple[int, int], Cell]:
-    """The networks that the first process finds in the journal, by architecture and number."""
+    """Return the networks that the first process finds in the journal, by index of the architecture and number."""
     stored: dict[tuple[int, int], Cell] = {}
     if journal is not None and ranks.first:
         for i, key in enumerate(provenance):
@@ -306,7 +307,7 @@ def _trained_before(
 
 
 def _reporter(bar: Bar, before: int, at_once: int, accuracies: Sequence[float]) -> OnEpoch:
-    """Shows the epochs done, and the mean accuracy of the networks that are done."""
+    """Show the number of epochs done and the mean accuracy of the finished networks."""
     note = f"mean {100 * statistics.fmean(accuracies):.1f} %, n = {len(accuracies)}" if accuracies else ""
     return lambda done, weights: bar(before + done * at_once, note)
 
@@ -324,24 +325,25 @@ def evaluate(
     ranks: Ranks = Ranks(),
     journal: CellStore | None = None,
 ) -> Evaluation:
-    """Train ``num_seeds`` fresh networks per architecture on the set and score each once, at its last epoch.
+    """Train ``num_seeds`` fresh networks per architecture on the set and score each once, after its last epoch.
 
-    Test images are read for nothing but scoring a trained network.
+    Test images are used only to score trained networks.
 
     Args:
         subject: the set and its data.
         networks: network strings or callables.
         num_seeds: networks of each architecture.
-        protocol: of ``condense.eval.protocol.named``, or with fields replaced.
+        protocol: a protocol from ``condense.eval.protocol.named``, possibly with fields replaced.
         seed: root of every random draw.
-        compute: exactness against speed.
+        compute: compute policy.
         progress: shows a bar for each architecture.
-        on_result: called with the result of an architecture once it is known; with several processes, once all are.
+        on_result: called with the result of each architecture as soon as it is known. With several processes it is
+            called after all architectures are done.
         ranks: processes that share the networks.
-        journal: where trained networks are stored until the results are written.
+        journal: stores trained networks until the results are written.
 
     Raises:
-        ValueError: there are no test images; a network does not take such images; see also ``check``.
+        ValueError: there are no test images, or a network does not accept their shape; see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
     check(syn, networks, protocol, num_seeds)
@@ -378,11 +380,17 @@ def evaluate(
 
 
 def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol: Protocol, num_seeds: int) -> None:
-    """Raise ValueError where a set cannot be evaluated in this way, as far as that is known without its data: there is
-    no such network or augmentation, the network does not take samples of this kind, the set has no classes, or the
-    protocol needs held-out images and it has none.
+    """Check an evaluation before any data are read.
 
-    ``syn`` is None of published images, which become a set with their data.
+    Args:
+        syn: the set; None for published images, which become a set only once their data are read.
+        networks: network strings or callables.
+        protocol: how networks are trained.
+        num_seeds: networks of each architecture.
+
+    Raises:
+        ValueError: a network or augmentation is unknown or does not take the samples of the set, ``num_seeds`` is
+            below 1, the set has no classes, or the protocol needs held-out images and the set has none.
     """
     if syn is not None:
         syn.require_classes("an accuracy")
@@ -404,8 +412,8 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
 
 
 def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet, int], dict[str, float]]:
-    """What the engine calls with a set and the number of steps done: the accuracy on the validation images of the task
-    of one network that is trained briefly (``BRIEF``) on the set."""
+    """Return a function of a set and the number of steps done. It trains one network on the set under ``BRIEF`` and
+    returns its accuracy on the validation images of the task as ``val_accuracy``."""
     assert task.val is not None
     val, scorer = task.val, SetScorer(task.network, BRIEF, compute)
 
@@ -420,7 +428,7 @@ def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet
 def _teachers(
     protocol: Protocol, subject: Subject, networks: Sequence[Functional], seed: int, compute: Compute
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By the name of the architecture that is evaluated, what labels its batches."""
+    """Return, by name of the evaluated architecture, the function that labels its batches."""
     origin, labellers = subject.syn.origin, {}
     for network in networks:
         labeller = network

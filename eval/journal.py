@@ -1,7 +1,7 @@
-"""Networks that an evaluation has trained and scored, kept so that none is trained twice.
+"""Stores for the scores of trained networks, so that no network is trained twice.
 
-``Journal`` has those of an evaluation that is not done yet, beside its results. ``CachedCells`` has those of baselines,
-in the cache, where the baselines of one evaluation serve the next.
+``Journal`` stores those of an unfinished evaluation, beside its result file. ``CachedCells`` stores those of baselines
+in the cache, where later evaluations find them.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from condense.tracking import Log, read_log
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained network."""
+    """The scores and the cost of one trained network."""
 
     scores: Scores
     seconds: float
     peak_memory: int
-    """Bytes; see ``condense.compute.peak_memory``."""
+    """Peak memory in bytes; see ``condense.compute.peak_memory``."""
 
     def __post_init__(self) -> None:
         fractions = (self.scores.accuracy, self.scores.macro_f1, *self.scores.per_class)
         if not all(0 <= x <= 1 for x in fractions) or self.seconds < 0 or not 0 <= self.peak_memory < 2**63:
-            raise ValueError("numbers out of range")
+            raise ValueError("a score, time or memory is out of range")
 
 
 class CellStore(Protocol):
-    """Where trained networks are kept: each under its provenance, all that decided its scores, and its number k.
+    """A store of trained networks, each under its provenance and its number k.
 
-    ``provenance`` is a JSON value with at least ``network`` (its name) and ``num_classes``.
+    ``provenance`` is a JSON object of everything that affects the scores, with at least ``network`` (the name of the
+    architecture) and ``num_classes``.
     """
 
     def find(self, provenance: Mapping[str, Any], num_networks: int) -> dict[int, Cell]:
-        """The stored ones of networks 0 to ``num_networks`` - 1, by number."""
+        """Return those of networks 0 to ``num_networks`` - 1 that are stored, by number."""
 
     def add(self, provenance: Mapping[str, Any], k: int, cell: Cell) -> None:
         """Store network ``k``."""
@@ -54,7 +55,7 @@ class CellStore(Protocol):
 
 @dataclass(frozen=True)
 class CachedCells:
-    """The networks of baselines: an entry of the cache for each.
+    """A store of baseline networks, with one cache entry for each.
 
     Args:
         root: the cache folder; None: nothing is stored.
@@ -66,7 +67,7 @@ class CachedCells:
         """See ``CellStore``."""
 
         def read(folder: Path) -> Cell:
-            return _cell(read_json(folder / _CELL, mend="train it again"), provenance)
+            return _cell(read_json(folder / _CELL, fix="train it again"), provenance)
 
         stored = {k: self._cache.read({**provenance, "k": k}, read) for k in range(num_networks)}
         return {k: cell for k, cell in stored.items() if cell is not None}
@@ -97,13 +98,13 @@ class _Line:
 
 
 class Journal:
-    """``NAME.cells.rank<k>.jsonl`` beside the result file: each process of one evaluation appends to its own.
+    """A store in the files ``NAME.cells.rank<k>.jsonl`` beside the result file; process k appends to file k.
 
-    Evaluations that run at once share these files, so they are written under the lock of the result file.
+    Simultaneous evaluations share these files, so they are written under the lock of the result file.
 
     Args:
         target: the result file.
-        rank: number of this process.
+        rank: rank of this process.
     """
 
     def __init__(self, target: Path, rank: int) -> None:
@@ -136,9 +137,9 @@ class Journal:
             log.sync()
 
     def remove(self) -> None:
-        """Remove the networks that this journal was asked for, once the results are written.
+        """Remove the networks of this evaluation; to be called after the results are written.
 
-        Those of other evaluations stay; lines that an earlier version wrote go too, since nothing reads them any more.
+        Those of other evaluations stay. Lines of earlier versions are removed too, because they cannot be read.
         """
         with locked(self._target), reporting(self._target):
             for file in self._files():
@@ -153,15 +154,15 @@ class Journal:
 
 
 def _cell(content: Any, provenance: Mapping[str, Any]) -> Cell:
-    """The network in a file. Raises ValueError where it is none, or one of another number of classes."""
+    """Read a network from JSON. Raises ValueError if it is damaged or has another number of classes or bins."""
     cell = from_json(Cell, content, "cell")
     if len(cell.scores.per_class) != provenance["num_classes"] or len(cell.scores.reliability) != NUM_BINS:
-        raise ValueError("numbers of other classes or bins")
+        raise ValueError("another number of classes or bins")
     return cell
 
 
 def _is_current(line: Mapping[str, Any]) -> bool:
-    """Whether a line of a journal has its numbers by name."""
+    """Whether a line of a journal has the current format, with scores by name."""
     return isinstance(line.get("cell"), Mapping)
 
 

@@ -1,7 +1,7 @@
-"""What the predictions of a trained network are worth: how often they are right, and whether their confidence is true.
+"""Accuracy and calibration metrics of a trained network.
 
-    accuracy        share of images whose most probable class is theirs; ``per_class`` within each class
-    macro_f1        mean over classes of 2 TP / (2 TP + FP + FN), 0 of a class that is neither there nor predicted
+    accuracy        share of images whose most probable class is correct; ``per_class`` within each class
+    macro_f1        mean over classes of 2 TP / (2 TP + FP + FN), 0 for a class that neither occurs nor is predicted
     nll             mean of -log p_y
     brier           mean of sum_c (p_c - [c = y])^2, in [0, 2] (Brier, 1950)
     ece             sum_b share_b |accuracy_b - confidence_b| over 15 equally wide bins of max_c p_c (Guo et al., 2017)
@@ -24,7 +24,7 @@ NUM_BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one network on one labelled set of images."""
+    """The metrics of one network on one labelled set of images."""
 
     accuracy: float
     macro_f1: float
@@ -34,30 +34,30 @@ class Scores:
     ece_adaptive: float
     ece_classwise: float
     per_class: tuple[float, ...]
-    """Accuracy within each class; 0 where a class has no image."""
+    """Accuracy within each class; 0 for a class without images."""
     reliability: tuple[tuple[float, float, float], ...]
-    """Of each bin of the ECE: share of the images, their mean confidence, their accuracy (0 where it is empty)."""
+    """For each bin of the ECE: share of the images, their mean confidence, their accuracy (0 in an empty bin)."""
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Scores:
-        """Of logits (N, C) and classes (N,). Logits of an image that are not finite, as a network that diverged gives
-        them, count as equal probabilities of all classes."""
+        """Compute the metrics from logits (N, C) and classes (N,). If any logit of an image is not finite, which
+        happens when a network diverged, all its classes count as equally probable."""
         logits, labels = logits.double().cpu(), labels.cpu()
         logits = logits.where(logits.isfinite().all(1, keepdim=True), 0.0)
         num, classes = logits.shape
         log_p = logits.log_softmax(1)
         p, onehot = log_p.exp(), F.one_hot(labels, classes).double()
         confidence, predicted = p.max(1)
-        right = (predicted == labels).double()
-        counts, hits = onehot.sum(0), onehot[right.bool()].sum(0)
-        found = torch.bincount(predicted, minlength=classes)
-        bins = _bins(confidence, right)
+        correct = (predicted == labels).double()
+        counts, hits = onehot.sum(0), onehot[correct.bool()].sum(0)
+        predictions = torch.bincount(predicted, minlength=classes)
+        bins = _bins(confidence, correct)
         order = confidence.argsort(stable=True)
-        pieces = [piece for piece in order.tensor_split(NUM_BINS) if len(piece)]
-        adaptive = sum(len(i) / num * abs(float(right[i].mean() - confidence[i].mean())) for i in pieces)
+        chunks = [chunk for chunk in order.tensor_split(NUM_BINS) if len(chunk)]
+        adaptive = sum(len(i) / num * abs(float(correct[i].mean() - confidence[i].mean())) for i in chunks)
         return cls(
-            accuracy=float(right.mean()),
-            macro_f1=float((2 * hits / (counts + found).clamp(min=1)).mean()),
+            accuracy=float(correct.mean()),
+            macro_f1=float((2 * hits / (counts + predictions).clamp(min=1)).mean()),
             nll=float(-log_p.gather(1, labels[:, None]).mean()),
             brier=float((p - onehot).square().sum(1).mean()),
             ece=_gap(bins),
@@ -68,11 +68,11 @@ class Scores:
         )
 
 
-def _bins(confidence: Tensor, right: Tensor) -> Tensor:
-    """(NUM_BINS, 3): share, mean confidence and mean of ``right`` of bins of equal width, (low, high]."""
+def _bins(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Return (NUM_BINS, 3): share, mean confidence and mean of ``correct`` in bins (low, high] of equal width."""
     index = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
     sums = torch.zeros(NUM_BINS, 3, dtype=torch.float64)
-    sums.index_add_(0, index, torch.stack([torch.ones_like(confidence), confidence, right], 1))
+    sums.index_add_(0, index, torch.stack([torch.ones_like(confidence), confidence, correct], 1))
     counts = sums[:, :1]
     return torch.cat([counts / len(confidence), sums[:, 1:] / counts.clamp(min=1)], 1)
 

@@ -1,4 +1,4 @@
-"""How networks are trained before they are scored: frozen values under fixed names, so that they compare."""
+"""Evaluation protocols: named, frozen settings for the training of the networks that are scored."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ STRATEGIES = {
     "frepo": (Augment(MILD), Augment(("flip", *MILD))),
     "rcig": (Augment(MILD[1:], mode="P"), Augment(("flip", *MILD), mode="P", flips=True)),
 }
-"""The augmentations of Zhou et al. (2022) and Loo et al. (2023), for images of one channel and of more. The first
-applies one operation to all images of a batch. The second applies an operation of its own to each image, and adds the
+"""The augmentations of Zhou et al. (2022) and Loo et al. (2023), for images of one channel and of several channels.
+``frepo`` applies one operation to all images of a batch. ``rcig`` draws an operation for each image, and adds the
 mirror images to a set of colour images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Training):
-    """A training with its augmentation and its labels. The accuracy counted is that of the last epoch."""
+    """A training with its augmentation and its labels. Networks are scored after the last epoch."""
 
     name: str
-    """What it is called; not part of the hash."""
+    """Name of the protocol; not part of the hash."""
     augment: str = "none"
-    """none, dsa (the data set's own strategy), frepo or rcig (see ``STRATEGIES``), or a strategy; every image draws its
-    own parameters."""
+    """Augmentation of the images: none, dsa (the strategy of the data set), frepo, rcig, or a strategy such as
+    flip_crop. Parameters are drawn for each image."""
     labels: Literal["hard", "own"] = "hard"
-    """hard: one class per image, by argmax where the set has soft labels. own: the targets of the set."""
+    """Targets to train on. hard: one class per image (argmax of soft labels). own: the targets of the set."""
     steps_for: tuple[tuple[int, int], ...] = ()
-    """Pairs (images, steps): the steps of the pair nearest to the size of the set, in place of num_epochs."""
+    """Pairs (images, steps). The pair nearest to the size of the set gives the number of steps and replaces
+    num_epochs."""
     learned_lr: bool = False
-    """Whether the set's learned step size, where it has one, takes the place of lr."""
+    """Use the learned learning rate of the set instead of lr, if the set has one."""
     lr_grid: tuple[float, ...] = ()
-    """Learning rates of which the best on held-out real images takes the place of lr; no test image takes part."""
+    """Candidate learning rates. The one with the best accuracy on held-out real images replaces lr."""
     teacher: str = ""
-    """A network that is trained on the real images and labels each batch as it is seen; ``same``: of the architecture
-    that is evaluated."""
+    """Network that is trained on the real images and labels each batch. same: the evaluated architecture; empty: no
+    teacher."""
     calibration: Calibration = "none"
-    """How the confidence of the trained network is mended on held-out real images before it is scored."""
+    """Calibration of the trained network on held-out real images before it is scored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,16 +67,24 @@ class Protocol(Training):
             )
 
     def augment_for(self, input_shape: InputShape, own: str) -> Augment:
-        """The augmentation of images of this shape; ``own`` is the data set's strategy. Raises ValueError on one that
-        ``Augment.parse`` does not know."""
+        """Return the augmentation of images of this shape. ``own`` is the strategy of the data set.
+
+        Raises:
+            ValueError: ``Augment.parse`` does not know the strategy.
+        """
         if self.augment in STRATEGIES:
             grey, colour = STRATEGIES[self.augment]
             return grey if input_shape[channel_axis(input_shape)] == 1 else colour
         return Augment.parse(self.augment, own=own)
 
     def resolved(self, num_images: int, lr: Tensor | None = None, copies: int = 1) -> Protocol:
-        """The training of a set of so many images whose learned step size is ``lr``. ``copies``: how many images are
-        trained on for each of the set, 2 where its mirror images are added."""
+        """Return a copy in which ``steps_for`` and ``learned_lr`` are replaced by the values for one set.
+
+        Args:
+            num_images: decoded images of the set.
+            lr: learned learning rate of the set, if it has one.
+            copies: training images per image of the set; 2 where mirror images are added.
+        """
         changes: dict[str, Any] = {}
         if self.steps_for:
             _, steps = min(self.steps_for, key=lambda pair: abs(math.log(pair[0] / num_images)))
@@ -86,11 +95,11 @@ class Protocol(Training):
 
     @property
     def holds_out(self) -> bool:
-        """Whether it needs real images that the set was not made from."""
+        """Whether the protocol needs real images that the set was not made from."""
         return bool(self.lr_grid) or self.calibration != "none"
 
     def describe(self) -> str:
-        """One line."""
+        """Describe the protocol in one line."""
         length = "steps by size" if self.steps_for else f"{self.num_epochs} epochs"
         lr = "learned" if self.learned_lr else "by validation" if self.lr_grid else f"{self.lr:g}"
         labels = f"by a teacher ({self.teacher})" if self.teacher else self.labels
@@ -101,14 +110,14 @@ class Protocol(Training):
         )
 
     def content(self) -> dict[str, Any]:
-        """Every field but the name."""
+        """Return every field except the name."""
         fields = super().content()
         del fields["name"]
         return fields
 
     @property
     def hash(self) -> str:
-        """sha256 of the content; two accuracies compare only where it agrees."""
+        """The SHA-256 of the content. Only accuracies with the same hash are comparable."""
         return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
 
 
@@ -193,73 +202,73 @@ _PROTOCOLS = {
 
 PROTOCOLS: Registry[Protocol] = Registry("protocol", "condense.protocols", _PROTOCOLS, instance_of(Protocol))
 """``canonical``: the published tables without augmentation (Zhao, Mopuri and Bilen, "Dataset Condensation
-with Gradient Matching", ICLR 2021). Deviations from the published code: it runs one epoch more, drops the
-learning rate a little after half, and loses the momentum there. ``canonical-dsa``: the tables with
-augmentation (DSA, DM, MTT); the same with 1000 epochs. ``full-data``: for the whole training set. ``dc``: DC's own
-on MNIST, with its augmentation there; on other data its own is ``canonical``. ``frepo``, ``rcig``: regression on the
-labels of the set (Zhou et al. 2022, Loo et al. 2023). ``datm``: soft labels and the learned step size (Guo et al.
-2024). ``soft-teacher``: a network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024).
-``dd-ranking``: hard labels under DSA, with the learning rate chosen on held-out real images (Li et al. 2024).
-Deviations of each: docs/evaluation.md.
+with Gradient Matching", ICLR 2021). The published code differs: it runs one more epoch, drops the learning rate a
+little after half of the epochs, and resets the momentum there. ``canonical-dsa``: the same for 1000 epochs with DSA,
+for the tables of DSA, DM and MTT. ``full-data``: for the whole training set. ``dc``: the protocol of DC on MNIST, with
+its augmentation; on other data DC uses ``canonical``. ``frepo``, ``rcig``: regression on the labels of the set (Zhou et
+al. 2022, Loo et al. 2023). ``datm``: soft labels and the learned learning rate (Guo et al. 2024). ``soft-teacher``: a
+network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024). ``dd-ranking``: hard labels under
+DSA, with the learning rate chosen on held-out real images (Li et al. 2024). docs/evaluation.md lists the deviations.
 """
 
 
 def named(name: str, syn: SyntheticSet | None) -> Protocol:
-    """The protocol of that name; ``own`` is the one that the set brings along. ``syn`` is None where there are only
-    published images, which bring none.
+    """Return the protocol of that name; ``own`` is the one that is stored with the set.
+
+    Args:
+        name: a name in ``PROTOCOLS``, or ``own``.
+        syn: the set; None for published images, which store no protocol.
 
     Raises:
-        ValueError: unknown name; ``own`` of a set without a record of its training.
+        ValueError: unknown name; ``own`` of a set that stores no protocol.
     """
     return own(syn) if name == "own" else fixed(name)
 
 
 def fixed(name: str) -> Protocol:
-    """The protocol of that name that does not depend on a set. Raises ValueError on an unknown name."""
+    """Return the protocol of that name in ``PROTOCOLS``. Raises ValueError if the name is unknown."""
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}: {suggest(name, [*PROTOCOLS, 'own'])}")
     return PROTOCOLS[name]
 
 
 def own(syn: SyntheticSet | None) -> Protocol:
-    """The training that the set was made for: its stored record, its soft labels and its learned step size.
+    """Return the training that the set was made for: its stored record, its targets and its learned learning rate.
 
     Raises:
-        ValueError: the set has no such record, or one that this version cannot follow.
+        ValueError: the set has no such record, or this version cannot train that way.
     """
     record = {} if syn is None else {k: v for k, v in syn.origin.training.items() if k != "network"}
     if syn is None or not record:
-        raise ValueError(
-            f"the set does not say how it is meant to be trained on: give {spelt('protocol', 'canonical')}"
-        )
+        raise ValueError(f"the set stores no training of its own; give {spelt('protocol', 'canonical')}")
     if syn.lr is not None:
         record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
     known = {f.name for f in dataclasses.fields(Protocol)} - {"name", "labels", "schedule"} | set(FLAT_NAMES)
     try:
         for name in record.keys() - known:
-            raise ValueError(f"it knows no field {brief(name)} of a training")
+            raise ValueError(f"a training has no field {brief(name)}")
         return from_json(Protocol, {"name": "own", "labels": "own", **nested(record)}, "training")
     except ValueError as error:
         raise ValueError(
-            f"this version cannot train as the set is meant to be trained: {error}; "
+            f"this version cannot follow the training that is stored with the set: {error}; "
             f"give {spelt('protocol', 'canonical')}"
         ) from error
 
 
 def own_network(syn: SyntheticSet) -> str:
-    """The network that the set is meant to train; where its file does not say, the one it was distilled with.
+    """Return the network that the set was made for; if its file names none, the network it was distilled with.
 
     Raises:
-        ValueError: that network has no name, since it was given as a callable.
+        ValueError: the network was given as a callable, so it has no name.
     """
     name = str(syn.origin.training.get("network", syn.origin.network or "auto"))
     if name.startswith("custom:"):
-        raise ValueError(f"the set is meant for {name}, which only its code can build; give the networks to train")
+        raise ValueError(f"the set was made for {name}, a network given as a callable; give the networks to train")
     return name
 
 
 def recorded_name(protocol: Protocol, syn: SyntheticSet | None = None) -> str:
-    """The name that results carry: with a star where a field differs from the protocol that owns the name."""
+    """Return the name for results: with a star if a field differs from the protocol of that name."""
     if protocol.name == "own" and syn is not None:
         owner = own(syn)
     else:
@@ -268,10 +277,10 @@ def recorded_name(protocol: Protocol, syn: SyntheticSet | None = None) -> str:
 
 
 def changes(row: Mapping[str, Any]) -> str:
-    """What a result's protocol changes of the one whose name it has, in words; empty of a named one."""
+    """List the fields in which a result's protocol differs from the named one; empty if it has no star."""
     name = row["protocol"].removesuffix("*")
     if name == row["protocol"] or name not in PROTOCOLS:
         return ""
-    usual, fields = json.loads(json.dumps(PROTOCOLS[name].content())), row["protocol_fields"]
-    changed = {key: fields[key] for key in fields if fields[key] != usual.get(key)}
+    original, fields = json.loads(json.dumps(PROTOCOLS[name].content())), row["protocol_fields"]
+    changed = {key: fields[key] for key in fields if fields[key] != original.get(key)}
     return ", ".join(f"{key} {value}" for key, value in changed.items())

@@ -1,4 +1,4 @@
-"""The results of an evaluation: one value for each architecture, the file that holds them, and their grouping."""
+"""The results of evaluations: one per architecture, the file that stores them, and their grouping into tables."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from condense.schema import brief, from_json
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Networks of one architecture, trained on one labelled set under one protocol, and what decided it."""
+    """The scores of networks of one architecture that were trained on one set under one protocol, with their
+    provenance."""
 
     method: str
-    """What made the set; ``full`` for all training data, empty where the set does not say."""
+    """Method that made the set; ``full`` for all training data, empty if the set names none."""
     network: str
     num_params: int
     accuracies: tuple[float, ...]
-    """On the test split, at the last epoch, one per seed; fractions."""
+    """Accuracies on the test split after the last epoch, one per seed, as fractions."""
     metrics: Mapping[str, Sequence[Any]]
-    """The rest of ``condense.eval.metrics.Scores``, by name, one entry per seed."""
+    """The other fields of ``condense.eval.metrics.Scores``, by name, one entry per seed."""
     protocol: str
-    """Its name; with a star where fields differ from the protocol that owns the name."""
+    """Name of the protocol, with a star if a field differs from the protocol of that name."""
     protocol_hash: str
     protocol_fields: Mapping[str, Any]
     augment: str
-    """The operations that the protocol's augmentation means for this data set."""
+    """Operations of the protocol's augmentation for this data set."""
     seed: int
     num_images: int
-    """Images trained on, decoded."""
+    """Number of training images, after decoding."""
     synthetic_sha256: str | None
-    """Of the tensors of the set, as in its file; None: real training data."""
+    """SHA-256 of the tensors of the set, as in its file; None for real training data."""
     dataset: str
     train_fingerprint: str
     test_fingerprint: str
@@ -48,13 +49,13 @@ class Result:
     device: str
     threads: int
     seconds: float
-    """Time of training and scoring all of them, one after the other."""
+    """Sum of the training and scoring times of the networks."""
     peak_memory_bytes: int
-    """The most until the last of them was trained: of the tensors of each on a GPU, of the whole process on a CPU."""
+    """Peak memory while the networks were trained: of the tensors on a GPU, of the whole process on a CPU."""
     stored_bytes: Mapping[str, int]
-    """What was trained on, as stored: images (latents), labels, decoder."""
+    """Bytes of the set as stored: images (latents), labels, decoder."""
     full_bytes: int
-    """All training images and labels as they are held, of which a set is the compression."""
+    """Bytes of all training images and labels in memory."""
     code: str
     """Version of this package."""
 
@@ -73,8 +74,8 @@ class Result:
         sizes = self.stored_bytes.values()
         if min(self.full_bytes, self.num_images, *sizes) < 0 or not sum(sizes):
             raise ValueError(
-                f"num_images, full_bytes or stored_bytes {brief(dict(self.stored_bytes))} are negative, or nothing is "
-                "stored"
+                f"num_images, full_bytes or stored_bytes {brief(dict(self.stored_bytes))} is negative, or all of "
+                "stored_bytes are 0"
             )
 
     @property
@@ -87,12 +88,12 @@ class Result:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation of the sample (n - 1 in the denominator); None of a single network."""
+        """Sample standard deviation (n - 1 in the denominator); None for a single network."""
         return statistics.stdev(self.accuracies) if self.n > 1 else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean over such networks (Student's t); None of a single one."""
+        """95 % confidence interval of the mean over networks (Student's t); None for a single network."""
         if self.std is None:
             return None
         half = float(scipy.stats.t.ppf(0.975, self.n - 1)) * self.std / self.n**0.5
@@ -100,11 +101,11 @@ class Result:
 
     @property
     def compression(self) -> float:
-        """Bytes of all training data for each byte stored."""
+        """Bytes of all training data divided by the bytes stored."""
         return self.full_bytes / sum(self.stored_bytes.values())
 
     def row(self) -> dict[str, Any]:
-        """For JSON: the fields, and ``mean``, ``std``, ``interval``, ``n`` and ``compression``."""
+        """Return the fields with ``mean``, ``std``, ``interval``, ``n`` and ``compression``, for JSON."""
         fields = dataclasses.asdict(self)
         head = {"method": fields.pop("method"), "network": fields.pop("network")}
         head["accuracies"] = list(fields.pop("accuracies"))
@@ -114,12 +115,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one call of ``evaluate`` measured, in the order of the networks."""
+    """The results of one call of ``evaluate``, in the order of the networks."""
 
     results: tuple[Result, ...]
 
     def write(self, path: Path) -> None:
-        """Add the results to ``evaluation.json``; see ``merge``."""
+        """Add the results to the file at ``path``; see ``merge``."""
         merge(path, self.results)
 
 
@@ -127,13 +128,13 @@ _KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256
 
 
 def merge(path: Path, results: Sequence[Result]) -> None:
-    """Write the results into a JSON file, beside those that it holds: ``{"results": [row, ...]}``.
+    """Add results to a JSON file ``{"results": [row, ...]}``.
 
-    A row replaces an existing one that agrees in network, protocol, n, seed, set and test split. Processes that write
-    to one file take turns.
+    A row replaces an existing one with the same network, protocol, n, seed, set and test split. Processes that write
+    to the same file take turns.
 
     Raises:
-        ValueError: the file exists and holds something else; it cannot be written.
+        ValueError: the file exists and is no file of results, or it cannot be written.
     """
     rows = [result.row() for result in results]
     asked = [[row[name] for name in _KEY] for row in rows]
@@ -144,12 +145,12 @@ def merge(path: Path, results: Sequence[Result]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that ``merge`` wrote.
+    """Return the rows of a file that ``merge`` wrote.
 
     Raises:
-        ValueError: it cannot be read, or holds something else.
+        ValueError: the file cannot be read, or it is no file of results.
     """
-    content = read_json(path, mend=_FIX)
+    content = read_json(path, fix=_FIX)
     try:
         return [dict(row) for row in from_json(_Results, content, "it").results]
     except ValueError as error:
@@ -157,11 +158,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def read_complete(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``read`` that have every field of ``Result``. Rows of earlier versions, which lack some, are left out
-    with a warning.
+    """Return the rows of ``read`` that have every field of ``Result``. Rows of earlier versions that lack fields are
+    left out with a warning.
 
     Raises:
-        ValueError: see ``read``; a row whose fields have other types or values.
+        ValueError: see ``read``; also if a field of a row has a wrong type or value.
     """
     wanted = {f.name for f in dataclasses.fields(Result)}
     scores, rows = {f.name for f in dataclasses.fields(Scores)} - {"accuracy"}, read(path)
@@ -176,13 +177,13 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
     if len(complete) < len(rows):
         warnings.warn(
             f"{len(rows) - len(complete)} rows of {path} were written by another version and are left out; "
-            "condense evaluate writes them again",
+            "run condense evaluate again to replace them",
             stacklevel=2,
         )
     return complete
 
 
-_FIX = "move it away, and condense evaluate writes it anew"
+_FIX = "move it away and run condense evaluate again"
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,14 @@ class _Results:
 
 
 def by_set(rows: Sequence[Mapping[str, Any]], name: str = "method") -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Rows of one protocol, by the set that was trained on and then by network.
+    """Group rows of one protocol by set, then by network.
 
-    Of several rows of one set and network the one with the largest n counts. The labels of sets that share a name
-    carry the start of their checksum.
+    If several rows have the same set and network, the row with the largest n is taken. If several sets share a name,
+    their labels contain the start of the checksum.
 
     Args:
         rows: rows of results.
-        name: the key of a row that holds the name of the set.
+        name: the key of a row under which the set is named.
     """
     checksums: dict[str, list[Any]] = {}
     for row in rows:
@@ -216,10 +217,10 @@ def by_set(rows: Sequence[Mapping[str, Any]], name: str = "method") -> dict[str,
 
 
 def by_protocol(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows grouped by protocol, so that the rows of one group compare.
+    """Group rows by protocol, so that the rows of a group are comparable.
 
-    The key is the name of the protocol; where rows of one name differ in their fields, it ends with the start of the
-    hash. Rows of ``own``, which is another training for each set, form one group.
+    The key is the name of the protocol, followed by the start of the hash if rows of this name differ in their fields.
+    All rows of ``own`` form one group, although each set has its own training.
     """
     hashes: dict[str, set[str]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""A synthetic set together with its data: what networks are trained on, chosen on and scored on."""
+"""A synthetic set with its data: the images for training, for choices after distillation, and for scoring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from condense.task import Labelled, Split
 class Subject:
     """A set with the data that it was made from.
 
-    The real images go through the transform of the set. Everything is made when it is first asked for.
+    The real images are transformed as the set was. Everything is computed on first access.
 
     Raises:
         ValueError: the set was made from other data, or has no classes.
@@ -33,7 +33,7 @@ class Subject:
     arrays: Arrays
     device: torch.device
     cache: Path | None = None
-    """Folder of whitening matrices."""
+    """Cache folder, for example of whitening matrices and teachers; None: nothing is cached."""
 
     def __post_init__(self) -> None:
         self.syn.require_classes("an accuracy")
@@ -45,21 +45,21 @@ class Subject:
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"the set belongs to {origin.dataset_name} ({what} {ours}), not {arrays.name} ({theirs}): "
-                    f"its score there would mean nothing; give {spelt('dataset')} with the data that it was made from"
+                    f"the set was made from {origin.dataset_name} ({what} {ours}), not from {arrays.name} ({theirs}), "
+                    f"so its accuracy there is meaningless; give {spelt('dataset')} with the data it was made from"
                 )
 
     def network(self, spec: str | Factory) -> Functional:
         return Functional(spec, self.arrays.input_shape, self.arrays.num_classes, self.device)
 
     def decoded(self, *, soft: bool) -> tuple[Tensor, Tensor]:
-        """``decoded`` of the set, on the device."""
+        """Return ``decoded`` of the set, on the device."""
         images, targets = decoded(self.syn, soft=soft)
         return images.to(self.device), targets.to(self.device)
 
     @cached_property
     def transform(self) -> Transform:
-        """The transform of the set. A whitening matrix that is not cached is fitted again to the training images."""
+        """The transform of the set. A whitening matrix that is not in the cache is fitted to the training images."""
         return transform_of(self.syn, self.arrays, self.cache)
 
     @cached_property
@@ -89,30 +89,31 @@ class Subject:
 
 @torch.no_grad()
 def decoded(syn: SyntheticSet, *, soft: bool) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W) and classes (n,); soft targets (n, C) where the set has them and ``soft``."""
+    """Return images (n, C, H, W) and classes (n,). If ``soft`` is true and the set has soft targets, return these,
+    (n, C), instead of classes."""
     images, targets = syn()
     return images, targets if soft or targets.dim() == 1 else targets.argmax(1)
 
 
 def load_test(arrays: Arrays, transform: Transform, device: torch.device) -> Labelled:
-    """The test images in the transformed space.
+    """Return the transformed test images with their classes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the data set has no test images.
     """
     if not len(arrays.x_test):
-        raise ValueError(f"{arrays.name} has no test images: there is nothing to score on; give a test split")
+        raise ValueError(f"{arrays.name} has no test images to score networks on; give a data set with a test split")
     return Labelled(
         Images.of(arrays.x_test, device).with_transform(transform), torch.from_numpy(arrays.y_test).to(device)
     )
 
 
 def require_held_out(syn: SyntheticSet) -> Split:
-    """The split of the real images that a set was made with. Raises ValueError where it held none out."""
+    """Return the split that the set was made with. Raises ValueError if it holds out no real images."""
     split = syn.origin.split
     if not split.val_fraction:
         raise ValueError(
-            "this protocol chooses on held-out real images, and the set was made from all of them; distil it with "
+            "this protocol needs held-out real images, and the set was made from all training images; distil it with "
             f"{spelt('split.val_fraction', 0.1)}"
         )
     return split

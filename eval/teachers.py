@@ -1,4 +1,4 @@
-"""Networks trained on the real images that label a synthetic set batch by batch."""
+"""Networks that are trained on the real images and label the batches of a synthetic set."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from condense.task import Task
 
 
 def trained(task: Task, *, seed: int, compute: Compute, cache: Path | None) -> Weights:
-    """The task's network after the training ``full-data`` on its training images, never on validation or test images;
-    cached as ``pretrained`` says."""
+    """Train the task's network under ``full-data`` on the training images of the task, never on validation or test
+    images. ``pretrained`` caches the result."""
     plan = PROTOCOLS["full-data"]
     compute = compute.resolved(task.network.flops * len(task.train) * plan.num_epochs, task.device)
     rng = Rng(seed).child("teacher", task.network.name)
@@ -26,7 +26,7 @@ def trained(task: Task, *, seed: int, compute: Compute, cache: Path | None) -> W
 
 
 def labeller(network: Functional, weights: Weights, compute: Compute) -> Callable[[Tensor], Tensor]:
-    """Images (N, C, H, W) to the logits of a trained network in evaluation mode."""
+    """Return a function from images (N, C, H, W) to the logits of a trained network in evaluation mode."""
 
     def logits(images: Tensor) -> Tensor:
         return network.logits(*weights, images, train=False).float()

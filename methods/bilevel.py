@@ -1,12 +1,12 @@
-"""What methods share that train a network on the set and descend its loss on real images: the bilevel problem
+"""Base class of the methods that train a network on the set and minimise its loss on real images (DD, RaT-BPTT, RTP):
 
 min_S  E_theta_0  l(R; theta_N(S)),    theta_{n+1} = rule(theta_n, grad l(b_n; theta_n)),   b_n a minibatch of S.
 
 symbol   code
 R        a batch of real images, drawn for each step
 theta_0  fresh weights, drawn for each step
-theta_N  what ``unroll`` returns; its adjoint says how the gradient goes back
-b_n      ``minibatches``
+theta_N  the result of ``unroll``, differentiated by ``adjoint``
+b_n      ``batches``
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from condense.synthetic.set import SyntheticSet
 
 @dataclass(frozen=True, kw_only=True)
 class Bilevel(Unrolled):
-    """Back-propagates a loss on real images through training on the set."""
+    """Back-propagates the loss on real images through training on the set."""
 
     family: ClassVar[str] = "bilevel"
     objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
 
     def positive(self, *names: str) -> None:
-        """Raise ValueError where one of these fields is not positive."""
+        """Raise ValueError if one of these fields is not positive."""
         for name in names:
             value = getattr(self, name)
             if not value > 0:
@@ -43,28 +43,29 @@ class Bilevel(Unrolled):
                 raise ValueError(f"method.{name} must be positive, got {value}; a usual value is {usual}")
 
     def require_room(self, num_steps: int) -> None:
-        """Raise ValueError where the adjoint may ask for more steps than the network takes."""
+        """Raise ValueError if the adjoint can need more than the ``num_steps`` training steps of the network."""
         if isinstance(self.adjoint, RandomTruncated) and self.adjoint.hi + self.adjoint.window > num_steps:
             most = max(num_steps - self.adjoint.window, 0)
             raise ValueError(
-                f"method.adjoint has a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, the "
-                f"network takes {num_steps} steps; give {spelt('method.adjoint.hi', most, 'RandomTruncated')} and a "
-                "window that fits"
+                f"method.adjoint has a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, but "
+                f"the network takes {num_steps} steps; give {spelt('method.adjoint.hi', most, 'RandomTruncated')} and "
+                "a window that fits"
             )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy on real images (N, C, H, W) in evaluation mode. A network with BatchNorm is in training mode
-        and takes their statistics: the pure steps of the network leave its running ones as they began."""
+        """The loss on real images (N, C, H, W) in evaluation mode. A network with BatchNorm is in training mode
+        and uses the statistics of these images, because the inner steps do not update its running statistics."""
         network = ctx.task.network
         return ctx.objective.loss(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
 
 
 def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:
-    """Indices of the decoded images of each of these classes, on the CPU; ``num_images`` are decoded in all."""
+    """Indices of the decoded images of each of these classes, on the CPU; ``num_images`` is the number of decoded
+    images of the set."""
     source = syn.classes.cpu().repeat(num_images // len(syn))
     return [(source == c).nonzero().flatten() for c in classes]
 
 
 def draw_per_class(members: Sequence[Tensor], num: int, generator: torch.Generator) -> Tensor:
-    """``num`` images of each class without replacement, or all of them."""
+    """Draw the indices of ``num`` images of each class without replacement; of all of them if a class has fewer."""
     return torch.cat([index[torch.randperm(len(index), generator=generator)[:num]] for index in members])

@@ -5,15 +5,15 @@
 
     m_k = mean_{s in S_k} psi(A(s))
 
-The means of S are those of B in every layer l, and as a classifier they tell real images apart. theta is a student,
-trained on S between one update of S and the next until its accuracy on real images has moved within the last epochs,
-and replaced by a fresh one when from update to update its accuracy hardly moves any more.
+The class means of S match those of B in every layer l, and used as a classifier they separate real images. theta is a
+student. Between two updates of S it is trained on S until its accuracy on real images has changed within the last
+epochs. It is replaced by a fresh one when its accuracy hardly changes from update to update.
 
     symbol  code
     S_c     ``state.syn`` at the latents of class c
-    B_c     ``batch_real`` real images of class c, drawn anew at every step
-    f_l     ``ctx.maps``: what activation l puts out before pooling; the last level is psi
-    psi     what the network hands to its classifier
+    B_c     ``batch_real`` real images of class c, drawn at every step
+    f_l     ``ctx.maps``: the output of activation l before pooling; the last level is psi
+    psi     the input of the network's classifier
     w_l     ``weight_early``, ``weight_last``, ``weight_features``
     beta    ``discrimination``
     theta   ``state.params``, ``state.buffers``
@@ -45,55 +45,57 @@ from condense.train import Scorer, Trainer, Training
 @dataclass(kw_only=True)
 class CAFEState(GradientState):
     params: dict[str, Tensor]
-    """Weights of the student at the step to come, with ``buffers``."""
+    """Weights of the student for the next step."""
     buffers: dict[str, Tensor]
     updates: int = 0
-    """Updates of the set that the student has lived through."""
+    """Number of updates of the set since the student was initialised."""
     accuracies: list[float] = field(default_factory=list)
-    """Its accuracy on real images after each of the last of these."""
+    """Accuracies of the student on real images after the last of these updates, at most ``window``."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CAFE(GradientMethod):
-    """Aligns features layer by layer and classifies real images by synthetic class means."""
+    """Aligns the features of each layer and classifies real images by the class means of the set."""
 
     family: ClassVar[str] = "distribution and attention matching"
 
     learns_labels: ClassVar[bool] = False
 
     num_steps: int = 20000
-    """Updates of the images. The published number is 2000 students, of ``window`` updates each or more."""
+    """Number of updates of the images. The published number is 2000 students with ``window`` updates or more each."""
     optim: Optim = Optim(lr=0.1, momentum=0.5, schedule=Schedule(drop_at=(0.6, 0.8, 0.9), drop_factor=0.5))
     """Optimiser of the images (latents)."""
     start: Literal["real", "noise"] = "noise"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     batch_real: int = 256
-    """Real images of a class a step; all of them where a class has fewer."""
+    """Real images per class in each step; all of them if a class has fewer."""
     weight_early: float = 0.1
-    """Weight of every feature map but the last."""
+    """Weight of each feature map except the last in the alignment loss."""
     weight_last: float = 1.0
-    """Weight of the last feature map."""
+    """Weight of the last feature map in the alignment loss."""
     weight_features: float = 2.0
-    """Weight of the features."""
+    """Weight of the features (the input of the classifier) in the alignment loss."""
     discrimination: float = 0.01
-    """Weight of the cross-entropy of real images, which is a sum over them."""
+    """Weight of the discrimination loss, the cross-entropy summed over real images."""
     lr_student: float = 0.01
-    """Learning rate of the student: plain SGD."""
+    """Learning rate of SGD without momentum, which trains the student."""
     batch_student: int = 256
     """Batch size of the student."""
     batch_probe: int = 128
-    """Real training images of a class on which the student's accuracy is measured, drawn anew each time."""
+    """Real training images per class on which the student's accuracy is measured, drawn for each measurement."""
     window: int = 10
-    """Accuracies that are compared: the last so many, and nothing is decided before there are as many."""
+    """Number of recent accuracies of the student that are compared; ``moved`` and ``settled`` need that many."""
     moved: float = 0.03
-    """The student is trained until a full window of accuracies, one an epoch, differs by more than this."""
+    """Threshold that ends the training of the student between two updates: the range of its accuracies after the last
+    ``window`` epochs exceeds this value."""
     settled: float = 0.04
-    """The student is replaced when a full window of accuracies, one an update, differs by less than this."""
+    """Threshold for replacing the student: the range of its accuracies after the last ``window`` updates is below this
+    value."""
     max_epochs: int = 50
-    """Epochs of the student between two updates, at most."""
+    """Largest number of epochs of the student between two updates."""
     max_updates: int = 50
-    """Updates of the images that a student lives through, at most."""
+    """Largest number of updates of the images before the student is replaced."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +112,7 @@ class CAFE(GradientMethod):
             raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
-        epochs = min(self.window, self.max_epochs)  # between two updates, at least
+        epochs = min(self.window, self.max_epochs)  # the least possible number between two updates
         forward = self.batch_real + (1 + epochs) * self.batch_probe
         return self.num_steps * num_classes * (forward / 3 + (1 + epochs) * images_per_class)
 
@@ -130,14 +132,14 @@ class CAFE(GradientMethod):
             if has_batch_norm(ctx.task.network):
                 wanted = _together(levels, real)
             else:
-                wanted = [_in_pieces(levels, images, ctx.compute.micro_batch) for images in real]
-        found = _together(levels, syn)
-        aligned = self.alignment(wanted, found)
-        discriminated = self.discrimination * discrimination(wanted, found)
+                wanted = [_in_chunks(levels, images, ctx.compute.micro_batch) for images in real]
+        synthetic = _together(levels, syn)
+        aligned = self.alignment(wanted, synthetic)
+        discriminated = self.discrimination * discrimination(wanted, synthetic)
         return aligned + discriminated, {"alignment": aligned, "discrimination": discriminated}
 
     def alignment(self, real: Sequence[Levels], syn: Sequence[Levels]) -> Tensor:
-        """Squared distances of the class means at every level, weighted and summed."""
+        """The weighted sum over levels of the squared distances between the class means."""
         weights = [self.weight_early] * (len(real[0].means) - 2) + [self.weight_last, self.weight_features]
         distances = [
             weight * (r - s).square().sum()
@@ -147,7 +149,7 @@ class CAFE(GradientMethod):
         return torch.stack(distances).sum()
 
     def after(self, ctx: Context, state: CAFEState, step: int) -> None:
-        """Train the student on the set until its accuracy has moved; replace it where that does not help any more."""
+        """Train the student on the set until its accuracy has changed, or replace it if it hardly changes any more."""
         student = Weights(state.params, state.buffers)
         accuracy = self.accuracy(ctx, student, step, 0)
         state.accuracies = [*state.accuracies, accuracy][-self.window :]
@@ -169,7 +171,7 @@ class CAFE(GradientMethod):
         state.params, state.buffers = student
 
     def accuracy(self, ctx: Context, student: Weights, step: int, epoch: int) -> float:
-        """Of a student after so many epochs that follow a step, on real training images drawn for it."""
+        """The accuracy of a student after ``epoch`` epochs that follow ``step``, on real training images drawn anew."""
         train, classes = ctx.task.train, range(ctx.task.num_classes)
         batches = [train.draw(c, self.batch_probe, ctx.rng("probe", step, f"{epoch}/{c}")) for c in classes]
         return self._compiled(ctx).scorer.accuracy(student, torch.cat(batches), _classes(batches))
@@ -187,16 +189,16 @@ class CAFE(GradientMethod):
 
 
 class Levels(NamedTuple):
-    """What a network makes of the images of one class."""
+    """Outputs of a network for the images of one class."""
 
     means: list[Tensor]
-    """Of every feature map (c, h, w), and of the features (F,)."""
+    """Mean over the images of each feature map (c, h, w) and of the features (F,)."""
     features: Tensor
     """(n, F)"""
 
 
 def discrimination(real: Sequence[Levels], syn: Sequence[Levels]) -> Tensor:
-    """Cross-entropy of all real images, summed, where the classifier's rows are the synthetic class means."""
+    """The cross-entropy, summed over all real images, of a classifier whose rows are the synthetic class means."""
     centres = torch.stack([levels.features.mean(0) for levels in syn])
     features = [levels.features for levels in real]
     return F.cross_entropy(torch.cat(features) @ centres.T, _classes(features), reduction="sum")
@@ -208,16 +210,16 @@ def _levels(ctx: Context, state: CAFEState, images: Tensor) -> list[Tensor]:
 
 
 def _together(levels: Callable[[Tensor], list[Tensor]], groups: Sequence[Tensor]) -> list[Levels]:
-    """Of groups of images (n_i, C, H, W), in one forward pass."""
+    """The levels of groups of images (n_i, C, H, W), computed in one forward pass."""
     split = [level.split([len(images) for images in groups]) for level in levels(torch.cat(list(groups)))]
     return [Levels([level.mean(0) for level in group], group[-1]) for group in zip(*split, strict=True)]
 
 
-def _in_pieces(levels: Callable[[Tensor], list[Tensor]], images: Tensor, micro_batch: int | None) -> Levels:
-    """Of images (n, C, H, W), so many a forward pass."""
+def _in_chunks(levels: Callable[[Tensor], list[Tensor]], images: Tensor, micro_batch: int | None) -> Levels:
+    """The levels of images (n, C, H, W), computed with ``micro_batch`` images per forward pass."""
     sums, features = [], []
-    for piece in images.split(micro_batch or len(images)):
-        outputs = levels(piece)
+    for chunk in images.split(micro_batch or len(images)):
+        outputs = levels(chunk)
         sums.append([level.sum(0) for level in outputs])
         features.append(outputs[-1])
     means = [torch.stack(level).sum(0) / len(images) for level in zip(*sums, strict=True)]
@@ -225,7 +227,7 @@ def _in_pieces(levels: Callable[[Tensor], list[Tensor]], images: Tensor, micro_b
 
 
 def _classes(groups: Sequence[Tensor]) -> Tensor:
-    """The class of every row of one group a class."""
+    """The class of each row of the groups, of which there is one per class."""
     counts = torch.tensor([len(group) for group in groups])
     return torch.arange(len(groups)).repeat_interleave(counts).to(groups[0].device)
 
@@ -235,7 +237,7 @@ def _spread(accuracies: Sequence[float]) -> float:
 
 
 class _Compiled(NamedTuple):
-    """What is compiled once for all steps."""
+    """Functions that are compiled once for all steps."""
 
     trainer: Trainer
     scorer: Scorer

@@ -3,9 +3,9 @@
     min_S  100 E_{theta, omega}  sum_c ( sum_{l < L} || mean_{x in B_c} a_l(A(x)) - mean_{s in S_c} a_l(A(s)) ||^2
                                          + lambda || mean_{x in B_c} psi(A(x)) - mean_{s in S_c} psi(A(s)) ||^2 )
 
-a_l, the attention map of layer l, says where its activations are strong: v / |v| with v the sum over channels of
-their p-th powers. The last of the L layers is matched by the features psi instead, as in DM. So DataDAM is DM with
-the weighted concatenation of attention maps and features in place of psi, and here it is written this way.
+The attention map a_l of layer l shows where its activations are strong. It is v / |v|, where v is the sum over channels
+of the p-th powers of their absolute values. The last of the L layers is matched by the features psi instead, as in DM.
+DataDAM is therefore implemented as DM with the weighted concatenation of attention maps and features in place of psi.
 
     symbol  code
     a_l     ``attention_map`` of ``ctx.maps``
@@ -13,7 +13,7 @@ the weighted concatenation of attention maps and features in place of psi, and h
     lambda  ``balance``
     100     ``SCALE``
 
-and the others as in methods/dm.py. Deviations: see docs/methods/datadam.md.
+The other symbols are those of methods/dm.py. Deviations: see docs/methods/datadam.md.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from condense.task import Task
 from condense.train import Training
 
 SCALE = 100.0
-"""Of the whole objective."""
+"""Factor of the whole objective."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class DataDAM(DistributionMatching):
-    """Matches attention maps and features under random networks."""
+    """Matches attention maps and features of random networks."""
 
     batch_real: int = 64
-    """Real images of a class a step; all of them where a class has fewer."""
+    """Real images per class in each step; all of them if a class has fewer."""
     power: float = 1.0
     """Power of the activations in an attention map: 1 in the published code, 4 in the paper."""
     balance: float = 0.01
-    """Weight of the features; that of the attention maps is 1."""
+    """Weight of the features, relative to that of the attention maps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.power >= 1:
             raise ValueError(
-                f"method.power must be at least 1, got {self.power}: activations that are 0 would have no finite "
-                "slope; the published values are 1 and 4"
+                f"method.power must be at least 1, got {self.power}: the gradient at activations of 0 would not be "
+                "finite; the published values are 1 and 4"
             )
         if not self.balance >= 0:
             raise ValueError(f"method.balance must be at least 0, got {self.balance}; the published value is 0.01")

@@ -1,17 +1,18 @@
 """DATM: Guo, Wang, Cazenavette, Li, Zhang and You, "Towards lossless dataset distillation via difficulty-aligned
 trajectory matching", ICLR 2024.
 
-The objective is MTT's (``condense.methods.mtt``, whose symbols hold) under a soft cross-entropy with learned labels:
+The objective is that of MTT (see ``condense.methods.mtt`` for its symbols) with a soft cross-entropy, labels learned:
 
     l(b; theta) = - mean_j sum_c softmax(y_j)_c log f_c(x_j; theta),    y_j learned
 
     symbol   code
-    y        ``state.syn.provider.logits``; they begin at the mean logits of the experts that are right about the image
+    y        ``state.syn.provider.logits``, initialised with the mean logits of the experts that classify the image
+             correctly
     t        start epoch, uniform over ``min_start_epoch`` .. T - 1
     T        ``first_max_epoch``, growing linearly to ``max_start_epoch`` in ``expansion_steps`` updates
-    skip     an update whose loss is above ``threshold``, or not a number, changes nothing
+    skip     updates whose loss is above ``threshold`` or not a number are skipped
 
-The images begin as real ones that experts classify correctly.
+The initial images are real ones that experts classify correctly.
 
 Deviations: see docs/methods/datm.md.
 """
@@ -27,37 +28,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.method import Context, GradientState, Optim
-from condense.methods.mtt import TrajectoryMatching, judged_by_all
+from condense.methods.mtt import TrajectoryMatching, logits_of_experts
 from condense.task import Task
 from condense.train import Training
 
 CONFIDENCE = 0.9
-"""Probability of its class for an image that no expert classifies correctly."""
+"""Initial probability of the true class for an image that no expert classifies correctly."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class DATM(TrajectoryMatching):
-    """Trajectory matching that grows in difficulty, with soft labels."""
+    """Trajectory matching with later and later start epochs and learned soft labels."""
 
     num_steps: int = 10000
-    """Updates of the images."""
+    """Number of updates of the images."""
     syn_steps: int = 80
-    """Steps of the student on the set."""
+    """Number of training steps of the student on the set."""
     correct_only: bool = True
-    """Start from real images that an expert classifies correctly, see ``correctly_classified``; else from any."""
+    """Whether the initial images are real ones that an expert classifies correctly; false: any real images."""
     min_start_epoch: int = 0
     """First epoch of an expert at which the student may start."""
     first_max_epoch: int | None = None
-    """The window of start epochs ends here at first, and grows; unset: at ``max_start_epoch`` from the beginning."""
+    """Initial end (exclusive) of the range of start epochs; unset: ``max_start_epoch`` from the beginning."""
     expansion_steps: int = 1000
-    """Updates in which the window grows to ``max_start_epoch``."""
+    """Number of updates over which the end of the range of start epochs grows to ``max_start_epoch``."""
     max_start_epoch: int = 20
-    """The window of start epochs ends before this one."""
+    """Final end (exclusive) of the range of start epochs."""
     threshold: float = 1.0
-    """Updates with a larger loss are skipped, and those whose loss is not a number."""
+    """Largest loss of an update: updates with a larger loss, or one that is not a number, are skipped."""
     optim_labels: Optim = Optim(lr=2.0, momentum=0.9)
-    """Optimiser of the labels' logits."""
+    """Optimiser of the logits of the labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +66,7 @@ class DATM(TrajectoryMatching):
         if not 0 <= self.min_start_epoch < first <= self.max_start_epoch:
             raise ValueError(
                 f"method.min_start_epoch {self.min_start_epoch}, first_max_epoch {first} and max_start_epoch "
-                f"{self.max_start_epoch} are no growing window; give 0, 10 and 20, say"
+                f"{self.max_start_epoch} do not form a growing window; give for example 0, 10 and 20"
             )
         if self.expansion_steps < 1 or not self.threshold > 0:
             raise ValueError(
@@ -92,7 +93,8 @@ class DATM(TrajectoryMatching):
         return range(self.min_start_epoch, end)
 
     def update(self, state: GradientState, record: dict[str, float]) -> None:
-        """Nothing where the loss is above ``threshold`` or not a number; gradients may then not be finite either."""
+        """Skip the update if the loss is above ``threshold`` or not a number. Values of the record that are not finite
+        are then removed from it."""
         if record["loss"] <= self.threshold:
             super().update(state, record)
             return
@@ -102,13 +104,13 @@ class DATM(TrajectoryMatching):
 
 
 def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
-    """Real images of a class, in a random order, that the first expert classifies correctly; where they are too few,
-    then those that the next ones do, then any."""
+    """Return ``num`` real images of a class that the first expert classifies correctly, in a random order. If there are
+    too few, add images that the next experts classify correctly, then any."""
     members = ctx.task.train.by_class[label]
     shuffled = members[torch.randperm(len(members), generator=ctx.rng("initial images", 0, label))]
     images = ctx.task.train.images[shuffled.to(ctx.task.device)]
     left, chosen = torch.ones(len(images), dtype=torch.bool, device=images.device), images[:0]
-    for logits in judged_by_all(ctx, images):
+    for logits in logits_of_experts(ctx, images):
         known = (left & (logits.argmax(1) == label)).nonzero().flatten()[: num - len(chosen)]
         chosen, left[known] = torch.cat([chosen, images[known]]), False
         if len(chosen) == num:
@@ -117,12 +119,12 @@ def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
 
 
 def mean_logits(ctx: Context, images: Tensor, classes: Tensor) -> Tensor:
-    """Logits (N, C) of images, averaged over the experts that classify an image correctly; where none does, those of
-    its class at ``CONFIDENCE``."""
+    """Logits (N, C) of the images, averaged over the experts that classify an image correctly. If none does, the logits
+    give its class the probability ``CONFIDENCE``."""
     total, count = torch.zeros(len(images), ctx.task.num_classes).to(images), torch.zeros(len(images), 1).to(images)
-    for logits in judged_by_all(ctx, images):
+    for logits in logits_of_experts(ctx, images):
         right = (logits.argmax(1) == classes)[:, None]
         total, count = total + logits * right, count + right
     odds = CONFIDENCE / (1 - CONFIDENCE) * (ctx.task.num_classes - 1)
-    alone = F.one_hot(classes, ctx.task.num_classes) * math.log(odds)
-    return torch.where(count > 0, total / count.clamp(min=1), alone.to(total))
+    fallback = F.one_hot(classes, ctx.task.num_classes) * math.log(odds)
+    return torch.where(count > 0, total / count.clamp(min=1), fallback.to(total))

@@ -5,15 +5,15 @@ DSA: Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentat
 
     min_S  E_theta_0  sum_t sum_c  D( grad l(A_omega(B_c); theta_t), grad l(A_omega(S_c); theta_t) )
 
-theta_t is a student: fresh weights theta_0, trained on S between one update of S and the next. DC has no A.
+theta_t is a student: it has fresh weights theta_0 and is trained on S between two updates of S. DC has no A.
 
     symbol    code
     S_c       ``state.syn`` at the latents of class c
-    B_c       ``batch_real`` real images of class c, drawn anew at every step
+    B_c       ``batch_real`` real images of class c, drawn at every step
     D         ``distance``: one minus the cosine, summed over the rows of every layer
     theta_t   ``state.params``, ``state.buffers``
     t         ``step`` modulo ``outer_loop``; a fresh student begins at 0
-    A, omega  ``task.augment`` and one siamese draw a class and step, shared by B_c and S_c
+    A, omega  ``task.augment`` and one siamese draw per class and step, shared by B_c and S_c
 
 Deviations: see docs/methods/dc.md and docs/methods/dsa.md.
 """
@@ -42,17 +42,17 @@ from condense.task import Task
 from condense.train import Trainer, Training
 
 BATCH_STATISTICS = 16
-"""Real images a class that set the running statistics of BatchNorm before a step."""
+"""Real images per class by which the running statistics of BatchNorm are updated before a step."""
 
 INNER_EPOCHS = {1: 1, 10: 50, 20: 25, 30: 20, 40: 15, 50: 10}
-"""Published epochs of the student between two updates of the set, by images per class."""
+"""Published number of epochs of the student between two updates of the set, by images per class."""
 
 
 def published_loops(ipc: int) -> tuple[int, int]:
-    """(outer_loop, inner_epochs) for any number of images per class.
+    """Return (outer_loop, inner_epochs) for any number of images per class.
 
-    ``outer_loop`` equals it, as published. ``inner_epochs`` is linear between the published values; beyond
-    50 images it keeps the product of the two at 500, as far as one epoch allows.
+    ``outer_loop`` is ``ipc``, as published. ``inner_epochs`` is interpolated linearly between the published values.
+    Above 50 images it is 500 // ipc, at least 1, which keeps the product of the two near 500.
     """
     if ipc > 50:
         return ipc, max(1, 500 // ipc)
@@ -60,35 +60,35 @@ def published_loops(ipc: int) -> tuple[int, int]:
 
 
 DistanceName = Literal["layerwise-cosine", "mse", "cosine", "mse-conv", "l1-conv"]
-"""Of ``condense.match.DISTANCES``."""
+"""Names of ``condense.match.DISTANCES``."""
 
 
 @dataclass(kw_only=True)
 class StudentState(GradientState):
     params: dict[str, Tensor]
-    """Weights of the student at the step to come, with ``buffers``."""
+    """Weights of the student for the next step."""
     buffers: dict[str, Tensor]
     velocity: dict[str, Tensor] = field(default_factory=dict)
-    """Momentum of the student's training, where that has any."""
+    """Momentum buffers of the student's optimiser; empty if it has no momentum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientMatching(GradientMethod):
-    """What DC, DSA and IDC share: everything but the life of the student."""
+    """Base class of DC, DSA and IDC, which differ by how the student is trained."""
 
     family: ClassVar[str] = "gradient matching"
 
     num_steps: int = 1000
-    """Updates of the images. The published number is 1000 students of ``outer_loop`` updates each."""
+    """Number of updates of the images. The published number is 1000 students with ``outer_loop`` updates each."""
     start: Literal["real", "noise"]
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     distance: DistanceName = "layerwise-cosine"
-    """Distance between gradients: cosines of the rows of every layer, squared differences or one cosine; of
-    convolutions alone, squared or absolute differences."""
+    """Distance between gradients: cosine distance per output row of each layer (layerwise-cosine), squared differences
+    (mse), one cosine distance (cosine), or squared or absolute differences of convolutions (mse-conv, l1-conv)."""
     batch_real: int = 256
-    """Real images of a class a step; all of them where a class has fewer."""
+    """Real images per class in each step; all of them if a class has fewer."""
     lr_student: float = 0.01
-    """Learning rate of the student's SGD."""
+    """Learning rate of SGD, which trains the student."""
     batch_student: int = 256
     """Batch size of the student."""
 
@@ -103,18 +103,18 @@ class GradientMatching(GradientMethod):
 
     @abstractmethod
     def lifetime(self, ctx: Context) -> int:
-        """Updates of the images a student lives through."""
+        """Number of updates of the images before the student is replaced."""
 
     @abstractmethod
     def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
-        """The student, trained between this update of the images and the next."""
+        """Return the student after its training between this update of the images and the next."""
 
     def augment(self, ctx: Context) -> Augment:
-        """What both sides of a comparison undergo."""
+        """The augmentation of both sides of a comparison."""
         return ctx.task.augment
 
     def synthetic(self, ctx: Context, state: StudentState, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """The images (m, *input_shape) and targets of a class that take part in a step."""
+        """The synthetic images (m, *input_shape) and targets of a class that take part in a step."""
         return state.syn(state.syn.index_of(part))
 
     def init(self, ctx: Context) -> StudentState:
@@ -122,7 +122,7 @@ class GradientMatching(GradientMethod):
         axes = 1 + len(ctx.task.input_shape)
         if self.distance.endswith("-conv") and all(p.ndim != axes for p in params.values()):
             raise ValueError(
-                f"{ctx.task.network.name} has no convolutions, which {self.distance} compares; "
+                f"{ctx.task.network.name} has no convolutions, whose gradients {self.distance} compares; "
                 f"give {spelt('network', default_for(ctx.task.input_shape))} or {spelt('method.distance', 'mse')}"
             )
         syn = ctx.new_set(*ctx.initial(self.start))
@@ -163,7 +163,7 @@ class GradientMatching(GradientMethod):
         )
 
     def batches(self, ctx: Context, state: StudentState, step: int, part: int) -> Batches:
-        """What is compared for one class, under the same augmentation."""
+        """The real and synthetic images of one class, under the same augmentation."""
         augment, shape = self.augment(ctx), ctx.task.input_shape
         drawn = augment.sample(ctx.rng("siamese", step, part), 1, shape, siamese=True)
         real = ctx.task.train.draw(part, self.batch_real, ctx.rng("real", step, part))
@@ -171,7 +171,7 @@ class GradientMatching(GradientMethod):
         return Batches(augment.apply(real, drawn), augment.apply(images, drawn), targets)
 
     def after(self, ctx: Context, state: StudentState, step: int) -> None:
-        """Train the student, or replace it by a fresh one when its time is over."""
+        """Train the student, or replace it by a fresh one after ``lifetime`` updates."""
         if (step + 1) % self.lifetime(ctx) == 0:
             state.params, state.buffers = fresh_student(ctx, step + 1)
             for velocity in state.velocity.values():
@@ -184,19 +184,19 @@ class Batches(NamedTuple):
     real: Tensor
     """(n, *input_shape)"""
     images: Tensor
-    """(m, *input_shape), with their graph to the set."""
+    """Synthetic images (m, *input_shape), with their graph to the set."""
     targets: Tensor
-    """Of the synthetic images: (m,) or (m, num_classes)."""
+    """Targets of the synthetic images: (m,) or (m, num_classes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condensation(GradientMatching):
-    """What DC and DSA share: everything but how they start and what their sets are trained with."""
+    """Base class of DC and DSA, which differ by the initial images and the training of the protocol ``own``."""
 
     outer_loop: int | None = None
-    """Updates of the images a student lives through; unset: as many as images per class."""
+    """Number of updates of the images before the student is replaced; unset: the number of images per class."""
     inner_epochs: int | None = None
-    """Epochs of the student on the set between two updates; unset: the published table, interpolated."""
+    """Number of epochs of the student on the set between two updates; unset: interpolated from the published table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +206,7 @@ class Condensation(GradientMatching):
             raise ValueError(f"method.inner_epochs must be at least 0, got {self.inner_epochs}; try 50")
 
     def loops(self, ipc: int) -> tuple[int, int]:
-        """(outer_loop, inner_epochs): the fields, or where unset the published values for this budget."""
+        """Return (outer_loop, inner_epochs): the fields, or the published values for this budget if unset."""
         outer, inner = published_loops(ipc)
         return (
             outer if self.outer_loop is None else self.outer_loop,
@@ -221,7 +221,7 @@ class Condensation(GradientMatching):
         return self.loops(ctx.ipc)[0]
 
     def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
-        """By plain SGD on the set as it is now."""
+        """Train the student on the current set by SGD without momentum."""
         task, (_, inner_epochs) = ctx.task, self.loops(ctx.ipc)
         training = Training(
             num_epochs=inner_epochs,
@@ -233,7 +233,6 @@ class Condensation(GradientMatching):
         )
         with torch.no_grad():
             images, targets = state.syn()
-        # it mirrors each minibatch, where the augmentation asks for it
         trainer = student_trainer(task.network, training, ctx.compute)
         source = trainer.source(images, targets, ctx.rng.child("training", step), task.augment)
         student = trainer.run(Weights(state.params, state.buffers), source)
@@ -244,26 +243,26 @@ class Condensation(GradientMatching):
 @final
 @dataclass(frozen=True, kw_only=True)
 class DC(Condensation):
-    """Gradient matching from noise; its recipes have no augmentation."""
+    """Gradient matching that starts from noise; its recipes have no augmentation."""
 
     start: Literal["real", "noise"] = "noise"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class DSA(Condensation):
-    """Gradient matching from real images under Siamese augmentation: the recipe's ``augment``."""
+    """Gradient matching under Siamese augmentation (the recipe's ``augment``) that starts from real images."""
 
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000)
 
 
 def fresh_student(ctx: Context, step: int) -> Weights:
-    """A student that begins at ``step``."""
+    """Return a student with fresh weights that is first used in ``step``."""
     student = ctx.task.network.init(ctx.rng, "student", step)
     set_statistics(ctx, student, step)
     return student
@@ -271,16 +270,16 @@ def fresh_student(ctx: Context, step: int) -> Weights:
 
 @torch.no_grad()
 def set_statistics(ctx: Context, student: Weights, step: int) -> None:
-    """Move BatchNorm's running statistics, in place, by one forward pass of real images of all classes."""
+    """Update the running statistics of BatchNorm in place by one forward pass of real images of all classes."""
     if any(name.endswith("running_mean") for name in student.buffers):
         task = ctx.task
         draws = [task.train.draw(c, BATCH_STATISTICS, ctx.rng("statistics", step, c)) for c in range(task.num_classes)]
-        with ctx.rng.forked("layers", step):  # dropout of foreign networks
+        with ctx.rng.forked("layers", step):  # dropout of external networks draws from the global generator
             task.network.logits(*student, torch.cat(draws), train=True, update_buffers=True)
 
 
 def frozen_loss(network: Functional, buffers: dict[str, Tensor]) -> LossFn:
-    """Cross-entropy in evaluation mode: BatchNorm takes its statistics from ``buffers``, dropout is off."""
+    """Cross-entropy in evaluation mode: BatchNorm uses the statistics of ``buffers``, and dropout is off."""
 
     def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(network.logits(params, buffers, batch[0], train=False), batch[1])
@@ -289,7 +288,7 @@ def frozen_loss(network: Functional, buffers: dict[str, Tensor]) -> LossFn:
 
 
 student_trainer = lru_cache(maxsize=1)(Trainer)
-"""A trainer with what it compiled, for all steps of a run."""
+"""The trainer of the student, cached with its compiled functions for all steps of a run."""
 
 
 @lru_cache(maxsize=1)

@@ -3,10 +3,10 @@
     min_{S, eta}  E_theta_0  l(R; theta_T),    theta_{t+1} = theta_t - eta_t grad l(S_t; theta_t)
 
     symbol   code
-    S_t      piece t of the decoded set in its stored order, ``images_per_step`` images of every class, augmented as the
-             recipe says; the pieces follow each other in a fixed order, and again in each of ``inner_epochs``
-    eta_t    ``state.syn.lr`` (T,), one for each step of all epochs, learned as its logarithm; all begin at ``lr``
-    theta_0  ``num_networks`` fresh networks a step, or the same ones at every step: ``networks``
+    S_t      batch t of the decoded set in its stored order, ``images_per_step`` images of every class, augmented as the
+             recipe says; each of ``inner_epochs`` goes through the batches in this order
+    eta_t    ``state.syn.lr`` (T,), one for each step of all epochs, learned as its logarithm; initially ``lr``
+    theta_0  ``num_networks`` networks, fresh at every step or always the same ones: ``networks``
     R        ``batch_real`` real images
 
 Deviations: see docs/methods/dd.md.
@@ -37,28 +37,28 @@ TENTHS = Schedule(drop_at=tuple(k / 10 for k in range(1, 10)), drop_factor=0.5)
 @final
 @dataclass(frozen=True, kw_only=True)
 class DD(Bilevel):
-    """Learns a few batches, applied in order, each with a rate of its own."""
+    """Learns a few batches in a fixed order and a learning rate for each training step on them."""
 
     num_steps: int = 23600
-    """Updates of the images."""
+    """Number of updates of the images."""
     start: Literal["real", "noise"] = "noise"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     images_per_step: int = 1
-    """Images of a class in each of the network's batches."""
+    """Images per class in each training step of the network."""
     inner_epochs: int = 3
-    """Times the network goes through all batches; its step sizes are apart in each."""
+    """Number of passes of the network over the set; each has learning rates of its own."""
     lr: float = 0.02
-    """Initial step sizes; learned."""
+    """Initial learning rate of every training step of the network; the learning rates are learned."""
     networks: Literal["random", "fixed"] = "random"
-    """random: fresh networks at every update. fixed: always the same ones, which the set then fits alone."""
+    """random: fresh networks at every update. fixed: the same networks at every update; the set fits only these."""
     num_networks: int = 1
-    """Networks of an update; the loss is their mean."""
+    """Number of networks trained per update; the loss is their mean."""
     batch_real: int = 1024
-    """Real images that a network is scored on."""
+    """Number of real images on which the loss of a trained network is computed."""
     optim: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, schedule=TENTHS)
     """Optimiser of the images (latents)."""
     optim_lr: Optim = Optim(kind="adam", lr=0.01, momentum=0.5, schedule=TENTHS)
-    """Optimiser of the logarithms of the step sizes."""
+    """Optimiser of the logarithms of the network's learning rates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class DD(Bilevel):
         return self.num_steps * self.num_networks * (inner + self.batch_real)
 
     def training(self, task: Task) -> Training:
-        """The learned steps in their order."""
+        """Training on the stored batches in their order."""
         return Training(
             num_epochs=self.inner_epochs,
             batch_size=self.images_per_step * task.num_classes,
@@ -83,8 +83,8 @@ class DD(Bilevel):
     def init(self, ctx: Context) -> GradientState:
         if ctx.images_per_class % self.images_per_step:
             raise ValueError(
-                f"{ctx.images_per_class} images a class are no whole number of batches of {self.images_per_step}; give "
-                f"{spelt('method.images_per_step', 1)}"
+                f"{ctx.images_per_class} images per class cannot be divided into batches of {self.images_per_step} per "
+                f"class; give {spelt('method.images_per_step', 1)}"
             )
         num_steps = self.inner_epochs * (ctx.images_per_class // self.images_per_step)
         self.require_room(num_steps)
@@ -102,11 +102,11 @@ class DD(Bilevel):
         return self.real_loss(ctx, theta, buffers, *real) / self.num_networks
 
     def batches(self, ctx: Context, state: GradientState, step: int, part: int) -> list[Minibatch]:
-        """The pieces of the set, once in each epoch."""
+        """The batches of the set in their stored order, repeated for each epoch."""
         task, (images, targets) = ctx.task, state.syn()
         size = self.images_per_step * task.num_classes
-        pieces = torch.arange(len(images), device=images.device).split(size) * self.inner_epochs
-        rngs = (ctx.rng("augment", step, f"{part}/{t}") for t in range(len(pieces)))
+        indices = torch.arange(len(images), device=images.device).split(size) * self.inner_epochs
+        rngs = (ctx.rng("augment", step, f"{part}/{t}") for t in range(len(indices)))
         draws = (task.augment.sample(rng, size * task.augment.copies, task.input_shape, siamese=False) for rng in rngs)
-        batches = [Minibatch(images, targets, index, drawn) for index, drawn in zip(pieces, draws, strict=True)]
+        batches = [Minibatch(images, targets, index, drawn) for index, drawn in zip(indices, draws, strict=True)]
         return self.masked(ctx, batches, step, part)

@@ -2,12 +2,12 @@
 
     min_S  E_{theta, omega}  sum_c || mean_{x in B_c} psi(A(x)) - mean_{s in S_c} psi(A(s)) ||^2
 
-psi has fresh random weights theta at every step: nothing is trained and no gradient is of second order.
+psi has fresh random weights theta at every step. No network is trained and no second-order gradients are needed.
 
     symbol  code
     S_c     ``state.syn`` at the latents of class c
-    B_c     ``batch_real`` real images of class c, drawn anew at every step
-    psi     ``ctx.features``: what the network hands to its classifier, train mode
+    B_c     ``batch_real`` real images of class c, drawn at every step
+    psi     ``ctx.features``: the input of the network's classifier, in training mode
     theta   ``state.params`` and ``state.buffers``, drawn for the step
     A       ``task.augment``; its parameters omega are drawn once for both batches of a class
 
@@ -40,13 +40,13 @@ Features = Callable[[Tensor], Tensor]
 @dataclass(kw_only=True)
 class DMState(GradientState):
     params: dict[str, Tensor]
-    """Weights of the step to come, with ``buffers``."""
+    """Weights of the network for the next step."""
     buffers: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching(GradientMethod):
-    """What DM and DataDAM share: everything but what is taken the mean of."""
+    """Base class of DM and DataDAM, which differ by the features whose class means they match."""
 
     family: ClassVar[str] = "distribution and attention matching"
 
@@ -54,13 +54,13 @@ class DistributionMatching(GradientMethod):
     objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
 
     num_steps: int = 20000
-    """Steps of distillation, each with a network of its own."""
+    """Number of updates of the images, each with a fresh network."""
     optim: Optim = Optim(lr=1.0)
     """Optimiser of the images (latents)."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     batch_real: int = 256
-    """Real images of a class a step; all of them where a class has fewer."""
+    """Real images per class in each step; all of them if a class has fewer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class DistributionMatching(GradientMethod):
 
     @abstractmethod
     def features(self, ctx: Context, state: DMState) -> Features:
-        """psi of the step: images (N, C, H, W) to what their class means are compared in, (N, F)."""
+        """psi of the step: maps images (N, C, H, W) to the features (N, F) whose class means are compared."""
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return self.num_steps * num_classes * (self.batch_real / 3 + images_per_class)
@@ -80,7 +80,7 @@ class DistributionMatching(GradientMethod):
         return DMState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
 
     def parts(self, ctx: Context) -> Sequence[int]:
-        """One class a part; all at once where batch statistics have to mix the classes."""
+        """One part per class; one part for all classes if the network has BatchNorm, whose statistics mix them."""
         return (0,) if has_batch_norm(ctx.task.network) else range(ctx.task.num_classes)
 
     def parts_at_once(self, ctx: Context) -> int:
@@ -121,18 +121,18 @@ def pairs(
     ctx: Context, syn: SyntheticSet, step: int, classes: Sequence[int], batch_real: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Real and synthetic images (n, C, H, W) of each class, both under the same augmentation."""
-    augment, found = ctx.task.augment, []
+    augment, augmented = ctx.task.augment, []
     for c in classes:
         drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.input_shape, siamese=True)
         real = ctx.task.train.draw(c, batch_real, ctx.rng("real", step, c))
         images, _ = augment.mirrored(*syn(syn.index_of(c)))
-        found.append((augment.apply(real, drawn), augment.apply(images, drawn)))
-    return [real for real, _ in found], [images for _, images in found]
+        augmented.append((augment.apply(real, drawn), augment.apply(images, drawn)))
+    return [real for real, _ in augmented], [images for _, images in augmented]
 
 
 @functools.lru_cache(maxsize=1)
 def has_batch_norm(network: Functional) -> bool:
-    """Whether the network keeps running statistics, so that the images of a batch influence each other."""
+    """Whether the network has running statistics, so that the images of a batch influence each other."""
     return any(name.endswith("running_mean") for name in network.init(Rng(0), "structure").buffers)
 
 
@@ -143,5 +143,5 @@ def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[T
 
 def _mean_features(features: Features, images: Tensor, micro_batch: int | None) -> Tensor:
     """The mean feature (1, F) of images (n, C, H, W)."""
-    pieces = images.split(micro_batch or len(images))
-    return torch.stack([features(x).sum(0) for x in pieces]).sum(0, keepdim=True) / len(images)
+    chunks = images.split(micro_batch or len(images))
+    return torch.stack([features(x).sum(0) for x in chunks]).sum(0, keepdim=True) / len(images)

@@ -5,11 +5,11 @@ Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression",
     min_{X, Y}  E_theta  mean_i 1/2 | K_ts (K_ss + lambda I)^-1 Y - y_i |^2  -  mean_j min(top1(Y_j) - top2(Y_j), 1/C)
     K_ss = phi_theta(X) phi_theta(X)^T,    K_ts = phi_theta(x) phi_theta(X)^T
 
-theta is a network of the pool: it was trained on the set for a while, as the set was by then. The ridge regression
-stands for what is left of its training.
+theta is a network of the pool, which has been trained on earlier versions of the set for some steps. The ridge
+regression approximates the rest of its training.
 
     symbol      code
-    X, Y        ``state.syn``; Y learned where the labels are ``targets`` (or ``logits``)
+    X, Y        ``state.syn``; Y is learned if the labels are ``targets`` (or ``logits``)
     theta       a member of ``state.pool``, drawn at every step, in evaluation mode
     phi         ``frozen_features``: the input of the last linear layer
     x_i, y_i    ``batch_real`` real images of any class, and their classes as one-hot vectors less 1/C
@@ -53,23 +53,23 @@ class FRePo(GradientMethod):
     regresses: ClassVar[bool] = True
 
     num_steps: int = 500_000
-    """Updates of the set."""
+    """Number of updates of the set."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     batch_real: int = 1024
-    """Real images a step, of any class; all of them where there are fewer."""
+    """Number of real images per step, of any class; all of them if there are fewer."""
     ridge: float = 1e-6
-    """Of the regression, relative to the mean of the kernel's diagonal."""
+    """Ridge of the regression, relative to the mean of the kernel's diagonal."""
     pool_size: int = 10
-    """Networks that are trained on the set in turn."""
+    """Number of networks in the pool."""
     max_age: int = 100
-    """A network used with more steps of training behind it is replaced by a fresh one."""
+    """Largest number of training steps of a network of the pool; a network with more is replaced by a fresh one."""
     lr_pool: float = 3e-4
-    """Learning rate of these networks: Adam."""
+    """Learning rate of Adam, which trains the networks of the pool."""
     batch_pool: int = 1000
-    """Images of the set in a step of a network; all of them where there are fewer."""
+    """Batch size of a training step of a network of the pool; all images of the set if there are fewer."""
     training_epochs: int = 2000
-    """Epochs of the training that the set is meant for, in batches of up to 500."""
+    """Number of epochs of a training on the set in the protocol ``own``, with a batch size of up to 500."""
     optim: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
@@ -108,7 +108,7 @@ class FRePo(GradientMethod):
         return with_options(task.network.name, norm="none")
 
     def training_augment(self, task: Task) -> Augment:
-        """That of the recipe; of a recipe without, the published one."""
+        """The augmentation of the recipe, or the published one if the recipe has none."""
         if task.augment.ops:
             return super().training_augment(task)
         return Augment(mild(task.input_shape))
@@ -125,8 +125,8 @@ class FRePo(GradientMethod):
         labels = pool.targets_of(ctx, targets)
         real, classes = ctx.task.train.sample(self.batch_real, ctx.rng("real", step))
         with torch.no_grad():
-            pieces = real.split(ctx.compute.micro_batch or len(real))
-            phi_t = torch.cat([features(member["params"], member["buffers"], x) for x in pieces])
+            chunks = real.split(ctx.compute.micro_batch or len(real))
+            phi_t = torch.cat([features(member["params"], member["buffers"], x) for x in chunks])
         images, values = ctx.task.augment.mirrored(images, labels)
         phi_s = features(member["params"], member["buffers"], images)
         k_ss, k_ts = feature_kernel(phi_s, phi_s), feature_kernel(phi_t, phi_s)
@@ -138,7 +138,7 @@ class FRePo(GradientMethod):
         return error + margin, {"regression": error, "margin": margin}
 
     def after(self, ctx: Context, state: PoolState, step: int) -> None:
-        """The network that was used trains for a step on the updated set, or gives way to a fresh one."""
+        """Train the network of this step for one step on the updated set, or replace it by a fresh one."""
         slot = pool.draw(ctx, self.pool_size, step)
         if state.pool[slot]["age"] > self.max_age:
             state.pool[slot] = pool.fresh(ctx, step + 1, slot)
@@ -158,7 +158,8 @@ class FRePo(GradientMethod):
 
 
 def margin_loss(labels: Tensor) -> Tensor:
-    """Mean over labels (n, C) of how far the largest value leads the second, which counts up to 1/C; negated."""
+    """Return minus the margin between the largest and the second largest value, at most 1/C, averaged over labels
+    (n, C)."""
     first, second = labels.topk(2, 1).values.unbind(1)
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 
@@ -172,7 +173,7 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def frozen_features(
     network: Functional, compute: Compute
 ) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]:
-    """``features(params, buffers, images) -> (N, F)``, evaluation mode: BatchNorm takes the running statistics."""
+    """Return ``features(params, buffers, images) -> (N, F)`` in evaluation mode: BatchNorm uses running statistics."""
 
     def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
         return network.features(params, buffers, images, train=False).to(images.dtype)

@@ -1,21 +1,21 @@
-"""IDC and IDC-I: gradient matching at students of real data.
+"""IDC and IDC-I: gradient matching with students trained on real data.
 
 Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
 
     min_S  E_theta_0  w sum_t sum_c  D( grad l(A_omega(B_c); theta_t), grad l(A_omega(S_c); theta_t) )
 
-As DSA, but for three things: theta_t is trained on real images, never on S; D looks at convolutions alone, and at how
-long their gradients are; a stored image is decoded into several, which is the recipe's ``decode`` (IDC: ``factor``,
-IDC-I: ``pixels``).
+Three things differ from DSA. theta_t is trained on real images, never on S. D compares the gradients of convolutions
+only, including their norms. A stored image is decoded into several by the recipe's ``decode`` (IDC: ``factor``, IDC-I:
+``pixels``, which stores single images).
 
     symbol    code
-    S_c       decoded images of class c, at most ``batch_syn`` of them, drawn anew at every step
+    S_c       decoded images of class c, at most ``batch_syn`` of them, drawn at every step
     B_c       ``batch_real`` real images of class c
     D         ``distance``: squared or absolute differences of the gradients of convolution weights
-    w         ``weight``: images a class / 10, times (side / ``base_size``)^2
+    w         ``weight``: images per class / 10, times (side / ``base_size``)^2
     theta_t   ``state.params``, ``state.buffers``, ``state.velocity``
-    t         ``step`` modulo ``outer_loop``; between two t lies one epoch on ``num_student`` real images
-    A, omega  the ``matched`` operations of ``task.augment``; one siamese draw a class and step
+    t         ``step`` modulo ``outer_loop``; after each, the student is trained for an epoch on ``num_student`` images
+    A, omega  the ``matched`` operations of ``task.augment``; one siamese draw per class and step
 
 Deviations: see docs/methods/idc.md.
 """
@@ -42,40 +42,41 @@ from condense.train import Training
 
 @dataclass(frozen=True, kw_only=True)
 class IDCBase(GradientMatching):
-    """What IDC and IDC-I share, which is everything: they differ by the decoder that their recipes name."""
+    """Base class of IDC and IDC-I, which differ only by the decoder of their recipes."""
 
     num_steps: int = 200000
-    """Updates of the images: 2000 students of ``outer_loop`` updates each, as published."""
+    """Number of updates of the images: 2000 students with ``outer_loop`` updates each, as published."""
     optim: Optim = Optim(lr=0.248, momentum=0.0)
-    """Optimiser of the images (latents), for 10 images a class of side ``base_size``. On normalised pixels and in steps
-    of all classes it stands for the published learning rate 0.005 and momentum 0.5, see docs/methods/idc.md."""
+    """Optimiser of the images (latents); its learning rate is meant for 10 images per class of side ``base_size``. It
+    corresponds to the published learning rate 0.005 and momentum 0.5; see docs/methods/idc.md."""
     clamp: bool = True
-    """After each step, move pixels that left [0, 1] back to the border."""
+    """Whether to clamp pixels to [0, 1] after each update."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     distance: DistanceName = "mse-conv"
-    """Distance between gradients: of convolutions alone, squared (mse-conv) or absolute (l1-conv) differences; or one
-    of those of DC."""
+    """Distance between gradients: squared (mse-conv) or absolute (l1-conv) differences of convolutions only, or a
+    distance of DC (layerwise-cosine, mse, cosine)."""
     batch_real: int = 64
-    """Real images of a class a step; all of them where a class has fewer."""
+    """Real images per class in each step; all of them if a class has fewer."""
     batch_syn: int = 128
-    """Decoded images of a class a step, drawn anew; all of them where it has fewer."""
+    """Decoded images per class in each step, drawn at random; all of them if a class has fewer."""
     base_size: int = 32
-    """Side of the images for which ``optim.lr`` is meant."""
+    """Height and width of the images for which ``optim.lr`` is meant."""
     matched: tuple[str, ...] = ("color", "crop", "cutout")
-    """Operations of the recipe's augmentation that take part in the matching; the student sees them too, but for
-    cutout where it has CutMix."""
+    """Operations of the recipe's augmentation that are used in matching. The student is trained with them too, without
+    cutout if it has CutMix."""
     outer_loop: int = 100
-    """Updates of the images a student lives through."""
+    """Number of updates of the images before the student is replaced."""
     num_student: int = 2048
-    """Real images on which the student is trained between two updates, for one epoch: the published 2000, in whole
-    batches."""
+    """Number of real images on which the student is trained for one epoch between two updates: the published 2000,
+    rounded to whole batches."""
     batch_student: int = 64
     """Batch size of the student."""
     cutmix_student: float = 0.5
-    """Probability that a batch of the student is mixed."""
+    """Probability of CutMix for a batch of the student."""
     cutmix: float = 0.5
-    """The same for networks that are trained on the set (protocol ``own``), whose augmentation then has no cutout."""
+    """Probability of CutMix for a batch of a network trained on the set (protocol ``own``). If it is above 0, the
+    augmentation of that training has no cutout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +87,7 @@ class IDCBase(GradientMatching):
         for name in ("cutmix_student", "cutmix"):
             if not 0 <= (probability := getattr(self, name)) <= 1:
                 raise ValueError(f"method.{name} must lie in [0, 1], got {probability}; the published value is 0.5")
-        Augment(self.matched)  # refuses what is no operation
+        Augment(self.matched)  # raises ValueError for unknown operations
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         matching = num_classes * (self.batch_real + 3 * min(self.batch_syn, images_per_class))
@@ -104,8 +105,8 @@ class IDCBase(GradientMatching):
         return _beside_cutmix(super().training_augment(task), self.cutmix)
 
     def weight(self, ctx: Context) -> float:
-        """Of the objective: the published factor of the learning rate, which under SGD is the same. A series has one
-        side only."""
+        """The weight of the objective. The paper scales the learning rate by it, which is equivalent under SGD. For a
+        series, ``base_size`` takes the place of the missing side."""
         height, width = (self.base_size, *sides(ctx.task.input_shape))[-2:]
         return ctx.ipc / 10 * height * width / self.base_size**2
 
@@ -132,7 +133,7 @@ class IDCBase(GradientMatching):
         return self.outer_loop
 
     def trained(self, ctx: Context, state: StudentState, step: int) -> Weights:
-        """By one epoch on real images under the matched operations; ``state.velocity`` goes on."""
+        """Train the student for one epoch on real images with the matched operations; ``state.velocity`` is kept."""
         task = ctx.task
         training = Training(
             num_epochs=1,
@@ -152,17 +153,17 @@ class IDCBase(GradientMatching):
 @final
 @dataclass(frozen=True, kw_only=True)
 class IDC(IDCBase):
-    """Gradient matching at students of real data; stored images hold four."""
+    """Gradient matching with students trained on real data; a stored image is decoded into four by default."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class IDCI(IDCBase):
-    """IDC with its images stored as they are."""
+    """IDC without multi-formation: each stored image is one image."""
 
 
 def _beside_cutmix(augment: Augment, cutmix: float) -> Augment:
-    """What is left of an augmentation where CutMix has this probability: it takes the place of cutout."""
+    """Return the augmentation without cutout if the probability of CutMix is above 0, else unchanged."""
     return _only(augment, [op for op in augment.ops if op != "cutout"]) if cutmix else augment
 
 

@@ -5,16 +5,16 @@ Nguyen, Chen and Lee, "Dataset Meta-Learning from Kernel Ridge-Regression", ICLR
 
     min_(X_s, y_s)  1/2 mean | K_ts (K_ss + lambda tr(K_ss)/n I)^-1 y_s - y_t |^2
 
-K is the kernel of an infinitely wide network: what is minimised is the error, on real images, of that network trained
-on the synthetic ones to the end. No weights are drawn and nothing is unrolled.
+K is the kernel of an infinitely wide network. The objective is the error on real images of that network after training
+to convergence on the synthetic images. No weights are drawn and no training is unrolled.
 
     symbol    code
     X_s, y_s  ``support``: the images of ``state.syn`` and their centred targets
-    X_t, y_t  ``batch_real`` real images, as many of every class, and their centred one-hot vectors
+    X_t, y_t  ``batch_real`` real images, equally many of every class, and their centred one-hot vectors
     K         ``kernel`` of a fully connected ReLU network with ``depth`` hidden layers
     lambda    ``ridge``
 
-Label Solve leaves the images alone and takes the y_s that minimise the same objective over all real images.
+Label Solve keeps the images and computes the y_s that minimise the same objective over all real images.
 
 Deviations: see docs/methods/kip.md.
 """
@@ -43,42 +43,42 @@ from condense.task import Task
 from condense.train import Training
 
 CHUNK = 5000
-"""Real images whose kernel with the support is made at a time, where all of them take part."""
+"""Number of real images whose kernel with the support is computed at a time, where all real images take part."""
 
 VAL_EVERY = 10
-"""Steps between two accuracies of the regression on the validation part."""
+"""Steps between two measurements of the accuracy of the regression on the validation images."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class KIP(GradientMethod):
-    """Kernel ridge regression with an infinitely wide network's kernel."""
+    """Kernel ridge regression with the kernel of an infinitely wide network."""
 
     family: ClassVar[str] = "kernel"
     regresses: ClassVar[bool] = True
 
     num_steps: int = 1000
-    """Updates of the images."""
+    """Number of updates of the images."""
     optim: Optim = Optim(kind="adam", lr=0.04, momentum=0.9)
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="adam", lr=0.04, momentum=0.9)
     """Optimiser of learned labels."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     kernel: Literal["ntk", "nngp"] = "ntk"
-    """ntk: all layers of the network are trained; nngp: its last one."""
+    """Kernel of the infinitely wide network: ntk (all of its layers are trained) or nngp (only the last layer is)."""
     depth: int = 1
-    """Hidden layers of the network."""
+    """Number of hidden layers of the infinitely wide network."""
     w_std: float = math.sqrt(2)
-    """Standard deviation of its weights, before they are divided by the root of the fan-in."""
+    """Standard deviation of the weights of the infinitely wide network, before division by the root of the fan-in."""
     b_std: float = 0.1
-    """Standard deviation of its biases."""
+    """Standard deviation of the biases of the infinitely wide network."""
     ridge: float = 1e-6
-    """Regulariser, relative to the mean of the kernel's diagonal."""
+    """Ridge of the regression, relative to the mean of the kernel's diagonal."""
     batch_real: int = 5000
-    """Real images a step, as many of every class; all of a class where it has fewer."""
+    """Number of real images per step, equally many of every class; all of a class if it has fewer."""
     solve_labels: bool = False
-    """Label Solve: store the targets that fit all real images best, in closed form; asks for labels ``targets``."""
+    """Label Solve: store the targets that fit all real images best (in closed form); needs the labels ``targets``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +118,7 @@ class KIP(GradientMethod):
         return 0.5 * (predicted - wanted).square().mean()
 
     def after(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, float]:
-        """Every ``VAL_EVERY`` steps and at the end: the accuracy of the regression on the validation images."""
+        """Every ``VAL_EVERY`` steps and at the end, log the accuracy of the regression on the validation images."""
         val = ctx.task.val
         if val is None or ((step + 1) % VAL_EVERY and step + 1 < self.num_steps):
             return {}
@@ -127,10 +127,10 @@ class KIP(GradientMethod):
 
     @torch.no_grad()
     def predict(self, ctx: Context, syn: SyntheticSet, images: Tensor | Images) -> Tensor:
-        """What the infinitely wide network, trained on the set, says of ``images`` (N, C, H, W): (N, num_classes)."""
+        """Outputs (N, num_classes) of the infinitely wide network, trained on the set, for ``images`` (N, C, H, W)."""
         own, targets = ctx.task.augment.mirrored(*syn())
         y = regression_targets(targets, syn.label_kind.space, ctx.task.num_classes)
-        return torch.cat([self._regression(piece, own, y) for piece in images.split(CHUNK)])
+        return torch.cat([self._regression(chunk, own, y) for chunk in images.split(CHUNK)])
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
         syn = super().finalize(ctx, state, steps)
@@ -143,21 +143,20 @@ class KIP(GradientMethod):
         return solved
 
     def _solved(self, ctx: Context, syn: SyntheticSet) -> Tensor:
-        """Targets (N, num_classes) of the latents: least squares, float64.
+        """Solve for the targets (N, num_classes) of the latents by least squares in float64.
 
-        A latent that becomes several images has one target for all of them: ``owners`` @ targets are those of the
-        images.
+        All images that are decoded from a latent share its target: ``owners`` @ targets are the targets of the images.
         """
         train, classes = ctx.task.train, ctx.task.num_classes
         images, _ = syn()
         owners = torch.eye(len(syn), dtype=torch.float64, device=images.device).repeat(len(images) // len(syn), 1)
         images, owners = ctx.task.augment.mirrored(images, owners)
-        pieces = [self._regression(piece, images, owners) for piece in train.images.split(CHUNK)]
+        chunks = [self._regression(chunk, images, owners) for chunk in train.images.split(CHUNK)]
         wanted = centred(train.labels, classes)
-        return torch.linalg.lstsq(torch.cat(pieces), wanted).solution
+        return torch.linalg.lstsq(torch.cat(chunks), wanted).solution
 
     def _regression(self, real: Tensor, images: Tensor, y: Tensor) -> Tensor:
-        """Predictions for ``real`` of the regression on ``y`` at ``images``, in float64."""
+        """Predictions for ``real`` of the regression that is fitted to ``images`` and ``y``, in float64."""
         images = images.double()
         return regression(self._kernel(real.double(), images), self._kernel(images), y, self.ridge)
 
@@ -167,7 +166,7 @@ class KIP(GradientMethod):
 
 
 def support(ctx: Context, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """The decoded set as a regression sees it in this step: mirrored and augmented, each image by its own draw."""
+    """The support of the regression in a step: the decoded set, mirrored and augmented with one draw per image."""
     augment = ctx.task.augment
     images, targets = augment.mirrored(images, targets)
     drawn = augment.sample(ctx.rng("augment", step), len(images), ctx.task.input_shape, siamese=False)

@@ -8,11 +8,11 @@ Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022, equation 2 and algorithm 
     symbol   code
     S        ``state.syn``
     alpha    ``state.syn.lr``, learned as its logarithm; it begins at ``lr``
-    theta*   an expert of the buffer: weights after every epoch on real data, the initial ones included
+    theta*   an expert of the buffer: its initial weights and its weights after every epoch on real data
     t        start epoch, uniform over 0 .. ``max_start_epoch`` - 1
     M        ``expert_epochs``
     N        ``syn_steps``
-    b_n      ``batch_syn`` images, see ``minibatches``
+    b_n      ``batch_syn`` images; see ``minibatches``
     A        ``task.augment``, drawn for every image of every inner step
 
 Deviations: see docs/methods/mtt.md.
@@ -38,40 +38,40 @@ from condense.synthetic.set import SyntheticSet
 from condense.task import Task
 from condense.train import Training
 
-MAX_JUDGED = 1000
-"""Images that an expert is shown at once."""
+LABELLING_BATCH = 1000
+"""Batch size of the forward passes in which an expert labels images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryMatching(Unrolled):
-    """What MTT, TESLA and DATM share: the student, its target and the loss."""
+    """Base class of MTT, TESLA and DATM: the student, its target and the loss."""
 
     family: ClassVar[str] = "trajectory matching"
     has_teacher: ClassVar[bool] = True
 
     num_steps: int = 5000
-    """Updates of the images."""
+    """Number of updates of the images."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     syn_steps: int = 30
-    """Steps of the student on the set."""
+    """Number of training steps of the student on the set."""
     batch_syn: int | None = None
-    """Images of a student's step; unset: the whole set."""
+    """Batch size of the student; unset: the whole set."""
     expert_epochs: int = 2
-    """Epochs of the expert that the student is to make up for."""
+    """Number of expert epochs between the start and the target snapshot."""
     max_start_epoch: int = 15
-    """The student starts from one of the first so many snapshots of an expert."""
+    """Number of start epochs: the student starts from an expert's snapshot of epoch 0 to ``max_start_epoch`` - 1."""
     num_trajectories: int = 1
-    """Pieces of expert trajectories matched in one step; the loss is their mean."""
+    """Number of trajectory segments matched in one update; the loss is their mean."""
     lr: float = 0.01
-    """Initial learning rate of the student; learned."""
+    """Initial learning rate of the student; it is learned."""
     optim: Optim = Optim(lr=100.0)
     """Optimiser of the images (latents)."""
     optim_lr: Optim = Optim(lr=0.1)
-    """Optimiser of the logarithm of the student's learning rate. Rates published for the learning rate itself
-    are to be divided by the square of ``lr``."""
+    """Optimiser of the logarithm of the student's learning rate. To convert a value that was published for the
+    learning rate itself, divide it by the square of ``lr``."""
     experts: Literal["any", "sgd", "gsam"] = "any"
-    """The training that the experts of a buffer must have had: plain, or sharpness-aware as in FTD."""
+    """How the experts of the buffer must have been trained: by SGD, or sharpness-aware by GSAM as in FTD."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,24 +112,24 @@ class TrajectoryMatching(Unrolled):
         return trajectory_distance(theta, target, start) / self.num_trajectories
 
     def snapshots(self, ctx: Context, step: int, part: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Where the student starts and what it aims at."""
+        """Return the weights that the student starts from and the weights that it is to reach."""
         expert, epoch = self.sample_segment(ctx, step, part)
         start, target = experts_of(ctx).pair(expert, epoch, epoch + self.expert_epochs)
         network = ctx.task.network
         return network.restored(start, {}).params, network.restored(target, {}).params
 
     def sample_segment(self, ctx: Context, step: int, part: int) -> tuple[int, int]:
-        """Which piece of a trajectory is matched: an expert and a start epoch, drawn for this part."""
+        """Draw the trajectory segment of a part: the index of an expert and a start epoch."""
         generator, epochs = ctx.rng("trajectory", step, part), self.start_epochs(step)
         expert = int(torch.randint(experts_of(ctx).num_experts, (), generator=generator))
         return expert, int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
 
     def start_epochs(self, step: int) -> range:
-        """The epochs of an expert at which a student may start."""
+        """The epochs of an expert at which the student may start."""
         return range(self.max_start_epoch)
 
     def batches(self, ctx: Context, images: Tensor, targets: Tensor, step: int, part: int) -> list[Minibatch]:
-        """What the student's steps are made of; all share the images and targets, with their graph to the set."""
+        """The minibatches of the student's steps; all share the images and targets with their graph to the set."""
         generator = ctx.rng("minibatches", step, part)
         batches = []
         for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, generator)):
@@ -143,7 +143,7 @@ class TrajectoryMatching(Unrolled):
         return self.masked(ctx, batches, step, part)
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
-        """Labels by a teacher are stored as the softmax that the target snapshot of the last step gives."""
+        """Return the set to store. Its ``teacher`` labels are the softmax of the target snapshot of the last step."""
         syn = super().finalize(ctx, state, steps)
         if ctx.labels.name != "teacher":
             return syn
@@ -151,47 +151,47 @@ class TrajectoryMatching(Unrolled):
         expert, epoch = self.sample_segment(ctx, steps - 1, self.num_trajectories - 1)
         with torch.no_grad():
             images, _ = labelled()
-            found = expert_logits(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
-            cast(Assigned, labelled.provider).assign(found.unflatten(0, (-1, len(labelled))).mean(0))
+            labels = expert_logits(ctx, expert, epoch + self.expert_epochs, images).softmax(1)
+            cast(Assigned, labelled.provider).assign(labels.unflatten(0, (-1, len(labelled))).mean(0))
         return labelled
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class MTT(TrajectoryMatching):
-    """Matches where experts arrive; the student's rate is learned too."""
+    """Matches the end of a segment of an expert's training trajectory; also learns the student's learning rate."""
 
 
 def experts_of(ctx: Context) -> Trajectories:
-    """The buffer."""
+    """The expert trajectories of the buffer."""
     return cast(Trajectories, ctx.artifacts["experts"])
 
 
 @torch.no_grad()
 def expert_logits(ctx: Context, expert: int, epoch: int, images: Tensor) -> Tensor:
-    """Logits (N, C) that an expert has for images as they are, after so many epochs.
+    """Logits (N, C) of an expert after ``epoch`` epochs, for images without augmentation, in evaluation mode.
 
     Raises:
-        ValueError: it has BatchNorm, and the buffer no statistics of it.
+        ValueError: the network has BatchNorm and the buffer does not hold its running statistics.
     """
     network = ctx.task.network
     weights = experts_of(ctx).weights(expert, network, epoch)
-    return torch.cat([network.logits(*weights, x, train=False) for x in images.detach().split(MAX_JUDGED)])
+    return torch.cat([network.logits(*weights, x, train=False) for x in images.detach().split(LABELLING_BATCH)])
 
 
-def judged_by_all(ctx: Context, images: Tensor) -> Iterator[Tensor]:
-    """The logits (N, C) of every expert at the end of its training."""
+def logits_of_experts(ctx: Context, images: Tensor) -> Iterator[Tensor]:
+    """Yield the logits (N, C) of each expert at the end of its training."""
     experts = experts_of(ctx)
     return (expert_logits(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
 
 
 def minibatches(num_images: int, batch: int | None, num_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices (n,) of the images of every step.
+    """Yield the indices (n,) of the images of each step.
 
-    A random order is cut into pieces of ``batch`` (None: one piece) and used up from its end, where a smaller
-    piece may lie; then a new order is drawn.
+    A random order of the images is split into batches of ``batch`` images (None: one batch of all). They are used from
+    the last one, which may be smaller, to the first; then a new order is drawn.
     """
-    pieces: list[Tensor] = []
+    batches: list[Tensor] = []
     for _ in range(num_steps):
-        pieces = pieces or list(torch.randperm(num_images, generator=generator).split(batch or num_images))
-        yield pieces.pop()
+        batches = batches or list(torch.randperm(num_images, generator=generator).split(batch or num_images))
+        yield batches.pop()

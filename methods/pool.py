@@ -1,7 +1,7 @@
-"""A pool of networks that learn from the set while the set learns from them (FRePo, RCIG).
+"""A pool of networks that are trained on the set during distillation (FRePo, RCIG).
 
-A member is a plain dict, hence a value that the engine stores: weights, the state of its Adam, and its age. Methods
-keep ``list[Member]`` in their state and replace an entry by what ``fresh`` and ``train`` return.
+A member is a plain dict, which the engine can store: weights, the state of Adam, and the age. Methods have a
+``list[Member]`` in their state and replace its entries by the results of ``fresh`` and ``train``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from condense.sources import Minibatches
 from condense.train import Trainer, Training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""``loss(logits, targets) -> scalar``, both (n, C); a function of a module, for it is part of what is compiled once."""
+"""``loss(logits, targets) -> scalar``, both (n, C). It has to be a module-level function: trainers are cached by it."""
 
 
 class Member(TypedDict):
@@ -33,21 +33,21 @@ class Member(TypedDict):
     adam: dict[str, Any]
     """The fields of ``AdamState``."""
     age: int
-    """Steps of training, plus what ``fresh`` was told."""
+    """Number of training steps plus the initial ``age`` given to ``fresh``."""
 
 
 def targets_of(ctx: Context, targets: Tensor) -> Tensor:
-    """What a set's targets say as (n, C) values around zero."""
+    """Convert the targets of a set to regression targets (n, C) centred at zero."""
     return regression_targets(targets, ctx.labels.space, ctx.task.num_classes, ctx.task.network.dtype)
 
 
 def draw(ctx: Context, num_members: int, step: int) -> int:
-    """The slot of the member that a step uses."""
+    """Draw the slot of the member that a step uses."""
     return int(torch.randint(num_members, (), generator=ctx.rng("pool member", step)))
 
 
 def fresh(ctx: Context, step: int, slot: int, age: int = 0) -> Member:
-    """A member with new weights, a function of the slot and the first step that can use it."""
+    """Return a member with new weights, drawn by its slot and the first step that can use it."""
     params, buffers = ctx.task.network.init(ctx.rng, "pool", step, slot)
     return Member(params=params, buffers=buffers, adam=PLAIN_ADAM.init(params)._asdict(), age=age)
 
@@ -64,12 +64,12 @@ def train(
     num_steps: int = 1,
     batch_size: int | None = None,
 ) -> Member:
-    """A copy of ``member`` after ``num_steps`` of Adam on its logits, in training mode.
+    """Return a copy of ``member`` after ``num_steps`` steps of Adam in training mode.
 
     Args:
-        images, targets: (N, C, H, W) and (N, num_classes); held fixed.
+        images, targets: (N, C, H, W) and (N, num_classes); they get no gradient.
         generator: draws the minibatches, each without replacement.
-        batch_size: images a step; None, or where there are fewer: all of them.
+        batch_size: images per step; all of them if it is None or there are fewer.
     """
     num, device = len(images), images.device
     indices = [torch.randperm(num, generator=generator)[:batch_size].to(device) for _ in range(num_steps)]
@@ -87,12 +87,12 @@ def train(
 
 @lru_cache(maxsize=4)
 def _trainer(network: Functional, loss: Loss, lr: float, compute: Compute) -> Trainer:
-    """One epoch is the steps of one call."""
+    """A cached trainer; the steps of one call of ``train`` are one epoch."""
     return Trainer(network, Training(num_epochs=1, lr=lr, schedule=Schedule()), compute, loss)
 
 
 class _Adam(torch.optim.Optimizer):
-    """``PLAIN_ADAM`` on live parameters; continues from what a member remembers."""
+    """``PLAIN_ADAM`` as an optimiser of parameters in place; continues from the state of a member."""
 
     def __init__(self, params: dict[str, Tensor], lr: float, memory: AdamState) -> None:
         super().__init__(params.values(), {"lr": lr})

@@ -2,14 +2,14 @@
 
     min_S  E_{theta_0, k}  l(A(R); theta_{k+W}),    theta_{n+1} = Adam(theta_n, grad l(A(b_n); theta_n))
 
-The gradient goes back through the last W steps only, k random steps after the beginning.
+The gradient is back-propagated through the last W steps only, which follow a random number k of steps.
 
     symbol   code
-    k, W     ``adjoint``: burn-in from ``lo`` to ``hi`` and ``window``; k is drawn anew every ``same_burn_in`` updates
+    k, W     ``adjoint``: burn-in from ``lo`` to ``hi``, and ``window``; k is redrawn every ``same_burn_in`` updates
     b_n      ``batch_per_class`` images of every class, drawn for each step
-    A        ``task.augment``, drawn for every image of every step, and for the real ones
+    A        ``task.augment``, drawn for every image of every step and for every real image
     R        ``batch_real`` real images
-    clip     the images' gradient is cut to ``clip`` times a running mean of its norm, of decay ``clip_decay``
+    clip     the gradient of the images is clipped to ``clip`` times a running mean of its norm (decay ``clip_decay``)
 
 Deviations: see docs/methods/rat-bptt.md.
 """
@@ -34,36 +34,36 @@ from condense.train import Training
 @dataclass(kw_only=True)
 class RaTState(GradientState):
     norm: float = 0.0
-    """Running mean of the norm of the images' gradient; 0 before the first."""
+    """Running mean of the gradient norm of the images; 0 before the first update."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RaTBPTT(Bilevel):
-    """Back-propagates through a window at a random place of training."""
+    """Back-propagates through a window of training steps at a random position."""
 
     num_steps: int = 600000
-    """Updates of the images."""
+    """Number of updates of the images."""
     adjoint: Adjoint = RandomTruncated()
-    """How to differentiate through the steps of the network."""
+    """How to differentiate through the training steps of the network."""
     inner_steps: int = 200
-    """Steps of the network under an adjoint that does not say how many there are."""
+    """Number of training steps of the network, if the adjoint does not determine it."""
     same_burn_in: int = 10
-    """Updates for which the window stays at its place."""
+    """Number of updates for which the position of the window stays the same."""
     lr: float = 1e-3
-    """Learning rate of the network: Adam."""
+    """Learning rate of Adam, which trains the network."""
     batch_per_class: int = 10
-    """Images of a class in each step of the network; all where there are fewer."""
+    """Images per class in each training step of the network; all of them if a class has fewer."""
     batch_real: int = 5000
-    """Real images that the network is scored on."""
+    """Number of real images on which the loss of the trained network is computed."""
     optim: Optim = Optim(kind="adam", lr=1e-3, momentum=0.9)
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="adam", lr=1e-3, momentum=0.9)
     """Optimiser of learned labels."""
     clip: float | None = 2.0
-    """Largest norm of the gradient of the images, in running means of it; unset: any."""
+    """Largest gradient norm of the images, as a multiple of its running mean; unset: no limit."""
     clip_decay: float = 0.9
-    """Decay of that mean."""
+    """Decay of the running mean of the gradient norm that ``clip`` refers to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +101,7 @@ class RaTBPTT(Bilevel):
         return self.real_loss(ctx, theta, buffers, task.augment.apply(images, drawn), labels)
 
     def batches(self, ctx: Context, state: RaTState, step: int, num_steps: int) -> list[Minibatch]:
-        """What the network's steps are made of."""
+        """The minibatches of the network's training steps."""
         images, targets = state.syn()
         members = class_members(state.syn, len(images), range(ctx.task.num_classes))
         batches = []
@@ -112,11 +112,11 @@ class RaTBPTT(Bilevel):
         return self.masked(ctx, batches, step)
 
     def drawn(self, ctx: Context, num: int, step: int, unit: int | str) -> Params:
-        """Parameters of the augmentation of so many images."""
+        """Draw the augmentation parameters of ``num`` images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
     def update(self, state: RaTState, record: dict[str, float]) -> None:
-        """As published, the running mean takes the new norm in before it bounds it."""
+        """Clip the gradient and step the optimisers. As published, the running mean includes the norm it bounds."""
         require_finite(record)
         norm = record["grad_latents"]
         state.norm = self.clip_decay * state.norm + (1 - self.clip_decay) * norm if state.norm else norm

@@ -6,18 +6,18 @@ Loo, Hasani, Lechner and Rus, "Dataset Distillation with Convexified Implicit Gr
     d* = argmin_d  L_in(d) = ( |Y - f(X; d)|^2 / 2 + lambda tr(a^T K a) / 2 + lambda |d|^2 / 2 ) / (n C)
     f(x; d) = o(x; d) + h(x) h(X)^T a,   a = (K + lambda I)^-1 (Y - o(X; d)),   K = h(X) h(X)^T
 
-The network is taken linear about weights theta and without its value there: o is its derivative along d, a move of all
-weights but the last layer's matrix, which the ridge regression a on the features h at theta replaces. So L_in is
-quadratic in d, and d* is differentiated implicitly (``condense.inner.implicit_gradient``).
+The network is linearised at its weights theta, without the constant term: o is its directional derivative along d, a
+change of all weights except the matrix of the last layer, which the ridge regression a on the features h at theta
+replaces. L_in is therefore quadratic in d, and d* is differentiated implicitly (``condense.inner.implicit``).
 
     symbol        code
-    X, Y          ``state.syn``; Y learned where the labels are ``targets`` (or ``logits``)
+    X, Y          ``state.syn``; Y is learned if the labels are ``targets`` (or ``logits``)
     tau           ``state.learned["temperature"]``
     theta         a member of ``state.pool``, drawn at every step, in evaluation mode
-    d             ``move``, by name of the parameter
+    d             ``move``, a dictionary by names of parameters
     h, o          ``Convexified.outputs``
     a, L_in, f    ``Convexified.head``, ``Convexified.inner_loss``, ``Convexified.predict``
-    lambda        ``ridge`` times the number of images of the set; n is that number, with mirror images
+    lambda        ``ridge`` times the number of images of the set; n is that number including mirror images
     x_i, y_i      ``batch_real`` real images of any class
 
 Deviations: see docs/methods/rcig.md.
@@ -46,16 +46,16 @@ from condense.task import Task
 from condense.train import Training
 
 HEAD, HEAD_BIAS = "classifier.weight", "classifier.bias"
-"""Of the last layer of every ``condense.networks.Network``."""
+"""Parameters of the last layer of every ``condense.networks.Network``."""
 
 FIRST_LR_INNER, FIRST_LR_ADJOINT = 1e-5, 5e-5
-"""Learning rates from which the search starts."""
+"""Learning rates at which the search starts."""
 RAISE, BACK_OFF = 1.2, 0.84
-"""Its factors: for the next attempt, and for the rate that is kept, relative to the first one that fails."""
+"""Factors of the search: of the learning rate between attempts, and of the first rate that fails, to get the result."""
 RISE = 1e-3
-"""A rise counts where it is more than this share of the curve's largest magnitude: a smaller one could be rounding."""
+"""Smallest increase that counts, as a fraction of the largest magnitude of the curve; a smaller one may be rounding."""
 ADAPT_EVERY = 50
-"""Steps after which the inner learning rate is adapted."""
+"""Number of steps between adaptations of the inner learning rate."""
 
 Batch = tuple[Tensor, Tensor]
 """Images (n, C, H, W) of the set and regression targets (n, num_classes), not yet mirrored."""
@@ -65,43 +65,44 @@ Batch = tuple[Tensor, Tensor]
 class RCIGState(GradientState):
     pool: list[pool.Member]
     lr_inner: float
-    """Learning rate at which d is found."""
+    """Learning rate of the inner problem, whose solution is d."""
     lr_adjoint: float
-    """Learning rate at which ``H v = g`` is solved."""
+    """Learning rate of the linear system ``H v = g``."""
     tally: Tensor
-    """(2,): of the inner runs since the last adaptation, those that ended above their start, and that only fell."""
+    """Counts (2,) of the inner runs since the last adaptation: those whose loss ended above its start, and those whose
+    loss decreased at every step."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RCIG(GradientMethod):
-    """Convexified training, differentiated implicitly."""
+    """Implicit differentiation through a convexified training on the set."""
 
     family: ClassVar[str] = "kernel"
     regresses: ClassVar[bool] = True
 
     num_steps: int = 10_000
-    """Updates of the set."""
+    """Number of updates of the set."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     batch_real: int = 1024
-    """Real images a step, of any class; all of them where there are fewer."""
+    """Number of real images per step, of any class; all of them if there are fewer."""
     ridge: float = 5e-4
-    """Of the regression and of the move of the weights, times the number of images of the set."""
+    """Regularisation of the regression and of the change of the weights, per image of the set."""
     inner_steps: int = 20
-    """Steps of Adam on the inner loss, from no move."""
+    """Number of Adam steps on the inner loss, starting from unchanged weights."""
     adjoint_steps: int = 20
-    """Steps of Adam towards the solution of the linear system of the implicit gradient."""
+    """Number of Adam steps on the linear system of the implicit gradient."""
     pool_size: int = 30
-    """Networks that are trained on the set in turn."""
+    """Number of networks in the pool."""
     max_age: int = 100
-    """Steps of training after which a network is replaced by a fresh one."""
+    """Number of training steps after which a network of the pool is replaced by a fresh one."""
     max_train_steps: int = 15
-    """Most steps for which a network that was used is trained; the number is uniform from 1."""
+    """Largest number of training steps of a network of the pool after its use; the number is uniform from 1 to this."""
     lr_pool: float = 5e-5
-    """Learning rate of these networks: Adam."""
+    """Learning rate of Adam, which trains the networks of the pool."""
     training_epochs: int = 2000
-    """Epochs of the training that the set is meant for, in batches of up to 256."""
+    """Number of epochs of a training on the set in the protocol ``own``, with a batch size of up to 256."""
     optim: Optim = Optim(kind="adabelief", lr=3e-3, momentum=0.9)
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="adabelief", lr=3e-3, momentum=0.9)
@@ -109,9 +110,9 @@ class RCIG(GradientMethod):
     optim_decoder: Optim = Optim(kind="adabelief", lr=3e-3, momentum=0.9)
     """Optimiser of a decoder with parameters."""
     optim_temperature: Optim = Optim(kind="adabelief", lr=0.03, momentum=0.9)
-    """Optimiser of the logarithm tau of the factor of the predictions."""
+    """Optimiser of the temperature tau, the logarithm of the factor of the predictions."""
     ema: float | None = 0.99
-    """Decay of a running average of the set, which is then what is stored; unset: the set as it is."""
+    """Decay of the running average of the set, which is stored in place of the set; unset: the set itself is stored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,12 +154,13 @@ class RCIG(GradientMethod):
         )
 
     def training_network(self, task: Task) -> str:
-        """With ReLU, where softplus takes its place in the distillation."""
+        """The network of the recipe, with ReLU in place of softplus."""
         name = task.network.name
         return with_options(name, activation="relu") if "activation=softplus" in name else name
 
     def training_augment(self, task: Task) -> Augment:
-        """That of the recipe; of a recipe without, the published one. Mirror images are joined as in distillation."""
+        """The augmentation of the recipe, or the published one if the recipe has none. Mirror images are added as in
+        the distillation."""
         if task.augment.ops:
             return task.augment
         ops = MILD[1:] if mild(task.input_shape) == MILD else mild(task.input_shape)
@@ -187,19 +189,19 @@ class RCIG(GradientMethod):
         state.tally = state.tally + torch.stack([ends_above(inner.curve), falls(inner.curve)])
         outer = partial(outer_loss, net, self.real(ctx, step))
         with torch.no_grad():
-            found, value = torch.func.grad_and_value(outer, argnums=(0, 1, 2))(inner.point, batch, tau.detach())
-            into_move, direct, into_tau = found
+            outer_grads, value = torch.func.grad_and_value(outer, argnums=(0, 1, 2))(inner.point, batch, tau.detach())
+            into_move, direct, into_tau = outer_grads
             v = self.adjoint(state.lr_adjoint).solve(net.hessian_product(batch), into_move)
         leaves = (images.detach().requires_grad_(), values.detach().requires_grad_())
         mixed = mixed_gradient(net.inner_loss, inner.point, leaves, v)
         gradients = [d + no_longer_than(d, -m) for d, m in zip(direct, mixed, strict=True)] + [into_tau]
-        known = [(x, g) for x, g in zip((images, values, tau), gradients, strict=True) if x.requires_grad]
-        inputs, into = zip(*known, strict=True)
+        learned = [(x, g) for x, g in zip((images, values, tau), gradients, strict=True) if x.requires_grad]
+        inputs, into = zip(*learned, strict=True)
         lead = largest_lead(values.detach())
         return differentiated(value, into, inputs), {"cross_entropy": value + lead, "lead": -lead}
 
     def after(self, ctx: Context, state: RCIGState, step: int) -> None:
-        """Train the network that was used on the updated set; adapt the inner learning rate from time to time."""
+        """Train the network of this step on the updated set; adapt the inner learning rate every ``ADAPT_EVERY``."""
         slot = pool.draw(ctx, self.pool_size, step)
         with torch.no_grad():
             images, targets = state.syn()
@@ -223,7 +225,7 @@ class RCIG(GradientMethod):
 
     @torch.no_grad()
     def search(self, ctx: Context, state: RCIGState) -> None:
-        """Find both learning rates, on the set, the network and the real images of step 0."""
+        """Search for both learning rates with the set, the network and the real images of step 0."""
         images, targets = state.syn()
         batch, net = (images, pool.targets_of(ctx, targets)), self.convexified(ctx, state, 0)
         state.lr_inner = highest_lr(FIRST_LR_INNER, lambda lr: self.solve(net, batch, lr).curve)
@@ -234,7 +236,7 @@ class RCIG(GradientMethod):
         state.lr_adjoint = highest_lr(FIRST_LR_ADJOINT, lambda lr: self.adjoint(lr).minimum(product, into_move).curve)
 
     def solve(self, net: Convexified, batch: Batch, lr: float) -> Minimum:
-        """d, from no move."""
+        """Minimise the inner loss over d, starting at 0."""
         grad_and_value = torch.func.grad_and_value(lambda move: net.inner_loss(move, batch))
         return minimise(grad_and_value, net.no_move(), num_steps=self.inner_steps, lr=lr)
 
@@ -242,7 +244,7 @@ class RCIG(GradientMethod):
         return Descent(num_steps=self.adjoint_steps, lr=lr)
 
     def convexified(self, ctx: Context, state: RCIGState, step: int) -> Convexified:
-        """About the network of a step."""
+        """The network of a step, convexified."""
         member = state.pool[pool.draw(ctx, self.pool_size, step)]
         return Convexified(ctx.task.network, member["params"], member["buffers"], ctx.task.augment, self.ridge)
 
@@ -252,22 +254,22 @@ class RCIG(GradientMethod):
 
 @dataclass(frozen=True)
 class Convexified:
-    """A network about frozen weights: linear in a move of its body, its last layer solved for; pure functions."""
+    """A network linearised at fixed weights, with its last layer replaced by ridge regression; pure functions."""
 
     network: Functional
     params: Params
     buffers: dict[str, Tensor]
     augment: Augment
-    """Says whether the set is mirrored."""
+    """Its ``flips`` says whether mirror images are added to the set."""
     ridge: float
-    """lambda over the number of images of the set."""
+    """lambda divided by the number of images of the set."""
 
     def no_move(self) -> Params:
-        """Of all that moves: the body, and the bias of the last layer."""
+        """A zero change of all weights except the matrix of the last layer."""
         return {name: torch.zeros_like(p) for name, p in self.params.items() if name != HEAD}
 
     def outputs(self, move: Params, images: Tensor) -> tuple[Tensor, Tensor]:
-        """h (n, F), and o (n, num_classes): the derivative of the logits along ``move``."""
+        """Return h (n, F) and o (n, num_classes), the directional derivative of the logits along ``move``."""
         body = {name: d for name, d in move.items() if name != HEAD_BIAS}
 
         def features(body: Params) -> Tensor:
@@ -278,19 +280,20 @@ class Convexified:
         return h, o + move[HEAD_BIAS] if HEAD_BIAS in move else o
 
     def head(self, move: Params, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(h, a, r): features of the set, dual weights of the head, and Y - o, what the head is fitted to."""
+        """Return (h, a, r): the features of the set, the dual weights of the head, and Y - o, to which it is fitted."""
         images, values = self.augment.mirrored(*batch)
         h, o = self.outputs(move, images)
         return h, ridge_solve(feature_kernel(h, h), values - o, self.ridge * len(batch[0])), values - o
 
     def inner_loss(self, move: Params, batch: Batch) -> Tensor:
-        """L_in. What the head leaves of r is lambda a, so that error and penalty of the head make lambda <r, a> / 2."""
+        """L_in. The residual of the head is lambda a, so its error and penalty add up to lambda <r, a> / 2."""
         _, a, r = self.head(move, batch)
         norm = torch.stack([d.square().sum() for d in move.values()]).sum()
         return self.ridge * len(batch[0]) * ((r * a).sum() + norm) / (2 * r.numel())
 
     def hessian_product(self, batch: Batch) -> Callable[[Params], Params]:
-        """The Hessian of L_in. With targets of zero L_in is a quadratic form alone: its gradient is the product."""
+        """Return the product with the Hessian of L_in. With targets 0, L_in is a quadratic form, whose gradient is this
+        product."""
         still = (batch[0], torch.zeros_like(batch[1]))
         return torch.func.grad(lambda v: self.inner_loss(v, still))
 
@@ -302,42 +305,43 @@ class Convexified:
 
 
 def outer_loss(net: Convexified, real: tuple[Tensor, Tensor], move: Params, batch: Batch, tau: Tensor) -> Tensor:
-    """Cross-entropy on real images and their classes, less the lead of the largest target as far as it counts."""
+    """The cross-entropy on real images and their classes, minus ``largest_lead`` of the targets."""
     images, classes = real
     return F.cross_entropy(tau.exp() * net.predict(move, batch, images), classes) - largest_lead(batch[1])
 
 
 def largest_lead(values: Tensor) -> Tensor:
-    """Mean over targets (n, num_classes) of how far the largest leads the second, which counts up to 1/(2 C)."""
+    """The margin between the largest and the second largest value, at most 1/(2 C), averaged over targets (n, C)."""
     first, second = values.topk(2, 1).values.unbind(1)
     return (first - second).clamp(max=1 / (2 * values.shape[1])).mean()
 
 
 def no_longer_than(direct: Tensor, implicit: Tensor) -> Tensor:
-    """``implicit``, scaled down to the norm of ``direct`` where it is longer; nothing where it is not finite."""
+    """Return ``implicit``, scaled down to the norm of ``direct`` if its norm is larger; entries that are not finite
+    become 0."""
     scale = (direct.norm() / implicit.norm()).clamp(max=1)
     return torch.nan_to_num(scale * implicit, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def mean_squared_error(logits: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared difference, averaged over images and classes."""
+    """Return half the squared difference, averaged over images and classes."""
     return 0.5 * (logits - targets).square().mean()
 
 
 def falls(curve: Tensor) -> Tensor:
-    """Whether the last value is below the first and no value is above the one before, by the measure of ``RISE``."""
+    """Whether the last value is below the first and no value exceeds the previous one by more than ``RISE`` allows."""
     return (curve[-1] < curve[0]) & (curve.diff() <= RISE * curve.abs().max()).all()
 
 
 def ends_above(curve: Tensor) -> Tensor:
-    """Whether the last value is above the first, by the measure of ``RISE``."""
+    """Whether the last value exceeds the first by more than ``RISE`` allows."""
     return curve[-1] - curve[0] > RISE * curve.abs().max()
 
 
 def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:
-    """Raise the learning rate from ``first`` until a curve does not fall all the way, and step back from there.
+    """Raise the learning rate from ``first`` until the loss curve does not decrease at every step, then reduce it once.
 
-    The curve of Adam on a strictly convex function rises at some rate, so that there is an end.
+    The search ends because the loss of Adam on a strictly convex function increases at some learning rate.
     """
     lr = first
     while falls(curve(lr)):
@@ -346,8 +350,8 @@ def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:
 
 
 def adaptation(above: float, monotone: float) -> float:
-    """Factor of the inner learning rate, where of the last ``ADAPT_EVERY`` runs ``above`` ended above their start and
-    ``monotone`` only fell."""
+    """Return the factor of the inner learning rate, given how many of the last ``ADAPT_EVERY`` runs ended above their
+    start (``above``) and how many decreased at every step (``monotone``)."""
     if above >= 0.29 * ADAPT_EVERY:
         return 0.9
     return 1.05 if monotone >= 0.7 * ADAPT_EVERY else 1.0

@@ -5,14 +5,14 @@ Loo, Hasani, Amini and Rus, "Efficient Dataset Distillation using Random Feature
     min_X_s  E_theta_1..N  l( K_ts (K_ss + lambda tr(K_ss)/n I)^-1 y_s, y_t )
     K(x, x') = 2 <phi(x), phi(x')> + 0.01,   phi = concat_i psi_(theta_i) / sqrt(N F)
 
-The kernel of KIP without its exact computation: where only the last layer of a wide network is fitted, the kernel is
-the expectation of products of random features, and a few random networks estimate it.
+The kernel of KIP is estimated instead of computed exactly. If only the last layer of a wide network is fitted, the
+kernel is the expectation of products of random features, which a few random networks estimate.
 
     symbol      code
-    X_s, y_s    the images of ``state.syn``, through ``pixel_map`` where there is one, and their centred targets
-    X_t, y_t    ``num_batches`` times ``batch_real`` real images a step
-    theta_i     ``num_networks`` fresh networks a step: ``gaussian``
-    psi, F      the network without its last layer, and how many numbers that gives
+    X_s, y_s    the images of ``state.syn``, mapped by ``pixel_map`` if there is one, and their centred targets
+    X_t, y_t    ``num_batches`` times ``batch_real`` real images per step
+    theta_i     ``num_networks`` fresh networks per step: ``gaussian``
+    psi, F      the network without its last layer, and the number of its outputs
     lambda      ``ridge``
     l           ``objective``: half the mean squared error, or the cross-entropy of e^k times the prediction (Platt)
     k           ``state.learned["temperature"]``
@@ -47,41 +47,41 @@ from condense.task import Task
 from condense.train import Training
 
 W_STD, B_STD = math.sqrt(2), 0.1
-"""Of the random networks, and of the layer that the kernel puts on top of them."""
+"""Standard deviations of weights and biases, in the random networks and in the last layer that the kernel implies."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RFAD(GradientMethod):
-    """Kernel ridge regression on features of random networks."""
+    """Kernel ridge regression on the features of random networks."""
 
     family: ClassVar[str] = "kernel"
     regresses: ClassVar[bool] = True
 
     num_steps: int = 10000
-    """Updates of the images."""
+    """Number of updates of the images."""
     optim: Optim = Optim(kind="adabelief", lr=1e-3, momentum=0.9)
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="adabelief", lr=1e-3, momentum=0.9)
     """Optimiser of learned labels."""
     optim_temperature: Optim = Optim(kind="adabelief", lr=1e-2, momentum=0.9)
-    """Optimiser of Platt's k."""
+    """Optimiser of the logarithm of the temperature of Platt scaling."""
     optim_pixel_map: Optim = Optim(kind="adabelief", lr=5e-5, momentum=0.9)
-    """Optimiser of the linear map of pixels."""
+    """Optimiser of the linear map of the pixels."""
     start: Literal["real", "noise"] = "real"
-    """Images to start from: real ones drawn per class, or standard normal noise."""
+    """Initial images: real ones drawn per class, or standard normal noise."""
     objective: Literal["mse", "platt"] = "platt"
-    """mse: half the mean squared error. platt: cross-entropy, at a temperature that is learned."""
+    """Loss of the predictions: mse (half the mean squared error) or platt (cross-entropy, learned temperature)."""
     num_networks: int = 8
-    """Random networks a step."""
+    """Number of random networks per step."""
     num_batches: int = 4
-    """Batches of real images a step."""
+    """Number of batches of real images per step."""
     batch_real: int = 1280
-    """Real images of a batch, of any class."""
+    """Number of real images per batch, of any class."""
     ridge: float = 5e-3
-    """Regulariser, relative to the mean of the kernel's diagonal."""
+    """Ridge of the regression, relative to the mean of the kernel's diagonal."""
     pixel_map: bool = False
-    """Learn a linear map of all pixels, shared by the images; it is applied to them before they are stored."""
+    """Whether to learn a linear map of the pixels that all images share; it is applied before the images are stored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,10 +95,10 @@ class RFAD(GradientMethod):
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
     ) -> str | None:
         if self.pixel_map and decode.name != "pixels":
-            mend = spelt("method.pixel_map", False)
-            return f"cannot fold its map of pixels into the latents of {decode.name}; give {mend}"
+            fix = spelt("method.pixel_map", False)
+            return f"cannot apply its pixel map to the latents of {decode.name}; give {fix}"
         if self.pixel_map and self.clamp:
-            return f"cannot clamp pixels that its map moves afterwards; give {spelt('method.clamp', False)}"
+            return f"cannot clamp pixels that its pixel map changes afterwards; give {spelt('method.clamp', False)}"
         return super().incompatibility(decode, labels, transform, objective)
 
     def optims(self) -> dict[str, Optim]:
@@ -143,7 +143,7 @@ class RFAD(GradientMethod):
         else:
             wanted = centred(classes, task.num_classes)
             errors = 0.5 * (predicted - wanted).square().mean(1)
-        means = [piece.mean() for piece in errors.split([len(x) for x, _ in batches])]
+        means = [batch.mean() for batch in errors.split([len(x) for x, _ in batches])]
         return torch.stack(means).sum() / self.num_batches
 
     def _kernels(self, ctx: Context, real: Tensor, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -152,8 +152,8 @@ class RFAD(GradientMethod):
         for k in range(self.num_networks):
             weights = gaussian(ctx.task.network, ctx.rng, step, k)
             with torch.no_grad():
-                pieces = real.split(ctx.compute.micro_batch or len(real))
-                phi_t = torch.cat([ctx.features(*weights, piece) for piece in pieces])
+                chunks = real.split(ctx.compute.micro_batch or len(real))
+                phi_t = torch.cat([ctx.features(*weights, chunk) for chunk in chunks])
             phi_s = ctx.features(*weights, images)
             scale = W_STD**2 / (self.num_networks * phi_s.shape[1])
             k_ts = k_ts + scale * feature_kernel(phi_t, phi_s)
@@ -171,14 +171,15 @@ class RFAD(GradientMethod):
 
 
 def mapped(images: Tensor, learned: nn.ParameterDict) -> Tensor:
-    """Images (n, C, H, W) through the linear map of pixels, where one is learned."""
+    """Apply the linear map of the pixels, if one is learned, to images (n, C, H, W)."""
     return (images.flatten(1) @ learned["pixel_map"]).view_as(images) if "pixel_map" in learned else images
 
 
 def gaussian(network: Functional, rng: Rng, step: int, unit: int) -> Weights:
-    """Fresh weights: of layers normal, with deviation sqrt(2 / fan-in), biases 0.1; what is no layer as it always is.
+    """Return fresh weights. The weights of layers are normal with standard deviation sqrt(2 / fan-in), their biases
+    with 0.1. Other parameters have the initial values of the network.
 
-    A layer is a weight with two or more axes, [out, ...], and the bias that goes with it.
+    A layer is a weight with two or more axes, [out, ...], and its bias.
     """
     weights, generator = network.init(rng, "network", step, unit), rng("gaussian", step, unit)
     for name, shape in network.shapes.items():

@@ -4,16 +4,16 @@ NeurIPS 2022.
     min_S  E_{theta_0, C'}  l(R_{C'}; theta_N)
     v_{n+1} = m v_n + grad l(A(b_n); theta_n),    theta_{n+1} = theta_n - lr v_{n+1}
 
-Back-propagation through all N steps of training with momentum; with the decoder ``bases`` an image is a combination of
-memories that all classes share.
+The gradient is back-propagated through all N steps of training with momentum. With the decoder ``bases`` an image is a
+combination of basis images that all classes share.
 
     symbol   code
     N        ``inner_steps``
     m        ``momentum``
-    C'       the classes of the task: all, or ``ways`` of them at random
-    b_n      ``batch_per_class`` images of each of them, drawn for each step
+    C'       the classes of an update: all, or ``ways`` of them at random
+    b_n      ``batch_per_class`` images of each of these classes, drawn for each step
     A        ``task.augment``; its parameters are drawn once for all steps of an update
-    R_{C'}   ``batch_real`` real images of each
+    R_{C'}   ``batch_real`` real images of each of these classes
 
 Deviations: see docs/methods/rtp.md.
 """
@@ -38,26 +38,26 @@ from condense.train import Training
 @final
 @dataclass(frozen=True, kw_only=True)
 class RTP(Bilevel):
-    """Back-propagates through all of training, with momentum."""
+    """Back-propagates through all steps of training with momentum."""
 
     num_steps: int = 500000
-    """Updates of the images."""
+    """Number of updates of the images."""
     start: Literal["real", "noise"] = "noise"
-    """Images to start from: real ones drawn per class, or standard normal noise; some decoders draw for themselves."""
+    """Initial images: real ones drawn per class, or standard normal noise. Some decoders ignore them."""
     inner_steps: int = 150
-    """Steps of the network."""
+    """Number of training steps of the network."""
     lr: float = 0.01
-    """Learning rate of the network: SGD."""
+    """Learning rate of SGD, which trains the network."""
     momentum: float = 0.9
-    """Its momentum."""
+    """Momentum of SGD, which trains the network."""
     batch_per_class: int = 10
-    """Images of a class in each step of the network; all where there are fewer."""
+    """Images per class in each training step of the network; all of them if a class has fewer."""
     ways: int | None = None
-    """Classes of a task, drawn for each update; unset, or more than there are: every task has all."""
+    """Number of classes that take part in an update, drawn at random; unset, or more than there are: all classes."""
     batch_real: int = 64
-    """Real images of a class that the network is scored on."""
+    """Number of real images per class on which the loss of the trained network is computed."""
     clip: float | None = 2.0
-    """Largest norm of the gradient of the images; longer ones are scaled down."""
+    """Largest gradient norm of the images; larger gradients are scaled down. Unset: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class RTP(Bilevel):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")
         if self.ways is not None and self.ways < 2:
-            raise ValueError(f"method.ways must be at least 2, got {self.ways}: one class is no task; give 2")
+            raise ValueError(f"method.ways must be at least 2, got {self.ways}: one class cannot be classified; give 2")
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = num_classes * min(self.batch_per_class, images_per_class)
@@ -93,12 +93,12 @@ class RTP(Bilevel):
         return self.real_loss(ctx, theta, buffers, torch.cat(drawn), labels)
 
     def classes(self, ctx: Context, step: int) -> list[int]:
-        """The classes of the task of a step, ascending."""
+        """The classes that take part in a step, ascending."""
         drawn = torch.randperm(ctx.task.num_classes, generator=ctx.rng("task", step))
         return sorted(drawn[: self.ways].tolist())
 
     def batches(self, ctx: Context, state: GradientState, step: int, classes: list[int]) -> list[Minibatch]:
-        """What the network's steps are made of; all share one draw of the augmentation."""
+        """The minibatches of the network's training steps; all share one draw of the augmentation."""
         images, targets = state.syn()
         members = class_members(state.syn, len(images), classes)
         size = sum(min(self.batch_per_class, len(index)) for index in members) * ctx.task.augment.copies

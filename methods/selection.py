@@ -1,4 +1,4 @@
-"""Selection: real images picked per class, the baselines that every distilled set is measured against.
+"""Selection: real images selected per class, the baselines of distilled sets.
 
 Herding: Welling, "Herding dynamical weights to learn", ICML 2009, in the greedy form of Rebuffi et al.,
 "iCaRL", CVPR 2017. K-center: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985, and
@@ -7,21 +7,21 @@ K-means: Cui et al., "DC-BENCH: Dataset Condensation Benchmark", NeurIPS 2022. F
 empirical study of example forgetting during deep neural network learning", ICLR 2019. EL2N: Paul, Ganguli and
 Dziugaite, "Deep learning on a data diet: finding important examples early in training", NeurIPS 2021.
 
-Of the n images of a class with features f_1 .. f_n and mean mu, a set S of m images is picked:
+Of the n images of a class with features f_1 .. f_n and mean mu, a set S of m images is selected:
 
     random       S uniform without replacement
     herding      s_i = argmin_f || i mu - (s_1 + .. + s_{i-1}) - f ||,  i = 1 .. m
     k-center     s_1 = argmin_f || f - mu ||,  s_i = argmax_f min_{j < i} || f - s_j ||
     k-means      s_i = argmin_f || f - centre_i ||,  centres of m clusters
-    forgetting   the m largest  sum_t [ right_t and not right_{t+1} ],  infinite where no right_t
+    forgetting   the m largest  sum_t [ right_t and not right_{t+1} ],  infinite if right_t holds for no t
     el2n         the m largest  E_w || softmax(z_w) - y ||,  or the m smallest
 
-right_t: the network classifies the image right after epoch t; z_w: logits of a network of weights w, trained for a
-few epochs; y: the class as a one-hot vector. No image is picked twice. Of equal values the lowest index wins; values
-that differ by less than ``TIE`` of the largest are equal.
+right_t: the network classifies the image correctly after epoch t. z_w: the logits of a network with weights w, trained
+for a few epochs. y: the class as a one-hot vector. No image is selected twice. Ties go to the lowest index; values tie
+if they differ by at most ``TIE`` times the largest magnitude.
 
-Random images whose labels are the softmax of a trained network are the baseline of Qin, Deng and
-Alvarez-Melis, "A label is worth a thousand images in dataset distillation", NeurIPS 2024: ``random-soft``.
+``random-soft``, random images labelled with the softmax of a trained network, is the baseline of Qin, Deng and
+Alvarez-Melis, "A label is worth a thousand images in dataset distillation", NeurIPS 2024.
 
     symbol   code                           symbol   code
     f        ``features`` (n, F)            m        ``num``, ``ctx.images_per_class``
@@ -53,46 +53,46 @@ from condense.train import Scorer, Training
 BATCH = 1000
 
 TIE = 1e-5
-"""Share of the largest value below which a difference is rounding: a network's output for one image differs in the last
-bits from one place of a batch to another, and from one processor to another."""
+"""Largest difference that counts as rounding, as a fraction of the largest magnitude. The outputs of a network for one
+image differ in the last bits between positions in a batch and between processors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Method):
-    """Real images, with their classes or with what a trained network says of them (``teacher`` labels)."""
+    """Selects real images, labelled by their classes or by a trained network (``teacher`` labels)."""
 
     family: ClassVar[str] = "selection"
     has_teacher: ClassVar[bool] = True
 
     teacher_epochs: int = 20
-    """Epochs of training of the network that makes teacher labels; small data sets need more."""
+    """Number of training epochs of the network that assigns ``teacher`` labels; small data sets need more."""
 
     def init(self, ctx: Context) -> State:
         return State(syn=ctx.new_set(*ctx.initial("real")))
 
     @final
     def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
-        picked = list(self.pick(ctx))
-        if picked:
-            train, index = ctx.task.train, torch.cat(picked)
+        selected = list(self.pick(ctx))
+        if selected:
+            train, index = ctx.task.train, torch.cat(selected)
             state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
         if isinstance(state.syn.provider, Assigned):
             (weights,) = trained(ctx, self.teacher_epochs)
             with torch.no_grad():
-                said = Scorer(ctx.task.network, ctx.compute).logits(weights, state.syn()[0]).softmax(1)
-            state.syn.provider.assign(said.unflatten(0, (-1, len(state.syn))).mean(0))
+                labels = Scorer(ctx.task.network, ctx.compute).logits(weights, state.syn()[0]).softmax(1)
+            state.syn.provider.assign(labels.unflatten(0, (-1, len(state.syn))).mean(0))
         return {}
 
     @abstractmethod
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        """Class by class, indices (images_per_class,) of training images, all different, on the CPU; nothing where
-        those that were drawn in the beginning stay."""
+        """Yield for each class the indices (images_per_class,) of different training images, on the CPU; yield nothing
+        to keep the initial images."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Random(Selection):
-    """Images drawn uniformly from each class, without replacement."""
+    """Selects images of each class uniformly without replacement."""
 
     def pick(self, ctx: Context) -> Iterator[Tensor]:
         return iter(())
@@ -100,14 +100,13 @@ class Random(Selection):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSelection(Selection):
-    """Picks the images of each class by their features."""
+    """Base class of the methods that select the images of each class by their features."""
 
     features: Literal["network", "pixels"] = "network"
-    """network: what the recipe's network, trained on the real images, hands to its classifier; pixels: the
-    transformed images themselves."""
+    """Features of an image: network (the input of the classifier of the recipe's network, trained on the real images)
+    or pixels (the transformed image itself)."""
     num_epochs: int = 5
-    """Epochs of training of that network. Few: ordering the images of a class needs no converged network, and
-    a baseline should cost less than what it is compared with."""
+    """Number of training epochs of the network that computes the features."""
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * (self.num_epochs + 1 / 3) if self.features == "network" else 0.0
@@ -120,7 +119,7 @@ class FeatureSelection(Selection):
             yield members[self.choose(embed(train.images[members]), ctx.images_per_class, seed).cpu()]
 
     def embedding(self, ctx: Context) -> Callable[[Tensor], Tensor]:
-        """Images (n, C, H, W) -> features (n, F)."""
+        """Return the function from images (n, C, H, W) to features (n, F)."""
         if self.features == "pixels":
             return lambda images: images.flatten(1)
         network, (weights,) = ctx.task.network, trained(ctx, self.num_epochs)
@@ -134,13 +133,13 @@ class FeatureSelection(Selection):
 
     @abstractmethod
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
-        """Indices (num,) of the rows of ``features`` (n, F) to keep, all different."""
+        """Return the indices (num,) of the selected rows of ``features`` (n, F), all different."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Herding(FeatureSelection):
-    """Greedily keeps the mean of the picked features at the mean of the class."""
+    """Selects images greedily so that the mean of their features stays near the class mean."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
         mean, chosen = features.mean(0), features.new_empty(num, dtype=torch.long)
@@ -156,7 +155,7 @@ class Herding(FeatureSelection):
 @final
 @dataclass(frozen=True, kw_only=True)
 class KCenter(FeatureSelection):
-    """Starts at the image nearest to the class mean, then always adds the one farthest from those picked."""
+    """Selects the image nearest to the class mean, then repeatedly the image farthest from those selected."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
         chosen = features.new_empty(num, dtype=torch.long)
@@ -173,10 +172,10 @@ class KCenter(FeatureSelection):
 @final
 @dataclass(frozen=True, kw_only=True)
 class KMeans(FeatureSelection):
-    """Of each of as many clusters as images are wanted, the image nearest to the centre."""
+    """Selects the image nearest to the centre of each of as many clusters as there are images to select."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
-        points = features.double().cpu()  # in float32 the order in which threads add up could decide a pick
+        points = features.double().cpu()  # in float32 the summation order of threads could change the selection
         clusters = sklearn.cluster.KMeans(num, n_init=1, random_state=seed % 2**32).fit(points.numpy())
         chosen, free = torch.empty(num, dtype=torch.long), points.new_zeros(len(points))
         for i, centre in enumerate(torch.from_numpy(clusters.cluster_centers_)):
@@ -187,7 +186,7 @@ class KMeans(FeatureSelection):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSelection(Selection):
-    """Picks the images of each class with the highest scores."""
+    """Base class of the methods that select the images of each class with the highest scores."""
 
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:
@@ -197,22 +196,22 @@ class ScoreSelection(Selection):
 
     @abstractmethod
     def scores(self, ctx: Context) -> Tensor:
-        """A number for each training image, (N,)."""
+        """Return the scores (N,) of the training images."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Forgetting(ScoreSelection):
-    """Keeps the images that the recipe's network most often forgets while it trains on all of them."""
+    """Selects the images that the recipe's network forgets most often during training on all images."""
 
     num_epochs: int = 20
-    """Epochs of training of that network; after each all images are classified."""
+    """Number of training epochs of the network; it classifies all images after each epoch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_epochs < 2:
             raise ValueError(
-                f"method.num_epochs must be at least 2, for images to be forgotten from one to the next, got "
+                f"method.num_epochs must be at least 2, because images are forgotten between two epochs, got "
                 f"{self.num_epochs}; try 20"
             )
 
@@ -232,15 +231,15 @@ class Forgetting(ScoreSelection):
 @final
 @dataclass(frozen=True, kw_only=True)
 class EL2N(ScoreSelection):
-    """Keeps the images on which networks early in training err most, or least."""
+    """Selects the images with the largest or smallest error of networks early in training."""
 
     num_networks: int = 3
-    """Networks over which the error is averaged."""
+    """Number of networks over which the error is averaged."""
     num_epochs: int = 5
-    """Epochs of training of each."""
+    """Number of training epochs of each network."""
     order: Literal["hardest", "easiest"] = "hardest"
-    """hardest: the largest errors are kept; easiest: the smallest, which serve better than those at a few images a
-    class."""
+    """Images to select: hardest (the largest errors) or easiest (the smallest errors, which is better at few images per
+    class)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,7 +259,8 @@ class EL2N(ScoreSelection):
 def trained(
     ctx: Context, num_epochs: int, num_networks: int = 1, on_epoch: Callable[[int, Weights], None] | None = None
 ) -> Iterator[Weights]:
-    """The recipe's network, trained on the real images, as often as is asked for; ``on_epoch`` as in ``pretrained``."""
+    """Yield the weights of ``num_networks`` of the recipe's network, trained on the real images; ``on_epoch`` is passed
+    to ``pretrained``."""
     training, cache = Training(num_epochs=num_epochs), cache_folder()
     for k in range(num_networks):
         rng = ctx.rng.child("features", k)
@@ -269,29 +269,30 @@ def trained(
 
 
 def forgetting_events(correct: Tensor) -> Tensor:
-    """Whether each image is classified right after each epoch, (epochs, N), to how often it is forgotten, (N,);
-    infinitely often where it is never learned."""
+    """Return how often each image is forgotten, (N,), given whether it is classified correctly after each epoch,
+    (epochs, N). The count is infinite for an image that is never classified correctly."""
     events = (correct[:-1] & ~correct[1:]).sum(0).float()
     return events.where(correct.any(0), torch.inf)
 
 
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N, C), (N,) -> (N,): the length of the error of the softmax."""
+    """Return the norm (N,) of the error of the softmax of ``logits`` (N, C)."""
     return (logits.softmax(1) - one_hot(labels, logits.shape[1])).norm(dim=1)
 
 
 def distances(features: Tensor, point: Tensor) -> Tensor:
-    """(n, F), (F,) -> (n,); the sum itself and no matrix product, so that equal rows are equally far."""
+    """Return the distances (n,) of the rows of ``features`` (n, F) to ``point`` (F,), computed without a matrix product
+    so that equal rows have equal distances."""
     return torch.cdist(features, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
 def smallest(values: Tensor) -> Tensor:
-    """Index (0-d) of the smallest of the values (n,); of those that tie with it, the lowest index."""
+    """Return the index (0-d) of the smallest of the values (n,); the lowest index if there are ties."""
     return (values <= values.min() + rounding(values)).int().argmax()
 
 
 def highest(scores: Tensor, num: int) -> Tensor:
-    """Indices (num,) of the highest of the scores (n,), from the top; of a tie the lowest index comes first."""
+    """Return the indices (num,) of the highest scores (n,) in descending order; in a tie the lowest index is first."""
     left, chosen = -scores, torch.empty(num, dtype=torch.long, device=scores.device)
     for i in range(num):
         chosen[i] = smallest(left)
@@ -300,5 +301,5 @@ def highest(scores: Tensor, num: int) -> Tensor:
 
 
 def rounding(values: Tensor) -> Tensor:
-    """The difference (0-d) up to which values (n,) tie; infinite ones do not count."""
+    """Return the difference (0-d) up to which values (n,) tie; infinite values are ignored."""
     return TIE * values.where(values.isfinite(), 0.0).abs().max()

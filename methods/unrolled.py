@@ -1,14 +1,14 @@
-"""What methods share that train a network on the set and differentiate that training: its steps, and masked
-distillation training.
+"""Base class of the methods that differentiate through the training of a network on the set, and masked distillation
+training.
 
-Zhu, Lei, Zhang, Fang, Xie, Zhang and Xu, "Rethinking data distillation: do not overlook calibration", ICCV 2023. What
-is trained on distilled data is too sure of itself and hard to calibrate, since a set keeps little but what tells the
-classes apart. Where a share of the features is hidden from the classifier, the set has to carry more:
+Zhu, Lei, Zhang, Fang, Xie, Zhang and Xu, "Rethinking data distillation: do not overlook calibration", ICCV 2023.
+Networks that are trained on distilled data are overconfident and hard to calibrate, because the set keeps little more
+than the features that discriminate the classes. Masking a fraction of the features makes the set keep more of them:
 
     logits = W (m * h(x)) + b,    m ~ Bernoulli(1 - ``mask``)^F for each image of each inner step, not rescaled
 
-RE-IMPLEMENTATION FROM DESCRIPTION: the authors' code is not public. What comes after the inner loop, the loss on real
-images and evaluation, sees all features.
+RE-IMPLEMENTATION FROM DESCRIPTION: the authors' code is not public. The loss on real images and the evaluation use all
+features.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Unrolled(GradientMethod):
     """Back-propagates through training on the set."""
 
     adjoint: Adjoint = Exact()
-    """How to differentiate through the steps of the network."""
+    """How to differentiate through the training steps of the network."""
     mask: float = 0.0
-    """Share of the features set to zero in each inner step (masked distillation training); 0.1 is usual, 0: none."""
+    """Fraction of the features set to zero in each inner step (masked distillation training); a usual value is 0.1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.mask < 1:
-            raise ValueError(f"method.mask must lie in [0, 1), got {self.mask}: it is a share; a usual value is 0.1")
+            raise ValueError(f"method.mask must lie in [0, 1), got {self.mask}: it is a fraction; a usual value is 0.1")
 
     def train(
         self,
@@ -51,7 +51,7 @@ class Unrolled(GradientMethod):
         lr: Tensor | float,
         adjoint: Adjoint,
     ) -> Params:
-        """Weights after training on the batches, augmented and masked as they say."""
+        """Return the weights after training on the batches, with their augmentations and feature masks."""
         return unroll(
             ctx.loss_fn,
             theta,
@@ -64,7 +64,7 @@ class Unrolled(GradientMethod):
         )
 
     def masked(self, ctx: Context, batches: list[Minibatch], step: int, part: int = 0) -> list[Minibatch]:
-        """The batches of a part with masks, drawn for each image of each of them; as they are where ``mask`` is 0."""
+        """Return the batches of a part with a feature mask for each image of each batch; unchanged if ``mask`` is 0."""
         if not self.mask:
             return batches
         task = ctx.task
@@ -81,17 +81,17 @@ class Unrolled(GradientMethod):
 
 class Minibatch(NamedTuple):
     images: Tensor
-    """All of the set, (n, C, H, W)."""
+    """All images of the set, (n, C, H, W)."""
     targets: Tensor
     chosen: Tensor
-    """Indices (m,) of the images that the step sees."""
+    """Indices (m,) of the images of the step."""
     drawn: Drawn
     feature_mask: Tensor | None = None
-    """Which features (m, F) of the augmented images the classifier sees; None: all."""
+    """Features (m, F) of the augmented images that the classifier uses; None: all."""
 
 
 def prepared(augment: Augment, batch: Minibatch) -> tuple[Tensor, ...]:
-    """What the network sees of a minibatch: augmented images (m, C, H, W), targets, and any ``feature_mask``."""
+    """The inputs of the loss: augmented images (m, C, H, W), targets and, if there is one, the ``feature_mask``."""
     images, targets = augment.mirrored(batch.images[batch.chosen], batch.targets[batch.chosen])
     images = augment.apply(images, batch.drawn)
     return (images, targets) if batch.feature_mask is None else (images, targets, batch.feature_mask)

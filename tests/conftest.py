@@ -11,12 +11,12 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load
 
 TINY = "convnet:depth=1,width=4"
-"""A network that a test can train many times."""
+"""A network that is small enough to be trained many times."""
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets beside the checkout; a test that asks for it skips where it is absent."""
+    """The folder of real data sets beside the checkout; tests that use it are skipped if it does not exist."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("real data (../shared/data) is not on this machine")
@@ -25,7 +25,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is read from the user's cache or written there."""
+    """Give the tests a cache of their own, so that the user's cache is neither read nor written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of three classes of 8x8 images that differ in brightness, with 12 + 6 images a class."""
+    """A data set of three classes of 8x8 images that differ in brightness, with 12 + 6 images per class."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, num in (("train", 36), ("test", 18)):
@@ -52,6 +52,6 @@ def tiny(tiny_file: Path) -> Arrays:
 
 @pytest.fixture(scope="session")
 def tiny_buffer(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two experts of four epochs on the tiny data."""
+    """A buffer of two experts of four epochs on the tiny data."""
     root = tmp_path_factory.mktemp("artifacts")
     return api.make_buffer(tiny, TINY, num_experts=2, num_epochs=4, batch_size=12, lr=0.1, out=root, compute=Compute())

@@ -1,8 +1,8 @@
-"""The suite under other arithmetic: instruction sets, numbers of threads, the oldest torch (``make test-matrix``).
+"""Run the tests with other instruction sets, numbers of threads and the oldest torch (``make test-matrix``).
 
-A processor rounds as its widest instructions do. With a cap on those that torch and oneDNN use, one machine rounds as
-older ones do; where the cap lies above what the machine has, the cell tests what the machine has. Each cell is a run of
-pytest in a process of its own, and its output lies in ``build/matrix/NAME.log``. Words after ``--`` go to pytest:
+Rounding depends on the widest instructions that torch and oneDNN use. With a limit on these, a machine rounds like an
+older one; a limit above what the machine has is without effect. Each cell is a run of pytest in its own process, with
+the output in ``build/matrix/NAME.log``. Arguments after ``--`` are passed to pytest:
 
     python -m tests.matrix --cells avx2 oldest-torch -- tests/test_golden.py
 """
@@ -25,7 +25,7 @@ OLDEST = ROOT / ".venv-oldest" / "bin" / "python"
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to run the suite."""
+    """One environment in which the tests run."""
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
@@ -44,12 +44,11 @@ CELLS = (
 
 
 def run(cell: Cell, words: list[str], workers: int) -> bool:
-    """Run one cell, print its row, and say whether everything passed."""
+    """Run one cell and print its row; return whether all tests passed."""
     command = [str(cell.python), "-m", "pytest", "-q", "-n", str(workers), *words]
-    apart = {
-        "TORCHINDUCTOR_CACHE_DIR": str(LOGS / "compiled" / cell.name)
-    }  # code of one instruction set fails on another
-    environment = os.environ | cell.environment | apart | {"OMP_NUM_THREADS": str(cell.threads)}
+    # each cell has its own compiled code: code for one instruction set fails on another
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(LOGS / "compiled" / cell.name)}
+    environment = os.environ | cell.environment | compiled | {"OMP_NUM_THREADS": str(cell.threads)}
     begun = time.monotonic()
     with open(LOGS / f"{cell.name}.log", "w", encoding="utf-8") as log:
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -66,8 +65,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [cell.name for cell in CELLS]
     parser.add_argument("--cells", nargs="+", choices=names, default=names, help="the cells to run (default: all)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of pytest (default: 2)")
-    parser.add_argument("words", nargs="*", help="arguments of pytest, after --")
+    parser.add_argument("--workers", type=int, default=2, help="number of pytest processes (default: 2)")
+    parser.add_argument("words", nargs="*", help="arguments for pytest, after --")
     options = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     passed = [run(cell, options.words, options.workers) for cell in CELLS if cell.name in options.cells]

@@ -1,7 +1,7 @@
-"""Damage done to files on purpose, for tests that a reader either takes a file or refuses it in one line.
+"""Damage files, for tests that a reader either accepts a file or refuses it in one line.
 
-Everything is drawn from the ``random.Random`` that is passed in. A ``reseal_*`` function makes the checksums of a kind
-of file fit again, as anybody can who edits one; what is then wrong is wrong in its fields alone.
+All draws come from the ``random.Random`` that is passed in. The ``reseal_*`` functions recompute the checksums of a
+file, as anybody who edits one can, so that only its fields are wrong.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ODD: tuple[Any, ...] = (
     *("", "pixels", "\x1b[31mred", "[red]", "é" * 100, "a\nb", "\ud800", "../..", "9" * 50),
     *([], {}, [[]], [None], [1, 2, 3], ["a"], {"name": "dct"}, {"": 0}, [0] * 50, [[1, 8, 8]]),
 )
-"""Values that are wrong nearly everywhere."""
+"""Values that are invalid for nearly every field."""
 
 
 def mutate_bytes(data: bytes, rng: Random) -> bytes:
-    """One to three of: bits flipped, a stretch cut out, zeroed, doubled or made random, the end cut off, more added."""
+    """Apply one to three changes: flip a bit; cut, zero, double or randomise a segment; truncate; append bytes."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         start = rng.randrange(len(changed) + 1)
@@ -51,8 +51,8 @@ def mutate_bytes(data: bytes, rng: Random) -> bytes:
 
 
 def mutate_json(value: Any, rng: Random) -> Any:
-    """A copy in which one to three values, at any depth, are exchanged for odd ones, removed, doubled, renamed, wrapped
-    or swapped with another."""
+    """Return a copy with one to three changes at any depth: a value is replaced by one of ``ODD``, removed, doubled,
+    renamed, wrapped in a list, swapped with another or shifted."""
     changed = {"": copy.deepcopy(value)}
     for _ in range(rng.randint(1, 3)):
         places = list(_places(changed))
@@ -77,13 +77,13 @@ def mutate_json(value: Any, rng: Random) -> Any:
 
 
 def mutate_tensors(data: bytes, rng: Random) -> bytes:
-    """A set, checkpoint or teacher with a change in its header, its layout or its tensors, sealed again."""
+    """Change the header, the layout or the tensors of a set, checkpoint or teacher, and recompute its checksums."""
     return reseal_tensors(*_mutated(*split_safetensors(data), rng))
 
 
 def mutate_expert(data: bytes, rng: Random) -> bytes:
-    """The file of an expert with a change in its header, its layout or its rows; where it is not the header, sealed
-    again."""
+    """Change the header, the layout or the rows of an expert's file. Recompute the checksums unless the header was
+    changed."""
     layout, body = split_safetensors(data)
     changed, new = _mutated(layout, body, rng)
     in_header = isinstance(changed, dict) and changed.get("__metadata__") != layout["__metadata__"]
@@ -91,19 +91,19 @@ def mutate_expert(data: bytes, rng: Random) -> bytes:
 
 
 def split_safetensors(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Layout, as the JSON at the beginning says it, and the bytes of the tensors."""
+    """Return the layout, which is the JSON at the beginning of the file, and the bytes of the tensors."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def join_safetensors(layout: Any, body: bytes) -> bytes:
-    """The inverse of ``split_safetensors``, whatever the layout is."""
+    """Join a layout, which may be any JSON value, and the bytes of the tensors: inverse of ``split_safetensors``."""
     head = _dumps(layout).encode()
     return len(head).to_bytes(8, "little") + head + body
 
 
 def reseal_tensors(layout: Any, body: bytes) -> bytes:
-    """A file of ``write_tensors`` (set, checkpoint, teacher) whose checksums fit, as far as it can be read at all."""
+    """Join a file of ``write_tensors`` (set, checkpoint, teacher) with correct checksums, as far as it is readable."""
     with contextlib.suppress(Exception):
         header = json.loads(layout["__metadata__"]["condense"])
         with contextlib.suppress(Exception):
@@ -115,7 +115,7 @@ def reseal_tensors(layout: Any, body: bytes) -> bytes:
 
 
 def reseal_expert(layout: Any, body: bytes) -> bytes:
-    """The file of an expert whose rows fit their checksums, as far as it can be read at all."""
+    """Join the file of an expert with correct checksums of its rows, as far as it is readable."""
     with contextlib.suppress(Exception):
         tensors = safetensors.torch.load(join_safetensors(layout, body))
         header = json.loads(layout["__metadata__"]["condense"])
@@ -125,7 +125,7 @@ def reseal_expert(layout: Any, body: bytes) -> bytes:
 
 
 def reseal_manifest(manifest: Any) -> str:
-    """The text of a buffer's ``manifest.json`` whose checksum fits."""
+    """Return the text of a buffer's ``manifest.json`` with a correct checksum."""
     if isinstance(manifest, dict):
         manifest = {name: value for name, value in manifest.items() if name != "checksum"}
         manifest["checksum"] = hashlib.sha256(_dumps(manifest).encode()).hexdigest()
@@ -151,7 +151,7 @@ def _mutated(layout: dict[str, Any], body: bytes, rng: Random) -> tuple[Any, byt
 
 
 def _same_length(body: bytes, rng: Random) -> bytes:
-    """Random numbers in the place of some, or values that are not finite."""
+    """Replace four bytes by random ones, or by a number that is not finite."""
     changed, start = bytearray(body), 4 * rng.randrange(len(body) // 4 or 1)
     odd = rng.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff", rng.randbytes(4)))
     changed[start : start + 4] = odd[: len(changed) - start]
@@ -159,7 +159,7 @@ def _same_length(body: bytes, rng: Random) -> bytes:
 
 
 def _places(value: Any) -> Any:
-    """(container, key) of every value below ``value``."""
+    """Yield (container, key) of every value below ``value``."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(pairs):
         yield value, key
@@ -167,5 +167,5 @@ def _places(value: Any) -> Any:
 
 
 def _dumps(value: Any) -> str:
-    """Canonical, but NaN and infinities are written, as Python's reader takes them."""
+    """Return canonical JSON, except that NaN and infinities are written as Python's reader accepts them."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -61,7 +61,7 @@ def distill(tiny_file: Path, out: str, *words: str) -> None:
 def test_it_is_listed_beside_the_built_in_methods(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", "methods"])
     listed = capsys.readouterr().out
-    assert re.search(r"^ *sliced +Matches every class", listed, re.MULTILINE) and "\n  mtt " in listed
+    assert re.search(r"^ *sliced +Matches each class", listed, re.MULTILINE) and "\n  mtt " in listed
 
 
 def test_its_fields_are_flags_with_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_learned_labels_are_refused(tiny_file: Path, capsys: pytest.CaptureFixtu
 def test_the_tests_of_the_page_pass(tmp_path: Path) -> None:
     tests = importlib.import_module("test_condense_sliced")
     for check in CHECKS:
-        tests.test_it_keeps_its_promises(check)
+        tests.test_contract(check)
     tests.test_the_loss_falls(tmp_path / "run")
     tests.test_bad_values_are_refused()
 
@@ -139,7 +139,7 @@ def test_one_file_and_one_command_are_enough(
         capsys.readouterr()
         with pytest.raises(SystemExit):
             main(["distill", "json.py:Sliced", *words])
-        assert re.search("another module has that name, .*json.*; correct or rename the file", capsys.readouterr().err)
+        assert re.search("another module has this name: .*json.*; correct or rename the file", capsys.readouterr().err)
 
 
 def test_the_page_lists_all_that_a_method_can_say() -> None:

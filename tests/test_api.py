@@ -275,7 +275,7 @@ def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_pat
         ("method: {name: dm}\naugment: dsa_corp\n", "augmentation 'dsa_corp': unknown operation"),
         ("method: {name: dm, num_step: 3}\n", "unknown field 'method.num_step'"),
         ("method: {name: dm}\ndecode: {name: bases, num_bases: 50}\n", "50 bases of 16 numbers leave too few"),
-        ("method: {name: dm}\ndecode: {name: dct, coefficients: 65}\n", "an image has 64 pixels a channel"),
+        ("method: {name: dm}\ndecode: {name: dct, coefficients: 65}\n", "an image has 64 pixels per channel"),
         ("method: {name: random}\nfingerprint: abcdef\n", "the recipe is for data with fingerprint abcdef, tiny has"),
         ("method: {name: mtt}\n", "no trajectories for tiny in artifacts: there are none"),
     ],
@@ -366,7 +366,7 @@ def test_validation_needs_images_of_every_class(tmp_path: Path) -> None:
     lacking = torch.ones(12, dtype=torch.bool)
     lacking[[2, 5, 8]] = False
     fields["dataset"] = (x[lacking], y[lacking], x, y)
-    with pytest.raises(ValueError, match=r"holds none of class '2' out; give eval_every=0$"):
+    with pytest.raises(ValueError, match=r"holds out none of class '2'; give eval_every=0$"):
         condense.distill("dm", out=tmp_path / "c", eval_every=1, batch_real=1, split=split, **fields)
 
 

@@ -202,7 +202,7 @@ def test_networks_are_found_by_architecture_number_and_training(tmp_path: Path) 
         (teachers(3), "num_experts is 2, less than 3"),
         (teachers(1, 6), "num_epochs is 5, less than 6"),
         (teachers(training={"lr": 0.2}), "training.lr is 0.1, not 0.2"),
-        (wanted(), "only the last epoch is kept"),
+        (wanted(), "only the last epoch is stored"),
     ):
         message = one_line(lambda spec=spec: find(tmp_path, spec, "digits"))  # type: ignore[misc]
         assert difference in message and f"`{spec.command('digits')} --out {tmp_path}`" in message
@@ -247,7 +247,7 @@ def test_command_of_networks() -> None:
 def test_networks_of_another_architecture_are_refused(tmp_path: Path) -> None:
     networks = teachers().open(last(tmp_path))
     message = one_line(lambda: networks.weights(0, Functional("mlp:width=4", (1, 8, 8), 3)))
-    assert "cannot label" not in message and "holds other networks than mlp:width=4" in message
+    assert "cannot label" not in message and "holds networks other than mlp:width=4" in message
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])

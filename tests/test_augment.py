@@ -286,12 +286,12 @@ def test_parse_takes_the_strategy_of_the_data_set() -> None:
         ("dsaa", "did you mean 'dsa'?"),
         ("", "there are color, crop"),
         ("Flip", "did you mean 'flip'?"),
-        ("crop_flip_crop", "an operation stands there twice"),
+        ("crop_flip_crop", "an operation occurs twice"),
         ("crop:mode=X", "unknown option 'mode=X'; did you mean 'mode="),
         ("crop:align_corner=true", "did you mean 'align_corners=true'?"),
         ("crop:", "unknown option ''"),
         ("crop:flips=yes", "did you mean 'flips="),
-        ("crop_zoom:mode=D", "mode D has no place for zoom; give mode=S, M or P"),
+        ("crop_zoom:mode=D", "mode D does not support zoom; give mode=S, M or P"),
     ],
 )
 def test_bad_specs_are_refused(spec: str, message: str) -> None:

@@ -11,12 +11,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import growth, harness, jobs, measure, report, textbook
+from benchmarks import growth, harness, inputs, jobs, measure, report, textbook
 from condense.augment import Augment, Params
 from condense.compute import Compute
 from condense.inner import Full, unroll
@@ -218,3 +219,31 @@ def test_the_same_seed_treats_two_batches_alike() -> None:
             both = textbook.dsa(x, jobs.STRATEGY, siamese=True, seed=seed)
             half = textbook.dsa(x[3:], jobs.STRATEGY, siamese=True, seed=seed)
             torch.testing.assert_close(both[3:], half)
+
+
+def test_inputs_are_measured_once_and_beside_random_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    y_train, y_test, draw = np.arange(20) % 2, np.arange(10) % 2, np.random.default_rng(0)
+    x_train, x_test = (draw.normal(size=(len(y), 1, 8)) + 9 * y[:, None, None] for y in (y_train, y_test))
+    np.savez(tmp_path / "s.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, layout="NCL")
+    monkeypatch.setitem(inputs.SETTINGS, "series", {"frepo": {"num_steps": 1, "training_epochs": 1}})
+    rows = str(tmp_path / "rows.json")
+    command = ["inputs", str(tmp_path / "s.npz"), "--network", "auto:depth=1,width=4,norm=none", "--out", rows]
+    monkeypatch.setattr(sys, "argv", [*command, "--ipc", "1", "--num-seeds", "2"])
+    inputs.main()
+    first = capsys.readouterr().out
+    frepo = next(line for line in first.splitlines() if "frepo" in line)
+    assert [cell.strip() != "" for cell in frepo.split("|")[1:-1]] == [True] * 8
+    monkeypatch.setattr(inputs.Bench, "row", None)
+    inputs.main()
+    assert capsys.readouterr().out == first
+
+
+def test_held_out_samples_stand_in_the_place_of_the_test_split() -> None:
+    pixels = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), np.uint8)
+    labels = np.arange(40) % 4
+    arrays = inputs.with_held_out(inputs.load((pixels, labels, pixels[:4] + 100, labels[:4]), layout="NCHW"))
+    assert np.bincount(arrays.y_train).tolist() == [7] * 4 and np.bincount(arrays.y_test).tolist() == [3] * 4
+    values = [*arrays.x_train[:, 0, 0, 0].tolist(), *arrays.x_test[:, 0, 0, 0].tolist()]
+    assert sorted(values) == list(range(40))

@@ -286,7 +286,7 @@ class TestDD:
         torch.testing.assert_close(trainer.run(weights, source).params, dict(expected))
 
     def test_batches_that_do_not_divide_the_budget_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="no whole number of batches of 2"):
+        with pytest.raises(ValueError, match="cannot be divided into batches of 2"):
             dataclasses.replace(DD_TINY, images_per_step=2).init(context(ipc=3))
 
     def test_a_fixed_network_is_learned_better_than_a_fresh_one(self) -> None:
@@ -401,14 +401,14 @@ class TestAll:
     [
         (lambda: DD(images_per_step=0), "images_per_step must be positive, got 0; a usual value is 1"),
         (lambda: DD(lr=-1.0), "lr must be positive"),
-        (lambda: DD(mask=1.0), r"method.mask must lie in \[0, 1\), got 1.0: it is a share; a usual value is 0.1"),
+        (lambda: DD(mask=1.0), r"method.mask must lie in \[0, 1\), got 1.0: it is a fraction; a usual value is 0.1"),
         (lambda: RaTBPTT(clip_decay=1.0), "clip_decay must lie in"),
         (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
         (lambda: RTP(momentum=1.5), "momentum must lie in"),
-        (lambda: RTP(ways=1), "one class is no task"),
+        (lambda: RTP(ways=1), "one class cannot be classified"),
         (
             lambda: RTP(adjoint=RandomTruncated()),
-            "burn-in of up to 140 and a window of 60, the network takes 150 steps",
+            "burn-in of up to 140 and a window of 60, but the network takes 150 steps",
         ),
         (lambda: dataclasses.replace(DD_TINY, adjoint=RandomTruncated(0, 9, 2)).init(context()), "takes 4 steps"),
     ],

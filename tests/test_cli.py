@@ -96,7 +96,7 @@ def test_every_command_reads_decoded_data_from_the_cache(
 def test_own_says_which_network_it_trains(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(run_folder), "--protocol", "own", "--protocol.num-epochs", "1", "--num-seeds", "1"]
     main(words)
-    assert f"network: {TINY}, which the set is meant for" in capsys.readouterr().out
+    assert f"network: {TINY}, which is stored in the set" in capsys.readouterr().out
     (row,) = json.loads((run_folder / "evaluation.json").read_text())["results"]
     assert row["network"] == TINY
 
@@ -276,7 +276,7 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
 def test_help_shows_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = helped(capsys, "distill", "mtt")
     assert "Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022" in text and "Recipe: mtt. Caz" in text
-    assert "There are recipes for cifar10, " in text and "Updates of the images. (default: 5000)" in text
+    assert "There are recipes for cifar10, " in text and "Number of updates of the images. (default: 5000)" in text
     text = helped(capsys, "distill", "mtt", "--dataset", "cifar10", "--ipc", "12")
     assert "Recipe: mtt-cifar10-ipc10. Caz" in text and "zca-relative. (default: zca)" in text
 
@@ -334,7 +334,7 @@ def test_broken_files_of_a_run(run_folder: Path, tiny_file: Path, capsys: pytest
     (run_folder / "run.json").write_text("{}")
     main([*words, "--resume"])
     (run_folder / "recipe.yaml").write_text("a: [")
-    assert "recipe.yaml cannot be read: it is no valid YAML" in fails(capsys, *words, "--resume")
+    assert "recipe.yaml cannot be read: it is not valid YAML" in fails(capsys, *words, "--resume")
 
 
 def test_a_recipe_in_a_run_is_enough_to_resume_it(run_folder: Path, tiny_file: Path) -> None:

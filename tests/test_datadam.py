@@ -193,7 +193,7 @@ def test_recipes_hold_the_published_values() -> None:
     names = ["datadam", *(f"datadam-cifar10-ipc{ipc}" for ipc in (1, 10, 50))]
     for name in names:
         assert recipes[name].method == published
-        assert recipes[name].network == "convnet:norm=batch" and recipes[name].augment == "dsa"
+        assert recipes[name].network == "auto:norm=batch" and recipes[name].augment == "dsa"
     large = dataclasses.replace(published, optim=Optim(lr=10.0, momentum=0.5))
     assert recipes["datadam-cifar10-ipc100"].method == large
     assert set(recipes) == {*names, "datadam-cifar10-ipc100", "datadam-digits-ipc1"}

@@ -178,7 +178,7 @@ def test_images_begin_where_experts_are_right(
                 hits = torch.tensor([p in known for p in positions])
                 yield torch.stack([torch.zeros(3), torch.tensor([0.0, 5.0, 0.0])])[hits.long()]
 
-        monkeypatch.setattr("condense.methods.datm.judged_by_all", fake)
+        monkeypatch.setattr("condense.methods.datm.logits_of_experts", fake)
 
     def chosen(num: int) -> set[int]:
         everything = ctx.task.train.images[:]
@@ -310,7 +310,7 @@ class TestTeacher:
         assert torch.equal(expert_logits(ctx, 0, 2, images), expected)
         assert not torch.allclose(expert_logits(ctx, 0, 1, images), expected)
         monkeypatch.setitem(buffer.manifest, "buffers", [])
-        with pytest.raises(ValueError, match=r"without the running statistics of .*; train them with"):
+        with pytest.raises(ValueError, match=r"has no running statistics, which .* needs; train them with"):
             expert_logits(ctx, 0, 2, images)
 
 

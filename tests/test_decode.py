@@ -199,7 +199,7 @@ def test_dct_of_a_single_image_keeps_its_largest_coefficients() -> None:
 def test_dct_buys_as_many_images_as_its_floats(kept: int | None, images: int) -> None:
     decode = DCT(coefficients=kept)
     assert decode.latents_per_class(2, (1, 8, 8), 10) == images
-    assert DCT().kept((3, 2, 2)) == 1
+    assert DCT().num_coefficients((3, 2, 2)) == 1
 
 
 @shapes

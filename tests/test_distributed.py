@@ -195,7 +195,7 @@ def test_the_number_of_processes_does_not_decide_the_result(
     done = start(everything, size, tiny_file, many)
     assert done.returncode == 0, done.stderr
     idle = set(re.findall(r"UserWarning: (.*idle.*)", done.stderr))
-    surplus = f"{size - 1} of {size} processes idle: .* among 1 at most; .* num_trajectories={size}"
+    surplus = f"{size - 1} of {size} processes are idle: .* among at most 1; .* num_trajectories={size}"
     assert len(re.findall(surplus, done.stderr)) == 1, done.stderr
     assert len(idle) == {2: 1, 4: 2}[size], "and for the three classes of the others, of four processes"
 
@@ -348,10 +348,10 @@ def test_a_process_that_hangs_is_named_and_given_up(size: int, stopped: int, tin
     assert all(process.returncode == 2 for process in others), said
     assert time.monotonic() - begun < 100
     first = 0 if stopped else 1
-    warning = rf"condense: warning: process {stopped} has not arrived where process {first} has waited for [124] s; "
+    warning = rf"condense: warning: process {first} has waited [124] s for process {stopped}; "
     assert any(re.fullmatch(warning + "this run gives up after 6 s", line) for line in said[0]), said
     ends = [line for lines in said for line in lines if line.startswith("condense: ") and "warning" not in line]
-    assert all(f"process {stopped} did not arrive within 6 s; end all of them" in line for line in ends), said
+    assert all(f"waited 6 s for process {stopped}; end all of them" in line for line in ends), said
     assert len(ends) == (1 if stopped else 2) and all("CONDENSE_PATIENCE=SECONDS" in line for line in ends)
 
 
@@ -387,8 +387,8 @@ def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[distributed._Watch
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found = [distributed._Watch(rank, 3, 7200.0) for rank in range(3)]
     for watch in found:
-        watch.ask(store)
-        watch.meeting = 4
+        watch.start_queries(store)
+        watch.collective = 4
     yield found
     for watch in found:
         watch.close()
@@ -400,19 +400,19 @@ def test_who_has_not_arrived_is_said_by_one_process(
     said: list[str] = []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: said.append(str(message)))
     for watch in watches[1:]:
-        watch.meeting, watch.since = 5, time.monotonic()
+        watch.collective, watch.since = 5, time.monotonic()
     end = time.monotonic() + 20
     while not said and time.monotonic() < end:
         time.sleep(0.05)
     assert watches[1].missing() == watches[2].missing() == [0]
     for watch in watches[1:]:
         watch.since = None
-    wanted = r"process 0 has not arrived where process 1 has waited for [\d.]+ s; this run gives up after 2 h"
+    wanted = r"process 1 has waited [\d.]+ s for process 0; this run gives up after 2 h"
     assert said and all(re.fullmatch(wanted, line) for line in said), said
 
 
 def test_of_processes_that_fail_one_speaks(watches: list[distributed._Watch]) -> None:
-    assert [watches[rank].speaks() for rank in (1, 0, 2)] == [True, False, False]
+    assert [watches[rank].may_report() for rank in (1, 0, 2)] == [True, False, False]
     assert "process 1 of this run failed first" in str(watches[2].another_failed())
     begun = time.monotonic()
     watches[0].leave()
@@ -425,23 +425,23 @@ def test_where_nobody_answers_the_first_process_is_missing(watches: list[distrib
     for watch in watches:
         watch._answered -= 3  # seconds
     assert [watch.missing() for watch in watches] == [[1, 2], [0], [0]]
-    assert all(watch.speaks() for watch in watches)
+    assert all(watch.may_report() for watch in watches)
 
 
 @pytest.mark.parametrize(
-    ("meeting", "late", "missing", "line"),
+    ("collective", "late", "missing", "line"),
     [
-        (0, True, [1], "cannot meet .*: process 1 did not arrive within 30 min; start all of them with torchrun"),
-        (0, False, [1], "cannot meet the other processes: address in use; start all of them with torchrun"),
+        (0, True, [1], "cannot reach .*: waited 30 min for process 1; start all of them with torchrun"),
+        (0, False, [1], "cannot reach the other processes: address in use; start all of them with torchrun"),
         (3, False, [], "another process of this run ended .*--resume.*"),
-        (3, True, [0, 1, 2], r"processes 0, 1 and 2 did not arrive within 2 h; .*--resume.* CONDENSE_PATIENCE=SECONDS"),
-        (3, True, [], "the processes exchanged nothing for 2 h, though all of them are there; .*"),
+        (3, True, [0, 1, 2], r"waited 2 h for processes 0, 1 and 2; .*--resume.* CONDENSE_PATIENCE=SECONDS"),
+        (3, True, [], "all processes are running, but exchanged no data for 2 h; .*"),
     ],
 )
-def test_why_a_meeting_failed(meeting: int, late: bool, missing: list[int], line: str) -> None:
+def test_why_a_collective_failed(collective: int, late: bool, missing: list[int], line: str) -> None:
     watch = distributed._Watch(0, 4, 7200.0)
     watch.close()
-    watch.meeting = meeting
+    watch.collective = collective
     assert re.fullmatch(line, distributed._reason(watch, missing, late, RuntimeError("address in use\nat x.cpp")))
 
 
@@ -452,7 +452,7 @@ def test_patience_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CONDENSE_PATIENCE", "90.5")
     assert patience() == 90.5
     monkeypatch.setenv("CONDENSE_PATIENCE", text)
-    with pytest.raises(ValueError, match=r"CONDENSE_PATIENCE is .* set it as in CONDENSE_PATIENCE=3600"):
+    with pytest.raises(ValueError, match=r"CONDENSE_PATIENCE is .* set for example CONDENSE_PATIENCE=3600"):
         patience()
 
 
@@ -485,7 +485,7 @@ def test_a_launcher_that_starts_one_process_again(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("device", "complaint"),
-    [("cuda:1", "do not share device='cuda:1'"), ("mps", "device='cpu'"), ("cpu", "MASTER_ADDR")],
+    [("cuda:1", "cannot share device='cuda:1'"), ("mps", "device='cpu'"), ("cpu", "MASTER_ADDR")],
 )
 def test_processes_that_cannot_meet(device: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
@@ -508,7 +508,7 @@ def test_an_environment_that_is_not_of_torchrun_is_one_line(
     with pytest.raises(SystemExit) as caught:
         cli.main(["distill", "dm"])
     assert caught.value.code == 2
-    line = f"condense: the environment has {name}={value!r}, which is no number of torchrun's; unset {name}\n"
+    line = f"condense: the environment has {name}={value!r}, which is not a number from torchrun; unset {name}\n"
     assert capsys.readouterr().err == line
 
 
@@ -565,11 +565,14 @@ def test_experts_may_finish_in_any_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
-        ("dc", "1 of 4 processes idle: a step of this recipe divides among 3 at most; start fewer"),
+        (
+            "dc",
+            "1 of 4 processes are idle: a step of this recipe can be divided among at most 3; start fewer processes",
+        ),
         (
             "mtt",
-            "3 of 4 processes idle: a step of this recipe divides among 1 at most; start fewer, or give "
-            "num_trajectories=4, which is another recipe",
+            "3 of 4 processes are idle: a step of this recipe can be divided among at most 1; start fewer "
+            "processes, or give num_trajectories=4, which changes the recipe",
         ),
     ],
 )

@@ -120,13 +120,16 @@ def test_a_checkpoint_of_another_recipe_is_refused(ctx: Context, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: [["syn", 3]], "3 at '.syn' is not what the method keeps there"),
+        (lambda state: [["syn", 3]], "3 at '.syn' is not what the method saves there"),
         (lambda state: state[:1], "the state of the method has syn, optimisers, learned, average"),
         (lambda state: [*state, ["more", 1]], "the state of the method has"),
-        (lambda state: [["syn", {"module": {"dict": []}}], *state[1:]], "what is kept at '.syn' does not fit"),
-        (lambda state: [["syn", {"module": {"dict": [[True, 1]]}}], *state[1:]], "what is kept at '.syn' does not fit"),
+        (lambda state: [["syn", {"module": {"dict": []}}], *state[1:]], "the saved module at '.syn' does not fit"),
+        (
+            lambda state: [["syn", {"module": {"dict": [[True, 1]]}}], *state[1:]],
+            "the saved module at '.syn' does not fit",
+        ),
         (lambda state: [*state[:1], ["optimisers", {"dict": [["latents", {"tensor": "x"}]]}], *state[2:]], "at '.opt"),
-        (lambda state: [["syn", {"module": {"dict": 3}}]], "is not what the method keeps there"),
+        (lambda state: [["syn", {"module": {"dict": 3}}]], "is not what the method saves there"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_method_is_refused(

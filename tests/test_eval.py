@@ -162,7 +162,7 @@ class TestOwn:
         assert named("own", make_set(arrays, training=record)).lr == record["lr"]
 
     def test_without_a_record(self, arrays: Arrays) -> None:
-        with pytest.raises(ValueError, match="does not say how it is meant to be trained on"):
+        with pytest.raises(ValueError, match="stores no training of its own"):
             own(make_set(arrays))
 
     def test_a_record_that_this_version_cannot_follow(self, arrays: Arrays) -> None:
@@ -171,7 +171,9 @@ class TestOwn:
 
     @pytest.mark.parametrize("record", [{"decay_at": "late"}, {"rates": [0.1, -1.0]}, {"schedule": {"drop_at": [0.5]}}])
     def test_nor_a_schedule_that_is_none(self, record: dict[str, Any], arrays: Arrays) -> None:
-        with pytest.raises(ValueError, match="this version cannot train as the set is meant to be trained") as raised:
+        with pytest.raises(
+            ValueError, match="this version cannot follow the training that is stored with the set"
+        ) as raised:
             own(make_set(arrays, training=record))
         assert "\n" not in str(raised.value)
 

@@ -206,6 +206,6 @@ def test_the_recipes_hold_the_published_values() -> None:
     assert (method.batch_real, method.pool_size, method.max_age, method.lr_pool) == (1024, 10, 100, 3e-4)
     assert (method.optim.kind, method.optim.lr, method.optim.schedule.cosine_to) == ("lamb", 3e-4, 0.1)
     assert plan.labels == Targets(scale=10**-0.5) and plan.augment == "none:flips=true"
-    assert plan.network == "convnet:widen=true,norm=batch-before"
+    assert plan.network == "auto:widen=true,norm=batch-before"
     gray = named("frepo-mnist-ipc1")
     assert gray.labels == Targets() and gray.augment == "none" and gray.transform == "channel"

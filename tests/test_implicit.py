@@ -179,7 +179,7 @@ def test_an_inner_loss_that_is_not_convex_is_refused_by_conjugate_gradients_alon
     def saddle(v: Theta) -> Theta:
         return {"x": torch.tensor([1.0, -1.0]) * v["x"]}
 
-    with pytest.raises(FloatingPointError, match=r"not convex .*Descent"):
+    with pytest.raises(FloatingPointError, match=r"not convex: .*Descent"):
         ConjugateGradients().solve(saddle, {"x": torch.tensor([0.0, 1.0])})
     assert Descent().solve(saddle, {"x": torch.tensor([0.0, 1.0])})["x"].isfinite().all()
 
@@ -196,7 +196,7 @@ def test_bad_values_are_refused(make: Any) -> None:
     steps = "num_steps" if make is Descent else "max_steps"
     rate = "lr" if make is Descent else "tol"
     for field in ({steps: 0}, {rate: 0.0}):
-        with pytest.raises(ValueError, match=f"needs {steps} >= 1 and {rate} > 0, .*; take"):
+        with pytest.raises(ValueError, match=f"needs {steps} >= 1 and {rate} > 0, .*; give"):
             make(**field)
     assert Descent().rule == Adam(eps_root=0.0)
 

@@ -461,9 +461,9 @@ def test_tesla_is_exact_for_one_step_and_for_no_more() -> None:
 @pytest.mark.parametrize(
     ("adjoint", "rule", "message"),
     [
-        (Tesla(), SGD(momentum=0.9), "tesla does not know SGD"),
-        (Tesla(), Adam(), "tesla does not know Adam"),
-        (Higher(), Adam(), "higher does not know Adam"),
+        (Tesla(), SGD(momentum=0.9), "tesla does not support SGD"),
+        (Tesla(), Adam(), "tesla does not support Adam"),
+        (Higher(), Adam(), "higher does not support Adam"),
     ],
 )
 def test_a_rule_that_the_adjoint_does_not_know(adjoint: Adjoint, rule: Rule, message: str) -> None:

@@ -208,7 +208,7 @@ def test_the_command_line_says_how_to_go_on(
     process.join(30)
     assert process.exitcode == 128 + signal.SIGTERM
     (line,) = said.read_text().splitlines()
-    assert line.startswith("condense: stopped; to go on: ")
+    assert line.startswith("condense: stopped; to continue: ")
     again = shlex.split(line.split(": ", 2)[2])
     assert again == ["condense", *words, "--resume"]
     going_on = []
@@ -244,7 +244,7 @@ def test_ctrl_c(
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == 130
-    assert capsys.readouterr().err == f"condense: stopped; to go on: {command}\n"
+    assert capsys.readouterr().err == f"condense: stopped; to continue: {command}\n"
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit):
         cli.main(words)
@@ -286,7 +286,7 @@ def test_compiled_code_goes_to_a_temporary_folder_where_its_place_cannot_be_used
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
-    with pytest.warns(UserWarning, match="compiled code is not kept: "):
+    with pytest.warns(UserWarning, match="compiled code is not cached: "):
         keep_compiled(tmp_path / "other")
     scratch = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert scratch.is_dir() and tmp_path not in scratch.parents
@@ -308,7 +308,7 @@ def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_command(size: s
         text=True,
         timeout=120,
     )
-    assert "compiled code is not kept: cannot write /dev/null/x" in found.stderr
+    assert "compiled code is not cached: cannot write /dev/null/x" in found.stderr
     if size == "1":
         assert found.returncode == 0, found.stderr
     else:

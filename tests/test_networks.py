@@ -786,7 +786,7 @@ def test_a_buffer_made_in_the_first_pass_is_refused() -> None:
                 self.mean = input.mean(0)
             return super().forward(input - self.mean)
 
-    with pytest.raises(ValueError, match=r"makes its buffer 1.mean in the first forward pass: [^\n]+; register"):
+    with pytest.raises(ValueError, match=r"creates its buffer 1.mean in the first forward pass: [^\n]+; register"):
         build(lambda shape, num: nn.Sequential(nn.Flatten(), Lazy()), DIGITS, 3)
 
 
@@ -1103,7 +1103,7 @@ def test_a_block_that_cannot_be_captured_is_refused() -> None:
             return x, x
 
     functional = Functional(lambda shape, num_classes: Unused(num_classes), DIGITS, 3)
-    for block, reason in (("body.unused", "is not run in a forward pass"), ("body.two", "puts out a tuple")):
+    for block, reason in (("body.unused", "is not run in a forward pass"), ("body.two", "its output is a tuple")):
         with pytest.raises(ValueError, match=rf"^the block '{block}' .*{reason}"):
             functional.require_capture(block)
 

@@ -182,8 +182,11 @@ WITH: dict[str, list[str]] = {
     ],
 }
 WITHOUT: dict[str, tuple[list[str], str]] = {
-    "set": (["show", "run"], "its decode 'negative' comes, as it says, with the package 'condense-foreign', which is"),
-    "evaluation": (["evaluate", "run"], "run/synthetic.safetensors cannot be read: its decode 'negative' comes"),
+    "set": (
+        ["show", "run"],
+        "its decode 'negative' needs the package 'condense-foreign', which is",
+    ),
+    "evaluation": (["evaluate", "run"], "run/synthetic.safetensors cannot be read: its decode 'negative' needs"),
     "recipe": (["distill", "run/recipe.yaml", "--out", "other"], "unknown method 'drift'"),
     "data": (["distill", "random", "--dataset", "bars"], "no data set 'bars'"),
     "network": (["distill", "random", "--network", "linear"], "unknown network 'linear'"),
@@ -302,7 +305,7 @@ def provide(monkeypatch: pytest.MonkeyPatch, *values: str, name: str = "entry") 
         (f"{__name__}:NoSuchClass", "cannot be loaded: .*no attribute 'NoSuchClass'; update or uninstall"),
         (f"{__name__}:Broken", "is <class .*Broken'> and not a subclass of condense.synthetic.decode.Decode; update"),
         ("condense.synthetic.decode:Decode", "does not define build, encode; update or uninstall"),
-        (f"{__name__}:Misnamed", "calls itself 'other'; update or uninstall"),
+        (f"{__name__}:Misnamed", "has another name, 'other'; update or uninstall"),
         (f"{__name__}:Demanding", "has no default for its field factor; update or uninstall"),
     ],
 )
@@ -318,7 +321,9 @@ def test_a_broken_entry_is_refused_in_a_line_that_names_its_package(
 
 def test_two_packages_cannot_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     provide(monkeypatch, f"{__name__}:Outer.Inner", "elsewhere:Decode")
-    with pytest.raises(ValueError, match="comes with several packages, package-a, package-b; uninstall all but one"):
+    with pytest.raises(
+        ValueError, match="is provided by several packages, package-a, package-b; uninstall all but one"
+    ):
         DECODERS["entry"]
 
 
@@ -346,5 +351,5 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 def test_a_value_of_another_class_is_no_instance() -> None:
     complaint = instance_of(Decode)
     assert complaint("pixels", Pixels()) is None
-    assert complaint("other", Pixels()) == "calls itself 'pixels'"
+    assert complaint("other", Pixels()) == "has another name, 'pixels'"
     assert "not a condense.synthetic.decode.Decode" in str(complaint("pixels", 3))

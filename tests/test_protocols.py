@@ -152,7 +152,7 @@ def test_a_teacher_labels_each_batch_as_the_network_sees_it() -> None:
 def test_a_teacher_is_trained_once_and_kept(arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dataclasses.replace(PROTOCOLS["soft-teacher"], num_epochs=30, teacher="mlp")
     first = run(make_set(arrays), arrays, plan, cache=tmp_path)
-    (file,) = (tmp_path / "networks").glob("*/*.safetensors")
+    (file,) = (tmp_path / "networks").glob("*/*/*.safetensors")
     trained: list[int] = []
     monkeypatch.setattr(pretraining, "Trainer", lambda *_: trained.append(1))
     assert run(make_set(arrays), arrays, plan, cache=tmp_path).accuracies == first.accuracies and not trained

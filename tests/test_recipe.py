@@ -18,7 +18,7 @@ NAMES = sorted(registry.METHODS)
 
 
 HASHES = json.loads((Path(__file__).parent / "golden" / "recipes.json").read_text())
-"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each."""
+"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each and took images alone."""
 
 
 @pytest.mark.parametrize("name", HASHES)
@@ -164,7 +164,7 @@ def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
         ("method: dm\nversion: 1", "unknown field 'version'"),
         ("method: dm\n1: 2", "unknown field '1'"),
         ("method: {name: dm, optim: {name: adam}}", "unknown field 'method.optim.name'"),
-        ("method: {name: dm, optim: adam}", "method.optim holds fields of its own, not 'adam'"),
+        ("method: {name: dm, optim: adam}", "method.optim is a mapping of fields, not 'adam'"),
         ("method: {name: {a: 1}}", "names no method"),
         ("method: [dm]", "names no method"),
         ("method: dm\nnetwork: --help", "looks like a flag"),
@@ -174,8 +174,8 @@ def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
         ("method: dm\nipc: null", "ipc is empty"),
         ("method: dm\nipc: [1, 2]", "2"),
         ("method: dm\ndataset: 2024-01-01", "dataset is a date where"),
-        ("method: dm\ndecode: {name: 3}", "decode is chosen by its name"),
-        ("method: dm\nlabels: [hard]", "labels is chosen by its name"),
+        ("method: dm\ndecode: {name: 3}", "decode is 3 where the name of a choice is expected"),
+        ("method: dm\nlabels: [hard]", "where the name of a choice is expected"),
         ("method: {name: dm, optim: {halve_at: [true]}}", "drop_at.*True"),
         ("method: {name: dm, optim: {lr: .nan}}", "lr=nan is not a number"),
     ],
@@ -224,7 +224,7 @@ def test_a_class_that_nobody_listed_is_found_by_its_import_path(
     for text, complaint in {
         hidden: "class inside a function",
         hidden.replace("ours:make.<locals>.Hidden", "__main__:Mine"): "run that script again",
-        hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "put its folder on PYTHONPATH",
+        hidden.replace("ours:make.<locals>.Hidden", "nowhere:Mine"): "add its folder to PYTHONPATH",
         hidden.replace("ours:make.<locals>.Hidden", "os:system"): "not a subclass of condense.method.Method",
         hidden.replace("ours:make.<locals>.Hidden", ".ours:Mine"): "cannot be loaded",
     }.items():

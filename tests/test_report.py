@@ -50,7 +50,7 @@ def test_the_page_holds_what_was_measured(file: Path, folders: list[Path]) -> No
         for row in json.loads((folder / "evaluation.json").read_text())["results"]:
             assert f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" in text
             assert row["train_fingerprint"] in text
-    assert "Learned step size" in text
+    assert "Learned learning rate" in text
     assert "full data" in text and "random, ipc 2" in text and "kip, ipc 1" in text
     assert json.loads((folders[0] / "apply-continual.json").read_text())["table"]["title"] in text
 
@@ -82,7 +82,7 @@ def test_results_of_different_trainings_stand_in_different_tables(
         plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=epochs)
         condense.evaluate(tmp_path / "run", networks=["mlp"], num_seeds=1, protocol=plan, device="cpu")
     text = api.report([tmp_path / "run"]).read_text(encoding="utf-8")
-    assert "Changed: num_epochs 1." in text and "Changed: num_epochs 2." in text
+    assert "protocol: num_epochs 1." in text and "protocol: num_epochs 2." in text
     cli.main(["show", str(tmp_path / "run")])
     assert len(set(re.findall(r"%: (canonical\* \w{6})", capsys.readouterr().out))) == 2
 
@@ -121,7 +121,7 @@ def test_of_several_answers_the_one_of_most_networks_is_shown(
     condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
     for n in (3, 1):
         condense.evaluate(tmp_path / "run", networks=["mlp"], num_seeds=n, device="cpu")
-    assert "of n = 3 fresh" in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    assert "shows n = 3 networks" in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
     cli.main(["show", str(tmp_path / "run")])
     assert "n = 3 networks" in capsys.readouterr().out
 
@@ -138,7 +138,7 @@ def test_data_of_a_known_name_and_other_content_have_no_published_companions(tin
     [
         ("apply-nas.json", "[]", "apply-nas.json holds no findings"),
         ("apply-nas.json", '{"table": null}', "apply-nas.json holds no findings"),
-        ("apply-nas.json", "{", "apply-nas.json cannot be read: it is no valid JSON"),
+        ("apply-nas.json", "{", "apply-nas.json cannot be read: it is not valid JSON"),
         ("run.json", '{"seconds": "long"}', None),
         ("run.json", "[]", None),
         ("log.jsonl", '1\n{"loss": 2}\n{"step": 1, "lo', None),
@@ -205,12 +205,12 @@ def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "a report needs a run"),
+        ([], "a report needs at least one run"),
         (["nothing"], "no run folder"),
         (["{empty}"], "no run folder"),
         (["{dm}", "--out", "no/such/folder.html"], "there is no folder"),
         (["{unfinished}"], "not finished"),
-        (["{damaged}"], "cannot be read: it is no valid JSON"),
+        (["{damaged}"], "cannot be read: it is not valid JSON"),
     ],
 )
 def test_bad_input_is_one_line(

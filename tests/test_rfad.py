@@ -250,7 +250,7 @@ def test_recipes_hold_the_published_values() -> None:
         for ipc in (1, 10, 50):
             recipe = recipes.pop(f"rfad-{dataset}-ipc{ipc}")
             assert (recipe.dataset, recipe.ipc, recipe.transform) == (dataset, ipc, transform)
-            assert (recipe.network, recipe.augment) == ("convnet:norm=none,width=256", "none")
+            assert (recipe.network, recipe.augment) == ("auto:norm=none,width=256", "none")
             assert recipe.method == published
     assert recipes.pop("rfad").method == dataclasses.replace(published, pixel_map=False)
     assert not recipes

@@ -83,8 +83,8 @@ def test_the_entry_is_text_in_any_case(entry: Any, tmp_path: Path) -> None:
         ("NCCL", "unknown layout"),
         ("CL", "unknown layout"),
         ("NCHW", r"has shape \(6, 3, 5\): its layout NCHW names 4 axes"),
-        (7, r"layout of .* is int64 of shape \(\): it is one text"),
-        (["NCL", "NCL"], r"of shape \(2,\): it is one text"),
+        (7, r"layout of .* is int64 of shape \(\): it must be one text"),
+        (["NCL", "NCL"], r"of shape \(2,\): it must be one text"),
         (b"\xff\xff\xff", "unknown layout"),
     ],
 )
@@ -138,7 +138,7 @@ def with_value(value: Any, dtype: Any = np.float32) -> Any:
         (with_value(np.nan), "x_train has NaN or infinite values: series are finite floats; clean the data"),
         (with_value(-np.inf), "NaN or infinite values"),
         (with_value(1e39, np.float64), r"values up to 1e\+39"),
-        (with_value(2**24 + 1, np.int64), "int64 with values that float32 does not hold exactly"),
+        (with_value(2**24 + 1, np.int64), "int64 with values that float32 cannot represent exactly"),
         (with_value(1) > 0, r"is bool: series are finite floats; give x \* 1.0"),
         (with_value(1).astype(complex), "is complex128"),
         (with_value(1).astype(str), "series are finite floats; give numbers"),
@@ -154,10 +154,10 @@ def test_three_axes_beyond_pixels_are_asked_for_their_layout(tmp_path: Path) -> 
     """(N, H, W) and (N, C, L) cannot be told apart. The advice is taken literally."""
     series = samples_in("NCL")
     path = as_file(tmp_path / "bad.npz", series)
-    fails(path, r'pixels from .*; if these are series, say so, np.savez\(..., layout="NCL"\)$')
+    fails(path, r'pixels from .*; if these are series, give a layout, np.savez\(..., layout="NCL"\)$')
     np.savez(path, **dict(np.load(path)), layout="NCL")
     assert load(path).input_shape == (3, 5)
-    fails((series, CLASSES), r'say so, condense.data.load\(..., layout="NCL"\)$')
+    fails((series, CLASSES), r'give a layout, condense.data.load\(..., layout="NCL"\)$')
     fails((series.astype(np.int64), CLASSES), "if these are series")
     fails((series[:, 0], CLASSES), r'has shape \(6, 5\): .*condense.data.load\(..., layout="NL"\)')
 

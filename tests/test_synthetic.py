@@ -132,7 +132,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checksum"):
         load(path)
     path.write_bytes(good.replace(b"tiny", b"tinY"))
-    with pytest.raises(ValueError, match="checksum does not fit its header"):
+    with pytest.raises(ValueError, match="checksum does not match its header"):
         load(path)
     path.write_bytes(good[:-40])
     with pytest.raises(ValueError, match=r"cannot be read|damaged"):

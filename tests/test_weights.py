@@ -139,7 +139,10 @@ RUBBISH: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda s: {n.replace("classifier", "clasifier"): t for n, t in s.items()},
         "it lacks classifier.weight, classifier.bias (it has clasifier.",
     ),
-    "extra": (lambda s: {**s, "classifier.weights": torch.zeros(3)}, "no classifier.weights (near: classifier.weight"),
+    "extra": (
+        lambda s: {**s, "classifier.weights": torch.zeros(3)},
+        "no classifier.weights (similar: classifier.weight",
+    ),
     "shape": (lambda s: {**s, "classifier.bias": torch.zeros(10)}, "classifier.bias has shape (10,), not (3,)"),
     "nan": (lambda s: {**s, "classifier.bias": torch.tensor([0.0, float("nan"), 0.0])}, "not finite"),
     "overflow": (lambda s: {**s, "classifier.bias": torch.full((3,), 1e300, dtype=torch.float64)}, "not finite"),
@@ -148,9 +151,9 @@ RUBBISH: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "sparse": (lambda s: {**s, "classifier.bias": torch.zeros(3).to_sparse()}, "cannot be read"),
     "float counter": (lambda s: {**s, "features.1.num_batches_tracked": torch.tensor(0.5)}, "not torch.int64"),
     "no tensor": (lambda s: {**s, "classifier.bias": [0.0]}, "'classifier.bias' is a list"),
-    "a list": (lambda s: list(s.values()), "holds a list and no state dict"),
-    "empty": (lambda s: {}, "no state dict"),
-    "numbers": (lambda s: {1: torch.zeros(3)}, "no state dict"),
+    "a list": (lambda s: list(s.values()), "holds a list, not a state dict"),
+    "empty": (lambda s: {}, "not a state dict"),
+    "numbers": (lambda s: {1: torch.zeros(3)}, "not a state dict"),
     "a checkpoint without a holder": (lambda s: {"net": s}, "'net' is a"),
 }
 

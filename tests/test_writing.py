@@ -56,7 +56,7 @@ def test_a_write_that_fails_says_why_and_changes_nothing(
             write_text(written, "after")
     line = str(caught.value)
     assert os.strerror(code) in line and "\n" not in line
-    assert ("make room" in line) == (code in (errno.ENOSPC, errno.EDQUOT))
+    assert ("free some space" in line) == (code in (errno.ENOSPC, errno.EDQUOT))
     assert written.read_bytes() == b"before" and list(written.parent.iterdir()) == [written]
 
 
@@ -242,7 +242,7 @@ def test_a_half_written_line_does_not_swallow_the_next(tmp_path: Path) -> None:
 def test_a_home_folder_is_expanded_or_its_absence_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expanded("~/x") == tmp_path / "x" and expanded("a/~/x") == Path("a/~/x")
-    with pytest.raises(ValueError, match="home folder is not known; give the whole path"):
+    with pytest.raises(ValueError, match="home folder is not known; give the full path"):
         expanded("~no-such-user/x")
 
 

@@ -1,9 +1,9 @@
-"""Data in: names, files, folders or what a Python user holds become checked, fingerprinted arrays.
+"""Loading data: names, files, folders and Python objects become checked arrays with a fingerprint.
 
-The table ``known.json`` lists the constants that the literature uses for its data sets. It is searched by
-content, so a file is recognised whatever it is called; entries without fingerprints (svhn, cifar100) are
-matched by name alone. The constants of cifar100 are those of the DC, DSA and DM code (the MTT code reuses the
-ones of cifar10); those of digits are measured here.
+The table ``known.json`` lists the constants that the literature uses for its data sets. A data set is found in it by
+its content, whatever the name of its file; entries without fingerprints (svhn, cifar100) are found by name alone. The
+constants of cifar100 are those of the DC, DSA and DM code (the MTT code reuses those of cifar10); those of digits were
+measured.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _TORCHVISION = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py/*"),
     "cifar100": ("CIFAR100", "cifar-100-python/*"),
 }
-"""By name: torchvision's class, and the files that it reads under its root."""
+"""Name -> torchvision's class, and the files that it reads below its root."""
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 _MOST_CLASSES = 100_000
 _READ_TWICE = 16
-"""Items of a Dataset that are read twice, to see whether it gives the same at every reading."""
+"""Number of items of a Dataset that are read twice, to check that it always returns the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the literature fixes for a data set. ``train``, ``test``: fingerprints, None if not recorded."""
+    """Constants of a data set in the literature. ``train``, ``test``: fingerprints, None if not recorded."""
 
     name: str
     mean: tuple[float, ...]
@@ -71,10 +71,9 @@ class Arrays:
     """A checked data set.
 
     Images (N, C, H, W) and clips (N, T, C, H, W) have one or three channels and are uint8 (0..255), or float32 in
-    [0, 1] where the source holds values other than k/255. Series (N, C, L) are float32 and finite. Labels are int64,
-    0..C-1, each with at least one training sample. The test arrays are empty where only training data were given.
-    ``known`` is None for data that the table does not list. Arrays that were found in a cache are mapped from its
-    files.
+    [0, 1] if the source holds values other than k/255. Series (N, C, L) are float32 and finite. Labels are int64,
+    0..C-1, each with at least one training sample. The test arrays are empty if only training data were given.
+    ``known`` is None for data that the table does not list. Arrays from a cache are mapped from its files.
     """
 
     name: str
@@ -92,15 +91,15 @@ class Arrays:
 
     @property
     def input_shape(self) -> InputShape:
-        """Of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
+        """Shape of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
         return self.x_train.shape[1:]
 
     @property
     def strategy(self) -> str:
-        """The augmentation strategy of the literature; for unknown images every operation but the flip.
+        """The augmentation strategy of the literature; for unknown images all operations except the flip.
 
-        Pixels do not tell whether a mirrored image keeps its class, so a flip has to be asked for. Series and clips
-        are not augmented.
+        Whether a mirrored image keeps its class cannot be seen from the pixels, so a flip has to be requested. Series
+        and clips are not augmented.
         """
         if kind(self.input_shape) != "images":
             return "none"
@@ -108,8 +107,9 @@ class Arrays:
 
 
 Loader: TypeAlias = Callable[[Path, bool], Source]
-"""``loader(root, download)``: a data set of another package, as a path or as what a Python user may hold. ``root`` is
-the folder of downloaded data, ``download`` whether the user allows to download. Its docstring describes the data."""
+"""``loader(root, download)`` returns a data set of another package, as a path or an object that ``load`` takes.
+``root`` is the folder of downloaded data; ``download`` says whether the user allows a download. The docstring of the
+loader describes the data."""
 
 LOADERS: Registry[Loader] = Registry(
     "data set",
@@ -117,16 +117,16 @@ LOADERS: Registry[Loader] = Registry(
     {},
     lambda name, value: None if callable(value) else f"is {value!r} and not a function of (root, download)",
 )
-"""Data sets of other packages by name; a name that the literature uses cannot be taken."""
+"""Data sets of other packages by name; they cannot replace those of the literature."""
 
 
 def names() -> list[str]:
-    """The names that ``load`` takes."""
+    """Return the names that ``load`` accepts."""
     return list(dict.fromkeys([*_table(), *LOADERS]))
 
 
 def describe(name: str) -> str:
-    """One line about a data set that has a name."""
+    """Return one line that describes the data set of this name."""
     if name not in _table():
         return (inspect.getdoc(LOADERS[name]) or "").partition("\n")[0]
     known = _table()[name]
@@ -144,41 +144,41 @@ def load(
 ) -> Arrays:
     """Read, check and fingerprint a data set.
 
-    What is read through torchvision, from a file or from a folder is kept decoded in the folder ``cache``, if one is
-    given: as long as the source does not change, later calls map those arrays and share the memory.
+    Data that are read through torchvision, from a file or from a folder are stored decoded in the folder ``cache``, if
+    one is given. Until the source changes, later calls map these arrays and share the memory.
 
     ``source`` is one of
 
-    * a name of ``names()``: ``digits`` is embedded (scikit-learn; of each class every fifth image is test),
-      the others are read through torchvision from ``root`` (default: $CONDENSE_DATA, else
-      ~/.cache/condense/data) and downloaded only if ``download`` is true;
+    * a name of ``names()``: ``digits`` comes with scikit-learn (every fifth image of each class is a test image), the
+      data sets of other packages are read by their loaders, and all others are read through torchvision from ``root``
+      (default: $CONDENSE_DATA, else ~/.cache/condense/data). Data are downloaded only if ``download`` is true;
     * a path to an ``.npz`` file with x_train, y_train, x_test, y_test and, optionally, classes (their names) and
       layout (see ``condense.data.samples``). A file without a layout holds series NCL if it has an array
       ``length_train`` and three axes of floats, as the UCR and UEA archives are stored; else images NHW, NHWC or
       NCHW or clips NTHWC or NTCHW, whose last axis holds the channels if its length is 1 or 3;
-    * a folder with train/CLASS/* and test/CLASS/*: 8-bit images of one size, gray if all of them are, else
-      RGB. They are turned the way their EXIF orientation says; an alpha channel is dropped;
+    * a folder with train/CLASS/* and test/CLASS/*: 8-bit images of one size, gray if all of them are, else RGB. They
+      are rotated according to their EXIF orientation; an alpha channel is dropped;
     * a torch Dataset of (sample, label) pairs, all of it for training, or a pair (train, test) of them. Images
-      are PIL images, arrays (HW, HWC) or tensors (HW, CHW); other samples are arrays or tensors. They are the same
-      at every reading. Where both have torchvision's ``class_to_idx``, the labels of the test part are matched by
+      are PIL images, arrays (HW, HWC) or tensors (HW, CHW); other samples are arrays or tensors. A Dataset must always
+      return the same samples. If both have torchvision's ``class_to_idx``, the labels of the test part are matched by
       the names of the classes;
     * tensors or arrays (x_train, y_train) or (x_train, y_train, x_test, y_test).
 
-    ``layout`` names the axes of a Dataset's samples, with N in front, or of tensors or arrays. Without it they are
-    images or clips: arrays are laid out as in a file, tensors have the channels before rows and columns if the length
-    of that axis is 1 or 3, else at the end.
+    ``layout`` names the axes of tensors or arrays, or those of a Dataset's samples with N in front. Without it they are
+    images or clips: arrays have the axes of a file without a layout; tensors have the channels before rows and columns
+    if the length of that axis is 1 or 3, else at the end.
 
-    Pixels are uint8 (0..255) or floats in [0, 1]; a split of floats that are all exactly k/255 is stored as
-    uint8, so both forms are one data set. Series are finite floats, or integers that float32 holds exactly.
+    Pixels are uint8 (0..255) or floats in [0, 1]. A split whose floats are all exactly k/255 is stored as uint8, so
+    both forms are the same data set. Series are finite floats, or integers that float32 represents exactly.
 
     Raises:
-        ValueError: in one line, for anything that is missing, damaged or not of this form.
+        ValueError: the data are missing, damaged or not of this form.
     """
     if isinstance(source, str | Path):
         if layout is not None:
             raise ValueError(
-                f"layout={excerpt(layout)!r} with {excerpt(source)!r}: it says the axes of arrays and Datasets; add an "
-                f"entry to an .npz file, {IN_FILE.format(excerpt(layout))}, and leave it out for names and folders"
+                f"layout={excerpt(layout)!r} with {excerpt(source)!r}: it names the axes of arrays and Datasets; add "
+                f"an entry to an .npz file, {IN_FILE.format(excerpt(layout))}, and omit it for names and folders"
             )
         return _load_path(source, root, download, cache)
     parts = list(source) if isinstance(source, tuple | list) else [source]
@@ -192,17 +192,17 @@ def load(
 
 
 Data: TypeAlias = str | Path | Arrays | Dataset[Any] | tuple[Any, ...]
-"""A known name, a path, or data at hand: a Dataset, a (train, test) pair, (x_train, y_train, x_test, y_test)."""
+"""A name, a path, ``Arrays``, a Dataset, a pair (train, test) or arrays (x_train, y_train, x_test, y_test)."""
 
 
 def open_data(dataset: Data, download: bool = False) -> Arrays:
-    """The data, decoded once and then mapped from the user's cache; see ``load``."""
+    """Load the data (see ``load``), which are decoded once and then mapped from the user's cache."""
     return dataset if isinstance(dataset, Arrays) else load(dataset, download=download, cache=cache_folder())
 
 
 def name_of(dataset: Data) -> str:
-    """The name of the data, as far as it is known before they are read: ``load`` gives them another one where it
-    recognises a known data set by its content."""
+    """Return the name of data that were not read yet. ``load`` gives them another name if it recognises the content of
+    a known data set."""
     if isinstance(dataset, Arrays):
         return dataset.name
     if not isinstance(dataset, str | Path):
@@ -217,31 +217,33 @@ def _no_source(parts: Sequence[Any]) -> str:
     kinds = ", ".join(type(part).__name__ for part in parts[:4]) + (", ..." if len(parts) > 4 else "")
     if any(type(part).__module__.split(".")[0] == "datasets" for part in parts):
         return (
-            f"cannot read a data set from ({kinds}): data sets of Hugging Face are given as arrays; give "
-            "(np.stack([np.asarray(image) for image in d['image']]), np.array(d['label'])) with your names of columns"
+            f"cannot read a data set from ({kinds}): data sets of Hugging Face have to be converted to arrays; give "
+            "(np.stack([np.asarray(image) for image in d['image']]), np.array(d['label'])) with your column names"
         )
     return (
-        f"cannot read a data set from ({kinds}): it is no path, no Dataset and no pair of them; "
+        f"cannot read a data set from ({kinds}): it is neither a path nor a Dataset nor a pair of Datasets; "
         "give tensors (x_train, y_train) or (x_train, y_train, x_test, y_test)"
     )
 
 
 def to_float(images: Array | Tensor) -> Tensor:
-    """Images as float32 in [0, 1], on the device where they are: uint8 is divided by 255.
+    """Return samples as float32 on the same device; uint8 is divided by 255.
 
-    New memory, except that a float32 tensor is returned as it is.
+    The result is a copy, except that a float32 tensor is returned unchanged.
     """
     if isinstance(images, np.ndarray):
         images = torch.tensor(images)
     if images.dtype != torch.uint8:
         return images.float()
-    return images.float().div_(torch.full((), 255.0, device=images.device))  # a number would be inverted on a GPU
+    return images.float().div_(
+        torch.full((), 255.0, device=images.device)
+    )  # a GPU multiplies by the inverse of a number
 
 
 def fingerprint(images: Array, labels: Array) -> str:
-    """A sha256 over what a split holds, whatever the order of its samples.
+    """Return a sha256 of the content of a split, which does not depend on the order of its samples.
 
-    Each sample (its bytes as uint8 or little-endian float32) is hashed with its label; the sorted hashes are
+    Each sample (its bytes as uint8 or little-endian float32) is hashed with its label. The sorted hashes are then
     hashed with the type and the shape of a sample.
     """
     if images.dtype != np.uint8:
@@ -275,21 +277,21 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         return _load_digits()
     if source in _TORCHVISION:
         name, files, place = str(source), _TORCHVISION[str(source)][1], _root(root)
-        return _kept(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
+        return _cached(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
     if isinstance(source, str) and source in LOADERS:
         return _load_plugin(source, _root(root), download, cache)
     try:
         path = expanded(source)
-        there = path.exists()
-        if there:
+        exists = path.exists()
+        if exists:
             _check_encoding(path)
         if path.is_dir():
-            return _kept(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
+            return _cached(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
         if path.is_file():
-            return _kept(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
-    except OSError as error:  # a name that is too long
+            return _cached(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
+    except OSError as error:  # the name is too long
         raise ValueError(f"no data set {excerpt(source)!r}: {reason(error)}; check the path") from error
-    if there:
+    if exists:
         raise ValueError(f"no data set {str(source)!r}: it is neither a file nor a folder; give an .npz or a folder")
     raise ValueError(
         f"no data set {excerpt(source)!r}: there is no such file or folder; by name "
@@ -298,16 +300,16 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
 
 
 def _root(root: str | Path | None) -> Path:
-    """Where data that have a name lie."""
+    """Return the folder of the data sets that are loaded by name."""
     return expanded(root or os.environ.get("CONDENSE_DATA") or "~/.cache/condense/data")
 
 
 def _load_plugin(name: str, root: Path, download: bool, cache: Path | None) -> Arrays:
-    """A data set of another package."""
+    """Load a data set of another package."""
     try:
         source = LOADERS[name](root, download)
         arrays = load(Path(source) if isinstance(source, str | Path) else source, cache=cache)
-    except Exception as error:  # the code of a stranger may raise anything
+    except Exception as error:  # code of another package can raise any exception
         raise ValueError(
             f"cannot read the data set {name!r} of the package {LOADERS.package(name)}: {reason(error)}; "
             f"correct or update that package, or give {spelt('dataset', 'PATH.npz')}"
@@ -316,18 +318,18 @@ def _load_plugin(name: str, root: Path, download: bool, cache: Path | None) -> A
 
 
 def _check_encoding(path: Path) -> None:
-    """Raises ValueError where a path is not UTF-8: sets and ``run.json`` name it, and could not be read again."""
-    whole = path.resolve()
+    """Raise ValueError if a path is not UTF-8: sets and ``run.json`` store it, and could not be read again."""
+    absolute = path.resolve()
     try:
-        str(whole).encode()
+        str(absolute).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"cannot read {excerpt(whole)}: its path is not valid UTF-8; rename it") from error
+        raise ValueError(f"cannot read {excerpt(absolute)}: its path is not valid UTF-8; rename it") from error
 
 
-def _kept(
+def _cached(
     cache: Path | None, kind: str, path: Path, files: Callable[[], Iterable[Path]], read: Callable[[], Arrays]
 ) -> Arrays:
-    """What ``read`` returns, from the cache where that was made from the ``files`` as they are now."""
+    """Return the result of ``read``, from the cache if the ``files`` have not changed since it was stored."""
     before = store.stamp(path, files()) if cache else None
     if before is None:
         return read()
@@ -387,53 +389,53 @@ def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:
 
     try:
         train, test = read(True), read(False)
-    except Exception as error:  # a damaged file raises nearly anything
-        mend = "check the network" if download else f"add {spelt('download', True)}"
+    except Exception as error:  # a damaged file can raise almost any exception
+        fix = "check the internet connection" if download else f"add {spelt('download', True)}"
         raise ValueError(
-            f"cannot read {name} from {root}: {reason(error)}; {mend}, or give {spelt('dataset', 'PATH.npz')}"
+            f"cannot read {name} from {root}: {reason(error)}; {fix}, or give {spelt('dataset', 'PATH.npz')}"
         ) from error
     return _assemble(name, *train, *test, known=_table()[name])
 
 
 def _load_npz(path: Path) -> Arrays:
-    found, present = read_npz(path, (*_ARRAYS, "classes", "layout"))
-    missing = [key for key in _ARRAYS if key not in found]
+    arrays, present = read_npz(path, (*_ARRAYS, "classes", "layout"))
+    missing = [key for key in _ARRAYS if key not in arrays]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: all of {', '.join(_ARRAYS)} are needed; add them")
-    classes = _names_of(found["classes"], f" of {path}", len(found["x_train"])) if "classes" in found else None
+    classes = _names_of(arrays["classes"], f" of {path}", len(arrays["x_train"])) if "classes" in arrays else None
     return _assemble(
         path.stem,
-        *(found[key] for key in _ARRAYS),
+        *(arrays[key] for key in _ARRAYS),
         classes=classes,
-        layout=_layout_of(path, found, present),
+        layout=_layout_of(path, arrays, present),
         where=f" of {path}",
     )
 
 
-def _layout_of(path: Path, found: Mapping[str, Array], present: Collection[str]) -> str | None:
-    """What an ``.npz`` file says of the axes of its samples; the archives UCR and UEA say it by their lengths."""
-    if "layout" in found:
-        return text_of(f"layout of {path}", found["layout"])
-    samples = found["x_train"]
+def _layout_of(path: Path, arrays: Mapping[str, Array], present: Collection[str]) -> str | None:
+    """Return the layout that an ``.npz`` file gives; UCR and UEA archives are recognised by their lengths."""
+    if "layout" in arrays:
+        return text_of(f"layout of {path}", arrays["layout"])
+    samples = arrays["x_train"]
     return STANDARD["series"] if "length_train" in present and samples.ndim == 3 and samples.dtype.kind == "f" else None
 
 
-def _names_of(classes: Array, where: str, most: int) -> list[str]:
-    """The array ``classes`` of a file as text; each class needs one of the ``most`` training images."""
+def _names_of(classes: Array, where: str, num_images: int) -> list[str]:
+    """Return the array ``classes`` of a file as text; each class needs at least one training image."""
     if classes.ndim != 1 or classes.dtype.kind not in "USbiufmM":
         raise ValueError(
-            f"classes{where} is {excerpt(classes.dtype)} of shape {excerpt(classes.shape)}: names are one axis of "
-            "text; give np.array([NAME, NAME, ...])"
+            f"classes{where} is {excerpt(classes.dtype)} of shape {excerpt(classes.shape)}: names are text with one "
+            "axis; give np.array([NAME, NAME, ...])"
         )
-    if len(classes) > most:
+    if len(classes) > num_images:
         raise ValueError(
-            f"classes{where} has {len(classes)} names for {most} training images: each class needs one; "
-            "leave out the names of absent classes"
+            f"classes{where} has {len(classes)} names for {num_images} training images: each class needs one; "
+            "remove the names of absent classes"
         )
     try:
         return classes.astype(str).tolist()
     except UnicodeDecodeError as error:
-        raise ValueError(f"classes{where} are bytes other than ASCII: {reason(error)}; give text") from error
+        raise ValueError(f"classes{where} are bytes that are not ASCII: {reason(error)}; give text") from error
 
 
 def _load_folder(folder: Path) -> Arrays:
@@ -447,7 +449,7 @@ def _load_folder(folder: Path) -> Arrays:
         for class_folder in _visible(folder / split):
             if class_folder.name not in classes:
                 raise ValueError(
-                    f"{class_folder} is no class: classes are the folders in {folder / 'train'}; move it away"
+                    f"{class_folder} is not a class: classes are the folders in {folder / 'train'}; move it away"
                 )
             inside = _visible(class_folder)
             if split == "train" and not inside:
@@ -455,14 +457,14 @@ def _load_folder(folder: Path) -> Arrays:
             files += inside
             labels[split] += [classes.index(class_folder.name)] * len(inside)
         if not files:
-            raise ValueError(f"{folder / split} has no images: it holds a folder of images for each class; add them")
+            raise ValueError(f"{folder / split} has no images: it needs a folder of images for each class; add them")
         for file, image in read_images(files):
             first = first or image.shape[:2]
             if image.shape[:2] != first:
                 height, width = image.shape[:2]
                 raise ValueError(
                     f"{file} is {width}x{height}, the images before it are {first[1]}x{first[0]}: "
-                    "all must share one size; resize it"
+                    "all images must have the same size; resize it"
                 )
             images.append(image)
     all_images = as_rgb(splits["train"] + splits["test"])
@@ -476,7 +478,7 @@ def _load_folder(folder: Path) -> Arrays:
 
 
 def _in_folder(folder: Path) -> Iterable[Path]:
-    """All that ``_load_folder`` looks at."""
+    """Yield all files and folders that ``_load_folder`` reads."""
     return (file for split in ("train", "test") for depth in ("", "/*", "/*/*") for file in folder.glob(split + depth))
 
 
@@ -487,19 +489,19 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _load_datasets(parts: Sequence[Dataset[Any]], layout: str | None) -> Arrays:
-    """One Dataset for training and, optionally, one for testing."""
+    """Load one Dataset for training and, optionally, one for testing."""
     read = [_read_dataset(part) for part in parts]
     names = [_class_indices(part) for part in parts]
     train = names[0]
     if len(parts) == 2 and train and names[1] and names[1] != train:
-        foreign = [name for name in names[1] if name not in train]
-        if foreign:
+        unknown = [name for name in names[1] if name not in train]
+        if unknown:
             raise ValueError(
-                f"the test part has the class {foreign[0]!r}, the training part has not: classes are matched by name; "
-                "give two parts with the same classes"
+                f"the test part has the class {unknown[0]!r}, which the training part lacks: classes are matched by "
+                "name; give two parts with the same classes"
             )
         images, labels = read[1]
-        _check_range("the test part", labels, len(names[1]), "class_to_idx has to tell the labels of the items")
+        _check_range("the test part", labels, len(names[1]), "make class_to_idx agree with the labels of the items")
         order = sorted(names[1], key=names[1].__getitem__)
         read[1] = images, np.array([train[name] for name in order])[labels]
     count = int(read[0][1].max()) + 1
@@ -513,15 +515,15 @@ def _load_datasets(parts: Sequence[Dataset[Any]], layout: str | None) -> Arrays:
 
 
 def _class_indices(dataset: Dataset[Any]) -> dict[str, int] | None:
-    """The label of each class by its name, where a data set in the manner of torchvision says so."""
+    """Return torchvision's ``class_to_idx`` (class name -> label) if the data set has a valid one."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    found = getattr(dataset, "class_to_idx", None)
-    if not isinstance(found, dict) or getattr(dataset, "target_transform", None) is not None:
+    indices = getattr(dataset, "class_to_idx", None)
+    if not isinstance(indices, dict) or getattr(dataset, "target_transform", None) is not None:
         return None
-    numbers = list(found.values())
+    numbers = list(indices.values())
     whole = all(isinstance(number, int) for number in numbers)
-    return found if whole and sorted(numbers) == list(range(len(numbers))) else None
+    return indices if whole and sorted(numbers) == list(range(len(numbers))) else None
 
 
 def _read_dataset(dataset: Dataset[Any]) -> tuple[Tensor | Array, Array]:
@@ -535,8 +537,8 @@ def _read_dataset(dataset: Dataset[Any]) -> tuple[Tensor | Array, Array]:
         (one, label, _), (other, other_label, _) = _item(dataset, index), _item(dataset, index)
         if label != other_label or one.shape != other.shape or one.tobytes() != other.tobytes():
             raise ValueError(
-                f"item {index} of {kind} differs from one reading to the next: one random draw would be distilled; "
-                "take random transforms out of the dataset and name an augmentation instead"
+                f"item {index} of {kind} changes when it is read again: a single random draw would be distilled; "
+                "remove random transforms from the dataset, and give an augmentation instead"
             )
     images, labels = [], []
     form: type = Tensor
@@ -544,32 +546,32 @@ def _read_dataset(dataset: Dataset[Any]) -> tuple[Tensor | Array, Array]:
         image, label, form = _item(dataset, index)
         images.append(image)
         labels.append(label)
-        axes = None if form in (Tensor, np.ndarray) else 2  # of PIL images, gray ones may stand beside coloured ones
+        axes = None if form in (Tensor, np.ndarray) else 2  # PIL images may be gray and coloured in one data set
         if image.shape[:axes] != images[0].shape[:axes]:
             raise ValueError(
                 f"image {index} of {kind} has shape {image.shape}, the first has {images[0].shape}: "
-                "all must share one; make them so in the dataset"
+                "all must have the same shape; resize them in the dataset"
             )
     stacked = np.stack(images if form in (Tensor, np.ndarray) else as_rgb(images))
     return torch.from_numpy(stacked) if form is Tensor else stacked, np.array(labels)
 
 
 def _item(dataset: Dataset[Any], index: int) -> tuple[Array, int, type]:
-    """Image, label, and what the image was: a tensor, an array or a picture of PIL."""
+    """Return the image, its label, and the type of the image: a tensor, an array or a PIL image."""
     from PIL import Image
 
     kind = type(dataset).__name__
     try:
         item = dataset[index]
     except Exception as error:
-        raise ValueError(f"item {index} of {kind} cannot be read: {reason(error)}; mend the dataset") from error
+        raise ValueError(f"item {index} of {kind} cannot be read: {reason(error)}; correct the dataset") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
-        found = f"a {type(item).__name__}"
+        what = f"a {type(item).__name__}"
         if isinstance(item, dict):
-            found += f" with the keys {excerpt(', '.join(map(str, item)))}"
+            what += f" with the keys {excerpt(', '.join(map(str, item)))}"
         elif isinstance(item, tuple | list):
-            found += f" of {len(item)}"
-        raise ValueError(f"item {index} of {kind} is {found}: items are (image, label) pairs; return such a pair")
+            what += f" of {len(item)}"
+        raise ValueError(f"item {index} of {kind} is {what}: items are (image, label) pairs; return such a pair")
     image, label = item
     form = next((form for form in (Tensor, Image.Image, np.ndarray) if isinstance(image, form)), None)
     if form is None:
@@ -608,7 +610,7 @@ def _assemble(
     known: Known | None = None,
     where: str = "",
 ) -> Arrays:
-    """Check everything and put it in order; ``where`` names the file in messages."""
+    """Check all arrays and return them in the standard layout; ``where`` names the file in messages."""
     renumber = _renumber(with_test=x_test is not None)
     remedy = IN_FILE if where else 'condense.data.load(..., layout="{}")'
     x_train = check_samples(f"x_train{where}", x_train, layout, channels_first=channels_first, remedy=remedy)
@@ -624,22 +626,22 @@ def _assemble(
             + _without_class(empty, y_test, classes, renumber)
         )
     if count < 2:
-        raise ValueError(f"y_train{where} has one class: there is nothing to tell apart; give at least two")
+        raise ValueError(f"y_train{where} has one class: a classifier needs at least two; add images of others")
     if count > _MOST_CLASSES:
-        raise ValueError(f"y_train{where} has {count} classes: {_MOST_CLASSES} are the most; give fewer")
+        raise ValueError(f"y_train{where} has {count} classes: at most {_MOST_CLASSES} are supported; give fewer")
     if x_test is None:
         x_test, y_test = np.empty((0, *x_train.shape[1:]), x_train.dtype), np.empty(0, np.int64)
     else:
         x_test = check_samples(f"x_test{where}", x_test, layout, channels_first=channels_first, remedy=remedy)
         y_test = _check_labels(f"y_test{where}", y_test, len(x_test), renumber)
-        _check_range(f"y_test{where}", y_test, count, "leave out the test images of other classes")
+        _check_range(f"y_test{where}", y_test, count, "remove the test images of other classes")
         if x_test.shape[1:] != x_train.shape[1:]:
             raise ValueError(
                 f"x_test{where} has samples of shape {x_test.shape[1:]}, x_train of shape {x_train.shape[1:]} "
                 f"({', '.join(STANDARD[kind(x_train.shape[1:])][1:])}): they must agree; convert one of them"
             )
-    found = {"train": fingerprint(x_train, y_train), "test": fingerprint(x_test, y_test)}
-    known = known or _recognise(found, has_test=len(x_test) > 0)
+    fingerprints = {"train": fingerprint(x_train, y_train), "test": fingerprint(x_test, y_test)}
+    known = known or _recognise(fingerprints, has_test=len(x_test) > 0)
     if known:
         name, classes = known.name, known.classes
     return Arrays(
@@ -649,21 +651,21 @@ def _assemble(
         x_test=x_test,
         y_test=y_test,
         classes=tuple(map(str, range(count)) if classes is None else classes),
-        fingerprint=found,
+        fingerprint=fingerprints,
         known=known,
     )
 
 
 def is_known(name: str, fingerprint: str) -> bool:
-    """Whether ``name`` is in the table, and the training split of this fingerprint is what it means there."""
+    """Whether ``name`` is in the table, and its training split there has this fingerprint or none is recorded."""
     known = _table().get(name)
     return known is not None and known.train in (None, fingerprint)
 
 
-def _recognise(found: dict[str, str], has_test: bool) -> Known | None:
-    """The known data set of which these are the splits; the test split may be missing, but not be another."""
+def _recognise(fingerprints: dict[str, str], has_test: bool) -> Known | None:
+    """Return the known data set with these splits. A missing test split is allowed, a different one is not."""
     for known in _table().values():
-        if known.train == found["train"] and (known.test == found["test"] or not has_test):
+        if known.train == fingerprints["train"] and (known.test == fingerprints["test"] or not has_test):
             return known
     return None
 
@@ -672,38 +674,38 @@ def _check_labels(what: str, labels: Tensor | Array, count: int, renumber: str) 
     cast = ".long()" if isinstance(labels, Tensor) else ".astype('int64')"
     labels = numpy_of(what, labels)
     if labels.shape != (count,):
-        mend = "give one for each image"
+        fix = "give one for each image"
         if labels.ndim == 2 and labels.shape == (count, 1):
-            mend = "give y.reshape(-1)"
+            fix = "give y.reshape(-1)"
         elif labels.ndim == 2 and len(labels) == count:
-            mend = "give the class numbers, y.argmax(1) where the rows are one-hot"
+            fix = "give the class numbers, y.argmax(1) if the rows are one-hot"
         raise ValueError(
-            f"{what} has shape {excerpt(labels.shape)}: there are {count} images, each needs one label; {mend}"
+            f"{what} has shape {excerpt(labels.shape)}: there are {count} images, each needs one label; {fix}"
         )
     kind = labels.dtype.kind
     if kind in "iu" and labels.max() <= np.iinfo(np.int64).max:
         return labels.astype(np.int64)
     if kind == "f" and not np.isfinite(labels).all():
-        mend = "leave out the images without a label"
+        fix = "remove the images without a label"
     elif kind == "f" and not np.array_equal(labels, np.rint(labels)):
-        mend = "only classes are distilled, no regression targets, so give the number of each image's class"
+        fix = "regression targets are not supported, so give the class number of each image"
     elif kind == "b" or (kind == "f" and np.abs(labels).max() < 2**53):
-        mend = f"give y{cast}"
+        fix = f"give y{cast}"
     elif kind in "iufUSmM":
-        mend = renumber
+        fix = renumber
     else:
-        mend = "give the number of each image's class"
-    raise ValueError(f"{what} is {excerpt(labels.dtype)}: labels must be integers, 0..C-1; {mend}")
+        fix = "give the class number of each image"
+    raise ValueError(f"{what} is {excerpt(labels.dtype)}: labels must be integers, 0..C-1; {fix}")
 
 
-def _check_range(what: str, labels: Array, count: int, mend: str) -> None:
+def _check_range(what: str, labels: Array, count: int, fix: str) -> None:
     low, high = labels.min(), labels.max()
     if low < 0 or high >= count:
-        raise ValueError(f"{what} has labels from {low} to {high}: they lie in 0..{count - 1}; {mend}")
+        raise ValueError(f"{what} has labels from {low} to {high}: they must be in 0..{count - 1}; {fix}")
 
 
 def _renumber(with_test: bool) -> str:
-    """How any labels become 0..C-1, the same in both parts."""
+    """Return the code that renumbers any labels to 0..C-1, consistently in both parts."""
     if not with_test:
         return "number them with classes, y_train = np.unique(y_train, return_inverse=True)"
     return (
@@ -713,9 +715,9 @@ def _renumber(with_test: bool) -> str:
 
 
 def _without_class(empty: int, y_test: Any, classes: Sequence[str] | None, renumber: str) -> str:
-    """What mends that the class ``empty`` has no training image."""
+    """Return the remedy for a class ``empty`` without training images."""
     if y_test is not None and empty in numpy_of("y_test", y_test):
-        return "the test part has some, so add training images, or leave its test images out and number the rest anew"
+        return "the test part has some, so add training images, or remove its test images and renumber the classes"
     if classes is not None:
-        return f"take the name {excerpt(classes[empty])!r} out of the classes and lower all labels above {empty} by one"
+        return f"remove the name {excerpt(classes[empty])!r} from the classes and lower all labels above {empty} by 1"
     return renumber

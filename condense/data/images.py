@@ -1,4 +1,4 @@
-"""Samples where they are drawn from: kept as they were read, transformed as they are taken out."""
+"""Samples that are stored as they were read, and transformed when they are indexed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Behaves like a float32 tensor (N, *input_shape) that is indexed, sliced and split; none of its size exists.
+    """Behaves like a float32 tensor (N, *input_shape) that can be indexed, sliced and split, without its memory.
 
-    Series and clips are held like images. ``raw`` (M, *input_shape), uint8 or float32, lies on the device where samples
-    are wanted; on a CPU it is the memory, or the mapped file, of the array it was made of. ``rows`` (N,) are the
-    samples of ``raw`` that belong to it.
+    Series and clips are stored like images. ``raw`` (M, *input_shape), uint8 or float32, is on the device of the
+    returned samples; on a CPU it shares the memory, or the mapped file, of the original array. ``rows`` (N,) are the
+    indices into ``raw`` of the samples that belong to this object.
     """
 
     raw: Tensor
@@ -30,26 +30,26 @@ class Images:
 
     @classmethod
     def of(cls, array: Array, device: torch.device) -> Images:
-        """All samples of an array (N, *input_shape): pixels, uint8 or float32 in [0, 1], or series, float32."""
+        """Return all samples of an array (N, *input_shape) of uint8 or float32 pixels in [0, 1] or float32 series."""
         raw = torch.from_numpy(np.require(array, requirements="W")).to(device)
         return cls(raw, torch.arange(len(raw), device=device), Identity())
 
     def subset(self, index: Tensor) -> Images:
-        """The samples at ``index`` (K,), over the same memory."""
+        """Return the samples at ``index`` (K,), which share the memory of ``raw``."""
         return replace(self, rows=self.rows[index.to(self.device)])
 
     def with_transform(self, transform: Transform) -> Images:
-        """These samples, with the values of the data, in another space.
+        """Return these samples, whose ``raw`` must hold values of the data, in the space of ``transform``.
 
-        What is not pointwise is done here and kept in float32: a matrix product a draw would cost more than all
-        the rest of it.
+        A transform that is not pointwise is applied here to all samples, which are stored as float32: a matrix product
+        per draw would cost more than everything else in it.
         """
         if transform.pointwise:
             return replace(self, transform=transform)
-        done = torch.empty(self.raw.shape, device=self.device)
-        for raw, chunk in zip(self.raw.split(_CHUNK), done.split(_CHUNK), strict=True):
+        transformed = torch.empty(self.raw.shape, device=self.device)
+        for raw, chunk in zip(self.raw.split(_CHUNK), transformed.split(_CHUNK), strict=True):
             chunk.copy_(transform(to_float(raw)))
-        return replace(self, raw=done, transform=Identity())
+        return replace(self, raw=transformed, transform=Identity())
 
     @property
     def device(self) -> torch.device:
@@ -63,11 +63,11 @@ class Images:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The samples at ``index``, positions (K,) on any device, or a slice: (K, *input_shape), new memory."""
+        """Return the samples at ``index``, a slice or positions (K,) on any device: (K, *input_shape), a copy."""
         if isinstance(index, Tensor):
             index = index.to(self.device, non_blocking=True)
         return self.transform(to_float(self.raw.index_select(0, self.rows[index])))
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """In order, ``size`` at a time; the last may be fewer."""
+        """Yield the samples in order, ``size`` at a time; the last chunk may be smaller."""
         return (self[first : first + size] for first in range(0, len(self), size))

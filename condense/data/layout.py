@@ -1,4 +1,4 @@
-"""Axes of samples: which kind of data a shape belongs to, and which of its axes holds the channels.
+"""Shapes of samples: the kind of data that a shape belongs to, and the axis that holds the channels.
 
 A sample is (C, L) for a series, (C, H, W) for an image and (T, C, H, W) for a clip; a batch has N in front.
 """
@@ -17,39 +17,39 @@ _KINDS: dict[int, Kind] = {2: "series", 3: "images", 4: "clips"}
 
 
 def kind(shape: Sequence[int]) -> Kind:
-    """What a sample of this shape is: "series" (C, L), "images" (C, H, W) or "clips" (T, C, H, W).
+    """Return the kind of a sample of this shape: "series" (C, L), "images" (C, H, W) or "clips" (T, C, H, W).
 
     Raises:
-        ValueError: another number of axes.
+        ValueError: the shape has another number of axes.
     """
     if len(shape) not in _KINDS:
         raise ValueError(
             f"a sample of shape {tuple(shape)} has {len(shape)} axes: a series has two (C, L), an image three "
-            "(C, H, W), a clip four (T, C, H, W); reshape it"
+            "(C, H, W) and a clip four (T, C, H, W); reshape it"
         )
     return _KINDS[len(shape)]
 
 
 def channel_axis(shape: Sequence[int]) -> int:
-    """The axis of a sample of this shape that holds its channels: 1 for clips, 0 for series and images.
+    """Return the axis that holds the channels of a sample: 1 for clips, 0 for series and images.
 
     Raises:
-        ValueError: the shape is of none of these kinds.
+        ValueError: the shape belongs to none of these kinds.
     """
     return 1 if kind(shape) == "clips" else 0
 
 
 def sides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The lengths of all axes of a sample but that of the channels: (L,), (H, W) or (T, H, W).
+    """Return the lengths of all axes of a sample except the channels: (L,), (H, W) or (T, H, W).
 
     Raises:
-        ValueError: the shape is of none of these kinds.
+        ValueError: the shape belongs to none of these kinds.
     """
     axis = channel_axis(shape)
     return (*shape[:axis], *shape[axis + 1 :])
 
 
 def require_kind(what: str, takes: Sequence[Kind], shape: Sequence[int], remedy: str) -> None:
-    """Raise ValueError, in one line that ends in ``remedy``, unless ``what`` takes samples of this shape."""
+    """Raise ValueError if ``what`` does not take samples of this shape; the message ends with ``remedy``."""
     if kind(shape) not in takes:
         raise ValueError(f"{what} takes {' and '.join(takes)}, not {kind(shape)} of shape {tuple(shape)}; {remedy}")

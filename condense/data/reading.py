@@ -1,7 +1,7 @@
-"""Files of others, read within bounds: the arrays of an ``.npz`` and pictures.
+"""Readers of untrusted files: the arrays of an ``.npz``, and pictures.
 
-What a file declares is compared with its size before memory is taken. Only ordinary files are opened: a pipe would
-wait for ever.
+The size that a file declares is compared with the size of the file before memory is allocated. Only regular files are
+opened, because reading from a pipe could block for ever.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""What is tried on a file of pictures. Others are left out: to open PostScript would run a program."""
+"""Formats in which pictures are read. Others are excluded, because PIL opens PostScript by running a program."""
 
 MOST_PIXELS = 1 << 26
-"""Of one picture: 8192 x 8192."""
+"""Largest number of pixels of one picture: 8192 x 8192."""
 
-_TURNS: Mapping[Any, str] = {
+_TRANSPOSES: Mapping[Any, str] = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -38,14 +38,15 @@ _TURNS: Mapping[Any, str] = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What undoes each EXIF orientation. ``ImageOps.exif_transpose`` writes all other tags again, and fails on odd ones."""
+"""EXIF orientation -> transpose that undoes it. ``ImageOps.exif_transpose`` also rewrites the other tags, which can
+fail."""
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; hidden files are left out.
+    """Return the files and folders in a folder, sorted by name and without hidden ones.
 
     Raises:
-        ValueError: it cannot be listed.
+        ValueError: the folder cannot be listed.
     """
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -54,23 +55,23 @@ def entries(folder: Path) -> list[Path]:
 
 
 def read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], list[str]]:
-    """The arrays of an ``.npz`` file that have one of the wanted names, and the names of all that it holds.
+    """Return the arrays of an ``.npz`` file that have one of the wanted names, and the names of all its entries.
 
     Raises:
-        ValueError: it is damaged, holds other things than plain arrays, or declares more than is stored.
+        ValueError: the file is damaged, holds something else than plain arrays, or declares more than it stores.
     """
     if not path.is_file():
-        raise ValueError(f"cannot read {path}: it is not an ordinary file; give an .npz file")
+        raise ValueError(f"cannot read {path}: it is not a regular file; give an .npz file")
     try:
         stored = path.stat().st_size
         with zipfile.ZipFile(path) as file:
             members = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
-            found = {name: _read_member(file, members[name], stored) for name in wanted if name in members}
-    except Exception as error:  # a damaged zip raises nearly anything
+            arrays = {name: _read_member(file, members[name], stored) for name in wanted if name in members}
+    except Exception as error:  # a damaged zip can raise almost any exception
         raise ValueError(
             f"cannot read {path}: {reason(error)}; give an .npz file of plain arrays, as np.savez writes it"
         ) from error
-    return found, list(members)
+    return arrays, list(members)
 
 
 def _read_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, stored: int) -> Array:
@@ -84,49 +85,52 @@ def _read_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, stored: int) ->
     if dtype.hasobject:
         raise ValueError(f"{what} holds Python objects, which are never loaded")
     if not dtype.itemsize or header + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{what} declares the shape {excerpt(shape)} of {excerpt(dtype)}, which is not its size")
+        raise ValueError(f"{what} declares shape {excerpt(shape)} of {excerpt(dtype)}, which does not fit its size")
     with file.open(member) as stream:
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def text_of(what: str, array: Array) -> str:
-    """The text that an array of one element holds, bytes or str.
+    """Return the text in an array of one element, bytes or str.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the array holds something else.
     """
     text = array.item() if array.size == 1 and array.dtype.kind in "US" else None
     if isinstance(text, bytes):
         text = text.decode("ascii", "replace")
     if not isinstance(text, str):
-        raise ValueError(f"{what} is {excerpt(array.dtype)} of shape {excerpt(array.shape)}: it is one text; give NCL")
+        raise ValueError(
+            f"{what} is {excerpt(array.dtype)} of shape {excerpt(array.shape)}: it must be one text; give NCL"
+        )
     return text
 
 
 def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, Array]]:
-    """Each picture with its file: HW where it is gray, HWC in RGB where it has colour, uint8.
+    """Yield each file with its picture, uint8: HW if it is gray, HWC in RGB if it has colour.
 
-    Pictures are turned the way their EXIF orientation says. An alpha channel is dropped. Of several frames the first
-    is read.
+    Pictures are rotated according to their EXIF orientation. An alpha channel is dropped, and only the first of several
+    frames is read.
 
     Raises:
-        ValueError: no ordinary file; none of the known formats; damaged; more than 8 bits a value; too large.
+        ValueError: a file is not a regular one, has an unknown format, more than 8 bits per value or too many pixels,
+            or is damaged.
     """
     from PIL import Image
 
     decoded = stored = 0
     for file in files:
         if not file.is_file():
-            raise ValueError(f"cannot read {file}: it is not an ordinary file; move it out of the folder of images")
+            raise ValueError(f"cannot read {file}: it is not a regular file; move it out of the folder of images")
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_FORMATS) as image:
                 num_pixels = math.prod(image.size)
                 if num_pixels > MOST_PIXELS:
-                    raise ValueError(f"it declares {image.width}x{image.height} pixels, {MOST_PIXELS:,} are the most")
+                    raise ValueError(f"it declares {image.width}x{image.height} pixels; the limit is {MOST_PIXELS:,}")
                 decoded, stored = decoded + num_pixels * len(image.getbands()), stored + file.stat().st_size
                 check_expansion("this picture with those before it", decoded, stored, "give an .npz if it is right")
                 picture = pixels_of(image)
-        except Exception as error:  # a damaged picture raises nearly anything
+        except Exception as error:  # a damaged picture can raise almost any exception
             raise ValueError(
                 f"cannot read {file}: {reason(error)}; replace it by an 8-bit image, or move it out of the folder"
             ) from error
@@ -134,51 +138,51 @@ def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, Array]]:
 
 
 def pixels_of(image: Image.Image) -> Array:
-    """A picture of PIL as an array: HW where it is gray, HWC in RGB where it has colour, uint8.
+    """Return a PIL image as uint8: HW if it is gray, HWC in RGB if it has colour.
 
     Raises:
-        ValueError: it has more than 8 bits a value, or colours that do not convert to RGB.
+        ValueError: it has more than 8 bits per value, or cannot be converted to RGB.
     """
     from PIL import ExifTags, Image
 
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"its pixels have more than 8 bits (mode {image.mode}); with TOP, the greatest value that a pixel can have "
+            f"its pixels have more than 8 bits (mode {image.mode}); with TOP, the largest value that a pixel can have "
             "(65535 for 16 bits), Image.fromarray((np.asarray(image) / TOP * 255).round().astype('uint8')) has 8"
         )
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:
-        image = image.transpose(Image.Transpose[turn])
+    transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+    if transpose is not None:
+        image = image.transpose(Image.Transpose[transpose])
     return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
 
 
 def as_rgb(images: list[Array]) -> list[Array]:
-    """The same pictures; gray ones as RGB where one of them has colour."""
+    """Return the same pictures; if one of them has colour, the gray ones are converted to RGB."""
     if all(image.ndim == 2 for image in images):
         return images
     return [np.stack([image] * 3, axis=-1) if image.ndim == 2 else image for image in images]
 
 
 def check_names(where: str, names: Iterable[Any]) -> list[str]:
-    """Names of classes as text.
+    """Return the names of classes as text.
 
     Raises:
-        ValueError: a name twice, or one that cannot be printed on a line.
+        ValueError: a name occurs twice, is too long or cannot be printed on one line.
     """
-    found: dict[str, None] = {}
+    checked: dict[str, None] = {}
     for name in map(str, names):
-        odd = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
-        if odd or len(name.encode()) > _LONGEST_NAME:
+        unprintable = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+        if unprintable or len(name.encode()) > _LONGEST_NAME:
             raise ValueError(
                 f"{where} has the class name {excerpt(ascii(name))}: a name has at most {_LONGEST_NAME} bytes, and "
-                "no line breaks or broken characters; rename the class"
+                "no control or invalid characters; rename the class"
             )
-        if name in found:
+        if name in checked:
             raise ValueError(
-                f"{where} has two classes of the name {excerpt(name)}: names tell classes apart; rename one of them"
+                f"{where} has two classes with the name {excerpt(name)}: names must be unique; rename one of them"
             )
-        found[name] = None
-    return list(found)
+        checked[name] = None
+    return list(checked)
 
 
-_LONGEST_NAME = 200  # bytes: with a number before it, the name of a folder
+_LONGEST_NAME = 200  # bytes; exports use the name, with a number before it, as the name of a folder

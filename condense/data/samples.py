@@ -1,7 +1,7 @@
-"""Samples that a user gives: which of an array's axes is which, and whether its values are those of such samples.
+"""Samples that a user gives: the order of their axes, and checks of their values.
 
-A *layout* names the axes of a batch by one letter each, in the order in which an array has them: "NHWC", "NTHW",
-"NLC". N counts samples, C channels, L points of a series, T frames, H rows and W columns. Without C there is one
+A *layout* names the axes of a batch by one letter each, in the order of the array: "NHWC", "NTHW", "NLC". N stands for
+samples, C for channels, L for points of a series, T for frames, H for rows and W for columns. Without C there is one
 channel.
 """
 
@@ -16,28 +16,31 @@ from condense.data.pixels import Array, check_pixels, check_series, numpy_of
 from condense.names import excerpt
 
 STANDARD: dict[Kind, str] = {"series": "NCL", "images": "NCHW", "clips": "NTCHW"}
-"""The layout in which this package holds each kind."""
+"""The layout that Condense uses for each kind."""
 
 IN_FILE = 'np.savez(..., layout="{}")'
-"""How an ``.npz`` file says its layout, for messages; {} is the layout."""
+"""The code that stores a layout in an ``.npz`` file, for messages; {} is the layout."""
 
 _WITHOUT_LAYOUT = {3: ("NHW",), 4: ("NCHW", "NHWC"), 5: ("NTCHW", "NTHWC")}
-"""By number of axes: what an array without a layout may be. All of them are pixels."""
+"""Number of axes -> possible layouts of an array without a layout. Such arrays hold pixels."""
 
 
 def check_samples(
     what: str, samples: Tensor | Array, layout: str | None = None, *, channels_first: bool, remedy: str
 ) -> Array:
-    """Series (N, C, L) as float32; images (N, C, H, W) and clips (N, T, C, H, W) as ``check_pixels`` gives them.
+    """Check samples and return them in the standard layout.
+
+    Series (N, C, L) are float32; images (N, C, H, W) and clips (N, T, C, H, W) are as ``check_pixels`` returns them.
 
     Args:
         what: the name of the array, for the message.
-        samples: an array whose axes ``layout`` names.
-        layout: None: pixels, see ``guess``, also for ``channels_first``.
-        remedy: how the source of the array says its layout, with {} in the place of it, for the message.
+        samples: an array with the axes of ``layout``.
+        layout: None: the array holds pixels, and ``guess`` finds the layout.
+        channels_first: as in ``guess``.
+        remedy: the code that gives a layout for this source, with {} in its place, for the message.
 
     Raises:
-        ValueError: in one line, for axes, types and values that no kind of sample has.
+        ValueError: axes, type or values are not those of any kind of sample.
     """
     given = numpy_of(what, samples)
     axes = layout
@@ -53,26 +56,26 @@ def check_samples(
     channels = shape[channel_axis(shape)]
     if channels not in (1, 3):
         raise ValueError(
-            f"{what} has {channels} channels: {kind(shape)} have one (gray) or three (RGB); give so many channels"
+            f"{what} has {channels} channels: {kind(shape)} have one (gray) or three (RGB); select or convert channels"
         )
     try:
         return check_pixels(what, arranged)
     except ValueError as error:
         if layout is None and given.ndim == 3 and given.dtype.kind in "iuf":
-            raise ValueError(f"{error}; if these are series, say so, {remedy.format('NCL')}") from error
+            raise ValueError(f"{error}; if these are series, give a layout, {remedy.format('NCL')}") from error
         raise
 
 
 def arrange(what: str, array: Array, layout: str) -> Array:
-    """A view of the array with its axes in the standard order: (N, C, L), (N, C, H, W) or (N, T, C, H, W).
+    """Return a view of the array with its axes in the standard order: (N, C, L), (N, C, H, W) or (N, T, C, H, W).
 
     Args:
         what: the name of the array, for the message.
-        array: any values; its axes are those that ``layout`` names.
-        layout: one letter for each axis, in any case.
+        array: any values, with the axes of ``layout``.
+        layout: one letter for each axis, upper or lower case.
 
     Raises:
-        ValueError: the letters are those of no kind of sample, or another number than the array has axes.
+        ValueError: the layout is unknown, or the array has another number of axes.
     """
     axes = layout.upper()
     standard = next((s for s in STANDARD.values() if sorted(axes) in (sorted(s), sorted(s.replace("C", "")))), None)
@@ -84,7 +87,7 @@ def arrange(what: str, array: Array, layout: str) -> Array:
     if array.ndim != len(axes):
         raise ValueError(
             f"{what} has shape {excerpt(array.shape)}: its layout {axes} names {len(axes)} axes; reshape it, or give "
-            "the layout that it has"
+            "its actual layout"
         )
     if "C" not in axes:
         array, axes = array[..., None], axes + "C"
@@ -92,18 +95,17 @@ def arrange(what: str, array: Array, layout: str) -> Array:
 
 
 def guess(what: str, shape: Sequence[int], *, channels_first: bool, remedy: str) -> str:
-    """The layout of an array of pixels whose source does not say it.
+    """Return the probable layout of an array of pixels that was given without one.
 
-    Three axes are NHW. Four are NCHW or NHWC and five NTCHW or NTHWC: whichever has one or three channels, and the
-    first of the two if both have and ``channels_first`` is set, else the second.
+    Three axes are NHW. Four axes are NCHW or NHWC, and five are NTCHW or NTHWC, whichever has one or three channels.
 
     Args:
         what, remedy: as for ``check_samples``.
-        shape: of the whole array, samples first.
-        channels_first: what is preferred where both fit.
+        shape: shape of the whole array, samples first.
+        channels_first: if both layouts fit, prefer the first one, else the second.
 
     Raises:
-        ValueError: neither has one or three channels; fewer than three or more than five axes.
+        ValueError: neither layout has one or three channels; there are fewer than three or more than five axes.
     """
     layouts = _WITHOUT_LAYOUT.get(len(shape), ())
     for layout in layouts if channels_first else layouts[::-1]:
@@ -112,10 +114,10 @@ def guess(what: str, shape: Sequence[int], *, channels_first: bool, remedy: str)
     if not layouts:
         raise ValueError(
             f"{what} has shape {excerpt(tuple(shape))}: images have three or four axes and clips five; reshape it, or "
-            f"say what its axes are, {remedy.format('NL')}"
+            f"give a layout, {remedy.format('NL')}"
         )
     second = "second" if len(shape) == 4 else "third"
     raise ValueError(
         f"{what} has shape {tuple(shape)}: neither its {second} nor its last axis has length 1 or 3; give "
-        f"{' or '.join(layouts[::-1])}, or say what its axes are, {remedy.format(layouts[0])}"
+        f"{' or '.join(layouts[::-1])}, or give a layout, {remedy.format(layouts[0])}"
     )

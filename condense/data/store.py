@@ -1,7 +1,7 @@
-"""Decoded arrays in the cache, mapped into memory: read once, shared by every process that asks again.
+"""Decoded arrays in the cache, which are mapped into memory and shared by all processes.
 
-An entry holds plain ``.npy`` files and ``facts.json``: what they were made from and facts about them. Arrays are mapped
-copy-on-write: processes share the pages, and what one writes into them stays its own.
+An entry holds plain ``.npy`` files and ``facts.json``, which records their source and facts about them. Arrays are
+mapped copy-on-write: processes share the pages, and a process that writes to them changes only its own copy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from condense.cache import Cache
 from condense.files import canonical_json, read_json, try_lock_open
 
 FORMAT = 3
-"""Changes with how sources are decoded: 2 turns pictures the way their EXIF orientation says, 3 reads the axes and
-lengths that ``.npz`` files name."""
+"""Version of the decoding. 2 rotates pictures according to their EXIF orientation; 3 reads the entries ``layout`` and
+``length_train`` of ``.npz`` files."""
 _FACTS = "facts.json"
 
 
 def stamp(root: Path, files: Iterable[Path]) -> str | None:
-    """Changes with the names (under ``root``), sizes and times of the files; None: there are none, or one vanished."""
+    """Return a hash of the names (relative to ``root``), sizes and times of the files.
+
+    Returns None if there are no files, or one cannot be accessed.
+    """
     try:
         stats = [(file.relative_to(root).as_posix(), file.stat()) for file in sorted(files)]
     except OSError:
@@ -36,13 +39,13 @@ def stamp(root: Path, files: Iterable[Path]) -> str | None:
 def read(
     cache: Path | None, key: Mapping[str, Any], source: str
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
-    """Arrays by name and facts; None where there is no entry, or one that is damaged or made from another source."""
+    """Return arrays by name, and the facts; None if the entry is missing, damaged or made from another source."""
 
     def arrays_and_facts(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        content = read_json(folder / _FACTS, mend="decode it again")
+        content = read_json(folder / _FACTS, fix="decode it again")
         intact = content.pop("sha256") == _digest(content)
-        made_of = [content["format"], content["source"], content["arrays"]]
-        if not intact or made_of != [FORMAT, source, _arrays(folder)]:
+        provenance = [content["format"], content["source"], content["arrays"]]
+        if not intact or provenance != [FORMAT, source, _arrays(folder)]:
             raise ValueError("it is damaged, or made from another source")
         return {file.stem: _mapped(file) for file in folder.glob("*.npy")}, content["facts"]
 
@@ -58,28 +61,28 @@ def write(
     *,
     about: str,
 ) -> None:
-    """Put an entry where ``read`` finds it, in place of an existing one; see ``Cache.write``."""
+    """Write an entry that ``read`` finds; it replaces an existing one. See ``Cache.write``."""
 
-    def lay_out(folder: Path) -> None:
+    def write_files(folder: Path) -> None:
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
         content = {"format": FORMAT, "source": source, "arrays": _arrays(folder), "facts": facts}
         (folder / _FACTS).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
 
-    Cache(cache, "decoded").write(key, lay_out, about=about)
+    Cache(cache, "decoded").write(key, write_files, about=about)
 
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def _mapped(path: Path) -> NDArray[Any]:
-    """The array of a ``.npy`` file, locked against removal for as long as it is mapped: the mapping keeps a duplicate
-    of the file's descriptor, and the lock lasts as long as that."""
+    """Map the array of a ``.npy`` file. The file is locked against removal while it is mapped, because the mapping
+    holds a duplicate of the locked file descriptor."""
     with open(path, "rb") as file:
         if try_lock_open(file.fileno(), shared=True) is False:
             raise ValueError("another process is removing it")
-        shape, in_columns, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
-        return np.asarray(np.memmap(file, dtype, "c", file.tell(), shape, "F" if in_columns else "C"))
+        shape, column_major, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+        return np.asarray(np.memmap(file, dtype, "c", file.tell(), shape, "F" if column_major else "C"))
 
 
 def _arrays(entry: Path) -> str | None:

@@ -1,21 +1,21 @@
-"""Invertible, describable maps from the values of the data to the space that networks see, fitted on train.
+"""Invertible transforms from the values of the data to the space that networks see, fitted on training data.
 
-The values are pixels in [0, 1] for images and clips, any floats for series. ``channel`` standardises a channel over
-all samples, points, frames, rows and columns; the points that pad a series to the common length are counted like the
-others. In the ZCAs a sample is the vector of all its values.
+The values are pixels in [0, 1] for images and clips, and any floats for series. ``channel`` standardises each channel
+over all samples, points, frames, rows and columns; the points that pad a series to the common length are included. ZCA
+treats a sample as the vector of all its values.
 
 ``none``          x' = x
 ``channel``       x' = (x - mean_c) / std_c for each channel c
 ``zca``           x' = (x - mu) W, W = (Sigma + eps I)^(-1/2), eps = 0.1, Sigma the unbiased covariance of the
                   raw pixels. The definition of kornia, used by the trajectory-matching family (MTT, TESLA,
                   FTD, DATM).
-``zca-relative``  channels are normalised first, Sigma = X^T X / N of the centred result, and the regulariser
-                  follows its scale: W = (Sigma + eps tr(Sigma)/d I)^(-1/2), eps = 0.1; with N < d images the
-                  eigenvalues past the N largest become 1. The definition of FRePo and RCIG. The channel
-                  statistics are always measured: the published CIFAR-10 constants are not the standard
-                  deviations that FRePo divides by.
+``zca-relative``  channels are normalised first, Sigma = X^T X / N of the centred result, and the regulariser is
+                  relative to its scale: W = (Sigma + eps tr(Sigma)/d I)^(-1/2), eps = 0.1; with N < d images all
+                  eigenvalues but the N largest are set to 1. The definition of FRePo and RCIG. The channel
+                  statistics are always measured, because the published CIFAR-10 constants are not the standard
+                  deviations by which FRePo divides.
 
-The two ZCA definitions lead to different spaces: images distilled in one are noise in the other.
+The two ZCA definitions lead to different spaces: images that were distilled in one are noise in the other.
 """
 
 from __future__ import annotations
@@ -55,37 +55,38 @@ class Transform(ABC):
     """A differentiable map of samples (N, *input_shape) on any device and in any floating dtype."""
 
     pointwise: ClassVar[bool] = True
-    """A value depends on one value, so that mapping a batch costs next to nothing."""
+    """Whether each value is mapped independently of the others, so that transforming a batch is cheap."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """The values of the data to the space of the networks."""
+        """Map values of the data to the space of the networks."""
 
     @abstractmethod
     def inverse(self, x: Tensor) -> Tensor:
-        """Back to the values of the data, not clamped."""
+        """Map samples from the space of the networks to values of the data, without clamping."""
 
     def to_data(self, x: Tensor) -> Tensor:
-        """The inverse, with pixels clamped to [0, 1]; series are not clamped."""
+        """Apply the inverse and clamp pixels to [0, 1]; series are not clamped."""
         values = self.inverse(x)
         return values if kind(values.shape[1:]) == "series" else values.clamp(0, 1)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What ``from_description`` needs, ready for JSON."""
+        """Return the JSON values from which ``from_description`` restores the transform."""
 
     @staticmethod
     def from_description(
         description: Mapping[str, Any], images: Tensor | Images | None = None, cache: Path | None = None
     ) -> Transform:
-        """The transform that ``describe`` described.
+        """Restore a transform from its description.
 
-        A whitening matrix is too large for a description: it is read from the folder ``cache``, or fitted
-        again to ``images``, the training samples (N, *input_shape) that it was fitted to. Another machine
-        rounds otherwise, so the matrix has to agree in its trace, not in its sha256.
+        A whitening matrix is too large for a description. It is read from the folder ``cache``, or fitted again to
+        ``images``, the training samples (N, *input_shape). Rounding differs between machines, so the trace of the
+        matrix has to agree, but not its sha256.
 
         Raises:
-            ValueError: the description is damaged; the matrix is in neither place; these are not the images.
+            ValueError: the description is damaged; the matrix is not cached and ``images`` is None; the matrix is
+                another one, because it was fitted to other samples.
         """
         try:
             kind = description["kind"]
@@ -96,7 +97,7 @@ class Transform(ABC):
             if kind == "zca":
                 flavour, eps, key, trace = (description[name] for name in ("flavour", "eps", "key", "trace"))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"damaged description of a transform: {error!r}; write it again") from error
+            raise ValueError(f"damaged description of a transform: {error!r}; restore the file") from error
         if kind != "zca":
             raise ValueError(f"unknown transform {kind!r}: it is none of none, channel, zca; update condense")
         needed = f"the training set with key {key} is needed; give it with {spelt('dataset')}"
@@ -106,7 +107,7 @@ class Transform(ABC):
         elif images is not None:
             whitening = _fit_zca(images, flavour, eps, key)
         else:
-            raise ValueError(f"the ZCA matrix of these images is not cached: {needed}")
+            raise ValueError(f"the ZCA matrix of this set is not cached: {needed}")
         if abs(whitening.trace - trace) > 1e-4 * abs(trace):
             raise ValueError(f"this ZCA matrix has trace {whitening.trace:.6g}, not {trace:.6g}: {needed}")
         if not cached:
@@ -116,7 +117,7 @@ class Transform(ABC):
 
 @dataclass(frozen=True)
 class Identity(Transform):
-    """``none``."""
+    """The transform ``none``."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return x
@@ -130,7 +131,7 @@ class Identity(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelNorm(Transform):
-    """``channel``."""
+    """The transform ``channel``."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -141,7 +142,7 @@ class ChannelNorm(Transform):
         return _Constants(mean, std)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation in a shape that broadcasts against ``x``."""
+        """Return mean and standard deviation in a shape that broadcasts with ``x``."""
         shape = _by_channel(x.shape[1:])
         mean, std = self._constants.like(x)
         return mean.reshape(shape), std.reshape(shape)
@@ -160,10 +161,10 @@ class ChannelNorm(Transform):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Whitening(Transform):
-    """``zca`` (flavour absolute) and ``zca-relative`` (flavour relative): x' = (x - mean) @ matrix.
+    """The transforms ``zca`` (flavour absolute) and ``zca-relative`` (flavour relative): x' = (x - mean) @ matrix.
 
-    ``mean`` (d,) is the mean training sample and ``matrix`` (d, d) its whitening, both float32. The channel
-    normalisation of the relative flavour is part of them: the mean absorbs its centring, the rows its scale.
+    ``mean`` (d,) is the mean training sample and ``matrix`` (d, d) the whitening matrix, both float32. The channel
+    normalisation of the relative flavour is included: its centring in ``mean``, its scale in the rows of ``matrix``.
     """
 
     pointwise: ClassVar[bool] = False
@@ -184,7 +185,7 @@ class Whitening(Transform):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Over the bytes of mean and matrix."""
+        """Hash of the bytes of mean and matrix."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.matrix.numpy().tobytes()).hexdigest()
 
     @property
@@ -211,15 +212,14 @@ class Whitening(Transform):
 
 
 def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, cache: Path | None) -> Transform:
-    """Fit a transform to training samples (N, *input_shape), read a chunk at a time.
+    """Fit a transform to training samples (N, *input_shape), which are read in chunks.
 
-    ``channel`` takes the published constants of a known data set, else the measured ones
-                (``channel_statistics``). A ZCA matrix is fitted on the CPU in float64 and kept in the folder
-                ``cache`` under ``key``, which has to name these samples: the fingerprint of the data and what
-                was split off.
+    ``channel`` uses the published constants of a known data set, else measured ones (``channel_statistics``). A ZCA
+    matrix is fitted on the CPU in float64 and stored in the folder ``cache`` under ``key``, which has to identify these
+    samples by the fingerprint of the data and their split.
 
     Raises:
-        ValueError: unknown spec; a channel without variation; samples too large for ZCA.
+        ValueError: the transform is unknown; a channel is constant; the samples are too large for ZCA.
     """
     check_transform(spec)
     if spec == "none":
@@ -237,13 +237,13 @@ def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, ca
 
 
 def check_transform(spec: str) -> None:
-    """Raise ValueError where there is no transform of this name."""
+    """Raise ValueError if there is no transform of this name."""
     if spec not in SPECS:
         raise ValueError(f"unknown transform {spec!r}: {suggest(spec, SPECS)}")
 
 
 def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation of each channel of samples (N, *input_shape), to six decimals.
+    """Return mean and population standard deviation of each channel of samples (N, *input_shape), to six decimals.
 
     Raises:
         ValueError: a channel is constant.
@@ -264,18 +264,18 @@ def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tupl
 
 
 def _by_channel(shape: Sequence[int]) -> list[int]:
-    """The shape of one value for each channel that broadcasts against samples of this shape."""
+    """Return the shape in which one value per channel broadcasts with samples of this shape."""
     axis = channel_axis(shape)
     return [-1 if i == axis else 1 for i in range(len(shape))]
 
 
 def _chunks(images: Tensor | Images) -> Iterator[Tensor]:
-    """In float64 on the CPU."""
+    """Yield the samples in chunks, float64 on the CPU."""
     return (chunk.cpu().double() for chunk in images.split(_CHUNK))
 
 
 class _Constants:
-    """Tensors that follow the device and dtype of what they meet; each place gets one copy."""
+    """Tensors with one cached copy for each device and dtype with which they are used."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
@@ -293,7 +293,7 @@ def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whi
     n, d = len(images), math.prod(images.shape[1:])
     if d > _MAX_SIZE:
         raise ValueError(
-            f"{kind(images.shape[1:])} of {d} values are too large for ZCA: {_MAX_SIZE} (3x64x64) are the most; "
+            f"{kind(images.shape[1:])} of {d} values are too large for ZCA: the limit is {_MAX_SIZE} (3x64x64); "
             f"give {spelt('transform', 'channel')}"
         )
     mean = torch.stack([chunk.flatten(1).sum(0) for chunk in _chunks(images)]).sum(0) / n
@@ -329,12 +329,12 @@ def _write_cache(cache: Path | None, whitening: Whitening) -> None:
     Cache(cache, "zca").write(
         _identity(whitening.flavour, whitening.eps, whitening.key),
         write,
-        about=f"{whitening.flavour}, {len(whitening.mean)} values an image, data {whitening.key[:12]}",
+        about=f"{whitening.flavour}, {len(whitening.mean)} values per sample, data {whitening.key[:12]}",
     )
 
 
 def _read_cache(cache: Path | None, flavour: str, eps: float, key: str) -> Whitening | None:
-    """The cached matrix, or None: a missing entry and a damaged one are alike."""
+    """Return the cached matrix, or None if its entry is missing or damaged."""
 
     def read(folder: Path) -> Whitening:
         with safetensors.safe_open(folder / _MATRIX, "pt") as file:

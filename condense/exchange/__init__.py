@@ -1,4 +1,4 @@
-"""Sets that others made, into ours; and ours into formats that others read."""
+"""Import of published sets, and export of our sets to other formats."""
 
 from condense.exchange.export import FORMATS as FORMATS
 from condense.exchange.export import check_export as check_export

@@ -1,6 +1,6 @@
-"""A set in formats that others read: arrays, a folder of images, a Hugging Face data set.
+"""Export of a set to other formats: arrays, a folder of images, a Hugging Face data set.
 
-Arrays take any set. Folders and Hugging Face data sets hold images alone.
+Any set can be exported as arrays. Folders and Hugging Face data sets hold images only.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from condense.synthetic.set import SyntheticSet
 
 
 def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> None:
-    """Write the decoded samples, as the data set has them, with their labels.
+    """Write the decoded samples, with the values of the original data, and their labels.
 
     Args:
         syn: the set.
-        transform: of the set, whose inverse leads back to the values of the data.
-        path: a file for ``npz``, else a folder that does not exist yet.
+        transform: the transform of the set; its inverse gives the values of the data.
+        path: a file for ``npz``, else a folder; it must not exist.
         kind: one of ``FORMATS``.
 
     Raises:
-        ValueError: something is there already; it cannot be written; a library for this format is missing; the format
-            is for images and the set has none.
+        ValueError: ``path`` exists or cannot be written; a library for this format is missing; the format is for
+            images, and the set has none.
     """
     check_export(path, kind)
     samples = layout.kind(syn.origin.input_shape)
     if kind != "npz":
         if samples != "images":
-            raise ValueError(f"the format {kind} is for images, this set has {samples}; give the format npz")
+            raise ValueError(f"the format {kind} is for images, but this set has {samples}; give the format npz")
         syn.require_classes(f"the format {kind}")
     with torch.no_grad():
         images, targets = syn()
@@ -56,26 +56,26 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
 
 
 def check_export(path: Path, kind: str) -> None:
-    """Raise ValueError for an unknown format, and where something is at ``path`` or nothing can be written there."""
+    """Raise ValueError if the format is unknown, or if ``path`` exists or cannot be written."""
     if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}: it is one of {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {kind!r}: there are {', '.join(FORMATS)}; give one of them")
     if path.exists():
-        raise ValueError(f"{path} exists already; give another place")
+        raise ValueError(f"{path} exists already; give another path")
     check_new_folder(path.parent)
 
 
 @contextlib.contextmanager
 def _making(folder: Path) -> Iterator[Path]:
-    """A temporary folder, which gets its name once all is in it."""
+    """Yield a temporary folder, which is renamed to ``folder`` once it is complete."""
     with temporary(folder.parent, is_folder=True) as staged:
         yield staged
         staged.rename(folder)
 
 
 def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
-    """Arrays ``images`` or ``clips``, float32 in [0, 1], or ``series``, float32; ``layout``, which names their axes;
-    ``labels`` (N,), ``soft_labels`` (N, classes) where there are any, ``classes``, and ``origin``, the JSON that the
-    set says of itself. A set without classes has ``targets`` (N, D) in the place of labels and classes."""
+    """Write arrays: ``images`` or ``clips``, float32 in [0, 1], or ``series``, float32; ``layout``, the names of their
+    axes; ``labels`` (N,), ``classes``, ``soft_labels`` (N, classes) if the labels are soft; ``origin``, the JSON of the
+    origin of the set. A set without classes has ``targets`` (N, D) instead of labels and classes."""
     samples = layout.kind(syn.origin.input_shape)
     arrays: dict[str, Any] = {
         samples: pixels.numpy(),
@@ -93,7 +93,8 @@ def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None
 
 
 def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
-    """``CLASS/NNNN.png``, ``labels.csv`` (file, label, class) and, where labels are soft, ``soft_labels.parquet``."""
+    """Write ``CLASS/NNNNN.png``, ``labels.csv`` (file, label, class), ``origin.json`` and, if the labels are soft,
+    ``soft_labels.parquet``."""
     names = _write_images(syn, pixels, targets, path)
     with open(path / "labels.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -110,8 +111,8 @@ def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> N
 
 
 def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
-    """A folder that ``datasets.load_dataset`` reads: ``data/train.parquet`` with images as PNG, classes and, where
-    labels are soft, their values for each class; and a card."""
+    """Write a folder for ``datasets.load_dataset``: ``data/train.parquet`` with PNG images, labels and soft labels, if
+    there are any, and a data set card."""
     arrow, parquet = tables.arrow()
     names = _write_images(syn, pixels, targets, path / "images")
     rows = [{"bytes": (path / "images" / name).read_bytes(), "path": name} for name in names]
@@ -136,12 +137,12 @@ FORMATS: dict[str, Callable[[SyntheticSet, Tensor, Tensor, Path], None]] = {
 
 
 def class_folder(label: int, name: str) -> str:
-    """The folder that holds the images of a class: its number and its name, in characters that file systems take."""
+    """Return the name of the folder of a class: its number and its name, in characters that are valid in file names."""
     return f"{label:03d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
 def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Path) -> list[str]:
-    """PNG files below ``folder``, a folder a class; their names."""
+    """Write PNG files, in one subfolder per class, and return their names relative to ``folder``."""
     classes, names = syn.origin.dataset["classes"], []
     for i, (image, label) in enumerate(zip((pixels * 255).round().byte(), _classes(targets).tolist(), strict=True)):
         name = f"{class_folder(label, classes[label])}/{i:05d}.png"
@@ -171,11 +172,11 @@ tags:
 
 {num_images} synthetic images of {origin.num_classes} classes, made by `{method}` with condense {origin.code} from the
 training images of {origin.dataset["name"]} (fingerprint `{origin.dataset["fingerprint"]}`).
-Labels: {syn.label_kind.name}. Pixels are 8-bit; networks were meant to see them through the transform
-`{canonical_json(dict(origin.transform))}`.
+Labels: {syn.label_kind.name}. Pixels are 8-bit. Apply the transform `{canonical_json(dict(origin.transform))}`
+before training a network on them.
 
-Images are synthetic and may still resemble training images: making them gives no privacy guarantee. The licence is that
-of the original data.
+The images are synthetic but may resemble training images: they give no privacy guarantee. The licence is that of the
+original data.
 
 Recipe (hash `{origin.recipe_hash or "none"}`):
 

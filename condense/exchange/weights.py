@@ -1,9 +1,9 @@
-"""Weights that others trained: a state dict as ``.safetensors``, ``.pt`` or ``.pth``, matched with a network by name.
+"""Import of trained weights: a state dict as ``.safetensors``, ``.pt`` or ``.pth``, matched with a network by name.
 
 A file holds tensors by name, or such a mapping under ``state_dict``, ``model`` or ``model_state_dict``, beside numbers
-and text. Names may begin with the prefixes of wrappers (``module.`` of DataParallel, ``_orig_mod.`` of
-``torch.compile``, ``model.`` of a Lightning module), if all of them do. A ``.pt`` is read with ``weights_only=True``,
-so nothing in it is ever run.
+and text. If all names begin with the prefix of a wrapper (``module.`` of DataParallel, ``_orig_mod.`` of
+``torch.compile``, ``model.`` of a Lightning module), it is removed. A ``.pt`` is read with ``weights_only=True``, so no
+code in it is run.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from condense.rng import Rng
 _HOLDERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_REMEDY = "write it by torch.save(network.state_dict(), PATH); a set needs a destination that ends in .safetensors"
+_REMEDY = "write it with torch.save(network.state_dict(), PATH); a set needs a destination that ends in .safetensors"
 _COUNTER = "num_batches_tracked"
-"""Of BatchNorm; files written before PyTorch 0.4.1 lack it."""
+"""Counter of BatchNorm; files written before PyTorch 0.4.1 lack it."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, without the prefixes of wrappers, on the CPU.
+    """Return tensors by name, without the prefixes of wrappers, on the CPU.
 
     Raises:
-        ValueError: there is no such file; it is damaged, or holds something else than a state dict.
+        ValueError: the file is missing or damaged, or holds something else than a state dict.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} holds a {type(content).__name__} and no state dict; {_REMEDY}")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict; {_REMEDY}")
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{path} is no state dict: its entry {excerpt(name, 60)!r} is a {type(value).__name__}, no tensor; "
-                f"{_REMEDY}"
+                f"{path} is not a state dict: its entry {excerpt(name, 60)!r} is a {type(value).__name__}, not a "
+                f"tensor; {_REMEDY}"
             )
     names = list(content)
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) and name != p for name in names)), ""):
@@ -51,7 +51,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> object:
-    content = read_foreign(path, holds="tensors by name", mend="torch.save(network.state_dict(), PATH)")
+    content = read_foreign(path, holds="tensors by name", save_as="torch.save(network.state_dict(), PATH)")
     for holder in _HOLDERS:
         if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
             return content[holder]
@@ -63,24 +63,24 @@ def _read_safetensors(path: Path) -> object:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             if "condense" in (file.metadata() or {}):
-                raise ValueError(f"{path} was written by Condense; give a state dict that others wrote")
+                raise ValueError(f"{path} was written by Condense; give a state dict of another program")
             return {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {reason(error)}; get it again") from error
+        raise ValueError(f"{path} cannot be read as safetensors: {reason(error)}; download it again") from error
 
 
 def match(state: Mapping[str, Tensor], network: Functional, where: str) -> Weights:
-    """The weights of ``network`` from a state dict that has all of its tensors and no others, by name and shape.
+    """Return the weights of ``network`` from a state dict with exactly the same names and shapes.
 
-    Floating-point numbers are converted to float32. What the architecture fixes (frozen parameters, and buffers of
-    whole numbers such as tables of indices) has to be equal; counters of batches may be absent.
+    Floating-point numbers are converted to float32. Tensors that the architecture fixes (frozen parameters and integer
+    buffers, such as tables of indices) must be equal to those of the network. Batch counters may be absent.
 
     Args:
         where: the file, for messages.
 
     Raises:
-        ValueError: other names or shapes (the line has the first of them, and near names), other types, or numbers
-            that are not finite.
+        ValueError: names or shapes differ (the message gives the first one and similar names); types differ; numbers
+            are not finite.
     """
     names, initial = network.published, network.init(Rng(0), "layout")
     required = [name for name in names if not name.endswith(_COUNTER)]
@@ -97,8 +97,8 @@ def match(state: Mapping[str, Tensor], network: Functional, where: str) -> Weigh
         is_fixed = ours in network.frozen or not expected.is_floating_point()
         if is_fixed and not name.endswith(_COUNTER) and not torch.equal(value, expected):
             raise ValueError(
-                f"{name} in {where} differs from what {network.name} fixes and never trains; give {spelt('network')} "
-                "as it was trained"
+                f"{name} in {where} differs from the fixed value in {network.name}, which is never trained; give "
+                f"{spelt('network')} as it was trained"
             )
         values[ours] = value
     return Weights(*({name: values[name] for name in part} for part in initial))
@@ -108,17 +108,17 @@ def _check_names(given: Sequence[str], required: Sequence[str], known: Sequence[
     missing, extra = [name for name in required if name not in given], [name for name in given if name not in known]
     if missing:
         near = difflib.get_close_matches(missing[0], extra, n=2, cutoff=0.5)
-        guess = f" (it has {' and '.join(excerpt(name, 60) for name in near)})" if near else ""
+        similar = f" (it has {' and '.join(excerpt(name, 60) for name in near)})" if near else ""
         raise ValueError(
-            f"{culprit}: it lacks {_first(missing)}{guess}; give {spelt('network')} as it was trained, or rename the "
+            f"{culprit}: it lacks {_first(missing)}{similar}; give {spelt('network')} as it was trained, or rename the "
             "entries"
         )
     if extra:
         near = difflib.get_close_matches(extra[0], known, n=2, cutoff=0.5)
-        guess = f" (near: {' and '.join(near)})" if near else ""
+        similar = f" (similar: {' and '.join(near)})" if near else ""
         raise ValueError(
-            f"{culprit}, which has no {_first(extra)}{guess}; give {spelt('network')} as it was trained, or leave "
-            "these entries out"
+            f"{culprit}, which has no {_first(extra)}{similar}; give {spelt('network')} as it was trained, or remove "
+            "these entries"
         )
 
 
@@ -127,7 +127,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _checked(tensor: Tensor, expected: Tensor, what: str) -> Tensor:
-    """A tensor on the device and in the type of ``expected``. Raises ValueError where it cannot be used."""
+    """Return a tensor with the device and type of ``expected``; raise ValueError if it cannot be used."""
     is_plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
     if not is_plain or tensor.is_quantized or tensor.dtype not in (*_FLOATS, torch.int64, torch.int32, torch.bool):
         raise ValueError(f"{what} is a {tensor.dtype} tensor that cannot be read; save it as float32")

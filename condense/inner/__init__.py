@@ -1,5 +1,7 @@
-"""Differentiable inner loops: ``unroll`` trains, a rule says how, an adjoint says how to differentiate it; what solves
-an inner problem in another way is differentiated by ``implicit_gradient``."""
+"""Differentiable inner loops: ``unroll`` trains with an update rule and differentiates with an adjoint.
+
+Solutions of inner problems found in any other way are differentiated by ``implicit_gradient``.
+"""
 
 from condense.inner.adjoint import (
     ADJOINTS,

@@ -1,8 +1,8 @@
-"""How to differentiate an inner training run: a value, not a property of the run.
+"""Adjoints: methods of differentiating an inner training run.
 
 With theta_{t+1} = step(theta_t, x_t, lr_t) and an outer loss L(theta_N), the adjoint lam_t = dL/dtheta_t
-starts from lam_N and obeys lam_t = lam_{t+1} . dstep/dtheta_t; on the way each input gets its gradient,
-dL/dx_t = lam_{t+1} . dstep/dx_t. Momentum and Adam carry their state in the same way: read theta_t as the
+starts from lam_N and satisfies lam_t = lam_{t+1} . dstep/dtheta_t. The gradient of each input is
+dL/dx_t = lam_{t+1} . dstep/dx_t. The state of momentum and Adam is treated in the same way: theta_t then stands for the
 pair of theta_t and the state of the rule.
 """
 
@@ -27,35 +27,36 @@ from condense.schema import Checked
 
 @dataclass(frozen=True)
 class Adjoint(Checked, ABC):
-    """A way to run a roll-out, and to get the gradient of what comes after back through it."""
+    """A method of running a roll-out and of backpropagating through it."""
 
     name: ClassVar[str]
     exact: ClassVar[bool]
     """Whether the gradient is that of the whole roll-out."""
 
     def resolve(self, generator: torch.Generator) -> Adjoint:
-        """This adjoint with its random choices made; one that has none to make returns itself."""
+        """Return this adjoint with its random choices drawn; without any, return itself."""
         return self
 
     @abstractmethod
     def run(self, rollout: Rollout) -> Params:
-        """The parameters after the last step."""
+        """Return the parameters after the last step."""
 
 
 @dataclass(frozen=True)
 class Exact(Adjoint):
-    """The gradient of the full unroll, to rounding, at a fraction of its memory.
+    """The gradient of the full unroll, up to rounding, with a fraction of its memory.
 
-    The way forth keeps the parameters (and the state of the rule) of every step and no graph; compiled, also its
-    gradient. The way back builds the graph of one step at a time; what a step draws from the global generators, as
-    dropout does, is drawn again as it was. Memory: N points, or two, and the graph of one step. (Wang et al., 2018.)
+    The forward pass stores a checkpoint for every step (the parameters and the state of the rule; if compiled, also the
+    gradient) and no graph. The backward pass builds the graph of one step at a time. Random numbers that a step draws
+    from the global generators, for example for dropout, are drawn again identically. Memory: N checkpoints and the
+    graph of one step. (Wang et al., 2018.)
     """
 
     name: ClassVar[str] = "exact"
     exact: ClassVar[bool] = True
     snapshots: Literal["full", "host", "bfloat16"] = "full"
-    """How points are kept: as they are, in the memory of the host, or rounded: then the way back is that of points
-    nearby, and no longer exact."""
+    """How checkpoints are stored. full: on the device. host: in host memory. bfloat16: rounded, which makes the
+    gradient inexact."""
 
     def run(self, rollout: Rollout) -> Params:
         return _run_adjoint(rollout, every=1, propagate=True, snapshots=self.snapshots)
@@ -63,16 +64,16 @@ class Exact(Adjoint):
 
 @dataclass(frozen=True)
 class Checkpointed(Adjoint):
-    """``Exact`` with every k-th point kept and those between recomputed: N/k + k points, one more roll-out.
+    """``Exact`` with every k-th checkpoint stored and the others recomputed, by one additional roll-out.
 
-    Worth it where the points outweigh the graph of a step: very long roll-outs. Least memory at ``every``
-    near the square root of N. (Chen et al., 2016.)
+    It holds N/k + k checkpoints at a time, the fewest if ``every`` is near the square root of N. This pays off for very
+    long roll-outs, whose checkpoints take more memory than the graph of a step. (Chen et al., 2016.)
     """
 
     name: ClassVar[str] = "checkpointed"
     exact: ClassVar[bool] = True
     every: int = 10
-    """Distance of the points that are kept."""
+    """Number of steps between stored checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +85,7 @@ class Checkpointed(Adjoint):
 
 @dataclass(frozen=True)
 class Full(Adjoint):
-    """Autograd through everything: the graphs of all N steps are held at once. The oracle of the others."""
+    """Plain autograd, which holds the graphs of all N steps at once; the reference for the other adjoints."""
 
     name: ClassVar[str] = "full"
     exact: ClassVar[bool] = True
@@ -101,17 +102,19 @@ class Full(Adjoint):
 
 @dataclass(frozen=True)
 class Truncated(Adjoint):
-    """``Exact`` over the last steps only; those before run without graph and their inputs get no gradient.
+    """``Exact`` over the last steps only; earlier steps run without a graph and their inputs get no gradient.
 
-    The state of the rule crosses the border. With a window of N or more it is ``Exact``.
+    The window starts from the state that the rule has after the earlier steps. With a window of N or more it is
+    ``Exact``.
     """
 
     name: ClassVar[str] = "truncated"
     exact: ClassVar[bool] = False
     window: int = 60
-    """Steps that are differentiated."""
+    """Number of steps that are differentiated."""
     burn_in: int | None = None
-    """Steps before the window. The run ends with the window; later batches stay unused. None: all but it."""
+    """Number of steps before the window. The run ends with the window, and later batches are not used. Default: all
+    steps but the window."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +126,7 @@ class Truncated(Adjoint):
             if num_steps > len(rollout):
                 raise ValueError(
                     f"{len(rollout)} batches are too few: burn_in {self.burn_in} and window {self.window} "
-                    f"make {num_steps} steps; give {num_steps} batches"
+                    f"need {num_steps} steps; give {num_steps} batches"
                 )
             rollout = rollout.until(num_steps)
         return Exact().run(rollout.after(max(len(rollout) - self.window, 0)))
@@ -133,41 +136,42 @@ class Truncated(Adjoint):
 class RandomTruncated(Adjoint):
     """``Truncated`` after a random number of steps (RaT-BPTT: Feng et al., 2024).
 
-    It draws nothing itself: ``resolve(generator)`` draws the burn-in and returns the ``Truncated`` to unroll
-    with, over ``burn_in + window`` batches. The defaults are the published ones.
+    ``resolve(generator)`` draws the burn-in and returns the ``Truncated`` to unroll with, over ``burn_in + window``
+    batches; ``run`` itself cannot draw. The defaults are the published ones.
     """
 
     name: ClassVar[str] = "random-truncated"
     exact: ClassVar[bool] = False
     lo: int = 0
-    """Fewest steps before the window."""
+    """Minimum number of steps before the window."""
     hi: int = 140
-    """Most steps before the window."""
+    """Maximum number of steps before the window."""
     window: int = 60
-    """Steps that are differentiated."""
+    """Number of steps that are differentiated."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self.name, "window", self.window)
         if not 0 <= self.lo <= self.hi:
-            raise ValueError(f"{self.name}: lo {self.lo} and hi {self.hi} span no range; give 0 <= lo <= hi")
+            raise ValueError(f"{self.name}: lo {self.lo} and hi {self.hi} are not a valid range; give 0 <= lo <= hi")
 
     def resolve(self, generator: torch.Generator) -> Truncated:
-        """Burn-in uniform over {lo, ..., hi}, from a CPU generator."""
+        """Draw the burn-in uniformly from {lo, ..., hi}, with a CPU generator."""
         burn_in = int(torch.randint(self.lo, self.hi + 1, (), generator=generator))
         return Truncated(self.window, burn_in)
 
     def run(self, rollout: Rollout) -> Params:
-        raise ValueError(f"{self.name} has no burn-in yet: a roll-out draws nothing; pass adjoint.resolve(generator)")
+        raise ValueError(f"{self.name} has no burn-in yet: it must be drawn first; pass adjoint.resolve(generator)")
 
 
 @dataclass(frozen=True)
 class Tesla(Adjoint):
     """INEXACT: the stop-gradient approximation of TESLA (Cui et al., 2023), for comparison.
 
-    theta_N = theta_0 - sum_t lr_t g_t with every g_t taken at a constant theta_t: the adjoint stays lam_N all
-    the way, so what a batch does to later gradients is lost. Equal to ``Exact`` for one step. Deviation from
-    the authors' code: that doubles the tuple of gradients instead of the gradient, and so halves the images'.
+    It differentiates theta_N = theta_0 - sum_t lr_t g_t with every g_t taken at a constant theta_t. The adjoint is
+    lam_N at every step, which ignores the effect of a batch on later gradients. It equals ``Exact`` for one step.
+    Deviation: the authors' code doubles the tuple of gradients instead of the gradient, which halves the gradient of
+    the images.
     """
 
     name: ClassVar[str] = "tesla"
@@ -175,15 +179,15 @@ class Tesla(Adjoint):
 
     def run(self, rollout: Rollout) -> Params:
         if rollout.rule != SGD():
-            raise ValueError(f"tesla does not know {rollout.rule}: it is defined for plain SGD; take SGD(), or Exact()")
+            raise ValueError(f"tesla does not support {rollout.rule}: it needs plain SGD; give SGD(), or use Exact()")
         return _run_adjoint(rollout, every=1, propagate=False)
 
 
 @dataclass(frozen=True)
 class Higher(Adjoint):
-    """The ``higher`` library (Grefenstette et al., 2019), a second oracle, as costly as ``Full``.
+    """The ``higher`` library (Grefenstette et al., 2019), a second reference that needs as much memory as ``Full``.
 
-    It knows SGD, and Adam without ``eps_root``.
+    It supports SGD, and Adam without ``eps_root``.
     """
 
     name: ClassVar[str] = "higher"
@@ -202,13 +206,13 @@ class Higher(Adjoint):
             case Adam(eps_root=0.0):
                 optimizer = torch.optim.Adam(reference, lr=1.0, betas=rule.betas)
             case _:
-                raise ValueError(f"higher does not know {rule}: it has SGD and Adam(eps_root=0.0); take Exact()")
+                raise ValueError(f"higher does not support {rule}: it has SGD and Adam(eps_root=0.0); use Exact()")
         diff_optimizer = get_diff_optim(optimizer, reference)
         params = [p if p.requires_grad else p.detach().requires_grad_() for p in theta.values()]
         for t, (item, lr) in enumerate(zip(rollout.batches, rollout.lrs, strict=True)):
             override: dict[str, list[Any]] = {"lr": [lr]}
             if isinstance(rule, Adam):
-                # higher adds eps before the bias correction of the root, torch.optim after it
+                # higher adds eps before the bias correction of the square root, torch.optim after it
                 override["eps"] = [rule.eps * (1 - rule.betas[1] ** (t + 1)) ** 0.5]
             with torch.enable_grad():
                 loss = rollout.loss_fn(dict(zip(theta, params, strict=True)), rollout.prepare(item))
@@ -226,12 +230,12 @@ ADJOINTS: Registry[type[Adjoint]] = Registry(
 
 def _require_positive(owner: str, field: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{owner}: {field} is {value}: it counts steps; give 1 or more")
+        raise ValueError(f"{owner}: {field} is {value}: it is a number of steps; give 1 or more")
 
 
 def _require_eager(owner: str, rollout: Rollout) -> None:
     if rollout.compile:
-        raise ValueError(f"{owner} is not compiled: it is an oracle for the others; take Exact(), or compile=False")
+        raise ValueError(f"{owner} cannot be compiled: it is a reference for tests; use Exact(), or compile=False")
 
 
 def _run_adjoint(rollout: Rollout, every: int, propagate: bool, snapshots: str = "full") -> Params:
@@ -242,15 +246,16 @@ def _run_adjoint(rollout: Rollout, every: int, propagate: bool, snapshots: str =
 
 
 class _Unrolled(torch.autograd.Function):
-    """From what requires grad to theta_N; keeps every ``every``-th point, and what every step draws from.
+    """The function from the inputs that require grad to theta_N.
 
-    Without ``propagate`` the adjoint stays lam_N on the way back.
+    It stores every ``every``-th checkpoint, and the state of the random generators before every step. Without
+    ``propagate`` the adjoint is lam_N in the whole backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, rollout: Rollout, every: int, propagate: bool, snapshots: str, *sources: Tensor) -> Any:
         ctx.rollout, ctx.every, ctx.propagate = rollout, every, propagate
-        ctx.kept = _Kept(len(range(0, len(rollout), every)), snapshots)
+        ctx.checkpoints = _Checkpoints(len(range(0, len(rollout), every)), snapshots)
         ctx.draws = []
         point = rollout.start
         for t in range(len(rollout)):
@@ -258,9 +263,9 @@ class _Unrolled(torch.autograd.Function):
             ctx.draws.append(rollout.generators())
             point, grads = rollout.advance(t, before)
             if t % every == 0:
-                ctx.kept.put(t // every, (before, grads if every == 1 else {}))
-        # autograd refuses the way back if a source was changed in place meanwhile
-        ctx.save_for_backward(*sources, *ctx.kept.release())
+                ctx.checkpoints.put(t // every, (before, grads if every == 1 else {}))
+        # autograd raises an error in the backward pass if a source was changed in place in between
+        ctx.save_for_backward(*sources, *ctx.checkpoints.release())
         return tuple(point[0].values())
 
     @staticmethod
@@ -269,7 +274,7 @@ class _Unrolled(torch.autograd.Function):
         rollout = cast(Rollout, ctx.rollout)
         theta, state = rollout.start
         sources = rollout.sources
-        kept = ctx.kept.holding(ctx.saved_tensors[len(sources) :])
+        checkpoints = ctx.checkpoints.restored(ctx.saved_tensors[len(sources) :])
 
         totals: dict[int, Tensor] = {}
 
@@ -280,7 +285,7 @@ class _Unrolled(torch.autograd.Function):
         lam = (dict(zip(theta, cotangents, strict=True)), tree_map(torch.zeros_like, state))
         for start in reversed(range(0, len(rollout), ctx.every)):
             stop = min(start + ctx.every, len(rollout))
-            point, grads = kept.get(start // ctx.every)
+            point, grads = checkpoints.get(start // ctx.every)
             segment = [(point, grads)]
             if ctx.every > 1:
                 segment = []
@@ -291,8 +296,8 @@ class _Unrolled(torch.autograd.Function):
                     point = after
             for t in reversed(range(start, stop)):
                 with ctx.draws[t].replayed():
-                    lam_before, found = rollout.pullback(t, *segment.pop(), lam)
-                for source, grad in found:
+                    lam_before, source_grads = rollout.pullback(t, *segment.pop(), lam)
+                for source, grad in source_grads:
                     add(source, grad)
                 if ctx.propagate:
                     lam = lam_before
@@ -301,12 +306,15 @@ class _Unrolled(torch.autograd.Function):
         return (None, None, None, None, *(totals[id(source)] for source in sources))
 
 
-class _Kept:
-    """Trees of tensors, alike and as many as said at first: one table for each leaf, made before the work begins, so
-    that no small tensor that has to stay lies between large ones that go."""
+class _Checkpoints:
+    """A given number of trees of tensors of the same structure and shapes, stored in one table per leaf.
 
-    def __init__(self, num: int, how: str) -> None:
-        self._num, self._how = num, how
+    The tables are allocated with the first tree. Checkpoints therefore do not fragment the memory by lying between
+    larger temporary tensors.
+    """
+
+    def __init__(self, num: int, storage: str) -> None:
+        self._num, self._storage = num, storage
         self._tables: tuple[Tensor, ...] = ()
 
     def put(self, row: int, tree: Any) -> None:
@@ -318,23 +326,23 @@ class _Kept:
             table[row].copy_(x)
 
     def get(self, row: int) -> Any:
-        # copies: a compiled step is then given tensors that look alike at every step
+        # copies, so that the inputs of a compiled step have the same properties at every step
         rows = zip(self._tables, self._like, strict=True)
         leaves = [table[row].to(device, dtype, copy=True) for table, (dtype, device) in rows]
         return tree_unflatten(leaves, self._spec)
 
     def release(self) -> tuple[Tensor, ...]:
-        """The tables, which are no longer held here."""
+        """Return the tables and drop the references to them."""
         tables, self._tables = self._tables, ()
         return tables
 
-    def holding(self, tables: Sequence[Tensor]) -> _Kept:
-        """These, which holds what ``release`` gave."""
-        kept = copy.copy(self)
-        kept._tables = tuple(tables)
-        return kept
+    def restored(self, tables: Sequence[Tensor]) -> _Checkpoints:
+        """Return these checkpoints with the tables that ``release`` returned."""
+        checkpoints = copy.copy(self)
+        checkpoints._tables = tuple(tables)
+        return checkpoints
 
     def _table(self, x: Tensor) -> Tensor:
-        rounded = self._how == "bfloat16" and x.dim()
-        device = "cpu" if self._how == "host" else x.device
+        rounded = self._storage == "bfloat16" and x.dim()
+        device = "cpu" if self._storage == "host" else x.device
         return torch.empty(self._num, *x.shape, dtype=torch.bfloat16 if rounded else x.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Finds the tensors that a loss function uses without declaring them."""
+"""Find the tensors that a loss function uses although they are not among its arguments."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def refuse_hidden_inputs(
     loss_fn: Callable[[Any, Any], Tensor], prepare: Callable[[Any], Any], theta: dict[str, Tensor], item: Any
 ) -> None:
-    """Refuse a computation that depends on a tensor that requires grad and is not in its arguments.
+    """Raise an error if a function depends on a tensor that requires grad and is not among its arguments.
 
-    An adjoint returns gradients of declared inputs only: such a tensor would silently lose its own. A loss_fn
-    is checked once, ``prepare`` at every call. What the check draws (dropout) leaves no trace.
+    An adjoint returns gradients of arguments only, so the gradient of such a tensor would be lost silently. ``loss_fn``
+    is checked once, ``prepare`` at every call. The check leaves the state of the random generators unchanged.
 
     Raises:
-        ValueError: naming the tensors.
+        ValueError: there are such tensors. The message names them.
     """
     item, theta = tree_map_only(Tensor, Tensor.detach, (item, theta))
     with torch.enable_grad(), Generators.of(next(iter(theta.values())).device).replayed():
@@ -48,22 +48,23 @@ def refuse_hidden_inputs(
 def _refuse(owner: str, result: Tensor, roots: Mapping[str, Any]) -> None:
     raise ValueError(
         f"{owner} uses {', '.join(_names(result, roots))} from outside: only theta0, batches and lr are "
-        "differentiated, the gradient would be lost; pass it through batches, or detach it"
+        "differentiated, so its gradient would be lost; pass it through batches, or detach it"
     )
 
 
 def _names(loss: Tensor, roots: Mapping[str, Any]) -> list[str]:
-    """The tensors within reach of ``roots`` that are in the graph of ``loss``; else shapes of its leaves."""
+    """Return the names of the tensors reachable from ``roots`` in the graph of ``loss``, or the shapes of its leaves if
+    there are none."""
     nodes, leaves = _graph(loss)
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, value in _reachable(roots):
         if isinstance(value, Tensor) and (id(value) in leaves or value.grad_fn in nodes):
-            found.setdefault(id(value), name)
-    return list(found.values()) or [f"a tensor of shape {tuple(leaf.shape)}" for leaf in leaves.values()]
+            names.setdefault(id(value), name)
+    return list(names.values()) or [f"a tensor of shape {tuple(leaf.shape)}" for leaf in leaves.values()]
 
 
 def _graph(loss: Tensor) -> tuple[set[Any], dict[int, Tensor]]:
-    """Every node of the graph behind ``loss``, and the leaf tensors it ends at."""
+    """Return all nodes of the graph of ``loss``, and its leaf tensors."""
     nodes, leaves, pending = set(), {}, [loss.grad_fn]
     while pending:
         node = pending.pop()
@@ -77,7 +78,7 @@ def _graph(loss: Tensor) -> tuple[set[Any], dict[int, Tensor]]:
 
 
 def _reachable(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What ``roots`` hold, directly or through other objects, by name, the nearest first."""
+    """Yield the objects that ``roots`` reference, directly or indirectly, with their names, breadth first."""
     pending, seen = deque(roots.items()), set()
     while pending:
         name, value = pending.popleft()

@@ -1,13 +1,13 @@
-"""Implicit differentiation: how the solution of an inner problem depends on its inputs, however it was found.
+"""Implicit differentiation of the solution of an inner problem with respect to its inputs.
 
-With theta*(x) = argmin_theta L(theta, x) and an outer loss F, the gradient of L in theta is zero at theta* whatever x
-is. Differentiated, that says
+With theta*(x) = argmin_theta L(theta, x) and an outer loss F, the gradient of L in theta is zero at theta* for every x.
+Differentiating this equation gives
 
-    H dtheta*/dx = - d2L / dtheta dx,   and so   dF/dx = - d/dx <v, dL/dtheta>,   where  H v = dF/dtheta,
+    H dtheta*/dx = - d2L / dtheta dx,   and so   dF/dx = - d/dx <v, dL/dtheta>,   where  H v = dF/dtheta.
 
-H the Hessian of L in theta: symmetric, and positive definite where L is strictly convex. Only products with H are
-taken, each the gradient of a product with a gradient. What x does to F past theta*, the direct gradient, is no part
-of it.
+H is the Hessian of L in theta: symmetric, and positive definite if L is strictly convex. Only products with H are
+computed, each as the gradient of an inner product with a gradient. The direct dependence of F on x, which does not go
+through theta*, is not included.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from condense.inner.rules import Adam, Params, Rule
 from condense.rng import Generators
 
 PLAIN_ADAM = Adam(eps_root=0.0)
-"""Nothing is differentiated through its steps, so that its root needs no help at zero."""
+"""Adam without ``eps_root``, which is only needed where steps are differentiated."""
 
 Product = Callable[[Params], Params]
-"""``product(v) -> H v``: trees of tensors shaped as the parameters."""
+"""``product(v) -> H v``: trees of tensors with the shapes of the parameters."""
 
 
 class Minimum(NamedTuple):
-    """Where a descent ended, and how it went."""
+    """The final point of a minimisation and its curve."""
 
     point: Params
     curve: Tensor
@@ -42,15 +42,15 @@ class Minimum(NamedTuple):
 
 
 def pushforward(function: Callable[[Params], Any], params: Params, direction: Params) -> tuple[Any, Any]:
-    """The value of ``function`` at ``params``, and its derivative along ``direction``.
+    """Return the value of ``function`` at ``params`` and its derivative along ``direction``.
 
     It can be differentiated again, except through BatchNorm in training mode, ``F.instance_norm`` and ``F.layer_norm``:
     torch treats parts of their forward-mode derivatives as constants, and the result is wrong without a warning.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own
-        found = torch.func.jvp(function, (params,), (direction,))
-    return found[0], found[1]
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # raised within torch
+        value, derivative, *_ = torch.func.jvp(function, (params,), (direction,))
+    return value, derivative
 
 
 def minimise(
@@ -61,34 +61,35 @@ def minimise(
     lr: float,
     rule: Rule = PLAIN_ADAM,
 ) -> Minimum:
-    """``num_steps`` steps of ``rule`` from ``start``; no graph is kept.
+    """Take ``num_steps`` steps of ``rule`` from ``start``, without building a graph.
 
     Args:
-        grad_and_value: of the function, as ``torch.func.grad_and_value`` makes it.
+        grad_and_value: returns the gradient and the value of the function, like
+        ``torch.func.grad_and_value(function)``.
     """
     values = []
     with torch.no_grad():
         params, state = start, rule.init(start)
         like = next(iter(start.values()))
-        rate = torch.tensor(lr, dtype=like.dtype, device=like.device)
+        lr_tensor = torch.tensor(lr, dtype=like.dtype, device=like.device)
         for _ in range(num_steps):
             grads, value = grad_and_value(params)
-            params, state = rule.update(grads, state, params, rate)
+            params, state = rule.update(grads, state, params, lr_tensor)
             values.append(value)
     return Minimum(params, torch.stack(values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """A way to solve ``H v = g`` that sees of H its products only."""
+    """A solver of ``H v = g`` that uses only products with H."""
 
     name: ClassVar[str]
     exact: ClassVar[bool]
-    """Whether it gets as near to the solution as rounding allows, given the steps."""
+    """Whether it converges to the solution, up to rounding, given enough steps."""
 
     @abstractmethod
     def solve(self, product: Product, g: Params) -> Params:
-        """v; ``product`` is H, symmetric and positive definite."""
+        """Return v; ``product`` multiplies by H, which is symmetric and positive definite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +99,18 @@ class ConjugateGradients(Solver):
     name: ClassVar[str] = "conjugate-gradients"
     exact: ClassVar[bool] = True
     max_steps: int = 100
-    """Products with H at most."""
+    """Maximum number of products with H."""
     tol: float = 1e-6
-    """Stops where the residual's norm is this share of that of g."""
+    """Tolerance: the iteration stops when the norm of the residual is at most this multiple of the norm of g."""
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or not self.tol > 0:
             raise ValueError(
-                f"{self.name} needs max_steps >= 1 and tol > 0, got {self.max_steps} and {self.tol}; take 100 and 1e-6"
+                f"{self.name} needs max_steps >= 1 and tol > 0, got {self.max_steps} and {self.tol}; give 100 and 1e-6"
             )
 
     def solve(self, product: Product, g: Params) -> Params:
-        """Raises FloatingPointError where H turns out not to be positive definite."""
+        """Return v. Raises FloatingPointError if H is found not to be positive definite."""
         v = {name: torch.zeros_like(x) for name, x in g.items()}
         residual = direction = g
         square = _dot(g, g)
@@ -121,8 +122,8 @@ class ConjugateGradients(Solver):
             curvature = _dot(direction, curved)
             if not curvature > 0:
                 raise FloatingPointError(
-                    f"{self.name}: the inner loss curves by {curvature.item():g} along a direction, it is not convex "
-                    "there; take Descent()"
+                    f"{self.name}: the inner loss is not convex: its curvature along a direction is "
+                    f"{curvature.item():g}; use Descent()"
                 )
             v = _add(v, direction, square / curvature)
             residual = _add(residual, curved, -square / curvature)
@@ -133,25 +134,25 @@ class ConjugateGradients(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Solver):
-    """A few steps of an optimiser from zero on ``v H v / 2 - <v, g>`` (Loo et al. 2023, RCIG): an approximation."""
+    """An approximate solver: a few optimiser steps from zero on ``v H v / 2 - <v, g>`` (Loo et al. 2023, RCIG)."""
 
     name: ClassVar[str] = "descent"
     exact: ClassVar[bool] = False
     num_steps: int = 20
-    """Steps, of one product with H each."""
+    """Number of optimiser steps, each of which needs one product with H."""
     lr: float = 1e-3
-    """Learning rate."""
+    """Learning rate of the optimiser."""
     rule: Rule = PLAIN_ADAM
-    """The optimiser."""
+    """The optimiser of the quadratic."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or not self.lr > 0:
             raise ValueError(
-                f"{self.name} needs num_steps >= 1 and lr > 0, got {self.num_steps} and {self.lr}; take 20 and 1e-3"
+                f"{self.name} needs num_steps >= 1 and lr > 0, got {self.num_steps} and {self.lr}; give 20 and 1e-3"
             )
 
     def minimum(self, product: Product, g: Params) -> Minimum:
-        """v, and what became of the quadratic on the way."""
+        """Return v and the values of the quadratic before each step."""
 
         def quadratic(v: Params) -> tuple[Params, Tensor]:
             curved = product(v)
@@ -165,56 +166,56 @@ class Descent(Solver):
 
 
 def hessian_product(loss_fn: LossFn, theta: Params, inputs: Any) -> Product:
-    """The Hessian of ``loss_fn(theta, inputs)`` in ``theta``, as a function that multiplies by it.
+    """Return a function that multiplies by the Hessian of ``loss_fn(theta, inputs)`` in ``theta``.
 
-    A network with dropout draws the same masks for every product, so that all are products with one Hessian.
+    Dropout draws the same masks for every product, so that all products are with the same Hessian.
     """
-    draws = Generators.of(next(iter(theta.values())).device)
+    generators = Generators.of(next(iter(theta.values())).device)
     fixed = tree_map_only(Tensor, Tensor.detach, inputs)
     point = {name: p.detach().clone() for name, p in theta.items()}
 
-    def slope(theta: Params, v: Params) -> Tensor:
+    def directional(theta: Params, v: Params) -> Tensor:
         return _dot(torch.func.grad(loss_fn)(theta, fixed), v)
 
     def product(v: Params) -> Params:
-        with draws.replayed():
-            along: Params = torch.func.grad(slope)(point, v)
-        return along
+        with generators.replayed():
+            result: Params = torch.func.grad(directional)(point, v)
+        return result
 
     return product
 
 
 def mixed_gradient(loss_fn: LossFn, theta: Params, inputs: Any, v: Params) -> list[Tensor]:
-    """``d/dx <v, dL/dtheta>`` for every tensor x of ``inputs`` that requires grad, in their order; v is a constant."""
+    """Return ``d/dx <v, dL/dtheta>`` for every tensor x of ``inputs`` that requires grad, in order; v is constant."""
     leaves, spec = tree_flatten(tree_map_only(Tensor, Tensor.detach, inputs))
     wanted = [i for i, x in enumerate(tree_flatten(inputs)[0]) if isinstance(x, Tensor) and x.requires_grad]
     point = {name: p.detach().clone() for name, p in theta.items()}
 
-    def slope(chosen: list[Tensor]) -> Tensor:
+    def directional(inputs: list[Tensor]) -> Tensor:
         merged = list(leaves)
-        for i, x in zip(wanted, chosen, strict=True):
+        for i, x in zip(wanted, inputs, strict=True):
             merged[i] = x
         return _dot(torch.func.grad(loss_fn)(point, tree_unflatten(merged, spec)), v)
 
     with torch.no_grad():
-        found: list[Tensor] = torch.func.grad(slope)([leaves[i] for i in wanted])
-    return found
+        gradients: list[Tensor] = torch.func.grad(directional)([leaves[i] for i in wanted])
+    return gradients
 
 
 def implicit_gradient(
     loss_fn: LossFn, theta: Params, inputs: Any, cotangent: Params, solver: Solver = ConjugateGradients()
 ) -> list[Tensor]:
-    """The gradient of an outer loss in ``inputs`` that comes through the solution of the inner problem.
+    """Return the gradient of an outer loss in ``inputs`` through the solution of the inner problem.
 
     Args:
-        loss_fn: the inner loss, ``loss_fn(theta, inputs) -> scalar``; pure, twice differentiable.
-        theta: its minimum at these inputs, or near it.
-        inputs: a pytree. Its tensors that require grad get a gradient, all else in it is constant.
-        cotangent: gradient of the outer loss in ``theta``.
-        solver: how to find v with ``H v = cotangent``.
+        loss_fn: the inner loss, ``loss_fn(theta, inputs) -> scalar``; pure and twice differentiable.
+        theta: the minimum of the inner loss at these inputs, or a point near it.
+        inputs: a pytree. Its tensors that require grad get a gradient; everything else in it is constant.
+        cotangent: the gradient of the outer loss in ``theta``.
+        solver: solves ``H v = cotangent`` for v.
 
     Returns:
-        A gradient for each tensor of ``inputs`` that requires grad, in their order.
+        A gradient for each tensor of ``inputs`` that requires grad, in order.
     """
     with torch.no_grad():
         g = {name: x.detach() for name, x in cotangent.items()}

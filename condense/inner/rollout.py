@@ -1,10 +1,11 @@
 """The steps of an inner training run as pure functions: forward, forward with graph, and backward.
 
-Each exists twice. Eager, on plain autograd, which holds less memory than nested ``torch.func`` transforms; and on
-``torch.func``, which ``torch.compile`` can trace where it refuses double backward. There the rule goes back by itself,
-with the gradient g that the roll-out kept; with c the cotangent of g, the gradients of the slope <g, c> are all that
-remains. The slope is a product with a gradient and not a forward-mode derivative, of which torch treats parts as
-constants in BatchNorm and LayerNorm where it is differentiated again.
+Each function exists in two versions. The eager version uses plain autograd, which needs less memory than nested
+``torch.func`` transforms. The version for ``torch.compile``, which does not support double backward, uses
+``torch.func``. It differentiates the update rule separately, at the gradient g that the roll-out stored. With c the
+cotangent of g, the remaining terms are the gradients of <g, c>. This inner product is not computed in forward mode,
+because torch treats parts of the forward-mode derivatives of BatchNorm and LayerNorm as constants when it
+differentiates them again.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from condense.inner.rules import Params, Rule, State
 from condense.rng import Generators
 
 Batch = tuple[Any, ...]
-"""The input of one step, a pytree: its tensors may require grad, everything else in it is static."""
+"""The input of one step, a pytree: its tensors may require grad, and everything else in it is static."""
 LossFn = Callable[[Params, Any], Tensor]
 """``loss_fn(theta, batch) -> scalar``, pure."""
 Point = tuple[Params, State]
-"""Where a run stands: parameters and the state of the rule."""
+"""The state of a run: the parameters and the state of the rule."""
 Prepare = Callable[[Any], Batch]
-"""From an item of the batches to what ``loss_fn`` sees: differentiable, draws nothing."""
+"""Converts an item of the batches to the input of ``loss_fn``; differentiable and deterministic."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """An inner training run that has not happened yet: what an adjoint runs, and then goes back through."""
+    """The definition of an inner training run, which an adjoint runs and differentiates."""
 
     loss_fn: LossFn
     prepare: Prepare
@@ -57,50 +58,50 @@ class Rollout:
 
     @property
     def recorded(self) -> bool:
-        """Whether a gradient may be asked for."""
+        """Whether a gradient may be requested."""
         return torch.is_grad_enabled() and bool(self.sources)
 
     def generators(self) -> Generators:
-        """What the next step draws from, if it draws: dropout does."""
+        """Return the state of the generators from which the next step may draw, for example for dropout."""
         return Generators.of(self.lrs[0].device)
 
     def step(self, t: int, point: Point) -> Point:
-        """Step ``t`` as autograd sees it: differentiable in the point, the batch and the learning rate."""
+        """Take step ``t`` with a graph: differentiable in the point, the batch and the learning rate."""
         return _eager_step(self.loss_fn, self.rule, point, self.prepare(self.batches[t]), self.lrs[t])
 
     def advance(self, t: int, point: Point) -> tuple[Point, Params]:
-        """Step ``t`` to first order, and the gradient it took: no graph outlives it.
+        """Take step ``t`` without a graph, and return the new point and the gradient of the step.
 
-        An eager step gives no gradient (an empty dict): its way back has one anyway.
+        An eager step returns an empty dict for the gradient, since its backward pass computes the gradient again.
         """
         with torch.no_grad():
             args = _detached((point, self.prepare(self.batches[t]), self.lrs[t]))
-            stepped: tuple[Point, Params] = self._call(_step, _eager_advance, self.loss_fn, self.rule, *args)
-        return stepped
+            result: tuple[Point, Params] = self._call(_step, _eager_advance, self.loss_fn, self.rule, *args)
+        return result
 
     def pullback(self, t: int, point: Point, grads: Params, lam: Point) -> tuple[Point, list[tuple[Tensor, Tensor]]]:
-        """The adjoint of step ``t``: one vector-Jacobian product.
+        """Backpropagate through step ``t`` by one vector-Jacobian product.
 
         Args:
             t: the step.
-            point: where the run stood before it.
-            grads: the gradient that ``advance`` took there.
-            lam: gradient of the outer loss with respect to the point after it.
+            point: the point before the step.
+            grads: the gradient that ``advance`` returned for the step.
+            lam: the gradient of the outer loss with respect to the point after the step.
 
         Returns:
-            The gradient with respect to the point before it, and for each tensor of the batch that requires
-            grad and the learning rate the pair (tensor, gradient that came through this step).
+            The gradient with respect to the point before the step, and a pair (tensor, gradient through this step) for
+            each tensor of the batch that requires grad and for the learning rate.
         """
         items, item_spec = tree_flatten(self.batches[t])
-        asked = _require_grad(items)
-        sources = [items[i] for i in asked]
+        requested = _require_grad(items)
+        sources = [items[i] for i in requested]
         inputs = [x.detach().requires_grad_() for x in sources]
         with torch.enable_grad():
-            batch = self.prepare(_merged(items, asked, inputs, item_spec))
+            batch = self.prepare(_merged(items, requested, inputs, item_spec))
         leaves, spec = tree_flatten(batch)
         where = _require_grad(leaves)
-        point, grads, fixed, rate, lam = _detached((point, grads, leaves, self.lrs[t], lam))
-        args = (self.loss_fn, self.rule, point, grads, fixed, where, spec, rate, lam)
+        point, grads, fixed, lr, lam = _detached((point, grads, leaves, self.lrs[t], lam))
+        args = (self.loss_fn, self.rule, point, grads, fixed, where, spec, lr, lam)
         with torch.no_grad():
             before, into_batch, into_lr = self._call(_pullback, _eager_pullback, *args)
         if where:
@@ -111,14 +112,14 @@ class Rollout:
         return before, [*zip(sources, into_items, strict=True), (self.lrs[t], into_lr)]
 
     def after(self, num_steps: int) -> Rollout:
-        """The rest of the run, entered at the point that ``num_steps`` first-order steps lead to."""
+        """Take ``num_steps`` steps without a graph and return the rest of the run."""
         point = self.start
         for t in range(num_steps):
             point, _ = self.advance(t, point)
         return replace(self, start=point, batches=self.batches[num_steps:], lrs=self.lrs[num_steps:])
 
     def until(self, num_steps: int) -> Rollout:
-        """The first ``num_steps`` steps of the run."""
+        """Return the first ``num_steps`` steps of the run."""
         return replace(self, batches=self.batches[:num_steps], lrs=self.lrs[:num_steps])
 
     def _call(self, function: Callable[..., Any], eager: Callable[..., Any], *args: Any) -> Any:
@@ -129,23 +130,25 @@ class Rollout:
             with compiling():
                 return _compiled(function)(*args)
         except Exception as error:
-            output = eager(*args)  # an error of loss_fn's own is raised again here, undisguised
+            output = eager(*args)  # if loss_fn itself raised the error, it is raised again here
             if not failed:
                 reason = next(iter(str(error).splitlines()), "")
-                warnings.warn(f"an inner step runs eagerly, it does not compile: {reason}", stacklevel=2)
-            failed.add(function)  # it alone, or a resumed run would find another order of events
+                warnings.warn(f"an inner step runs eagerly because it does not compile: {reason}", stacklevel=2)
+            failed.add(function)  # only this function: otherwise a resumed run could choose differently
             return output
 
 
 _uncompilable: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""What of a step does not compile, by loss function."""
+"""The functions of a step that do not compile, by loss function."""
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One compiled function for all runs. ``loss_fn`` and ``rule`` are arguments of it: torch.compile knows a
-    function by its code and what that closes over, so one that is made anew every outer step is not compiled
-    anew."""
+    """Compile a function once for all runs.
+
+    ``loss_fn`` and ``rule`` are among its arguments. torch.compile identifies a function by its code and the variables
+    it closes over, so a ``loss_fn`` that is created again at every outer step is not compiled again.
+    """
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -189,12 +192,12 @@ def _eager_pullback(
 ) -> Any:
     fixed, structure = tree_flatten((point, [leaves[i] for i in where], lr))
     inputs = [x.detach().requires_grad_() for x in fixed]
-    point, chosen, lr = tree_unflatten(inputs, structure)
-    after = _eager_step(loss_fn, rule, point, _merged(leaves, where, chosen, spec), lr)
+    point, tensors, lr = tree_unflatten(inputs, structure)
+    after = _eager_step(loss_fn, rule, point, _merged(leaves, where, tensors, spec), lr)
     pairs = [(x, c) for x, c in zip(tree_leaves(after), tree_leaves(lam), strict=True) if x.requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
-    return tree_unflatten(found, structure)
+    gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
+    return tree_unflatten(gradients, structure)
 
 
 def _step(loss_fn: LossFn, rule: Rule, point: Point, batch: Batch, lr: Tensor) -> tuple[Point, Params]:
@@ -217,11 +220,11 @@ def _pullback(
     theta, state = point
     into_grads, into_state, into_theta, into_lr = torch.func.vjp(rule.update, grads, state, theta, lr)[1](lam)
 
-    def slope(theta: Params, chosen: list[Tensor]) -> Tensor:
-        along = torch.func.grad(loss_fn)(theta, _merged(leaves, where, chosen, spec))
-        return torch.stack([(along[name] * into_grads[name]).sum() for name in theta]).sum()
+    def product(theta: Params, tensors: list[Tensor]) -> Tensor:
+        grads = torch.func.grad(loss_fn)(theta, _merged(leaves, where, tensors, spec))
+        return torch.stack([(grads[name] * into_grads[name]).sum() for name in theta]).sum()
 
-    curvature, into_batch = torch.func.grad(slope, argnums=(0, 1))(theta, [leaves[i] for i in where])
+    curvature, into_batch = torch.func.grad(product, argnums=(0, 1))(theta, [leaves[i] for i in where])
     before = {name: into_theta[name] + curvature[name] for name in theta}
     return (before, into_state), into_batch, into_lr
 
@@ -230,8 +233,8 @@ def _require_grad(leaves: Sequence[Any]) -> tuple[int, ...]:
     return tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad)
 
 
-def _merged(leaves: list[Any], where: tuple[int, ...], chosen: list[Tensor], spec: TreeSpec) -> Any:
+def _merged(leaves: list[Any], where: tuple[int, ...], tensors: list[Tensor], spec: TreeSpec) -> Any:
     merged = list(leaves)
-    for i, x in zip(where, chosen, strict=True):
+    for i, x in zip(where, tensors, strict=True):
         merged[i] = x
     return tree_unflatten(merged, spec)

@@ -1,4 +1,4 @@
-"""The inner training run as one differentiable call."""
+"""An inner training run as one differentiable call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from condense.inner.rollout import LossFn, Prepare, Rollout
 from condense.inner.rules import SGD, Params, Rule
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -23,40 +23,41 @@ def unroll(
     theta0: Mapping[str, Tensor],
     batches: Sequence[Any],
     *,
-    prepare: Prepare = _as_it_is,
+    prepare: Prepare = _identity,
     rule: Rule = SGD(),
     lr: Tensor | float,
     adjoint: Adjoint = Exact(),
     compile: bool = False,  # noqa: A002
 ) -> Params:
-    """Train from ``theta0``, one step a batch; differentiable in ``theta0``, the batches and ``lr``.
+    """Train from ``theta0``, one step per batch; differentiable in ``theta0``, the batches and ``lr``.
 
-    Whatever wants a gradient enters through the arguments. Randomness enters drawn: augmentation parameters
-    and minibatch indices are items of a batch. Index and augment in ``prepare``: then neither the images of
-    every step nor their graph are held, and a tensor that occurs in many batches costs one gradient.
+    Tensors that need a gradient have to be passed as arguments. Random choices have to be drawn in advance:
+    augmentation parameters and minibatch indices are items of a batch. Index and augment in ``prepare``, so that
+    neither the images of all steps nor their graph are held in memory, and a tensor in many batches needs memory for
+    only one gradient.
 
     Args:
         loss_fn: ``loss_fn(theta, batch) -> scalar``, pure.
-        theta0: parameters by name.
+        theta0: the initial parameters by name.
         batches: the inputs of the steps in order, pytrees (tuples, dicts, named tuples). Tensors in them may
-            require grad; everything else is static: under ``compile`` each new value of it is compiled anew.
-        prepare: makes of an item of ``batches`` what ``loss_fn`` takes, at the moment of its step; differentiable,
-            pure, and not compiled, so that it may be another computation at every step.
+            require grad. Everything else is static: with ``compile``, each new value is compiled separately.
+        prepare: converts an item of ``batches`` to the input of ``loss_fn`` when the step is taken. It is
+            differentiable, pure and not compiled, so it may differ from step to step.
         rule: the optimiser.
         lr: one learning rate for all steps, or a tensor (N,) with one for each of the N batches.
-        adjoint: how to get the gradient back: ``Exact`` unless you know better.
-        compile: send the steps through ``torch.compile``; a step that it cannot take runs eagerly, with a
-            warning. Pays off where many roll-outs of the same code and shapes follow.
+        adjoint: how to compute the gradient.
+        compile: run the steps through ``torch.compile``. A step that does not compile runs eagerly, with a warning.
+            This pays off for many roll-outs of the same code and shapes.
 
     Returns:
-        The parameters after the last step, without graph if nothing requires grad. Differentiable once;
-        under ``Full`` and ``Higher`` any number of times.
+        The parameters after the last step, without a graph if nothing requires grad. They are differentiable once, with
+        ``Full`` and ``Higher`` any number of times.
 
     Raises:
         ValueError: ``loss_fn`` or ``prepare`` uses another tensor that requires grad; ``lr`` has the wrong shape; the
-            adjoint does not know the rule.
+            adjoint does not support the rule.
     """
-    # copies where it is compiled: views of a part of a tensor would be another variant of the step
+    # copies if compiled: the step would be compiled separately for parameters that are views of a larger tensor
     theta = {name: p.clone() if compile else p for name, p in theta0.items()}
     if not batches:
         return theta
@@ -64,7 +65,7 @@ def unroll(
     lr = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
     if lr.shape not in ((), (len(batches),)):
         raise ValueError(
-            f"lr has shape {tuple(lr.shape)}: it is one number, or one for every batch; give shape () or "
+            f"lr has shape {tuple(lr.shape)}: it must be one number, or one per batch; give shape () or "
             f"({len(batches)},)"
         )
     refuse_hidden_inputs(loss_fn, prepare, theta, batches[0])

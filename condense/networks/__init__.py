@@ -1,4 +1,4 @@
-"""Networks by name, and as pure functions of their weights."""
+"""Networks by name and as pure functions of their weights."""
 
 from condense.data.layout import InputShape as InputShape
 from condense.networks.base import Network as Network

@@ -13,10 +13,10 @@ from condense.networks.base import Network, extra_padding, make_norm, too_small
 class AlexNet(Network):
     """Five convolutions (128, 192, 256, 192, 192 channels) with three max poolings, sized for 32x32 images.
 
-    Krizhevsky et al. (2012) in the variant of the field's cross-architecture tables, which has no norm.
+    Krizhevsky et al. (2012), in the variant without norm of published cross-architecture tables.
 
     Raises:
-        ValueError: images under 8x8.
+        ValueError: the images are smaller than 8x8.
     """
 
     def __init__(self, input_shape: InputShape, num_classes: int, *, norm: Literal["none", "batch"] = "none") -> None:

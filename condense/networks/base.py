@@ -1,4 +1,4 @@
-"""What every network is: features, then one linear layer. And what several of them share."""
+"""The base class of networks, features followed by one linear layer, and layers that several networks share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardtanh),
 )
-"""Modules whose outputs are a network's feature maps: nonlinear, element by element."""
+"""Elementwise nonlinear modules, whose outputs are the feature maps of a network."""
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Modules that normalise their input: BatchNorm and InstanceNorm, GroupNorm, LayerNorm and RMSNorm."""
 
 
 class Network(nn.Module, ABC):
-    """A classifier whose last layer is ``classifier``; subclasses set it and say ``embed``.
+    """A classifier whose last layer is ``classifier``; subclasses set it and implement ``embed``.
 
-    Parameters come from PyTorch's default initialisation, hence from its global generator: build under
+    Parameters have PyTorch's default initialisation, which draws from the global generator: build a network under
     ``Rng.forked``.
     """
 
@@ -38,27 +38,27 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
-        """A batch of samples (N, *input_shape) to what the classifier sees, (N, F)."""
+        """Return the features (N, F) of samples (N, *input_shape), which are the input of the classifier."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """A batch of samples (N, *input_shape) to logits (N, num_classes)."""
+        """Return the logits (N, num_classes) of samples (N, *input_shape)."""
         logits: Tensor = self.classifier(self.embed(x))
         return logits
 
     def published_name(self, name: str) -> str:
-        """What a file of weights calls the parameter or buffer that is ``name`` here."""
+        """Return the name that a published state dict gives to the parameter or buffer ``name``."""
         return name
 
 
 def extra_padding(input_shape: InputShape) -> int:
-    """What the field's networks pad more at their first convolution: 2 for 28x28 gray images, as if 32x32."""
+    """Return the extra padding of the first convolution: 2 for grey 28x28 images, which pads them to 32x32, else 0."""
     return 2 if tuple(input_shape) == (1, 28, 28) else 0
 
 
 class InstanceNorm(nn.GroupNorm):
-    """What the field calls instance norm: a GroupNorm with one group per channel, (N, C, ...) to the same.
+    """Instance norm as a GroupNorm with one group per channel, for maps (N, C, ...).
 
-    Under ``torch.compile`` it is written out, so that its derivatives of any order fuse with their neighbours.
+    Under ``torch.compile`` it is written out in basic operations, so that its derivatives of any order can be fused.
     """
 
     def __init__(self, channels: int) -> None:
@@ -74,28 +74,30 @@ class InstanceNorm(nn.GroupNorm):
 
 
 class QuickBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm whose running statistics keep a tenth of their old value and take nine tenths from each batch, the
-    variance divided by n and not by n - 1; (N, C, ...) to the same."""
+    """A BatchNorm for maps (N, C, ...) whose running statistics give each new batch a weight of 0.9.
+
+    The running variance is updated with the biased variance of the batch.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, momentum=0.9)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
-        """Any number of spatial axes will do."""
+        """Accept any number of spatial axes."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         if not (self.training and self.track_running_stats):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        seen = input.detach().to(self.running_mean.dtype)
-        var, mean = torch.var_mean(seen, (0, *range(2, seen.dim())), correction=0)
+        detached = input.detach().to(self.running_mean.dtype)
+        var, mean = torch.var_mean(detached, (0, *range(2, detached.dim())), correction=0)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var, self.momentum)
         return F.batch_norm(input, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm``, written out: of torch's own, the gradient of a forward-mode derivative is wrong."""
+    """``nn.LayerNorm`` in basic operations, since torch's version has wrong gradients of forward-mode derivatives."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         axes = tuple(range(-len(self.normalized_shape), 0))
@@ -107,7 +109,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""By the number of spatial axes, less one, as the tables below."""
+"""Indexed by the number of spatial axes minus one, like the tables below."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 POOLINGS: dict[str, tuple[Callable[..., nn.Module], ...]] = {
     "avg": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -116,7 +118,7 @@ POOLINGS: dict[str, tuple[Callable[..., nn.Module], ...]] = {
 
 
 def make_norm(norm: Norm, channels: int, axes: int = 2) -> nn.Module:
-    """The normalisation of maps (N, channels, ...) with so many spatial axes, with learned scale and shift."""
+    """Return a norm layer with learned scale and shift for maps (N, channels, ...) with ``axes`` spatial axes."""
     match norm:
         case "instance":
             return InstanceNorm(channels)
@@ -127,12 +129,12 @@ def make_norm(norm: Norm, channels: int, axes: int = 2) -> nn.Module:
 
 
 def make_pooling(pooling: Literal["avg", "max"], size: int | tuple[int, ...], axes: int = 2) -> nn.Module:
-    """Pooling of maps with so many spatial axes over windows of ``size`` that do not overlap."""
+    """Return a pooling of maps with ``axes`` spatial axes over non-overlapping windows of ``size``."""
     return POOLINGS[pooling][axes - 1](size)
 
 
 def too_small(network: str, input_shape: InputShape, why: str, remedy: str) -> ValueError:
-    """The error of a network that cannot take samples of this size."""
+    """Return the error for a network that cannot take samples of this size."""
     *time, height, width = (1, *sides(input_shape))[-3:]
     match kind(input_shape):
         case "series":

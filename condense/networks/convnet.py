@@ -1,4 +1,4 @@
-"""ConvNet, the network most of the field distils on, and its analogue for series."""
+"""ConvNet, the standard network of dataset distillation, and its variant for series."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Pooling = Literal["avg", "max", "none"]
 class ConvNet(Network):
     """Blocks of 3x3 convolution, norm, activation and 2x2 pooling, then a linear layer on the flattened maps.
 
-    Gidaris and Komodakis (2018) as used by Zhao et al. (2021). 64 pixels usually go with depth 4, 128 with 5:
-    the flattened features then number 16 * width as for 32 pixels at depth 3. With ``widen`` each block has twice the
-    channels of the one before (Zhou et al. 2022, FRePo); softplus is sharp, beta 60 (Loo et al. 2023, RCIG). With
-    ``norm=batch-before`` a BatchNorm precedes the convolution of each block but the first, as in FRePo's networks; its
-    running statistics are those of ``QuickBatchNorm``.
+    Gidaris and Komodakis (2018), as used by Zhao et al. (2021). Depth 4 is usual for images of 64 pixels and depth 5
+    for 128 pixels; there are then 16 * width features, as for 32 pixels at depth 3. With ``widen`` each block has twice
+    the channels of the one before (Zhou et al. 2022, FRePo). Softplus has beta 60 (Loo et al. 2023, RCIG). With
+    ``norm=batch-before`` a BatchNorm precedes the convolution of each block but the first, as in FRePo's networks; this
+    is a ``QuickBatchNorm``.
 
     Raises:
-        ValueError: the poolings leave no pixel, or norm=group does not divide the width.
+        ValueError: the poolings leave no pixel, or the width is not divisible by the 4 groups of norm=group.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class ConvNet(Network):
             raise too_small(
                 f"{name}:depth={depth}",
                 input_shape,
-                f"each block halves the maps and the last would have no {unit} left",
+                f"each block halves the maps, and after the last one no {unit} would be left",
                 f"give depth={fitting} or less, or pooling=none" if fitting else "give pooling=none",
             )
         if norm == "group" and width % 4:
             raise ValueError(
-                f"{name}:norm=group cannot take width={width}: it forms 4 groups of equal size; "
+                f"{name}:norm=group cannot take width={width}: it needs 4 groups of equal size; "
                 f"give width={width + -width % 4}"
             )
         layers: list[nn.Module] = []
@@ -90,16 +90,16 @@ class ConvNet(Network):
 
 
 class ConvNet1d(ConvNet):
-    """The ConvNet for series: convolutions over three time steps, pooling of two.
+    """The ConvNet for series, with convolutions over three time steps and pooling over two.
 
-    At depth 3 a feature depends on 22 time steps, at depth 6 on 190: long series ask for more depth.
+    The receptive field of a feature is 22 time steps at depth 3 and 190 at depth 6, so long series need more depth.
     """
 
     takes: ClassVar[tuple[Kind, ...]] = ("series",)
 
 
 def _norm(kind: Norm, channels: int, sides: list[int]) -> nn.Module:
-    """As ``make_norm``, with three more kinds; "layer" has a scale and a shift for every element of the map."""
+    """Extend ``make_norm`` by three kinds; "layer" has a scale and a shift for every element of the map."""
     match kind:
         case "layer":
             return LayerNorm((channels, *sides))

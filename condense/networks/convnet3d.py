@@ -1,4 +1,4 @@
-"""ConvNet3D, the network on which videos are distilled."""
+"""ConvNet3D, a network for clips."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from condense.networks.base import Network, Norm, make_norm, make_pooling, too_s
 from condense.networks.convnet import Activation, make_activation
 
 KERNEL, STRIDE, PADDING = (3, 7, 7), (1, 2, 2), (1, 3, 3)
-"""Of every convolution: frames, rows, columns."""
+"""The parameters of every convolution along frames, rows and columns."""
 
 
 class ConvNet3d(Network):
     """Blocks of 3x7x7 convolution, activation and pooling for clips, then the maximum over time and a linear layer.
 
     The small C3D of Wang et al. (2024, "Dancing with Still Images: Video Distillation via Static-Dynamic
-    Disentanglement"): convolutions move by two pixels and by one frame, the first pooling halves rows and columns and
-    those after it frames as well. The first block has ``width`` channels and the others have twice as many. In training
-    mode half of the features, drawn at random, are hidden from the linear layer unless ``dropout=false``.
+    Disentanglement"): convolutions have a stride of two pixels and one frame. The first pooling halves rows and
+    columns, and later ones also halve the frames. The first block has ``width`` channels and the others have twice as
+    many. Dropout of 0.5 precedes the linear layer unless ``dropout=false``.
 
-    Where the last maps have more than one pixel they are averaged over rows and columns. The maximum over time is that
-    of the features; in the published network it is that of the class scores, which leaves no features in front of a
-    linear layer.
+    Maps with more than one pixel are averaged over rows and columns. The maximum over time is taken over the features.
+    The published network takes it over the class scores and so has no features before a final linear layer.
 
     Raises:
         ValueError: the poolings leave no pixel or no frame.
@@ -50,8 +49,8 @@ class ConvNet3d(Network):
             raise too_small(
                 f"convnet3d:depth={depth}",
                 input_shape,
-                "each block divides rows and columns by four, each but the first halves the frames, and nothing would "
-                "be left",
+                "each block divides rows and columns by four, all but the first also halve the frames, and nothing "
+                "would be left",
                 f"give depth={fitting}" if fitting else "use larger clips, or mlp",
             )
         channels = input_shape[1]
@@ -74,11 +73,11 @@ class ConvNet3d(Network):
         return logits
 
 
-def _fitting(input_shape: InputShape, most: int) -> int:
-    """How many blocks, ``most`` at the most, leave a pixel and a frame of such clips."""
+def _fitting(input_shape: InputShape, maximum: int) -> int:
+    """Return the number of blocks, up to ``maximum``, that leave at least one pixel and one frame."""
     frames, _, *sides = input_shape
-    for block in range(most):
+    for block in range(maximum):
         frames, sides = frames // (2 if block else 1), [(side + 1) // 2 // 2 for side in sides]
         if min(frames, *sides) < 1:
             return block
-    return most
+    return maximum

@@ -1,4 +1,4 @@
-"""Networks that were not written for this package: those of torchvision and timm, by name, and Python callables."""
+"""Networks from outside this package: those of torchvision and timm, by name, and Python callables."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from condense.names import suggest
 from condense.networks.base import LayerNorm, Network, too_small
 
 Factory = Callable[[InputShape, int], nn.Module]
-"""``factory(input_shape, num_classes)``: a fresh network, samples (N, *input_shape) to logits (N, num_classes)."""
+"""``factory(input_shape, num_classes)`` returns a new network, samples (N, *input_shape) to logits (N, num_classes)."""
 
 
 class External(Network):
-    """A network taken apart at its last linear layer: ``body``, then ``classifier``.
+    """A network split at its last linear layer into ``body`` and ``classifier``.
 
     Args:
         path: the name of the classifier in the whole network.
-        wrapper: what the names of the body begin with and those of the published network do not.
+        wrapper: a prefix of the names in the body that the published network does not have.
     """
 
     def __init__(self, body: nn.Module, classifier: nn.Linear, path: str, wrapper: str = "") -> None:
@@ -47,15 +47,17 @@ class External(Network):
 
 
 def from_callable(name: str, factory: Factory, input_shape: InputShape, num_classes: int) -> Network:
-    """A copy of what ``factory`` returns, as a Network.
+    """Return a copy of the module that ``factory`` returns, as a Network.
 
     Raises:
-        ValueError: it is no module, or one that was returned before; it cannot be copied, cannot take such samples, or
-            does not end in a linear layer.
+        ValueError: the factory does not return a module, or returned the same one before; the module cannot be copied,
+            cannot take such samples, or does not end in a linear layer.
     """
     module = factory(input_shape, num_classes)
     if not isinstance(module, nn.Module):
-        raise ValueError(f"{name} is no network: it returned {type(module).__name__}; return a torch.nn.Module from it")
+        raise ValueError(
+            f"{name} is not a network factory: it returned {type(module).__name__}; return a torch.nn.Module from it"
+        )
     if module in _returned:
         raise ValueError(
             f"{name} returned the same module a second time: experiments need fresh networks; build the module inside "
@@ -69,17 +71,17 @@ def from_callable(name: str, factory: Factory, input_shape: InputShape, num_clas
             f"{name} returned a {type(module).__name__} that cannot be copied: {_first_line(error)}; return a module "
             "that copy.deepcopy takes"
         ) from error
-    return module if isinstance(module, Network) else _take_apart(name, module, input_shape, num_classes)
+    return module if isinstance(module, Network) else _split(name, module, input_shape, num_classes)
 
 
 _returned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Of callables, what they returned as long as it lives."""
+"""The modules that factories returned and that still exist."""
 
 
 def from_torchvision(name: str, input_shape: InputShape, num_classes: int) -> Network:
-    """``torchvision:resnet50``: torchvision's architecture with random weights.
+    """Return torchvision's architecture of this name, such as ``torchvision:resnet50``, with random weights.
 
-    Gray images are repeated to the three channels that these networks expect.
+    Grey images are repeated to the three channels that these networks expect.
 
     Raises:
         ValueError: the network cannot take such images, or does not end in a linear layer.
@@ -88,13 +90,13 @@ def from_torchvision(name: str, input_shape: InputShape, num_classes: int) -> Ne
 
     if input_shape[0] not in (1, 3):
         raise ValueError(
-            f"{name} cannot take images of {input_shape[0]} channels: torchvision's networks expect 3, "
-            "and 1 is repeated; give convnet or another network of this package"
+            f"{name} cannot take images of {input_shape[0]} channels: networks of torchvision take 3, "
+            "or 1, which is repeated; give convnet or another network of this package"
         )
     module = get_model(name.partition(":")[2], weights=None, num_classes=num_classes)
     if input_shape[0] == 1:
-        return _take_apart(name, nn.Sequential(_GrayToColour(), module), input_shape, num_classes, wrapper="1.")
-    return _take_apart(name, module, input_shape, num_classes)
+        return _split(name, nn.Sequential(_GreyToColour(), module), input_shape, num_classes, wrapper="1.")
+    return _split(name, module, input_shape, num_classes)
 
 
 def require_torchvision(name: str) -> None:
@@ -107,7 +109,9 @@ def require_torchvision(name: str) -> None:
 
 
 def from_timm(name: str, input_shape: InputShape, num_classes: int) -> Network:
-    """``timm:resnet10t``: timm's architecture with random weights, made for images of this size where it asks for one.
+    """Return timm's architecture of this name, such as ``timm:resnet10t``, with random weights.
+
+    If the architecture needs an image size, it is built for that of ``input_shape``.
 
     Raises:
         ValueError: timm is not installed, or the network cannot take such images or does not end in a linear layer.
@@ -124,7 +128,7 @@ def from_timm(name: str, input_shape: InputShape, num_classes: int) -> Network:
             module = create()
     except Exception as error:
         raise _refused(name, input_shape, error) from error
-    return _take_apart(name, module, input_shape, num_classes)
+    return _split(name, module, input_shape, num_classes)
 
 
 def require_timm(name: str) -> None:
@@ -147,12 +151,12 @@ def _timm(name: str) -> ModuleType:
 
 
 class Library(NamedTuple):
-    """A package whose networks are known as ``library:name``."""
+    """A package whose networks have names of the form ``library:name``."""
 
     require: Callable[[str], None]
-    """Raises ValueError for a name that it does not have."""
+    """Raises ValueError if the package has no network of the name that follows the colon."""
     build: Callable[[str, InputShape, int], Network]
-    """From ``library:name``."""
+    """Builds the network ``library:name``."""
 
 
 LIBRARIES = {
@@ -161,8 +165,8 @@ LIBRARIES = {
 }
 
 
-def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_classes: int, wrapper: str = "") -> Network:
-    """Try the module on two samples in training mode, see which linear layer runs last, and split it off."""
+def _split(name: str, module: nn.Module, input_shape: InputShape, num_classes: int, wrapper: str = "") -> Network:
+    """Run the module on two samples in training mode to find its last linear layer, and split it off."""
     for path, part in list(module.named_modules()):
         if path and isinstance(part, nn.Hardsigmoid):
             module.set_submodule(path, _Hardsigmoid())
@@ -184,22 +188,22 @@ def _take_apart(name: str, module: nn.Module, input_shape: InputShape, num_class
     finally:
         for hook in hooks:
             hook.remove()
-    made = [key for key, _ in module.named_buffers() if key not in buffers]
-    if made:
+    created = [key for key, _ in module.named_buffers() if key not in buffers]
+    if created:
         raise ValueError(
-            f"{name} makes its buffer {made[0]} in the first forward pass: its output would depend on what it saw "
-            "before; register the buffer with a tensor"
+            f"{name} creates its buffer {created[0]} in the first forward pass: its output would depend on earlier "
+            "inputs; register the buffer with a tensor"
         )
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        actual = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"{name} does not return logits: two images gave {got} in training mode, not {(2, num_classes)}; "
+            f"{name} does not return logits: two images gave {actual} in training mode, not {(2, num_classes)}; "
             "wrap it in a callable that returns a module whose output has this shape"
         )
     if not calls or not torch.equal(calls[-1][2], logits):
         raise ValueError(
-            f"{name} does not end in a linear layer: its features cannot be told from its classifier; "
-            "give a callable that returns a condense.networks.Network, which names both"
+            f"{name} does not end in a linear layer: its features and classifier cannot be separated; "
+            "give a callable that returns a condense.networks.Network, which defines both"
         )
     path, classifier, _ = calls[-1]
     module.set_submodule(path, nn.Identity())
@@ -215,12 +219,12 @@ def _first_line(error: Exception) -> str:
 
 
 class _Hardsigmoid(nn.Module):
-    """``nn.Hardsigmoid``, which has no second derivative in torch, as ``relu6(x + 3) / 6``."""
+    """``nn.Hardsigmoid`` as ``relu6(x + 3) / 6``, since torch's version has no second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu6(x + 3) / 6
 
 
-class _GrayToColour(nn.Module):
+class _GreyToColour(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.expand(-1, 3, -1, -1)

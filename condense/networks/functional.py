@@ -1,4 +1,4 @@
-"""A network as pure functions of its weights."""
+"""Networks as pure functions of their weights."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from condense.files import canonical_json, checksum
 from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
-from condense.networks.registry import NetworkSpec, build, default_for, from_here, name_of, require_moderate, resolve
+from condense.networks.registry import NetworkSpec, build, default_for, is_builtin, name_of, require_moderate, resolve
 from condense.rng import Rng
 
 
 class Weights(NamedTuple):
-    """What training changes of a network, by name: parameters, and buffers such as BatchNorm's statistics.
+    """The weights of a network by name: parameters, and buffers such as BatchNorm statistics.
 
-    A parameter with two names (tied weights) has its first; a frozen one (``requires_grad_(False)``) is in neither."""
+    A parameter with two names (tied weights) has the first one. Frozen parameters (``requires_grad_(False)``) are not
+    included."""
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
 
 class Captured(NamedTuple):
-    """What ``Functional.capture`` took from one forward pass."""
+    """The tensors that ``Functional.capture`` captured in one forward pass."""
 
     values: dict[str, Tensor]
-    """Tensors by the name of their module, in the order of the forward pass; ``name#2`` is the second time that a
-    module is run."""
+    """Tensors by the name of their module, in the order of the forward pass; ``name#2`` is a module's second run."""
     features: Tensor
     """The input of the final linear layer, (N, F)."""
     logits: Tensor
@@ -52,21 +52,20 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {"activations": ACTIVATIONS, "n
 
 
 class Functional:
-    """One architecture for samples of one shape; its weights are arguments.
+    """An architecture for samples of one shape, with weights as arguments.
 
-    The calls go through ``torch.func`` transforms, ``torch.compile`` and second derivatives. What is not trained
-    belongs to the architecture: frozen parameters, and the buffers that a network starts with, are the same in all
-    of its networks.
+    The methods support ``torch.func`` transforms, ``torch.compile`` and second derivatives. Frozen parameters and the
+    initial buffers belong to the architecture: they are the same in all networks.
 
     Args:
-        spec: what ``build`` takes.
-        input_shape: of a sample: (C, L), (C, H, W) or (T, C, H, W).
+        spec: the network, as for ``build``.
+        input_shape: the shape of a sample: (C, L), (C, H, W) or (T, C, H, W).
         num_classes: the number of logits.
-        device: of the weights that ``init`` makes, and of the calls.
-        dtype: of the same.
+        device: the device of the weights that ``init`` returns and of the computation.
+        dtype: the dtype of the same.
 
     Raises:
-        ValueError: as ``build`` does.
+        ValueError: ``build`` raises it, the network has no parameter that requires grad, or it has too many parameters.
     """
 
     def __init__(
@@ -85,32 +84,32 @@ class Functional:
         with Rng(0).forked("architecture"):
             network = build(self._spec, input_shape, num_classes).to(self.device, self.dtype)
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
-        """Shapes of the parameters that are trained, in the order of ``flatten``."""
+        """Shapes of the trained parameters, in the order of ``flatten``."""
         if not self.shapes:
             raise ValueError(
                 f"{self.name} has no parameter that requires grad: there is nothing to train; leave "
-                "requires_grad on where the network is to learn"
+                "requires_grad on for the parameters to be trained"
             )
         self.num_features = network.classifier.in_features
-        """F: what the final linear layer sees of a sample."""
+        """F, the number of inputs of the final linear layer."""
         self.num_params = sum(math.prod(shape) for shape in self.shapes.values())
         self._frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
         self._buffers = {name: buffer.detach() for name, buffer in network.named_buffers()}
         self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
         """Shapes of the buffers, in the order of ``Weights.buffers``."""
         self._aliases = _aliases(network)
-        # Networks of others may attend by fused kernels, which have no second derivative.
-        self._foreign = not from_here(self._spec)
+        # Networks from outside this package may use fused attention kernels, which have no second derivative.
+        self._is_external = not is_builtin(self._spec)
         self._captures: dict[tuple[str | tuple[str, ...], bool], _Capturing] = {}
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
         self._train = copy.deepcopy(self._tracking)
         for module in self._train.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                # Statistics of the batch alone: vmap refuses the update of running ones.
+                # Use only the statistics of the batch, since vmap does not support updates of running statistics.
                 module.track_running_stats = False
         for module in self._eval.modules():
-            # In evaluation mode both take a fused path, which has no derivatives; their flag ``training`` decides it.
+            # With ``training=False`` both use a fused path that has no derivatives.
             if isinstance(module, nn.MultiheadAttention):
                 module.training, module.dropout = True, 0.0
             if isinstance(module, nn.TransformerEncoderLayer):
@@ -118,14 +117,16 @@ class Functional:
 
     @cached_property
     def flops(self) -> float:
-        """Floating-point operations of one sample's forward and backward pass, in matrix products and convolutions."""
+        """The floating-point operations of one sample's forward and backward pass (matrix products, convolutions)."""
         with FlopCounterMode(display=False) as counter:
             self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
 
     def identity(self) -> dict[str, Any]:
-        """What tells this network from others, JSON-able; for callables with a hash of parameter shapes, and one of the
-        values of those that are frozen."""
+        """Return the JSON-serialisable identity of the architecture.
+
+        For callables it includes a hash of the parameter shapes and a checksum of the frozen parameters.
+        """
         if isinstance(self._spec, NetworkSpec):
             return {"network": self.name}
         shapes = canonical_json([[name, list(shape)] for name, shape in self.shapes.items()])
@@ -133,16 +134,16 @@ class Functional:
         return {"network": self.name, "shapes": hashlib.sha256(shapes.encode()).hexdigest()} | frozen
 
     def init(self, rng: Rng, name: str, step: int = 0, unit: int | str = 0) -> Weights:
-        """Fresh weights, a function of the key; the global generator stays untouched.
+        """Return initial weights that depend only on the key; the state of the global generator does not change.
 
         Raises:
             ValueError: as ``build`` does.
         """
         with rng.forked(name, step, unit):
             network = build(self._spec, self.input_shape, self.num_classes)
-        found = dict(network.to(self.device, self.dtype).named_parameters())
+        params = dict(network.to(self.device, self.dtype).named_parameters())
         return Weights(
-            {key: found[key].detach() for key in self.shapes},
+            {key: params[key].detach() for key in self.shapes},
             {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
 
@@ -153,13 +154,15 @@ class Functional:
 
     @property
     def published(self) -> dict[str, str]:
-        """The names of a state dict of the network as its library has it, each with the name of that tensor here; both
-        names of a tied one."""
+        """The names in the state dict that the network's library publishes, each with the name used here.
+
+        Tied tensors appear under both of their names.
+        """
         network = self._eval.network
         return {network.published_name(name): self._aliases.get(name, name) for name in network.state_dict()}
 
     def restored(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Weights:
-        """Weights that were stored as float32, on the network's device and in their own types again."""
+        """Return weights that were stored as float32 on the network's device and in their original dtypes."""
         return Weights(
             {name: p.to(self.device, self.dtype) for name, p in params.items()},
             {name: buffer.to(self._buffers[name]) for name, buffer in buffers.items()},
@@ -174,14 +177,14 @@ class Functional:
         update_buffers: bool = False,
         feature_mask: Tensor | None = None,
     ) -> Tensor:
-        """Samples (N, *input_shape) to logits (N, num_classes).
+        """Return the logits (N, num_classes) of samples (N, *input_shape).
 
         Args:
             params, buffers: as in ``Weights``.
-            x: samples.
-            train: BatchNorm takes its statistics from the batch (else from ``buffers``) and dropout is on.
-            update_buffers: in training mode, update the tensors of ``buffers`` in place, else never.
-            feature_mask: (N, F), what the features are multiplied by before the final linear layer; None: nothing.
+            x: the samples.
+            train: use batch statistics in BatchNorm (else those of ``buffers``) and enable dropout.
+            update_buffers: update the tensors of ``buffers`` in place; ignored if ``train`` is False.
+            feature_mask: (N, F), multiplied with the features before the final linear layer.
         """
         return self._call(False, params, buffers, x, train, update_buffers, feature_mask)
 
@@ -193,16 +196,19 @@ class Functional:
         train: bool = True,
         update_buffers: bool = False,
     ) -> Tensor:
-        """Samples (N, *input_shape) to the input of the final linear layer (N, F); arguments as for ``logits``."""
+        """Return the features (N, F) of samples (N, *input_shape), the input of the final linear layer.
+
+        The arguments are those of ``logits``.
+        """
         return self._call(True, params, buffers, x, train, update_buffers)
 
     def maps(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor, train: bool = True
     ) -> tuple[list[Tensor], Tensor]:
-        """Samples (N, *input_shape) to what each activation puts out, before any pooling, and the features (N, F).
+        """Return the feature maps of samples (N, *input_shape), and the features (N, F).
 
-        The maps (N, c, l), (N, c, h, w) or (N, c, t, h, w) come in the order of the forward pass; activations of other
-        shapes have none.
+        The maps (N, c, l), (N, c, h, w) or (N, c, t, h, w) are the outputs of the activations, before any pooling, in
+        the order of the forward pass. Outputs of other shapes are left out.
 
         Raises:
             ValueError: the network has no such maps.
@@ -218,7 +224,7 @@ class Functional:
         return maps, features
 
     def require_maps(self) -> None:
-        """Raise ValueError where ``maps`` would."""
+        """Raise ValueError if ``maps`` would."""
         self.require_capture("activations")
         self.maps(*self._meta, train=False)
 
@@ -230,21 +236,22 @@ class Functional:
         what: str | Sequence[str],
         train: bool = True,
     ) -> Captured:
-        """One forward pass, with what was computed on the way.
+        """Run one forward pass and capture intermediate tensors.
 
-        It goes through ``torch.func`` transforms and ``torch.compile``; the latter needs one call outside of it, or
-        ``require_capture``, before it traces.
+        The method supports ``torch.func`` transforms and ``torch.compile``. Before tracing, the latter needs one call
+        outside of it, or ``require_capture``.
 
         Args:
             params, buffers: as in ``Weights``.
-            x: images (N, C, H, W).
-            what: ``"activations"``, their outputs; ``"norm-inputs"``, what every normalisation layer is given, where
-                the running statistics of a BatchNorm ``name`` are ``buffers[f"{name}.running_mean"]`` and
-                ``running_var``; or names among ``blocks``, whose outputs are captured.
+            x: samples (N, *input_shape).
+            what: ``"activations"`` captures the outputs of activations. ``"norm-inputs"`` captures the inputs of
+                normalisation layers; the running statistics of a BatchNorm ``name`` are
+                ``buffers[f"{name}.running_mean"]`` and ``buffers[f"{name}.running_var"]``. Names among ``blocks``
+                capture the outputs of these modules.
             train: as for ``logits``.
 
         Raises:
-            ValueError: an unknown name, a block that was not run or does not put out a tensor, or a network without
+            ValueError: a name is unknown; a block is not run or its output is not a tensor; the network has no
                 normalisation layers.
         """
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -255,23 +262,23 @@ class Functional:
         names = () if isinstance(what, str) and what in _KINDS else (what,) if isinstance(what, str) else what
         for name in names:
             if name not in values:
-                raise ValueError(f"the block {name!r} of {self.name} is not run in a forward pass; name another one")
+                raise ValueError(f"the block {name!r} of {self.name} is not run in a forward pass; give another one")
         return Captured(values, features, logits)
 
     def require_capture(self, what: str | Sequence[str]) -> None:
-        """Raise ValueError where ``capture`` would."""
+        """Raise ValueError if ``capture`` would."""
         self.capture(*self._meta, what, train=False)
         self._capturing(what, True)
 
     @property
     def _meta(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Weights and two images without memory, for a pass that only finds out shapes."""
+        """Weights and two samples on the meta device, for a pass that computes only shapes."""
         frozen = {name: p.to("meta") for name, p in self._frozen.items()}
         return frozen, {}, torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype)
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The names of all modules, of which ``capture`` takes the outputs."""
+        """The names of all modules whose outputs ``capture`` can return."""
         return tuple(name for name, _ in self._eval.network.named_modules() if name)
 
     def _capturing(self, what: str | Sequence[str], train: bool) -> _Capturing:
@@ -292,11 +299,11 @@ class Functional:
                         )
             if what == "norm-inputs" and not names:
                 raise ValueError(
-                    f"{self.name} has no normalisation layer, of which to capture the input; "
+                    f"{self.name} has no normalisation layer whose input could be captured; "
                     f"give {spelt('network', 'convnet:norm=batch')}"
                 )
-            # Networks of others may go on in place from what was captured.
-            self._captures[key] = _Capturing(network, names, inputs=what == "norm-inputs", copies=self._foreign)
+            # Networks from outside this package may change the captured tensors in place.
+            self._captures[key] = _Capturing(network, names, inputs=what == "norm-inputs", copies=self._is_external)
         return self._captures[key]
 
     def _call(
@@ -317,38 +324,38 @@ class Functional:
         return output
 
     def _weights(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a skeleton is called with: everything, under all of its names."""
+        """Return all tensors of a skeleton, under all of their names."""
         values = {**self._frozen, **params, **buffers}
         values |= {alias: values[name] for alias, name in self._aliases.items() if name in values}
         return {f"network.{name}": value for name, value in values.items()}
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
-        return sdpa_kernel(SDPBackend.MATH) if self._foreign else contextlib.nullcontext()
+        return sdpa_kernel(SDPBackend.MATH) if self._is_external else contextlib.nullcontext()
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Parameters to one vector (num_params,)."""
+        """Return the parameters as one vector (num_params,)."""
         return torch.cat([params[name].reshape(-1) for name in self.shapes])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """The inverse of ``flatten``; the parameters are views of ``vector``."""
+        """Return the parameters as views of ``vector``; the inverse of ``flatten``."""
         parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
         pairs = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
 
 
 def _aliases(network: Network) -> dict[str, str]:
-    """The further names of parameters and buffers that have several, with the first."""
+    """Return the additional names of tied parameters and buffers, mapped to their first name."""
     first: dict[int, str] = {}
-    found = {}
+    aliases = {}
     for named in (network.named_parameters, network.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             if first.setdefault(id(tensor), name) != name:
-                found[name] = first[id(tensor)]
-    return found
+                aliases[name] = first[id(tensor)]
+    return aliases
 
 
 class _Skeleton(nn.Module):
-    """Gives ``functional_call`` a forward that also reaches ``embed``."""
+    """A module for ``functional_call`` whose forward pass can also return the features."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -364,37 +371,40 @@ class _Skeleton(nn.Module):
 
 
 class _Capturing(nn.Module):
-    """The forward pass, with the inputs or outputs of some of its modules."""
+    """A module whose forward pass also returns the inputs or outputs of some modules of the network."""
 
     def __init__(self, network: Network, names: Sequence[str], *, inputs: bool, copies: bool) -> None:
         super().__init__()
         self.network, self.copies = network, copies
-        self.seen: list[tuple[str, Tensor]] = []
+        self.captured: list[tuple[str, Tensor]] = []
         for name in names:
             module = network.get_submodule(name)
             if inputs:
-                module.register_forward_pre_hook(functools.partial(self._see_input, name))
+                module.register_forward_pre_hook(functools.partial(self._capture_input, name))
             else:
-                module.register_forward_hook(functools.partial(self._see_output, name))
+                module.register_forward_hook(functools.partial(self._capture_output, name))
 
-    def _see_input(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._see(name, inputs[0])
+    def _capture_input(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._capture(name, inputs[0])
 
-    def _see_output(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._see(name, output)
+    def _capture_output(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._capture(name, output)
 
-    def _see(self, name: str, value: Tensor) -> None:
+    def _capture(self, name: str, value: Tensor) -> None:
         if not isinstance(value, Tensor):
-            raise ValueError(f"the block {name!r} puts out a {type(value).__name__}, no tensor; capture one inside it")
-        self.seen.append((name, value.clone() if self.copies else value))
+            raise ValueError(
+                f"the block {name!r} cannot be captured: its output is a {type(value).__name__}, not a tensor; "
+                "capture a block inside it"
+            )
+        self.captured.append((name, value.clone() if self.copies else value))
 
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        self.seen = []
+        self.captured = []
         features = self.network.embed(x)
         logits = self.network.classifier(features)
         values: dict[str, Tensor] = {}
-        for name, value in self.seen:
+        for name, value in self.captured:
             call = 1 + sum(other.partition("#")[0] == name for other in values)
             values[name if call == 1 else f"{name}#{call}"] = value
-        self.seen = []
+        self.captured = []
         return values, features, logits

@@ -14,7 +14,7 @@ class LeNet(Network):
     LeCun et al. (1998).
 
     Raises:
-        ValueError: images under 16x16.
+        ValueError: the images are smaller than 16x16.
     """
 
     def __init__(self, input_shape: InputShape, num_classes: int) -> None:

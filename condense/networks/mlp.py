@@ -1,4 +1,4 @@
-"""MLP, the network without convolutions."""
+"""MLP, a network without convolutions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from condense.networks.base import Network
 
 
 class MLP(Network):
-    """Two hidden layers of 128 units with ReLU on the flattened input, of any shape."""
+    """Two hidden layers of 128 units with ReLU on the flattened input, which may have any shape."""
 
     takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 

@@ -1,4 +1,4 @@
-"""Networks by name: ``convnet:depth=4,norm=batch`` to a module."""
+"""Build networks by name, such as ``convnet:depth=4,norm=batch``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from condense.plugins import Registry, subclass_of
 Value = bool | int | str
 
 MAX_OPTION = 10_000
-"""The largest width, depth or number of heads that a string can ask for."""
+"""The maximum width, depth or number of heads in the name of a network."""
 MAX_PARAMS = 10**9
-"""The most parameters of a network of this package: in float32 they take 4 GB, once."""
+"""The maximum number of parameters of a network of this package; one copy takes 4 GB in float32."""
 
 NETWORKS: Registry[type[Network]] = Registry(
     "network",
@@ -59,42 +59,46 @@ _DEFAULTS: dict[Kind, str] = {"series": "convnet1d", "images": "convnet", "clips
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A named network and the options that differ from its defaults; made by ``parse``."""
+    """A named network and the options that differ from its defaults, as returned by ``parse``."""
 
     name: str
     options: Mapping[str, Value] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        """The canonical spelling: options sorted, defaults dropped."""
+        """Return the canonical spelling, with sorted options and without defaults."""
         options = ",".join(f"{key}={_spell(value)}" for key, value in sorted(self.options.items()))
         return f"{self.name}:{options}" if options else self.name
 
 
 def names() -> list[str]:
-    """The networks of this package and of others that are installed; besides them ``torchvision:NAME``, ``timm:NAME``
-    and callables can be given."""
+    """Return the names of the networks of this package and of installed plugins.
+
+    ``torchvision:NAME``, ``timm:NAME`` and callables are accepted too.
+    """
     return list(NETWORKS)
 
 
 def describe(name: str) -> str:
-    """One line: what the network is, and its options with their values, the default first."""
+    """Return one line that describes the network and lists its options with their values, the default first."""
     summary = (inspect.getdoc(NETWORKS[name]) or "").partition("\n")[0]
     options = " ".join(f"{key}={option.values}" for key, option in _options(name).items())
     return f"{summary} [{options}]" if options else summary
 
 
 def default_for(input_shape: InputShape) -> str:
-    """The network for samples of this shape where none is named: convnet1d, convnet or convnet3d.
+    """Return the default network for samples of this shape: convnet1d, convnet or convnet3d.
 
     Raises:
-        ValueError: samples have two, three or four axes.
+        ValueError: the shape does not have two, three or four axes.
     """
     return _DEFAULTS[kind(input_shape)]
 
 
 def resolve(spec: str | NetworkSpec, input_shape: InputShape, field: str = "network") -> NetworkSpec:
-    """The network that ``spec`` names for samples of this shape. ``auto`` stands for the name of the default network,
-    and may have options: ``auto:width=32``. ``field`` is where its user wrote it, for the error.
+    """Return the network that ``spec`` names for samples of this shape.
+
+    ``auto`` stands for the name of the default network and may have options: ``auto:width=32``.
+    The error names ``field``.
 
     Raises:
         ValueError: ``parse`` refuses the spec, or the network takes samples of another kind.
@@ -111,11 +115,12 @@ def resolve(spec: str | NetworkSpec, input_shape: InputShape, field: str = "netw
 
 
 def parse(spec: str | NetworkSpec) -> NetworkSpec:
-    """``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``; ``auto`` is left as it is.
+    """Parse ``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``.
+
+    ``auto`` is left to ``resolve``; its options must be those of a default network.
 
     Raises:
-        ValueError: an unknown name or option, or a value the option does not take; of ``auto``, one that no default
-            network takes.
+        ValueError: a name, an option or the value of an option is unknown.
     """
     if isinstance(spec, NetworkSpec):
         return spec
@@ -128,19 +133,19 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
         return NetworkSpec(f"{name}:{rest}")
     if name not in NETWORKS:
         raise ValueError(
-            f"unknown network {name!r}: there is no such name; {_guess(name, NETWORKS)}give one of "
+            f"unknown network {name!r}: there is no network of this name; {_guess(name, NETWORKS)}give one of "
             f"{', '.join(NETWORKS)}, torchvision:NAME or timm:NAME"
         )
     known, options = _options(name), dict[str, Value]()
     for item in filter(None, rest.split(",")):
         key, _, text = (part.strip() for part in item.partition("="))
         if key not in known:
-            taken = ", ".join(known) or "no options"
+            accepted = ", ".join(known) or "no options"
             raise ValueError(
-                f"unknown option {key!r} of {name}: it takes {taken}; {_guess(key, known)}correct {spec!r}"
+                f"unknown option {key!r} of {name}: it takes {accepted}; {_guess(key, known)}correct {spec!r}"
             )
         if key in options:
-            raise ValueError(f"option {key} of {name} is given twice: one must hold; correct {spec!r}")
+            raise ValueError(f"option {key} of {name} is given twice: it can have one value; correct {spec!r}")
         options[key] = known[key].read(text, f"option {key} of {name}")
     return NetworkSpec(name, {key: value for key, value in options.items() if value != known[key].default})
 
@@ -157,24 +162,24 @@ def _require_auto_options(options: str) -> None:
         raise refusals["images"]
 
 
-def from_here(spec: str | NetworkSpec | Factory) -> bool:
-    """Whether it is a network of this package."""
+def is_builtin(spec: str | NetworkSpec | Factory) -> bool:
+    """Whether the spec names a network of this package or of an installed plugin."""
     return isinstance(spec, str | NetworkSpec) and parse(spec).name in NETWORKS
 
 
 def require_moderate(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> None:
-    """Raise ValueError where a network of this package would have more than ``MAX_PARAMS`` parameters."""
-    if isinstance(spec, str | NetworkSpec) and from_here(spec):
+    """Raise ValueError if a network of this package would have more than ``MAX_PARAMS`` parameters."""
+    if isinstance(spec, str | NetworkSpec) and is_builtin(spec):
         if _num_params(str(parse(spec)), tuple(input_shape), num_classes) > MAX_PARAMS:
             raise ValueError(
                 f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_classes} classes of samples "
-                f"of shape {tuple(input_shape)}: that is the limit; give a smaller width or depth"
+                f"of shape {tuple(input_shape)}, which is the limit; give a smaller width or depth"
             )
 
 
 @functools.lru_cache(maxsize=64)
 def _num_params(spec: str, input_shape: InputShape, num_classes: int) -> float:
-    """Counted on a network without memory; infinite where torch cannot say the shapes."""
+    """Count the parameters on the meta device; infinite if torch cannot represent the shapes."""
     try:
         with torch.device("meta"):
             return sum(p.numel() for p in build(spec, input_shape, num_classes).parameters())
@@ -183,11 +188,11 @@ def _num_params(spec: str, input_shape: InputShape, num_classes: int) -> float:
 
 
 def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> Network:
-    """A fresh network on the CPU. Its weights come from the global generator: call under ``Rng.forked``.
+    """Build a network on the CPU. Its weights are drawn from the global generator: call this under ``Rng.forked``.
 
     Args:
         spec: a name with options, or ``factory(input_shape, num_classes) -> nn.Module``.
-        input_shape: of a sample: (C, L), (C, H, W) or (T, C, H, W).
+        input_shape: the shape of a sample: (C, L), (C, H, W) or (T, C, H, W).
         num_classes: the number of logits.
 
     Raises:
@@ -195,7 +200,7 @@ def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classe
     """
     if isinstance(spec, nn.Module):
         raise ValueError(
-            f"network={type(spec).__name__}(...) is one network: experiments need fresh ones; "
+            f"network={type(spec).__name__}(...) is a single network: experiments need fresh ones; "
             "give a callable of (input_shape, num_classes) that builds it"
         )
     if not isinstance(spec, str | NetworkSpec):
@@ -207,14 +212,17 @@ def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classe
 
 
 def name_of(spec: str | NetworkSpec | Factory) -> str:
-    """The canonical spelling, or ``custom:`` and the qualified name of a callable."""
+    """Return the canonical spelling, or ``custom:`` and the qualified name of a callable."""
     if isinstance(spec, str | NetworkSpec):
         return str(parse(spec))
     return f"custom:{getattr(spec, '__qualname__', type(spec).__qualname__)}"
 
 
 def with_options(name: str, **options: Value) -> str:
-    """The network ``name`` with these options; unchanged where it lacks one of them, or where one lacks the value."""
+    """Return the network ``name`` with these options.
+
+    If the network does not have one of the options, or an option does not take the value, return ``name`` unchanged.
+    """
     spec = NetworkSpec(name) if name.startswith("custom:") else parse(name)
     known = _options(spec.name) if spec.name in NETWORKS else {}
     if any(key not in known or _spell(value) not in known[key].choices for key, value in options.items()):
@@ -224,7 +232,7 @@ def with_options(name: str, **options: Value) -> str:
 
 @dataclass(frozen=True)
 class _Option:
-    """A keyword parameter of a network class: a whole number, true or false, or one of some words."""
+    """A keyword parameter of a network class: a whole number, true or false, or one of several words."""
 
     default: Value
     choices: tuple[str, ...]
@@ -239,7 +247,8 @@ class _Option:
             if text.isdecimal() and len(text) <= len(str(MAX_OPTION)) and 0 < int(text) <= MAX_OPTION:
                 return int(text)
             raise ValueError(
-                f"{where} cannot be {text!r}: it is a whole number from 1 to {MAX_OPTION}; give {self.default}, say"
+                f"{where} cannot be {text!r}: it is a whole number from 1 to {MAX_OPTION}; "
+                f"give for example {self.default}"
             )
         word = text.lower()
         if word not in self.choices:

@@ -11,14 +11,14 @@ from condense.networks.base import Network, Norm, make_norm, too_small
 
 
 class ResNet18(Network):
-    """Residual network with a 3x3 stem, no first pooling; ap=true halves by average pooling, not by stride.
+    """Residual network with a 3x3 stem and no first pooling; ap=true downsamples by average pooling, not by stride.
 
-    He et al. (2016), CIFAR stem. The published tables pool the last maps by 4x4, which for 28 and 32 pixels
-    is the global average taken here for every size. The AP variant (Zhao et al., 2021) has no last pooling
-    and flattens the maps instead.
+    He et al. (2016), with the CIFAR stem. The networks of published tables pool the last maps by 4x4. For 28 and 32
+    pixels this equals the global average pooling used here for every size. The AP variant (Zhao et al., 2021) has no
+    last pooling and flattens the maps instead.
 
     Raises:
-        ValueError: the last maps have no pixel, or a single one under instance norm, which makes it constant.
+        ValueError: the last maps have no pixel, or a single one with instance norm, which makes it constant.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ResNet18(Network):
 
 
 class _Block(nn.Module):
-    """relu(main(x) + shortcut(x)) with two 3x3 convolutions in main."""
+    """The block relu(main(x) + shortcut(x)), with two 3x3 convolutions in main."""
 
     def __init__(self, inputs: int, outputs: int, *, halve: bool, norm: Norm, ap: bool) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ class VGG11(Network):
     """Eight 3x3 convolutions with norm and ReLU in five pooled stages, then one linear layer.
 
     Raises:
-        ValueError: images under 32x32 other than 28x28 gray ones, which are padded.
+        ValueError: the images are smaller than 32x32, except grey 28x28 images, which are padded.
     """
 
     def __init__(

@@ -10,13 +10,13 @@ from condense.networks.base import LayerNorm, Network
 
 
 class ViT(Network):
-    """Pre-norm transformer encoder over about 8x8 patches; the classifier sees the mean of the tokens.
+    """Pre-norm transformer encoder over about 8x8 patches, whose mean token is the input of the classifier.
 
-    Dosovitskiy et al. (2021), without class token and dropout. A patch has an eighth of the shorter side
-    and at least 2x2 pixels; images that it does not divide are padded with zeros.
+    Dosovitskiy et al. (2021), without class token and dropout. The side of a patch is an eighth of the shorter side of
+    the image, and at least 2 pixels. Images that are not a multiple of it are padded with zeros.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: the width is not divisible by the number of heads.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class ViT(Network):
         super().__init__()
         if width % heads:
             raise ValueError(
-                f"vit:heads={heads} cannot take width={width}: every head has an equal share of it; "
+                f"vit:heads={heads} cannot take width={width}: it must be divisible by the number of heads; "
                 f"give width={width + -width % heads}"
             )
         channels, *sides = input_shape
@@ -46,7 +46,7 @@ class ViT(Network):
 
 
 class _Block(nn.Module):
-    """Attention, then a hidden layer of four times the width; both are added to tokens (N, T, width)."""
+    """Attention and an MLP with a hidden layer of four times the width, both residual, on tokens (N, T, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention, written out: the fused kernels have no second derivative."""
+    """Multi-head self-attention in basic operations, since fused kernels have no second derivative."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

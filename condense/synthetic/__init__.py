@@ -1,4 +1,4 @@
-"""The synthetic set: what is learned, stored and evaluated."""
+"""Synthetic sets: latents, decoders, labels and the file format."""
 
 from condense.synthetic.decode import DCT as DCT
 from condense.synthetic.decode import DECODERS as DECODERS

@@ -1,6 +1,6 @@
-"""Parameterisations: how stored latents become images. A value of the recipe that composes with any method.
+"""Decoders: parameterisations that turn stored latents into images, and that any method can use.
 
-Deviations from the papers: see docs/composition.md.
+Deviations from the papers are listed in docs/composition.md.
 """
 
 from __future__ import annotations
@@ -24,51 +24,53 @@ from condense.schema import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(Checked, ABC):
-    """How many images a latent holds, how images are stored and how they are read back."""
+    """How images are stored as latents and decoded from them."""
 
     name: ClassVar[str]
     stores_pixels: ClassVar[bool] = False
-    """An entry of a latent is a pixel value of an image."""
+    """Whether the entries of a latent are pixel values of an image."""
     takes: ClassVar[tuple[Kind, ...]] = ("images",)
-    """The kinds of samples that the decoder makes."""
+    """The kinds of samples that the decoder produces."""
 
     def require_kind(self, input_shape: InputShape) -> None:
-        """Raise ValueError where the decoder does not make samples of this shape."""
+        """Raise ValueError if the decoder does not produce samples of this shape."""
         fitting = [name for name, decoder in DECODERS.items() if kind(input_shape) in decoder.takes]
         remedy = f"give {spelt('decode', Pixels.name)}; decoders for {kind(input_shape)} are {', '.join(fitting)}"
         require_kind(f"decoder {self.name}", self.takes, input_shape, remedy)
 
     @property
     def expansion(self) -> int:
-        """Images decoded from one latent."""
+        """The number of images decoded from one latent."""
         return 1
 
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
-        """Latents of a class that the floats of ``ipc`` images buy.
+        """Return the number of latents per class that take no more storage than ``ipc`` images.
 
         Raises:
-            ValueError: they buy none.
+            ValueError: there is not enough storage for one.
         """
         return ipc
 
     @abstractmethod
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        """The decoder: ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, *input_shape)``,
-        copy-major: image ``k * N + i`` is copy k of latent i.
+        """Build the decoder, ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, *input_shape)``.
 
-        What it learns are parameters, what it has to remember buffers; their shapes follow from the arguments and
-        the fields, so that a file can be read back."""
+        Image ``k * N + i`` is the k-th image of latent i. What the decoder learns are its parameters, and what else it
+        has to store are its buffers. Their shapes depend only on the arguments and the fields, so that a file can be
+        read back.
+        """
 
     @abstractmethod
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
-        """Initial latents (N, ...) that ``decoder`` turns into something like ``images``; what of the decoder
-        depends on these, or is random, is set in place.
+        """Return initial latents (N, ...) that ``decoder`` decodes to approximately ``images``.
+
+        The parts of the decoder that depend on the images or are random are initialised in place.
 
         Args:
-            images: (expansion * N, *input_shape), copy-major.
-            classes: of the latents, (N,).
-            decoder: as ``build`` made it.
-            generator: on the CPU.
+            images: (expansion * N, *input_shape), in the order of the decoder's output.
+            classes: the classes of the latents, (N,).
+            decoder: the decoder that ``build`` returned.
+            generator: a CPU generator.
         """
 
 
@@ -81,28 +83,28 @@ class Pixels(Decode):
     takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        return _AsTheyAre()
+        return _Identity()
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         return images.clone()
 
 
-class _AsTheyAre(nn.Module):
+class _Identity(nn.Module):
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
         return latents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factor(Decode):
-    """A stored image holds factor x factor small ones.
+    """Each stored image holds factor x factor small images.
 
-    Uniform multi-formation (Kim et al. 2022, IDC): each is upsampled to full size. Where the factor does not divide
-    the sides the stored image is padded with zeros."""
+    Uniform multi-formation (Kim et al. 2022, IDC): each small image is upsampled to full size. If the factor does not
+    divide the sides, the stored image is padded with zeros."""
 
     name: ClassVar[str] = "factor"
     stores_pixels: ClassVar[bool] = True
     factor: int = 2
-    """Images along each side of a stored image."""
+    """Number of images along each side of a stored image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,41 +142,41 @@ class _Crops(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DCT(Decode):
-    """Some frequencies of each image, chosen for its class.
+    """Each image is stored as DCT coefficients at positions chosen for its class.
 
-    FreD (Shin et al. 2023): kept are the positions of the discrete cosine transform where the initial images of the
-    class vary most; all other coefficients are zero."""
+    FreD (Shin et al. 2023): these are the coefficients of the discrete cosine transform that vary most among the
+    initial images of the class. All other coefficients are zero."""
 
     name: ClassVar[str] = "dct"
     coefficients: int | None = None
-    """Coefficients kept of each channel; unset: a sixteenth of the pixels."""
+    """Number of DCT coefficients stored per channel. Default: a sixteenth of the pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.coefficients is not None and self.coefficients < 1:
             raise ValueError(f"decode.coefficients must be at least 1, got {self.coefficients}; try 64")
 
-    def kept(self, input_shape: InputShape) -> int:
-        """``coefficients`` for images of this shape.
+    def num_coefficients(self, input_shape: InputShape) -> int:
+        """Return the number of coefficients stored per channel for images of this shape.
 
         Raises:
-            ValueError: more than there are pixels.
+            ValueError: it exceeds the number of pixels.
         """
         pixels = math.prod(input_shape[1:])
         if self.coefficients is None:
             return max(1, pixels // 16)
         if self.coefficients > pixels:
             raise ValueError(
-                f"decode.coefficients is {self.coefficients}, an image has {pixels} pixels a channel; "
+                f"decode.coefficients is {self.coefficients}, but an image has {pixels} pixels per channel; "
                 f"give {spelt('decode.coefficients', pixels, 'DCT')} or less"
             )
         return self.coefficients
 
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
-        return ipc * math.prod(input_shape[1:]) // self.kept(input_shape)
+        return ipc * math.prod(input_shape[1:]) // self.num_coefficients(input_shape)
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        return _Frequencies(input_shape[1:], num_classes, self.kept(input_shape))
+        return _Frequencies(input_shape[1:], num_classes, self.num_coefficients(input_shape))
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, _Frequencies)
@@ -189,15 +191,15 @@ class DCT(Decode):
 
 class _Frequencies(nn.Module):
     positions: Tensor
-    """Of the coefficients of each class in a flattened spectrum, (num_classes, k), ascending."""
+    """Positions of each class's coefficients in a flattened spectrum, (num_classes, k), ascending."""
 
-    def __init__(self, size: tuple[int, ...], num_classes: int, kept: int) -> None:
+    def __init__(self, size: tuple[int, ...], num_classes: int, num_coefficients: int) -> None:
         super().__init__()
         self.size = size
-        self.register_buffer("positions", torch.arange(kept, dtype=torch.int32).repeat(num_classes, 1))
+        self.register_buffer("positions", torch.arange(num_coefficients, dtype=torch.int32).repeat(num_classes, 1))
 
     def index(self, classes: Tensor, channels: int) -> Tensor:
-        """Positions (N, channels, k) of these latents."""
+        """Return the positions (N, channels, k) for latents of these classes."""
         return self.positions[classes].long()[:, None].expand(-1, channels, -1)
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
@@ -207,40 +209,41 @@ class _Frequencies(nn.Module):
 
 
 def dct(images: Tensor) -> Tensor:
-    """The DCT-II of images (..., H, W), not normalised: scipy's ``dctn``."""
+    """Return the unnormalised DCT-II of images (..., H, W), as scipy's ``dctn`` does."""
     rows, columns = (_matrices(side, images.dtype, images.device)[0] for side in images.shape[-2:])
     return torch.einsum("ka,lb,...ab->...kl", rows, columns, images)
 
 
 def inverse_dct(spectra: Tensor) -> Tensor:
-    """The images (..., H, W) whose ``dct`` is ``spectra``."""
+    """Return the images (..., H, W) whose ``dct`` is ``spectra``."""
     rows, columns = (_matrices(side, spectra.dtype, spectra.device)[1] for side in spectra.shape[-2:])
     return torch.einsum("ka,lb,...kl->...ab", rows, columns, spectra)
 
 
 @functools.lru_cache(maxsize=16)
 def _matrices(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The factors (k, n) of coefficient k and entry n in the DCT-II and in its inverse."""
+    """Return the matrices of the DCT-II and of its inverse, both indexed [coefficient, entry]."""
     k = torch.arange(size, dtype=torch.float64)[:, None]
     cosines = torch.cos(math.pi * k * (k.T + 0.5) / size)
-    share = torch.full_like(k, 1 / size)
-    share[0] /= 2
-    return (2 * cosines).to(device, dtype), (share * cosines).to(device, dtype)
+    scale = torch.full_like(k, 1 / size)
+    scale[0] /= 2
+    return (2 * cosines).to(device, dtype), (scale * cosines).to(device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bases(Decode):
-    """Weighted sums of basis images that all classes share.
+    """Images are weighted sums of basis images that all classes share.
 
-    Addressing (Deng and Russakovsky 2022, RTP): the bases are stored at half resolution and learned, an image is a row
-    of coefficients."""
+    Addressing (Deng and Russakovsky 2022, RTP): the bases are learned and stored at half resolution, and each image is
+    stored as a row of coefficients."""
 
     name: ClassVar[str] = "bases"
     takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
     num_bases: int = 16
-    """Basis images."""
+    """Number of basis images."""
     start: Literal["images", "xavier"] = "images"
-    """images: the best fit of as many bases to the initial images. xavier: Xavier-uniform, as published."""
+    """Initialisation of the bases and coefficients. images: the best low-rank fit to the initial images. xavier: Xavier
+    uniform, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -252,8 +255,8 @@ class Bases(Decode):
         rows = (budget - self.num_bases * basis) // (num_classes * self.num_bases)
         if rows < 1:
             raise ValueError(
-                f"{self.num_bases} bases of {basis} numbers leave too few of the {budget} that {spelt('ipc', ipc)} "
-                "buys for an image of each class; give "
+                f"{self.num_bases} bases of {basis} numbers leave too few of the {budget} numbers of "
+                f"{spelt('ipc', ipc)} for one image of each class; give "
                 f"{spelt('decode.num_bases', budget // (basis + num_classes), 'Bases')} or less"
             )
         return rows
@@ -288,13 +291,13 @@ class _Bases(nn.Module):
 
 
 def _halved(input_shape: InputShape) -> InputShape:
-    """Half the resolution of every axis but the channels', rounded up."""
+    """Return the shape with every axis but the channels halved, rounded up."""
     channels = channel_axis(input_shape)
     return tuple(size if axis == channels else -(-size // 2) for axis, size in enumerate(input_shape))
 
 
 def _resized(samples: Tensor, shape: Sequence[int], mode: Literal["area", "linear"]) -> Tensor:
-    """Samples (N, ...), interpolated to (N, *shape), with as many channels."""
+    """Interpolate samples (N, ...) to (N, *shape), which has the same number of channels."""
     channels, size = channel_axis(shape), sides(shape)
     align = None if mode == "area" else False
     name = "area" if mode == "area" else ("linear", "bilinear", "trilinear")[len(size) - 1]
@@ -304,14 +307,14 @@ def _resized(samples: Tensor, shape: Sequence[int], mode: Literal["area", "linea
 
 @dataclass(frozen=True, kw_only=True)
 class Hallucinator(Decode):
-    """Every latent in every style, each a small network that learns.
+    """Each latent is decoded by several small learned networks, the styles.
 
-    HaBa (Liu et al. 2022): all latents share the networks, a convolution, an affine map of each entry, and a
+    HaBa (Liu et al. 2022): all latents share the styles. Each style is a convolution, an affine map of each entry and a
     transposed convolution."""
 
     name: ClassVar[str] = "hallucinator"
     num_styles: int = 5
-    """Networks, and so images made of a latent."""
+    """Number of styles, which is the number of images decoded from each latent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,21 +343,21 @@ class Hallucinator(Decode):
 
 
 _DIFFERENCE = 0.2
-"""Norm of the noise in which the kernels of the styles differ at first; that of the kernel that does nothing is 1."""
+"""Norm of the initial noise added to the kernels of each style; the norm of the identity kernel is 1."""
 
 
 class _Styles(nn.Module):
-    """All styles at once: as groups of channels."""
+    """All styles at once, as groups of channels."""
 
     def __init__(self, num_styles: int, input_shape: InputShape) -> None:
         super().__init__()
         channels, height, width = input_shape
         self.num_styles, rows = num_styles, num_styles * channels
-        nothing = nn.init.dirac_(torch.empty(channels, channels, 3, 3)).repeat(num_styles, 1, 1, 1)
-        self.kernels, self.bias = nn.Parameter(nothing.clone()), nn.Parameter(torch.zeros(rows))
+        identity = nn.init.dirac_(torch.empty(channels, channels, 3, 3)).repeat(num_styles, 1, 1, 1)
+        self.kernels, self.bias = nn.Parameter(identity.clone()), nn.Parameter(torch.zeros(rows))
         self.scale = nn.Parameter(torch.ones(rows, height - 2, width - 2))
         self.shift = nn.Parameter(torch.zeros(rows, height - 2, width - 2))
-        self.kernels_back, self.bias_back = nn.Parameter(nothing.clone()), nn.Parameter(torch.zeros(rows))
+        self.kernels_back, self.bias_back = nn.Parameter(identity.clone()), nn.Parameter(torch.zeros(rows))
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
         x = self.scale * F.conv2d(latents, self.kernels, self.bias) + self.shift

@@ -1,4 +1,4 @@
-"""A synthetic set as one ``.safetensors`` file."""
+"""Read and write a synthetic set as one ``.safetensors`` file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from condense.task import Split
 T = TypeVar("T")
 
 MOST_DECODED = 1 << 30
-"""Bytes of decoded images that any set may have; beyond, as many as ``MOST_EXPANDED`` times what it stores."""
+"""The maximum size, in bytes, of the decoded images of a set, unless ``MOST_EXPANDED`` allows more."""
 MOST_EXPANDED = 1000
+"""The maximum ratio of the sizes of the decoded images and of the stored tensors, above ``MOST_DECODED``."""
 LONGEST_SIDE = 4096
-"""Most channels, rows or columns of an image that is not stored as pixels."""
+"""The maximum number of channels, rows or columns of an image that is not stored as pixels."""
 
 
 @checked
@@ -35,7 +36,7 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
     """Write the set; equal sets give equal bytes.
 
     Raises:
-        ValueError: it cannot be written; it has more decoded images than ``load`` takes.
+        ValueError: the file cannot be written, or the decoded images are larger than ``load`` accepts.
     """
     tensors = syn.state_dict()
     _limit(len(syn), syn.decode, syn.origin, tensors)
@@ -54,12 +55,13 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
 def load(path: Path | str) -> SyntheticSet:
     """Read a set written by ``save``, or the set of a run folder.
 
-    Everything is checked before memory is taken: a set is as large as its file, and its decoded images take at most
-    ``MOST_DECODED`` bytes or ``MOST_EXPANDED`` times what is stored, whichever is more.
+    Everything is checked before memory is allocated: the set takes as much as its file, and its decoded images take at
+    most ``MOST_DECODED`` bytes or ``MOST_EXPANDED`` times the stored size, whichever is larger.
 
     Raises:
-        ValueError: see ``read_tensors``; a header whose fields have other types or values; unknown decoder or labels;
-            tensors that do not fit the header; too many decoded images; values that are not finite.
+        ValueError: ``read_tensors`` refuses the file; the header has fields of other types or values; the decoder or
+            kind of labels is unknown; the tensors do not fit the header; the decoded images are too large; values are
+            not finite.
     """
     path = expanded(path)
     if path.is_dir():
@@ -73,7 +75,7 @@ def load(path: Path | str) -> SyntheticSet:
     except _MissingPackage as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path} does not fit its own header: {error}; write it again or restore it") from error
+        raise ValueError(f"{path} does not fit its header: {error}; write it again or restore it") from error
 
 
 def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
@@ -82,17 +84,17 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
     label_kind = _choose(header.labels, LABELS, "labels")
     latents, classes, log_lr = (tensors.get(name) for name in ("latents", "classes", "log_lr"))
     if latents is None or not latents.is_floating_point() or not latents.dim() or not len(latents):
-        raise ValueError("it has no images, as real numbers")
+        raise ValueError("it has no floating-point latents")
     if origin.num_classes and (classes is None or latents.shape[:1] != classes.shape):
-        raise ValueError(f"{len(latents)} latents but {0 if classes is None else classes.numel()} classes")
+        raise ValueError(f"it has {len(latents)} latents but {0 if classes is None else classes.numel()} classes")
     if log_lr is not None and (log_lr.dim() > 1 or not log_lr.numel() or not log_lr.is_floating_point()):
-        raise ValueError("its step size is neither one number nor one for each step")
+        raise ValueError("its learning rate is neither one number nor one number for each step")
     _limit(len(latents), decode, origin, tensors)
     syn = _skeleton(latents, log_lr, origin, decode, label_kind)
     expected = syn.state_dict()
     if expected.keys() != tensors.keys():
-        raise ValueError(f"tensors {brief(sorted(tensors))}, expected are {brief(sorted(expected))}")
-    found = {}
+        raise ValueError(f"it has the tensors {brief(sorted(tensors))}, expected {brief(sorted(expected))}")
+    values = {}
     for name, like in expected.items():
         tensor = tensors[name]
         same_kind = tensor.is_floating_point() if like.is_floating_point() else tensor.dtype == like.dtype
@@ -100,8 +102,8 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
             raise ValueError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {like.dtype} of {tuple(like.shape)}"
             )
-        found[name] = tensor.to(like.dtype, copy=True)
-    syn.load_state_dict(found, assign=True)
+        values[name] = tensor.to(like.dtype, copy=True)
+    syn.load_state_dict(values, assign=True)
     if not origin.num_classes:
         syn.register_buffer("classes", torch.zeros(len(latents), dtype=torch.long), persistent=False)
     _check_values(syn)
@@ -111,7 +113,7 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
 def _skeleton(
     latents: Tensor, log_lr: Tensor | None, origin: Origin, decode: Decode, label_kind: Labels
 ) -> SyntheticSet:
-    """A set of these shapes that takes no memory. Raises ValueError where its decoder does not take such latents."""
+    """Return a set of these shapes on the meta device. Raises ValueError if its decoder does not take such latents."""
     try:
         with torch.device("meta"):
             images = torch.empty(latents.shape, dtype=latents.dtype)
@@ -119,24 +121,24 @@ def _skeleton(
             lr = None if log_lr is None else torch.empty(log_lr.shape, dtype=log_lr.dtype)
             syn = SyntheticSet(images, labels, origin, decode=decode, label_kind=label_kind, lr=lr)
         shape = tuple(syn.decoder(syn.latents[:1], syn.classes[:1]).shape[1:])
-    except (RuntimeError, IndexError) as error:  # torch's word for shapes that do not go together
+    except (RuntimeError, IndexError) as error:  # the errors of torch for incompatible shapes
         raise ValueError(f"the decoder {decode.name} does not take latents of shape {tuple(latents.shape)}") from error
     if shape != origin.input_shape:
-        raise ValueError(f"images of shape {shape}, the data set has {origin.input_shape}")
+        raise ValueError(f"it has images of shape {shape}, but its data set has {origin.input_shape}")
     return syn
 
 
 @torch.no_grad()
 def _check_values(syn: SyntheticSet) -> None:
-    """Raises ValueError for classes that there are not, and for what the decoder cannot look up."""
+    """Raise ValueError for classes, targets or learning rates out of range, and for latents that cannot be decoded."""
     _, targets = syn.classes, syn.provider(torch.arange(len(syn)))
     for of in (syn.classes, targets if targets.dim() == 1 else syn.classes):
         if not 0 <= int(of.min()) <= int(of.max()) < (syn.origin.num_classes or 1):
-            raise ValueError(f"classes outside 0..{syn.origin.num_classes - 1}")
+            raise ValueError(f"it has classes outside 0..{syn.origin.num_classes - 1}")
     if syn.label_kind.space == "probabilities" and not (targets >= 0).all():
-        raise ValueError("probabilities below zero")
+        raise ValueError("it has probabilities below zero")
     if syn.lr is not None and not (syn.lr.isfinite() & (syn.lr > 0)).all():
-        raise ValueError("a learned step size that is not a positive number")
+        raise ValueError("its learned learning rate is not a positive finite number")
     one_of_each = torch.tensor(list({label: i for i, label in enumerate(syn.classes.tolist())}.values()))
     try:
         syn.decoder(syn.latents[one_of_each], syn.classes[one_of_each])
@@ -145,11 +147,11 @@ def _check_values(syn: SyntheticSet) -> None:
 
 
 def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where the images, or what makes them, would take far more memory than what is stored."""
+    """Raise ValueError if the images or the decoder would take far more memory than the stored tensors."""
     if not decode.stores_pixels and max(origin.input_shape) > LONGEST_SIDE:
         raise ValueError(
-            f"images of shape {brief(origin.input_shape)} have a side of more than {LONGEST_SIDE}, the most that the "
-            f"decoder {decode.name} makes"
+            f"images of shape {brief(origin.input_shape)} have a side of more than {LONGEST_SIDE}, the limit of the "
+            f"decoder {decode.name}"
         )
     images = num_latents * decode.expansion
     size = images * math.prod(origin.input_shape) * tensors["latents"].itemsize
@@ -157,27 +159,26 @@ def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[st
     most = max(MOST_DECODED, MOST_EXPANDED * stored)
     if size > most:
         raise ValueError(
-            f"its decoder {decode.name} would make {images} images of {size / 1e9:.3g} GB from {stored / 1e9:.3g} GB; "
-            f"at most {most / 1e9:.3g} GB are decoded of such a set"
+            f"its decoder {decode.name} would produce {images} images of {size / 1e9:.3g} GB from "
+            f"{stored / 1e9:.3g} GB; the limit for such a set is {most / 1e9:.3g} GB"
         )
 
 
 def _choice(value: Any, table: Registry[type[T]]) -> dict[str, Any]:
-    """What a header says of a decoder or labels: the fields, and the package that provides the class if it is not this
-    one."""
+    """Return the header entry of a decoder or kind of labels: its fields, and its package if it is a plugin."""
     package = table.package(value.name) if value.name in table else None
     return {"name": value.name, **dataclasses.asdict(value)} | ({} if package is None else {"package": package})
 
 
 def _choose(fields: Mapping[str, Any], table: Registry[type[T]], where: str) -> T:
-    """The decoder or labels that a header describes."""
+    """Return the decoder or kind of labels that a header describes."""
     named = from_json(_Named, fields, where)
     name = named.name
     if name not in table:
         if named.package:
             raise _MissingPackage(
-                f"its {where} {brief(name)} comes, as it says, with the package {brief(named.package)}, which is not "
-                "installed; install that package if you trust it"
+                f"its {where} {brief(name)} needs the package {brief(named.package)}, which is not installed; "
+                "install that package if you trust it"
             )
         raise ValueError(f"{where}: {brief(name)} is none of {', '.join(table)}; update condense")
     known = {f.name for f in dataclasses.fields(table[name])}  # type: ignore[arg-type]
@@ -190,16 +191,16 @@ def _choose(fields: Mapping[str, Any], table: Registry[type[T]], where: str) -> 
 
 
 def _origin(value: Mapping[str, Any]) -> Origin:
-    """What a file says of itself, with everything checked that is looked at later."""
+    """Return the origin that a file records, after checking all fields that are read later."""
     origin = from_json(Origin, value, "origin")
-    if "image_shape" in origin.dataset:  # as version 0.1 calls it
+    if "image_shape" in origin.dataset:  # its name in version 0.1
         renamed = {"input_shape" if key == "image_shape" else key: item for key, item in origin.dataset.items()}
         origin = dataclasses.replace(origin, dataset=renamed)
     from_json(_Dataset, origin.dataset, "origin, dataset")
     from_json(RecipeRecord, origin.recipe, "origin, recipe")
     split = origin.recipe.get("split", {})
     if not split.keys() <= {f.name for f in dataclasses.fields(Split)}:
-        raise ValueError(f"origin, recipe, split has fields that are unknown: {brief(sorted(split))}; update condense")
+        raise ValueError(f"origin, recipe, split has unknown fields: {brief(sorted(split))}; update condense")
     for artifact in origin.artifacts:
         from_json(_Artifact, artifact, "origin, artifacts")
     kind = _TRANSFORMS.get(from_json(_Transform, origin.transform, "origin, transform").kind)
@@ -207,12 +208,15 @@ def _origin(value: Mapping[str, Any]) -> Origin:
         statistics: object = from_json(kind, origin.transform, "origin, transform")
         channels = origin.input_shape[channel_axis(origin.input_shape)]
         if isinstance(statistics, _Channel) and len(statistics.mean) != channels:
-            raise ValueError(f"origin, transform: {len(statistics.mean)} channels, samples of {origin.input_shape}")
+            raise ValueError(
+                f"origin, transform: it has {len(statistics.mean)} channels, but samples have shape "
+                f"{origin.input_shape}"
+            )
     return origin
 
 
 class _MissingPackage(ValueError):
-    """A file needs code of another package."""
+    """Raised if a file needs code of a package that is not installed."""
 
 
 @dataclass(frozen=True)
@@ -239,9 +243,9 @@ class _Dataset:
 
     def __post_init__(self) -> None:
         if not self.classes and self.target_width is None:
-            raise ValueError("it has neither classes nor a width of targets")
+            raise ValueError("it has neither classes nor a target_width")
         if self.target_width is not None and not 0 < self.target_width < 2**31:
-            raise ValueError(f"target_width is {brief(self.target_width)}")
+            raise ValueError(f"target_width is {brief(self.target_width)}, not from 1 to {2**31 - 1}")
         kind(self.input_shape)
         if min(self.input_shape) < 1:
             raise ValueError(f"input_shape {brief(self.input_shape)} has a side below 1")
@@ -259,7 +263,7 @@ class _Channel:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(std > 0 for std in self.std):
-            raise ValueError(f"mean {brief(self.mean)} and std {brief(self.std)} are not those of channels")
+            raise ValueError(f"mean {brief(self.mean)} and std {brief(self.std)} are not statistics of channels")
 
 
 @dataclass(frozen=True)

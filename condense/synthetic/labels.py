@@ -1,4 +1,4 @@
-"""Label providers: what a synthetic image is trained towards. A value of the recipe."""
+"""Labels of synthetic sets: the targets that networks are trained towards."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from condense.schema import Checked
 
 
 class Provider(nn.Module, ABC):
-    """Targets of the latents of one set."""
+    """The targets of the latents of one set."""
 
     @abstractmethod
     def forward(self, index: Tensor) -> Tensor:
-        """Targets of the latents ``index`` (n,): classes (n,), probabilities (n, C) or other values (n, D)."""
+        """Return the targets of the latents ``index`` (n,): classes (n,), probabilities (n, C) or values (n, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels(Checked, ABC):
+    """A kind of labels."""
+
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
-    """What a target is: a class, probabilities of the classes, or any values. Sets without classes have the last."""
+    """What a target is: a class, probabilities of the classes, or any values. Sets without classes need values."""
 
     @abstractmethod
     def build(self, labels: Tensor, num_classes: int) -> Provider:
-        """From initial ``labels``: classes (N,) or logits (N, C).
+        """Return the targets for initial ``labels``: classes (N,) or logits (N, C).
 
         Args:
-            labels: of the latents.
+            labels: the initial labels of the latents.
             num_classes: C; 0 for a set without classes, whose labels are targets (N, D) of any width D.
         """
 
@@ -52,13 +54,13 @@ class Hard(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Logits(Labels):
-    """A learned logit vector per image; the target is its softmax."""
+    """A learned vector of logits per image, whose softmax is the target."""
 
     name: ClassVar[str] = "logits"
     learned: ClassVar[bool] = True
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"
     confidence: float = 0.9
-    """Initial probability of the image's class; the rest is shared evenly."""
+    """Initial probability of the image's class; the other classes share the rest equally."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +76,7 @@ class Logits(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Targets(Labels):
-    """Learned regression targets, for methods with a squared loss.
+    """Learned regression targets, for methods with a squared error loss.
 
     Zhou et al. (2022), FRePo."""
 
@@ -82,7 +84,7 @@ class Targets(Labels):
     learned: ClassVar[bool] = True
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "values"
     scale: float = 1.0
-    """Of the initial targets: a one-hot vector less 1/C, times this; without classes the given ones, times this."""
+    """Scale of the initial targets: one-hot vectors minus 1/C, or the given targets of a set without classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,10 +98,10 @@ class Targets(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Labels):
-    """What trained networks say of the images as they are; not learned.
+    """Probabilities that trained networks assign to the current images; not learned.
 
-    Soft label assignment (Cui et al. 2023, TESLA): the method at work has the networks and assigns the labels; the file
-    keeps the last ones."""
+    Soft label assignment (Cui et al. 2023, TESLA): the method provides the networks and assigns the labels, and the
+    file stores the last assigned ones."""
 
     name: ClassVar[str] = "teacher"
     space: ClassVar[Literal["classes", "probabilities", "values"]] = "probabilities"
@@ -109,7 +111,7 @@ class Teacher(Labels):
 
 
 def _probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Classes (N,) or logits (N, C) as probabilities (N, C)."""
+    """Convert classes (N,) or logits (N, C) to probabilities (N, C)."""
     return F.one_hot(labels, num_classes).float() if labels.dim() == 1 else labels.float().softmax(1)
 
 
@@ -143,7 +145,7 @@ class _Targets(Provider):
 
 
 class Assigned(Provider):
-    """Probabilities that are set from outside."""
+    """Probabilities that a method sets."""
 
     probabilities: Tensor
 
@@ -153,7 +155,7 @@ class Assigned(Provider):
 
     @torch.no_grad()
     def assign(self, probabilities: Tensor) -> None:
-        """Of all latents, (N, C)."""
+        """Set the probabilities (N, C) of all latents."""
         self.probabilities.copy_(probabilities)
 
     def forward(self, index: Tensor) -> Tensor:

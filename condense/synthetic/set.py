@@ -1,4 +1,4 @@
-"""The distilled set: latents, labels, decoder and learned step size in one module that knows where it came from."""
+"""The synthetic set: latents, labels, decoder, learned learning rate and provenance in one module."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from condense.task import Split
 
 @dataclass(frozen=True)
 class MethodRecord:
-    """The fields of a recorded method that are read where its set is used."""
+    """The fields of a recorded method that are read when its set is used."""
 
     name: str = ""
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}")
+            raise ValueError(f"num_steps is {self.num_steps}, below 0")
 
 
 @dataclass(frozen=True)
 class RecipeRecord:
-    """The fields of a recorded recipe that are read where its set is used.
+    """The fields of a recorded recipe that are read when its set is used.
 
-    A set that was imported, or made in Python, may record none of them.
+    A set that was imported or made in Python may record none of them.
     """
 
     method: MethodRecord = MethodRecord()
@@ -46,46 +46,46 @@ class RecipeRecord:
 
     def __post_init__(self) -> None:
         if self.ipc is not None and self.ipc < 1:
-            raise ValueError(f"ipc is {self.ipc}")
+            raise ValueError(f"ipc is {self.ipc}, below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a set says of itself: JSON values only, a pure function of recipe, data and code.
+    """The provenance of a set: JSON values only, a pure function of recipe, data and code.
 
-    The properties read the fields that code depends on. ``condense.synthetic.load`` has checked them; of an ``Origin``
-    that was made in Python they raise ``ValueError`` where a field has another type.
+    The properties read the fields that code depends on. ``condense.synthetic.load`` checks these. For an ``Origin``
+    made in Python, the properties raise ``ValueError`` if a field has another type.
     """
 
     dataset: Mapping[str, Any]
-    """name, fingerprint of the training split, classes, input_shape; target_width where the targets are not scores of
-    these classes, which may then be absent."""
+    """The data set: name, fingerprint of the training split, classes and input_shape. target_width is the width of
+    targets that are not scores of these classes; classes may then be absent."""
     transform: Mapping[str, Any]
-    """Description of the transform: latents live in the transformed space."""
+    """Description of the transform. Decoded images are in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """How the method means the set to be trained on: the fields of ``Training``, the augmentation, the network."""
+    """How the method trains on the set: the fields of ``Training``, the augmentation and the network."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved recipe, by field."""
     recipe_hash: str = ""
-    """Of recipe, data and artifacts."""
+    """Hash of recipe, data and artifacts."""
     artifacts: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    """The costly things read from disk, such as expert buffers: kind, name and extent."""
+    """Kind, name and extent of the artifacts that the method read, such as expert buffers."""
     code: str = ""
     """Version of the code that wrote the set."""
 
     @property
     def target_width(self) -> int:
-        """Numbers in a target, D."""
+        """The number of values in a target, D."""
         return int(self.dataset.get("target_width", len(self.dataset.get("classes", ()))))
 
     @property
     def num_classes(self) -> int:
-        """Classes that the targets tell apart; 0 of a set without classes, whose targets are other values."""
+        """The number of classes; 0 for a set without classes, whose targets are other values."""
         num_classes = len(self.dataset.get("classes", ()))
         return num_classes if num_classes == self.target_width else 0
 
     def classes_of(self, labels: Tensor) -> Tensor:
-        """The classes (N,) of labels: classes (N,) or logits (N, C). Without classes all count as one, class 0."""
+        """Return the classes (N,) of labels, classes (N,) or logits (N, C); zeros for a set without classes."""
         if not self.num_classes:
             return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
         return labels.long() if labels.dim() == 1 else labels.argmax(1)
@@ -96,7 +96,7 @@ class Origin:
 
     @property
     def fingerprint(self) -> str:
-        """Of the training split, before validation images are held out."""
+        """The fingerprint of the training split before validation images are held out."""
         return str(self.dataset["fingerprint"])
 
     @cached_property
@@ -106,42 +106,42 @@ class Origin:
 
     @property
     def method(self) -> str:
-        """The name of the method that made the set; empty where it is not recorded."""
+        """The name of the method that made the set; empty if it is not recorded."""
         return self.recorded.method.name
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the method; None where they are not recorded."""
+        """The number of steps of the method; None if it is not recorded."""
         return self.recorded.method.num_steps
 
     @property
     def ipc(self) -> int | None:
-        """The budget in images per class; None where it is not recorded (see ``SyntheticSet.ipc``)."""
+        """The budget in images per class; None if it is not recorded (see ``SyntheticSet.ipc``)."""
         return self.recorded.ipc
 
     @property
     def split(self) -> Split:
-        """The split of the real training images; nothing is held out where it is not recorded."""
+        """The split of the real training images; if it is not recorded, nothing is held out."""
         return self.recorded.split.resolved(selects=False)
 
     @property
     def transform_name(self) -> str:
-        """The transform as a recipe names it (``zca``), where ``transform`` describes it with its numbers."""
+        """The name of the transform in a recipe, such as ``zca``; ``transform`` holds its description."""
         return self.recorded.transform
 
     @property
     def network(self) -> str | None:
-        """The network that the set was distilled with; None where it is not recorded."""
+        """The network that the set was distilled with; None if it is not recorded."""
         return self.recorded.network
 
     @property
     def input_shape(self) -> InputShape:
-        """Of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
+        """The shape of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
         return tuple(self.dataset["input_shape"])
 
 
 class Cost(NamedTuple):
-    """Bytes stored, apart: images (latents), labels, decoder."""
+    """The stored bytes of images (latents), labels and decoder."""
 
     images: int
     labels: int
@@ -149,25 +149,28 @@ class Cost(NamedTuple):
 
 
 class SyntheticSet(nn.Module):
-    """``forward(index) -> (images, targets)``; learnable leaves are parameters, frozen ones buffers.
+    """A synthetic set as a module, ``forward(index) -> (images, targets)``.
 
-    Images are samples of the data set, which may be series or clips.
+    What is learned is a parameter, and what is fixed is a buffer. Images are samples of the data set, which may also be
+    series or clips.
 
     Args:
         latents: (N, ...), in the transformed space.
-        labels: classes (N,) or logits (N, C); of a set without classes targets (N, D), where the kind of labels has to
-            be ``targets``.
-        decode, label_kind: how latents become images and what the targets are.
-        decoder: of ``decode``, on the device of the latents; None: as it is built.
-        lr: initial step size, scalar or one per inner step (T,); learned as its logarithm, hence positive.
+        labels: classes (N,) or logits (N, C). For a set without classes they are targets (N, D), and the kind of labels
+            has to be ``targets``.
+        decode, label_kind: how latents are decoded and what kind of labels the set has.
+        decoder: a decoder that ``decode`` built, on the device of the latents; None builds one.
+        lr: initial learning rate, a scalar or one per inner step (T,). Its logarithm is learned, so it stays positive.
 
     Raises:
-        ValueError: the decoder does not make samples of this shape; labels that a set without classes cannot have.
+        ValueError: the decoder does not produce samples of this shape, or the set has no classes and other labels than
+            ``targets``.
     """
 
     latents: nn.Parameter
     classes: Tensor
-    """Of the latents, (N,); all 0, and no part of the file, where the set has none (``origin.num_classes`` is 0)."""
+    """The classes of the latents, (N,). If the set has no classes (``origin.num_classes`` is 0), they are 0 and are not
+    stored in the file."""
 
     def __init__(
         self,
@@ -185,8 +188,9 @@ class SyntheticSet(nn.Module):
         self.decode.require_kind(origin.input_shape)
         if not origin.num_classes and (self.label_kind.space != "values" or labels.shape[1:] != (origin.target_width,)):
             raise ValueError(
-                f"a set without classes has targets of shape {(len(latents), origin.target_width)} and the labels "
-                f"targets, not labels of shape {tuple(labels.shape)} and the kind {self.label_kind.name}; give these"
+                f"a set without classes cannot have labels of shape {tuple(labels.shape)} and kind "
+                f"{self.label_kind.name}: it has targets; give shape {(len(latents), origin.target_width)} and the "
+                "kind targets"
             )
         self.latents = nn.Parameter(latents.detach().clone())
         self._members: tuple[int, list[Tensor]] | None = None
@@ -199,16 +203,16 @@ class SyntheticSet(nn.Module):
         self.log_lr = None if log_lr is None else nn.Parameter(log_lr)
 
     def __len__(self) -> int:
-        """Number of latents N; ``len(images)`` is N times the decoder's expansion."""
+        """Return the number of latents N. The number of images is N times the decoder's expansion."""
         return len(self.latents)
 
     @property
     def ipc(self) -> int:
-        """The budget in images per class; where it is not recorded, the number of latents per class."""
+        """The budget in images per class; if it is not recorded, the number of latents per class."""
         return self.origin.ipc or max(len(self) // (self.origin.num_classes or 1), 1)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Samples (n', *input_shape) and targets (n',) or (n', D) of the latents ``index`` (default all)."""
+        """Return samples (n', *input_shape) and targets (n',) or (n', D) of the latents ``index`` (default: all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
         images = self.decoder(self.latents[index], self.classes[index])
@@ -216,26 +220,26 @@ class SyntheticSet(nn.Module):
 
     @property
     def lr(self) -> Tensor | None:
-        """The learned step size, or None where the set has none."""
+        """The learned learning rate, or None if the set has none."""
         return None if self.log_lr is None else self.log_lr.exp()
 
     def index_of(self, label: int) -> Tensor:
-        """Indices (ipc,) of the latents made for class ``label``."""
+        """Return the indices of the latents of class ``label``."""
         if self._members is None or self._members[0] != self.classes._version:
             members = [(self.classes == c).nonzero().flatten() for c in range(self.origin.num_classes or 1)]
             self._members = (self.classes._version, members)
         return self._members[1][label]
 
     def require_classes(self, what: str) -> None:
-        """Raise ValueError, for ``what`` needs classes, where the set has none."""
+        """Raise ValueError if the set has no classes, which ``what`` needs."""
         if not self.origin.num_classes:
             raise ValueError(
-                f"{what} needs classes: the targets of this set are {self.origin.target_width} values an image; train "
-                "networks on it in Python, by condense.train with the loss mse or cosine"
+                f"{what} needs classes: the targets of this set are {self.origin.target_width} values per image; train "
+                "networks on it in Python, with condense.train and the loss mse or cosine"
             )
 
     def leaves(self) -> dict[str, list[nn.Parameter]]:
-        """The learnable parts by name: latents, labels, decoder, lr; empty ones are left out."""
+        """Return the learned parameters by part: latents, labels, decoder and lr; empty parts are left out."""
         parts = {
             "latents": [self.latents],
             "labels": list(self.provider.parameters()),
@@ -245,6 +249,8 @@ class SyntheticSet(nn.Module):
         return {name: params for name, params in parts.items() if params}
 
     def cost(self) -> Cost:
+        """Return the number of bytes that the set takes on disk."""
+
         def stored(module: nn.Module) -> int:
             return sum(t.nbytes for t in module.state_dict().values())
 
@@ -252,13 +258,13 @@ class SyntheticSet(nn.Module):
 
     @torch.no_grad()
     def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:
-        """An ordinary dataset of (image, target), decoded, on the CPU.
+        """Return the decoded set as a PyTorch dataset of (image, target) pairs on the CPU.
 
-        ``transformed`` is the space networks are trained in; ``pixels`` is that of the data: [0, 1] for images and
-        clips, any values for series.
+        ``transformed`` is the space in which networks are trained. ``pixels`` is the space of the data: [0, 1] for
+        images and clips, any values for series.
 
         Raises:
-            ValueError: ``pixels`` asked of a whitened set whose matrix is not at hand.
+            ValueError: ``pixels`` is requested of a ZCA-whitened set whose matrix is not available.
         """
         images, targets = self()
         if space == "pixels":

@@ -1,8 +1,7 @@
-"""What a synthetic set is used for, measured: continual learning, architecture search, privacy; and
-what its images alone are worth.
+"""Applications of a synthetic set: continual learning, architecture search, privacy, and the scores of DD-Ranking.
 
-Each application is a frozen value of its choices whose ``run`` takes a set and its data and returns numbers for a table
-and a file.
+Each application is a frozen dataclass of its settings. Its ``run`` takes a set with its data and returns a table and
+the numbers for a file.
 """
 
 from condense.eval.applications.application import Application as Application
@@ -23,7 +22,7 @@ APPLICATIONS: dict[str, type[Application]] = {
 
 
 def name_and_application(application: str | Application) -> tuple[str, Application]:
-    """An application by its name, or by its value; and the name that its file carries.
+    """Return an application, given by name or as an instance, with the name for its file.
 
     Raises:
         ValueError: unknown name.

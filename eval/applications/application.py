@@ -1,4 +1,4 @@
-"""What applications share: a set with its data, and networks trained on labelled images."""
+"""The base class of applications, and their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from condense.synthetic.set import SyntheticSet
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A set with its data, and how networks are trained on it. Test images are only ever scored on."""
+    """A set with its data, the compute policy and the seed. Test images are used only to score networks."""
 
     subject: Subject
     compute: Compute
     seed: int = 0
 
     def scorer(self, network: Functional, plan: Protocol, num_images: int) -> SetScorer:
-        """Trains and scores networks under a protocol, for training sets of about so many images."""
+        """Return a scorer for networks under a protocol, for training sets of about ``num_images`` images."""
         augment = plan.augment_for(self.subject.arrays.input_shape, self.subject.arrays.strategy)
         plan = plan.resolved(num_images, copies=augment.copies)
         return SetScorer(network, plan, resolved(self.compute, network, plan, num_images), augment)
 
     def contenders(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, SyntheticSet]:
-        """The set and the baselines, by who made them."""
+        """Return the set and the baselines by name. A baseline of the set's own method is marked as ``made anew``."""
         own = self.subject.syn.origin.method or "set"
         others = {name if name != own else f"{name}, made anew": syn for name, syn in baselines.items()}
         return {own: self.subject.syn, **others}
 
     def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Images and classes of the set and of the baselines, by who made them."""
+        """Return the decoded images and classes of the set and of the baselines, by name."""
         decoded_sets = {}
         for name, syn in self.contenders(baselines).items():
             images, labels = decoded(syn, soft=False)
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Findings:
-    """A table for people, and everything for a file."""
+    """The findings of an application: a table, and a record of all numbers."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -61,24 +61,33 @@ class Findings:
     record: Mapping[str, Any]
 
     def content(self) -> dict[str, Any]:
-        """For JSON: the record, and the table as ``table``."""
+        """Return the record with the table under ``table``, for JSON."""
         return {**self.record, "table": {"title": self.title, "columns": self.columns, "rows": self.rows}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Application(Checked, ABC):
-    """Its fields are its choices."""
+    """A use of synthetic sets; the fields of a subclass are its settings."""
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
-        """Raise ValueError where it cannot be done with this set and these baselines, before data are read."""
+        """Check, before data are read, that the application can run on this set and these baselines.
+
+        Raises:
+            ValueError: it cannot.
+        """
         return None
 
     @abstractmethod
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        """``baselines``: sets of the same budget that were made by other methods, by name."""
+        """Run the application.
+
+        Args:
+            setting: the set with its data.
+            baselines: sets of the same budget by other methods, by name.
+        """
 
 
 def mean_and_spread(values: Tensor) -> str:
-    """Fractions as percent."""
+    """Format the mean and the standard deviation of fractions as percentages."""
     spread = f" ± {100 * values.std().item():.1f}" if len(values) > 1 else ""
     return f"{100 * values.mean().item():.1f}{spread}"

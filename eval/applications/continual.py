@@ -2,10 +2,10 @@
 
 Prabhu et al., "GDumb: a simple approach that questions our progress in continual learning", ECCV 2020, as used for
 condensed sets by Zhao and Bilen (DM, WACV 2023). Classes arrive in groups. After each group a fresh network is trained
-on the images of all classes seen so far, and tested on the test images of these classes.
+on the synthetic images of all classes seen so far, and scored on the test images of these classes.
 
-Deviation: the set was distilled once, from all classes; the images of a class are taken out of it when the class
-arrives. For methods that treat classes apart this is the same.
+Deviation: the set is distilled once, from all classes, and its images of a class are used from the arrival of that
+class. This makes no difference for methods that distil each class separately.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from condense.synthetic.set import SyntheticSet
 
 @dataclass(frozen=True, kw_only=True)
 class Continual(Application):
-    """Classes arrive in groups; networks learn from the images kept of them."""
+    """Class-incremental learning: networks are trained on the synthetic images of the classes seen so far."""
 
     num_groups: int = 5
-    """Groups in which the classes arrive."""
+    """Number of groups in which the classes arrive."""
     num_seeds: int = 3
-    """Orders of the classes, each with a fresh network after each group."""
+    """Number of random class orders; for each, a fresh network is trained after every group."""
     network: str = "auto"
-    """Architecture; auto is the ConvNet for the kind of data."""
+    """Architecture of the networks; auto is the ConvNet for the kind of data."""
     protocol: str = "canonical"
-    """How networks are trained."""
+    """Protocol under which the networks are trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,13 +79,13 @@ class Continual(Application):
         return Findings(
             ("memory", *(f"{size} classes" for size in sizes)),
             rows,
-            f"test accuracy on the classes seen, %: {subject.syn.ipc} images a class, {self.protocol}, "
-            f"n = {self.num_seeds} orders",
+            f"test accuracy on the classes seen so far, %: {subject.syn.ipc} images per class, {self.protocol}, "
+            f"n = {self.num_seeds} class orders",
             {"classes_seen": sizes, "accuracies": {name: of_set.tolist() for name, of_set in accuracies.items()}},
         )
 
 
 def _seen(order: Tensor, num_groups: int) -> list[Tensor]:
-    """After each group: the classes that have arrived."""
+    """Return the classes seen after each group."""
     ends = [round(len(order) * (group + 1) / num_groups) for group in range(num_groups)]
     return [order[:end] for end in ends]

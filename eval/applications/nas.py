@@ -1,8 +1,9 @@
-"""Architecture search by proxy: do networks rank on the synthetic set as they do on all training data?
+"""Architecture search with a synthetic set as the proxy for real training data.
 
 Zhao, Mopuri and Bilen (DC, ICLR 2021), section 4.2, with a grid of ConvNets. Each architecture is trained on the set,
-on the baselines of the same budget and, as the truth, on real training images. The rank correlations compare accuracies
-on held-out real images; where nothing was held out, on the test images, and then nothing chosen may be called a result.
+on the baselines of the same budget and, as the reference, on real training images. The rank correlations compare
+accuracies on held-out real images. If the set held out none, they use the test images, and the accuracy of a chosen
+architecture must then not be reported as a result.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from condense.synthetic.set import SyntheticSet
 
 @dataclass(frozen=True, kw_only=True)
 class NAS(Application):
-    """Ranks a grid of ConvNets on the set as a proxy for all training data."""
+    """Architecture search: rank a grid of ConvNets on the set and compare with their ranking on real images."""
 
     widths: tuple[int, ...] = (16, 32, 64)
-    """Of the ConvNets."""
+    """Widths of the ConvNets in the grid."""
     depths: tuple[int, ...] = (1, 2, 3)
-    """Of the ConvNets."""
+    """Depths of the ConvNets in the grid."""
     norms: tuple[str, ...] = ("instance", "none")
-    """Of the ConvNets."""
+    """Normalisation layers of the ConvNets in the grid."""
     poolings: tuple[str, ...] = ("avg", "max")
-    """Of the ConvNets."""
+    """Pooling layers of the ConvNets in the grid."""
     activations: tuple[str, ...] = ("relu",)
-    """Of the ConvNets."""
+    """Activations of the ConvNets in the grid."""
     protocol: str = "canonical"
-    """How networks are trained on the sets."""
+    """Protocol under which networks are trained on the sets."""
     num_epochs: int = 5
-    """Epochs on the real images."""
+    """Number of training epochs on the real images."""
     max_real: int = 10000
-    """Real images to train on, at most; drawn once."""
+    """Largest number of real training images; the same random sample for all networks."""
     num_seeds: int = 1
-    """Networks of each architecture, whose accuracies are averaged."""
+    """Networks per architecture, whose accuracies are averaged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +57,7 @@ class NAS(Application):
             raise ValueError("num_epochs, max_real and num_seeds must be at least 1; leave them at their defaults")
 
     def architectures(self, network: str) -> list[str]:
-        """Every combination, as options of ``network``: convnet, convnet1d or convnet3d."""
+        """Return every combination of the grid, as options of ``network``: convnet, convnet1d or convnet3d."""
         grid = product(self.widths, self.depths, self.norms, self.poolings, self.activations)
         return [f"{network}:width={w},depth={d},norm={n},pooling={p},activation={a}" for w, d, n, p, a in grid]
 
@@ -89,16 +90,16 @@ class NAS(Application):
             rows.append((name, f"{spearman:.2f}", f"{kendall:.2f}", f"{100 * truth[chosen]:.1f}", f"{100 * best:.1f}"))
         whole: dict[str, Any] = {"architectures": names, "accuracies": accuracies, "rankings": record}
         return Findings(
-            ("proxy", "Spearman", "Kendall", "chosen, on real data", "best"),
+            ("proxy", "Spearman", "Kendall", "accuracy of its choice on real data, %", "best accuracy, %"),
             rows,
-            f"{len(names)} ConvNets ranked by {where} accuracy; truth: {len(real_images)} real images, "
+            f"{len(names)} ConvNets ranked by {where} accuracy; reference: {len(real_images)} real images, "
             f"{self.num_epochs} epochs",
             whole,
         )
 
 
 def rank_correlations(proxy: Sequence[float], truth: Sequence[float]) -> tuple[float, float]:
-    """Spearman's and Kendall's; 0 where one of the two tells nothing apart."""
+    """Return Spearman's and Kendall's rank correlations; 0 if all values of one ranking are equal."""
     if len(set(proxy)) == 1 or len(set(truth)) == 1:
         return 0.0, 0.0
     return float(scipy.stats.spearmanr(proxy, truth).statistic), float(scipy.stats.kendalltau(proxy, truth).statistic)

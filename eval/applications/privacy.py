@@ -1,11 +1,11 @@
-"""How much of single training images a set gives away: membership inference, and nearest real images.
+"""What a set reveals about single training images: membership inference, and distances to the nearest training image.
 
-An attacker sees the losses of a network and says of the images with small losses that the network was trained on them
-(Yeom et al., "Privacy risk in machine learning", CSF 2018). Its AUC is the chance that a member has a smaller loss than
-an image that is none; 0.5 gives nothing away. Members are images that the set was made from. For comparison a network
-is trained on these real members themselves.
+An attacker sees the losses of a network and predicts that the images with small losses were trained on (Yeom et al.,
+"Privacy risk in machine learning", CSF 2018). The AUC of the attack is the probability that a member has a smaller loss
+than a non-member; 0.5 is chance. Members are images that the set was made from. For comparison, a network is trained on
+the members themselves.
 
-A synthetic image that is closer to a training image than other real images ever are may be a copy.
+A synthetic image that is closer to a training image than almost all other real images may be a copy.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from condense.train import Scorer
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy(Application):
-    """Membership inference by loss, and distances to the nearest real image."""
+    """Privacy: membership inference by loss, and distances to the nearest training image."""
 
     num_members: int = 2000
-    """Images attacked: so many members, and as many that are none."""
+    """Number of members attacked, and of non-members; fewer if the data set has fewer."""
     num_seeds: int = 3
-    """Networks attacked, each from an initialisation of its own."""
+    """Number of networks attacked, each with its own initialisation."""
     network: str = "auto"
-    """Architecture; auto is the ConvNet for the kind of data."""
+    """Architecture of the networks; auto is the ConvNet for the kind of data."""
     protocol: str = "canonical"
-    """How networks are trained on a set."""
+    """Protocol under which networks are trained on a set."""
     num_epochs: int = 50
-    """Epochs of the network that is trained on the members themselves."""
+    """Number of epochs of the networks that are trained on the members themselves."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,10 +61,10 @@ class Privacy(Application):
         non_members = Labelled(*others.sample(num, rng("non_members")))
         network, plan = subject.network(self.network), fixed(self.protocol)
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
-        judge = Scorer(network, setting.compute)
+        attacked = Scorer(network, setting.compute)
         jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
         nearest = {name: _nearest(subject, images) for name, (_, images, _) in jobs.items()}
-        usual = _nearest(subject, non_members.images[:])
+        reference = _nearest(subject, non_members.images[:])
         jobs["the members themselves"] = real_plan, members.images[:], members.labels
         rows: list[tuple[str, ...]] = []
         record: dict[str, dict[str, list[float]]] = {}
@@ -72,38 +72,46 @@ class Privacy(Application):
             scorer, aucs = setting.scorer(network, training, len(images)), []
             for seed in range(self.num_seeds):
                 weights = scorer.train(images, labels, setting.rng("privacy", seed))
-                aucs.append(membership_auc(_losses(judge, weights, members), _losses(judge, weights, non_members)))
+                aucs.append(
+                    membership_auc(_losses(attacked, weights, members), _losses(attacked, weights, non_members))
+                )
             auc = torch.tensor(aucs)
             spread = f" ± {auc.std().item():.3f}" if len(aucs) > 1 else ""
             record[name] = {"auc": aucs}
             distances = ("-", "-")
             if name in nearest:
                 record[name]["nearest"] = nearest[name].tolist()
-                closer = (nearest[name] < usual.quantile(0.01)).float().mean().item()
+                closer = (nearest[name] < reference.quantile(0.01)).float().mean().item()
                 distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
             rows.append((name, f"{auc.mean().item():.3f}{spread}", *distances))
         return Findings(
-            ("trained on", "attack AUC", "median distance to the nearest member", "closer than real ever is, %"),
+            (
+                "trained on",
+                "attack AUC",
+                "median distance to the nearest training image",
+                "below the 1st percentile, %",
+            ),
             rows,
-            f"{num} members against {num} {where} images, n = {self.num_seeds}; real images that are no members lie "
-            f"{usual.median().item():.2f} from the nearest (first percentile {usual.quantile(0.01).item():.2f})",
-            {"num_members": num, "non_members": where, "usual_nearest": usual.tolist(), "found": record},
+            f"{num} members against {num} {where} images, n = {self.num_seeds}; distance of the {where} images to the "
+            f"nearest training image: median {reference.median().item():.2f}, 1st percentile "
+            f"{reference.quantile(0.01).item():.2f}",
+            {"num_members": num, "non_members": where, "usual_nearest": reference.tolist(), "found": record},
         )
 
 
 def membership_auc(members: Tensor, non_members: Tensor) -> float:
-    """Area under the ROC curve of the attack that a smaller loss is a member's; losses (N,) and (M,)."""
+    """Return the area under the ROC curve of the attack that ranks images by their loss; losses (N,) and (M,)."""
     truth = torch.cat([torch.ones_like(members), torch.zeros_like(non_members)])
     return float(roc_auc_score(truth.numpy(), -torch.cat([members, non_members]).numpy()))
 
 
-def _losses(judge: Scorer, weights: Weights, real: Labelled) -> Tensor:
-    logits = judge.logits(weights, real.images)
+def _losses(scorer: Scorer, weights: Weights, real: Labelled) -> Tensor:
+    logits = scorer.logits(weights, real.images)
     return F.cross_entropy(logits, real.labels, reduction="none").cpu()
 
 
 def _nearest(subject: Subject, images: Tensor) -> Tensor:
-    """Distance (N,) in pixel space of each image to the nearest training image."""
+    """Return the distance (N,) of each image to the nearest training image, in pixel space."""
     pixels = subject.transform.to_data(images).flatten(1)
     best = torch.full((len(pixels),), torch.inf, device=pixels.device)
     for batch in subject.train.images.split(1000):

@@ -1,18 +1,18 @@
-"""DD-Ranking: what is left of a set's accuracy when labels, augmentation and tuning are set apart.
+"""DD-Ranking: scores that separate the quality of a set's images from the effect of labels, augmentation and tuning.
 
 Li et al., "DD-Ranking: rethinking the evaluation of dataset distillation", 2024. The scores are those of
-``condense.eval.ranking``, the accuracies behind them
+``condense.eval.ranking``. They are computed from these accuracies:
 
-    real, hard      all training images, classes; under ``full-data``
-    hard            the set with classes, under ``protocol``
-    own             the set as it is meant to be trained on; of sets with hard labels the same as hard
+    real, hard      all training images with hard labels, under ``full-data``
+    hard            the set with hard labels, under ``protocol``
+    own             the set under its own training; the same as hard for sets with hard labels
     random, own     random images under the same training as own
     augmented       the set and random images under ``protocol`` with DSA
     plain           the same without augmentation
 
-Deviations: all accuracies are of the last epoch, and learning rates are chosen on held-out real images, where the
-published package takes the best test accuracy of both. Random images under the training of a set with soft labels are
-those of ``random-soft`` where that is among the baselines, labelled once by a trained network, else plain ones.
+Deviations: all accuracies are those after the last epoch, and learning rates are chosen on held-out real images; the
+published package takes the best test accuracy in both cases. For a set with soft labels, random, own uses the baseline
+``random-soft`` (random images labelled once by a trained network) if it is given, else ``random``.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from condense.synthetic.set import SyntheticSet
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking(Application):
-    """Hard-label recovery, improvement over random, label- and augmentation-robust scores (DD-Ranking)."""
+    """DD-Ranking: hard-label recovery, improvement over random, label-robust and augmentation-robust scores."""
 
     network: str = "auto"
-    """Architecture; auto is the ConvNet for the kind of data."""
+    """Architecture of the networks; auto is the ConvNet for the kind of data."""
     num_seeds: int = 3
-    """Networks behind each accuracy."""
+    """Number of networks averaged for each accuracy."""
     protocol: str = "dd-ranking"
-    """How networks are trained on images with classes. dd-ranking chooses its learning rate on held-out real images."""
+    """Protocol of the training on hard labels. dd-ranking chooses its learning rate on held-out real images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,17 +56,17 @@ class Ranking(Application):
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         resolve(self.network, syn.origin.input_shape)
         if "random" not in baselines:
-            raise ValueError(f"the scores compare with random images; give {spelt('baselines', ('random',))}")
+            raise ValueError(f"the scores need the baseline random; give {spelt('baselines', ('random',))}")
         if fixed(self.protocol).holds_out:
             require_held_out(syn)
         if syn.label_kind.space != "classes":
             own(syn)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
-        random, usual, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
-        augmented, plain = (dataclasses.replace(usual, augment=augment) for augment in ("dsa", "none"))
-        chance = baselines.get("random-soft", random)
-        rivals = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
+        random, protocol, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)
+        augmented, plain = (dataclasses.replace(protocol, augment=augment) for augment in ("dsa", "none"))
+        random_soft = baselines.get("random-soft", random)
+        other_baselines = {name: made for name, made in baselines.items() if name not in ("random", "random-soft")}
         subject = setting.subject
         real = full_data(
             subject.arrays,
@@ -77,11 +77,11 @@ class Ranking(Application):
             **accuracy.common,
         ).mean
         rows, record = [], {}
-        for name, syn in setting.contenders(rivals).items():
-            hard, random_hard = accuracy(syn, usual), accuracy(random, usual)
+        for name, syn in setting.contenders(other_baselines).items():
+            hard, random_hard = accuracy(syn, protocol), accuracy(random, protocol)
             own_accuracy, random_own = hard, random_hard
             if syn.label_kind.space != "classes":
-                own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, chance))
+                own_accuracy, random_own = (accuracy(each, own(syn)) for each in (syn, random_soft))
             with_it, without = ([accuracy(each, plan) for each in (syn, random)] for plan in (augmented, plain))
             accuracies = {
                 "real hard": real,
@@ -112,13 +112,13 @@ class Ranking(Application):
             ("set", "real, hard", "hard", "own", "random, own", "HLR", "IOR", "LRS", "ARS"),
             rows,
             f"DD-Ranking, {subject.network(self.network).name} under {self.protocol}, "
-            f"n = {self.num_seeds} networks an accuracy",
+            f"n = {self.num_seeds} networks per accuracy",
             {"rankings": record},
         )
 
 
 class _Accuracies:
-    """Means over the networks; what several rows need is trained once."""
+    """Mean accuracies over networks; an accuracy that several rows need is computed once."""
 
     def __init__(self, plan: Ranking, setting: Setting) -> None:
         self._subject, self._network, self._known = setting.subject, plan.network, dict[tuple[str, str], float]()

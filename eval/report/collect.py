@@ -1,4 +1,4 @@
-"""What a run folder says of itself, read once and checked."""
+"""Read and check the files of a run folder."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from condense.tracking import read_log
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished distillation and what was measured of it."""
+    """A finished distillation with its log and its results."""
 
     folder: Path
     syn: SyntheticSet
     snapshots: Mapping[int, SyntheticSet]
-    """By steps done, in order; the last one is the set itself."""
+    """Snapshots by number of steps done, in order; the last one is the set itself."""
     log: Sequence[Mapping[str, Any]]
-    """The numbers of each step."""
+    """The logged numbers of each step."""
     results: Sequence[Mapping[str, Any]]
     """Rows of ``evaluation.json``."""
     uses: Sequence[Mapping[str, Any]]
-    """See ``uses_of``."""
+    """Tables of applications; see ``uses_of``."""
     record: Mapping[str, Any]
-    """What it cost, and where it ran."""
+    """Content of ``run.json``: time, memory, device and versions."""
 
     @property
     def method(self) -> str:
@@ -55,16 +55,16 @@ class Run:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the tensors of the set, as results carry it."""
+        """SHA-256 of the tensors of the set, as in results."""
         return checksum(self.syn.state_dict())
 
     @property
     def own_results(self) -> list[Mapping[str, Any]]:
-        """Of the set, without its baselines."""
+        """Results of the set itself, without baselines."""
         return [row for row in self.results if row["synthetic_sha256"] == self.sha256]
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one number of the log."""
+        """Return the steps at which a number was logged, and its values."""
         points = [(record["step"], record[name]) for record in self.log if name in record]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -73,13 +73,13 @@ def collect(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        ValueError: there is no finished run, or one of its files is damaged.
+        ValueError: the folder holds no finished run, or one of its files is damaged.
     """
     finished = folder / "synthetic.safetensors"
     if not folder.is_dir() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote")
     if not finished.exists():
-        raise ValueError(f"{folder} is not finished; the command that began it continues with {spelt('resume', True)}")
+        raise ValueError(f"{folder} is not finished; repeat the command that started it with {spelt('resume', True)}")
     syn, evaluation = load(finished), folder / "evaluation.json"
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
     results = read_complete(evaluation) if evaluation.exists() else []
@@ -95,31 +95,33 @@ def collect(folder: Path) -> Run:
         record=runs.read_record(folder),
     )
     if any(len(row["metrics"]["per_class"][0]) != syn.origin.num_classes for row in run.own_results):
-        raise ValueError(f"{evaluation} has accuracies of other classes than the set; move it away, evaluate again")
+        raise ValueError(
+            f"{evaluation} has accuracies for another number of classes than the set; move it away and evaluate again"
+        )
     return run
 
 
 def steps_of(folder: Path) -> list[Mapping[str, Any]]:
-    """The numbers in the lines of a run's log that are steps."""
+    """Return the numbers that a run's log has for each step."""
     lines = [line for line in read_log(folder / "log.jsonl") if "event" not in line]
     numbers = [{name: value for name, value in line.items() if mismatch(value, float) is None} for line in lines]
     return [line for line in numbers if isinstance(line.get("step"), int)]
 
 
 def uses_of(folder: Path) -> list[Mapping[str, Any]]:
-    """The tables (title, columns, rows) that ``condense apply`` wrote.
+    """Return the tables (title, columns, rows) that ``condense apply`` wrote.
 
     Raises:
-        ValueError: a file of that name holds something else.
+        ValueError: an ``apply-*.json`` file has no such table.
     """
-    mend = "move it away, or run condense apply again"
+    fix = "move it away or run condense apply again"
     tables: list[Mapping[str, Any]] = []
     for file in sorted(folder.glob("apply-*.json")):
-        content = read_json(file, mend=mend, finite=False)
+        content = read_json(file, fix=fix, finite=False)
         try:
             tables.append(dataclasses.asdict(from_json(_Uses, content, "it").table))
         except ValueError as error:
-            raise ValueError(f"{file} holds no findings: {error}; {mend}") from error
+            raise ValueError(f"{file} holds no findings: {error}; {fix}") from error
     return tables
 
 
@@ -131,12 +133,12 @@ class _Table:
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
-            raise ValueError(f"a row has another length than the {len(self.columns)} columns")
+            raise ValueError(f"a row does not have {len(self.columns)} entries, one for each column")
 
 
 @dataclass(frozen=True)
 class _Uses:
-    """What ``apply-*.json`` holds besides numbers."""
+    """The part of ``apply-*.json`` that the report reads."""
 
     table: _Table
 

@@ -1,4 +1,4 @@
-"""Figures as SVG text. Colours are variables of the page's style sheet, so that they follow its light and dark mode."""
+"""Draw figures as SVG text. Their colours are CSS variables of the page, so that light and dark mode both work."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, FAINT = "#010203", "#010204"
 SERIES = tuple(f"#0a0b{k:02x}" for k in range(8))
-"""Stand-ins for the colours of the style sheet."""
+"""Placeholders that are replaced by colours of the style sheet."""
 
 MARKERS = "osD^vPX*"
 
 Points = tuple[Sequence[float], Sequence[float]]
-"""Of a curve: x, y."""
+"""The x and y values of a curve."""
 
 
 @dataclass
 class Canvas:
-    """Axes to draw on; after the ``with`` block of ``drawing``, ``svg`` is what was drawn."""
+    """Axes to draw on; ``svg`` is set at the end of the ``with`` block of ``drawing``."""
 
     axes: Axes
     titles: dict[str, str] = field(default_factory=dict)
     svg: str = ""
 
     def explain(self, artist: Any, text: str) -> None:
-        """Let ``text`` appear where a pointer rests on the artist."""
+        """Show ``text`` as a tooltip of the artist."""
         name = f"t{len(self.titles)}"
         self.titles[name] = text
         artist.set_gid(name)
@@ -43,7 +43,7 @@ class Canvas:
 
 @contextmanager
 def drawing(name: str, xlabel: str, ylabel: str, size: tuple[float, float] = (4.6, 3.0)) -> Iterator[Canvas]:
-    """A figure of its own; equal drawings of equal ``name`` give equal text."""
+    """Create a figure. The same drawing under the same ``name`` always gives the same text."""
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "text.parse_math": False,
@@ -82,13 +82,13 @@ def _for_page(svg: str, name: str, titles: Mapping[str, str]) -> str:
         svg = svg.replace(colour, f"var(--series-{k})")
     for group, title in titles.items():
         svg = svg.replace(f'<g id="{group}">', f"<g><title>{html.escape(title)}</title>")
-    svg = re.sub(r'<g id="[A-Za-z0-9_.]+_\d+">', "<g>", svg)  # names that every figure uses
+    svg = re.sub(r'<g id="[A-Za-z0-9_.]+_\d+">', "<g>", svg)  # ids that all figures share
     svg = re.sub(r'<svg [^>]*?width="([^"]*)pt" [^>]*?viewBox="([^"]*)"[^>]*>', _root, svg, count=1)
     return re.sub(r'font-family: [^;"]*', "font-family: inherit", svg)
 
 
-def _root(found: re.Match[str]) -> str:
-    width, box = found.groups()
+def _root(match: re.Match[str]) -> str:
+    width, box = match.groups()
     return (
         f'<svg viewBox="{box}" style="max-width: {float(width) / 11:.1f}rem" xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink" aria-hidden="true" focusable="false">'
@@ -96,11 +96,11 @@ def _root(found: re.Match[str]) -> str:
 
 
 def curves(name: str, lines: Mapping[str, Points], xlabel: str, ylabel: str, *, log: bool = False) -> str:
-    """Lines by label, each with its own colour and mark."""
+    """Draw lines, given by label, each with its own colour and marker."""
     with drawing(name, xlabel, ylabel) as canvas:
         for k, (label, (x, y)) in enumerate(lines.items()):
-            mark = MARKERS[k % len(MARKERS)] if len(x) <= 20 else ""
-            canvas.axes.plot(x, y, label=label, color=SERIES[k % len(SERIES)], marker=mark, markersize=4)
+            marker = MARKERS[k % len(MARKERS)] if len(x) <= 20 else ""
+            canvas.axes.plot(x, y, label=label, color=SERIES[k % len(SERIES)], marker=marker, markersize=4)
         if log and all(value > 0 for _, y in lines.values() for value in y):
             canvas.axes.set_yscale("log")
             for use in (canvas.axes.yaxis.set_major_formatter, canvas.axes.yaxis.set_minor_formatter):
@@ -111,7 +111,7 @@ def curves(name: str, lines: Mapping[str, Points], xlabel: str, ylabel: str, *, 
 
 
 def reliability(name: str, bins: Sequence[tuple[float, float, float]]) -> str:
-    """Accuracy against confidence; the area of a dot is the share of the images in its bin."""
+    """Draw accuracy against confidence; the area of a dot grows with the share of the images in its bin."""
     with drawing(name, "confidence", "accuracy", (3.0, 3.0)) as canvas:
         axes = canvas.axes
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
@@ -127,29 +127,29 @@ def reliability(name: str, bins: Sequence[tuple[float, float, float]]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """An accuracy of a set of so many bytes."""
+    """The accuracy of a set and its number of bytes."""
 
     label: str
     num_bytes: int
     accuracy: float
     std: float | None
     named: bool = True
-    """Whether its label is written beside it; it is always in what appears under a pointer."""
+    """Whether the label is written beside the point; the tooltip always shows it."""
 
 
 def accuracy_against_bytes(
     name: str, measured: Sequence[Point], published: Sequence[Point], ceiling: tuple[str, float] | None
 ) -> str:
-    """Measured points are filled, published ones hollow. Accuracies are fractions."""
+    """Draw accuracy against bytes: measured points filled, published ones hollow. Accuracies are fractions."""
     with drawing(name, "bytes stored", "test accuracy, %", (7.2, 4.2)) as canvas:
         axes = canvas.axes
         axes.set_xscale("log")
         sizes = [point.num_bytes for point in (*measured, *published)]
-        axes.set_xlim(min(sizes) / 4, max(sizes) * 4)  # room for the names
+        axes.set_xlim(min(sizes) / 4, max(sizes) * 4)  # space for the labels
         ends = [100 * (p.accuracy + side * (p.std or 0)) for p in (*measured, *published) for side in (-1, 1)]
         low, high = min(ends), max([*ends, *([100 * ceiling[1]] if ceiling else [])])
-        room = max(high - low, 1.0) / 18
-        axes.set_ylim(low - room, high + 2 * room)
+        gap = max(high - low, 1.0) / 18
+        axes.set_ylim(low - gap, high + 2 * gap)
         for kind, points in (("published", published), ("measured", measured)):
             own = kind == "measured"
             colour, label = (SERIES[0], kind) if own else (INK, kind)
@@ -178,7 +178,7 @@ def accuracy_against_bytes(
                 canvas.explain(
                     dot, f"{kind}: {point.label}, {point.num_bytes:,} bytes, {100 * point.accuracy:.1f}{spread} %"
                 )
-            for point, height in _spread([point for point in points if point.named], room):
+            for point, height in _spread([point for point in points if point.named], gap):
                 side = 1 if own else -1
                 axes.annotate(
                     point.label,
@@ -209,7 +209,7 @@ def accuracy_against_bytes(
 
 
 def _spread(points: Sequence[Point], gap: float) -> list[tuple[Point, float]]:
-    """Heights (in percent) for the names of points at about the same number of bytes, so that none covers another."""
+    """Return heights (in percent) of the labels, so that labels at about the same number of bytes do not overlap."""
     placed: list[tuple[Point, float]] = []
     columns: dict[int, float] = {}
     for point in sorted(points, key=lambda point: point.accuracy):
@@ -221,7 +221,7 @@ def _spread(points: Sequence[Point], gap: float) -> list[tuple[Point, float]]:
 
 
 def readable_bytes(value: float) -> str:
-    """With a decimal prefix: 31.4 kB."""
+    """Format a number of bytes with a decimal prefix: 31.4 kB."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
             return f"{value:.3g} {unit}"
@@ -230,5 +230,5 @@ def readable_bytes(value: float) -> str:
 
 
 def fingerprint(*parts: str) -> str:
-    """A short name for a figure."""
+    """Return a short identifier for a figure."""
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:10]

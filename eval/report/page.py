@@ -1,4 +1,4 @@
-"""Runs side by side as one HTML file that asks nothing of a network."""
+"""Render a comparison of runs as one HTML file that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ from condense.eval.results import by_protocol, by_set
 from condense.synthetic.set import SyntheticSet
 
 MAX_IMAGES = 200
-"""Shown of a run at one time: more columns for few classes, fewer for many."""
+"""Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
 
 NAMED = ("random", "herding")
-"""Published rows that are named in the figure beside those of the methods at hand."""
+"""Published baselines that are always labelled in the figure. Other published rows are labelled only if a run has the
+same method."""
 
 
 def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
-    """The report. Of runs of several data sets, each data set has its own comparison.
+    """Render the report; each data set has its own comparison with published accuracies.
 
     Args:
-        pixels: of each run, the transform that leads back to pixels; None where it is not at hand.
+        runs: the runs to compare.
+        pixels: for each run, the transform that is inverted to show pixels; None if it is not available.
     """
     names = _names(runs)
     datasets = list(dict.fromkeys(run.dataset for run in runs))
@@ -74,17 +76,17 @@ def _resource(name: str) -> str:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """``dm, ipc 10``; with what else is needed to tell the runs apart."""
+    """Return names such as ``dm, ipc 10``, extended where needed so that no two runs have the same name."""
     names = [f"{run.method}, ipc {run.ipc}" for run in runs]
     for what in ("dataset", "network"):
         if len({getattr(run, what) for run in runs}) > 1:
             names = [f"{name}, {getattr(run, what)}" for name, run in zip(names, runs, strict=True)]
-    names = _told_apart(names, [run.folder.resolve().name for run in runs])
-    return _told_apart(names, [str(k + 1) for k in range(len(runs))])
+    names = _disambiguated(names, [run.folder.resolve().name for run in runs])
+    return _disambiguated(names, [str(k + 1) for k in range(len(runs))])
 
 
-def _told_apart(names: Sequence[str], by: Sequence[str]) -> list[str]:
-    return [f"{name} ({more})" if names.count(name) > 1 else name for name, more in zip(names, by, strict=True)]
+def _disambiguated(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    return [f"{name} ({more})" if names.count(name) > 1 else name for name, more in zip(names, suffixes, strict=True)]
 
 
 def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str, Any]:
@@ -116,19 +118,19 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
             "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
             f"{record.get('threads', '?')} threads, {record.get('processes', 1)} processes",
             "finished": str(record.get("finished", "?")),
-            "used": ", ".join(f"{found.get('kind')} {found.get('name', '')}" for found in origin.artifacts)
-            or "nothing",
+            "artifacts used": ", ".join(f"{used.get('kind')} {used.get('name', '')}" for used in origin.artifacts)
+            or "none",
         },
     }
 
 
 def _headline(run: Run) -> Mapping[str, Any] | None:
-    """The result to be shown first: on the network of the distillation, if it was scored on that."""
+    """Return the result for the summary, preferably one on the network of the distillation; None if there is none."""
     return max(run.own_results, key=lambda row: (row["network"] == run.network, row["n"]), default=None)
 
 
 def _film(run: Run, transform: Transform) -> dict[str, Any]:
-    """The images of each class after each of the kept steps."""
+    """Return the images of each class at each snapshot."""
     classes = run.syn.origin.dataset["classes"]
     columns = max(1, min(10, MAX_IMAGES // len(classes)))
     frames = [
@@ -152,7 +154,7 @@ def _data_uri(png: bytes) -> str:
 def _figure(
     kind: str, key: str, lines: Mapping[str, figures.Points], xlabel: str, ylabel: str, *, log: bool = False
 ) -> dict[str, Any]:
-    """A figure of curves, and its numbers in words and as a table of at most twelve rows."""
+    """Return a figure of curves with a description, and a table of at most twelve rows per curve."""
     ends = "; ".join(f"{label}: from {y[0]:.4g} to {y[-1]:.4g}" for label, (x, y) in lines.items() if x)
     rows = []
     for label, (x, y) in lines.items():
@@ -160,7 +162,7 @@ def _figure(
         rows += [(label, step, f"{value:.4g}") for step, value in list(zip(x, y, strict=True))[::-1][::every][::-1]]
     return {
         "svg": Markup(figures.curves(figures.fingerprint(kind, key), lines, xlabel, ylabel, log=log)),
-        "says": f"{ylabel} over {xlabel}. {ends}.",
+        "says": f"{ylabel} against {xlabel}. {ends}.",
         "columns": ("curve", xlabel, ylabel),
         "rows": rows,
     }
@@ -176,7 +178,7 @@ def _validation(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | N
 
 
 def _labels(syn: SyntheticSet) -> dict[str, Any]:
-    """The kind of labels and, where they are soft, the mean target of each class."""
+    """Return the kind of labels and, for soft labels, the mean target of each class."""
     kind, classes = syn.label_kind, list(syn.origin.dataset["classes"])
     _, targets = syn()
     if targets.dim() == 1:
@@ -206,14 +208,14 @@ def _learned_lr(run: Run, key: str) -> dict[str, Any] | None:
     if lr is None:
         return None
     if lr.dim():
-        return _figure("rates", key, {"": (range(len(lr)), lr.tolist())}, "inner step", "learned step size")
-    kept = {step: syn.lr for step, syn in run.snapshots.items()}
-    points = {step: float(rate.detach()) for step, rate in kept.items() if rate is not None}
-    return _figure("rate", key, {"": (list(points), list(points.values()))}, "step", "learned step size")
+        return _figure("rates", key, {"": (range(len(lr)), lr.tolist())}, "inner step", "learned learning rate")
+    rates = {step: syn.lr for step, syn in run.snapshots.items()}
+    points = {step: float(rate.detach()) for step, rate in rates.items() if rate is not None}
+    return _figure("rate", key, {"": (list(points), list(points.values()))}, "step", "learned learning rate")
 
 
 def _reliability(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Of all networks of a result together."""
+    """Return the reliability diagram over all networks of a result, with their mean metrics."""
     bins = []
     for of_bin in zip(*row["metrics"]["reliability"], strict=True):
         total = sum(share for share, _, _ in of_bin)
@@ -227,19 +229,19 @@ def _reliability(row: Mapping[str, Any], key: str) -> dict[str, Any]:
         "network": row["network"],
         "protocol": row["protocol"],
         "columns": ("share of images", "confidence", "accuracy"),
-        "rows": [tuple(f"{value:.3f}" for value in found) for found in bins if found[0] > 0],
+        "rows": [tuple(f"{value:.3f}" for value in of_bin) for of_bin in bins if of_bin[0] > 0],
     }
 
 
 def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Accuracy within each class."""
+    """Return the mean accuracy within each class."""
     means = [statistics.fmean(values) for values in zip(*row["metrics"]["per_class"], strict=True)]
     return list(zip(run.syn.origin.dataset["classes"], means, strict=True))
 
 
 def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The results of all runs, each with the name of what was trained on and the network that the set of its run is
-    meant to train."""
+    """Return the results of all runs. ``set`` names what was trained on, ``meant_for`` the network that the set of the
+    run was made for."""
     rows: list[Mapping[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
         for row in run.results:
@@ -254,12 +256,12 @@ def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, 
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A heat map for each data set and protocol: sets down, architectures across."""
+    """Return a heat map per data set and protocol, with sets as rows and architectures as columns."""
     tables = []
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        for protocol, found in by_protocol([row for row in rows if row["dataset"] == dataset]).items():
-            networks = list(dict.fromkeys(row["network"] for row in found))
-            sets = by_set(found, "set")
+        for protocol, of_protocol in by_protocol([row for row in rows if row["dataset"] == dataset]).items():
+            networks = list(dict.fromkeys(row["network"] for row in of_protocol))
+            sets = by_set(of_protocol, "set")
             shown = [row for cells in sets.values() for row in cells.values()]
             low, high = min(row["mean"] for row in shown), max(row["mean"] for row in shown)
             cells = {name: [_cell(of.get(network), low, high) for network in networks] for name, of in sets.items()}
@@ -267,7 +269,7 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "dataset": dataset,
                     "protocol": protocol,
-                    "changed": changes(found[0]),
+                    "changed": changes(of_protocol[0]),
                     "networks": networks,
                     "rows": list(cells.items()),
                     "n": ", ".join(map(str, sorted({row["n"] for row in shown}))),
@@ -290,12 +292,12 @@ def _cell(row: Mapping[str, Any] | None, low: float, high: float) -> dict[str, A
 
 
 def percent(mean: float, std: float | None) -> str:
-    """Fractions as percent."""
+    """Format a mean and a standard deviation, given as fractions, as percentages."""
     return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy against bytes: what was measured here beside what papers state."""
+    """Return accuracy against bytes, measured and published."""
     own_network = [row for row in rows if row["synthetic_sha256"] is not None and row["network"] == row["meant_for"]]
     groups, measured = by_protocol(own_network), []
     for protocol, of_protocol in groups.items():
@@ -308,7 +310,7 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
     known = is_known(dataset, origin.dataset["fingerprint"])
     table = json.loads(_resource("published.json")).get(dataset) if known else None
     budgets = {str(run.ipc) for run in runs}
-    at_hand = {run.method for run in runs} | set(NAMED)
+    labelled = {run.method for run in runs} | set(NAMED)
     for row in table["rows"] if table else []:
         for ipc, (mean, std) in row["accuracy"].items():
             if ipc in budgets:
@@ -319,7 +321,7 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
                     num_bytes=total,
                     accuracy=mean / 100,
                     std=None if std is None else std / 100,
-                    named=row["method"] in at_hand,
+                    named=row["method"] in labelled,
                 )
                 published.append(point)
                 source = row["source"] + ("" if row["verified"] else "; from memory, not verified")
@@ -341,14 +343,14 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
 
 
 def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels: str) -> int:
-    """As a set of ours would store it: float32 values, classes of eight bytes or float32 targets."""
+    """Return the bytes that our files would need: float32 pixels, and eight bytes per class or float32 targets."""
     return ipc * num_classes * (4 * math.prod(input_shape) + (8 if labels == "hard" else 4 * num_classes))
 
 
 def _commands(run: Run) -> list[str]:
-    """What makes the run and its results again, with its recipe in a file."""
+    """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results."""
     data, folder = str(run.record.get("dataset", run.dataset)), run.folder.resolve().name
-    data = data if data == run.dataset else Path(data).name  # where it lies is nobody's business
+    data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
     commands = [["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder]]
     asked: dict[tuple[Any, ...], list[str]] = {}
     for row in run.own_results:

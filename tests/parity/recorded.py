@@ -1,4 +1,4 @@
-"""Reads the recorded numbers, and puts the recorded draws where the package would draw."""
+"""Read the recorded numbers, and replace the random draws of the package by the recorded ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from condense.task import Labelled, Split, make_task
 
 
 class Recorded:
-    """One file: its arrays as float64 or int64 tensors, and what it says of itself."""
+    """A recorded file: its arrays as float64 or int64 tensors, and its metadata."""
 
     def __init__(self, name: str) -> None:
         with np.load(Path(__file__).with_name(f"{name}.npz"), allow_pickle=False) as file:
@@ -45,13 +45,13 @@ class Recorded:
         return [key for key in self.arrays if key.startswith(prefix)]
 
     def weights(self, vector: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """A vector of all parameters by name; the layers of both networks are in the same order."""
+        """Split a vector of all parameters by name; the layers of both networks have the same order."""
         shapes = [torch.Size(shape) for _, shape in self.meta["parameters"]]
         parts = vector.split([shape.numel() for shape in shapes])
         return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
     def draws(self, prefix: str) -> Iterator[Params]:
-        """The recorded augmentations in the order of their use: one operation each."""
+        """Yield the recorded augmentations in the order of their use, each with one operation."""
         if f"{prefix}_op" not in self:
             return
         first = 0
@@ -62,7 +62,7 @@ class Recorded:
 
 
 def operation(name: str, values: Tensor) -> Tensor:
-    """Rows of recorded values (n, 3) as the parameters of one operation."""
+    """Convert rows of recorded values (n, 3) to the parameters of one operation."""
     match name:
         case "color":
             return values[:, :3]
@@ -77,7 +77,7 @@ def operation(name: str, values: Tensor) -> Tensor:
 
 
 class GivenWeights(Functional):
-    """A network whose fresh weights are the recorded ones, by the step that asks for them."""
+    """A network whose initial weights are the recorded ones of a step."""
 
     given: Callable[[int], Mapping[str, Tensor]] | None = None
 
@@ -98,7 +98,7 @@ def context(
     labels: Labels | None = None,
     experts: Any = None,
 ) -> Context:
-    """The context of a method on recorded real images (N, C, H, W) in float64, untransformed."""
+    """Make the context of a method on recorded real images (N, C, H, W) in float64, without a transform."""
     shape, num_classes = tuple(images.shape[1:]), int(classes.max()) + 1
     arrays = load((torch.rand(images.shape), classes))
     task = make_task(
@@ -126,14 +126,15 @@ def drawing(
     permutations: Iterable[Tensor] = (),
     length: int = 0,
 ) -> Iterator[None]:
-    """Inside, what the package would draw is what was recorded.
+    """Replace the random draws of the package by recorded ones inside the context.
 
     Args:
-        initial: images and labels to start from.
-        siamese, each: augmentations of one draw for all images, and of one for each.
-        real: from (images, number) to a batch of real images of a class.
-        orders: of the images, one for each epoch of a plain training.
-        permutations: what ``torch.randperm(length)`` gives.
+        initial: initial images and labels.
+        siamese: augmentations with one draw for all images.
+        each: augmentations with one draw for each image.
+        real: maps (images of a class, number) to a batch of real images.
+        orders: order of the images in each epoch of training.
+        permutations: results of ``torch.randperm(length)``.
     """
 
     from_one, from_each, by_epoch, permuting = iter(siamese), iter(each), iter(orders), iter(permutations)
@@ -168,24 +169,24 @@ def drawing(
 
 
 def tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """float64, or int64 where the numbers are whole."""
+    """Convert to float64, or to int64 if the array holds integers."""
     found = torch.as_tensor(array)
     return found.double() if found.is_floating_point() else found.long()
 
 
 def difference(found: Tensor, wanted: np.ndarray[Any, Any]) -> float:
-    """``apart`` for a recorded array."""
+    """Return ``apart`` for a recorded array."""
     return apart(found, tensor(wanted))
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest wanted value."""
+    """Return the largest absolute difference divided by the largest absolute value of ``wanted``."""
     assert found.shape == wanted.shape
     return float((found.detach() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
 def assert_close(found: Tensor | float, wanted: Tensor, tolerance: float) -> None:
-    """``apart`` is at most ``tolerance``."""
+    """Check that ``apart`` is at most ``tolerance``."""
     error = apart(torch.as_tensor(found).double(), wanted)
     assert error <= tolerance, f"off by {error:.1e}, allowed are {tolerance:.0e}"
 

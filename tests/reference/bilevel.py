@@ -1,4 +1,4 @@
-"""Slow twins of DD, RaT-BPTT and RTP: every step of the network is unrolled by plain autograd, the draws are given."""
+"""Slow references of DD, RaT-BPTT and RTP: all steps are unrolled by plain autograd; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def leaves(theta: Params) -> Params:
 
 
 def dd(logits: Logits, theta: Params, batches: Sequence[Batch], rates: Tensor, real: Batch) -> Tensor:
-    """Loss on real images after the batches in their order, each with its own rate."""
+    """Return the loss on real images after one SGD step on each batch, each with its own learning rate."""
     theta = leaves(theta)
     for t, batch in enumerate(batches):
         g = gradient(logits, theta, batch)
@@ -34,7 +34,7 @@ def dd(logits: Logits, theta: Params, batches: Sequence[Batch], rates: Tensor, r
 def rat_bptt(
     logits: Logits, theta: Params, batches: Sequence[Batch], burn_in: int, lr: float, real: Batch, eps_root: float
 ) -> Tensor:
-    """Loss on real images after Adam; the steps of the burn-in leave no graph."""
+    """Return the loss on real images after steps of Adam. The graph is cut after ``burn_in`` steps."""
     theta = leaves(theta)
     mean = {name: torch.zeros_like(p) for name, p in theta.items()}
     square = {name: torch.zeros_like(p) for name, p in theta.items()}
@@ -56,7 +56,7 @@ def rat_bptt(
 
 
 def rtp(logits: Logits, theta: Params, batches: Sequence[Batch], lr: float, momentum: float, real: Batch) -> Tensor:
-    """Loss on real images after SGD with momentum; the rate stands outside the velocity."""
+    """Return the loss on real images after SGD with momentum; the learning rate multiplies the velocity."""
     theta = leaves(theta)
     velocity = {name: torch.zeros_like(p) for name, p in theta.items()}
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Slow twin of CAFE: sums written out, students trained by plain SGD; the draws come from outside."""
+"""Slow reference of CAFE: explicit sums, students trained by plain SGD; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Treatment = Callable[[Tensor], Tensor]
 
 
 def levels(network: Network, images: Tensor) -> list[Tensor]:
-    """f_1 to f_L, the outputs of every ReLU of a ConvNet, then the last pooled map, then the same flattened."""
+    """Return the outputs f_1 to f_L of the ReLUs of a ConvNet, the last pooled map, and that map flattened."""
     blocks, maps, x = network.get_submodule("features"), [], images
     for block in blocks.children():
         x = block(x)
@@ -25,7 +25,7 @@ def levels(network: Network, images: Tensor) -> list[Tensor]:
 def cafe_loss(
     real: Sequence[Sequence[Tensor]], syn: Sequence[Sequence[Tensor]], weights: Sequence[float], beta: float
 ) -> Tensor:
-    """Of the levels of every class: alignment with one weight a level, and discrimination."""
+    """Return the sum of the alignment loss, with one weight per level, and ``beta`` times the discrimination loss."""
     loss = torch.zeros((), dtype=syn[0][0].dtype)
     for a, b in zip(real, syn, strict=True):
         for weight, r, s in zip(weights, a, b, strict=True):
@@ -60,16 +60,19 @@ def cafe(
     momentum: float,
     lr_student: float,
 ) -> Iterator[tuple[float, list[Tensor], int]]:
-    """Loss, images by class and epochs of the student after each step; -1 epochs: it was replaced.
+    """Yield after each step the loss, the images by class, and the number of epochs of the student.
+
+    The number of epochs is -1 if the student was replaced.
 
     Args:
-        start: images (ipc, C, H, W) of every class.
-        network: a fresh student that begins at a step.
-        real, augment: images of a step and class; their siamese treatment.
-        probe: images of a class on which a student is measured, by step, epochs that followed it, and class.
-        batches: minibatches of a step and epoch: indices into the images, and what is done to these.
-        mixed: one forward pass for all classes.
-        weights: of the levels.
+        start: initial images (ipc, C, H, W) of every class.
+        network: returns a fresh student for a step.
+        real: returns the real images for a step and class.
+        augment: applies the siamese augmentation of a step and class.
+        probe: returns the images on which the student is measured, for a step, the epochs since that step, and a class.
+        batches: returns the minibatches of a step and epoch: indices of images, and their augmentation.
+        mixed: whether one forward pass covers all classes.
+        weights: weights of the levels.
     """
     images = [x.clone() for x in start]
     velocity = [torch.zeros_like(x) for x in images]
@@ -122,12 +125,12 @@ def cafe(
 def by_class(student: Network, groups: Sequence[Tensor], mixed: bool) -> list[list[Tensor]]:
     if not mixed:
         return [levels(student, images) for images in groups]
-    found, begin = [], 0
+    levels_by_class, begin = [], 0
     everything = levels(student, torch.cat(list(groups)))
     for images in groups:
-        found.append([level[begin : begin + len(images)] for level in everything])
+        levels_by_class.append([level[begin : begin + len(images)] for level in everything])
         begin += len(images)
-    return found
+    return levels_by_class
 
 
 def train_epoch(

@@ -1,4 +1,4 @@
-"""Slow twin of DataDAM: maps caught layer by layer, attention image by image; the draws come from outside."""
+"""Slow reference of DataDAM: attention is computed image by image; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from condense.networks import Network
 
 
 def attention(activations: Tensor, power: float) -> Tensor:
-    """Of one image, (C, H, W): a vector over pixels."""
+    """Return the normalised attention (H * W,) of the activations (C, H, W) of one image."""
     _, height, width = activations.shape
     sums = []
     for i in range(height):
@@ -22,7 +22,7 @@ def attention(activations: Tensor, power: float) -> Tensor:
 
 
 def layers(psi: Network, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What every ReLU of a ConvNet puts out, and the features."""
+    """Return the outputs of all ReLUs of a ConvNet, and the features."""
     blocks, maps, x = psi.get_submodule("features"), [], images
     for block in blocks.children():
         x = block(x)
@@ -32,8 +32,8 @@ def layers(psi: Network, images: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def class_means(psi: Network, classes: Sequence[Tensor], power: float, mixed: bool) -> list[list[Tensor]]:
-    """For every class the mean attention of each layer but the last, and the mean features."""
-    found = []
+    """Return for every class the mean attention of each layer except the last one, and the mean features."""
+    means_by_class = []
     everything = layers(psi, torch.cat(list(classes))) if mixed else None
     begin = 0
     for images in classes:
@@ -46,8 +46,8 @@ def class_means(psi: Network, classes: Sequence[Tensor], power: float, mixed: bo
         means = []
         for layer in maps[:-1]:
             means.append(sum((attention(a, power) for a in layer), torch.zeros(())) / len(images))
-        found.append([*means, sum(features, torch.zeros(())) / len(images)])
-    return found
+        means_by_class.append([*means, sum(features, torch.zeros(())) / len(images)])
+    return means_by_class
 
 
 def attention_matching(
@@ -63,10 +63,13 @@ def attention_matching(
     lr: float,
     momentum: float,
 ) -> Iterator[tuple[float, list[Tensor]]]:
-    """Loss and images by class after each step.
+    """Yield the loss and the images by class after each step.
 
-    ``start``: images (ipc, C, H, W) of every class. ``real(step, c)`` draws a batch; ``augment(step, c, x)`` treats
-    images. ``mixed``: one forward pass for all classes.
+    Args:
+        start: initial images (ipc, C, H, W) of every class.
+        real: returns a batch of real images for a step and class.
+        augment: applies the augmentation of a step and class to images.
+        mixed: whether one forward pass covers all classes.
     """
     images = [x.clone() for x in start]
     velocity = [torch.zeros_like(x) for x in images]

@@ -1,4 +1,4 @@
-"""Slow twin of DATM: MTT's student under soft labels that are learned as logits, skipped where the loss is large."""
+"""Slow reference of DATM: MTT with learned logits as soft labels; updates with a large loss are skipped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def datm(
     lr_log_lr: float,
     threshold: float,
 ) -> Iterator[tuple[float, Tensor, Tensor, float]]:
-    """Loss, images, logits and the student's learning rate after each update."""
+    """Yield the loss, the images, the logits and the learning rate of the student after each update."""
     leaves = [images.clone(), labels.clone(), torch.tensor(math.log(lr), dtype=images.dtype)]
     velocity = [torch.zeros_like(x) for x in leaves]
     for step in range(num_steps):

@@ -1,4 +1,4 @@
-"""Slow twin of DC and DSA: gradient matching with its sums written out, the draws given from outside."""
+"""Slow reference of DC and DSA: gradient matching with explicit sums; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def gradient_matching(
     momentum: float,
     lr_student: float,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Loss and images (C * ipc, ...), grouped by class, after each step.
+    """Yield the loss and the images (C * ipc, ...), grouped by class, after each step.
 
     Args:
-        start: images (ipc, C, H, W) of every class.
-        network: a fresh student that begins at a step.
-        real: images of a step and class.
-        statistics: images of a step that move the running statistics.
-        augment: the siamese treatment of a step and class.
-        epoch: minibatches of a step and epoch: indices into the images, and what is done to these.
+        start: initial images (ipc, C, H, W) of every class.
+        network: returns a fresh student for a step.
+        real: returns the real images for a step and class.
+        statistics: returns the images that update the running statistics in a step.
+        augment: applies the siamese augmentation of a step and class.
+        epoch: returns the minibatches of a step and epoch: indices of images, and their augmentation.
     """
     images = [x.clone() for x in start]
     labels = [torch.full((len(x),), c) for c, x in enumerate(images)]
@@ -76,11 +76,11 @@ def gradient_matching(
         loss = 0.0
         for c in range(len(images)):
             batch = augment(step, c, real(step, c))
-            wanted = torch.autograd.grad(F.cross_entropy(student(batch), torch.full((len(batch),), c)), weights)
+            real_grads = torch.autograd.grad(F.cross_entropy(student(batch), torch.full((len(batch),), c)), weights)
             leaf = images[c].requires_grad_()
             syn_loss = F.cross_entropy(student(augment(step, c, leaf)), labels[c])
-            found = torch.autograd.grad(syn_loss, weights, create_graph=True)
-            value = DISTANCES[distance](wanted, found)
+            syn_grads = torch.autograd.grad(syn_loss, weights, create_graph=True)
+            value = DISTANCES[distance](real_grads, syn_grads)
             (grad,) = torch.autograd.grad(value, leaf)
             velocity[c] = momentum * velocity[c] + grad
             images[c] = (leaf - lr * velocity[c]).detach()

@@ -1,4 +1,4 @@
-"""Slow twin of the distances of ``condense.match``: sums over single numbers, from the definitions."""
+"""Slow reference of the distances of ``condense.match``: sums over single numbers, from the definitions."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Slow twin of DM: sums written out, image by image, plain SGD with momentum; the draws come from outside."""
+"""Slow reference of DM: explicit sums, image by image, and SGD with momentum; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ def distribution_matching(
     lr: float,
     momentum: float,
 ) -> Iterator[tuple[float, list[Tensor]]]:
-    """Loss and images by class after each step.
+    """Yield the loss and the images by class after each step.
 
-    ``start``: images (ipc, C, H, W) of every class. ``real(step, c)`` draws a batch; ``augment(step, c, x)``
-    treats one image (1, C, H, W). ``mixed``: one forward pass for all classes.
+    Args:
+        start: initial images (ipc, C, H, W) of every class.
+        real: returns a batch of real images for a step and class.
+        augment: applies the augmentation of a step and class to one image (1, C, H, W).
+        mixed: whether one forward pass covers all classes.
     """
     images = [x.clone() for x in start]
     velocity = [torch.zeros_like(x) for x in images]
@@ -47,7 +50,7 @@ def _each(augment: Callable[[int, int, Tensor], Tensor], step: int, c: int, imag
 
 
 def _means(psi: Network, classes: Sequence[Sequence[Tensor]], mixed: bool) -> list[Tensor]:
-    """Mean features of every class; image by image unless batch statistics need all of them in one pass."""
+    """Return the mean features of every class, computed image by image, or in one pass for batch statistics."""
     if mixed:
         features = list(psi.embed(torch.cat([x for images in classes for x in images])))
         groups = [[features.pop(0) for _ in images] for images in classes]

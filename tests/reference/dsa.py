@@ -1,4 +1,4 @@
-"""Slow twin of ``condense.augment``: the definitions of its operations, pixel by pixel, image by image.
+"""Slow reference of ``condense.augment``: the definitions of its operations, pixel by pixel and image by image.
 
 Images are float64 arrays (C, H, W).
 """
@@ -127,7 +127,7 @@ def warp(
 
 
 def to_unit(pixel: float, side: int, align_corners: bool) -> float:
-    """The coordinate in [-1, 1]; the ends are the centres of the corner pixels, or the edges of the image."""
+    """Map a pixel index to [-1, 1], between the corner centres if ``align_corners``, else between the edges."""
     return 2 * pixel / (side - 1) - 1 if align_corners else (2 * pixel + 1) / side - 1
 
 

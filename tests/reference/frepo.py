@@ -1,4 +1,4 @@
-"""Slow twin of FRePo: one regression, one LAMB step and one Adam step at a time, written out."""
+"""Slow reference of FRePo: explicit regression, LAMB and Adam steps; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def predictions(phi_t: Tensor, phi_s: Tensor, y: Tensor, ridge: float) -> Tensor
 
 
 def loss(phi_t: Tensor, phi_s: Tensor, y_s: Tensor, y_t: Tensor, ridge: float, copies: int) -> Tensor:
-    """``phi_s`` and the rows of ``y_s`` are repeated for mirrored images; the margin counts labels once."""
+    """Return the regression loss minus the margin. ``phi_s`` and ``y_s`` are repeated for mirrored images; the margin
+    counts each label once."""
     error = predictions(phi_t, phi_s, y_s.repeat(copies, 1), ridge) - y_t
     regression = sum((row * row).sum() / 2 for row in error) / len(error)
     margin = torch.zeros((), dtype=y_s.dtype)
@@ -46,12 +47,12 @@ def frepo(
     lr_pool: float,
     flips: bool,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Loss, images and labels after each step.
+    """Yield the loss, the images and the labels after each step.
 
     Args:
-        network: the fresh member of a slot that a step is the first to use.
-        used: the slot of a step.
-        real: images and centred one-hot labels of a step.
+        network: returns a fresh network for the step that first uses it, and a slot of the pool.
+        used: returns the slot that a step uses.
+        real: returns the images and centred one-hot labels for a step.
     """
     ages = [slot * max_age // pool_size for slot in range(pool_size)]
     members = [network(0, slot) for slot in range(pool_size)]
@@ -62,8 +63,10 @@ def frepo(
         member = members[slot].eval()
         x, y = images.clone().requires_grad_(), labels.clone().requires_grad_()
         real_images, real_labels = real(step)
-        every = torch.cat([x, x.flip(3)]) if flips else x
-        value = loss(member.embed(real_images).detach(), member.embed(every), y, real_labels, ridge, 2 if flips else 1)
+        mirrored = torch.cat([x, x.flip(3)]) if flips else x
+        value = loss(
+            member.embed(real_images).detach(), member.embed(mirrored), y, real_labels, ridge, 2 if flips else 1
+        )
         grads = torch.autograd.grad(value, (x, y))
         rate = lr * (cosine_to + (1 - cosine_to) * (1 + math.cos(math.pi * step / num_steps)) / 2)
         images, labels = (

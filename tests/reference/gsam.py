@@ -1,4 +1,4 @@
-"""Slow twin of sharpness-aware training: the vectors of a step written out."""
+"""Slow reference of adaptive GSAM, from the equations of a step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def gsam_step(w: Tensor, gradient: Callable[[Tensor], Tensor], *, rho: float, alpha: float, lr: float) -> Tensor:
-    """One step of SGD from the flat weights ``w`` (P,)."""
+    """Return the flat weights after one step of SGD from ``w`` (P,)."""
     g0 = gradient(w)
     ascended = w + rho * w**2 * g0 / ((w.abs() * g0).norm() + 1e-12)
     g1 = gradient(ascended)
     cosine = (g0 @ g1) / (g0.norm() * g1.norm())
-    across = g0 - cosine * g0.norm() * g1 / g1.norm()
-    return w - lr * (g1 - alpha * across)
+    orthogonal = g0 - cosine * g0.norm() * g1 / g1.norm()
+    return w - lr * (g1 - alpha * orthogonal)
 
 
 def run(w: Tensor, gradients: Sequence[Callable[[Tensor], Tensor]], **fields: float) -> Tensor:

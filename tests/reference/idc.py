@@ -1,6 +1,6 @@
-"""Slow twin of IDC as it was published: after the gradient of every class a step of SGD that moves the images of all.
+"""Slow reference of IDC as published: after the gradient of each class, a step of SGD on the images of all classes.
 
-The draws are given from outside.
+Random draws are arguments.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DISTANCES = {"mse-conv": mse, "l1-conv": l1}
 
 
 def decode(stored: Tensor, factor: int) -> Tensor:
-    """(n, C, H, W) to (factor^2 n, C, H, W): first the upper left piece of every image, then the next to its right."""
+    """Decode (n, C, H, W) to (factor^2 n, C, H, W): the upper left tile of every image, then the next to its right."""
     height, width = stored.shape[2] // factor, stored.shape[3] // factor
-    pieces = []
+    tiles = []
     for i in range(factor):
         for j in range(factor):
-            piece = stored[:, :, i * height : (i + 1) * height, j * width : (j + 1) * width]
-            pieces.append(F.interpolate(piece, scale_factor=factor, mode="bilinear", align_corners=False))
-    return torch.cat(pieces)
+            tile = stored[:, :, i * height : (i + 1) * height, j * width : (j + 1) * width]
+            tiles.append(F.interpolate(tile, scale_factor=factor, mode="bilinear", align_corners=False))
+    return torch.cat(tiles)
 
 
 def idc(
@@ -51,16 +51,16 @@ def idc(
     momentum: float,
     lr_student: float,
 ) -> Iterator[tuple[float, list[Tensor]]]:
-    """After each step its loss, and the stored images of every class as its next gradient will find them.
+    """Yield the loss of each step, and the stored images of every class at which its next gradient is computed.
 
     Args:
-        start: stored images (ipc, C, H, W) of every class.
-        network: a fresh student that begins at a step.
-        statistics: images that set the running statistics of such a student.
-        real: images of a step and class.
-        chosen: which of so many decoded images take part, of a step and class.
-        augment: the siamese treatment of a step and class.
-        student_batches: images and probabilities of the minibatches after a step.
+        start: initial stored images (ipc, C, H, W) of every class.
+        network: returns a fresh student for a step.
+        statistics: returns the images that set the running statistics of the student.
+        real: returns the real images for a step and class.
+        chosen: returns the indices of the decoded images to use, for a step, a class and the number of decoded images.
+        augment: applies the siamese augmentation of a step and class.
+        student_batches: returns the images and probabilities of the minibatches after a step.
     """
     images = [x.clone() for x in start]
     velocity = [torch.zeros_like(x) for x in images]
@@ -79,13 +79,15 @@ def idc(
         loss = 0.0
         for c in range(len(images)):
             batch = augment(step, c, real(step, c))
-            wanted = torch.autograd.grad(F.cross_entropy(student(batch), torch.full((len(batch),), c)), convolutions)
+            real_grads = torch.autograd.grad(
+                F.cross_entropy(student(batch), torch.full((len(batch),), c)), convolutions
+            )
             leaf = images[c].requires_grad_()
             decoded = decode(leaf, factor)
             decoded = augment(step, c, decoded[chosen(step, c, len(decoded))])
             syn_loss = F.cross_entropy(student(decoded), torch.full((len(decoded),), c))
-            found = torch.autograd.grad(syn_loss, convolutions, create_graph=True)
-            value = DISTANCES[distance](wanted, found)
+            syn_grads = torch.autograd.grad(syn_loss, convolutions, create_graph=True)
+            value = DISTANCES[distance](real_grads, syn_grads)
             (grad,) = torch.autograd.grad(value, leaf)
             for k in range(len(images)):
                 velocity[k] = momentum * velocity[k] + (grad if k == c else 0)
@@ -103,7 +105,7 @@ def idc(
 
         ahead = []
         for c, (x, v) in enumerate(zip(images, velocity, strict=True)):
-            for _ in range(c):  # classes that come first in the next step
+            for _ in range(c):  # updates after the preceding classes of the next step
                 v = momentum * v
                 x = x - lr * v
             ahead.append(x)

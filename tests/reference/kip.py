@@ -1,4 +1,4 @@
-"""Slow twin of KIP: the kernel pair by pair, from the angle between two images; autograd through all of it."""
+"""Slow reference of KIP: the kernel of each pair from the angle between two images, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def pair_kernel(x: Tensor, y: Tensor, depth: int, w_std: float, b_std: float) -> tuple[Tensor, Tensor]:
-    """(NNGP, NTK) of two images. Where they are equal the angle is zero, and has no slope in any direction."""
+    """Return the NNGP and NTK of two images. For equal images the angle is the constant zero, without gradient."""
     x, y, size = x.reshape(-1), y.reshape(-1), x.numel()
     xx = w_std**2 * (x @ x) / size + b_std**2
     yy = w_std**2 * (y @ y) / size + b_std**2
@@ -43,7 +43,7 @@ def one_hot_less_mean(labels: Tensor, num_classes: int) -> Tensor:
 
 
 class Adam:
-    """Kingma and Ba (2015), of one tensor."""
+    """Adam (Kingma and Ba, 2015) for one tensor."""
 
     def __init__(self, x: Tensor, lr: float, beta: float) -> None:
         self.lr, self.beta, self.steps = lr, beta, 0
@@ -73,12 +73,13 @@ def kip(
     lr_labels: float,
     learn_labels: bool,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Loss, images and targets after each step; all in float64.
+    """Yield the loss, the images and the targets after each step, in float64.
 
     Args:
-        images, y: to start from, (n, ...) and (n, C).
-        real: images and classes of a step.
-        augment: the treatment of the images in a step.
+        images: initial images (n, ...).
+        y: initial targets (n, C).
+        real: returns the real images and classes for a step.
+        augment: applies the augmentation of a step to the images.
     """
     settings = (kernel, depth, w_std, b_std)
     adam, adam_labels = Adam(images, lr, 0.9), Adam(y, lr_labels, 0.9)

@@ -1,4 +1,4 @@
-"""Slow twin of MTT: the student's steps unrolled by plain autograd, the draws given from outside."""
+"""Slow reference of MTT: the student steps are unrolled by plain autograd; random draws are arguments."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def trajectory_matching(
     lr_log_lr: float,
     momentum: float,
 ) -> Iterator[tuple[float, Tensor, float]]:
-    """Loss, images and the student's learning rate after each step.
+    """Yield the loss, the images and the learning rate of the student after each step.
 
     Args:
-        start: images (n, C, H, W), with their ``labels`` (n,).
-        network: any weights.
-        pairs: (theta*_t, theta*_{t+M}) of a step, one for each trajectory.
-        minibatches: of a step and trajectory: indices of images, and what is done to these.
+        start: initial images (n, C, H, W), with ``labels`` (n,).
+        network: the architecture; its weights are not used.
+        pairs: returns (theta*_t, theta*_{t+M}) for each trajectory of a step.
+        minibatches: returns the minibatches of a step and trajectory: indices of images, and their augmentation.
     """
     images, log_lr = start.clone(), torch.tensor(math.log(lr), dtype=start.dtype)
     image_velocity, lr_velocity = torch.zeros_like(images), torch.zeros_like(log_lr)

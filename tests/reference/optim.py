@@ -1,7 +1,7 @@
-"""Slow twins of the optimisers: the update rules written out, one parameter at a time.
+"""Slow references of the optimisers, from their update rules.
 
-Each rule takes parameters w, their gradient g, what it remembers, the number of the step counted from 1, and the first
-beta (sgd: the momentum); it gives the new parameters.
+Each rule takes the parameters w, their gradient g, its state (``memory``), the number of the step from 1, the learning
+rate and the first beta (sgd: the momentum), and returns the new parameters.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ def sgd(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float)
 
 
 def adam(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
-    """Kingma and Ba (2015)."""
+    """Adam (Kingma and Ba, 2015)."""
     return w - lr * _adam_direction(g, memory, step, beta, 1e-8)
 
 
 def lamb(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
-    """You et al. (2020): the direction u of Adam, as long as w. 1 stands for a ratio with a zero in it."""
+    """LAMB (You et al., 2020): Adam's direction u scaled to the norm of w. The factor is 1 if either norm is zero."""
     u = _adam_direction(g, memory, step, beta, 1e-6)
-    long_w, long_u = math.sqrt(float((w * w).sum())), math.sqrt(float((u * u).sum()))
-    return w - lr * (long_w / long_u if long_w and long_u else 1.0) * u
+    norm_w, norm_u = math.sqrt(float((w * w).sum())), math.sqrt(float((u * u).sum()))
+    return w - lr * (norm_w / norm_u if norm_w and norm_u else 1.0) * u
 
 
 def adabelief(w: Tensor, g: Tensor, memory: Memory, step: int, lr: float, beta: float) -> Tensor:
-    """Zhuang et al. (2020): Adam with the variance around the running mean."""
+    """AdaBelief (Zhuang et al., 2020): Adam with the variance around the running mean."""
     mean = beta * memory.get("mean", 0 * g) + (1 - beta) * g
     spread = BETA_2 * memory.get("spread", 0 * g) + (1 - BETA_2) * (g - mean) ** 2 + 1e-16
     memory.update(mean=mean, spread=spread)

@@ -1,4 +1,4 @@
-"""Writes sets as the code of the papers lays them out on disk; pickles among them, as they are out there."""
+"""Write synthetic sets in the file formats of the papers' code, some of which are pickles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def res(folder: Path, images: Tensor, labels: Tensor) -> Path:
-    """DC, DSA, DM: all runs so far, and the accuracies of every evaluation as numpy's numbers."""
+    """Write the format of DC, DSA and DM: all runs so far, and the accuracies of every evaluation as NumPy scalars."""
     accuracies = {"ConvNet": [np.float64(0.41), np.float64(0.43)]}
     path = folder / "res_DC_FashionMNIST_ConvNet_1ipc.pt"
     runs = [[torch.zeros_like(images), labels], [images, labels]]
@@ -20,7 +20,7 @@ def res(folder: Path, images: Tensor, labels: Tensor) -> Path:
 
 
 def mtt(folder: Path, images: Tensor, labels: Tensor, lr: float | None = None) -> Path:
-    """MTT, and DATM, whose labels are logits; the images are a leaf that requires grad."""
+    """Write the format of MTT, and of DATM, whose labels are logits. The images are a leaf that requires grad."""
     torch.save(images.clone().requires_grad_(), folder / "images_best.pt")
     torch.save(labels, folder / "labels_best.pt")
     if lr is not None:
@@ -35,7 +35,7 @@ def idc(folder: Path, pixels: Tensor, labels: Tensor) -> Path:
 
 
 def jpegs(folder: Path, pixels: Tensor, labels: Tensor, names: list[str]) -> Path:
-    """SRe2L, CDA, RDED: a folder a class."""
+    """Write the format of SRe2L, CDA and RDED: one folder of JPEG images per class."""
     for i, (image, label) in enumerate(zip((pixels * 255).byte(), labels.tolist(), strict=True)):
         target = folder / "syn" / names[label]
         target.mkdir(parents=True, exist_ok=True)

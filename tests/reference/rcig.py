@@ -1,4 +1,4 @@
-"""Slow twin of RCIG: the move of the weights as one vector, Jacobians as matrices, the Hessian in full."""
+"""Slow reference of RCIG: the change of the weights as one vector, full Jacobians and the full Hessian."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def tangent(logits: Callable[[Tensor, Tensor], Tensor], theta: Tensor, images: Tensor) -> Tensor:
-    """The Jacobian (n, C, P) of the logits in the weights that move, at ``theta`` (P,)."""
-    found: Tensor = torch.func.jacrev(lambda t: logits(t, images))(theta)
-    return found
+    """Return the Jacobian (n, C, P) of the logits with respect to the moving weights ``theta`` (P,)."""
+    jacobian: Tensor = torch.func.jacrev(lambda t: logits(t, images))(theta)
+    return jacobian
 
 
 def inner_loss(d: Tensor, h: Tensor, jacobian: Tensor, y: Tensor, l2: float) -> Tensor:
-    """L_in as it is written: error and penalty of the head, and of the move."""
+    """Return L_in: the squared error plus the L2 penalties of the head and of the change ``d`` of the weights."""
     kernel = h @ h.T
     o = jacobian @ d
     a = torch.linalg.solve(kernel + l2 * torch.eye(len(h), dtype=h.dtype), y - o)

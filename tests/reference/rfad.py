@@ -1,4 +1,4 @@
-"""Slow twin of RFAD: the kernel as a sum over networks and features, pair by pair."""
+"""Slow reference of RFAD: the kernel of each pair as a sum over networks and features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.reference.kip import one_hot_less_mean
 
 
 class AdaBelief:
-    """Zhuang et al. (2020), of one tensor."""
+    """AdaBelief (Zhuang et al., 2020) for one tensor."""
 
     def __init__(self, x: Tensor, lr: float) -> None:
         self.lr, self.steps = lr, 0
@@ -27,7 +27,7 @@ class AdaBelief:
 
 
 def matrix(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """``a``, ``b``: features (n, F) and (m, F) of every network."""
+    """Return the kernel (n, m) of features ``a`` (n, F) and ``b`` (m, F) of every network."""
     num_networks, size = len(a), a[0].shape[1]
     rows = []
     for i in range(len(a[0])):
@@ -54,11 +54,11 @@ def rfad(
     lr_temperature: float,
     lr_pixel_map: float,
 ) -> Iterator[tuple[float, Tensor, Tensor, Tensor, Tensor]]:
-    """Loss, images, targets, log-scale k and map of pixels after each step; all in float64.
+    """Yield the loss, images, targets, log-scale k and pixel map after each step, in float64.
 
     Args:
-        real: the batches of a step, images and classes.
-        networks: of a step, from images to features.
+        real: returns the batches of a step: real images and classes.
+        networks: returns the networks of a step, which map images to features.
     """
     k, size = torch.zeros((), dtype=y.dtype), images[0].numel()
     m = torch.eye(size, dtype=y.dtype)

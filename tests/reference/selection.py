@@ -1,4 +1,4 @@
-"""Slow twins of the selection methods: from the definitions, for one class, in plain loops over float64."""
+"""Slow references of the selection methods, from their definitions, for one class in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Features = NDArray[np.float64]
 
 
 def herding(features: Features, num: int) -> list[int]:
-    """s_i = argmin over the images not yet picked of || i mu - (s_1 + .. + s_{i-1}) - f ||."""
+    """Select s_i = argmin over the images not yet selected of || i mu - (s_1 + .. + s_{i-1}) - f ||."""
     mean = features.sum(0) / len(features)
     chosen: list[int] = []
     for i in range(1, num + 1):
@@ -24,7 +24,7 @@ def herding(features: Features, num: int) -> list[int]:
 
 
 def k_center(features: Features, num: int) -> list[int]:
-    """s_1 is nearest to the mean; s_i is farthest from its nearest picked image."""
+    """Select s_1 nearest to the mean, and s_i farthest from its nearest selected image."""
     mean = features.sum(0) / len(features)
     chosen = [min(range(len(features)), key=lambda j: np.linalg.norm(features[j] - mean))]
     while len(chosen) < num:
@@ -35,9 +35,9 @@ def k_center(features: Features, num: int) -> list[int]:
 
 
 def k_means(features: Features, num: int) -> set[int]:
-    """The image nearest to each mean of the partition into ``num`` clusters of least inertia.
+    """Return the image nearest to the mean of each cluster, for the partition into ``num`` clusters of least inertia.
 
-    Tries all partitions: for a handful of points, with clusters far apart.
+    Tries all partitions, so it is for few points, in well-separated clusters.
     """
     best, least = set[int](), np.inf
     for labels in itertools.product(range(num), repeat=len(features)):
@@ -53,7 +53,10 @@ def k_means(features: Features, num: int) -> set[int]:
 
 
 def forgetting(correct: Sequence[Sequence[bool]], num: int) -> list[int]:
-    """``correct[t][i]``: image i is right after epoch t. The most forgotten first, the never learned before all."""
+    """Select the images that are forgotten most often; those that are never learned come first.
+
+    ``correct[t][i]``: whether image i is classified correctly after epoch t.
+    """
     events = []
     for i in range(len(correct[0])):
         learned, forgotten, before = False, 0, False
@@ -67,7 +70,7 @@ def forgetting(correct: Sequence[Sequence[bool]], num: int) -> list[int]:
 
 
 def el2n(logits: Sequence[Features], label: int, num: int, order: str) -> list[int]:
-    """``logits``: of each network, (n, C); all images of the class ``label``."""
+    """Select by mean EL2N score. ``logits`` are those of each network, (n, C); all images have the class ``label``."""
     scores = []
     for i in range(len(logits[0])):
         lengths = []

@@ -1,4 +1,4 @@
-"""Slow twin of TESLA: its two passes as published, with the factor of two in its place."""
+"""Slow reference of TESLA: its two published passes, with the correct factor of two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tesla(
     lr_log_lr: float,
     momentum: float = 0.5,
 ) -> Iterator[tuple[float, Tensor, float]]:
-    """Loss, images and the student's learning rate after each update; arguments as those of MTT's twin."""
+    """Yield the loss, the images and the learning rate of the student after each update; arguments as for MTT."""
     log_lr = math.log(lr)
     image_velocity, lr_velocity = torch.zeros_like(images), 0.0
     for step in range(num_steps):
@@ -37,29 +37,29 @@ def tesla(
         def gradients(theta: Params, x: Tensor, number: int, create_graph: bool = False) -> Params:
             index, treat = batches[number]  # noqa: B023
             loss = F.cross_entropy(functional_call(network, theta, treat(x[list(index)])), labels[list(index)])
-            found = torch.autograd.grad(loss, list(theta.values()), create_graph=create_graph)
-            return dict(zip(theta, found, strict=True))
+            grads = torch.autograd.grad(loss, list(theta.values()), create_graph=create_graph)
+            return dict(zip(theta, grads, strict=True))
 
-        # first pass: the weights of every step, and the sum of all gradients
+        # first pass: store the weights of every step, and sum all gradients
         theta = {name: p.clone() for name, p in first.items()}
         visited, total = [], {name: torch.zeros_like(p) for name, p in first.items()}
         for number in range(len(batches)):
             theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
             visited.append(theta)
-            found = gradients(theta, images, number)
-            total = {name: total[name] + found[name] for name in total}
-            theta = {name: p - alpha * found[name] for name, p in theta.items()}
+            grads = gradients(theta, images, number)
+            total = {name: total[name] + grads[name] for name in total}
+            theta = {name: p - alpha * grads[name] for name, p in theta.items()}
         end = {name: first[name] - alpha * total[name] for name in first}
         scale = squared_distance(first, target)
         loss = squared_distance(end, target) / scale
 
-        # second pass: |theta_0 - alpha sum g - theta*|^2 through one g at a time, at weights that are constants
+        # second pass: differentiate |theta_0 - alpha sum g - theta*|^2 through one g at a time, with constant weights
         image_grad = torch.zeros_like(images)
         direction = {name: alpha * (target[name] - first[name]) + alpha**2 * total[name] for name in first}
         for number, theta in enumerate(visited):
             x = images.clone().requires_grad_()
-            found = gradients(theta, x, number, create_graph=True)
-            product = torch.stack([(found[name] * direction[name]).sum() for name in found]).sum()
+            grads = gradients(theta, x, number, create_graph=True)
+            product = torch.stack([(grads[name] * direction[name]).sum() for name in grads]).sum()
             image_grad += 2 / scale * torch.autograd.grad(product, x)[0]
         offset = {name: end[name] - target[name] for name in end}
         into_alpha = -2 / scale * torch.stack([(offset[name] * total[name]).sum() for name in total]).sum()

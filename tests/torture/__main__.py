@@ -1,16 +1,16 @@
-"""Condense under torture: python -m tests.torture [--minutes M] [--groups NAME...] [--seed N] [--state FILE]
+"""The reliability suite: python -m tests.torture [--minutes M] [--groups NAME...] [--seed N] [--state FILE]
 
-What docs/reliability.md promises, tried many times over on small data. Each group tells what holds in it:
+It tests the promises of docs/reliability.md many times on small data. Each group tests one of them:
 
-  kills      a command killed at a call that changes files goes on to the bytes of an undisturbed one
-  faults     a disk that is full, read-only or broken refuses a command in one line and harms nothing
-  mutations  a reader takes a damaged file or refuses it in one line, within 20 s and 2 GB
-  crowds     commands at once in one folder leave what they leave one after the other
-  ranks      of several processes one is killed, stopped or refuses: the others end with one line, and go on later
+  kills      a command killed at a call that changes files, and resumed, ends with the bytes of an undisturbed one
+  faults     on a disk that is full, read-only or broken, a command fails with one line and damages nothing
+  mutations  a reader accepts a damaged file or refuses it in one line, within 20 s and 2 GB
+  crowds     concurrent commands in one folder leave the same files as the same commands one after the other
+  ranks      one of several processes is killed, stopped or fails: the others end with one line, and can be resumed
 
-Cases are drawn from the seed and their number, so that each can be played again: --case kills:17. Commands run in
-processes forked from this one, and the calls are struck by a small library that a C compiler builds first. Exit status
-1 if anything was lost.
+A case is drawn from the seed and its number, so that each can be repeated: --case kills:17. Commands run in processes
+forked from this one. A small library, which is built with a C compiler, injects the faults into their calls. The exit
+status is 1 if any case failed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[Group, int]] = {
     "crowds": (crowds.crowds, 200),
     "ranks": (crowds.ranks, 40),
 }
-"""What tries the cases of a group, from one number on, and how many are meant to be tried."""
+"""For each group, the function that runs its cases from a given number on, and the number of cases."""
 
 
 def main() -> None:
@@ -54,15 +54,15 @@ def _words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", usage=__doc__)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--share", type=float, default=1.0, help="of the cases that each group is meant to try")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the cases of each group to run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state", type=Path, help="where it is kept how far each group is, to go on from there")
-    parser.add_argument("--case", metavar="GROUP:NUMBER", help="try this one alone")
+    parser.add_argument("--state", type=Path, help="file with the progress of each group, to continue from")
+    parser.add_argument("--case", metavar="GROUP:NUMBER", help="run only this case")
     return parser.parse_args()
 
 
 def _torture(world: World, words: argparse.Namespace) -> int:
-    """Try the groups in turn, which share the time that is left; returns the exit status."""
+    """Run the groups one after the other, sharing the remaining time; return the exit status."""
     if words.case:
         name, number = words.case.split(":")
         loss = next(GROUPS[name][0](world, words.seed, int(number)))

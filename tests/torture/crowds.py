@@ -1,4 +1,4 @@
-"""Commands that work in one folder at the same time, and processes of one command of which one is struck."""
+"""Concurrent commands in one folder, and several processes of one command of which one fails."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Words = Sequence[str]
 
 @dataclass(frozen=True)
 class Crowd:
-    """Commands for one folder."""
+    """Commands that run concurrently in one folder."""
 
     name: str
     commands: Sequence[Words]
     outcome: Callable[[Path], dict[str, Any]]
-    """What must be as if they had been given one after the other."""
+    """Returns what has to equal the result of the same commands one after the other."""
 
 
 def _distilled(folder: Path) -> dict[str, Any]:
@@ -80,8 +80,8 @@ CROWDS = (
 
 
 def crowds(world: World, seed: int, first: int) -> Iterator[str | None]:
-    """Each of the commands ends well or is refused in one line. Once the refused ones are given again, all is as if
-    they had been given one after the other, and no temporary file is left."""
+    """Check that each command succeeds or is refused in one line. After the refused ones are run again, the outcome has
+    to be that of the commands one after the other, and no temporary file may be left."""
     expected: dict[str, dict[str, Any]] = {}
     for number in itertools.count(first):
         rng = Random(f"{seed} crowds {number}")
@@ -98,7 +98,7 @@ def crowds(world: World, seed: int, first: int) -> Iterator[str | None]:
 
 
 def _at_once(folder: Path, commands: Sequence[Words], delays: Sequence[float]) -> list[Ended]:
-    """Commands that begin together, but for so many seconds."""
+    """Start the commands together, each after a delay in seconds, and wait for all of them."""
     gate = os.pipe()
     started = []
     for words, delay in zip(commands, delays, strict=True):
@@ -118,18 +118,18 @@ def _crowd_loss(crowd: Crowd, folder: Path, ended: Sequence[Ended], expected: di
         if end.status and not end.refused:
             return f"{' '.join(words[:3])}: {end}"
     for words, end in zip(crowd.commands, ended, strict=True):
-        if end.status and "exists already" not in end.said[0]:
+        if end.status and "exists already" not in end.stderr[0]:
             again = run(folder, [*words, "--resume"] if words[0] == "distill" and "--resume" not in words else words)
-            if again.status and "exists already" not in again.said[0]:
-                return f"{' '.join(words[:3])}, refused with {end.said}, then again: {again}"
+            if again.status and "exists already" not in again.stderr[0]:
+                return f"{' '.join(words[:3])}, refused with {end.stderr}, then again: {again}"
     try:
         whole_world(folder)
-        found = crowd.outcome(folder)
+        outcome = crowd.outcome(folder)
     except Exception as error:
         return repr(error)
-    other = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-    if other:
-        return f"other than one after the other: {other}"
+    different = [name for name in {**expected, **outcome} if outcome.get(name) != expected.get(name)]
+    if different:
+        return f"differs from the commands one after the other: {different}"
     return f"left {sorted(temporary(folder))}" if temporary(folder) else None
 
 
@@ -137,14 +137,15 @@ PATIENCE = 12.0
 
 
 def ranks(world: World, seed: int, first: int) -> Iterator[str | None]:
-    """Two or three processes distil together; one is killed, stopped or refuses. The others end with status 2 and one
-    line in all, that of the refusing one where there is one. Resumed, they make the bytes of undisturbed ones."""
-    importlib.import_module("torch._dynamo")  # as processes that meet do; it takes long
+    """Check two or three processes that distil together, of which one is killed, stopped or fails. The others have to
+    end with status 2 and one line in total, which is that of the failing process if there is one. A resumed run has to
+    produce the bytes of an undisturbed one."""
+    importlib.import_module("torch._dynamo")  # communicating processes import it too, which takes long
     distributed.SAID_AFTER, distributed.HEARD_WITHIN = 2.0, 4.0
     expected: dict[int, dict[str, Any]] = {}
     for number in itertools.count(first):
         rng = Random(f"{seed} ranks {number}")
-        size, deed = rng.choice((2, 3)), rng.choice((_kill, _stop, _refuse))
+        size, action = rng.choice((2, 3)), rng.choice((_kill, _stop, _refuse))
         victim, meeting = rng.randrange(size), rng.randint(1, 12)
         if size not in expected:
             folder = world.copy("ranks")
@@ -152,15 +153,15 @@ def ranks(world: World, seed: int, first: int) -> Iterator[str | None]:
             assert not any(end.status for end in ended), ended
             expected[size] = _distilled(folder)
         folder = world.copy("ranks")
-        ended = _meet(folder, size, RUN, victim, meeting, deed)
-        loss = _rank_loss(ended, victim, deed)
+        ended = _meet(folder, size, RUN, victim, meeting, action)
+        loss = _rank_loss(ended, victim, action)
         if loss is None:
             again = _meet(folder, size, [*RUN, "--resume"])
             if any(end.status for end in again):
                 loss = f"resumed: {[str(end) for end in again]}"
             elif _distilled(folder) != expected[size]:
-                loss = "resumed: other than undisturbed"
-        what = f"process {victim} of {size} {deed.__name__} before meeting {meeting}"
+                loss = "resumed: differs from an undisturbed run"
+        what = f"process {victim} of {size} {action.__name__} before meeting {meeting}"
         yield None if loss is None else f"{what}: {loss}"
 
 
@@ -173,7 +174,7 @@ def _stop() -> None:
 
 
 def _refuse() -> None:
-    raise ValueError("process refuses; nothing mends it")
+    raise ValueError("process refuses; nothing fixes it")
 
 
 def _meet(
@@ -182,15 +183,15 @@ def _meet(
     words: Words,
     victim: int = -1,
     meeting: int = 0,
-    deed: Callable[[], None] | None = None,
+    action: Callable[[], None] | None = None,
 ) -> list[Ended]:
-    """As many processes as torchrun would start, with what it tells them. At its n-th meeting the victim does a deed; a
-    victim that stops is killed when the others have ended."""
+    """Start ``size`` processes with the environment that torchrun gives them. At its n-th collective operation
+    (``meeting``) the victim executes ``action``. A stopped victim is killed after the others have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    told["CONDENSE_PATIENCE"] = str(PATIENCE)
+    variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables["CONDENSE_PATIENCE"] = str(PATIENCE)
 
     def job(words: Words) -> None:
         whole, met = Ranks.all_reduce_, 0
@@ -198,33 +199,33 @@ def _meet(
         def all_reduce_(self: Ranks, tensors: Any) -> None:
             nonlocal met
             met += 1
-            if self.rank == victim and met == meeting and deed is not None:
-                deed()
+            if self.rank == victim and met == meeting and action is not None:
+                action()
             whole(self, tensors)
 
         Ranks.all_reduce_ = all_reduce_  # type: ignore[method-assign]
         cli.main(words)
 
-    started = [Command(folder, words, environment={**told, "RANK": str(rank)}, job=job) for rank in range(size)]
+    started = [Command(folder, words, environment={**variables, "RANK": str(rank)}, job=job) for rank in range(size)]
     ended = [command.wait() if rank != victim else None for rank, command in enumerate(started)]
     if victim >= 0:
-        if deed is _stop:
+        if action is _stop:
             os.kill(started[victim].pid, signal.SIGKILL)
         ended[victim] = started[victim].wait()
     return [end for end in ended if end is not None]
 
 
-def _rank_loss(ended: Sequence[Ended], victim: int, deed: Callable[[], None]) -> str | None:
+def _rank_loss(ended: Sequence[Ended], victim: int, action: Callable[[], None]) -> str | None:
     others = [end for rank, end in enumerate(ended) if rank != victim]
     if ended[victim].status == 0 and all(end.status == 0 for end in others):
-        return None  # they met less often
-    said = [line for end in ended for line in end.said]
-    right = all(end.status == 2 for end in others) and all(line.startswith("condense: ") for line in said)
-    # where the first process is gone or stopped, nobody can ask who speaks
-    fewest = len(others) if victim == 0 and deed is not _refuse else 1
-    right = right and 1 <= len(said) <= fewest
-    if deed is _refuse:
-        right = right and len(ended[victim].said) == 1 and ended[victim].status == 2
-    if deed is _stop:
-        right = right and all(f"process {victim} did not arrive" in line for line in said)
+        return None  # the run ended before that operation
+    lines = [line for end in ended for line in end.stderr]
+    right = all(end.status == 2 for end in others) and all(line.startswith("condense: ") for line in lines)
+    # if process 0 is gone or stopped, the others cannot agree on which one prints the line
+    fewest = len(others) if victim == 0 and action is not _refuse else 1
+    right = right and 1 <= len(lines) <= fewest
+    if action is _refuse:
+        right = right and len(ended[victim].stderr) == 1 and ended[victim].status == 2
+    if action is _stop:
+        right = right and all(f"for process {victim}" in line for line in lines)
     return None if right else f"{[str(end) for end in ended]}"

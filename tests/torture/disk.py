@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tests.torture.process import Blow, Ended, run
+from tests.torture.process import Ended, Fault, run
 from tests.torture.world import SCENARIOS, Scenario, World, whole_world
 
 OFTEN = {"dm": 4, "mtt": 3, "buffer": 4, "evaluate": 4}
-"""How often the commands that work for long are drawn, where the others are drawn once."""
+"""How often the long commands are drawn for each time that another one is drawn."""
 
 
 def kills(world: World, seed: int, first: int) -> Iterator[str | None]:
-    """SIGKILL at one call, and in half of the cases at another one of the command that goes on. Then the same command
-    ends well, with the outcome of an undisturbed one."""
+    """Kill a command at one call; in half of the cases, also kill the resumed command. The next resumed command has to
+    succeed with the outcome of an undisturbed one."""
     for rng, scenario, folder in _cases(world, "kills", seed, first):
         loss, words = None, scenario.words
         for _ in range(rng.randint(1, 2)):
-            ended = run(folder, words, Blow(rng.randint(1, world.undisturbed(scenario)[1]), torn=rng.random() < 0.5))
+            ended = run(folder, words, Fault(rng.randint(1, world.undisturbed(scenario)[1]), torn=rng.random() < 0.5))
             if ended.status not in (0, -9) and not _done_before(scenario, ended):
                 loss = loss or f"{' '.join(words)}: {ended}"
             words = scenario.again
@@ -30,14 +30,15 @@ def kills(world: World, seed: int, first: int) -> Iterator[str | None]:
 
 
 def faults(world: World, seed: int, first: int) -> Iterator[str | None]:
-    """One call fails, or each one that needs room from there on. The command is refused in one line, or does without;
-    what was there is whole, no temporary file is left, and the same command then ends well."""
+    """Let one call fail, or on a full disk every later call that needs space too. The command has to fail with one line
+    or succeed; existing files have to be intact, no temporary file may be left, and the same command has to succeed
+    afterwards."""
     for rng, scenario, folder in _cases(world, "faults", seed, first):
         error = rng.choice((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS))
         full = error in (errno.ENOSPC, errno.EDQUOT)
-        blow = Blow(rng.randint(1, world.undisturbed(scenario)[1]), error, full, torn=full and rng.random() < 0.5)
+        fault = Fault(rng.randint(1, world.undisturbed(scenario)[1]), error, full, torn=full and rng.random() < 0.5)
         before = temporary(folder)
-        ended = run(folder, scenario.words, blow)
+        ended = run(folder, scenario.words, fault)
         what = f"{errno.errorcode[error]} at {ended.call or 'no call'}"
         loss = None if ended.status == 0 or ended.refused else f"{what}: {ended}"
         left = temporary(folder) - before
@@ -54,21 +55,21 @@ def _cases(world: World, group: str, seed: int, first: int) -> Iterator[tuple[Ra
 
 
 def _done_before(scenario: Scenario, ended: Ended) -> bool:
-    """Refused because what it makes is there: the blow came when all was done."""
-    return ended.refused and scenario.makes_new and "exists already" in ended.said[0]
+    """Return whether the command was refused because its output exists: the fault came after the output was written."""
+    return ended.refused and scenario.makes_new and "exists already" in ended.stderr[0]
 
 
 def _repeated(world: World, scenario: Scenario, folder: Path, what: str) -> str | None:
-    """Why the command, given again, does not end as if nothing had happened."""
+    """Run the command again; return how its outcome differs from an undisturbed one, or None."""
     ended = run(folder, scenario.again)
     if ended.status and not _done_before(scenario, ended):
         return f"{scenario.name}: {what}, then again: {ended}"
     try:
-        found, wanted = scenario.outcome(folder), world.undisturbed(scenario)[0]
+        outcome, expected = scenario.outcome(folder), world.undisturbed(scenario)[0]
     except Exception as error:
         return f"{scenario.name}: {what}, then again: {error!r}"
-    other = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-    return f"{scenario.name}: {what}, then again: other than undisturbed: {other}" if other else None
+    different = [name for name in {**expected, **outcome} if outcome.get(name) != expected.get(name)]
+    return f"{scenario.name}: {what}, then again: differs from an undisturbed run: {different}" if different else None
 
 
 def _lost(scenario: Scenario, folder: Path, what: str) -> str | None:
@@ -80,6 +81,6 @@ def _lost(scenario: Scenario, folder: Path, what: str) -> str | None:
 
 
 def temporary(folder: Path) -> set[str]:
-    """Files and folders with names that begin with a dot, without locks, which stay; those of the cache may stay."""
-    found = (path.relative_to(folder) for path in folder.rglob(".*") if path.suffix != ".lock")
-    return {str(path) for path in found if path.parts[0] != "cache"}
+    """Return the files and folders whose names begin with a dot, except locks and those in the cache."""
+    names = (path.relative_to(folder) for path in folder.rglob(".*") if path.suffix != ".lock")
+    return {str(path) for path in names if path.parts[0] != "cache"}

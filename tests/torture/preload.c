@@ -1,5 +1,5 @@
-/* Loaded before libc: counts the calls by which a process changes files below one folder, and at one of them kills the
- * process or lets the call fail. It is asleep until torture_arm is called, and knows one thread.
+/* A library that is loaded before libc. It counts the calls by which a process changes files below one folder; at one
+ * of them it kills the process or lets the call fail. It is inactive until torture_arm is called, and supports one thread.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -15,16 +15,16 @@
 
 struct report {
     long count;     /* calls so far */
-    char call[16];  /* the call that was struck; empty as long as there is none */
+    char call[16];  /* the call at which the fault occurred; empty before */
     char path[496];
 };
 
 static struct {
-    const char *folder; /* absolute; NULL while asleep */
-    long at;            /* number of the call to strike, from 1; 0: none */
-    int error;          /* what it fails with; 0: the process is killed */
-    int full;           /* from there on every call that needs room fails too, as on a full disk */
-    int torn;           /* a write is cut in half: half is written before the blow */
+    const char *folder; /* absolute; NULL while inactive */
+    long at;            /* number of the call with the fault, from 1; 0: none */
+    int error;          /* error number of the call; 0: the process is killed */
+    int full;           /* every later call that needs space fails too, as on a full disk */
+    int torn;           /* half of a write is done before the fault */
     struct report *report;
 } armed;
 
@@ -42,8 +42,8 @@ static void name_of(int fd, char *out, size_t size) {
     out[n < 0 ? 0 : n] = 0;
 }
 
-/* Counts one call; returns 1 if it has to fail. `path` is NULL for a call on the descriptor `fd`. */
-static int struck(const char *call, int fd, const char *path, int needs_room) {
+/* Counts one call; returns 1 if the call has to fail. `path` is NULL for a call on the descriptor `fd`. */
+static int must_fail(const char *call, int fd, const char *path, int needs_room) {
     char full[8192];
     if (!armed.folder) return 0;
     if (path && *path == '/') {
@@ -68,7 +68,7 @@ static int struck(const char *call, int fd, const char *path, int needs_room) {
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-#define FAIL(...) if (struck(__VA_ARGS__)) return -1
+#define FAIL(...) if (must_fail(__VA_ARGS__)) return -1
 #define WRITES(flags) ((flags) & (O_WRONLY | O_RDWR | O_CREAT))
 
 #define OPEN(name) \
@@ -89,7 +89,7 @@ OPENAT(openat) OPENAT(openat64)
 
 #define FOPEN(name) \
     FILE *name(const char *path, const char *mode) { \
-        if (strpbrk(mode, "wa+") && struck("open", AT_FDCWD, path, 1)) return NULL; \
+        if (strpbrk(mode, "wa+") && must_fail("open", AT_FDCWD, path, 1)) return NULL; \
         return REAL(name)(path, mode); \
     }
 FOPEN(fopen) FOPEN(fopen64)
@@ -100,7 +100,7 @@ ssize_t write(int fd, const void *data, size_t size) {
         name_of(fd, name, sizeof name);
         if (!strncmp(name, armed.folder, strlen(armed.folder))) {
             ssize_t half = REAL(write)(fd, data, size / 2);
-            if (!armed.error) struck("write", fd, NULL, 1);
+            if (!armed.error) must_fail("write", fd, NULL, 1);
             armed.report->count++, armed.at++; /* a short write now, the error at the next call */
             return half;
         }

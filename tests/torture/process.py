@@ -1,4 +1,4 @@
-"""Commands in processes that are forked from this one, so that none waits for torch, and the blows that strike them."""
+"""Commands in processes forked from this one, which spares them the import of torch, and the faults in their calls."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ import torch
 from condense import cli, engine
 
 PRELOADED = "TORTURE_PRELOADED"
-LONGEST = 120
-"""Seconds after which a command counts as hung."""
+TIMEOUT = 120
+"""Seconds after which a command counts as hanging."""
 
 _NO_ERROR = re.compile(
     r"condense: warning: |(\[rank\d+\]:)?\[W|Exception raised from |frame #|<omitting python frames>"
 )
-"""How warnings begin: ours, and those of torch's library, with the call stack below them."""
+"""Beginnings of lines that are warnings: ours, and those of torch's library with their call stacks."""
 
 
 @dataclass(frozen=True)
-class Blow:
-    """What happens at one call that changes a file below the folder of a command."""
+class Fault:
+    """A fault at one call that changes a file below the folder of a command."""
 
     at: int = 0
-    """Number of the call, from 1; 0: none is struck, they are counted."""
+    """Number of the call, from 1; 0: no fault, the calls are only counted."""
     error: int = 0
-    """What the call fails with; 0: the process is killed by SIGKILL."""
+    """Error number with which the call fails; 0: the process is killed by SIGKILL."""
     full: bool = False
-    """The disk stays full: every later call that needs room fails too."""
+    """The disk stays full: every later call that needs space fails too."""
     torn: bool = False
-    """A write is cut in half."""
+    """Half of a write is done before the fault."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,22 @@ class Ended:
     """How a command ended."""
 
     status: int
-    """Exit status; the negative number of a signal that ended it."""
-    said: list[str]
+    """Exit status; negative: the signal that ended it."""
+    stderr: list[str]
     """Lines on standard error, without warnings."""
     count: int
-    """Calls that changed files below the folder."""
+    """Number of calls that changed files below the folder."""
     call: str
-    """The call that was struck and its path; empty where none was."""
+    """The call at which the fault occurred and its path; empty if there was none."""
 
     @property
     def refused(self) -> bool:
-        """It ended as a command ends that cannot go on: status 2 and one line."""
-        return self.status == 2 and len(self.said) == 1 and self.said[0].startswith("condense: ")
+        """Whether the command ended with status 2 and one line."""
+        return self.status == 2 and len(self.stderr) == 1 and self.stderr[0].startswith("condense: ")
 
     def __str__(self) -> str:
-        struck = f", struck at {self.call}" if self.call else ""
-        return f"status {self.status}{struck}, said {self.said[-3:]}"
+        interrupted = f", interrupted at {self.call}" if self.call else ""
+        return f"status {self.status}{interrupted}, stderr {self.stderr[-3:]}"
 
 
 class _Report(ctypes.Structure):
@@ -74,8 +74,8 @@ class _Report(ctypes.Structure):
 
 
 def preload() -> Path:
-    """Start this program again with the library that strikes calls; in the program that has it, return its folder,
-    which is new and for any use.
+    """Restart this program with the library that injects faults. In the restarted program, return the library's folder,
+    which is new and free for any use.
 
     Raises:
         RuntimeError: there is no C compiler.
@@ -92,35 +92,35 @@ def preload() -> Path:
 
 
 def settle() -> None:
-    """Make this process one that commands can be forked from: one thread, and checkpoints every two steps."""
+    """Prepare this process for forks: one thread, and checkpoints every two steps."""
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     engine.CHECKPOINT_STEPS = 2
 
 
 class Command:
-    """``condense WORDS`` in a process of its own, with ``folder`` as working folder, where its cache lies too.
+    """``condense WORDS`` in a forked process, with ``folder`` as working directory, which also holds its cache.
 
-    It begins when the writing end of the pipe ``gate`` is closed, at once where there is none. Its standard error goes
-    to a file beside the folder. After ``LONGEST`` seconds it is ended by SIGALRM.
+    It starts when the write end of the pipe ``gate`` is closed, or at once without a pipe. Its standard error goes to a
+    file beside the folder. After ``TIMEOUT`` seconds SIGALRM ends it.
     """
 
     def __init__(
         self,
         folder: Path,
         words: Sequence[str],
-        blow: Blow = Blow(),
+        fault: Fault = Fault(),
         *,
         environment: Mapping[str, str] = {},
         gate: tuple[int, int] | None = None,
         job: Callable[[Sequence[str]], None] = cli.main,
     ) -> None:
-        self._folder, self._words, self._blow, self._job = folder.resolve(), words, blow, job
+        self._folder, self._words, self._fault, self._job = folder.resolve(), words, fault, job
         self._environment = {"CONDENSE_CACHE": str(self._folder / "cache"), **environment}
         self._report = _Report.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Report)))
-        handle, name = tempfile.mkstemp(dir=folder.parent, prefix="said-")
+        handle, name = tempfile.mkstemp(dir=folder.parent, prefix="stderr-")
         os.close(handle)
-        self._said = Path(name)
+        self._stderr = Path(name)
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -130,17 +130,19 @@ class Command:
     def _become(self, gate: tuple[int, int] | None) -> None:
         status = 1
         try:
-            signal.alarm(LONGEST)
+            signal.alarm(TIMEOUT)
             os.chdir(self._folder)
             os.environ.update(self._environment)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(os.open(self._said, os.O_WRONLY | os.O_APPEND), 2)
+            os.dup2(os.open(self._stderr, os.O_WRONLY | os.O_APPEND), 2)
             if gate is not None:
                 os.close(gate[1])
                 os.read(gate[0], 1)
-            arm, blow = ctypes.CDLL(os.environ[PRELOADED]).torture_arm, self._blow
+            fault = self._fault
+            arm = ctypes.CDLL(os.environ[PRELOADED]).torture_arm
             arm.argtypes = [ctypes.c_char_p, ctypes.c_long, *[ctypes.c_int] * 3, ctypes.c_void_p]
-            arm(str(self._folder).encode(), blow.at, blow.error, blow.full, blow.torn, ctypes.addressof(self._report))
+            numbers = fault.at, fault.error, fault.full, fault.torn
+            arm(str(self._folder).encode(), *numbers, ctypes.addressof(self._report))
             self._job(self._words)
             status = 0
         except SystemExit as end:
@@ -153,23 +155,23 @@ class Command:
 
     def wait(self) -> Ended:
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        lines = self._said.read_text(errors="replace").splitlines()
-        self._said.unlink()
-        said = [line for line in lines if line.strip() and not _NO_ERROR.match(line)]
+        written = self._stderr.read_text(errors="replace").splitlines()
+        self._stderr.unlink()
+        lines = [line for line in written if line.strip() and not _NO_ERROR.match(line)]
         report = self._report
-        struck = f"{report.call.decode()} of {report.path.decode(errors='replace')}" if report.call else ""
-        return Ended(status, said, report.count, struck)
+        interrupted = f"{report.call.decode()} of {report.path.decode(errors='replace')}" if report.call else ""
+        return Ended(status, lines, report.count, interrupted)
 
 
-def run(folder: Path, words: Sequence[str], blow: Blow = Blow()) -> Ended:
-    """One command from its beginning to its end."""
-    return Command(folder, words, blow).wait()
+def run(folder: Path, words: Sequence[str], fault: Fault = Fault()) -> Ended:
+    """Run a command and wait for its end."""
+    return Command(folder, words, fault).wait()
 
 
 def learn(folder: Path, words: Sequence[str]) -> Ended:
-    """Run a command, and import here what it imported, so that those forked later find it.
+    """Run a command, and import the modules that it imported, so that processes forked later have them.
 
-    The command itself runs in another process: here it would leave threads behind that a fork does not bear.
+    The command runs in another process, because here it would leave threads behind, which make forks unsafe.
 
     Raises:
         RuntimeError: the command fails.

@@ -1,4 +1,4 @@
-"""Damaged files: whoever reads one takes it or refuses it, in one line, within seconds and two gigabytes."""
+"""Damaged files: each reader accepts or refuses one in one line, within 20 seconds and two gigabytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.mutations import mutate_bytes, mutate_expert, mutate_json, mutate_ten
 from tests.torture.world import TINY, World
 
 BATCH = 100
-"""Cases that one process reads, if it lives."""
+"""Number of cases that one process reads."""
 SECONDS, MEMORY = 20, 2 << 30
 
 Mutate = Callable[[bytes, Random], bytes]
@@ -41,7 +41,7 @@ Mutate = Callable[[bytes, Random], bytes]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file, who reads it, and how it is damaged beside the damage of its bytes."""
+    """A kind of file, its reader, and the mutations that apply to it besides ``mutate_bytes``."""
 
     name: str
     file: Path
@@ -50,7 +50,7 @@ class Kind:
 
 
 def mutations(world: World, seed: int, first: int) -> Iterator[str | None]:
-    """Each case damages one file in one way, and reads it."""
+    """Damage one file in one way per case, and read it."""
     folder = world.copy("mutations")
     kinds = _kinds(folder)
     originals = {kind.file: kind.file.read_bytes() for kind in kinds}
@@ -66,12 +66,12 @@ def mutations(world: World, seed: int, first: int) -> Iterator[str | None]:
             _read_batch(kinds, originals, folder, seed, first, position, losses)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         reached = int.from_bytes(position[:], "little")
-        found = dict(json.loads(line) for line in losses.read_text().splitlines())
+        losses_by_number = dict(json.loads(line) for line in losses.read_text().splitlines())
         if status:
             cause = f"no answer within {SECONDS} s" if status == -signal.SIGALRM else f"the process ended with {status}"
-            found[reached] = f"{_drawn(kinds, seed, reached)[1].name}: {cause}"
+            losses_by_number[reached] = f"{_drawn(kinds, seed, reached)[1].name}: {cause}"
         for number in range(first, min(reached + 1, first + BATCH)):
-            yield found.get(number)
+            yield losses_by_number.get(number)
         first = min(reached + 1, first + BATCH)
 
 
@@ -146,7 +146,7 @@ def _pt(data: bytes, rng: Random) -> bytes:
 
 
 def _npz(data: bytes, rng: Random) -> bytes:
-    """An array less, of another name, type or shape."""
+    """Remove an array, or change its name, type or shape."""
     with np.load(io.BytesIO(data)) as file:
         arrays = {name: file[name] for name in file.files}
     name, file = rng.choice(list(arrays)), io.BytesIO()
@@ -163,7 +163,7 @@ def _npz(data: bytes, rng: Random) -> bytes:
 
 
 def _kinds(folder: Path) -> list[Kind]:
-    """The files in ``folder``, some of which are made here, and their readers."""
+    """Return the files in ``folder`` and their readers; make the files that do not exist yet."""
     run, buffer = folder / "set", next((folder / "artifacts").iterdir())
     provenance = {"network": "mlp", "num_classes": 3}
     plan, arrays = recipe.from_yaml(run / "recipe.yaml"), datasets.load(folder / "data.npz")
@@ -189,8 +189,8 @@ def _kinds(folder: Path) -> list[Kind]:
     (folder / "stopped" / "checkpoint.previous.safetensors").unlink(missing_ok=True)
 
     def read_buffer() -> None:
-        found = artifacts.Trajectories(artifacts.find(folder / "artifacts", spec, "data"))
-        found.pair(0, 0, found.num_epochs)
+        experts = artifacts.Trajectories(artifacts.find(folder / "artifacts", spec, "data"))
+        experts.pair(0, 0, experts.num_epochs)
         show.show(buffer)
 
     def read_run() -> None:

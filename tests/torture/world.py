@@ -1,4 +1,4 @@
-"""A folder of small data, experts, runs and results that each case begins with a copy of."""
+"""A folder of small data, experts, runs and results; each case starts with a copy of it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ APPLY = ["apply", "continual", "set", "--num-groups", "2", "--num-seeds", "1", "
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, and what must be there when all is over."""
+    """A command and its expected outcome."""
 
     name: str
     words: Sequence[str]
     outcome: Callable[[Path], dict[str, Any]]
-    """What the command decides, without times; equal however often it was stopped."""
+    """Returns what the command produces, without times. It is the same however often the command was stopped."""
     resumes: bool = False
-    """It goes on with ``--resume``; the others when they are given again."""
+    """The command is resumed with ``--resume``; the others are simply run again."""
     makes_new: bool = False
-    """It refuses to replace what it made."""
+    """The command refuses to replace its output."""
 
     @property
     def again(self) -> list[str]:
-        """The command that goes on where this one was stopped."""
+        """The command that continues a stopped one."""
         return [*self.words, *(["--resume"] if self.resumes else [])]
 
 
 class World:
-    """What cases begin with, below ``root``, and what undisturbed commands make of it."""
+    """The initial folder of the cases, below ``root``, and the outcomes of undisturbed commands in it."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._plain = root, root / "plain"
@@ -63,7 +63,7 @@ class World:
         shutil.rmtree(self._plain / "cache")
 
     def undisturbed(self, scenario: Scenario) -> tuple[dict[str, Any], int]:
-        """The outcome of a command, and the number of its calls that change files."""
+        """Return the outcome of an undisturbed command, and the number of its calls that change files."""
         if scenario.name not in self._known:
             folder = self.copy("undisturbed")
             count = learn(folder, scenario.words).count
@@ -71,14 +71,14 @@ class World:
         return self._known[scenario.name]
 
     def copy(self, name: str) -> Path:
-        """A fresh copy under this name."""
+        """Return a fresh copy of the initial folder under this name."""
         folder = self._root / name
         shutil.rmtree(folder, ignore_errors=True)
         return Path(shutil.copytree(self._plain, folder))
 
 
 def write_data(path: Path) -> None:
-    """Three classes of 8x8 images that differ in brightness, with 12 + 6 images a class."""
+    """Write a data set of three classes of 8x8 images that differ in brightness, with 12 + 6 images per class."""
     rng, arrays = np.random.default_rng(0), {}
     for part, num in (("train", 36), ("test", 18)):
         labels = np.arange(num) % 3
@@ -88,14 +88,14 @@ def write_data(path: Path) -> None:
 
 
 def run_outcome(run: Path) -> dict[str, Any]:
-    """Set, snapshots, recipe, and the log without its events."""
+    """Return the set, the snapshots, the recipe, and the log without its events."""
     files = [run / "synthetic.safetensors", run / "recipe.yaml", *sorted(run.glob("snapshots/step_*"))]
     steps = [record for record in read_log(run / "log.jsonl") if "event" not in record]
     return {"log.jsonl": steps, **{file.name: file.read_bytes() for file in files}}
 
 
 def experts(folder: Path) -> dict[str, Any]:
-    """The bytes of experts, and the manifest without times."""
+    """Return the bytes of the experts, and the manifest without times."""
     (manifest,) = (folder / "artifacts").glob("*/manifest.json")
     content = json.loads(manifest.read_text())
     del content["checksum"]
@@ -106,21 +106,21 @@ def experts(folder: Path) -> dict[str, Any]:
 
 
 def rows(folder: Path) -> dict[str, Any]:
-    """The rows of the evaluation without times and memory."""
-    found = json.loads((folder / "set" / "evaluation.json").read_text())["results"]
-    apart = ("seconds", "peak_memory_bytes")
-    asked = ("method", "network", "seed", "n")
-    return {" ".join(str(row[k]) for k in asked): {k: v for k, v in row.items() if k not in apart} for row in found}
+    """Return the rows of the evaluation without times and memory."""
+    results = json.loads((folder / "set" / "evaluation.json").read_text())["results"]
+    omitted = ("seconds", "peak_memory_bytes")
+    key = ("method", "network", "seed", "n")
+    return {" ".join(str(row[k]) for k in key): {k: v for k, v in row.items() if k not in omitted} for row in results}
 
 
 def tree(path: Path) -> dict[str, Any]:
-    """The bytes of a file, or of all files in a folder."""
+    """Return the bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
 
 
 def whole_world(folder: Path) -> None:
-    """Raise an exception where something is lost that every copy begins with."""
+    """Raise an exception if something is missing that every copy starts with."""
     files = experts(folder)
     assert files["manifest.json"]["experts"][0] and "expert_0000.safetensors" in files, "the first expert is lost"
     assert "dm mlp 0 1" in rows(folder), "the row of another network is lost"

@@ -1,0 +1,365 @@
+"""Methods on series, images or clips of an ``.npz`` file against random real samples.
+
+    python -m benchmarks.inputs DATA.npz [--only NAME ...] [--ipc 1 10] [--num-seeds 5] [--network auto] [--device auto]
+                                         [--validate] [--limit MINUTES] [--out FILE.json]
+
+Every method distils with the settings of the tables below. Then N fresh networks are trained on its set under the
+protocol ``canonical``, which gives each sample one class, and scored on the test split. The row ``random`` has N draws
+of real samples with one network each, and ``full`` all training samples. Methods whose sets have learned labels or a
+learned learning rate are also scored under their own training, beside random samples under that training.
+
+``--validate`` puts 30 % of the training samples of each class in the place of the test split. The settings in the
+tables were chosen in this way, so that the test split is scored once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condense import api
+from condense.buffers.trajectories import Experts
+from condense.compute import Compute, prepare_device
+from condense.data.datasets import Arrays, load, open_data
+from condense.data.layout import Kind, kind
+from condense.eval.baselines import FULL, full_data
+from condense.eval.protocol import PROTOCOLS, own, own_network
+from condense.files import read_json, write_text
+from condense.inner import RandomTruncated
+from condense.method import Optim
+from condense.networks import resolve, with_options
+from condense.schedule import Schedule
+from condense.schema import from_json
+from condense.synthetic.set import SyntheticSet
+from condense.task import Split
+
+HELD_OUT = Split(val_fraction=0.3)
+"""The part of the training samples that ``--validate`` scores on."""
+
+LAYOUTS: dict[Kind, str] = {"series": "NCL", "images": "NCHW", "clips": "NTCHW"}
+"""Of the arrays of a loaded data set."""
+
+OWN = ("mtt", "frepo", "rat-bptt")
+"""Methods that are also scored under their own training."""
+
+EXPERTS: dict[Kind, Experts] = {
+    "series": Experts(num_experts=10, num_epochs=30, lr=0.02, batch_size=32, augment="none"),
+    "clips": Experts(num_experts=5, num_epochs=30, lr=0.02, momentum=0.9, batch_size=16, augment="none"),
+}
+"""Of the buffer for ``mtt``."""
+
+SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
+    "series": {
+        "herding": {"num_epochs": 100},
+        "k-means": {"num_epochs": 100},
+        "dm": {"num_steps": 400, "optim": Optim(lr=1.0)},
+        "dc": {"num_steps": 200, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
+        "mtt": {
+            "num_steps": 200,
+            "syn_steps": 15,
+            "expert_epochs": 1,
+            "max_start_epoch": 15,
+            "lr": 0.02,
+            "optim": Optim(lr=30.0),
+            "optim_lr": Optim(lr=0.01),
+            "clip": 0.1,
+        },
+        "datadam": {"num_steps": 400, "optim": Optim(lr=0.3)},
+        "frepo": {
+            "num_steps": 500,
+            "training_epochs": 1000,
+            "optim": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
+            "optim_labels": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
+        },
+        "rat-bptt": {
+            "num_steps": 250,
+            "lr": 0.01,
+            "batch_real": 256,
+            "augment": "none",
+            "adjoint": RandomTruncated(lo=0, hi=20, window=10),
+            "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
+        },
+    },
+    "clips": {
+        "herding": {"num_epochs": 60},
+        "k-means": {"num_epochs": 60},
+        "dm": {"num_steps": 200, "optim": Optim(lr=5.0)},
+        "dc": {"num_steps": 60, "start": "real", "inner_epochs": 5, "batch_real": 16, "optim": Optim(lr=10.0)},
+        "mtt": {
+            "num_steps": 80,
+            "syn_steps": 10,
+            "batch_syn": 12,
+            "expert_epochs": 1,
+            "max_start_epoch": 15,
+            "lr": 0.02,
+            "optim": Optim(lr=1000.0),
+            "optim_lr": Optim(lr=0.01),
+            "clip": 0.1,
+        },
+        "datadam": {"num_steps": 200, "optim": Optim(lr=1.0)},
+        "frepo": {
+            "num_steps": 300,
+            "training_epochs": 500,
+            "optim": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
+            "optim_labels": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
+        },
+        "rat-bptt": {
+            "num_steps": 60,
+            "lr": 0.001,
+            "batch_real": 83,
+            "augment": "none",
+            "adjoint": RandomTruncated(lo=0, hi=10, window=10),
+            "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
+        },
+    },
+}
+"""By kind of sample and by method: fields of the recipe for any data set, or of its method, that are replaced."""
+
+NETWORKS: dict[str, tuple[dict[str, Any], ...]] = {
+    "datadam": ({"norm": "batch"},),
+    "frepo": ({"widen": True, "norm": "batch-before"}, {"norm": "batch", "dropout": False}),
+}
+"""By method: options of the network that it distils with. The first ones that the network has are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one budget; accuracies are fractions, one for each network."""
+
+    fingerprint: str
+    """Of the training samples."""
+    network: str
+    num_seeds: int
+    device: str
+    method: str
+    ipc: int
+    """Samples a class; 0: all."""
+    accuracies: tuple[float, ...]
+    own: tuple[float, ...] = ()
+    """Under the training that the set brings along."""
+    random_own: tuple[float, ...] = ()
+    """Of random samples under that training."""
+    seconds: float = 0.0
+    """Time of the distillation, without experts."""
+    minutes: float = 0.0
+    """Time of all: experts, distillation, training and scoring."""
+
+    def cells(self, random: Row | None) -> str:
+        """A row of the Markdown table; ``random`` is that of random samples at the same budget."""
+        chance = random.accuracies if random is not None and self.ipc and self is not random else ()
+        groups = [_percent(values) for values in (self.accuracies, chance, self.own, self.random_own)]
+        words = [f"`{self.method}`", str(self.ipc or "all"), *groups, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
+        return f"| {' | '.join(words)} |"
+
+
+HEADER = (
+    "| method | samples a class | `canonical`, % | random, % | own training, % | random under it, % | distilled in, s "
+    "| minutes |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def _percent(accuracies: Sequence[float]) -> str:
+    if not accuracies:
+        return ""
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return f"{100 * statistics.fmean(accuracies):.1f} ± {100 * std:.1f}"
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What all rows share. ``draws`` are the sets of random samples by budget, made when they are first needed."""
+
+    arrays: Arrays
+    network: str
+    num_seeds: int
+    device: torch.device
+    compute: Compute
+    folder: Path
+    draws: dict[int, list[SyntheticSet]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        return kind(self.arrays.input_shape)
+
+    def row(self, method: str, ipc: int) -> Row:
+        """Distil and score one method; ``random`` and ``full`` are scored only."""
+        begun, seconds = time.monotonic(), 0.0
+        own_accuracies, random_own = (), ()
+        if method == FULL:
+            accuracies = self.full()
+        elif method == "random":
+            accuracies = self.random(ipc)
+        else:
+            buffers = self.experts() if method == "mtt" else self.folder
+            started = time.monotonic()
+            syn = self.distill(method, ipc, buffers=buffers)
+            seconds = time.monotonic() - started
+            accuracies = self.score(syn, self.num_seeds)
+            if method in OWN:
+                own_accuracies = self.score(syn, self.num_seeds, like=syn)
+                random_own = self.random(ipc, like=syn)
+        return Row(
+            fingerprint=self.arrays.fingerprint["train"],
+            network=self.network,
+            num_seeds=self.num_seeds,
+            device=self.device.type,
+            method=method,
+            ipc=ipc,
+            accuracies=accuracies,
+            own=own_accuracies,
+            random_own=random_own,
+            seconds=seconds,
+            minutes=(time.monotonic() - begun) / 60,
+        )
+
+    def distill(self, method: str, ipc: int, **fields: Any) -> SyntheticSet:
+        network = self.network
+        for options in NETWORKS.get(method, ()):
+            if network == self.network:
+                network = with_options(self.network, **options)
+        with tempfile.TemporaryDirectory(dir=self.folder) as out:
+            return api.distill(
+                method,
+                dataset=self.arrays,
+                network=network,
+                ipc=ipc,
+                compute=self.compute,
+                device=str(self.device),
+                out=Path(out) / "run",
+                **SETTINGS[self.kind].get(method, {}),
+                **fields,
+            )
+
+    def experts(self) -> Path:
+        """The buffer of this network, built when it is first needed."""
+        return api.make_buffer(
+            self.arrays,
+            self.network,
+            experts=EXPERTS[self.kind],
+            compute=self.compute,
+            device=str(self.device),
+            out=self.folder / "experts",
+        )
+
+    def score(
+        self, syn: SyntheticSet, num_seeds: int, *, seed: int = 0, like: SyntheticSet | None = None
+    ) -> tuple[float, ...]:
+        """Accuracies under ``canonical``, or under the training that ``like`` brings along."""
+        evaluation = api.evaluate(
+            syn,
+            self.arrays,
+            networks=self.network if like is None else own_network(like),
+            num_seeds=num_seeds,
+            protocol="canonical" if like is None else own(like),
+            compute=self.compute,
+            device=str(self.device),
+            seed=seed,
+        )
+        return evaluation.results[0].accuracies
+
+    def random(self, ipc: int, like: SyntheticSet | None = None) -> tuple[float, ...]:
+        """One accuracy of each draw."""
+        if ipc not in self.draws:
+            self.draws[ipc] = [self.distill("random", ipc, seed=seed) for seed in range(self.num_seeds)]
+        scores = [self.score(syn, 1, seed=seed, like=like) for seed, syn in enumerate(self.draws[ipc])]
+        return tuple(accuracy for each in scores for accuracy in each)
+
+    def full(self) -> tuple[float, ...]:
+        return full_data(
+            self.arrays,
+            network=self.network,
+            num_seeds=self.num_seeds,
+            protocol=PROTOCOLS["canonical"],
+            compute=self.compute,
+            device=self.device,
+        ).accuracies
+
+
+def with_held_out(arrays: Arrays) -> Arrays:
+    """The training samples alone, of which ``HELD_OUT`` stands in the place of the test split."""
+    parts = HELD_OUT.indices(torch.from_numpy(arrays.y_train))
+    split = [part for index in parts for part in (arrays.x_train[index.numpy()], arrays.y_train[index.numpy()])]
+    return load(split, layout=LAYOUTS[kind(arrays.input_shape)])
+
+
+def names(arrays: Arrays) -> list[str]:
+    """The rows of these data, the cheap ones first."""
+    order = ["random", FULL, "dm", "datadam", "mtt", "herding", "k-means", "frepo", "dc", "rat-bptt"]
+    return [name for name in order if name in {"random", FULL, *SETTINGS[kind(arrays.input_shape)]}]
+
+
+def rows(bench: Bench, methods: Sequence[str], budgets: Sequence[int], known: Sequence[Row]) -> Iterator[Row]:
+    """The rows that are known and those that are measured now, budget by budget."""
+    for ipc in budgets:
+        for method in methods:
+            num = 0 if method == FULL else ipc
+            if method == FULL and ipc != budgets[0]:
+                continue
+            key = (bench.arrays.fingerprint["train"], bench.network, bench.num_seeds, bench.device.type, method, num)
+            same = [row for row in known if dataclasses.astuple(row)[:6] == key]
+            yield same[0] if same else bench.row(method, num)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", nargs="+", help="methods, random or full")
+    parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10])
+    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--network", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--validate", action="store_true", help="score on held-out training samples")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no row is begun")
+    parser.add_argument("--out", type=Path, help="JSON file of the rows; rows that it holds are not measured again")
+    chosen = parser.parse_args()
+    begun = time.monotonic()
+    arrays = open_data(chosen.data)
+    arrays = with_held_out(arrays) if chosen.validate else arrays
+    device = prepare_device(chosen.device)
+    known = _read(chosen.out)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(
+            arrays=arrays,
+            network=str(resolve(chosen.network, arrays.input_shape)),
+            num_seeds=chosen.num_seeds,
+            device=device,
+            compute=Compute(compile=False, autocast="bfloat16" if device.type == "cuda" else "none"),
+            folder=Path(folder),
+        )
+        print(HEADER, flush=True)
+        random: Row | None = None
+        for row in rows(bench, chosen.only or names(arrays), chosen.ipc, known):
+            random = row if row.method == "random" else random
+            print(row.cells(random), flush=True)
+            if row not in known:
+                known.append(row)
+                _write(chosen.out, known)
+            if time.monotonic() - begun > 60 * chosen.limit:
+                print(f"stopped after {chosen.limit:g} minutes", flush=True)
+                break
+
+
+def _read(path: Path | None) -> list[Row]:
+    if path is None or not path.exists():
+        return []
+    content = read_json(path, fix="give --out another file")
+    return [from_json(Row, row, str(path)) for row in content["rows"]]
+
+
+def _write(path: Path | None, known: Sequence[Row]) -> None:
+    if path is not None:
+        write_text(path, json.dumps({"rows": [dataclasses.asdict(row) for row in known]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
