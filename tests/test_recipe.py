@@ -9,7 +9,7 @@ from condense import catalog, recipe, registry
 from condense.commands import Distill
 from condense.inner import Exact, Truncated
 from condense.names import flags
-from condense.networks import resolve
+from condense.networks import default_for
 from condense.recipe import Recipe
 from condense.schedule import Schedule
 from condense.synthetic import Factor, Hard, Logits, Pixels
@@ -26,7 +26,7 @@ def test_every_recipe_is_what_it_was_says_its_source_and_round_trips(name: str, 
     entry = catalog.named(name)
     assert entry is not None and len(entry.description) > 20
     plan = recipe.named(name)
-    on_images = dataclasses.replace(plan, network=str(resolve(plan.network, (3, 32, 32))))
+    on_images = dataclasses.replace(plan, network=plan.network.replace("auto", default_for((3, 32, 32))))
     assert on_images.hash("f").startswith(HASHES[name])
     assert registry.name_of(plan.method) == {"ftd": "mtt", "random-soft": "random"}.get(entry.stem, entry.stem)
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(plan))
