@@ -60,12 +60,12 @@ EXPERTS: dict[Kind, Experts] = {
 
 SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
     "series": {
-        "herding": {"num_epochs": 100},
-        "k-means": {"num_epochs": 100},
-        "dm": {"num_steps": 400, "optim": Optim(lr=1.0)},
-        "dc": {"num_steps": 200, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
+        "herding": {"num_epochs": 20},
+        "k-means": {"num_epochs": 20},
+        "dm": {"num_steps": 200, "optim": Optim(lr=1.0)},
+        "dc": {"num_steps": 100, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
         "mtt": {
-            "num_steps": 150,
+            "num_steps": 100,
             "syn_steps": 15,
             "expert_epochs": 4,
             "max_start_epoch": 10,
@@ -74,20 +74,20 @@ SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
             "optim_lr": Optim(lr=0.01),
             "clip": 0.1,
         },
-        "datadam": {"num_steps": 400, "optim": Optim(lr=0.3)},
+        "datadam": {"num_steps": 200, "optim": Optim(lr=0.3)},
         "frepo": {
-            "num_steps": 500,
+            "num_steps": 300,
             "training_epochs": 1000,
             "optim": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
             "optim_labels": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
         },
         "rat-bptt": {
-            "num_steps": 250,
-            "lr": 0.01,
+            "num_steps": 100,
+            "lr": 0.002,
             "batch_real": 256,
             "augment": "none",
-            "adjoint": RandomTruncated(lo=0, hi=20, window=10),
-            "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
+            "adjoint": RandomTruncated(lo=0, hi=30, window=15),
+            "optim": Optim(kind="adam", lr=0.05, momentum=0.9),
         },
     },
     "clips": {
