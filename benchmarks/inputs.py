@@ -60,34 +60,34 @@ EXPERTS: dict[Kind, Experts] = {
 
 SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
     "series": {
-        "herding": {"num_epochs": 100},
-        "k-means": {"num_epochs": 100},
-        "dm": {"num_steps": 400, "optim": Optim(lr=1.0)},
-        "dc": {"num_steps": 200, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
+        "herding": {"num_epochs": 20},
+        "k-means": {"num_epochs": 20},
+        "dm": {"num_steps": 200, "optim": Optim(lr=1.0)},
+        "dc": {"num_steps": 100, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
         "mtt": {
-            "num_steps": 200,
+            "num_steps": 100,
             "syn_steps": 15,
-            "expert_epochs": 1,
-            "max_start_epoch": 15,
+            "expert_epochs": 4,
+            "max_start_epoch": 10,
             "lr": 0.02,
-            "optim": Optim(lr=30.0),
+            "optim": Optim(lr=100.0),
             "optim_lr": Optim(lr=0.01),
             "clip": 0.1,
         },
-        "datadam": {"num_steps": 400, "optim": Optim(lr=0.3)},
+        "datadam": {"num_steps": 200, "optim": Optim(lr=0.3)},
         "frepo": {
-            "num_steps": 500,
+            "num_steps": 300,
             "training_epochs": 1000,
             "optim": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
             "optim_labels": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
         },
         "rat-bptt": {
-            "num_steps": 250,
-            "lr": 0.01,
+            "num_steps": 100,
+            "lr": 0.002,
             "batch_real": 256,
             "augment": "none",
-            "adjoint": RandomTruncated(lo=0, hi=20, window=10),
-            "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
+            "adjoint": RandomTruncated(lo=0, hi=30, window=15),
+            "optim": Optim(kind="adam", lr=0.05, momentum=0.9),
         },
     },
     "clips": {
@@ -154,6 +154,11 @@ class Row:
     minutes: float = 0.0
     """Time of all: experts, distillation, training and scoring."""
 
+    @property
+    def key(self) -> tuple[str, str, int, str, str, int]:
+        """What tells this row from others in a file."""
+        return self.fingerprint, self.network, self.num_seeds, self.device, self.method, self.ipc
+
     def cells(self, random: Row | None) -> str:
         """A row of the Markdown table; ``random`` is that of random samples at the same budget."""
         chance = random.accuracies if random is not None and self.ipc and self is not random else ()
@@ -194,7 +199,8 @@ class Bench:
     def row(self, method: str, ipc: int) -> Row:
         """Distil and score one method; ``random`` and ``full`` are scored only."""
         begun, seconds = time.monotonic(), 0.0
-        own_accuracies, random_own = (), ()
+        own_accuracies: tuple[float, ...] = ()
+        random_own: tuple[float, ...] = ()
         if method == FULL:
             accuracies = self.full()
         elif method == "random":
@@ -300,14 +306,13 @@ def names(arrays: Arrays) -> list[str]:
 
 def rows(bench: Bench, methods: Sequence[str], budgets: Sequence[int], known: Sequence[Row]) -> Iterator[Row]:
     """The rows that are known and those that are measured now, budget by budget."""
-    for ipc in budgets:
+    common = bench.arrays.fingerprint["train"], bench.network, bench.num_seeds, bench.device.type
+    existing = {row.key: row for row in known}
+    for budget in budgets:
         for method in methods:
-            num = 0 if method == FULL else ipc
-            if method == FULL and ipc != budgets[0]:
-                continue
-            key = (bench.arrays.fingerprint["train"], bench.network, bench.num_seeds, bench.device.type, method, num)
-            same = [row for row in known if dataclasses.astuple(row)[:6] == key]
-            yield same[0] if same else bench.row(method, num)
+            if method != FULL or budget == budgets[0]:
+                ipc = 0 if method == FULL else budget
+                yield existing.get((*common, method, ipc)) or bench.row(method, ipc)
 
 
 def main() -> None:

@@ -230,7 +230,7 @@ def test_inputs_are_measured_once_and_beside_random_samples(
     monkeypatch.setitem(inputs.SETTINGS, "series", {"frepo": {"num_steps": 1, "training_epochs": 1}})
     rows = str(tmp_path / "rows.json")
     command = ["inputs", str(tmp_path / "s.npz"), "--network", "auto:depth=1,width=4,norm=none", "--out", rows]
-    monkeypatch.setattr(sys, "argv", [*command, "--ipc", "1", "--num-seeds", "2"])
+    monkeypatch.setattr(sys, "argv", [*command, *"--only random frepo --ipc 1 --num-seeds 1".split()])
     inputs.main()
     first = capsys.readouterr().out
     frepo = next(line for line in first.splitlines() if "frepo" in line)
