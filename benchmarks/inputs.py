@@ -93,8 +93,8 @@ SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
     "clips": {
         "herding": {"num_epochs": 60},
         "k-means": {"num_epochs": 60},
-        "dm": {"num_steps": 200, "optim": Optim(lr=5.0)},
-        "dc": {"num_steps": 60, "start": "real", "inner_epochs": 5, "batch_real": 16, "optim": Optim(lr=10.0)},
+        "dm": {"num_steps": 200, "optim": Optim(lr=0.1)},
+        "dc": {"num_steps": 60, "start": "real", "inner_epochs": 5, "batch_real": 16, "optim": Optim(lr=1.0)},
         "mtt": {
             "num_steps": 80,
             "syn_steps": 10,
