@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with flags(), warnings.catch_warnings(), _stopped_by_sigterm():
             warnings.showwarning = _say_warning
             commands.TABLE[words[0]](words[1:])
+    except BrokenPipeError:  # whatever read the output has ended, as in `condense list methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if debug:
             raise

@@ -269,7 +269,7 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
     assert "--method.syn-steps" in text and "--method.batch-real" not in text
     for flag in ("--decode {pixels,factor,", "--labels {hard,", "--method.adjoint {exact,"):
         assert flag in text
-    assert "dct: Some frequencies of each image" in text and "(default: exact)" in text
+    assert "dct: Each image is stored as DCT coefficients" in text and "(default: exact)" in text
     assert "--method.adjoint.window INT" in helped(capsys, "distill", "mtt", "--method.adjoint", "truncated")
 
 
@@ -378,3 +378,12 @@ def test_data_that_a_command_decoded_are_mapped_by_the_next(
     assert len(list((tmp_path / "cache" / "decoded").iterdir())) == 1
     monkeypatch.setattr(datasets, "_load_npz", None)
     main(random_words(tiny_file, tmp_path / "other"))
+
+
+def test_a_reader_that_ends_early_gets_no_complaint() -> None:
+    command = [sys.executable, "-m", "condense", "list", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
