@@ -56,7 +56,41 @@ class Source(ABC):
         """Return, as JSON values, what determines the views of the images apart from the images themselves."""
 
 
-class Examples(Source):
+class _Viewed(Source):
+    """Images in an order that is drawn for each epoch, and in views that are drawn for each batch."""
+
+    rng: Rng
+
+    def __init__(
+        self, num_examples: int, rng: Rng, *, batch_size: int, num_classes: int, order: Order, views: Views
+    ) -> None:
+        """
+        Args:
+            num_examples: images per epoch.
+            rng: root of the draws of the order and the views.
+            batch_size: images per batch, before mirrored copies are added.
+            num_classes: number of classes, for views that mix targets.
+            order: shuffled: a new order in each epoch. stored: the order in which the images are stored.
+        """
+        self.num_examples, self.rng, self.num_classes = num_examples, rng, num_classes
+        self.order, self.views = order, views
+        self.num_batches, self.batch_size = -(-num_examples // batch_size), batch_size * views.augment.copies
+        self._num_drawn = batch_size
+
+    def _viewed(self, images: Tensor, targets: Tensor, epoch: int, index: int) -> Batch:
+        return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.rng.seed,
+            "num_examples": self.num_examples,
+            "batch_size": self.batch_size,
+            "order": self.order,
+            **self.views.identity(),
+        }
+
+
+class Examples(_Viewed):
     """Real or synthetic images that can be indexed: a tensor, or ``Images`` over a mapped file."""
 
     def __init__(
@@ -79,36 +113,21 @@ class Examples(Source):
             num_classes: number of classes, for views that mix targets.
             order: shuffled: a new order in each epoch. stored: the order of ``images``.
         """
-        self.images, self.targets, self.rng, self.num_classes = images, targets, rng, num_classes
-        self.order, self.views = order, views
-        self.num_batches, self.batch_size = -(-len(images) // batch_size), batch_size * views.augment.copies
+        super().__init__(len(images), rng, batch_size=batch_size, num_classes=num_classes, order=order, views=views)
+        self.images, self.targets = images, targets
         self._epoch, self._indices = -1, tuple[Tensor, ...]()
 
     def batch(self, epoch: int, index: int) -> Batch:
-        assert self.rng is not None
         if epoch != self._epoch:
-            size = self.batch_size // self.views.augment.copies
-            self._epoch, self._indices = epoch, self._order(epoch).split(size)
+            self._epoch, self._indices = epoch, self._order(epoch).split(self._num_drawn)
         chosen = self._indices[index]
-        images, targets = self.images[chosen], self.targets[chosen]
-        return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
+        return self._viewed(self.images[chosen], self.targets[chosen], epoch, index)
 
     def _order(self, epoch: int) -> Tensor:
-        assert self.rng is not None
-        num, device = len(self.images), self.images.device
+        num, device = self.num_examples, self.images.device
         if self.order == "stored":
             return torch.arange(num, device=device)
         return torch.randperm(num, generator=self.rng("order", epoch)).to(device)
-
-    def identity(self) -> dict[str, Any]:
-        assert self.rng is not None
-        return {
-            "seed": self.rng.seed,
-            "num_examples": len(self.images),
-            "batch_size": self.batch_size,
-            "order": self.order,
-            **self.views.identity(),
-        }
 
 
 class Minibatches(Source):
@@ -129,7 +148,7 @@ class Minibatches(Source):
         return {"indices": [index.tolist() for index in self.indices]}
 
 
-class Streamed(Source):
+class Streamed(_Viewed):
     """Images that are read from shards and need not fit in memory together.
 
     One shard is in memory at a time, with the images of the previous one that did not fill a batch. A shuffled epoch
@@ -155,9 +174,8 @@ class Streamed(Source):
             num_examples: number of images in all shards.
             others: as in ``Examples``.
         """
-        self.shards, self.num_examples, self.rng, self.num_classes = shards, num_examples, rng, num_classes
-        self.order, self.views = order, views
-        self.num_batches, self.batch_size = -(-num_examples // batch_size), batch_size * views.augment.copies
+        super().__init__(num_examples, rng, batch_size=batch_size, num_classes=num_classes, order=order, views=views)
+        self.shards = shards
         self._next = (-1, 0)
         self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
 
@@ -167,19 +185,17 @@ class Streamed(Source):
         Raises:
             ValueError: the number of images in the shards is not ``num_examples``.
         """
-        assert self.rng is not None
         if self._next != (epoch, index):
             self._stream = self._read(epoch)
             for _ in range(index):
                 next(self._stream)
         images, targets = next(self._stream)
         self._next = (epoch, index + 1)
-        return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
+        return self._viewed(images, targets, epoch, index)
 
     def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, without views."""
-        assert self.rng is not None
-        size, seen = self.batch_size // self.views.augment.copies, 0
+        size, seen = self._num_drawn, 0
         shuffled, order = self.order == "shuffled", list(range(len(self.shards)))
         if shuffled:
             order = torch.randperm(len(order), generator=self.rng("shards", epoch)).tolist()
@@ -205,15 +221,7 @@ class Streamed(Source):
             yield pending
 
     def identity(self) -> dict[str, Any]:
-        assert self.rng is not None
-        return {
-            "seed": self.rng.seed,
-            "num_examples": self.num_examples,
-            "num_shards": len(self.shards),
-            "batch_size": self.batch_size,
-            "order": self.order,
-            **self.views.identity(),
-        }
+        return {**super().identity(), "num_shards": len(self.shards)}
 
 
 class Relabelled(Source):
