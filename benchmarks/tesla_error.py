@@ -54,8 +54,8 @@ def rows(data: Labelled, experts: Trajectories, network: Functional) -> Iterator
     """Yield one line of the table for each case."""
     for case in CASES:
         begun, draws = time.perf_counter(), Rng(0)
-        images = torch.cat([data.draw(c, case.ipc, draws("images", 0, c)) for c in range(network.num_classes)])
-        labels = torch.arange(network.num_classes).repeat_interleave(case.ipc)
+        images = torch.cat([data.draw(c, case.ipc, draws("images", 0, c)) for c in range(network.num_outputs)])
+        labels = torch.arange(network.num_outputs).repeat_interleave(case.ipc)
         pair = experts.pair(0, case.start, case.start + EXPERT_EPOCHS)
         ends = [{name: p.double() for name, p in snapshot.items()} for snapshot in pair]
         (loss, exact), (_, tesla) = (

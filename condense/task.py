@@ -110,28 +110,27 @@ class Task:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    @property
-    def target_width(self) -> int:
-        """Number of values in a target, and of outputs of the network: the classes, unless targets are other values."""
-        return self.network.num_classes
-
     def with_network(self, network: str) -> Task:
         """Return a task with the same data and device and another architecture.
 
         Raises:
             ValueError: the network is unknown, or does not take these samples.
         """
-        return replace(self, network=Functional(network, self.input_shape, self.target_width, self.device))
+        return replace(self, network=Functional(network, self.input_shape, self.network.num_outputs, self.device))
 
     def dataset(self) -> dict[str, Any]:
-        """Return the description of the data for files, with the width of targets that are not class scores."""
+        """Return the description of the data for files, with the width of targets that are not class scores.
+
+        The network has one output for each value of a target.
+        """
         facts = {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "classes": list(self.classes),
             "input_shape": list(self.input_shape),
         }
-        return facts if self.target_width == self.num_classes else facts | {"target_width": self.target_width}
+        width = self.network.num_outputs
+        return facts if width == self.num_classes else facts | {"target_width": width}
 
     def identity(self) -> Mapping[str, Any]:
         """Return what determines a network that is trained on this task, apart from its training."""

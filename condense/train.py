@@ -182,7 +182,7 @@ class Trainer:
             targets,
             rng,
             batch_size=plan.batch_size,
-            num_classes=self.network.num_classes,
+            num_classes=self.network.num_outputs,
             order=plan.order,
             views=Views(augment=augment, cutmix=plan.cutmix, mixup=plan.mixup),
         )

@@ -808,7 +808,7 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         ("convnet:width=1000000", "option width of convnet cannot be '1000000': it is a whole number from 1 to 10000"),
         ("vit:depth=" + "9" * 5000, "whole number from 1 to 10000"),
         ("mlp:width=10000", None),
-        ("convnet:width=10000", "convnet:width=10000 would have more than 1,000,000,000 parameters for 10 classes"),
+        ("convnet:width=10000", "convnet:width=10000 would have more than 1,000,000,000 parameters for 10 outputs"),
         ("convnet:depth=500,pooling=none,widen=true", "more than 1,000,000,000 parameters.*; give a smaller width"),
     ],
 )

@@ -19,7 +19,7 @@ class AlexNet(Network):
         ValueError: the images are smaller than 8x8.
     """
 
-    def __init__(self, input_shape: InputShape, num_classes: int, *, norm: Literal["none", "batch"] = "none") -> None:
+    def __init__(self, input_shape: InputShape, num_outputs: int, *, norm: Literal["none", "batch"] = "none") -> None:
         super().__init__()
         channels, *sides = input_shape
         if min(sides) < 8:
@@ -42,7 +42,7 @@ class AlexNet(Network):
                 layers += [nn.MaxPool2d(2)]
             channels = outputs
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels * height * width, num_classes)
+        self.classifier = nn.Linear(channels * height * width, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         maps: Tensor = self.features(x)

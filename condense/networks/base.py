@@ -41,7 +41,7 @@ class Network(nn.Module, ABC):
         """Return the features (N, F) of samples (N, *input_shape), which are the input of the classifier."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, num_classes) of samples (N, *input_shape)."""
+        """Return the logits (N, num_outputs) of samples (N, *input_shape)."""
         logits: Tensor = self.classifier(self.embed(x))
         return logits
 

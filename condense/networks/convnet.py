@@ -40,7 +40,7 @@ class ConvNet(Network):
     def __init__(
         self,
         input_shape: InputShape,
-        num_classes: int,
+        num_outputs: int,
         *,
         depth: int = 3,
         width: int = 128,
@@ -82,7 +82,7 @@ class ConvNet(Network):
                 sides = [side // 2 for side in sides]
             channels = width
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels * math.prod(sides), num_classes)
+        self.classifier = nn.Linear(channels * math.prod(sides), num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         maps: Tensor = self.features(x)

@@ -34,7 +34,7 @@ class ConvNet3d(Network):
     def __init__(
         self,
         input_shape: InputShape,
-        num_classes: int,
+        num_outputs: int,
         *,
         depth: int = 3,
         width: int = 64,
@@ -62,7 +62,7 @@ class ConvNet3d(Network):
             channels = outputs
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(0.5 if dropout else 0.0)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(channels, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         maps: Tensor = self.features(x.transpose(1, 2))

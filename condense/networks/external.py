@@ -20,7 +20,7 @@ from condense.names import suggest
 from condense.networks.base import LayerNorm, Network, too_small
 
 Factory = Callable[[InputShape, int], nn.Module]
-"""``factory(input_shape, num_classes)`` returns a new network, samples (N, *input_shape) to logits (N, num_classes)."""
+"""``factory(input_shape, num_outputs)`` returns a new network, samples (N, *input_shape) to logits (N, num_outputs)."""
 
 
 class External(Network):
@@ -46,14 +46,14 @@ class External(Network):
         return (f"{self.path}.{rest}" if part == "classifier" else rest).removeprefix(self.wrapper)
 
 
-def from_callable(name: str, factory: Factory, input_shape: InputShape, num_classes: int) -> Network:
+def from_callable(name: str, factory: Factory, input_shape: InputShape, num_outputs: int) -> Network:
     """Return a copy of the module that ``factory`` returns, as a Network.
 
     Raises:
         ValueError: the factory does not return a module, or returned the same one before; the module cannot be copied,
             cannot take such samples, or does not end in a linear layer.
     """
-    module = factory(input_shape, num_classes)
+    module = factory(input_shape, num_outputs)
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"{name} is not a network factory: it returned {type(module).__name__}; return a torch.nn.Module from it"
@@ -71,14 +71,14 @@ def from_callable(name: str, factory: Factory, input_shape: InputShape, num_clas
             f"{name} returned a {type(module).__name__} that cannot be copied: {_first_line(error)}; return a module "
             "that copy.deepcopy takes"
         ) from error
-    return module if isinstance(module, Network) else _split(name, module, input_shape, num_classes)
+    return module if isinstance(module, Network) else _split(name, module, input_shape, num_outputs)
 
 
 _returned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The modules that factories returned and that still exist."""
 
 
-def from_torchvision(name: str, input_shape: InputShape, num_classes: int) -> Network:
+def from_torchvision(name: str, input_shape: InputShape, num_outputs: int) -> Network:
     """Return torchvision's architecture of this name, such as ``torchvision:resnet50``, with random weights.
 
     Grey images are repeated to the three channels that these networks expect.
@@ -93,10 +93,10 @@ def from_torchvision(name: str, input_shape: InputShape, num_classes: int) -> Ne
             f"{name} cannot take images of {input_shape[0]} channels: networks of torchvision take 3, "
             "or 1, which is repeated; give convnet or another network of this package"
         )
-    module = get_model(name.partition(":")[2], weights=None, num_classes=num_classes)
+    module = get_model(name.partition(":")[2], weights=None, num_classes=num_outputs)
     if input_shape[0] == 1:
-        return _split(name, nn.Sequential(_GreyToColour(), module), input_shape, num_classes, wrapper="1.")
-    return _split(name, module, input_shape, num_classes)
+        return _split(name, nn.Sequential(_GreyToColour(), module), input_shape, num_outputs, wrapper="1.")
+    return _split(name, module, input_shape, num_outputs)
 
 
 def require_torchvision(name: str) -> None:
@@ -108,7 +108,7 @@ def require_torchvision(name: str) -> None:
         raise ValueError(f"unknown network 'torchvision:{name}': no such classifier; {suggest(name, known)}")
 
 
-def from_timm(name: str, input_shape: InputShape, num_classes: int) -> Network:
+def from_timm(name: str, input_shape: InputShape, num_outputs: int) -> Network:
     """Return timm's architecture of this name, such as ``timm:resnet10t``, with random weights.
 
     If the architecture needs an image size, it is built for that of ``input_shape``.
@@ -119,7 +119,7 @@ def from_timm(name: str, input_shape: InputShape, num_classes: int) -> Network:
     architecture = name.partition(":")[2]
     channels, *size = input_shape
     create = functools.partial(
-        _timm(architecture).create_model, architecture, pretrained=False, num_classes=num_classes, in_chans=channels
+        _timm(architecture).create_model, architecture, pretrained=False, num_classes=num_outputs, in_chans=channels
     )
     try:
         try:
@@ -128,7 +128,7 @@ def from_timm(name: str, input_shape: InputShape, num_classes: int) -> Network:
             module = create()
     except Exception as error:
         raise _refused(name, input_shape, error) from error
-    return _split(name, module, input_shape, num_classes)
+    return _split(name, module, input_shape, num_outputs)
 
 
 def require_timm(name: str) -> None:
@@ -165,7 +165,7 @@ LIBRARIES = {
 }
 
 
-def _split(name: str, module: nn.Module, input_shape: InputShape, num_classes: int, wrapper: str = "") -> Network:
+def _split(name: str, module: nn.Module, input_shape: InputShape, num_outputs: int, wrapper: str = "") -> Network:
     """Run the module on two samples in training mode to find its last linear layer, and split it off."""
     for path, part in list(module.named_modules()):
         if path and isinstance(part, nn.Hardsigmoid):
@@ -194,10 +194,10 @@ def _split(name: str, module: nn.Module, input_shape: InputShape, num_classes: i
             f"{name} creates its buffer {created[0]} in the first forward pass: its output would depend on earlier "
             "inputs; register the buffer with a tensor"
         )
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_outputs):
         actual = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"{name} does not return logits: two images gave {actual} in training mode, not {(2, num_classes)}; "
+            f"{name} does not return logits: two images gave {actual} in training mode, not {(2, num_outputs)}; "
             "wrap it in a callable that returns a module whose output has this shape"
         )
     if not calls or not torch.equal(calls[-1][2], logits):

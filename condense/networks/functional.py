@@ -45,7 +45,7 @@ class Captured(NamedTuple):
     features: Tensor
     """The input of the final linear layer, (N, F)."""
     logits: Tensor
-    """(N, num_classes)"""
+    """(N, num_outputs)"""
 
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {"activations": ACTIVATIONS, "norm-inputs": NORMS}
@@ -60,7 +60,7 @@ class Functional:
     Args:
         spec: the network, as for ``build``.
         input_shape: the shape of a sample: (C, L), (C, H, W) or (T, C, H, W).
-        num_classes: the number of logits.
+        num_outputs: the number of outputs, which are logits if the targets are classes.
         device: the device of the weights that ``init`` returns and of the computation.
         dtype: the dtype of the same.
 
@@ -72,17 +72,17 @@ class Functional:
         self,
         spec: str | NetworkSpec | Factory,
         input_shape: InputShape,
-        num_classes: int,
+        num_outputs: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._spec = resolve(spec, input_shape) if isinstance(spec, str | NetworkSpec) else spec
         self.name = name_of(self._spec)
-        self.input_shape, self.num_classes = input_shape, num_classes
+        self.input_shape, self.num_outputs = input_shape, num_outputs
         self.device, self.dtype = torch.device(device), dtype
-        require_moderate(self._spec, input_shape, num_classes)
+        require_moderate(self._spec, input_shape, num_outputs)
         with Rng(0).forked("architecture"):
-            network = build(self._spec, input_shape, num_classes).to(self.device, self.dtype)
+            network = build(self._spec, input_shape, num_outputs).to(self.device, self.dtype)
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
         """Shapes of the trained parameters, in the order of ``flatten``."""
         if not self.shapes:
@@ -140,7 +140,7 @@ class Functional:
             ValueError: as ``build`` does.
         """
         with rng.forked(name, step, unit):
-            network = build(self._spec, self.input_shape, self.num_classes)
+            network = build(self._spec, self.input_shape, self.num_outputs)
         params = dict(network.to(self.device, self.dtype).named_parameters())
         return Weights(
             {key: params[key].detach() for key in self.shapes},
@@ -177,7 +177,7 @@ class Functional:
         update_buffers: bool = False,
         feature_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the logits (N, num_classes) of samples (N, *input_shape).
+        """Return the logits (N, num_outputs) of samples (N, *input_shape).
 
         Args:
             params, buffers: as in ``Weights``.

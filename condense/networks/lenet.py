@@ -17,7 +17,7 @@ class LeNet(Network):
         ValueError: the images are smaller than 16x16.
     """
 
-    def __init__(self, input_shape: InputShape, num_classes: int) -> None:
+    def __init__(self, input_shape: InputShape, num_outputs: int) -> None:
         super().__init__()
         channels, *sides = input_shape
         if min(sides) < 16:
@@ -34,7 +34,7 @@ class LeNet(Network):
             *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
             *(nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
         )
-        self.classifier = nn.Linear(84, num_classes)
+        self.classifier = nn.Linear(84, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.features(x)

@@ -16,7 +16,7 @@ class MLP(Network):
 
     takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 
-    def __init__(self, input_shape: InputShape, num_classes: int, *, width: int = 128) -> None:
+    def __init__(self, input_shape: InputShape, num_outputs: int, *, width: int = 128) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Flatten(),
@@ -25,7 +25,7 @@ class MLP(Network):
             nn.Linear(width, width),
             nn.ReLU(),
         )
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(width, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.features(x)

@@ -167,33 +167,33 @@ def is_builtin(spec: str | NetworkSpec | Factory) -> bool:
     return isinstance(spec, str | NetworkSpec) and parse(spec).name in NETWORKS
 
 
-def require_moderate(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> None:
+def require_moderate(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_outputs: int) -> None:
     """Raise ValueError if a network of this package would have more than ``MAX_PARAMS`` parameters."""
     if isinstance(spec, str | NetworkSpec) and is_builtin(spec):
-        if _num_params(str(parse(spec)), tuple(input_shape), num_classes) > MAX_PARAMS:
+        if _num_params(str(parse(spec)), tuple(input_shape), num_outputs) > MAX_PARAMS:
             raise ValueError(
-                f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_classes} classes of samples "
+                f"{parse(spec)} would have more than {MAX_PARAMS:,} parameters for {num_outputs} outputs and samples "
                 f"of shape {tuple(input_shape)}, which is the limit; give a smaller width or depth"
             )
 
 
 @functools.lru_cache(maxsize=64)
-def _num_params(spec: str, input_shape: InputShape, num_classes: int) -> float:
+def _num_params(spec: str, input_shape: InputShape, num_outputs: int) -> float:
     """Count the parameters on the meta device; infinite if torch cannot represent the shapes."""
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in build(spec, input_shape, num_classes).parameters())
+            return sum(p.numel() for p in build(spec, input_shape, num_outputs).parameters())
     except (OverflowError, RuntimeError, TypeError):
         return math.inf
 
 
-def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classes: int) -> Network:
+def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_outputs: int) -> Network:
     """Build a network on the CPU. Its weights are drawn from the global generator: call this under ``Rng.forked``.
 
     Args:
-        spec: a name with options, or ``factory(input_shape, num_classes) -> nn.Module``.
+        spec: a name with options, or ``factory(input_shape, num_outputs) -> nn.Module``.
         input_shape: the shape of a sample: (C, L), (C, H, W) or (T, C, H, W).
-        num_classes: the number of logits.
+        num_outputs: the number of outputs, which are logits if the targets are classes.
 
     Raises:
         ValueError: ``resolve`` refuses the spec, or the network cannot take samples of this size.
@@ -201,14 +201,14 @@ def build(spec: str | NetworkSpec | Factory, input_shape: InputShape, num_classe
     if isinstance(spec, nn.Module):
         raise ValueError(
             f"network={type(spec).__name__}(...) is a single network: experiments need fresh ones; "
-            "give a callable of (input_shape, num_classes) that builds it"
+            "give a callable of (input_shape, num_outputs) that builds it"
         )
     if not isinstance(spec, str | NetworkSpec):
-        return from_callable(name_of(spec), spec, input_shape, num_classes)
+        return from_callable(name_of(spec), spec, input_shape, num_outputs)
     spec = resolve(spec, input_shape)
     if spec.name not in NETWORKS:
-        return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, input_shape, num_classes)
-    return NETWORKS[spec.name](input_shape, num_classes, **spec.options)
+        return LIBRARIES[spec.name.partition(":")[0]].build(spec.name, input_shape, num_outputs)
+    return NETWORKS[spec.name](input_shape, num_outputs, **spec.options)
 
 
 def name_of(spec: str | NetworkSpec | Factory) -> str:

@@ -24,7 +24,7 @@ class ResNet18(Network):
     def __init__(
         self,
         input_shape: InputShape,
-        num_classes: int,
+        num_outputs: int,
         *,
         norm: Literal["instance", "batch"] = "instance",
         ap: bool = False,
@@ -55,7 +55,7 @@ class ResNet18(Network):
             channels = outputs
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.Identity() if ap else nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels * height * width if ap else channels, num_classes)
+        self.classifier = nn.Linear(channels * height * width if ap else channels, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         maps: Tensor = self.pool(self.blocks(self.stem(x)))

@@ -21,7 +21,7 @@ class VGG11(Network):
     def __init__(
         self,
         input_shape: InputShape,
-        num_classes: int,
+        num_outputs: int,
         *,
         norm: Norm = "instance",
     ) -> None:
@@ -45,7 +45,7 @@ class VGG11(Network):
                 channels = outputs
             layers += [nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels * height * width, num_classes)
+        self.classifier = nn.Linear(channels * height * width, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         maps: Tensor = self.features(x)

@@ -20,7 +20,7 @@ class ViT(Network):
     """
 
     def __init__(
-        self, input_shape: InputShape, num_classes: int, *, depth: int = 6, width: int = 192, heads: int = 3
+        self, input_shape: InputShape, num_outputs: int, *, depth: int = 6, width: int = 192, heads: int = 3
     ) -> None:
         super().__init__()
         if width % heads:
@@ -37,7 +37,7 @@ class ViT(Network):
         nn.init.trunc_normal_(self.position, std=0.02)
         self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
         self.norm = LayerNorm(width)
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(width, num_outputs)
 
     def embed(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
