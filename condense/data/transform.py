@@ -25,10 +25,10 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import safetensors
 import safetensors.torch
@@ -40,15 +40,23 @@ from condense.data.datasets import Known
 from condense.data.layout import channel_axis, kind
 from condense.names import spelt, suggest
 
-if TYPE_CHECKING:
-    from condense.data.images import Images
-
 SPECS = ("none", "channel", "zca", "zca-relative")
 
 _FLAVOURS = {"zca": "absolute", "zca-relative": "relative"}
 _EPS = 0.1
 _MAX_SIZE = 3 * 64 * 64
 _CHUNK = 4096
+
+
+class Samples(Protocol):
+    """Samples (N, *input_shape) that can be read in chunks: a tensor, or ``condense.data.Images``."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def split(self, size: int, /) -> Iterable[Tensor]: ...
 
 
 class Transform(ABC):
@@ -76,7 +84,7 @@ class Transform(ABC):
 
     @staticmethod
     def from_description(
-        description: Mapping[str, Any], images: Tensor | Images | None = None, cache: Path | None = None
+        description: Mapping[str, Any], images: Samples | None = None, cache: Path | None = None
     ) -> Transform:
         """Restore a transform from its description.
 
@@ -211,7 +219,7 @@ class Whitening(Transform):
         }
 
 
-def fit(spec: str, images: Tensor | Images, *, known: Known | None, key: str, cache: Path | None) -> Transform:
+def fit(spec: str, images: Samples, *, known: Known | None, key: str, cache: Path | None) -> Transform:
     """Fit a transform to training samples (N, *input_shape), which are read in chunks.
 
     ``channel`` uses the published constants of a known data set, else measured ones (``channel_statistics``). A ZCA
@@ -242,7 +250,7 @@ def check_transform(spec: str) -> None:
         raise ValueError(f"unknown transform {spec!r}: {suggest(spec, SPECS)}")
 
 
-def channel_statistics(images: Tensor | Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and population standard deviation of each channel of samples (N, *input_shape), to six decimals.
 
     Raises:
@@ -269,7 +277,7 @@ def _by_channel(shape: Sequence[int]) -> list[int]:
     return [-1 if i == axis else 1 for i in range(len(shape))]
 
 
-def _chunks(images: Tensor | Images) -> Iterator[Tensor]:
+def _chunks(images: Samples) -> Iterator[Tensor]:
     """Yield the samples in chunks, float64 on the CPU."""
     return (chunk.cpu().double() for chunk in images.split(_CHUNK))
 
@@ -289,7 +297,7 @@ class _Constants:
         return self.copies[place]
 
 
-def _fit_zca(images: Tensor | Images, flavour: str, eps: float, key: str) -> Whitening:
+def _fit_zca(images: Samples, flavour: str, eps: float, key: str) -> Whitening:
     n, d = len(images), math.prod(images.shape[1:])
     if d > _MAX_SIZE:
         raise ValueError(
