@@ -11,13 +11,14 @@ from typing import Literal
 
 import torch
 
-from condense import __version__, engine, registry
+from condense import engine, registry
 from condense.cache import Cache, cache_folder
 from condense.data.datasets import Arrays
 from condense.exchange import External
 from condense.experiment import check, find_recipe, prepare, resolve
 from condense.method import Context
 from condense.networks import Factory
+from condense.plugins import code_of
 from condense.recipe import Recipe
 from condense.synthetic.files import load, save
 from condense.synthetic.set import SyntheticSet
@@ -117,7 +118,9 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     device = ctx.task.device
     listed = registry.name_of(plan.method) in registry.METHODS and not plan.network.startswith("custom:")
     cache = Cache(cache_folder() if listed else None, "baselines")
-    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": __version__}
+    values = (plan.method, *vars(plan.method).values(), plan.decode, plan.labels)
+    code = code_of(*(type(value).__module__ for value in values), ctx.task.network.module)
+    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": code}
     cached = cache.read(key, load)
     if cached is not None:
         return cached.to(device)

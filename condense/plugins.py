@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import importlib
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
+from condense import __version__
 from condense.names import reason, suggest
 
 T = TypeVar("T", covariant=True)
@@ -117,6 +122,26 @@ def import_path(path: str) -> Any:
     """Import ``module:attribute``; the attribute may be nested (``Outer.Inner``). Errors of the import propagate."""
     module, _, attribute = path.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def code_of(*modules: str) -> str:
+    """Return a version of the code of some imported modules, for the keys of caches.
+
+    It is the version of this package, followed by a hash of the Python files of each other package that has one of the
+    modules. What those packages import is not covered.
+    """
+    packages = {module.partition(".")[0] for module in modules} - {"condense", *sys.stdlib_module_names}
+    return " ".join([__version__, *(f"{package}-{_source_hash(package)}" for package in sorted(packages))])
+
+
+@functools.cache
+def _source_hash(package: str) -> str:
+    module, digest = sys.modules[package], hashlib.sha256()
+    folders, file = getattr(module, "__path__", ()), getattr(module, "__file__", None)
+    files = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
+    for path in files or ([Path(file)] if file else []):  # a class of a notebook has no file
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def subclass_of(base: type) -> Callable[[str, Any], str | None]:

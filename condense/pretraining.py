@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense import __version__
 from condense.artifacts import BufferWriter, Keep, Trajectories, folder_name, open_buffer, pack
 from condense.cache import Cache
 from condense.compute import Compute
 from condense.files import checksum
 from condense.networks import Weights
+from condense.plugins import code_of
 from condense.rng import Rng
 from condense.task import Task
 from condense.train import Trainer, Training
@@ -37,9 +37,9 @@ def pretrained(
     """Return the weights ``initial`` after ``training`` on the training images of ``task``, without augmentation.
 
     The result is a buffer of one network, cached as an entry of the kind ``networks``. Its key is everything that
-    determines its bits: the data, the training, the initial weights, ``rng``, the arithmetic and the version of this
-    package. Training whose result is cached is not repeated. Networks without a name (callables) and networks of a
-    dtype other than float32 are not cached.
+    determines its bits: the data, the training, the initial weights, ``rng``, the arithmetic and the code of this
+    package and of the network. Training whose result is cached is not repeated. Networks without a name (callables) and
+    networks of a dtype other than float32 are not cached. A training of no epochs returns ``initial``.
 
     Args:
         task: the data and the architecture of ``initial``.
@@ -48,6 +48,8 @@ def pretrained(
         on_epoch: called after each epoch with the number of epochs done and the weights. If given, all epochs are
             cached, provided that they take at most ``MOST_CACHED`` bytes.
     """
+    if not training.num_epochs:
+        return initial
     network = task.network
     keep: Keep = "last" if on_epoch is None else "all"
     num_rows = 1 if on_epoch is None else training.num_epochs + 1
@@ -62,7 +64,7 @@ def pretrained(
         "seed": rng.seed,
         "keep": keep,
         "machine": _machine(task.device),
-        "code": __version__,
+        "code": code_of(network.module),
     }
     cached = store.read(identity, lambda folder: _read(folder / folder_name(task.name, identity), task, training))
     if cached is not None:

@@ -32,6 +32,7 @@ from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
+from condense.plugins import code_of
 from condense.rng import Rng
 from condense.sources import Relabelled, Source
 from condense.synthetic.set import SyntheticSet
@@ -194,6 +195,7 @@ def measure(
             "training": training.content(),
             "compute": policy.first_order_identity(),
             **network.identity(),
+            "code": code_of(network.module),
             "num_params": network.num_params,
             "transform": transform.describe(),
             "device": device_name(device),

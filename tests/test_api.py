@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import condense
-from condense import api, engine
+from condense import api, engine, plugins
 from condense.api import find_recipe
 from condense.augment import Augment
 from condense.data.datasets import Arrays, load
@@ -237,6 +238,50 @@ def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monke
     again = condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
     assert again.results[1:] == first.results[1:] and len(scored) == 2
     assert again.results[0] != first.results[0]
+
+
+PICK = '''
+from dataclasses import dataclass
+from condense.methods.selection import Random
+from condense.networks.mlp import MLP
+
+@dataclass(frozen=True, kw_only=True)
+class Pick(Random):
+    """Version 1."""
+
+class Flat(MLP):
+    """A network."""
+'''
+
+
+def test_baselines_with_code_of_another_package_are_made_again_after_it_changed(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    module = tmp_path / "condense_pick.py"
+    module.write_text(PICK)
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = [
+        EntryPoint("pick", "condense_pick:Pick", "condense.methods"),
+        EntryPoint("flat", "condense_pick:Flat", "condense.networks"),
+    ]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry for entry in entries if entry.group == group])
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    compute, score, done = engine.compute, SetScorer.score, list[str]()
+    monkeypatch.setattr(engine, "compute", lambda *a, **k: done.append("made") or compute(*a, **k))
+    monkeypatch.setattr(SetScorer, "score", lambda *a, **k: done.append("scored") or score(*a, **k))
+
+    def evaluate() -> list[str]:
+        done.clear()
+        plugins._source_hash.cache_clear()  # as in a new process
+        fields: dict[str, Any] = {"networks": ["flat"], "num_seeds": 1, "baselines": ["pick"], "device": "cpu"}
+        condense.evaluate(tmp_path / "run", tiny, **fields)
+        return done.copy()
+
+    assert evaluate() == ["scored", "made", "scored"]
+    assert evaluate() == ["scored"]
+    module.write_text(PICK.replace("Version 1", "Version 2"))
+    assert evaluate() == ["scored", "made", "scored"]
 
 
 def test_a_baseline_of_equal_bytes_has_more_images_where_the_set_has_a_decoder(tiny: Arrays, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condense import api, pretraining
+from condense import api, plugins, pretraining
 from condense.artifacts import TrainedNetworks, Trajectories
 from condense.compute import Compute
 from condense.data.datasets import Arrays
@@ -144,6 +145,32 @@ def test_a_network_without_a_name_is_not_cached(tiny: Arrays, tmp_path: Path) ->
     task = api.plain_task(tiny, "mlp", "channel", Split(val_fraction=0.0))
     task = replace(task, network=Functional(factory, (1, 8, 8), 3))
     assert same(train(task, tmp_path), plainly(task)) and not (tmp_path / "networks").exists()
+
+
+def test_a_network_of_another_package_is_trained_again_after_its_code_changed(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, cache = tmp_path / "condense_flat.py", tmp_path / "cache"
+    module.write_text("from condense.networks.mlp import MLP\n\nclass Flat(MLP):\n    scale = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = {"condense.networks": [EntryPoint("flat", "condense_flat:Flat", "condense.networks")]}
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries.get(group, []))
+    task = api.plain_task(tiny, "flat", "channel", Split(val_fraction=0.0))
+    train(task, cache)
+    train(task, cache)
+    assert len(list((cache / "networks").iterdir())) == 1
+    module.write_text(module.read_text().replace("scale = 1", "scale = 2"))
+    plugins._source_hash.cache_clear()  # as in a new process
+    train(task, cache)
+    assert len(list((cache / "networks").iterdir())) == 2
+
+
+@pytest.mark.parametrize("keep", ["last", "all"])
+def test_a_training_of_no_epochs_returns_the_initial_weights(keep: str, task: Task, tmp_path: Path) -> None:
+    seen: list[int] = []
+    on_epoch = (lambda epochs, weights: seen.append(epochs)) if keep == "all" else None
+    initial = task.network.init(Rng(0), "network")
+    assert same(train(task, tmp_path, plan=Training(num_epochs=0), on_epoch=on_epoch), initial) and not seen
 
 
 def test_the_teacher_of_an_evaluation(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

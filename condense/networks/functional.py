@@ -23,7 +23,16 @@ from condense.files import canonical_json, checksum
 from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
-from condense.networks.registry import NetworkSpec, build, default_for, is_builtin, name_of, require_moderate, resolve
+from condense.networks.registry import (
+    NetworkSpec,
+    build,
+    default_for,
+    is_builtin,
+    module_of,
+    name_of,
+    require_moderate,
+    resolve,
+)
 from condense.rng import Rng
 
 
@@ -77,7 +86,7 @@ class Functional:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._spec = resolve(spec, input_shape) if isinstance(spec, str | NetworkSpec) else spec
-        self.name = name_of(self._spec)
+        self.name, self.module = name_of(self._spec), module_of(self._spec)
         self.input_shape, self.num_outputs = input_shape, num_outputs
         self.device, self.dtype = torch.device(device), dtype
         require_moderate(self._spec, input_shape, num_outputs)

@@ -218,6 +218,13 @@ def name_of(spec: str | NetworkSpec | Factory) -> str:
     return f"custom:{getattr(spec, '__qualname__', type(spec).__qualname__)}"
 
 
+def module_of(spec: NetworkSpec | Factory) -> str:
+    """Return the module, or the library, that defines a network; ``condense`` for a callable."""
+    if not isinstance(spec, NetworkSpec):
+        return "condense"
+    return NETWORKS[spec.name].__module__ if spec.name in NETWORKS else spec.name.partition(":")[0]
+
+
 def with_options(name: str, **options: Value) -> str:
     """Return the network ``name`` with these options.
 
