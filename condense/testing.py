@@ -287,7 +287,7 @@ class _Trial:
     def takes(self, **fields: Any) -> bool:
         """Return whether the method supports another decoder or other labels."""
         plan = dataclasses.replace(self.plan, **fields)
-        return self.method.incompatibility(plan.decode, plan.labels, plan.transform) is None
+        return self.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective) is None
 
     def context(self, seed: int | None = None) -> Context:
         """Create the context of a run."""

@@ -258,6 +258,15 @@ def test_a_method_that_keeps_its_promises_passes_and_leaves_the_generators_alone
     assert repr(np.random.get_state()) == before[1]  # noqa: NPY002
 
 
+class IgnoresLabelsOfSquaredErrors(IgnoresLabels):
+    objectives = ("mse",)
+
+
+def test_the_checks_ask_what_fits_the_objective_that_is_given() -> None:
+    with pytest.raises(BrokenPromise, match="do not change the leaf 'labels'"):
+        testing.every_leaf_learns(IgnoresLabelsOfSquaredErrors, objective="mse")
+
+
 def test_every_promise_is_broken_once() -> None:
     assert {check for _, check, _ in BROKEN} == set(testing.CHECKS)
 
