@@ -303,6 +303,21 @@ class Method(Checked, ABC):
                 f"method.num_steps must be at least 1, got {self.num_steps}; give {spelt('method.num_steps', 1)}"
             )
 
+    def require_positive(self, *names: str) -> None:
+        """Raise ValueError if one of these fields is not positive. The message states the default of the class."""
+        for name in names:
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"method.{name} must be positive, got {value}; {self._usual(name)}")
+
+    def require_at_least(self, least: float, *names: str) -> None:
+        """Raise ValueError if one of these fields is below ``least``. The message states the default of the class."""
+        for name in names:
+            if not (value := getattr(self, name)) >= least:
+                raise ValueError(f"method.{name} must be at least {least:g}, got {value}; {self._usual(name)}")
+
+    def _usual(self, name: str) -> str:
+        return f"a usual value is {type(self).__dataclass_fields__[name].default:g}"
+
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
         """Return the artifacts that must exist before the run starts, by their names in ``Context.artifacts``.
 

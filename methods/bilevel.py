@@ -34,14 +34,6 @@ class Bilevel(Unrolled):
     family: ClassVar[str] = "bilevel"
     objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
 
-    def positive(self, *names: str) -> None:
-        """Raise ValueError if one of these fields is not positive."""
-        for name in names:
-            value = getattr(self, name)
-            if not value > 0:
-                usual = next(f.default for f in self.__dataclass_fields__.values() if f.name == name)
-                raise ValueError(f"method.{name} must be positive, got {value}; a usual value is {usual}")
-
     def require_room(self, num_steps: int) -> None:
         """Raise ValueError if the adjoint can need more than the ``num_steps`` training steps of the network."""
         if isinstance(self.adjoint, RandomTruncated) and self.adjoint.hi + self.adjoint.window > num_steps:

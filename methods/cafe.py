@@ -99,17 +99,9 @@ class CAFE(GradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {
-            **{"batch_real": (1, 256), "batch_student": (1, 256), "batch_probe": (1, 128)},
-            **{"weight_early": (0, 0.1), "weight_last": (0, 1.0), "weight_features": (0, 2.0)},
-            **{"discrimination": (0, 0.01), "window": (1, 10), "max_epochs": (0, 50), "max_updates": (1, 50)},
-        }
-        for name, (bound, usual) in least.items():
-            value = getattr(self, name)
-            if not value >= bound:
-                raise ValueError(f"method.{name} must be at least {bound}, got {value}; a usual value is {usual}")
-        if not self.lr_student > 0:
-            raise ValueError(f"method.lr_student must be positive, got {self.lr_student}; try 0.01")
+        self.require_at_least(1, "batch_real", "batch_student", "batch_probe", "window", "max_updates")
+        self.require_at_least(0, "weight_early", "weight_last", "weight_features", "discrimination", "max_epochs")
+        self.require_positive("lr_student")
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         epochs = min(self.window, self.max_epochs)  # the least possible number between two updates

@@ -53,8 +53,7 @@ class DataDAM(DistributionMatching):
                 f"method.power must be at least 1, got {self.power}: the gradient at activations of 0 would not be "
                 "finite; the published values are 1 and 4"
             )
-        if not self.balance >= 0:
-            raise ValueError(f"method.balance must be at least 0, got {self.balance}; the published value is 0.01")
+        self.require_at_least(0, "balance")
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1800, batch_size=64)

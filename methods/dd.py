@@ -62,7 +62,7 @@ class DD(Bilevel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("images_per_step", "inner_epochs", "lr", "num_networks", "batch_real")
+        self.require_positive("images_per_step", "inner_epochs", "lr", "num_networks", "batch_real")
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         inner = 4 * self.inner_epochs * num_classes * images_per_class

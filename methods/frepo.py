@@ -79,15 +79,9 @@ class FRePo(GradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"batch_real": (1, 1024), "pool_size": (1, 10), "max_age": (0, 100), "batch_pool": (1, 1000)}
-        for name, (lowest, usual) in (least | {"training_epochs": (1, 2000)}).items():
-            if getattr(self, name) < lowest:
-                raise ValueError(
-                    f"method.{name} must be at least {lowest}, got {getattr(self, name)}; a usual value is {usual}"
-                )
-        for name, published in {"ridge": 1e-6, "lr_pool": 3e-4}.items():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {published}")
+        self.require_at_least(1, "batch_real", "pool_size", "batch_pool", "training_epochs")
+        self.require_at_least(0, "max_age")
+        self.require_positive("ridge", "lr_pool")
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         num_synthetic = num_classes * images_per_class

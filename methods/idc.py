@@ -80,10 +80,7 @@ class IDCBase(GradientMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_syn", "base_size", "outer_loop", "num_student"):
-            if (value := getattr(self, name)) < 1:
-                usual = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"method.{name} must be at least 1, got {value}; a usual value is {usual}")
+        self.require_at_least(1, "batch_syn", "base_size", "outer_loop", "num_student")
         for name in ("cutmix_student", "cutmix"):
             if not 0 <= (probability := getattr(self, name)) <= 1:
                 raise ValueError(f"method.{name} must lie in [0, 1], got {probability}; the published value is 0.5")

@@ -82,15 +82,9 @@ class KIP(GradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 0:
-            raise ValueError(f"method.depth must be at least 0, got {self.depth}; the published value is 1")
-        if self.batch_real < 1:
-            raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; try 5000")
-        for name, usual in {"w_std": 1.4142, "ridge": 1e-6}.items():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {usual:g}")
-        if not self.b_std >= 0:
-            raise ValueError(f"method.b_std must be at least 0, got {self.b_std}; try 0.1")
+        self.require_at_least(0, "depth", "b_std")
+        self.require_at_least(1, "batch_real")
+        self.require_positive("w_std", "ridge")
 
     def incompatibility(
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"

@@ -67,7 +67,7 @@ class RaTBPTT(Bilevel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("inner_steps", "same_burn_in", "lr", "batch_per_class", "batch_real")
+        self.require_positive("inner_steps", "same_burn_in", "lr", "batch_per_class", "batch_real")
         if not 0 <= self.clip_decay < 1:
             raise ValueError(f"method.clip_decay must lie in [0, 1), got {self.clip_decay}; a usual value is 0.9")
 

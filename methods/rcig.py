@@ -116,23 +116,9 @@ class RCIG(GradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {
-            "batch_real": (1, 1024),
-            "inner_steps": (2, 20),
-            "adjoint_steps": (2, 20),
-            "pool_size": (1, 30),
-            "max_age": (1, 100),
-            "max_train_steps": (1, 15),
-            "training_epochs": (1, 2000),
-        }
-        for name, (lowest, usual) in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(
-                    f"method.{name} must be at least {lowest}, got {getattr(self, name)}; a usual value is {usual}"
-                )
-        for name, usual_value in {"ridge": 5e-4, "lr_pool": 5e-5}.items():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}; try {usual_value}")
+        self.require_at_least(1, "batch_real", "pool_size", "max_age", "max_train_steps", "training_epochs")
+        self.require_at_least(2, "inner_steps", "adjoint_steps")
+        self.require_positive("ridge", "lr_pool")
 
     def optims(self) -> dict[str, Optim]:
         return super().optims() | {"temperature": self.optim_temperature}

@@ -85,11 +85,8 @@ class RFAD(GradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, usual in {"num_networks": 8, "num_batches": 4, "batch_real": 1280}.items():
-            if getattr(self, name) < 1:
-                raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}; try {usual}")
-        if not self.ridge > 0:
-            raise ValueError(f"method.ridge must be positive, got {self.ridge}; the published value is 0.005")
+        self.require_at_least(1, "num_networks", "num_batches", "batch_real")
+        self.require_positive("ridge")
 
     def incompatibility(
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"

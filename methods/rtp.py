@@ -61,7 +61,7 @@ class RTP(Bilevel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("inner_steps", "lr", "batch_per_class", "batch_real")
+        self.require_positive("inner_steps", "lr", "batch_per_class", "batch_real")
         self.require_room(self.inner_steps)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")

@@ -243,8 +243,7 @@ class EL2N(ScoreSelection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_networks < 1:
-            raise ValueError(f"method.num_networks must be at least 1, got {self.num_networks}; try 3")
+        self.require_at_least(1, "num_networks")
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * self.num_networks * (self.num_epochs + 1 / 3)
