@@ -349,7 +349,7 @@ def report(
     transforms: list[Transform | None] = []
     for path in paths:
         try:
-            transforms.append(sets.pixel_transform(path, dataset, download=download))
+            transforms.append(sets.with_transform(path, dataset, download=download)[1])
         except ValueError as error:
             warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
             transforms.append(None)
@@ -364,8 +364,7 @@ def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
     Raises:
         ValueError: the set is whitened and its data are not available; the file cannot be written.
     """
-    loaded = syn if isinstance(syn, SyntheticSet) else load(syn)
-    picture.draw(loaded, sets.pixel_transform(syn, dataset), expanded(out))
+    picture.draw(*sets.with_transform(syn, dataset), expanded(out))
 
 
 @checked
@@ -376,8 +375,7 @@ def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None =
         ValueError: unknown format; ``out`` exists or cannot be written.
     """
     exchange.check_export(expanded(out), kind)
-    loaded = syn if isinstance(syn, SyntheticSet) else load(syn)
-    exchange.export(loaded, sets.pixel_transform(syn, dataset), expanded(out), kind)
+    exchange.export(*sets.with_transform(syn, dataset), expanded(out), kind)
 
 
 def _option(name: str, value: Any) -> Any:

@@ -90,13 +90,16 @@ def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Trans
     return Transform.from_description(description, images, cache)
 
 
-def pixel_transform(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> Transform:
-    """Return the transform of a set, whose inverse gives pixels. Only whitened sets need their data.
+def with_transform(
+    syn: Readable, dataset: Data | None = None, *, download: bool = False
+) -> tuple[SyntheticSet, Transform]:
+    """Return a set and its transform, whose inverse gives pixels. Only whitened sets need their data.
 
     Raises:
         ValueError: see ``open_set``.
     """
     result = syn if isinstance(syn, SyntheticSet) else load(syn)
     if result.origin.transform.get("kind") != "zca":
-        return Transform.from_description(dict(result.origin.transform))
-    return transform_of(*open_set(syn, dataset, download=download), cache_folder())
+        return result, Transform.from_description(result.origin.transform)
+    _, arrays = open_set(syn, dataset, download=download)
+    return result, transform_of(result, arrays, cache_folder())

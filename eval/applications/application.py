@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from condense.compute import Compute
 from condense.eval.evaluate import SetScorer, resolved
 from condense.eval.protocol import Protocol
-from condense.eval.subject import Subject, decoded
+from condense.eval.subject import Subject
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.schema import Checked
@@ -41,11 +41,8 @@ class Setting:
 
     def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the decoded images and classes of the set and of the baselines, by name."""
-        decoded_sets = {}
-        for name, syn in self.contenders(baselines).items():
-            images, labels = decoded(syn, soft=False)
-            decoded_sets[name] = images.to(self.subject.device), labels.to(self.subject.device)
-        return decoded_sets
+        sets = self.contenders(baselines)
+        return {name: replace(self.subject, syn=syn).decoded(soft=False) for name, syn in sets.items()}
 
     def rng(self, name: str, unit: int | str = 0) -> Rng:
         return Rng(self.seed).child(name, unit)
