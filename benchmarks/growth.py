@@ -40,22 +40,21 @@ from condense.buffers.trajectories import Experts, build
 
 SMALL = Scale(depth=2, width=32, side=16, batch_real=32, batch=32, num_batches=4, compute=EXACT)
 CPU = torch.device("cpu")
-Curve = Callable[[int], Run]
-"""A function that sets up a job of the given size and returns one run of it."""
+Job = Callable[[bool, int], Run]
+"""``job(engine, size)`` sets up the work of this size for the engine or the textbook, and returns one run of it."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A quantity that grows, its sizes, and the jobs of the engine and the textbook."""
+    """A quantity that grows, its sizes, and the work that is measured."""
 
     title: str
     label: str
     sizes: tuple[int, ...]
-    engine: Curve
-    textbook: Curve
+    job: Job
 
 
-def matching(engine: bool, field: str, size: int) -> Run:
+def matching(engine: bool, size: int, *, field: str) -> Run:
     """Return a run of one step of trajectory matching with the given field, or number of student steps, set to
     ``size``; the other fields are those of ``SMALL``, with ten student steps."""
     scale = SMALL if field == "steps" else dataclasses.replace(SMALL, **{field: size})
@@ -102,41 +101,11 @@ def reading(engine: bool, num_experts: int) -> Run:
 
 
 PANELS = (
-    Panel(
-        "trajectory matching",
-        "images per class",
-        (1, 3, 10, 30, 100),
-        partial(matching, True, "ipc"),
-        partial(matching, False, "ipc"),
-    ),
-    Panel(
-        "gradient matching",
-        "classes",
-        (10, 20, 50, 100),
-        partial(gradients, True),
-        partial(gradients, False),
-    ),
-    Panel(
-        "trajectory matching",
-        "unrolled steps",
-        (5, 10, 20, 40, 80),
-        partial(matching, True, "steps"),
-        partial(matching, False, "steps"),
-    ),
-    Panel(
-        "building a buffer",
-        "experts",
-        (1, 2, 4, 8, 16),
-        partial(experts, True),
-        partial(experts, False),
-    ),
-    Panel(
-        "reading a pair",
-        "experts in the buffer",
-        (1, 4, 16, 64),
-        partial(reading, True),
-        partial(reading, False),
-    ),
+    Panel("trajectory matching", "images per class", (1, 3, 10, 30, 100), partial(matching, field="ipc")),
+    Panel("gradient matching", "classes", (10, 20, 50, 100), gradients),
+    Panel("trajectory matching", "unrolled steps", (5, 10, 20, 40, 80), partial(matching, field="steps")),
+    Panel("building a buffer", "experts", (1, 2, 4, 8, 16), experts),
+    Panel("reading a pair", "experts in the buffer", (1, 4, 16, 64), reading),
 )
 
 
@@ -148,11 +117,11 @@ class Points:
     memory: list[float]
 
 
-def measure(curve: Curve, engine: bool, sizes: Sequence[int], repeats: int) -> Points:
+def measure(job: Job, engine: bool, sizes: Sequence[int], repeats: int) -> Points:
     allocator(engine)
     results = Points([], [])
     for size in sizes:
-        run = curve(size)
+        run = job(engine, size)
         run()
         results.seconds.append(median_seconds(run, CPU, repeats))
         results.memory.append(max(peak_mb(run, CPU), 0.1))
@@ -217,10 +186,7 @@ def main(words: list[str] | None = None) -> None:
     results = {}
     for panel in PANELS:
         panel = dataclasses.replace(panel, sizes=panel.sizes[:2]) if options.quick else panel
-        ours, theirs = (
-            alone(measure, curve, engine, panel.sizes, options.repeats)
-            for curve, engine in ((panel.engine, True), (panel.textbook, False))
-        )
+        ours, theirs = (alone(measure, panel.job, engine, panel.sizes, options.repeats) for engine in (True, False))
         results[panel] = ours, theirs
         print(f"{panel.title}, {panel.label}: {ours} {theirs}", flush=True)
     plot(results, options.out / "images" / "growth.png")
