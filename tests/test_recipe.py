@@ -125,7 +125,7 @@ def test_errors_in_flags_are_written_like_all_others(words: list[str], line: str
         (["--schedule.drop-after", "1", "x"], "--schedule.drop-after takes whole numbers, not '1 x'"),
         (["--num-epochs", "it's"], '--num-epochs takes a whole number, not "it\'s"'),
         (["--schedule.drop-at", "2"], "a schedule's drop_at are fractions .*; try 0.5$"),
-        (["--keep", "lst"], "--keep does not take 'lst': did you mean 'last'? there are all, last"),
+        (["--keep", "lst"], "--keep does not take 'lst': did you mean 'last'[?] there are all, last"),
         (["--schedule", "3"], "unknown flag --schedule: did you mean( or)?( --schedule.[a-z-]+( or)?){3}[?]"),
     ],
 )
