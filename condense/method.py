@@ -560,7 +560,8 @@ def clip_grad(param: nn.Parameter, norm: float, max_norm: float) -> None:
 
 def _with_terms(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Return a loss and its terms. Raises ValueError if it has another form or too many terms."""
-    value, terms = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, {})
+    given: Any = loss  # a method of another package may return anything
+    value, terms = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
     if not isinstance(value, Tensor) or not isinstance(terms, Mapping):
         raise ValueError(f"a loss is {brief(loss)}; return a tensor, or (tensor, {{name: tensor}})")
     if len(terms) > MAX_TERMS:
