@@ -29,7 +29,7 @@ from condense.eval.results import Evaluation, Result, merge, read
 from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
-from condense.files import check_new_file, check_new_folder, expanded, write_text
+from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, write_text
 from condense.method import Method
 from condense.networks import Factory, Functional
 from condense.recipe import Recipe
@@ -265,7 +265,8 @@ def apply(
     run folder.
 
     Raises:
-        ValueError: unknown application or field; the set does not belong to the data.
+        ValueError: unknown application or field; the set does not belong to the data; ``out`` cannot be written, or
+            it exists and holds no results.
     """
     name, application = name_and_application(application)
     application = replaced(application, fields)
@@ -275,6 +276,7 @@ def apply(
     target = expanded(out) if out is not None else folder / f"apply-{name}.json" if folder and folder.is_dir() else None
     if target is not None:
         check_new_file(target, "results")
+        check_replaceable(target, "file of results", b"{")
     given, data = sets.read_set(syn, dataset)
     if isinstance(given, SyntheticSet):
         application.check(given, baselines)
@@ -336,7 +338,7 @@ def report(
     ``dataset`` is the data set of ZCA-whitened sets, by default at the location that their runs recorded.
 
     Raises:
-        ValueError: a folder holds no finished run; the file cannot be written.
+        ValueError: a folder holds no finished run; the file cannot be written, or it exists and is no report.
     """
     from condense.eval import report
 
@@ -346,6 +348,7 @@ def report(
     target = expanded(out) if out is not None else paths[0] / "report.html"
     collected = [report.collect(path) for path in paths]
     check_new_file(target, "report")
+    check_replaceable(target, "report", b"<!doctype html>")
     transforms: list[Transform | None] = []
     for path in paths:
         try:
@@ -362,8 +365,10 @@ def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
     """Draw the images of a set to a PNG file, one row per class.
 
     Raises:
-        ValueError: the set is whitened and its data are not available; the file cannot be written.
+        ValueError: the set is whitened and its data are not available; the file cannot be written, or it exists and is
+            no picture.
     """
+    check_replaceable(expanded(out), "PNG picture", b"\x89PNG")
     picture.draw(*sets.with_transform(syn, dataset), expanded(out))
 
 

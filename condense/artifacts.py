@@ -455,9 +455,11 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
     """Return the only folder under ``root`` that meets the spec; ``root`` may itself be that folder.
 
     Raises:
-        ValueError: no folder meets it (the message says how the closest one differs and gives the command that builds
-            one); several do; a manifest is damaged.
+        ValueError: ``root`` is a file; no folder meets the spec (the message says how the closest one differs and gives
+            the command that builds one); several do; a manifest is damaged.
     """
+    if root.is_file():
+        raise ValueError(f"{root} is a file; give {spelt('buffers')} the folder of a buffer, or the folder above it")
     is_artifact = (root / MANIFEST).is_file()
     folders = [root] if is_artifact else sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
     manifests = {folder: read_manifest(folder) for folder in folders}

@@ -32,6 +32,7 @@ from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import check_new_file, check_new_folder, expanded
 from condense.inner import ADJOINTS
 from condense.names import printable, suggest
+from condense.objective import OBJECTIVES
 from condense.plugins import summaries
 from condense.recipe import Recipe
 from condense.registry import METHODS
@@ -275,7 +276,8 @@ def _show_recipe(name: str, flags: list[str]) -> None:
 
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
-        say("usage: condense list methods|decoders|labels|adjoints|datasets|networks|recipes|protocols [--json]")
+        say("usage: condense list KIND [--json]")
+        say("KIND is methods, decoders, labels, adjoints, objectives, datasets, networks, recipes or protocols")
         say("condense list recipes WORD... lists recipes with all the words, e.g. condense list recipes mtt cifar10")
         return
     as_json = "--json" in words
@@ -285,6 +287,7 @@ def list_(words: list[str]) -> None:
         "decoders": lambda: summaries(DECODERS, lambda name: _summary(DECODERS[name])),
         "labels": lambda: summaries(LABELS, lambda name: _summary(LABELS[name])),
         "adjoints": lambda: summaries(ADJOINTS, lambda name: _summary(ADJOINTS[name])),
+        "objectives": lambda: {name: _summary(cls) for name, cls in OBJECTIVES.items()},
         "datasets": lambda: summaries(datasets.names(), datasets.describe),
         "networks": lambda: summaries(networks.names(), networks.describe),
         "recipes": lambda: {entry.name: entry.description for entry in catalog.search(kinds[1:])},
@@ -294,8 +297,8 @@ def list_(words: list[str]) -> None:
         },
     }
     if not kinds or kinds[0] not in tables or (kinds[1:] and kinds[0] != "recipes"):
-        asked = " ".join(kinds) or "nothing"
-        raise ValueError(f"cannot list {asked}: there are {', '.join(tables)}; e.g. condense list methods")
+        asked = f"cannot list {' '.join(kinds)}" if kinds else "list needs a kind"
+        raise ValueError(f"{asked}: there are {', '.join(tables)}; e.g. condense list methods")
     rows = tables[kinds[0]]()
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -329,6 +332,8 @@ def import_(words: list[str]) -> None:
         )
     command = recipe.parse(Import, words[2:], Import(), prog="condense import SRC DST")
     source, target = expanded(words[0]), expanded(words[1])
+    if not source.exists():
+        raise ValueError(f"there is no file or folder {source}; check the path")
     if target.suffix == ".safetensors":
         _import_set(source, target, command)
         return

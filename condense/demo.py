@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> None:
         ValueError: an argument other than ``--out FOLDER``.
     """
     if words and (len(words) != 2 or words[0] != "--out"):
-        raise ValueError(f"demo does not take {' '.join(words)}; its only flag is --out FOLDER")
+        raise ValueError(f"demo takes --out FOLDER and nothing else, got {' '.join(words)!r}; e.g. --out demo")
     out = expanded(words[1] if words else "demo")
     begun = time.monotonic()
 

@@ -150,11 +150,21 @@ def image_statistics(syn: SyntheticSet) -> dict[str, float]:
     return {"image_mean": mean, "image_std": std, "image_max": peak}
 
 
+def _numbers(record: Any) -> dict[str, float]:
+    """Return what a step logs. Raises ValueError if these are not numbers by name."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a step logs {brief(record)}; return numbers by name, or an empty dict")
+    for name, value in record.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"a step logs {name}={brief(value)}, which is no number; return float(...) of a scalar")
+    return record
+
+
 def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path | None) -> dict[str, float]:
     """Run one step and return the numbers to log; raise ValueError if a loss, gradient or number is not finite."""
     try:
         with ctx.rng.forked("layers", done):  # dropout of external networks
-            record = method.step(ctx, state, done)
+            record = _numbers(method.step(ctx, state, done))
         if ctx.task.device.type == "cuda":  # kernels that sum in no fixed order would let the processes diverge
             live, _ = _laid_out(state)
             ctx.ranks.broadcast([tensor for tensor in live.values() if tensor.is_floating_point()])

@@ -197,6 +197,14 @@ def check_new_file(file: Path, content: str) -> None:
         pass
 
 
+def check_replaceable(file: Path, content: str, begins: bytes) -> None:
+    """Raise ValueError if a file exists that does not begin with ``begins``, so that it is no earlier ``content``."""
+    if file.is_file() and file.stat().st_size > 0:
+        with open(file, "rb") as opened:
+            if not opened.read(len(begins)).startswith(begins):
+                raise ValueError(f"{file} exists already and is no {content}; give another path, or move it away")
+
+
 _LOCK = re.compile(r"\..+\.lock")
 _TEMPORARY = re.compile(r"\.condense-[0-9a-f]{32}\.tmp|\..+\.[0-9a-f]{32}\.tmp|\.checkpoint\.next\.safetensors")
 """Names of temporary files, including those of version 0.1.0."""
@@ -428,7 +436,9 @@ def read_foreign(path: Path, *, holds: str, save_as: str, allowed: Sequence[Any]
             f"arbitrary code; save it again as {save_as}"
         ) from error
     except Exception as error:  # the unpickler may raise anything for a damaged file
-        raise ValueError(f"{path} cannot be read: {reason(error)}; it may be truncated, so get it again") from error
+        raise ValueError(
+            f"{path} cannot be read: it is truncated or no file of torch.save ({reason(error)}); get it again"
+        ) from error
 
 
 def _unpacked_size(path: Path) -> int:

@@ -22,7 +22,7 @@ from condense.names import spelt
 from condense.objective import OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import CONSTANT, Schedule
-from condense.schema import Checked
+from condense.schema import Checked, brief
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
@@ -519,6 +519,8 @@ class GradientMethod(Method):
         for first in range(0, len(parts), at_once):
             with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding
                 loss, terms = _with_terms(self.losses(ctx, state, step, parts[first : first + at_once]))
+                if not loss.requires_grad:
+                    raise ValueError("the loss has no gradient; compute it from what state.syn() returns")
                 loss.backward()
             if first and sorted(terms) != names:
                 raise ValueError(
@@ -572,8 +574,11 @@ def clip_grad(param: nn.Parameter, norm: float, max_norm: float) -> None:
 
 
 def _with_terms(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Return a loss and its terms. Raises ValueError if there are too many terms."""
-    value, terms = (loss, {}) if isinstance(loss, Tensor) else loss
+    """Return a loss and its terms. Raises ValueError if it has another form or too many terms."""
+    given: Any = loss  # a method of another package may return anything
+    value, terms = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
+    if not isinstance(value, Tensor) or not isinstance(terms, Mapping):
+        raise ValueError(f"a loss is {brief(loss)}; return a tensor, or (tensor, {{name: tensor}})")
     if len(terms) > MAX_TERMS:
         raise ValueError(f"a loss has {len(terms)} terms, but at most {MAX_TERMS} can be logged; return fewer terms")
     return value, terms

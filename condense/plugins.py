@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -68,6 +69,14 @@ class Registry(Mapping[str, T]):
         if complaint is not None:
             raise ValueError(f"the {self.kind} {name!r} of the package {package} {complaint}; {advice}")
         return value
+
+    def usable(self) -> dict[str, T]:
+        """Return the values by name, without those of other packages that cannot be loaded."""
+        values = {}
+        for name in self:
+            with contextlib.suppress(ValueError):
+                values[name] = self[name]
+        return values
 
     def named(self, name: str) -> T:
         """Return the value of a name. Raises ValueError, with the most similar name, if it is unknown."""

@@ -7,6 +7,7 @@ adjoint) are choices, and their names are replaced by the chosen values. Then ty
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -137,7 +138,11 @@ def choice(field: str, value: Any) -> Any:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(to_mapping(recipe), sort_keys=False)
+    """Write a recipe as YAML. Raises ValueError if a field holds a value that YAML cannot store."""
+    try:
+        return yaml.safe_dump(to_mapping(recipe), sort_keys=False)
+    except yaml.representer.RepresenterError as error:
+        raise ValueError(f"a field holds a {type(error.args[-1]).__name__}, which YAML cannot store") from error
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str) -> Recipe:
@@ -292,8 +297,9 @@ def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
     fields: dict[str, Any] = {}
     values: dict[str, str] = {}
     for flag, options, chosen in _choices(default):
-        names = cast(Any, Literal)[tuple(options)]
-        summaries = "\n".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in options.items())
+        usable = options.usable()
+        names = cast(Any, Literal)[tuple(usable)]
+        summaries = "\n".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in usable.items())
         field = f"choice{len(fields)}"
         fields[field] = Annotated[names, tyro.conf.arg(name=flag, help=summaries)]
         values[field] = chosen
@@ -304,7 +310,7 @@ def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
     return whole, whole(command=default, choices=choices(**values))
 
 
-def _choices(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, type], str]]:
+def _choices(value: Any, path: str = "") -> Iterator[tuple[str, Registry[type[Any]], str]]:
     """Yield flag, options and chosen option of each choice nested in ``value``."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
@@ -412,14 +418,49 @@ def _one_line(box: str) -> str:
     if "╭" not in box and len(sections) > 1:
         del sections[0]
     complaint = " ".join(sections[0]) if sections else "the flags cannot be read"
-    near = [line.split()[0] for section in sections[1:] for line in section if line.startswith("--")]
-    given = re.findall(r"--[\w.-]*\w", complaint)
-    near = [flag for flag in dict.fromkeys(near) if flag not in given]
-    advice = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"{complaint}{advice}; --help lists the flags"
+    usages = [line for section in sections[1:] for line in section if line.startswith("--")]
+    if (of_class := re.match(r"Error parsing [A-Za-z][\w.]*: (.*)", complaint)) is not None:
+        return of_class[1]  # a message of this package, which names the flag and the remedy
+    near = list(dict.fromkeys(usage.split()[0] for usage in usages))[:3] if "Unrecognized" in complaint else []
+    advice = f": did you mean {' or '.join(near)}?" if near else ";"
+    return f"{_in_words(complaint, usages)}{advice} --help lists the flags"
+
+
+def _in_words(complaint: str, usages: Sequence[str]) -> str:
+    """Rewrite an error of tyro as this package writes its own. An error of an unknown form is returned unchanged.
+
+    Args:
+        complaint: the error.
+        usages: the lines of tyro's help that begin with a flag, e.g. ``--ipc INT``.
+    """
+    if found := re.fullmatch(r"Unrecognized options: (.*)", complaint):
+        words = found[1].split(", ")
+        unknown = [word for word in words if word.startswith("-")]
+        return f"unknown flag {' and '.join(unknown)}" if unknown else f"unexpected {' '.join(words)!r}"
+    if found := re.match(r"Missing value for argument '(\S+)'", complaint):
+        return f"{found[1]} needs a value"
+    if found := re.fullmatch(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.", complaint):
+        value, flag, choices = found[1], found[2], re.findall(r"[^', ]+", found[3])
+        return f"{flag} does not take {value!r}: {suggest(value, choices)}"
+    if found := re.fullmatch(r"Error parsing (\S+): .*?(?:: |from )(\[.*\]|'.*'|\".*\")\.?", complaint):
+        flag, given = found[1], ast.literal_eval(found[2])
+        takes = next((_values(*usage.split(maxsplit=1)[1:]) for usage in usages if usage.split()[0] == flag), "")
+        if takes:
+            return f"{flag} takes {takes}, not {' '.join(given) if isinstance(given, list) else given!r}"
+    return complaint
+
+
+def _values(metavar: str = "") -> str:
+    """Return in words what a flag takes, from tyro's notation of it; empty if these are not numbers."""
+    number = "whole number" if "INT" in metavar else "number" if "FLOAT" in metavar else ""
+    if not number:
+        return ""
+    if metavar.startswith("["):
+        return f"pairs of {number}s" if re.match(r"\[(\w+) \1", metavar) else f"{number}s"
+    return f"None or a {number}" if "None" in metavar else f"a {number}"
 
 
 def _of_fields(line: str) -> str:
     """Rewrite an error of ``parse`` for a user who wrote fields, not flags."""
-    complaint = re.split(r"; (?:did you mean --|--help lists)", line)[0]
+    complaint = re.split(r": did you mean --|; --help lists the flags", line)[0]
     return re.sub(r"--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), complaint)

@@ -59,6 +59,8 @@ def load(name: str) -> type[Method]:
     file = Path(module).expanduser() if module.endswith(".py") else None
     if file is not None:
         module = file.stem
+        if not file.is_file():
+            raise ValueError(f"method {name!r} cannot be loaded: there is no file {file}; check the path")
     if "<locals>" in attribute:
         raise ValueError(
             f"method {name!r} is a class inside a function and cannot be imported; move it to the top level of "
@@ -80,7 +82,7 @@ def load(name: str) -> type[Method]:
         raise ValueError(f"method {name!r} cannot be loaded: {reason(error)}; {advice}") from error
     complaint = METHODS.complaint(name, value)
     if complaint is not None:
-        raise ValueError(f"method {name!r} {complaint}; give another name")
+        raise ValueError(f"method {name!r} {complaint}; correct the class or give another one")
     return value
 
 

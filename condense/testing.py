@@ -97,7 +97,13 @@ def makes_a_set_of_the_budget(method: Method | type[Method], *, buffers: Path | 
     """Check that the set has the budgeted number of finite images per class, and survives being saved and loaded."""
     trial = _Trial(method, buffers, fields)
     ctx, advice = trial.context(), "create the set with ctx.new_set and change only the values of its leaves"
+    with ctx.compute.arithmetic():
+        state = trial.method.init(ctx)
+    if not isinstance(state, State):
+        trial.breaks(f"init returns a {type(state).__name__}", "return a State with the set")
     syn = trial.distil(ctx)
+    if not isinstance(syn, SyntheticSet):
+        trial.breaks(f"finalize returns a {type(syn).__name__}", "return the set to store")
     images, targets = syn()
     classes, shape = ctx.task.num_classes, (ctx.images_per_class * ctx.task.num_classes, *ctx.task.input_shape)
     if images.shape != shape:
@@ -272,6 +278,11 @@ class _Trial:
     def __init__(
         self, method: Method | type[Method], buffers: Path | None, fields: dict[str, Any], most_steps: int = MOST_STEPS
     ) -> None:
+        cls = method if isinstance(method, type) else type(method)
+        path = f"{cls.__module__}:{cls.__qualname__}"
+        complaint = registry.METHODS.complaint(path, cls)
+        if complaint is not None:
+            raise BrokenPromise(f"{path} {complaint}; derive from Method, define all of its functions and defaults")
         value = method() if isinstance(method, type) else method
         self.method = dataclasses.replace(value, num_steps=min(value.num_steps, most_steps))
         self.buffers, self.fields = buffers, fields

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from condense.augment import MILD, Augment
-from condense.data.layout import channel_axis
+from condense.augment import MILD, TAKES, Augment
+from condense.data.layout import channel_axis, kind
 from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import spelt, suggest
@@ -29,8 +29,8 @@ STRATEGIES = {
     "rcig": (Augment(MILD[1:], mode="P"), Augment(("flip", *MILD), mode="P", flips=True)),
 }
 """The augmentations of Zhou et al. (2022) and Loo et al. (2023), for images of one channel and of several channels.
-``frepo`` applies one operation to all images of a batch. ``rcig`` draws an operation for each image, and adds the
-mirror images to a set of colour images."""
+Series have none. ``frepo`` applies one operation to all images of a batch. ``rcig`` draws an operation for each image,
+and adds the mirror images to a set of colour images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ class Protocol(Training):
             ValueError: ``Augment.parse`` does not know the strategy.
         """
         if self.augment in STRATEGIES:
+            if kind(input_shape) not in TAKES:
+                return Augment()
             grey, colour = STRATEGIES[self.augment]
             return grey if input_shape[channel_axis(input_shape)] == 1 else colour
         return Augment.parse(self.augment, own=own)

@@ -81,6 +81,7 @@ def test_series_are_put_to_use_by_their_own_network(tmp_path: Path, monkeypatch:
     grid: dict[str, Any] = {"widths": (2, 4, 6), "depths": (1,), "norms": ("none",), "poolings": ("max",)}
     nas = api.apply("nas", **common, **grid, num_epochs=1)
     assert [name.partition(":")[0] for name in nas.record["architectures"]] == ["convnet1d"] * 3
+    assert nas.title.startswith("3 networks ranked") and "12 real series" in nas.title
     privacy = api.apply("privacy", **common, network=option, num_members=6, num_seeds=1, num_epochs=1)
     assert "random" in privacy.record["found"]
     continual = api.apply("continual", **common, network=option, num_groups=3, num_seeds=1)

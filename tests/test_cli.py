@@ -159,7 +159,14 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["list", "recipes", "mtt", "cifr10"], "no recipe has the words cifr10 mtt"),
         (["import", "nowhere", "there", "--dataset", "digits"], "nowhere"),
         (["import", __file__, "there", "--dataset", "digits"], "test_cli.py"),
+        (["import", "nowhere", "there"], "there is no file or folder nowhere"),
+        (["import", "nowhere", "set.safetensors"], "there is no file or folder nowhere"),
         (["demo", "--fast"], "--out"),
+        (["demo", "--out"], "demo takes --out FOLDER"),
+        (["list"], "list needs a kind: there are methods"),
+        (["distill", "mine.py:Mine"], "there is no file mine.py"),
+        (["distill", f"{__file__}:Path"], "correct the class"),
+        (["distill", "mtt", "--buffers", __file__], "test_cli.py is a file; give --buffers the folder"),
     ],
 )
 def test_bad_words(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -168,6 +175,19 @@ def test_bad_words(words: list[str], complaint: str, capsys: pytest.CaptureFixtu
     (tmp_path / "help.yaml").unlink()
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"cache"}, "something was written"
+
+
+def test_a_file_of_another_kind_is_never_overwritten(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    run = str(run_folder)
+    for words in (["report", run, "--out"], ["show", run, "--png"], ["apply", "continual", run, "--out"]):
+        assert "notes.txt exists already and is no" in fails(capsys, *words, str(notes))
+    assert notes.read_text() == "precious"
+    for words in (["report", run, "--out", "page"], ["show", run, "--png", "picture"]) * 2:
+        main(words)
 
 
 def write(path: Path, **changes: np.ndarray) -> str:
@@ -244,7 +264,9 @@ def test_a_full_disk_leaves_earlier_results_alone(tiny_file: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in (tmp_path / "good").rglob("*") if path.is_file()} == earlier
 
 
-@pytest.mark.parametrize("kind", ["methods", "decoders", "labels", "datasets", "networks", "recipes", "protocols"])
+@pytest.mark.parametrize(
+    "kind", ["methods", "decoders", "labels", "objectives", "datasets", "networks", "recipes", "protocols"]
+)
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", kind])
     shown = capsys.readouterr().out.splitlines()

@@ -242,6 +242,8 @@ def test_the_network_of_data_for_which_none_is_named() -> None:
     assert str(resolve("auto:norm=none", VIDEO)) == "convnet3d"
     with pytest.raises(ValueError, match="unknown option 'widen' of convnet3d"):
         resolve("auto:widen=true", VIDEO)
+    with pytest.raises(ValueError, match=r"unknown option 'wdth' .*did you mean width[?] correct 'auto:wdth=3'"):
+        resolve("auto:wdth=3", VIDEO)
 
 
 @pytest.mark.parametrize("input_shape", [DIGITS, MNIST, CIFAR, TINY])

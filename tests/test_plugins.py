@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from condense import plugins
+from condense.cli import main
 from condense.inner import ADJOINTS, Exact
+from condense.networks import resolve
 from condense.plugins import Registry, instance_of, subclass_of, summaries
 from condense.synthetic import DECODERS, Decode, Pixels
 
@@ -317,6 +319,23 @@ def test_a_broken_entry_is_refused_in_a_line_that_names_its_package(
         DECODERS["entry"]
     lines = summaries(DECODERS, lambda name: DECODERS[name].__name__)
     assert lines["pixels"] == "Pixels" and lines["entry"].startswith("the decoder 'entry' of the package package-a ")
+
+
+def test_a_broken_entry_hinders_nobody_who_does_not_use_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = []
+    for group in ("condense.decoders", "condense.labels", "condense.adjoints", "condense.networks"):
+        entry = EntryPoint("entry", "no_such_module:Thing", group)
+        vars(entry).update(dist=SimpleNamespace(name="package-a"))
+        broken.append(entry)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry for entry in broken if entry.group == group])
+    assert "pixels" in DECODERS.usable() and "entry" not in DECODERS.usable()
+    Pixels().require_kind((1, 8, 8))
+    assert str(resolve("auto", (1, 8, 8))) == "convnet"
+    with pytest.raises(SystemExit):
+        main(["distill", "dm", "--help"])
+    assert "{pixels," in capsys.readouterr().out
 
 
 def test_two_packages_cannot_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

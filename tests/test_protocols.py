@@ -191,6 +191,7 @@ def test_the_strategies_that_go_with_colour_are_frozen() -> None:
     plan = PROTOCOLS["rcig"]
     assert plan.augment_for((1, 8, 8), "crop") == STRATEGIES["rcig"][0]
     assert plan.augment_for((3, 8, 8), "crop") == STRATEGIES["rcig"][1]
+    assert str(plan.augment_for((3, 8), "crop")) == "none", "series have no augmentation"
     assert str(dataclasses.replace(plan, augment="dsa").augment_for((3, 8, 8), "crop")) == "crop"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from condense import catalog, recipe, registry
-from condense.commands import Distill
+from condense.commands import Buffer, Cache, Distill
 from condense.inner import Exact, Truncated
 from condense.names import flags
 from condense.networks import default_for
@@ -102,6 +102,38 @@ def test_bad_flags_get_one_line(words: list[str], complaint: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["last"], "unexpected 'last'; --help lists the flags"),
+        (["--days", "last"], "--days takes a number, not 'last'; --help lists the flags"),
+        (["--days"], "--days needs a value; --help lists the flags"),
+        (["--day", "3"], "unknown flag --day: did you mean --days? --help lists the flags"),
+        (["--days", "-3"], "--days must be at least 0, got -3.0; give --days 30"),
+    ],
+)
+def test_errors_in_flags_are_written_like_all_others(words: list[str], line: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        recipe.parse(Cache, words, Cache())
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--schedule.cosine-to", "x"], "--schedule.cosine-to takes None or a number, not 'x'"),
+        (["--schedule.drop-after", "1", "x"], "--schedule.drop-after takes whole numbers, not '1 x'"),
+        (["--num-epochs", "it's"], '--num-epochs takes a whole number, not "it\'s"'),
+        (["--schedule.drop-at", "2"], "a schedule's drop_at are fractions .*; try 0.5$"),
+        (["--keep", "lst"], "--keep does not take 'lst': did you mean 'last'[?] there are all, last"),
+        (["--schedule", "3"], "unknown flag --schedule: did you mean( or)?( --schedule.[a-z-]+( or)?){3}[?]"),
+    ],
+)
+def test_errors_in_flags_say_what_a_flag_takes(words: list[str], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}(;? --help lists the flags)?$"):
+        recipe.parse(Buffer, words, Buffer())
+
+
 def test_a_terminal_without_box_characters_gets_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
     for encoding in ("utf-8", "ascii"):
@@ -116,7 +148,7 @@ def test_a_terminal_without_box_characters_gets_the_same_line(monkeypatch: pytes
 
 def test_advice_does_not_repeat_the_flag_in_the_complaint() -> None:
     for words in (["--method.num-steps", "3.5"], ["--method.optim.lr", "abc"]):
-        with pytest.raises(ValueError, match=f"Error parsing {words[0]}: .*'{words[1]}'; --help lists the flags$"):
+        with pytest.raises(ValueError, match=f"^{words[0]} takes a .*, not '{words[1]}'; --help lists the flags$"):
             recipe.parse(Distill, words, Distill(recipe=Recipe(method=registry.load("dm")())))
 
 

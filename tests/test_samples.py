@@ -165,6 +165,11 @@ def test_three_axes_beyond_pixels_are_asked_for_their_layout(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("samples", "message", "options"),
     [
+        (
+            np.zeros((6, 4, 5, 5), np.uint8),
+            'neither its second .*layout="NCHW".*; the layout of gray clips is NTHW',
+            {},
+        ),
         (np.zeros((6, 2, 4, 4, 2), np.uint8), 'neither its third nor its last axis .*layout="NTCHW"', {}),
         (np.zeros((6, 4, 4, 4), np.uint8), "images have one .gray. or three .RGB.|has 4 channels", {"layout": "NCHW"}),
         (np.zeros((6, 1, 2, 3, 4, 5), np.uint8), "images have three or four axes and clips five", {}),

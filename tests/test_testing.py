@@ -195,6 +195,30 @@ class FinalizeRounds(Good):
         return super().finalize(ctx, state, steps)
 
 
+class FinalizesNothing(Good):
+    def finalize(self, ctx: Context, state: Any, steps: int) -> Any:
+        return None
+
+
+class InitsNothing(Good):
+    def init(self, ctx: Context) -> Any:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldsATensor(Good):
+    weights: Any = field(default_factory=lambda: torch.zeros(2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedsAValue(Good):
+    value: int
+
+
+class DefinesNothing(GradientMethod):
+    pass
+
+
 BROKEN: list[tuple[type[Method], Callable[..., None], str]] = [
     (InitDrawsGlobally, testing.depends_on_the_seed_alone, "it changes the global generator of torch; draw from ctx"),
     (StepDrawsFromNumpy, testing.depends_on_the_seed_alone, "it changes the global generator of numpy; draw from ctx"),
@@ -225,6 +249,11 @@ BROKEN: list[tuple[type[Method], Callable[..., None], str]] = [
     ),
     (IsNotFinite, testing.makes_a_set_of_the_budget, "images or labels that are not finite"),
     (WritesAnotherSet, testing.makes_a_set_of_the_budget, "cannot be saved and loaded: .*classes outside"),
+    (DefinesNothing, testing.is_a_value, "does not define init, loss; derive from Method"),
+    (NeedsAValue, testing.is_a_value, "has no default for its field value; derive from Method"),
+    (HoldsATensor, testing.is_a_value, "a field holds a Tensor, which YAML cannot store; use only plain values"),
+    (InitsNothing, testing.makes_a_set_of_the_budget, "init returns a NoneType; return a State"),
+    (FinalizesNothing, testing.makes_a_set_of_the_budget, "finalize returns a NoneType; return the set"),
     (FinalizeRounds, testing.finalize_changes_nothing, "finalize changes the state; change a copy"),
 ]
 
@@ -234,6 +263,34 @@ def test_a_broken_promise_is_named(method: type[Method], check: Callable[..., No
     with pytest.raises(BrokenPromise, match=message) as caught:
         check(method)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda value: None, "a loss is None; return a tensor, or"),
+        (lambda value: value.item(), "a loss is [0-9.]+; return a tensor, or"),
+        (lambda value: (value, value), "a loss is .*; return a tensor, or"),
+        (lambda value: value.detach(), "the loss has no gradient; compute it from what state.syn"),
+    ],
+)
+def test_a_loss_of_another_form_is_refused(loss: Callable[[Tensor], Any], message: str) -> None:
+    class Strange(Good):
+        def loss(self, ctx: Context, state: Any, step: int, part: int) -> Any:
+            return loss(super().loss(ctx, state, step, part))
+
+    with pytest.raises(ValueError, match=message):
+        testing.makes_a_set_of_the_budget(Strange)
+
+
+@pytest.mark.parametrize("record", [{"note": "fast"}, {"each": torch.ones(3)}])
+def test_a_step_logs_numbers(record: dict[str, Any]) -> None:
+    class Strange(Good):
+        def after(self, ctx: Context, state: Any, step: int) -> Any:
+            return record
+
+    with pytest.raises(ValueError, match=f"a step logs {next(iter(record))}=.*, which is no number; return float"):
+        testing.makes_a_set_of_the_budget(Strange)
 
 
 def test_the_first_broken_promise_ends_all_checks() -> None:

@@ -116,8 +116,8 @@ def guess(what: str, shape: Sequence[int], *, channels_first: bool, remedy: str)
             f"{what} has shape {excerpt(tuple(shape))}: images have three or four axes and clips five; reshape it, or "
             f"give a layout, {remedy.format('NL')}"
         )
-    second = "second" if len(shape) == 4 else "third"
+    second, clips = ("second", "; the layout of gray clips is NTHW") if len(shape) == 4 else ("third", "")
     raise ValueError(
         f"{what} has shape {tuple(shape)}: neither its {second} nor its last axis has length 1 or 3; give "
-        f"{' or '.join(layouts[::-1])}, or give a layout, {remedy.format(layouts[0])}"
+        f"{' or '.join(layouts[::-1])}, or give a layout, {remedy.format(layouts[0])}{clips}"
     )

@@ -108,7 +108,7 @@ def resolve(spec: str | NetworkSpec, input_shape: InputShape, field: str = "netw
     if name == AUTO:
         spec = parse(f"{default_for(input_shape)}:{options}")
     takes = NETWORKS[spec.name].takes if spec.name in NETWORKS else Network.takes
-    fitting = [name for name, network in NETWORKS.items() if kind(input_shape) in network.takes]
+    fitting = [name for name, network in NETWORKS.usable().items() if kind(input_shape) in network.takes]
     remedy = f"give {spelt(field, default_for(input_shape))}; networks for {kind(input_shape)} are "
     require_kind(f"network {spec.name}", takes, input_shape, remedy + ", ".join(fitting))
     return spec
@@ -136,17 +136,22 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
             f"unknown network {name!r}: there is no network of this name; {_guess(name, NETWORKS)}give one of "
             f"{', '.join(NETWORKS)}, torchvision:NAME or timm:NAME"
         )
+    return _with_options(name, rest, spec)
+
+
+def _with_options(name: str, text: str, given: str) -> NetworkSpec:
+    """Return a network of this package with the options that ``text`` sets. Errors quote ``given``, the whole spec."""
     known, options = _options(name), dict[str, Value]()
-    for item in filter(None, rest.split(",")):
-        key, _, text = (part.strip() for part in item.partition("="))
+    for item in filter(None, text.split(",")):
+        key, _, value = (part.strip() for part in item.partition("="))
         if key not in known:
             accepted = ", ".join(known) or "no options"
             raise ValueError(
-                f"unknown option {key!r} of {name}: it takes {accepted}; {_guess(key, known)}correct {spec!r}"
+                f"unknown option {key!r} of {name}: it takes {accepted}; {_guess(key, known)}correct {given!r}"
             )
         if key in options:
-            raise ValueError(f"option {key} of {name} is given twice: it can have one value; correct {spec!r}")
-        options[key] = known[key].read(text, f"option {key} of {name}")
+            raise ValueError(f"option {key} of {name} is given twice: it can have one value; correct {given!r}")
+        options[key] = known[key].read(value, f"option {key} of {name}")
     return NetworkSpec(name, {key: value for key, value in options.items() if value != known[key].default})
 
 
@@ -155,7 +160,7 @@ def _require_auto_options(options: str) -> None:
     refusals: dict[Kind, ValueError] = {}
     for of_kind, name in _DEFAULTS.items():
         try:
-            parse(f"{name}:{options}")
+            _with_options(name, options, f"{AUTO}:{options}")
         except ValueError as error:
             refusals[of_kind] = error
     if len(refusals) == len(_DEFAULTS):

@@ -34,7 +34,7 @@ class Decode(Checked, ABC):
 
     def require_kind(self, input_shape: InputShape) -> None:
         """Raise ValueError if the decoder does not produce samples of this shape."""
-        fitting = [name for name, decoder in DECODERS.items() if kind(input_shape) in decoder.takes]
+        fitting = [name for name, decoder in DECODERS.usable().items() if kind(input_shape) in decoder.takes]
         remedy = f"give {spelt('decode', Pixels.name)}; decoders for {kind(input_shape)} are {', '.join(fitting)}"
         require_kind(f"decoder {self.name}", self.takes, input_shape, remedy)
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from condense.compute import Compute
+from condense.data.layout import Kind, kind
 from condense.eval.evaluate import SetScorer, resolved
 from condense.eval.protocol import Protocol
 from condense.eval.subject import Subject
@@ -26,6 +27,11 @@ class Setting:
     subject: Subject
     compute: Compute
     seed: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of samples, for titles: series, images or clips."""
+        return kind(self.subject.arrays.input_shape)
 
     def scorer(self, network: Functional, plan: Protocol, num_images: int) -> SetScorer:
         """Return a scorer for networks under a protocol, for training sets of about ``num_images`` images."""

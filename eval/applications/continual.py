@@ -39,7 +39,7 @@ class Continual(Application):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_groups < 1 or self.num_seeds < 1:
-            raise ValueError(f"num_groups and num_seeds must be at least 1, got {self.num_groups} and {self.num_seeds}")
+            raise ValueError("num_groups and num_seeds must be at least 1; leave them at their defaults")
         parse(self.network)
         fixed(self.protocol)
 
@@ -79,8 +79,8 @@ class Continual(Application):
         return Findings(
             ("memory", *(f"{size} classes" for size in sizes)),
             rows,
-            f"test accuracy on the classes seen so far, %: {subject.syn.ipc} images per class, {self.protocol}, "
-            f"n = {self.num_seeds} class orders",
+            f"test accuracy on the classes seen so far, %: {subject.syn.ipc} {setting.kind} per class, "
+            f"{self.protocol}, n = {self.num_seeds} class orders",
             {"classes_seen": sizes, "accuracies": {name: of_set.tolist() for name, of_set in accuracies.items()}},
         )
 

@@ -92,7 +92,7 @@ class NAS(Application):
         return Findings(
             ("proxy", "Spearman", "Kendall", "accuracy of its choice on real data, %", "best accuracy, %"),
             rows,
-            f"{len(names)} ConvNets ranked by {where} accuracy; reference: {len(real_images)} real images, "
+            f"{len(names)} networks ranked by {where} accuracy; reference: {len(real_images)} real {setting.kind}, "
             f"{self.num_epochs} epochs",
             whole,
         )

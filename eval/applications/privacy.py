@@ -88,12 +88,12 @@ class Privacy(Application):
             (
                 "trained on",
                 "attack AUC",
-                "median distance to the nearest training image",
+                "median distance to the nearest training example",
                 "below the 1st percentile, %",
             ),
             rows,
-            f"{num} members against {num} {where} images, n = {self.num_seeds}; distance of the {where} images to the "
-            f"nearest training image: median {reference.median().item():.2f}, 1st percentile "
+            f"{num} members against {num} {where} {setting.kind}, n = {self.num_seeds}; distance of the {where} "
+            f"{setting.kind} to the nearest training example: median {reference.median().item():.2f}, 1st percentile "
             f"{reference.quantile(0.01).item():.2f}",
             {"num_members": num, "non_members": where, "usual_nearest": reference.tolist(), "found": record},
         )
