@@ -224,7 +224,7 @@ def build(
 
 def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
     """Return a function that measures accuracy on a fixed part of the training images and on any validation split."""
-    index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
+    index = torch.randperm(len(task.train), generator=rng.generator("scored images"))[:MAX_SCORED].to(task.device)
     parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
     parts["train_accuracy"] = (task.train.images[index], task.train.labels[index])
     if task.val is not None:

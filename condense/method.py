@@ -154,7 +154,7 @@ class Context:
             grouped.transpose(0, 1).flatten(0, 1),
             self.origin.classes_of(labels),
             decoder,
-            self.rng("decoder"),
+            self.rng.generator("decoder"),
         )
         if interleave:
             order = torch.arange(classes * each, device=images.device).view(classes, each).T.flatten()
@@ -194,7 +194,7 @@ class Context:
         num, task = self.images_per_class, self.task
         labels = torch.arange(task.num_classes, device=task.device).repeat_interleave(num)
         if kind == "noise":
-            noise = torch.randn(len(labels), *task.input_shape, generator=self.rng("initial images"))
+            noise = torch.randn(len(labels), *task.input_shape, generator=self.rng.generator("initial images"))
             return noise.to(task.device), labels
         self.require_images()
         drawn = [task.train.draw(c, num, self.rng("initial images", 0, c)) for c in range(task.num_classes)]

@@ -127,7 +127,7 @@ class Examples(_Viewed):
         num, device = self.num_examples, self.images.device
         if self.order == "stored":
             return torch.arange(num, device=device)
-        return torch.randperm(num, generator=self.rng("order", epoch)).to(device)
+        return self.rng("order", epoch).permutation(num).to(device)
 
 
 class Minibatches(Source):
@@ -198,7 +198,7 @@ class Streamed(_Viewed):
         size, seen = self._num_drawn, 0
         shuffled, order = self.order == "shuffled", list(range(len(self.shards)))
         if shuffled:
-            order = torch.randperm(len(order), generator=self.rng("shards", epoch)).tolist()
+            order = self.rng("shards", epoch).permutation(len(order)).tolist()
         pending: tuple[Tensor, Tensor] | None = None
         for position, number in enumerate(order):
             images, targets = self.shards[number]()
@@ -208,7 +208,7 @@ class Streamed(_Viewed):
                     f"the shards hold more than {self.num_examples} images; set num_examples to their number"
                 )
             if shuffled:
-                index = torch.randperm(len(images), generator=self.rng("within a shard", epoch, number))
+                index = self.rng("within a shard", epoch, number).permutation(len(images))
                 images, targets = images[index.to(images.device)], targets[index.to(targets.device)]
             if pending is not None:
                 images, targets = torch.cat([pending[0], images]), torch.cat([pending[1], targets])

@@ -85,7 +85,7 @@ class SetScorer:
             divisor = 1.0
             if held_out is not None and calibration != "none":
                 real_logits = self._scorer.logits(weights, held_out.images)
-                divisor = temperature(calibration, real_logits, held_out.labels, rng("calibration"))
+                divisor = temperature(calibration, real_logits, held_out.labels, rng.generator("calibration"))
             logits = self._scorer.logits(weights, x) / divisor
             if not logits.isfinite().all():
                 warnings.warn(f"a network of {self.network.name} diverged; it is scored like the others", stacklevel=2)

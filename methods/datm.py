@@ -107,7 +107,7 @@ def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
     """Return ``num`` real images of a class that the first expert classifies correctly, in a random order. If there are
     too few, add images that the next experts classify correctly, then any."""
     members = ctx.task.train.by_class[label]
-    shuffled = members[torch.randperm(len(members), generator=ctx.rng("initial images", 0, label))]
+    shuffled = members[ctx.rng("initial images", 0, label).permutation(len(members)).to(members.device)]
     images = ctx.task.train.images[shuffled.to(ctx.task.device)]
     left, chosen = torch.ones(len(images), dtype=torch.bool, device=images.device), images[:0]
     for logits in logits_of_experts(ctx, images):

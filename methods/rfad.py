@@ -181,12 +181,12 @@ def gaussian(network: Functional, rng: Rng, step: int, unit: int) -> Weights:
 
     A layer is a weight with two or more axes, [out, ...], and its bias.
     """
-    weights, generator = network.init(rng, "network", step, unit), rng("gaussian", step, unit)
+    weights, draws = network.init(rng, "network", step, unit), rng("gaussian", step, unit)
     for name, shape in network.shapes.items():
         module, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias") or len(network.shapes.get(f"{module}.weight", ())) < 2:
             continue
         std = W_STD / math.sqrt(math.prod(shape[1:])) if kind == "weight" else B_STD
-        drawn = std * torch.randn(shape, generator=generator)
+        drawn = std * draws.normal(*shape)
         weights.params[name] = drawn.to(network.device, network.dtype)
     return weights
