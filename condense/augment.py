@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense.cudagraph import fused
 from condense.data.layout import InputShape, Kind, kind, require_kind
 from condense.names import spelt, suggest
 from condense.rng import Draws
@@ -210,6 +211,7 @@ class Augment(Checked):
             return Params({op: value for op, value in values.items() if op not in dropped})
         return Params(values, {op: chosen == i for i, op in enumerate(alternatives)})
 
+    @fused()
     def apply(self, x: Tensor, params: Params) -> Tensor:
         """Apply ``params`` to images (N, C, H, W) or clips (N, T, C, H, W).
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from condense.cudagraph import fused
 from condense.names import spelt
 
 _WORD = 0xFFFFFFFF
@@ -51,6 +52,14 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
     return c0, c1, c2, c3
 
 
+@fused(dynamic=True)
+def _device_words(
+    blocks: Tensor, unit: int | Tensor, step: int | Tensor, base: int | Tensor, k0: int, k1: int
+) -> Tensor:
+    """Return the words of some blocks of a stream, one after the other."""
+    return torch.stack(philox((blocks, unit, step, base), (k0, k1)), 1).flatten()
+
+
 class Draws:
     """Random numbers of one key. Successive calls return different numbers, and a new object begins again.
 
@@ -59,19 +68,21 @@ class Draws:
     numbers up to rounding.
     """
 
-    def __init__(self, key: tuple[int, int], unit: int, step: int | Tensor, base: int | Tensor) -> None:
+    def __init__(self, key: tuple[int, int], unit: int | Tensor, step: int | Tensor, base: int | Tensor) -> None:
         self._key, self._unit, self._step, self._base = key, unit, step, base
         self._num_blocks = 0
 
     @property
     def device(self) -> torch.device:
         """The device of the results."""
-        return next((x.device for x in (self._step, self._base) if isinstance(x, Tensor)), torch.device("cpu"))
+        return next(
+            (x.device for x in (self._step, self._unit, self._base) if isinstance(x, Tensor)), torch.device("cpu")
+        )
 
     @property
     def on_host(self) -> bool:
         """Whether a result may be read without waiting for a device."""
-        return not isinstance(self._step, Tensor) and not isinstance(self._base, Tensor)
+        return not any(isinstance(x, Tensor) for x in (self._step, self._unit, self._base))
 
     def words(self, num: int) -> Tensor:
         """Return ``num`` independent words, uniform over {0, ..., 2^32 - 1}, as int64."""
@@ -82,8 +93,7 @@ class Draws:
             outputs = philox((blocks, self._unit, self._step, self._base), self._key)
             return torch.from_numpy(np.stack(outputs, 1).reshape(-1)[:num])
         blocks = torch.arange(first, first + count, device=self.device)
-        outputs = philox((blocks, self._unit, self._step, self._base), self._key)
-        return torch.stack(outputs, 1).flatten()[:num]
+        return _device_words(blocks, self._unit, self._step, self._base, *self._key)[:num]
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 numbers, uniform over the multiples of 2^-24 in [0, 1)."""
@@ -140,8 +150,8 @@ class Rng:
     base: int | Tensor = 0
     """A fourth part of all keys: the unit of the ``child`` that this root is."""
 
-    def __call__(self, name: str, step: int | Tensor = 0, unit: int | str = 0) -> Draws:
-        """Return the draws of a key; ``step`` is an int in [0, 2^32), or a 0-d int64 tensor."""
+    def __call__(self, name: str, step: int | Tensor = 0, unit: int | str | Tensor = 0) -> Draws:
+        """Return the draws of a key; numbers are ints in [0, 2^32) or 0-d int64 tensors."""
         text, word = (f"{name}/{unit}", 0) if isinstance(unit, str) else (name, unit)
         digest = hashlib.sha256(f"{self.seed}/{text}".encode()).digest()
         key = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")

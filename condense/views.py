@@ -31,7 +31,7 @@ class Views:
     """Alpha of the beta distribution of the MixUp weights; 0: no MixUp."""
 
     def __call__(
-        self, images: Tensor, targets: Tensor, num_classes: int, rng: Rng, epoch: int, index: int
+        self, images: Tensor, targets: Tensor, num_classes: int, rng: Rng, epoch: int | Tensor, index: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the view of a batch (n, C, H, W) with targets (n,) or (n, num_classes).
 
@@ -47,6 +47,11 @@ class Views:
         if self.mixup:
             x, y = mixup(x, y, self.mixup, rng("mixup", epoch, index))
         return x, y
+
+    @property
+    def on_device(self) -> bool:
+        """Whether views can be drawn by tensors; the weights of MixUp are drawn on the host."""
+        return not self.mixup
 
     def identity(self) -> dict[str, Any]:
         """Return what determines the views, apart from the images, the seed and the order."""

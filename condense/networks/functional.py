@@ -23,6 +23,7 @@ from condense.files import canonical_json, checksum
 from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
+from condense.networks.initial import DrawnFrom
 from condense.networks.registry import NetworkSpec, build, default_for, is_builtin, name_of, require_moderate, resolve
 from condense.rng import Rng
 
@@ -133,13 +134,18 @@ class Functional:
         frozen = {"frozen": checksum(self._frozen)} if self._frozen else {}
         return {"network": self.name, "shapes": hashlib.sha256(shapes.encode()).hexdigest()} | frozen
 
-    def init(self, rng: Rng, name: str, step: int = 0, unit: int | str = 0) -> Weights:
+    def init(self, rng: Rng, name: str, step: int | Tensor = 0, unit: int | str = 0) -> Weights:
         """Return initial weights that depend only on the key; the state of the global generator does not change.
 
         Raises:
             ValueError: as ``build`` does.
         """
-        with rng.forked(name, step, unit):
+        draws = rng(name, step, unit)
+        with (
+            DrawnFrom(draws),
+            rng.forked(name, step, unit) if isinstance(step, int) else contextlib.nullcontext(),  # other draws
+            draws.device,
+        ):
             network = build(self._spec, self.input_shape, self.num_classes)
         params = dict(network.to(self.device, self.dtype).named_parameters())
         return Weights(
