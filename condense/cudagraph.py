@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from condense.compute import compiled_or_eager
 
@@ -82,6 +84,55 @@ class Graphed:
     def _give_up(self, reason: str) -> None:
         self._captures = False
         warnings.warn(f"{self._name} is not captured as a CUDA graph: {reason}", stacklevel=4)
+
+
+class GraphedStep:
+    """A numbered step, which is ``Graphed``: ``fn(number)``, where the number is a 0-d int64 tensor on the device.
+
+    What the host has to prepare for a step, such as tensors that it reads from a file, ``fn`` gets from ``from_host``.
+    """
+
+    def __init__(self, fn: Callable[[Tensor], None], device: torch.device, *, name: str, compile: bool = False) -> None:  # noqa: A002
+        """``name`` and ``compile`` as for ``Graphed``."""
+        self._number, self._step = torch.zeros((), dtype=torch.int64, device=device), 0
+        self._inputs: dict[str, tuple[Callable[[int], Any], Any]] = {}
+        self._graphed = Graphed(lambda: fn(self._number), device, name=name, compile=compile)
+
+    def __call__(self, step: int) -> None:
+        self._step = step
+        self._number.fill_(step)
+        for prepare, place in self._inputs.values():
+            for old, new in zip(tree_leaves(place), tree_leaves(prepare(step)), strict=True):
+                old.copy_(new, non_blocking=True)
+        token = _current.set(self)
+        try:
+            self._graphed()
+        finally:
+            _current.reset(token)
+
+    def input(self, name: str, prepare: Callable[[int], Any]) -> Any:
+        """Return the place of an input; the first call makes it."""
+        if name not in self._inputs:
+            device = self._number.device
+            place = tree_map_only(Tensor, lambda x: x.detach().to(device, copy=True), prepare(self._step))
+            self._inputs[name] = prepare, place
+        return self._inputs[name][1]
+
+
+_current: ContextVar[GraphedStep | None] = ContextVar("current", default=None)
+
+
+def from_host(step: int | Tensor, name: str, prepare: Callable[[int], Any]) -> Any:
+    """Return ``prepare(step)``, a pytree of tensors of fixed shapes that the host prepares for a step.
+
+    In a ``GraphedStep``, where ``step`` is a tensor, the host prepares it before each replay and copies it into place.
+    ``prepare`` must then depend on nothing else that changes. ``name`` is unique within the step.
+    """
+    if isinstance(step, int):
+        return prepare(step)
+    current = _current.get()
+    assert current is not None, "a step whose number is a tensor runs in a GraphedStep"
+    return current.input(name, prepare)
 
 
 def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:

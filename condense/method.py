@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Any, ClassVar, Literal, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.cudagraph import GraphedStep
 from condense.data.layout import kind
 from condense.distributed import Ranks
 from condense.names import spelt
@@ -99,6 +101,9 @@ class Lamb(torch.optim.Optimizer):
                 u = (mean / (1 - beta_1**step)) / ((square / (1 - beta_2**step)).sqrt() + group["eps"])
                 ratio = param.norm() / u.norm()
                 param.sub_(group["lr"] * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0) * u)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -256,6 +261,36 @@ class Context:
 
         compiled = self.compute.first_order(maps, network.device)
         return lambda params, buffers, images: compiled(params, buffers, self.compute.layout(images))
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, int], Any]:
+        return {}
+
+    def kept(self, name: str, state: State, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned in the first call with this name and state."""
+        key = name, id(state)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
+
+    def graphed(self, name: str, state: State, fn: Callable[[Any], None]) -> Callable[[int], None]:
+        """Return a function of the step, captured as a CUDA graph if the compute policy says so.
+
+        Args:
+            name: names the function among those of the method.
+            state: the state that it reads and writes, in place.
+            fn: the function. Its argument is an int, or a 0-d tensor that may only be used as the step of ``rng``, and
+                in sums with ints. Of later calls with this name and state it is ignored.
+        """
+        if not self.compute.graph:
+            return fn
+        return self.kept(name, state, lambda: self.graphed_step(name, fn))
+
+    def graphed_step(self, name: str, fn: Callable[[Tensor], None]) -> GraphedStep:
+        """Return a step of its own that is captured as a CUDA graph."""
+        return GraphedStep(
+            fn, self.task.device, name=f"the part {name!r} of a step", compile=bool(self.compute.compile)
+        )
 
 
 Value = float | Tensor
@@ -455,7 +490,7 @@ class GradientMethod(Method):
         return (0,)
 
     @abstractmethod
-    def loss(self, ctx: Context, state: Any, step: int, part: int) -> Loss:
+    def loss(self, ctx: Context, state: Any, step: Any, part: int) -> Loss:
         """Return the loss of one part, a scalar. The loss of the step is the sum over all parts.
 
         It may be returned with its terms, ``(loss, {"alignment": ..., "margin": ...})``: at most ``MAX_TERMS`` scalars
@@ -468,13 +503,18 @@ class GradientMethod(Method):
         numbers of layers such as dropout."""
         return 1
 
-    def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Loss:
+    def losses(self, ctx: Context, state: Any, step: Any, parts: Sequence[int]) -> Loss:
         """Return the sum of the losses of several parts. Override it if they are faster to compute together."""
         values, terms = zip(*(_with_terms(self.loss(ctx, state, step, part)) for part in parts), strict=True)
         names = dict.fromkeys(name for each in terms for name in each)
         return torch.stack(values).sum(), {
             name: torch.stack([each[name] for each in terms if name in each]).sum() for name in names
         }
+
+    def graphs(self, ctx: Context) -> bool:
+        """Whether ``losses`` can be captured as a CUDA graph: the step may then be a tensor and is used only to draw
+        and in ``from_host``, nothing is read from the device, and the tensors of the state stay in place."""
+        return False
 
     def update(self, state: Any, record: dict[str, Value]) -> None:
         """Clip the gradient of the images and step all optimisers. Every process has all gradients.
@@ -508,26 +548,10 @@ class GradientMethod(Method):
     def _differentiate(self, ctx: Context, state: Any, step: int) -> dict[str, Value]:
         """Compute the gradients of all leaves; return the loss, its terms and the norms of the gradients."""
         leaves = state.leaves()
-        params = [param for group in leaves.values() for param in group]
-        for param in params:
-            param.grad = torch.zeros_like(param)
-        total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
-        names = [str(number) for number in range(MAX_TERMS)]
-        parts, at_once = ctx.ranks.shard(self.parts(ctx)), self.parts_at_once(ctx)
-        for first in range(0, len(parts), at_once):
-            with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding
-                loss, terms = _with_terms(self.losses(ctx, state, step, parts[first : first + at_once]))
-                loss.backward()
-            if first and sorted(terms) != names:
-                raise ValueError(
-                    f"the parts of a loss have different terms, {', '.join(sorted(terms))} and {', '.join(names)}: "
-                    "each term is summed over all parts; return the same names for every part"
-                )
-            names = sorted(terms)
-            total[0] += loss.detach()
-            if terms:
-                total[1 : 1 + len(terms)] += torch.stack([terms[name].detach().to(total) for name in names])
-        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in params), total])
+        gradients = ctx.kept("gradients", state, lambda: _Gradients(self, ctx, state))
+        gradients(step)
+        total, names = gradients.total, gradients.names
+        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in gradients.params), total])
         values = {"loss": total[0]} | {f"loss_{name}": value for name, value in zip(names, total[1:], strict=False)}
         values |= {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         numbers = torch.stack(list(values.values())).to(dtype_of_numbers(ctx.task.device))
@@ -560,6 +584,50 @@ class GradientMethod(Method):
         weight = 1 - self.ema**steps
         averaged.load_state_dict({name: mean / weight for name, mean in state.average.items()}, strict=False)
         return averaged
+
+
+class _Gradients:
+    """Computes the gradients of all leaves, and the loss with its terms, summed over the parts of this process.
+
+    All results stay in place: the gradients in ``grad`` of the parameters, the loss and its terms in ``total``.
+    """
+
+    def __init__(self, method: GradientMethod, ctx: Context, state: GradientState) -> None:
+        self._method, self._ctx, self._state = method, ctx, state
+        self.params = [param for group in state.leaves().values() for param in group]
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        self.total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
+        self.names = [str(number) for number in range(MAX_TERMS)]
+        """Names of the terms; placeholders in a process without parts."""
+        graph = ctx.compute.graph and method.graphs(ctx)
+        self._run: Callable[[Any], None] = ctx.graphed_step("gradients", self._compute) if graph else self._compute
+
+    def __call__(self, step: int) -> None:
+        self._run(step)
+
+    def _compute(self, step: int | Tensor) -> None:
+        method, ctx, total = self._method, self._ctx, self.total
+        for tensor in (total, *(cast(Tensor, param.grad) for param in self.params)):
+            tensor.zero_()
+        parts, at_once = ctx.ranks.shard(method.parts(ctx)), method.parts_at_once(ctx)
+        for first in range(0, len(parts), at_once):
+            with (  # the dropout masks are the same for any sharding
+                ctx.rng.forked("layers of a part", step, parts[first])
+                if isinstance(step, int)
+                else contextlib.nullcontext()
+            ):
+                loss, terms = _with_terms(method.losses(ctx, self._state, step, parts[first : first + at_once]))
+                loss.backward()
+            if first and sorted(terms) != self.names:
+                raise ValueError(
+                    f"the parts of a loss have different terms, {', '.join(sorted(terms))} and "
+                    f"{', '.join(self.names)}: each term is summed over all parts; return the same names for every part"
+                )
+            self.names = sorted(terms)
+            total[0] += loss.detach()
+            if terms:
+                total[1 : 1 + len(terms)] += torch.stack([terms[name].detach().to(total) for name in self.names])
 
 
 def require_finite(record: Mapping[str, Value]) -> None:

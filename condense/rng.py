@@ -206,8 +206,9 @@ class Generators(NamedTuple):
 
     @classmethod
     def of(cls, device: torch.device) -> Generators:
-        """Return the current states."""
-        return cls(torch.get_rng_state(), device, _state_of(device))
+        """Return the current states. A step that is captured as a CUDA graph draws from none of them."""
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return cls(torch.get_rng_state(), device, None if captured else _state_of(device))
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
@@ -221,10 +222,11 @@ class Generators(NamedTuple):
 
     def _set(self) -> None:
         torch.set_rng_state(self.cpu)
+        if self.own is None:
+            return
         if self.device.type == "cuda":
-            assert self.own is not None
             torch.cuda.set_rng_state(self.own, self.device)
-        elif self.own is not None:
+        else:
             torch.get_device_module(self.device).set_rng_state(self.own)
 
 

@@ -137,6 +137,9 @@ class GradientMatching(GradientMethod):
     def loss(self, ctx: Context, state: StudentState, step: int, part: int) -> Tensor:
         return self.losses(ctx, state, step, (part,))
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def losses(self, ctx: Context, state: StudentState, step: int, parts: Sequence[int]) -> Tensor:
         batches = [self.batches(ctx, state, step, part) for part in parts]
         student = Weights(state.params, state.buffers)
@@ -173,11 +176,11 @@ class GradientMatching(GradientMethod):
     def after(self, ctx: Context, state: StudentState, step: int) -> None:
         """Train the student, or replace it by a fresh one after ``lifetime`` updates."""
         if (step + 1) % self.lifetime(ctx) == 0:
-            state.params, state.buffers = fresh_student(ctx, step + 1)
+            Weights(state.params, state.buffers).assign(fresh_student(ctx, step + 1))
             for velocity in state.velocity.values():
                 velocity.zero_()
         else:
-            state.params, state.buffers = self.trained(ctx, state, step)
+            Weights(state.params, state.buffers).assign(self.trained(ctx, state, step))
 
 
 class Batches(NamedTuple):

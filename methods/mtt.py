@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, Trajectories, TrajectorySpec
-from condense.inner import SGD
+from condense.cudagraph import from_host
+from condense.inner import SGD, RandomTruncated
 from condense.match import trajectory_distance
 from condense.method import Context, GradientState, Optim
 from condense.methods.unrolled import Minibatch, Unrolled
@@ -101,8 +102,11 @@ class TrajectoryMatching(Unrolled):
     def parts(self, ctx: Context) -> Sequence[int]:
         return range(self.num_trajectories)
 
+    def graphs(self, ctx: Context) -> bool:
+        return ctx.labels.name != "teacher" and not isinstance(self.adjoint, RandomTruncated)
+
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
-        start, target = self.snapshots(ctx, step, part)
+        start, target = from_host(step, f"snapshots {part}", lambda step: self.snapshots(ctx, step, part))
         images, targets = state.syn()
         if ctx.labels.name == "teacher":
             expert, epoch = self.sample_segment(ctx, step, part)

@@ -6,7 +6,7 @@ A member is a plain dict, which the engine can store: weights, the state of Adam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypedDict
 
@@ -45,6 +45,12 @@ def targets_of(ctx: Context, targets: Tensor) -> Tensor:
 def draw(ctx: Context, num_members: int, step: int) -> int:
     """Draw the slot of the member that a step uses."""
     return ctx.rng("pool member", step).integer(0, num_members)
+
+
+def weights(ctx: Context, members: Sequence[Member], step: int) -> Weights:
+    """Return the weights of the member that a step uses."""
+    member = members[draw(ctx, len(members), step)]
+    return Weights(member["params"], member["buffers"])
 
 
 def fresh(ctx: Context, step: int, slot: int, age: int = 0) -> Member:

@@ -126,6 +126,9 @@ class RFAD(GradientMethod):
     def parts_at_once(self, ctx: Context) -> int:
         return self.num_batches
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         return self.losses(ctx, state, step, (part,))
 

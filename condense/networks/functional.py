@@ -37,6 +37,13 @@ class Weights(NamedTuple):
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
+    @torch.no_grad()
+    def assign(self, other: Weights) -> None:
+        """Copy other weights into the tensors of these."""
+        for mine, theirs in zip(self, other, strict=True):
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
+
 
 class Captured(NamedTuple):
     """The tensors that ``Functional.capture`` captured in one forward pass."""
