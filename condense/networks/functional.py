@@ -154,9 +154,9 @@ class Functional:
             draws.device,
         ):
             network = build(self._spec, self.input_shape, self.num_classes)
-        params = dict(network.to(self.device, self.dtype).named_parameters())
+        params = dict(network.named_parameters())
         return Weights(
-            {key: params[key].detach() for key in self.shapes},
+            {key: params[key].detach().to(self.device, self.dtype) for key in self.shapes},
             {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
 
