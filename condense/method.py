@@ -258,6 +258,11 @@ class Context:
         return lambda params, buffers, images: compiled(params, buffers, self.compute.layout(images))
 
 
+Value = float | Tensor
+"""A number to log: a float, or a 0-d tensor, which the engine reads later. To read one inside a step is to wait for the
+device."""
+
+
 @dataclass
 class State:
     """State of a method between steps.
@@ -358,8 +363,9 @@ class Method(Checked, ABC):
     def init(self, ctx: Context) -> State: ...
 
     @abstractmethod
-    def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
-        """Advance ``state`` by one step (counted from 0) and return the values to log."""
+    def step(self, ctx: Context, state: Any, step: int) -> Mapping[str, Value]:
+        """Advance ``state`` by one step (counted from 0) and return the values to log. The engine reads those that are
+        tensors, and ends the run if one is not finite."""
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
         """Return the set to store after ``steps`` steps. The state must not change."""
@@ -470,30 +476,37 @@ class GradientMethod(Method):
             name: torch.stack([each[name] for each in terms if name in each]).sum() for name in names
         }
 
-    def update(self, state: Any, record: dict[str, float]) -> None:
+    def update(self, state: Any, record: dict[str, Value]) -> None:
         """Clip the gradient of the images and step all optimisers. Every process has all gradients.
 
         Methods may override this.
 
         Args:
             record: values to log, to which entries may be added: ``loss``, its terms, and for each leaf the norm
-                ``grad_NAME`` of its gradient and its learning rate ``lr_NAME``.
-
-        Raises:
-            FloatingPointError: a number of the record is not finite.
+                ``grad_NAME`` of its gradient, all as tensors, and its learning rate ``lr_NAME``. They may not be
+                finite: the engine finds that out later.
         """
-        require_finite(record)
         if self.clip is not None:
             clip_grad(state.syn.latents, record["grad_latents"], self.clip)
         for optimiser in state.optimisers.values():
             optimiser.step()
 
-    def after(self, ctx: Context, state: Any, step: int) -> Mapping[str, float] | None:
+    def after(self, ctx: Context, state: Any, step: int) -> Mapping[str, Value] | None:
         """Run what follows the update, e.g. train a student or replace a network. Return additional values to log."""
         return None
 
     @final
-    def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
+    def step(self, ctx: Context, state: Any, step: int) -> dict[str, Value]:
+        record = self._differentiate(ctx, state, step)
+        try:
+            self._advance(ctx, state, step, record)
+        except Exception:
+            require_finite(record)  # a number that is not finite is the cause of what fails after it
+            raise
+        return record
+
+    def _differentiate(self, ctx: Context, state: Any, step: int) -> dict[str, Value]:
+        """Compute the gradients of all leaves; return the loss, its terms and the norms of the gradients."""
         leaves = state.leaves()
         params = [param for group in leaves.values() for param in group]
         for param in params:
@@ -517,10 +530,15 @@ class GradientMethod(Method):
         ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in params), total])
         values = {"loss": total[0]} | {f"loss_{name}": value for name, value in zip(names, total[1:], strict=False)}
         values |= {f"grad_{name}": _norm(params) for name, params in leaves.items()}
-        record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        numbers = torch.stack(list(values.values())).to(dtype_of_numbers(ctx.task.device))
+        return dict(zip(values, numbers.unbind(), strict=True))
+
+    def _advance(self, ctx: Context, state: Any, step: int, record: dict[str, Value]) -> None:
+        """Update all leaves, and do what follows."""
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
-            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step, self.num_steps)
+            record[f"lr_{name}"] = rate = plans[name].lr_at(step, self.num_steps)
+            set_lr(optimiser, rate)
         self.update(state, record)
         with torch.no_grad():
             if self.clamp and kind(ctx.task.input_shape) != "series":
@@ -532,8 +550,8 @@ class GradientMethod(Method):
                     mean = state.average.get(name, torch.zeros_like(param)).to(param.device)
                     state.average[name] = torch.lerp(param, mean, self.ema)
         if state.syn.lr is not None:
-            record["syn_lr"] = state.syn.lr.detach().mean().item()
-        return record | dict(self.after(ctx, state, step) or {})
+            record["syn_lr"] = state.syn.lr.detach().mean()
+        record |= self.after(ctx, state, step) or {}
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
         if self.ema is None:
@@ -544,16 +562,29 @@ class GradientMethod(Method):
         return averaged
 
 
-def require_finite(record: Mapping[str, float]) -> None:
-    """Raise FloatingPointError, with the whole record, if a value is not finite."""
+def require_finite(record: Mapping[str, Value]) -> None:
+    """Raise FloatingPointError, with the whole record, if a value is not finite. Waits for the device."""
     if not all(map(math.isfinite, record.values())):
         raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
 
 
-def clip_grad(param: nn.Parameter, norm: float, max_norm: float) -> None:
-    """Scale the gradient of ``param``, whose norm is ``norm``, to at most ``max_norm``."""
-    if norm > max_norm:
-        cast(Tensor, param.grad).mul_(max_norm / norm)
+def dtype_of_numbers(device: torch.device) -> torch.dtype:
+    """Return the type of the numbers of a step: float64, as in Python; float32 on mps, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the first group of an optimiser; in place if it is a tensor, on any device."""
+    group = optimiser.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def clip_grad(param: nn.Parameter, norm: Value, max_norm: Value) -> None:
+    """Scale the gradient of ``param``, whose norm is ``norm``, to at most ``max_norm``; one of both is a tensor."""
+    cast(Tensor, param.grad).mul_(cast(Tensor, max_norm / norm).clamp(max=1))
 
 
 def _with_terms(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
