@@ -186,9 +186,10 @@ class _Steps:
         self._checkpoint, self._report = checkpoint, report
         self._settles = READ_STEPS is None and ctx.task.device.type != "cpu" and ctx.ranks.size == 1
         self._every, self._since = READ_STEPS or 1, 0.0
-        self._unread: list[tuple[int, dict[str, Any]]] = []
+        self._unread: list[tuple[int, dict[str, float | None]]] = []
+        """Steps and their numbers, with None in place of the tensors."""
         self._numbers: list[Tensor] = []
-        """The values of the unread steps that are tensors, stacked."""
+        """The tensors of each of these steps, stacked."""
 
     @property
     def due(self) -> bool:
@@ -204,7 +205,8 @@ class _Steps:
             raise
         if not self._unread:
             self._since = time.monotonic()
-        self._unread.append((done + 1, dict(record)))
+        kept = {name: None if isinstance(value, Tensor) else value for name, value in record.items()}
+        self._unread.append((done + 1, kept))
         tensors = [value.detach().to(self._ctx.task.device) for value in record.values() if isinstance(value, Tensor)]
         if tensors:
             self._numbers.append(torch.stack(tensors))
@@ -215,8 +217,8 @@ class _Steps:
         self._unread, self._numbers = [], []
         if self._settles and unread:
             self._every = steps_per_read(self._every, len(unread), time.monotonic() - self._since)
-        for step, record in unread:
-            record |= {name: next(numbers) for name, value in record.items() if isinstance(value, Tensor)}
+        for step, kept in unread:
+            record = {name: next(numbers) if value is None else value for name, value in kept.items()}
             try:
                 require_finite(record)
             except FloatingPointError as error:
@@ -244,7 +246,9 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
     try:
         with ctx.rng.forked("layers", done):  # dropout of external networks
             record = method.step(ctx, state, done)
-        if ctx.task.device.type == "cuda":  # kernels that sum in no fixed order would let the processes diverge
+        if (
+            ctx.task.device.type == "cuda" and ctx.ranks.size > 1
+        ):  # kernels that sum in no fixed order would let the processes diverge
             live, _ = _laid_out(state)
             ctx.ranks.broadcast([tensor for tensor in live.values() if tensor.is_floating_point()])
         return {**record, **image_statistics(state.syn)}

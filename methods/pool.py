@@ -108,7 +108,7 @@ class _Adam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.named.items()}
-        lr = torch.tensor(self.param_groups[0]["lr"], device=next(iter(grads.values())).device)
+        lr = torch.full((), self.param_groups[0]["lr"], device=next(iter(grads.values())).device)
         updated, self.memory = PLAIN_ADAM.update(grads, self.memory, self.named, lr)
         for name, p in self.named.items():
             p.copy_(updated[name])
