@@ -31,7 +31,7 @@ from condense.data.images import Images
 from condense.distributed import Ranks
 from condense.names import spelt
 from condense.networks import Weights
-from condense.rng import Rng
+from condense.rng import VERSION, Rng
 from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked
 from condense.task import Task
@@ -138,6 +138,7 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
         "augment": plan.augmentation(task.augment).content(),
         "compute": compute.first_order_identity(),
         "seed": seed,
+        "draws": VERSION,
         **({"keep": plan.keep, "num_epochs": plan.num_epochs} if plan.keep == "last" else {}),
     }
 

@@ -19,6 +19,7 @@ from condense.experiment import check, find_recipe, prepare, resolve
 from condense.method import Context
 from condense.networks import Factory
 from condense.recipe import Recipe
+from condense.rng import VERSION
 from condense.synthetic.files import load, save
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
@@ -117,7 +118,7 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     device = ctx.task.device
     listed = registry.name_of(plan.method) in registry.METHODS and not plan.network.startswith("custom:")
     cache = Cache(cache_folder() if listed else None, "baselines")
-    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": __version__}
+    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": __version__, "draws": VERSION}
     cached = cache.read(key, load)
     if cached is not None:
         return cached.to(device)

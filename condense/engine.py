@@ -22,6 +22,7 @@ from condense.distributed import Ranks
 from condense.files import read_tensors, reporting, write_tensors
 from condense.method import Context, Method, State, Value, require_finite
 from condense.names import reason, spelt
+from condense.rng import VERSION
 from condense.schema import brief, from_json
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
@@ -294,6 +295,7 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, keep: P
     header = {
         "kind": "checkpoint",
         "format": 1,
+        "draws": VERSION,
         "step": done,
         "recipe_hash": ctx.origin.recipe_hash,
         "state": skeleton,
@@ -317,6 +319,11 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> tu
         raise ValueError(
             f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')}, or move that run away"
         )
+    if saved.draws != VERSION:
+        raise ValueError(
+            f"{checkpoint} was written by a version of this package whose random numbers differ, so the run cannot be "
+            f"continued; choose another {spelt('out')} to start again"
+        )
     try:
         template = _fields(state)
         values = _unflatten(template, saved.state, tensors, "")
@@ -339,6 +346,8 @@ class _Checkpoint:
     step: int
     recipe_hash: str
     state: Mapping[str, Any]
+    draws: int = 1
+    """The version of the draws, see ``condense.rng``; version 0.1.0 did not write it."""
 
     def __post_init__(self) -> None:
         if self.step < 0:

@@ -59,7 +59,7 @@ def pretrained(
         "training": training.content(),
         "compute": compute.first_order_identity(),
         "initial": checksum({**initial.params, **initial.buffers}),
-        "seed": rng.seed,
+        **rng.identity(),
         "keep": keep,
         "machine": _machine(task.device),
         "code": __version__,

@@ -26,9 +26,14 @@ from torch import Tensor
 from condense.cudagraph import fused
 from condense.names import spelt
 
+VERSION = 2
+"""The version of the draws. It is part of the identity of what is stored under a seed instead of computed again."""
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_INDEX = 2**31 - 1
+_FEW = 8
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
@@ -88,12 +93,16 @@ class Draws:
         """Return ``num`` independent words, uniform over {0, ..., 2^32 - 1}, as int64."""
         first, count = self._num_blocks, -(-num // 4)
         self._num_blocks += count
-        if self.on_host:
-            blocks = np.arange(first, first + count)
-            outputs = philox((blocks, self._unit, self._step, self._base), self._key)
-            return torch.from_numpy(np.stack(outputs, 1).reshape(-1)[:num])
-        blocks = torch.arange(first, first + count, device=self.device)
-        return _device_words(blocks, self._unit, self._step, self._base, *self._key)[:num]
+        if not self.on_host:
+            blocks = torch.arange(first, first + count, device=self.device)
+            return _device_words(blocks, self._unit, self._step, self._base, *self._key)[:num]
+        if count <= _FEW:  # arrays would take longer
+            few = [word for block in range(first, first + count) for word in self._outputs(block)]
+            return torch.tensor(few[:num], dtype=torch.int64)
+        return torch.from_numpy(np.stack(self._outputs(np.arange(first, first + count)), 1).reshape(-1)[:num])
+
+    def _outputs(self, block: Any) -> tuple[Any, Any, Any, Any]:
+        return philox((block, self._unit, self._step, self._base), self._key)
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 numbers, uniform over the multiples of 2^-24 in [0, 1)."""
@@ -122,8 +131,8 @@ class Draws:
         return int(self.integers(low, high))
 
     def permutation(self, num: int) -> Tensor:
-        """Return a random order of {0, ..., num - 1}."""
-        return self._keys(num).argsort(stable=True)
+        """Return a random order of {0, ..., num - 1}, for ``num`` of at most 2^31."""
+        return self._keys(num).sort().values & _INDEX
 
     def subset(self, num: int, size: int) -> Tensor:
         """Return ``size`` different numbers of {0, ..., num - 1}, all of them if there are fewer, in random order.
@@ -132,11 +141,11 @@ class Draws:
         """
         if size >= num:
             return self.permutation(num)
-        return self._keys(num).topk(size, largest=False).indices
+        return self._keys(num).topk(size, largest=False).values & _INDEX
 
     def _keys(self, num: int) -> Tensor:
-        high, low = self.words(2 * num).view(2, num)
-        return (high << 31) | (low >> 1)
+        """Return different numbers in random order: a random word above, the index below."""
+        return self.words(num) << 31 | torch.arange(num, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,10 @@ class Rng:
     """A fourth part of all keys: the unit of the ``child`` that this root is."""
 
     def __call__(self, name: str, step: int | Tensor = 0, unit: int | str | Tensor = 0) -> Draws:
-        """Return the draws of a key; numbers are ints in [0, 2^32) or 0-d int64 tensors."""
+        """Return the draws of a key; its numbers are ints in [0, 2^31) or 0-d int64 tensors."""
         text, word = (f"{name}/{unit}", 0) if isinstance(unit, str) else (name, unit)
+        for number in (word, step, self.base):
+            assert isinstance(number, Tensor) or 0 <= number < 2**31, f"{number} cannot be a part of a key"
         digest = hashlib.sha256(f"{self.seed}/{text}".encode()).digest()
         key = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
         return Draws(key, word, step, self.base)
@@ -170,9 +181,12 @@ class Rng:
 
     def child(self, name: str, unit: int | str | Tensor = 0) -> Rng:
         """Return a new root for a component (an expert, an evaluation cell) that chooses its own names of draws."""
-        if isinstance(unit, str):
-            return Rng(self.key(name, 0, unit))
-        return Rng(self.key(name), unit)
+        return Rng(self.key(name, 0, unit)) if isinstance(unit, str) else Rng(self.key(name), unit)
+
+    def identity(self) -> dict[str, Any]:
+        """Return, as JSON values, what determines all draws from this root."""
+        assert not isinstance(self.base, Tensor), "an identity cannot depend on a number that is on a device"
+        return {"seed": self.seed, "base": self.base, "draws": VERSION}
 
     @contextlib.contextmanager
     def forked(self, name: str, step: int = 0, unit: int | str = 0) -> Iterator[None]:

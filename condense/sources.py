@@ -89,7 +89,7 @@ class _Viewed(Source):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "seed": self.rng.seed,
+            **self.rng.identity(),
             "num_examples": self.num_examples,
             "batch_size": self.batch_size,
             "order": self.order,
@@ -317,7 +317,7 @@ class StoredLabels(Source):
             names = [name for name, value in views.items() if not isinstance(stored, dict) or stored.get(name) != value]
             raise ValueError(
                 f"{path} holds labels of other views: they differ in {', '.join(names) or 'their fields'}; give the "
-                "source for which the labels were made"
+                "source for which the labels were made, or make them again"
             )
         logits = tensors.get("logits", torch.empty(0))
         num_rows = (source.num_batches - 1) * source.batch_size + len(source.batch(0, source.num_batches - 1).images)

@@ -32,7 +32,7 @@ from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
-from condense.rng import Rng
+from condense.rng import VERSION, Rng
 from condense.sources import Relabelled, Source
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Task, make_task
@@ -193,6 +193,7 @@ def measure(
             **common,
             "training": training.content(),
             "compute": policy.first_order_identity(),
+            "draws": VERSION,
             **network.identity(),
             "num_params": network.num_params,
             "transform": transform.describe(),

@@ -1,5 +1,6 @@
 """The augmentation: twin, gradients, draws."""
 
+import itertools
 import math
 import random
 
@@ -392,3 +393,23 @@ def test_a_draw_for_other_images_does_not_fit() -> None:
     augment = Augment(("flip",))
     with pytest.raises(AssertionError, match="3 rows of flip for 1 images"):
         augment.apply(images(1), draw(augment, 3, False))
+
+
+STRATEGIES = [Augment((*OPS, *(op for op in MILD if op not in OPS)), mode) for mode in ("S", "M", "P")]
+STRATEGIES += [Augment(OPS, "D"), Augment(("flip", "color"), "D"), Augment.parse(f"{DC}:mode=S"), Augment(("flip",))]
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+@pytest.mark.parametrize("augment", STRATEGIES, ids=str)
+def test_draws_on_a_device_change_images_like_draws_on_the_host(augment: Augment, siamese: bool) -> None:
+    """What is chosen cannot be read from a device, so all is computed and the choice is a mask."""
+    for shape, step in itertools.product((SHAPE, (2, *SHAPE)), range(12)):
+        x, found = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)), []
+        for at in (step, torch.tensor(step)):
+            params = augment.sample(Rng(0)("augment", at, 4), 3, shape, siamese)
+            leaf = x.clone().requires_grad_()
+            changed = augment.apply(leaf, params)
+            (changed * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+            found.append((changed.detach(), leaf.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])

@@ -120,7 +120,7 @@ def losses(method: Bilevel, ctx: Context, state: Any, step: int) -> Tensor:
                     num, key = size * (2 if task.augment.flips else 1), ctx.rng("augment", step, f"{k}/{t}")
                     drawn = task.augment.sample(key, num, task.input_shape, siamese=False)
                     index = torch.arange(first, first + size)
-                    kept = torch.rand(num, 64, generator=ctx.rng("mask", step, f"{k}/{t}")) >= method.mask
+                    kept = ctx.rng("mask", step, f"{k}/{t}").uniform(num, 64) >= method.mask
                     kept = kept if method.mask else None
                     batches.append(seen(ctx, Minibatch(images, targets, index, drawn, kept)))
                 return batches

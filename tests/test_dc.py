@@ -84,7 +84,7 @@ def twin(method: Condensation, ctx: Context) -> Iterator[tuple[float, Tensor]]:
 
     def epoch(step: int, number: int) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         rng = draws.child("training", step)
-        order = torch.randperm(ctx.ipc * task.num_classes, generator=rng("order", number))
+        order = rng("order", number).permutation(ctx.ipc * task.num_classes)
 
         def treatment(batch: int, num: int) -> Callable[[Tensor], Tensor]:
             drawn = augment.sample(rng("augment", number, batch), num, task.input_shape, siamese=False)

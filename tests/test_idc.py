@@ -89,14 +89,12 @@ def twin(method: IDCBase, ctx: Context, lr: float, momentum: float) -> Iterator[
 
     def chosen(step: int, c: int, num: int) -> Tensor:
         few = num <= method.batch_syn
-        return (
-            torch.arange(num) if few else torch.randperm(num, generator=draws("synthetic", step, c))[: method.batch_syn]
-        )
+        return torch.arange(num) if few else draws("synthetic", step, c).permutation(num)[: method.batch_syn]
 
     def student_batches(step: int) -> list[tuple[Tensor, Tensor]]:
         images, classes = task.train.sample(method.num_student, draws("student images", step))
         rng, found = draws.child("training", step), []
-        order = torch.randperm(len(images), generator=rng("order", 0))
+        order = rng("order", 0).permutation(len(images))
         for batch, index in enumerate(order.split(method.batch_student)):
             drawn = trained.sample(rng("augment", 0, batch), len(index), shape, siamese=False)
             x, y = trained.apply(images[index], drawn), one_hot(classes[index], num_classes).to(images.dtype)

@@ -8,13 +8,11 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from tests.test_contract import SMALL
 from torch import Tensor, nn
 
 from condense.augment import Augment
@@ -26,6 +24,7 @@ from condense.rng import Draws, Rng
 from condense.task import Labelled
 from condense.testing import _Trial
 from condense.train import Trainer, Training
+from tests.test_contract import SMALL
 
 META = torch.device("meta")
 AUGMENT = Augment(("color", "crop", "cutout", "flip", "scale", "rotate"))
