@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
@@ -612,11 +611,7 @@ class _Gradients:
             tensor.zero_()
         parts, at_once = ctx.ranks.shard(method.parts(ctx)), method.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
-            with (  # the dropout masks are the same for any sharding
-                ctx.rng.forked("layers of a part", step, parts[first])
-                if isinstance(step, int)
-                else contextlib.nullcontext()
-            ):
+            with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding
                 loss, terms = _with_terms(method.losses(ctx, self._state, step, parts[first : first + at_once]))
                 loss.backward()
             if first and sorted(terms) != self.names:

@@ -189,12 +189,16 @@ class Rng:
         return {"seed": self.seed, "base": self.base, "draws": VERSION}
 
     @contextlib.contextmanager
-    def forked(self, name: str, step: int = 0, unit: int | str = 0) -> Iterator[None]:
+    def forked(self, name: str, step: int | Tensor = 0, unit: int | str = 0) -> Iterator[None]:
         """Seed the global generators by the key inside the context, and restore their states on exit.
 
         This is for code that cannot take a generator: the constructors of ``torch.nn`` modules, dropout.
+        A step that is a tensor seeds nothing: a captured step must not draw from the global generators.
         """
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        if isinstance(step, Tensor):
+            yield
+            return
+evices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.key(name, step, unit))
             yield

@@ -150,7 +150,7 @@ class Functional:
         draws = rng(name, step, unit)
         with (
             DrawnFrom(draws),
-            rng.forked(name, step, unit) if isinstance(step, int) else contextlib.nullcontext(),  # other draws
+            rng.forked(name, step, unit),  # for draws of other kinds
             draws.device,
         ):
             network = build(self._spec, self.input_shape, self.num_classes)
