@@ -198,7 +198,7 @@ class Rng:
         if isinstance(step, Tensor):
             yield
             return
-evices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.key(name, step, unit))
             yield
