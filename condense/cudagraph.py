@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -72,9 +73,12 @@ class Graphed:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # other threads, such as those of the compiler, may use the GPU in the meantime
+            with _no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
         except Exception as error:
+            while error.__context__ is not None:  # the end of a capture raises an error of its own
+                error = error.__context__
             self._give_up(next(iter(str(error).splitlines()), type(error).__name__))
             self._run()  # an error of the step itself is raised again here
         else:
@@ -151,6 +155,19 @@ def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:
         return cast(_Function, call)
 
     return mark
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage before the context and not inside it: to free an older graph would end a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -58,9 +58,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
 
 
 @fused(dynamic=True)
-def _device_words(
-    blocks: Tensor, unit: int | Tensor, step: int | Tensor, base: int | Tensor, k0: int, k1: int
-) -> Tensor:
+def _words_of(blocks: Tensor, unit: Tensor, step: Tensor, base: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
     """Return the words of some blocks of a stream, one after the other."""
     return torch.stack(philox((blocks, unit, step, base), (k0, k1)), 1).flatten()
 
@@ -74,35 +72,37 @@ class Draws:
     """
 
     def __init__(self, key: tuple[int, int], unit: int | Tensor, step: int | Tensor, base: int | Tensor) -> None:
-        self._key, self._unit, self._step, self._base = key, unit, step, base
+        self._key, self._numbers = key, (unit, step, base)
         self._num_blocks = 0
 
     @property
     def device(self) -> torch.device:
         """The device of the results."""
-        return next(
-            (x.device for x in (self._step, self._unit, self._base) if isinstance(x, Tensor)), torch.device("cpu")
-        )
+        return next((x.device for x in self._numbers if isinstance(x, Tensor)), torch.device("cpu"))
 
     @property
     def on_host(self) -> bool:
         """Whether a result may be read without waiting for a device."""
-        return not any(isinstance(x, Tensor) for x in (self._step, self._unit, self._base))
+        return not any(isinstance(x, Tensor) for x in self._numbers)
 
     def words(self, num: int) -> Tensor:
         """Return ``num`` independent words, uniform over {0, ..., 2^32 - 1}, as int64."""
         first, count = self._num_blocks, -(-num // 4)
         self._num_blocks += count
         if not self.on_host:
-            blocks = torch.arange(first, first + count, device=self.device)
-            return _device_words(blocks, self._unit, self._step, self._base, *self._key)[:num]
+            blocks, device = torch.arange(first, first + count, device=self.device), self.device
+            tensors = [  # an int would be a constant of the compiled code
+                x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=device)
+                for x in (*self._numbers, *self._key)
+            ]
+            return _words_of(blocks, *tensors)[:num]
         if count <= _FEW:  # arrays would take longer
             few = [word for block in range(first, first + count) for word in self._outputs(block)]
             return torch.tensor(few[:num], dtype=torch.int64)
         return torch.from_numpy(np.stack(self._outputs(np.arange(first, first + count)), 1).reshape(-1)[:num])
 
     def _outputs(self, block: Any) -> tuple[Any, Any, Any, Any]:
-        return philox((block, self._unit, self._step, self._base), self._key)
+        return philox((block, *self._numbers), self._key)
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 numbers, uniform over the multiples of 2^-24 in [0, 1)."""
