@@ -36,9 +36,8 @@ images; on others kornia rotates in pixel coordinates, which is not the publishe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -84,7 +83,7 @@ class Params(NamedTuple):
 
     values: dict[str, Tensor]
     """Parameters by operation, in the order of application: one row shared by all images (siamese) or one per image."""
-    applies: Mapping[str, Tensor] = MappingProxyType({})
+    applies: dict[str, Tensor] = {}  # noqa: RUF012 - it is never changed
     """Whether an operation is applied: one bool for all images, or one per image. Others are always applied."""
 
     @property

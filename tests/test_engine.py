@@ -16,7 +16,7 @@ from condense.distributed import Ranks
 from condense.files import read_tensors, write_tensors
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
-from condense.rng import Rng
+from condense.rng import VERSION, Rng
 from condense.synthetic import Hard, Origin, Pixels, SyntheticSet
 from condense.task import Split, make_task
 
@@ -224,6 +224,22 @@ def test_a_checkpoint_of_another_recipe_is_refused(ctx: Context, tmp_path: Path)
     with pytest.raises(ValueError, match="another recipe"):
         run(Shrink(), ctx, tmp_path, resume=True)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("draws", [{}, {"draws": 1}, {"draws": VERSION + 1}])
+def test_a_checkpoint_of_other_draws_is_refused(draws: dict[str, int], ctx: Context, tmp_path: Path) -> None:
+    """Version 0.1.0 wrote nothing of the kind; its run would go on with other batches."""
+    run(Shrink(), ctx, tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    tensors, header = read_tensors(file, "checkpoint")
+    del header["draws"]
+    write_tensors(file, tensors, header | draws)
+    before = file.read_bytes()
+    with pytest.raises(
+        ValueError, match="whose random numbers differ, so the run cannot be continued; choose"
+    ) as caught:
+        run(Shrink(), ctx, tmp_path, resume=True)
+    assert "\n" not in str(caught.value) and file.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -136,13 +136,13 @@ def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
         return found
 
     def pieces(step: int, part: int) -> list[tuple[Sequence[int], Callable[[Tensor], Tensor]]]:
-        drawn = draws("minibatches", step, part)
+        order = draws("minibatches", step, part)
         chosen: list[tuple[Sequence[int], Callable[[Tensor], Tensor]]] = []
         left: list[int] = []
         size = method.batch_syn or len(images)
         for n in range(method.syn_steps):
             if not left:
-                left = drawn.permutation(len(images)).tolist()
+                left = order.permutation(len(images)).tolist()
             count = len(left) % size or size
             left, index = left[:-count], left[-count:]
             drawn = task.augment.sample(draws("augment", step, f"{part}/{n}"), count, task.input_shape, siamese=False)

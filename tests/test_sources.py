@@ -18,6 +18,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
+from condense.files import read_tensors, write_tensors
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.sources import Batch, Examples, Minibatches, Relabelled, Source, StoredLabels, Streamed
@@ -222,6 +223,24 @@ def test_labels_of_other_views_are_refused(other: Callable[[], Source], complain
     with pytest.raises(ValueError, match=complaint) as raised:
         StoredLabels.load(tmp_path / "labels.safetensors", other())
     assert "\n" not in str(raised.value)
+
+
+def test_labels_of_views_of_earlier_draws_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "labels.safetensors"
+    StoredLabels.of(examples(), teacher, 1).save(file)
+    tensors, header = read_tensors(file, "stored-labels")
+    del header["views"]["draws"], header["views"]["base"]  # as version 0.1.0 wrote it
+    write_tensors(file, tensors, header)
+    with pytest.raises(ValueError, match=r"other views: they differ in base, draws; give .*, or make them again"):
+        StoredLabels.load(file, examples())
+
+
+def test_the_identity_of_views_tells_components_of_one_seed_apart() -> None:
+    images, targets = data()
+    one, other = (
+        Examples(images, targets, Rng(0).child("a", unit), batch_size=4, num_classes=CLASSES) for unit in (1, 2)
+    )
+    assert one.identity() != other.identity()
 
 
 @pytest.mark.parametrize(
