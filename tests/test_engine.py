@@ -306,7 +306,7 @@ def test_parts_add_up(ctx: Context) -> None:
     one, two = Shrink().init(ctx), Halves().init(ctx)
     records = Shrink().step(ctx, one, 0), Halves().step(ctx, two, 0)
     assert torch.allclose(one.syn.latents, two.syn.latents)
-    assert records[0]["loss"] == pytest.approx(records[1]["loss"])
+    assert records[0]["loss"] == pytest.approx(float(records[1]["loss"]))
 
 
 def test_images_that_are_not_finite_after_the_update_are_never_kept(ctx: Context, tmp_path: Path) -> None:
