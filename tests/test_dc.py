@@ -337,7 +337,8 @@ def test_classes_share_a_call_as_far_as_the_batch_allows(
 def test_autocast_acts_on_first_order_work_alone() -> None:
     method = DC(num_steps=1, batch_real=6)
     exact, rough = (
-        next(run(method, make_context(compute=Compute(autocast=kind))))[0]["loss"] for kind in ("none", "bfloat16")
+        float(next(run(method, make_context(compute=Compute(autocast=kind))))[0]["loss"])
+        for kind in ("none", "bfloat16")
     )
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05)

@@ -173,7 +173,8 @@ def test_micro_batches_change_nothing(compute: Compute) -> None:
 def test_autocast_acts_on_the_features() -> None:
     method = DM(num_steps=1, batch_real=6)
     exact, rough = (
-        next(run(method, make_context(compute=Compute(autocast=kind))))[0]["loss"] for kind in ("none", "bfloat16")
+        float(next(run(method, make_context(compute=Compute(autocast=kind))))[0]["loss"])
+        for kind in ("none", "bfloat16")
     )
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.1)
