@@ -247,10 +247,8 @@ def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Pat
     try:
         with ctx.rng.forked("layers", done):  # dropout of external networks
             record = method.step(ctx, state, done)
-        if (
-            ctx.task.device.type == "cuda" and ctx.ranks.size > 1
-        ):  # kernels that sum in no fixed order would let the processes diverge
-            live, _ = _laid_out(state)
+        if ctx.task.device.type == "cuda" and ctx.ranks.size > 1:
+            live, _ = _laid_out(state)  # kernels that sum in no fixed order would let the processes diverge
             ctx.ranks.broadcast([tensor for tensor in live.values() if tensor.is_floating_point()])
         return {**record, **image_statistics(state.syn)}
     except FloatingPointError as error:

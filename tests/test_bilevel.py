@@ -206,7 +206,7 @@ def test_exact_and_full_adjoints_agree(method: Bilevel) -> None:
     for (a, x), (b, y) in zip(
         run(method, context()), run(dataclasses.replace(method, adjoint=Full()), context()), strict=True
     ):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+        assert a["loss"] == pytest.approx(float(b["loss"]), rel=1e-10)
         torch.testing.assert_close(x, y)
 
 
@@ -230,7 +230,7 @@ def test_compiled_and_masked_agrees_with_eager() -> None:
     method = dataclasses.replace(RTP_TINY, num_steps=2, ways=None, mask=0.3)
     contexts = (context(network="mlp", compute=Compute(compile=on)) for on in (False, True))
     for (a, x), (b, y) in zip(*(run(method, ctx) for ctx in contexts), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+        assert a["loss"] == pytest.approx(float(b["loss"]), rel=1e-10)
         torch.testing.assert_close(x, y)
 
 

@@ -45,7 +45,7 @@ def run(method: CAFE, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor, 
 
 
 def losses(method: CAFE, ctx: Context) -> list[float]:
-    return [record["loss"] for record, _, _ in run(method, ctx)]
+    return [float(record["loss"]) for record, _, _ in run(method, ctx)]
 
 
 def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]]:
