@@ -58,7 +58,7 @@ def write(folder: Path, layout: Layout) -> Path:
     writer = BufferWriter(folder, "cifar10", {"network": network.name}, network.init(rng, "layout"))
     published = []
     for expert in range(layout.num_experts):
-        rows = torch.randn(layout.num_epochs + 1, network.num_params, generator=rng("weights", unit=expert))
+        rows = torch.randn(layout.num_epochs + 1, network.num_params, generator=rng.generator("weights", unit=expert))
         writer.add(expert, rows, rows[:, :0], {})
         published.append([[p.clone() for p in network.unflatten(row).values()] for row in rows])
     writer.save()

@@ -24,6 +24,7 @@ import torch
 from condense.augment import Augment
 from condense.data import load
 from condense.networks import Functional
+from condense.rng import Rng
 from condense.task import Split, make_task
 
 DRAWS = 1000
@@ -50,10 +51,10 @@ def measure(file: str, transform: str, cache: Path | None) -> str:
         arrays, transform=transform, split=split, network=network, augment=Augment(), device=cpu, cache=cache
     )
     made = time.perf_counter()
-    generator, times = torch.Generator().manual_seed(0), []
+    rng, times = Rng(0), []
     for number in range(DRAWS):
         start = time.perf_counter()
-        task.train.draw(number % task.num_classes, 256, generator)
+        task.train.draw(number % task.num_classes, 256, rng("real", number))
         times.append(time.perf_counter() - start)
     draw = 1e3 * statistics.median(times)
     return (

@@ -112,7 +112,7 @@ class ConvNet:
 
     def target(self) -> Theta:
         x, y = self.others
-        drawn = [torch.randint(len(y), (100,), generator=Rng(0)("expert", step)) for step in range(50)]
+        drawn = [Rng(0)("expert", step).integers(0, len(y), 100) for step in range(50)]
         return unroll(self.loss_fn, self.start, [(x[index], y[index]) for index in drawn], lr=0.01)
 
     def gradient(self, adjoint: Adjoint, num_steps: int, lr: float, target: Theta, num_images: int = 100) -> Tensor:

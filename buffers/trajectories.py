@@ -31,7 +31,7 @@ from condense.data.images import Images
 from condense.distributed import Ranks
 from condense.names import spelt
 from condense.networks import Weights
-from condense.rng import Rng
+from condense.rng import VERSION, Rng
 from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked
 from condense.task import Task
@@ -138,6 +138,7 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
         "augment": plan.augmentation(task.augment).content(),
         "compute": compute.first_order_identity(),
         "seed": seed,
+        "draws": VERSION,
         **({"keep": plan.keep, "num_epochs": plan.num_epochs} if plan.keep == "last" else {}),
     }
 
@@ -224,7 +225,7 @@ def build(
 
 def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights], dict[str, float]]:
     """Return a function that measures accuracy on a fixed part of the training images and on any validation split."""
-    index = torch.randperm(len(task.train), generator=rng("scored images"))[:MAX_SCORED].to(task.device)
+    index = torch.randperm(len(task.train), generator=rng.generator("scored images"))[:MAX_SCORED].to(task.device)
     parts: dict[str, tuple[Tensor | Images, Tensor]] = {}
     parts["train_accuracy"] = (task.train.images[index], task.train.labels[index])
     if task.val is not None:

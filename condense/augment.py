@@ -27,7 +27,7 @@ The milder operations of the evaluations of Zhou et al. (2022, FRePo) and Loo et
 * ``translate``: a translation by up to an eighth of each side, not restricted to whole pixels.
 * ``cutout-quarter``: a rectangle of a quarter of the height and width, entirely inside the image, is set to zero.
 
-Deviations from the published code: parameters are drawn from a generator that is passed in, where the original
+Deviations from the published code: parameters come from keyed draws, where the original
 re-seeds the global generator from the system time; all images are transformed at once, each by its own row of
 parameters, where the original loops over images. Warps use ``grid_sample`` instead of kornia. The two agree on square
 images; on others kornia rotates in pixel coordinates, which is not the published definition.
@@ -44,8 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense.cudagraph import fused
 from condense.data.layout import InputShape, Kind, kind, require_kind
 from condense.names import spelt, suggest
+from condense.rng import Draws
 from condense.schema import Checked
 
 Mode = Literal["S", "M", "D", "P"]
@@ -81,17 +83,19 @@ class Params(NamedTuple):
 
     values: dict[str, Tensor]
     """Parameters by operation, in the order of application: one row shared by all images (siamese) or one per image."""
+    applies: dict[str, Tensor] = {}  # noqa: RUF012 - it is never changed
+    """Whether an operation is applied: one bool for all images, or one per image. Others are always applied."""
 
     @property
     def ops(self) -> tuple[str, ...]:
         return tuple(self.values)
 
     def to(self, device: torch.device | str) -> Params:
-        return Params({name: value.to(device) for name, value in self.values.items()})
+        return Params(*({name: value.to(device) for name, value in part.items()} for part in self))
 
     def take(self, index: Tensor | slice) -> Params:
         """Return the parameters of a part of the batch; a row shared by all images is kept."""
-        return Params({name: v if len(v) == 1 else v[index] for name, v in self.values.items()})
+        return Params(*({name: v if len(v) == 1 else v[index] for name, v in part.items()} for part in self))
 
 
 @dataclass(frozen=True)
@@ -178,31 +182,35 @@ class Augment(Checked):
             return images, targets
         return torch.cat([images, images.flip(-1)]), torch.cat([targets, targets])
 
-    def sample(self, gen: torch.Generator, num: int, input_shape: Sequence[int], siamese: bool) -> Params:
-        """Draw parameters for ``num`` images of shape (C, H, W), or clips of shape (T, C, H, W), from a CPU generator.
+    def sample(self, draws: Draws, num: int, input_shape: Sequence[int], siamese: bool) -> Params:
+        """Draw parameters for ``num`` images of shape (C, H, W), or clips of shape (T, C, H, W).
 
         A siamese draw is one row that all images share. It can be applied to batches of any size, and so to the real
-        and the synthetic batch.
+        and the synthetic batch. Draws on a device are never read: an operation that is not chosen is computed, too, and
+        its result is ignored.
 
         Raises:
             ValueError: there are operations and the shape is that of a series.
         """
         self.require_kind(input_shape)
-        ops = self.ops
-        if ops and self.mode == "S":
-            ops = _one_of(ops, gen)
-        elif self.mode == "D":
-            geometric = _one_of([op for op in ops if op in ("crop", "scale", "rotate")], gen)
-            ops = tuple(op for op in ("flip", "color", *geometric, "cutout") if op in ops)
-        height, width = input_shape[-2:]
+        if not self.ops:
+            return Params({})
+        ops = [op for op in _OF_MODE_D if op in self.ops] if self.mode == "D" else self.ops
         rows = 1 if siamese else num
-        values = {op: _OPERATIONS[op].draw(gen, rows, height, width) for op in ops}
-        if self.mode == "P" and ops:
-            chosen = torch.randint(len(ops), (rows,), generator=gen)
-            for i, (op, value) in enumerate(values.items()):
-                value[chosen != i] = torch.tensor(_OPERATIONS[op].identity, dtype=value.dtype)
-        return Params(values)
+        u = draws.uniform(len(ops), rows, 3)
+        values = {op: _OPERATIONS[op].draw(x, *input_shape[-2:]) for op, x in zip(ops, u, strict=True)}
+        if self.mode == "M":
+            return Params(values)
+        alternatives = [op for op in ops if self.mode != "D" or op in ("crop", "scale", "rotate")]
+        if not alternatives:
+            return Params(values)
+        chosen = draws.integers(0, len(alternatives), rows if self.mode == "P" else 1)
+        if draws.on_host and self.mode != "P":
+            dropped = set(alternatives) - {alternatives[int(chosen)]}
+            return Params({op: value for op, value in values.items() if op not in dropped})
+        return Params(values, {op: chosen == i for i, op in enumerate(alternatives)})
 
+    @fused()
     def apply(self, x: Tensor, params: Params) -> Tensor:
         """Apply ``params`` to images (N, C, H, W) or clips (N, T, C, H, W).
 
@@ -210,17 +218,14 @@ class Augment(Checked):
         """
         if x.dim() == 5 and params.values:
             frames = x.shape[1]
-            rows = {name: v if len(v) == 1 else v.repeat_interleave(frames, 0) for name, v in params.values.items()}
-            return self.apply(x.flatten(0, 1), Params(rows)).unflatten(0, (-1, frames))
-        for name, value in params.to(x.device).values.items():
+            rows = [{n: v if len(v) == 1 else v.repeat_interleave(frames, 0) for n, v in p.items()} for p in params]
+            return self.apply(x.flatten(0, 1), Params(*rows)).unflatten(0, (-1, frames))
+        values, applies = params.to(x.device)
+        for name, value in values.items():
             assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
-            x = _OPERATIONS[name].apply(x, value, self.align_corners)
+            changed = _OPERATIONS[name].apply(x, value, self.align_corners)
+            x = torch.where(applies[name][:, None, None, None], changed, x) if name in applies else changed
         return x
-
-
-def _one_of(ops: Sequence[str], gen: torch.Generator) -> tuple[str, ...]:
-    """Draw one of the operations; empty if there are none."""
-    return (ops[int(torch.randint(len(ops), (), generator=gen))],) if ops else ()
 
 
 def _extent(side: int, ratio: float) -> int:
@@ -232,10 +237,16 @@ def _per_image(value: Tensor, x: Tensor) -> Tensor:
     return value[:, None, None, None].to(x.dtype)
 
 
-def _draw_color(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _integers(u: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Return integers (rows, len(ranges)), uniform over {low, ..., high - 1} if ``u`` (rows, 3) is uniform over
+    [0, 1)."""
+    columns = [(x * (high - low)).floor() + low for x, (low, high) in zip(u.unbind(1), ranges, strict=False)]
+    return torch.stack(columns, 1).long()
+
+
+def _draw_color(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 3): brightness, saturation, contrast."""
-    u = torch.rand(3, rows, generator=gen, dtype=torch.float32)
-    return torch.stack([u[0] - 0.5, u[1] * 2, u[2] + 0.5], 1)
+    return torch.stack([u[:, 0] - 0.5, u[:, 1] * 2, u[:, 2] + 0.5], 1)
 
 
 def _color(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -247,10 +258,10 @@ def _color(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return (x - mean) * contrast + mean
 
 
-def _draw_crop(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_crop(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2): the shift of the window down and right, in pixels."""
     limits = (_extent(side, 0.125) for side in (height, width))
-    return torch.stack([torch.randint(-limit, limit + 1, (rows,), generator=gen) for limit in limits], 1)
+    return _integers(u, [(-limit, limit + 1) for limit in limits])
 
 
 def _crop(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -269,10 +280,10 @@ def _shifted(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.take_along_dim(x, columns.clamp(0, width - 1), 3), inside
 
 
-def _draw_crop_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_crop_dc(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2), as ``_draw_crop``."""
     limits = (_extent(side, 0.125) for side in (height, width))
-    return torch.stack([torch.randint(-limit, max(limit, 1), (rows,), generator=gen) for limit in limits], 1)
+    return _integers(u, [(-limit, max(limit, 1)) for limit in limits])
 
 
 def _crop_dc(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -285,10 +296,9 @@ def _batch_mean(x: Tensor) -> Tensor:
     return x.mean((0, 2, 3), keepdim=True)
 
 
-def _draw_cutout(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_cutout(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2): row and column of the centre, which is a pixel if the side cut out is odd, else a pixel edge."""
-    ends = (side + 1 - _extent(side, 0.5) % 2 for side in (height, width))
-    return torch.stack([torch.randint(end, (rows,), generator=gen) for end in ends], 1)
+    return _integers(u, [(0, side + 1 - _extent(side, 0.5) % 2) for side in (height, width)])
 
 
 def _cutout(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -301,23 +311,23 @@ def _cutout(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
-def _draw_flip(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_flip(u: Tensor, height: int, width: int) -> Tensor:
     """(rows,): whether to flip."""
-    return torch.rand(rows, generator=gen, dtype=torch.float32) < 0.5
+    return u[:, 0] < 0.5
 
 
 def _flip(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return torch.where(value[:, None, None, None], x.flip(3), x)
 
 
-def _draw_scale(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_scale(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2): the factors of the horizontal and vertical coordinates; a factor below one enlarges."""
-    return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * (1.2 - 1 / 1.2) + 1 / 1.2
+    return u[:, :2] * (1.2 - 1 / 1.2) + 1 / 1.2
 
 
-def _draw_scale_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_scale_dc(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2), as ``_draw_scale``."""
-    return 1 / (torch.rand(rows, 2, generator=gen, dtype=torch.float32) * 0.4 + 0.8)
+    return 1 / (u[:, :2] * 0.4 + 0.8)
 
 
 def _scale(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -326,14 +336,14 @@ def _scale(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return _warp(x, (horizontal, zero, zero, vertical), align_corners)
 
 
-def _draw_rotate(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_rotate(u: Tensor, height: int, width: int) -> Tensor:
     """(rows,): the angle in radians."""
-    return (torch.rand(rows, generator=gen, dtype=torch.float32) * 2 - 1) * math.radians(15)
+    return (u[:, 0] * 2 - 1) * math.radians(15)
 
 
-def _draw_rotate_dc(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_rotate_dc(u: Tensor, height: int, width: int) -> Tensor:
     """(rows,): the angle in radians."""
-    return 3 * _draw_rotate(gen, rows, height, width)
+    return 3 * _draw_rotate(u, height, width)
 
 
 def _rotate_dc(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -347,9 +357,9 @@ def _rotate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return _warp(x, (cos, -sin, sin, cos), align_corners)
 
 
-def _draw_jitter(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_jitter(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 3): brightness, contrast, saturation."""
-    u = torch.rand(rows, 3, generator=gen, dtype=torch.float32) * 0.5 - 0.25
+    u = u * 0.5 - 0.25
     return torch.stack([u[:, 0], u[:, 1].exp(), u[:, 2].exp()], 1)
 
 
@@ -362,10 +372,10 @@ def _jitter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return (x - mean) * saturation + mean
 
 
-def _draw_zoom(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_zoom(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 3): the factor of both coordinates, then the shift of the window right and down in normalised coordinates;
     a factor below one magnifies."""
-    u = torch.rand(rows, 3, generator=gen, dtype=torch.float32) * 2 - 1
+    u = u * 2 - 1
     factor = (u[:, :1] * math.log(1.25)).exp()
     return torch.cat([factor, u[:, 1:] * (1 - factor).abs()], 1)
 
@@ -376,9 +386,9 @@ def _zoom(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return _warp(x, (factor, zero, zero, factor), align_corners, (right, down))
 
 
-def _draw_translate(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_translate(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2): the shift of the window right and down, in normalised coordinates, in which the image spans 2."""
-    return torch.rand(rows, 2, generator=gen, dtype=torch.float32) * 0.5 - 0.25
+    return u[:, :2] * 0.5 - 0.25
 
 
 def _translate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -387,9 +397,9 @@ def _translate(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return _warp(x, (one, zero, zero, one), align_corners, (right, down))
 
 
-def _draw_cutout_quarter(gen: torch.Generator, rows: int, height: int, width: int) -> Tensor:
+def _draw_cutout_quarter(u: Tensor, height: int, width: int) -> Tensor:
     """(rows, 2): the first row and column of the rectangle."""
-    return torch.stack([torch.randint(side - side // 4 + 1, (rows,), generator=gen) for side in (height, width)], 1)
+    return _integers(u, [(0, side - side // 4 + 1) for side in (height, width)])
 
 
 def _cutout_quarter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
@@ -430,24 +440,23 @@ _OF_MODE_D = ("flip", "color", "crop", "scale", "rotate", "cutout")
 
 
 class _Operation(NamedTuple):
-    draw: Callable[[torch.Generator, int, int, int], Tensor]
+    draw: Callable[[Tensor, int, int], Tensor]
+    """Turns uniform numbers (rows, 3) and the height and width of an image into parameters (rows, ...)."""
     apply: Callable[[Tensor, Tensor, bool], Tensor]
-    identity: Any
-    """The parameters that leave an image unchanged."""
 
 
 _OPERATIONS = {
-    "color": _Operation(_draw_color, _color, [0.0, 1.0, 1.0]),
-    "crop": _Operation(_draw_crop, _crop, [0, 0]),
-    "cutout": _Operation(_draw_cutout, _cutout, [-(2**30), 0]),
-    "flip": _Operation(_draw_flip, _flip, False),
-    "scale": _Operation(_draw_scale, _scale, [1.0, 1.0]),
-    "rotate": _Operation(_draw_rotate, _rotate, 0.0),
-    "crop-dc": _Operation(_draw_crop_dc, _crop_dc, [0, 0]),
-    "scale-dc": _Operation(_draw_scale_dc, _scale, [1.0, 1.0]),
-    "rotate-dc": _Operation(_draw_rotate_dc, _rotate_dc, 0.0),
-    "jitter": _Operation(_draw_jitter, _jitter, [0.0, 1.0, 1.0]),
-    "zoom": _Operation(_draw_zoom, _zoom, [1.0, 0.0, 0.0]),
-    "translate": _Operation(_draw_translate, _translate, [0.0, 0.0]),
-    "cutout-quarter": _Operation(_draw_cutout_quarter, _cutout_quarter, [-(2**30), 0]),
+    "color": _Operation(_draw_color, _color),
+    "crop": _Operation(_draw_crop, _crop),
+    "cutout": _Operation(_draw_cutout, _cutout),
+    "flip": _Operation(_draw_flip, _flip),
+    "scale": _Operation(_draw_scale, _scale),
+    "rotate": _Operation(_draw_rotate, _rotate),
+    "crop-dc": _Operation(_draw_crop_dc, _crop_dc),
+    "scale-dc": _Operation(_draw_scale_dc, _scale),
+    "rotate-dc": _Operation(_draw_rotate_dc, _rotate_dc),
+    "jitter": _Operation(_draw_jitter, _jitter),
+    "zoom": _Operation(_draw_zoom, _zoom),
+    "translate": _Operation(_draw_translate, _translate),
+    "cutout-quarter": _Operation(_draw_cutout_quarter, _cutout_quarter),
 }

@@ -20,6 +20,7 @@ from condense.method import Context
 from condense.networks import Factory
 from condense.plugins import code_of
 from condense.recipe import Recipe
+from condense.rng import VERSION
 from condense.synthetic.files import load, save
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
@@ -120,7 +121,7 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     cache = Cache(cache_folder() if listed else None, "baselines")
     values = (plan.method, *vars(plan.method).values(), plan.decode, plan.labels)
     code = code_of(*(type(value).__module__ for value in values), ctx.task.network.module)
-    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": code}
+    key = {"recipe": ctx.origin.recipe_hash, "device": device.type, "code": code, "draws": VERSION}
     cached = cache.read(key, load)
     if cached is not None:
         return cached.to(device)

@@ -55,6 +55,10 @@ class Compute(Checked):
     images are processed one at a time."""
     networks: int | None = None
     """Number of experts, or of networks in an evaluation, that one process trains at once (vmap)."""
+    graph: bool | None = None
+    """Capture steps as CUDA graphs; the results are the same. Steps that read the device are not captured."""
+    tf32: bool | None = None
+    """Use TF32 for float32 products and convolutions on a GPU: about ten bits of their mantissas."""
     adjoint_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of second-order work. bfloat16 is faster, but changes the meta-gradient by a few percent."""
 
@@ -68,6 +72,7 @@ class Compute(Checked):
             "compile": bool(self.compile),
             "autocast": self.autocast == "bfloat16",
             "channels_last": bool(self.channels_last),
+            "tf32": bool(self.tf32),
             "adjoint_dtype": self.adjoint_dtype == "bfloat16",
         }
         clash = [name for name, on in fast.items() if on and self.exact]
@@ -91,7 +96,9 @@ class Compute(Checked):
             "channels_last": fast and row.channels_last,
             "micro_batch": row.micro_batch,
             "vmap_batch": row.vmap_batch if fast else 1,
-            "networks": 1,  # more were not faster on two cores; not measured on a GPU
+            "networks": row.networks if fast else 1,
+            "graph": row.graph,
+            "tf32": fast and row.tf32,
         }
         if earlier is not None:
             defaults |= {name: earlier[name] for name in defaults if earlier.get(name) is not None}
@@ -100,17 +107,16 @@ class Compute(Checked):
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """With an exact policy, disable TF32 and bfloat16 in float32 products and convolutions inside the context.
+        """Set the precision of float32 products and convolutions inside the context.
 
-        The settings of the process are restored on exit. Other policies change nothing.
+        An exact policy disables TF32 and bfloat16. Others enable or disable TF32 on a GPU, if ``tf32`` is set. The
+        settings of the process are restored on exit.
         """
-        if not self.exact:
-            yield
-            return
         before = [switch.get() for switch in _PRECISIONS]
         try:
             for switch in _PRECISIONS:
-                switch.set_(switch.full)
+                if self.exact or (switch.on_gpu and self.tf32 is not None):
+                    switch.set_(switch.reduced if self.tf32 else switch.full)
             yield
         finally:
             for switch, value in zip(_PRECISIONS, before, strict=True):
@@ -123,6 +129,8 @@ class Compute(Checked):
             identity["channels_last"] = True
         if (self.networks or 1) > 1:
             identity["networks"] = self.networks
+        if self.tf32:
+            identity["tf32"] = True
         return identity
 
     def layout(self, images: Tensor) -> Tensor:
@@ -153,13 +161,16 @@ class _Precision(NamedTuple):
     set_: Callable[[Any], None]
     full: Any
     """Its value for full precision."""
+    reduced: Any
+    """Its value for TF32."""
+    on_gpu: bool
     inherits: Any = None
     """The value with which it follows PyTorch's global setting, if there is one."""
 
     @staticmethod
-    def of(owner: Any, name: str, full: Any, inherits: Any = None) -> _Precision:
+    def of(owner: Any, name: str, full: Any, reduced: Any, on_gpu: bool, inherits: Any = None) -> _Precision:
         get, set_ = functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
-        return _Precision(get, set_, full, inherits)
+        return _Precision(get, set_, full, reduced, on_gpu, inherits)
 
     def restore(self, value: Any) -> None:
         """Set it to a value that ``get`` returned; a value that was inherited is inherited again."""
@@ -173,13 +184,15 @@ def _precisions() -> list[_Precision]:
     """Return the settings of this version of PyTorch, which does not allow its two interfaces to be mixed."""
     backends: Any = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
-        operations = [
-            *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-            *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+        gpu = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        cpu = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+        return [
+            _Precision.of(operation, "fp32_precision", "ieee", "tf32", operation in gpu, "none")
+            for operation in (*gpu, *cpu)
         ]
-        return [_Precision.of(operation, "fp32_precision", "ieee", "none") for operation in operations]
-    matmul = _Precision(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
-    return [matmul, _Precision.of(backends.cudnn, "allow_tf32", False)]
+    get, set_ = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    matmul = _Precision(get, set_, "highest", "high", on_gpu=True)
+    return [matmul, _Precision.of(backends.cudnn, "allow_tf32", False, True, on_gpu=True)]
 
 
 _PRECISIONS = _precisions()
@@ -191,14 +204,17 @@ class _Row(NamedTuple):
     channels_last: bool = False
     micro_batch: int = 256
     vmap_batch: int = 1
+    networks: int = 1
+    graph: bool = False
+    tf32: bool = False
 
 
 _TABLE = {
     # Two cores: compiling costs about 10 s and saves 2 s per 1e12 operations; vmap over classes is faster with one
-    # image per class and slower with ten.
+    # image per class and slower with ten; several networks at once are not faster.
     "cpu": _Row(fast_from=2e13, vmap_batch=16),
     # Not measured yet.
-    "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048, vmap_batch=2048),
+    "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048, vmap_batch=2048, graph=True, tf32=True),
 }
 
 
@@ -264,9 +280,12 @@ def compiling() -> Iterator[None]:
         yield
 
 
-def compiled_or_eager(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile ``fn`` with torch.compile; after the first failure it runs eagerly, with one warning."""
-    compiled = torch.compile(fn, dynamic=False)
+def compiled_or_eager(fn: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
+    """Compile ``fn`` with torch.compile; after the first failure it runs eagerly, with one warning.
+
+    With ``dynamic`` one compiled variant serves all ints and shapes.
+    """
+    compiled = torch.compile(fn, dynamic=dynamic)
     failed = False
 
     def call(*inputs: Any) -> Any:

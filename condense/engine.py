@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from condense.distributed import Ranks
 from condense.files import read_tensors, reporting, write_tensors
-from condense.method import Context, Method, State, require_finite
+from condense.method import Context, Method, State, Value, require_finite
 from condense.names import reason, spelt
+from condense.rng import VERSION
 from condense.schema import brief, from_json
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
@@ -32,13 +33,19 @@ CHECKPOINT_SECONDS = 10.0
 CHECKPOINT_STEPS = 100
 """A checkpoint is written after so many seconds or steps, whichever comes first. The result does not depend on it."""
 
+READ_SECONDS = 1.0
+READ_STEPS: int | None = None
+"""The numbers of this many steps are read from the device together, because reading waits for it. None: of each step on
+a CPU and with several processes, which wait for one another in every step; else of as many as take ``READ_SECONDS``.
+The result does not depend on it."""
+
 _CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 
 Validate = Callable[[SyntheticSet, int], Mapping[str, float]]
 """(set, steps done) -> numbers for the log, computed on validation images; provided by the caller."""
 
 OnStep = Callable[[int, Mapping[str, float]], None]
-"""(steps done, logged numbers of the step) -> None."""
+"""(steps done, logged numbers of the step) -> None; called when the numbers are read, which may be some steps later."""
 
 
 def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> SyntheticSet:
@@ -48,10 +55,11 @@ def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> Synt
         ValueError: a loss or gradient is not finite; a layer lacks a derivative that the method needs.
     """
     state = method.init(ctx)
+    steps = _Steps(method, ctx, state, None, on_step)
     for done in range(method.num_steps):
-        record = _step(method, ctx, state, done, None)
-        if on_step is not None:
-            on_step(done + 1, record)
+        steps.advance(done)
+        if steps.due or done + 1 == method.num_steps:
+            steps.read()
     return method.finalize(ctx, state, method.num_steps)
 
 
@@ -77,8 +85,8 @@ def run(
 
     Raises:
         ValueError: the checkpoint belongs to another recipe or is damaged; the disk is full; a loss or gradient is not
-            finite (the last good checkpoint is kept); a layer lacks a derivative that the method needs; another
-            process ended.
+            finite (the error names the first such step; the last good checkpoint is kept); a layer lacks a derivative
+            that the method needs; another process ended.
     """
     ranks, parts = ctx.ranks, method.parts(ctx)
     _laid_out(state)
@@ -103,25 +111,41 @@ def run(
         if log is not None and done:
             log.write({"event": "resume", "step": done})
         saved_at, saved_time = done, time.monotonic()
+
+        def checkpoint_due() -> bool:
+            late = time.monotonic() - saved_time >= CHECKPOINT_SECONDS
+            return late or done - saved_at >= CHECKPOINT_STEPS or done == method.num_steps
+
+        def validates(step: int) -> bool:
+            return bool(eval_every and validate) and (step % eval_every == 0 or step == method.num_steps)
+
+        def report(step: int, record: Mapping[str, float]) -> None:
+            if log is None:
+                return
+            if validate is not None and validates(step):  # the state is of this step
+                record = {**record, **validate(method.finalize(ctx, state, step), step)}
+            log.step(step, record)
+            if on_step is not None:
+                on_step(step, record)
+
+        steps = _Steps(method, ctx, state, checkpoint, report)
+
         while done < method.num_steps:
             if shares is not None:  # before the step, so that no checkpoint is ahead of this log
                 shares.write({"step": done + 1, "parts": list(ranks.shard(parts))})
-            record = _step(method, ctx, state, done, checkpoint)
+            steps.advance(done)
             done += 1
+            if not (steps.due or validates(done) or done in marks or checkpoint_due()):
+                continue
+            steps.read()
             if log is None:
                 continue
-            if eval_every and validate is not None and (done % eval_every == 0 or done == method.num_steps):
-                record |= validate(method.finalize(ctx, state, done), done)
-            log.step(done, record)
-            if on_step is not None:
-                on_step(done, record)
             if done in marks:
                 snapshot = folder / "snapshots" / f"step_{done:07d}.safetensors"
                 with reporting(snapshot):
                     snapshot.parent.mkdir(exist_ok=True)
                 save(method.finalize(ctx, state, done), snapshot)
-            due = done - saved_at >= CHECKPOINT_STEPS or time.monotonic() - saved_time >= CHECKPOINT_SECONDS
-            if due or done == method.num_steps:
+            if checkpoint_due():
                 log.sync()
                 _checkpoint(state, ctx, done, checkpoint, keep)
                 saved_at, saved_time, keep = done, time.monotonic(), previous
@@ -143,41 +167,102 @@ def snapshot_steps(num_steps: int) -> set[int]:
 
 
 @torch.no_grad()
-def image_statistics(syn: SyntheticSet) -> dict[str, float]:
-    """Return mean, standard deviation and largest absolute value of the stored values of a set, for the log."""
+def image_statistics(syn: SyntheticSet) -> dict[str, Tensor]:
+    """Return mean, standard deviation and largest absolute value of the stored values of a set, 0-d, for the log."""
     latents = syn.latents
-    mean, std, peak = torch.stack([latents.mean(), latents.std(), latents.abs().max()]).tolist()
-    return {"image_mean": mean, "image_std": std, "image_max": peak}
+    return {"image_mean": latents.mean(), "image_std": latents.std(), "image_max": latents.abs().max()}
 
 
-def _numbers(record: Any) -> dict[str, float]:
+def _numbers(record: Any) -> Mapping[str, Value]:
     """Return what a step logs. Raises ValueError if these are not numbers by name."""
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         raise ValueError(f"a step logs {brief(record)}; return numbers by name, or an empty dict")
     for name, value in record.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"a step logs {name}={brief(value)}, which is no number; return float(...) of a scalar")
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
+            raise ValueError(f"a step logs {name}={brief(value)}, which is no number; return a number or a 0-d tensor")
     return record
 
 
-def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path | None) -> dict[str, float]:
-    """Run one step and return the numbers to log; raise ValueError if a loss, gradient or number is not finite."""
+class _Steps:
+    """Runs the steps of a method, and reads their numbers later, several steps together.
+
+    How many steps are read together grows from 1, and at most doubles. The time that they take counts from the end of
+    the first of them, so that what the caller does between two reads does not count.
+    """
+
+    def __init__(
+        self, method: Method, ctx: Context, state: State, checkpoint: Path | None, report: OnStep | None
+    ) -> None:
+        self._method, self._ctx, self._state = method, ctx, state
+        self._checkpoint, self._report = checkpoint, report
+        self._settles = READ_STEPS is None and ctx.task.device.type != "cpu" and ctx.ranks.size == 1
+        self._every, self._since = READ_STEPS or 1, 0.0
+        self._unread: list[tuple[int, dict[str, float | None]]] = []
+        """Steps and their numbers, with None in place of the tensors."""
+        self._numbers: list[Tensor] = []
+        """The tensors of each of these steps, stacked."""
+
+    @property
+    def due(self) -> bool:
+        """Whether as many steps are unread as are to be read together."""
+        return len(self._unread) >= self._every
+
+    def advance(self, done: int) -> None:
+        """Run the step after the first ``done`` ones."""
+        try:
+            record = _step(self._method, self._ctx, self._state, done, self._checkpoint)
+        except Exception:
+            self.read()  # an earlier step that is not finite is the cause of what fails after it
+            raise
+        if not self._unread:
+            self._since = time.monotonic()
+        kept = {name: None if isinstance(value, Tensor) else value for name, value in record.items()}
+        self._unread.append((done + 1, kept))
+        tensors = [value.detach().to(self._ctx.task.device) for value in record.values() if isinstance(value, Tensor)]
+        if tensors:
+            self._numbers.append(torch.stack(tensors))
+
+    def read(self) -> None:
+        """Read the numbers of all unread steps and report them; raise ValueError at the first that is not finite."""
+        unread, numbers = self._unread, iter(torch.cat(self._numbers).tolist() if self._numbers else [])
+        self._unread, self._numbers = [], []
+        if self._settles and unread:
+            self._every = steps_per_read(self._every, len(unread), time.monotonic() - self._since)
+        for step, kept in unread:
+            record = {name: next(numbers) if value is None else value for name, value in kept.items()}
+            try:
+                require_finite(record)
+            except FloatingPointError as error:
+                raise _diverged(step, error, self._checkpoint) from error
+            if self._report is not None:
+                self._report(step, record)
+
+
+def steps_per_read(before: int, steps: int, seconds: float) -> int:
+    """Return how many steps to read together, given how many before, and that the last ``steps`` took ``seconds``."""
+    return max(1, min(2 * before, int(READ_SECONDS * steps / max(seconds, 1e-9))))
+
+
+def _diverged(step: int, error: FloatingPointError, checkpoint: Path | None) -> ValueError:
+    exists = checkpoint is not None and checkpoint.exists()
+    saved = f"the last good checkpoint is {checkpoint}" if exists else "there is no checkpoint yet"
+    return ValueError(
+        f"step {step} is not finite ({error}): the distillation diverged ({saved}); "
+        f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
+    )
+
+
+def _step(method: Method, ctx: Context, state: State, done: int, checkpoint: Path | None) -> dict[str, Value]:
+    """Run one step and return the numbers to log. Raises ValueError if the step finds that a number is not finite."""
     try:
         with ctx.rng.forked("layers", done):  # dropout of external networks
             record = _numbers(method.step(ctx, state, done))
-        if ctx.task.device.type == "cuda":  # kernels that sum in no fixed order would let the processes diverge
-            live, _ = _laid_out(state)
+        if ctx.task.device.type == "cuda" and ctx.ranks.size > 1:
+            live, _ = _laid_out(state)  # kernels that sum in no fixed order would let the processes diverge
             ctx.ranks.broadcast([tensor for tensor in live.values() if tensor.is_floating_point()])
-        record |= image_statistics(state.syn)
-        require_finite(record)
-        return record
+        return {**record, **image_statistics(state.syn)}
     except FloatingPointError as error:
-        exists = checkpoint is not None and checkpoint.exists()
-        saved = f"the last good checkpoint is {checkpoint}" if exists else "there is no checkpoint yet"
-        raise ValueError(
-            f"step {done + 1} is not finite ({error}): the distillation diverged ({saved}); "
-            f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
-        ) from error
+        raise _diverged(done + 1, error, checkpoint) from error
     except RuntimeError as error:
         if not re.search("not (been )?implemented|does not support", str(error)):
             raise
@@ -218,6 +303,7 @@ def _checkpoint(state: State, ctx: Context, done: int, checkpoint: Path, keep: P
     header = {
         "kind": "checkpoint",
         "format": 1,
+        "draws": VERSION,
         "step": done,
         "recipe_hash": ctx.origin.recipe_hash,
         "state": skeleton,
@@ -241,6 +327,11 @@ def _restore(state: State, ctx: Context, checkpoint: Path, previous: Path) -> tu
         raise ValueError(
             f"{checkpoint} belongs to another recipe or buffer; choose another {spelt('out')}, or move that run away"
         )
+    if saved.draws != VERSION:
+        raise ValueError(
+            f"{checkpoint} was written by a version of this package whose random numbers differ, so the run cannot be "
+            f"continued; choose another {spelt('out')} to start again"
+        )
     try:
         template = _fields(state)
         values = _unflatten(template, saved.state, tensors, "")
@@ -263,6 +354,8 @@ class _Checkpoint:
     step: int
     recipe_hash: str
     state: Mapping[str, Any]
+    draws: int = 1
+    """The version of the draws, see ``condense.rng``; version 0.1.0 did not write it."""
 
     def __post_init__(self) -> None:
         if self.step < 0:

@@ -26,16 +26,23 @@ def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
         ridge: the absolute ridge; see ``relative_ridge``.
 
     Raises:
-        FloatingPointError: the matrix is not finite, or far from positive definite.
+        FloatingPointError: the matrix is on the CPU and not finite, or far from positive definite. On other devices the
+            solution is NaN in this case, since nothing is read from them.
     """
-    identity = torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device)
-    for _ in range(MAX_ESCALATIONS):
-        factor, failed = torch.linalg.cholesky_ex(k_ss + ridge * identity)
-        if not failed:
+    identity, reads = torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device), k_ss.device.type == "cpu"
+    chosen, all_failed = torch.as_tensor(ridge).to(k_ss), torch.ones((), dtype=torch.bool, device=k_ss.device)
+    for attempt in range(MAX_ESCALATIONS):
+        if attempt:
+            rounding = relative_ridge(k_ss.detach(), torch.finfo(k_ss.dtype).eps)
+            ridge = torch.maximum(torch.as_tensor(ridge).to(rounding) * 10, rounding)
+            chosen = torch.where(all_failed, ridge, chosen)
+        factor, failed = torch.linalg.cholesky_ex(k_ss + chosen * identity)
+        all_failed = all_failed & (failed != 0)
+        if reads and not all_failed:
             return torch.cholesky_solve(y, factor)
-        rounding = relative_ridge(k_ss.detach(), torch.finfo(k_ss.dtype).eps)
-        ridge = torch.maximum(torch.as_tensor(ridge).to(rounding) * 10, rounding)
-    raise FloatingPointError(f"a kernel matrix of {len(k_ss)} images is not positive definite")
+    if reads:
+        raise FloatingPointError(f"a kernel matrix of {len(k_ss)} images is not positive definite")
+    return torch.where(all_failed, torch.nan, torch.cholesky_solve(y, factor))
 
 
 def relative_ridge(k_ss: Tensor, ridge: float) -> Tensor:

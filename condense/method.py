@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Any, ClassVar, Literal, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.cudagraph import GraphedStep
 from condense.data.layout import kind
 from condense.distributed import Ranks
 from condense.names import spelt
@@ -101,6 +102,9 @@ class Lamb(torch.optim.Optimizer):
                 param.sub_(group["lr"] * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0) * u)
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Context:
     """What the engine passes to a method: the task, keyed random numbers, and fields of the recipe.
@@ -154,7 +158,7 @@ class Context:
             grouped.transpose(0, 1).flatten(0, 1),
             self.origin.classes_of(labels),
             decoder,
-            self.rng("decoder"),
+            self.rng.generator("decoder"),
         )
         if interleave:
             order = torch.arange(classes * each, device=images.device).view(classes, each).T.flatten()
@@ -194,7 +198,7 @@ class Context:
         num, task = self.images_per_class, self.task
         labels = torch.arange(task.num_classes, device=task.device).repeat_interleave(num)
         if kind == "noise":
-            noise = torch.randn(len(labels), *task.input_shape, generator=self.rng("initial images"))
+            noise = torch.randn(len(labels), *task.input_shape, generator=self.rng.generator("initial images"))
             return noise.to(task.device), labels
         self.require_images()
         drawn = [task.train.draw(c, num, self.rng("initial images", 0, c)) for c in range(task.num_classes)]
@@ -256,6 +260,41 @@ class Context:
 
         compiled = self.compute.first_order(maps, network.device)
         return lambda params, buffers, images: compiled(params, buffers, self.compute.layout(images))
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, int], Any]:
+        return {}
+
+    def kept(self, name: str, state: State, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned in the first call with this name and state."""
+        key = name, id(state)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
+
+    def graphed(self, name: str, state: State, fn: Callable[[Any], None]) -> Callable[[int], None]:
+        """Return a function of the step, captured as a CUDA graph if the compute policy says so.
+
+        Args:
+            name: names the function among those of the method.
+            state: the state that it reads and writes, in place.
+            fn: the function. Its argument is an int, or a 0-d tensor that may only be used as the step of ``rng``, and
+                in sums with ints. Of later calls with this name and state it is ignored.
+        """
+        if not self.compute.graph:
+            return fn
+        return self.kept(name, state, lambda: self.graphed_step(name, fn))
+
+    def graphed_step(self, name: str, fn: Callable[[Tensor], None]) -> GraphedStep:
+        """Return a step of its own that is captured as a CUDA graph."""
+        return GraphedStep(
+            fn, self.task.device, name=f"the part {name!r} of a step", compile=bool(self.compute.compile)
+        )
+
+
+Value = float | Tensor
+"""A number to log: a float, or a 0-d tensor, which the engine reads later. To read one inside a step is to wait for the
+device."""
 
 
 @dataclass
@@ -373,8 +412,9 @@ class Method(Checked, ABC):
     def init(self, ctx: Context) -> State: ...
 
     @abstractmethod
-    def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
-        """Advance ``state`` by one step (counted from 0) and return the values to log."""
+    def step(self, ctx: Context, state: Any, step: int) -> Mapping[str, Value]:
+        """Advance ``state`` by one step (counted from 0) and return the values to log. The engine reads those that are
+        tensors, and ends the run if one is not finite."""
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
         """Return the set to store after ``steps`` steps. The state must not change."""
@@ -464,7 +504,7 @@ class GradientMethod(Method):
         return (0,)
 
     @abstractmethod
-    def loss(self, ctx: Context, state: Any, step: int, part: int) -> Loss:
+    def loss(self, ctx: Context, state: Any, step: Any, part: int) -> Loss:
         """Return the loss of one part, a scalar. The loss of the step is the sum over all parts.
 
         It may be returned with its terms, ``(loss, {"alignment": ..., "margin": ...})``: at most ``MAX_TERMS`` scalars
@@ -477,7 +517,7 @@ class GradientMethod(Method):
         numbers of layers such as dropout."""
         return 1
 
-    def losses(self, ctx: Context, state: Any, step: int, parts: Sequence[int]) -> Loss:
+    def losses(self, ctx: Context, state: Any, step: Any, parts: Sequence[int]) -> Loss:
         """Return the sum of the losses of several parts. Override it if they are faster to compute together."""
         values, terms = zip(*(_with_terms(self.loss(ctx, state, step, part)) for part in parts), strict=True)
         names = dict.fromkeys(name for each in terms for name in each)
@@ -485,59 +525,58 @@ class GradientMethod(Method):
             name: torch.stack([each[name] for each in terms if name in each]).sum() for name in names
         }
 
-    def update(self, state: Any, record: dict[str, float]) -> None:
+    def graphs(self, ctx: Context) -> bool:
+        """Whether ``losses`` can be captured as a CUDA graph: the step may then be a tensor and is used only to draw
+        and in ``from_host``, nothing is read from the device, and the tensors of the state stay in place."""
+        return False
+
+    def update(self, state: Any, record: dict[str, Value]) -> None:
         """Clip the gradient of the images and step all optimisers. Every process has all gradients.
 
         Methods may override this.
 
         Args:
             record: values to log, to which entries may be added: ``loss``, its terms, and for each leaf the norm
-                ``grad_NAME`` of its gradient and its learning rate ``lr_NAME``.
-
-        Raises:
-            FloatingPointError: a number of the record is not finite.
+                ``grad_NAME`` of its gradient, all as tensors, and its learning rate ``lr_NAME``. They may not be
+                finite: the engine finds that out later.
         """
-        require_finite(record)
         if self.clip is not None:
             clip_grad(state.syn.latents, record["grad_latents"], self.clip)
         for optimiser in state.optimisers.values():
             optimiser.step()
 
-    def after(self, ctx: Context, state: Any, step: int) -> Mapping[str, float] | None:
+    def after(self, ctx: Context, state: Any, step: int) -> Mapping[str, Value] | None:
         """Run what follows the update, e.g. train a student or replace a network. Return additional values to log."""
         return None
 
     @final
-    def step(self, ctx: Context, state: Any, step: int) -> dict[str, float]:
+    def step(self, ctx: Context, state: Any, step: int) -> dict[str, Value]:
+        record = self._differentiate(ctx, state, step)
+        try:
+            self._advance(ctx, state, step, record)
+        except Exception:
+            require_finite(record)  # a number that is not finite is the cause of what fails after it
+            raise
+        return record
+
+    def _differentiate(self, ctx: Context, state: Any, step: int) -> dict[str, Value]:
+        """Compute the gradients of all leaves; return the loss, its terms and the norms of the gradients."""
         leaves = state.leaves()
-        params = [param for group in leaves.values() for param in group]
-        for param in params:
-            param.grad = torch.zeros_like(param)
-        total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
-        names = [str(number) for number in range(MAX_TERMS)]
-        parts, at_once = ctx.ranks.shard(self.parts(ctx)), self.parts_at_once(ctx)
-        for first in range(0, len(parts), at_once):
-            with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding
-                loss, terms = _with_terms(self.losses(ctx, state, step, parts[first : first + at_once]))
-                if not loss.requires_grad:
-                    raise ValueError("the loss has no gradient; compute it from what state.syn() returns")
-                loss.backward()
-            if first and sorted(terms) != names:
-                raise ValueError(
-                    f"the parts of a loss have different terms, {', '.join(sorted(terms))} and {', '.join(names)}: "
-                    "each term is summed over all parts; return the same names for every part"
-                )
-            names = sorted(terms)
-            total[0] += loss.detach()
-            if terms:
-                total[1 : 1 + len(terms)] += torch.stack([terms[name].detach().to(total) for name in names])
-        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in params), total])
+        gradients = ctx.kept("gradients", state, lambda: _Gradients(self, ctx, state))
+        gradients(step)
+        total, names = gradients.total, gradients.names
+        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in gradients.params), total])
         values = {"loss": total[0]} | {f"loss_{name}": value for name, value in zip(names, total[1:], strict=False)}
         values |= {f"grad_{name}": _norm(params) for name, params in leaves.items()}
-        record = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        numbers = torch.stack(list(values.values())).to(dtype_of_numbers(ctx.task.device))
+        return dict(zip(values, numbers.unbind(), strict=True))
+
+    def _advance(self, ctx: Context, state: Any, step: int, record: dict[str, Value]) -> None:
+        """Update all leaves, and do what follows."""
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
-            record[f"lr_{name}"] = optimiser.param_groups[0]["lr"] = plans[name].lr_at(step, self.num_steps)
+            record[f"lr_{name}"] = rate = plans[name].lr_at(step, self.num_steps)
+            set_lr(optimiser, rate)
         self.update(state, record)
         with torch.no_grad():
             if self.clamp and kind(ctx.task.input_shape) != "series":
@@ -549,8 +588,8 @@ class GradientMethod(Method):
                     mean = state.average.get(name, torch.zeros_like(param)).to(param.device)
                     state.average[name] = torch.lerp(param, mean, self.ema)
         if state.syn.lr is not None:
-            record["syn_lr"] = state.syn.lr.detach().mean().item()
-        return record | dict(self.after(ctx, state, step) or {})
+            record["syn_lr"] = state.syn.lr.detach().mean()
+        record |= self.after(ctx, state, step) or {}
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
         if self.ema is None:
@@ -561,16 +600,71 @@ class GradientMethod(Method):
         return averaged
 
 
-def require_finite(record: Mapping[str, float]) -> None:
-    """Raise FloatingPointError, with the whole record, if a value is not finite."""
+class _Gradients:
+    """Computes the gradients of all leaves, and the loss with its terms, summed over the parts of this process.
+
+    All results stay in place: the gradients in ``grad`` of the parameters, the loss and its terms in ``total``.
+    """
+
+    def __init__(self, method: GradientMethod, ctx: Context, state: GradientState) -> None:
+        self._method, self._ctx, self._state = method, ctx, state
+        self.params = [param for group in state.leaves().values() for param in group]
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        self.total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
+        self.names = [str(number) for number in range(MAX_TERMS)]
+        """Names of the terms; placeholders in a process without parts."""
+        graph = ctx.compute.graph and method.graphs(ctx)
+        self._run: Callable[[Any], None] = ctx.graphed_step("gradients", self._compute) if graph else self._compute
+
+    def __call__(self, step: int) -> None:
+        self._run(step)
+
+    def _compute(self, step: int | Tensor) -> None:
+        method, ctx, total = self._method, self._ctx, self.total
+        for tensor in (total, *(cast(Tensor, param.grad) for param in self.params)):
+            tensor.zero_()
+        parts, at_once = ctx.ranks.shard(method.parts(ctx)), method.parts_at_once(ctx)
+        for first in range(0, len(parts), at_once):
+            with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding
+                loss, terms = _with_terms(method.losses(ctx, self._state, step, parts[first : first + at_once]))
+                if not loss.requires_grad:
+                    raise ValueError("the loss has no gradient; compute it from what state.syn() returns")
+                loss.backward()
+            if first and sorted(terms) != self.names:
+                raise ValueError(
+                    f"the parts of a loss have different terms, {', '.join(sorted(terms))} and "
+                    f"{', '.join(self.names)}: each term is summed over all parts; return the same names for every part"
+                )
+            self.names = sorted(terms)
+            total[0] += loss.detach()
+            if terms:
+                total[1 : 1 + len(terms)] += torch.stack([terms[name].detach().to(total) for name in self.names])
+
+
+def require_finite(record: Mapping[str, Value]) -> None:
+    """Raise FloatingPointError, with the whole record, if a value is not finite. Waits for the device."""
     if not all(map(math.isfinite, record.values())):
         raise FloatingPointError(", ".join(f"{name}={value:g}" for name, value in record.items()))
 
 
-def clip_grad(param: nn.Parameter, norm: float, max_norm: float) -> None:
-    """Scale the gradient of ``param``, whose norm is ``norm``, to at most ``max_norm``."""
-    if norm > max_norm:
-        cast(Tensor, param.grad).mul_(max_norm / norm)
+def dtype_of_numbers(device: torch.device) -> torch.dtype:
+    """Return the type of the numbers of a step: float64, as in Python; float32 on mps, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the first group of an optimiser; in place if it is a tensor, on any device."""
+    group = optimiser.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def clip_grad(param: nn.Parameter, norm: Value, max_norm: Value) -> None:
+    """Scale the gradient of ``param``, whose norm is ``norm``, to at most ``max_norm``; one of both is a tensor."""
+    cast(Tensor, param.grad).mul_(cast(Tensor, max_norm / norm).clamp(max=1))
 
 
 def _with_terms(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:

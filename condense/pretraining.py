@@ -61,7 +61,7 @@ def pretrained(
         "training": training.content(),
         "compute": compute.first_order_identity(),
         "initial": checksum({**initial.params, **initial.buffers}),
-        "seed": rng.seed,
+        **rng.identity(),
         "keep": keep,
         "machine": _machine(task.device),
         "code": code_of(network.module),

@@ -43,12 +43,19 @@ class Source(ABC):
     """Number of batches per epoch."""
     batch_size: int
     """Images per batch, including mirrored copies."""
+    on_device: bool = False
+    """Whether ``batch`` takes tensors and computes a batch on the device, without reading it."""
+
+    def begin(self, epoch: int) -> None:  # noqa: B027
+        """Prepare the batches of an epoch; required before ``batch`` is called with tensors."""
 
     @abstractmethod
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         """Return a batch; epochs and batches count from 0.
 
-        This is a pure function: batches may be requested in any order and more than once.
+        This is a pure function: batches may be requested in any order and more than once. Where ``on_device`` is True,
+        both arguments may be 0-d int64 tensors on the device; a tensor ``index`` must be that of a batch of
+        ``batch_size`` images.
         """
 
     @abstractmethod
@@ -77,12 +84,12 @@ class _Viewed(Source):
         self.num_batches, self.batch_size = -(-num_examples // batch_size), batch_size * views.augment.copies
         self._num_drawn = batch_size
 
-    def _viewed(self, images: Tensor, targets: Tensor, epoch: int, index: int) -> Batch:
+    def _viewed(self, images: Tensor, targets: Tensor, epoch: int | Tensor, index: int | Tensor) -> Batch:
         return Batch(*self.views(images, targets, self.num_classes, self.rng, epoch, index))
 
     def identity(self) -> dict[str, Any]:
         return {
-            "seed": self.rng.seed,
+            **self.rng.identity(),
             "num_examples": self.num_examples,
             "batch_size": self.batch_size,
             "order": self.order,
@@ -115,19 +122,24 @@ class Examples(_Viewed):
         """
         super().__init__(len(images), rng, batch_size=batch_size, num_classes=num_classes, order=order, views=views)
         self.images, self.targets = images, targets
-        self._epoch, self._indices = -1, tuple[Tensor, ...]()
+        self.on_device = views.on_device
+        self._epoch, self._indices = -1, torch.arange(len(images), device=images.device)
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        if epoch != self._epoch:
-            self._epoch, self._indices = epoch, self._order(epoch).split(self._num_drawn)
-        chosen = self._indices[index]
+    def begin(self, epoch: int) -> None:
+        if epoch != self._epoch and self.order == "shuffled":
+            order = self.rng("order", epoch).permutation(self.num_examples)
+            self._indices.copy_(order, non_blocking=True)
+        self._epoch = epoch
+
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
+        if isinstance(epoch, int):
+            self.begin(epoch)
+        first, size = index * self._num_drawn, self._num_drawn
+        if isinstance(first, int):
+            chosen = self._indices[first : first + size]
+        else:
+            chosen = self._indices[first + torch.arange(size, device=self._indices.device)]
         return self._viewed(self.images[chosen], self.targets[chosen], epoch, index)
-
-    def _order(self, epoch: int) -> Tensor:
-        num, device = self.num_examples, self.images.device
-        if self.order == "stored":
-            return torch.arange(num, device=device)
-        return torch.randperm(num, generator=self.rng("order", epoch)).to(device)
 
 
 class Minibatches(Source):
@@ -140,7 +152,8 @@ class Minibatches(Source):
         self.images, self.targets, self.indices = images, targets, indices
         self.num_batches, self.batch_size = len(indices), max(map(len, indices), default=0)
 
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
+        assert isinstance(index, int)
         chosen = self.indices[index]
         return Batch(self.images[chosen], self.targets[chosen])
 
@@ -179,12 +192,13 @@ class Streamed(_Viewed):
         self._next = (-1, 0)
         self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
 
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         """Return a batch, see ``Source.batch``.
 
         Raises:
             ValueError: the number of images in the shards is not ``num_examples``.
         """
+        assert isinstance(epoch, int) and isinstance(index, int)
         if self._next != (epoch, index):
             self._stream = self._read(epoch)
             for _ in range(index):
@@ -198,7 +212,7 @@ class Streamed(_Viewed):
         size, seen = self._num_drawn, 0
         shuffled, order = self.order == "shuffled", list(range(len(self.shards)))
         if shuffled:
-            order = torch.randperm(len(order), generator=self.rng("shards", epoch)).tolist()
+            order = self.rng("shards", epoch).permutation(len(order)).tolist()
         pending: tuple[Tensor, Tensor] | None = None
         for position, number in enumerate(order):
             images, targets = self.shards[number]()
@@ -208,7 +222,7 @@ class Streamed(_Viewed):
                     f"the shards hold more than {self.num_examples} images; set num_examples to their number"
                 )
             if shuffled:
-                index = torch.randperm(len(images), generator=self.rng("within a shard", epoch, number))
+                index = self.rng("within a shard", epoch, number).permutation(len(images))
                 images, targets = images[index.to(images.device)], targets[index.to(targets.device)]
             if pending is not None:
                 images, targets = torch.cat([pending[0], images]), torch.cat([pending[1], targets])
@@ -231,9 +245,10 @@ class Relabelled(Source):
         """Targets are the softmax of the teacher's logits, divided by ``temperature``."""
         self.source, self.teacher, self.temperature = source, teacher, temperature
         self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
+        self.on_device, self.begin = source.on_device, source.begin
 
     @torch.no_grad()
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         images = self.source.batch(epoch, index).images
         return Batch(images, (self.teacher(images) / self.temperature).softmax(1))
 
@@ -272,7 +287,8 @@ class StoredLabels(Source):
         """Size of the stored logits in bytes."""
         return self.logits.nbytes
 
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
+        assert isinstance(epoch, int) and isinstance(index, int)
         epoch %= len(self.logits)
         images, first = self.source.batch(epoch, index).images, index * self.batch_size
         logits = self.logits[epoch, first : first + len(images)].to(images.device)
@@ -301,7 +317,7 @@ class StoredLabels(Source):
             names = [name for name, value in views.items() if not isinstance(stored, dict) or stored.get(name) != value]
             raise ValueError(
                 f"{path} holds labels of other views: they differ in {', '.join(names) or 'their fields'}; give the "
-                "source for which the labels were made"
+                "source for which the labels were made, or make them again"
             )
         logits = tensors.get("logits", torch.empty(0))
         num_rows = (source.num_batches - 1) * source.batch_size + len(source.batch(0, source.num_batches - 1).images)

@@ -18,7 +18,7 @@ from condense.data.layout import InputShape
 from condense.data.transform import Transform, fit
 from condense.names import spelt
 from condense.networks import Functional
-from condense.rng import Rng, check_seed
+from condense.rng import Draws, Rng, check_seed
 from condense.schema import Checked
 
 _ROUNDING = ("sha256", "trace")
@@ -51,7 +51,7 @@ class Split(Checked):
         rng, held_out = Rng(self.seed), []
         for label in labels.unique().tolist():
             members = (labels == label).nonzero().flatten()
-            order = torch.randperm(len(members), generator=rng("validation", 0, label))
+            order = torch.randperm(len(members), generator=rng.generator("validation", 0, label))
             held_out.append(members[order[: round(fraction * len(members))]])
         is_held_out = torch.zeros(len(labels), dtype=torch.bool)
         is_held_out[torch.cat(held_out)] = True
@@ -71,20 +71,18 @@ class Labelled:
 
     @cached_property
     def by_class(self) -> list[Tensor]:
-        """Ascending indices of each class, on the CPU, where draws are made."""
-        labels = self.labels.cpu()
-        return list(labels.argsort(stable=True).split(labels.bincount().tolist()))
+        """Ascending indices of each class."""
+        return list(self.labels.argsort(stable=True).split(self.labels.bincount().tolist()))
 
-    def draw(self, label: int, num: int, generator: torch.Generator) -> Tensor:
+    def draw(self, label: int, num: int, draws: Draws) -> Tensor:
         """Draw ``num`` images of a class without replacement, or all of them, shuffled, if it has fewer."""
         members = self.by_class[label]
-        index = members[torch.randperm(len(members), generator=generator)[:num]]
-        return self.images[index.to(self.images.device, non_blocking=True)]
+        return self.images[members[draws.subset(len(members), num).to(members.device, non_blocking=True)]]
 
-    def sample(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, num: int, draws: Draws) -> tuple[Tensor, Tensor]:
         """Draw ``num`` samples (num, *input_shape) of any class without replacement, or all, shuffled, if there are
         fewer; return them with their classes."""
-        index = torch.randperm(len(self), generator=generator)[:num].to(self.images.device, non_blocking=True)
+        index = draws.subset(len(self), num).to(self.labels.device, non_blocking=True)
         return self.images[index], self.labels[index]
 
 

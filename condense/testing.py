@@ -42,7 +42,7 @@ from condense.data.datasets import Arrays
 from condense.data.pixels import Array
 from condense.distributed import Ranks
 from condense.files import checksum
-from condense.method import Context, GradientMethod, GradientState, Method, Optim, State
+from condense.method import Context, GradientMethod, GradientState, Method, Optim, State, require_finite
 from condense.networks import Factory
 from condense.recipe import Recipe
 from condense.rng import Rng
@@ -194,7 +194,7 @@ def every_leaf_learns(method: Method | type[Method], *, buffers: Path | None = N
         before = {name: [p.detach().clone() for p in params] for name, params in _leaves(state).items()}
         try:
             for step in range(trial.method.num_steps):
-                trial.method.step(ctx, state, step)
+                require_finite(trial.method.step(ctx, state, step))
         except FloatingPointError as error:
             trial.breaks(f"it diverges: {error}", "run the check with lower learning rates")
     for name, params in _leaves(state).items():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.cudagraph import Graphed
 from condense.data.images import Images
 from condense.names import spelt
 from condense.networks import Functional, Weights
@@ -121,11 +122,13 @@ class Training(Checked):
 
         ``velocity`` continues a training with sgd: it is the momentum buffer of each parameter, updated in place.
         """
-        lr, decay = self.lr, self.weight_decay
+        decay, first = self.weight_decay, next(iter(params.values()))
+        fused = first.is_cuda
+        lr = torch.tensor(self.lr, device=first.device) if fused else self.lr
         if self.optimiser != "sgd":
             kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
-            return kind(params.values(), lr=lr, betas=(self.momentum, 0.999), weight_decay=decay)
-        sgd = torch.optim.SGD(params.values(), lr=lr, momentum=self.momentum, weight_decay=decay)
+            return kind(params.values(), lr=lr, betas=(self.momentum, 0.999), weight_decay=decay, fused=fused)
+        sgd = torch.optim.SGD(params.values(), lr=lr, momentum=self.momentum, weight_decay=decay, fused=fused)
         for name, buffer in (velocity or {}).items():
             sgd.state[params[name]]["momentum_buffer"] = buffer
         return sgd
@@ -264,18 +267,76 @@ class Trainer:
     ) -> None:
         """Run all epochs. ``loss_of`` returns the loss of a step from one batch for each network."""
         plan, num_batches, rng = self.training, sources[0].num_batches, sources[0].rng
-        with contextlib.nullcontext() if rng is None else rng.forked("layers"):  # dropout of external networks
+
+        def step(epoch: int | Tensor, index: int | Tensor) -> None:
+            loss = loss_of([source.batch(epoch, index) for source in sources])
+            optimiser.zero_grad(set_to_none=True)
+            loss(True).backward()
+            if plan.rho:
+                sharpness_aware(optimiser.param_groups[0]["params"], loss, plan.rho, plan.alpha, len(sources))
+            optimiser.step()
+
+        if self.compute.graph and all(source.on_device for source in sources):
+            run = _Graphs(step, optimiser, num_batches, self.network.device, compile=bool(self.compute.compile))
+        else:
+            run = _set_lr(optimiser, step)
+        with (
+            self.compute.arithmetic(),
+            contextlib.nullcontext() if rng is None else rng.forked("layers"),  # dropout of external networks
+        ):
             for epoch in range(plan.num_epochs):
+                for source in sources:
+                    source.begin(epoch)
                 for index in range(num_batches):
-                    optimiser.param_groups[0]["lr"] = plan.lr_at(epoch * num_batches + index, num_batches)
-                    loss = loss_of([source.batch(epoch, index) for source in sources])
-                    optimiser.zero_grad(set_to_none=True)
-                    loss(True).backward()
-                    if plan.rho:
-                        params = optimiser.param_groups[0]["params"]
-                        sharpness_aware(params, loss, plan.rho, plan.alpha, len(sources))
-                    optimiser.step()
+                    run(epoch, index, plan.lr_at(epoch * num_batches + index, num_batches))
                 after(epoch + 1)
+
+
+class _Graphs:
+    """The steps of a training as CUDA graphs: one for the last batch of an epoch, which may be smaller, and one for
+    all others."""
+
+    def __init__(
+        self,
+        step: Callable[[int | Tensor, int | Tensor], None],
+        optimiser: torch.optim.Optimizer,
+        num_batches: int,
+        device: torch.device,
+        compile: bool,  # noqa: A002
+    ) -> None:
+        self._epoch, self._index = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        (group,) = optimiser.param_groups
+        group["lr"] = self._lr = torch.as_tensor(group["lr"], device=device)
+        self._last, self._values = num_batches - 1, (-1, -1.0)
+        graphed = functools.partial(Graphed, device=device, name="a training step", compile=compile)
+        self._step = graphed(lambda: step(self._epoch, self._index))
+        self._last_step = graphed(lambda: step(self._epoch, self._last))
+
+    def __call__(self, epoch: int, index: int, lr: float) -> None:
+        if self._values != (epoch, lr):
+            self._epoch.fill_(epoch)
+            self._lr.fill_(lr)
+            self._values = epoch, lr
+        if index == self._last:
+            self._last_step()
+        else:
+            self._index.fill_(index)
+            self._step()
+
+
+def _set_lr(optimiser: torch.optim.Optimizer, step: Callable[[int, int], None]) -> Callable[[int, int, float], None]:
+    """Return ``step`` with a learning rate as the third argument."""
+
+    (group,) = optimiser.param_groups
+
+    def run(epoch: int, index: int, lr: float) -> None:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+        step(epoch, index)
+
+    return run
 
 
 def sharpness_aware(

@@ -6,7 +6,6 @@ images, in any order and in another process, so views are never stored.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.data.layout import sides
 from condense.objective import one_hot
-from condense.rng import Rng
+from condense.rng import Draws, Rng
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Views:
     """Alpha of the beta distribution of the MixUp weights; 0: no MixUp."""
 
     def __call__(
-        self, images: Tensor, targets: Tensor, num_classes: int, rng: Rng, epoch: int, index: int
+        self, images: Tensor, targets: Tensor, num_classes: int, rng: Rng, epoch: int | Tensor, index: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the view of a batch (n, C, H, W) with targets (n,) or (n, num_classes).
 
@@ -49,6 +48,11 @@ class Views:
             x, y = mixup(x, y, self.mixup, rng("mixup", epoch, index))
         return x, y
 
+    @property
+    def on_device(self) -> bool:
+        """Whether views can be drawn by tensors; the weights of MixUp are drawn on the host."""
+        return not self.mixup
+
     def identity(self) -> dict[str, Any]:
         """Return what determines the views, apart from the images, the seed and the order."""
         return {"augment": str(self.augment), "cutmix": self.cutmix, "mixup": self.mixup}
@@ -57,37 +61,31 @@ class Views:
 UNCHANGED = Views()
 
 
-def cutmix(x: Tensor, y: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def cutmix(x: Tensor, y: Tensor, probability: float, draws: Draws) -> tuple[Tensor, Tensor]:
     """Apply CutMix (Yun et al. 2019) with some probability to samples (N, *input_shape) and targets (N, C).
 
     A part of each sample is replaced by that of another: a rectangle of an image, the same rectangle of all frames of a
     clip, or a time span of a series. Its relative size is uniform over (0, 1) before it is clipped at the border, and
     the targets are mixed in proportion to the size after that. One draw serves the whole batch.
     """
-    u = torch.rand(4, generator=generator).tolist()
-    other = torch.randperm(len(x), generator=generator).to(x.device)
-    if u[0] >= probability:
-        return x, y
+    u, other = draws.uniform(4).to(x.device), draws.permutation(len(x)).to(x.device)
     sizes = sides(x.shape[1:])[-2:]
-    length = math.sqrt(u[1]) if len(sizes) == 2 else u[1]
-    spans = [_cut(centre, length, size) for centre, size in zip(u[2:], sizes, strict=False)]
-    part: tuple[Any, ...] = (..., *(slice(*span) for span in spans))
-    mixed = x.clone()
-    mixed[part] = x[part][other]
-    share = math.prod(last - first for first, last in spans) / math.prod(sizes)
-    return mixed, y * (1 - share) + y[other] * share
+    length = u[1].sqrt() if len(sizes) == 2 else u[1]
+    part, share = u[0] < probability, torch.ones((), device=x.device)
+    for axis, size in enumerate(sizes):
+        middle, half = (u[2 + axis] * size).floor(), (length * size / 2).floor()
+        first, last = (middle - half).clamp(min=0), (middle + half).clamp(max=size)
+        position = torch.arange(size, device=x.device)
+        part = part[..., None] & (first <= position) & (position < last)
+        share = share * (last - first) / size
+    share = share * (u[0] < probability)
+    return torch.where(part, x[other], x), y * (1 - share) + y[other] * share
 
 
-def mixup(x: Tensor, y: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def mixup(x: Tensor, y: Tensor, alpha: float, draws: Draws) -> tuple[Tensor, Tensor]:
     """Apply MixUp to samples (N, *input_shape) and targets (N, C): each is averaged with another of the batch, with one
     weight from Beta(alpha, alpha) for the whole batch."""
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = draws.integer(0, 2**31)
     weight = float(np.random.default_rng(seed).beta(alpha, alpha))
-    other = torch.randperm(len(x), generator=generator).to(x.device)
+    other = draws.permutation(len(x)).to(x.device)
     return weight * x + (1 - weight) * x[other], weight * y + (1 - weight) * y[other]
-
-
-def _cut(centre: float, side: float, size: int) -> tuple[int, int]:
-    """Return start and end of a span in an axis of ``size``, clipped to it; centre and length are fractions."""
-    middle, half = int(centre * size), int(side * size) // 2
-    return max(middle - half, 0), min(middle + half, size)

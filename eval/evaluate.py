@@ -33,7 +33,7 @@ from condense.kernels import centred
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
 from condense.plugins import code_of
-from condense.rng import Rng
+from condense.rng import VERSION, Rng
 from condense.sources import Relabelled, Source
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Task, make_task
@@ -86,7 +86,7 @@ class SetScorer:
             divisor = 1.0
             if held_out is not None and calibration != "none":
                 real_logits = self._scorer.logits(weights, held_out.images)
-                divisor = temperature(calibration, real_logits, held_out.labels, rng("calibration"))
+                divisor = temperature(calibration, real_logits, held_out.labels, rng.generator("calibration"))
             logits = self._scorer.logits(weights, x) / divisor
             if not logits.isfinite().all():
                 warnings.warn(f"a network of {self.network.name} diverged; it is scored like the others", stacklevel=2)
@@ -194,6 +194,7 @@ def measure(
             **common,
             "training": training.content(),
             "compute": policy.first_order_identity(),
+            "draws": VERSION,
             **network.identity(),
             "code": code_of(network.module),
             "num_params": network.num_params,

@@ -24,6 +24,7 @@ from condense.methods.dm import has_batch_norm
 from condense.methods.unrolled import Unrolled
 from condense.names import spelt
 from condense.objective import OBJECTIVES, ObjectiveName
+from condense.rng import Draws
 from condense.synthetic.set import SyntheticSet
 
 
@@ -52,12 +53,12 @@ class Bilevel(Unrolled):
 
 
 def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:
-    """Indices of the decoded images of each of these classes, on the CPU; ``num_images`` is the number of decoded
+    """Indices of the decoded images of each of these classes; ``num_images`` is the number of decoded
     images of the set."""
-    source = syn.classes.cpu().repeat(num_images // len(syn))
+    source = syn.classes.repeat(num_images // len(syn))
     return [(source == c).nonzero().flatten() for c in classes]
 
 
-def draw_per_class(members: Sequence[Tensor], num: int, generator: torch.Generator) -> Tensor:
+def draw_per_class(members: Sequence[Tensor], num: int, draws: Draws) -> Tensor:
     """Draw the indices of ``num`` images of each class without replacement; of all of them if a class has fewer."""
-    return torch.cat([index[torch.randperm(len(index), generator=generator)[:num]] for index in members])
+    return torch.cat([index[draws.subset(len(index), num).to(index.device)] for index in members])

@@ -148,7 +148,7 @@ class CAFE(GradientMethod):
         state.updates += 1
         settled = len(state.accuracies) == self.window and _spread(state.accuracies) < self.settled
         if settled or state.updates == self.max_updates:
-            state.params, state.buffers = ctx.task.network.init(ctx.rng, "student", step + 1)
+            student.assign(ctx.task.network.init(ctx.rng, "student", step + 1))
             state.updates, state.accuracies = 0, []
             return
         with torch.no_grad():
@@ -160,7 +160,7 @@ class CAFE(GradientMethod):
             recent = [*recent, self.accuracy(ctx, student, step, epoch)][-self.window :]
             if len(recent) == self.window and _spread(recent) > self.moved:
                 break
-        state.params, state.buffers = student
+        Weights(state.params, state.buffers).assign(student)
 
     def accuracy(self, ctx: Context, student: Weights, step: int, epoch: int) -> float:
         """The accuracy of a student after ``epoch`` epochs that follow ``step``, on real training images drawn anew."""

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.method import Context, GradientState, Optim
+from condense.method import Context, GradientState, Optim, Value
 from condense.methods.mtt import TrajectoryMatching, logits_of_experts
 from condense.task import Task
 from condense.train import Training
@@ -92,9 +92,9 @@ class DATM(TrajectoryMatching):
             end = min(end, self.first_max_epoch + (end - self.first_max_epoch) * step // self.expansion_steps)
         return range(self.min_start_epoch, end)
 
-    def update(self, state: GradientState, record: dict[str, float]) -> None:
+    def update(self, state: GradientState, record: dict[str, Value]) -> None:
         """Skip the update if the loss is above ``threshold`` or not a number. Values of the record that are not finite
-        are then removed from it."""
+        are then removed from it. This decision waits for the loss."""
         if record["loss"] <= self.threshold:
             super().update(state, record)
             return
@@ -107,7 +107,7 @@ def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
     """Return ``num`` real images of a class that the first expert classifies correctly, in a random order. If there are
     too few, add images that the next experts classify correctly, then any."""
     members = ctx.task.train.by_class[label]
-    shuffled = members[torch.randperm(len(members), generator=ctx.rng("initial images", 0, label))]
+    shuffled = members[ctx.rng("initial images", 0, label).permutation(len(members)).to(members.device)]
     images = ctx.task.train.images[shuffled.to(ctx.task.device)]
     left, chosen = torch.ones(len(images), dtype=torch.bool, device=images.device), images[:0]
     for logits in logits_of_experts(ctx, images):

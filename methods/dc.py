@@ -137,6 +137,9 @@ class GradientMatching(GradientMethod):
     def loss(self, ctx: Context, state: StudentState, step: int, part: int) -> Tensor:
         return self.losses(ctx, state, step, (part,))
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def losses(self, ctx: Context, state: StudentState, step: int, parts: Sequence[int]) -> Tensor:
         batches = [self.batches(ctx, state, step, part) for part in parts]
         student = Weights(state.params, state.buffers)
@@ -173,11 +176,12 @@ class GradientMatching(GradientMethod):
     def after(self, ctx: Context, state: StudentState, step: int) -> None:
         """Train the student, or replace it by a fresh one after ``lifetime`` updates."""
         if (step + 1) % self.lifetime(ctx) == 0:
-            state.params, state.buffers = fresh_student(ctx, step + 1)
+            student = Weights(state.params, state.buffers)
+            ctx.graphed("student", state, lambda step: student.assign(fresh_student(ctx, step + 1)))(step)
             for velocity in state.velocity.values():
                 velocity.zero_()
         else:
-            state.params, state.buffers = self.trained(ctx, state, step)
+            Weights(state.params, state.buffers).assign(self.trained(ctx, state, step))
 
 
 class Batches(NamedTuple):
@@ -261,7 +265,7 @@ class DSA(Condensation):
         return Training(num_epochs=1000)
 
 
-def fresh_student(ctx: Context, step: int) -> Weights:
+def fresh_student(ctx: Context, step: int | Tensor) -> Weights:
     """Return a student with fresh weights that is first used in ``step``."""
     student = ctx.task.network.init(ctx.rng, "student", step)
     set_statistics(ctx, student, step)
@@ -269,7 +273,7 @@ def fresh_student(ctx: Context, step: int) -> Weights:
 
 
 @torch.no_grad()
-def set_statistics(ctx: Context, student: Weights, step: int) -> None:
+def set_statistics(ctx: Context, student: Weights, step: int | Tensor) -> None:
     """Update the running statistics of BatchNorm in place by one forward pass of real images of all classes."""
     if any(name.endswith("running_mean") for name in student.buffers):
         task = ctx.task

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
-from condense.networks import Functional
+from condense.networks import Functional, Weights
 from condense.objective import OBJECTIVES, ObjectiveName
 from condense.rng import Rng
 from condense.synthetic import SyntheticSet
@@ -71,6 +71,9 @@ class DistributionMatching(GradientMethod):
     def features(self, ctx: Context, state: DMState) -> Features:
         """psi of the step: maps images (N, C, H, W) to the features (N, F) whose class means are compared."""
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return self.num_steps * num_classes * (self.batch_real / 3 + images_per_class)
 
@@ -102,7 +105,8 @@ class DistributionMatching(GradientMethod):
         return torch.stack([feature_mean_distance(r, s) for r, s in both]).sum()
 
     def after(self, ctx: Context, state: DMState, step: int) -> None:
-        state.params, state.buffers = ctx.task.network.init(ctx.rng, "network", step + 1)
+        weights, network = Weights(state.params, state.buffers), ctx.task.network
+        ctx.graphed("network", state, lambda step: weights.assign(network.init(ctx.rng, "network", step + 1)))(step)
 
 
 @final

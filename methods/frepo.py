@@ -30,6 +30,7 @@ from torch import Tensor
 
 from condense.augment import Augment, mild
 from condense.compute import Compute
+from condense.cudagraph import from_host
 from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
@@ -112,17 +113,20 @@ class FRePo(GradientMethod):
         members = [pool.fresh(ctx, 0, slot, slot * self.max_age // self.pool_size) for slot in range(self.pool_size)]
         return PoolState(syn=syn, optimisers=self.optimisers(syn), pool=members)
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def loss(self, ctx: Context, state: PoolState, step: int, part: int) -> Loss:
-        member = state.pool[pool.draw(ctx, self.pool_size, step)]
+        params, buffers = from_host(step, "member", lambda step: pool.weights(ctx, state.pool, step))
         features = frozen_features(ctx.task.network, ctx.compute)
         images, targets = state.syn()
         labels = pool.targets_of(ctx, targets)
         real, classes = ctx.task.train.sample(self.batch_real, ctx.rng("real", step))
         with torch.no_grad():
             chunks = real.split(ctx.compute.micro_batch or len(real))
-            phi_t = torch.cat([features(member["params"], member["buffers"], x) for x in chunks])
+            phi_t = torch.cat([features(params, buffers, x) for x in chunks])
         images, values = ctx.task.augment.mirrored(images, labels)
-        phi_s = features(member["params"], member["buffers"], images)
+        phi_s = features(params, buffers, images)
         k_ss, k_ts = feature_kernel(phi_s, phi_s), feature_kernel(phi_t, phi_s)
         wanted = centred(classes, ctx.task.num_classes, real.dtype)
         error = half_squared_error(regression(k_ts, k_ss, values, self.ridge), wanted)

@@ -122,8 +122,7 @@ class IDCBase(GradientMatching):
         images, targets = super().synthetic(ctx, state, step, part)
         if len(images) <= self.batch_syn:
             return images, targets
-        chosen = torch.randperm(len(images), generator=ctx.rng("synthetic", step, part))[: self.batch_syn]
-        chosen = chosen.to(images.device)
+        chosen = ctx.rng("synthetic", step, part).subset(len(images), self.batch_syn).to(images.device)
         return images[chosen], targets[chosen]
 
     def lifetime(self, ctx: Context) -> int:

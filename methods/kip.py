@@ -32,7 +32,7 @@ from torch import Tensor
 
 from condense.data.images import Images
 from condense.kernels import centred, fully_connected, regression, regression_targets
-from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.method import Context, GradientMethod, GradientState, Optim, Value
 from condense.names import spelt
 from condense.objective import ObjectiveName
 from condense.schedule import Schedule
@@ -111,13 +111,13 @@ class KIP(GradientMethod):
         predicted = self._regression(torch.cat(drawn), images, regression_targets(targets, ctx.labels.space, classes))
         return 0.5 * (predicted - wanted).square().mean()
 
-    def after(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, float]:
+    def after(self, ctx: Context, state: GradientState, step: int) -> Mapping[str, Value]:
         """Every ``VAL_EVERY`` steps and at the end, log the accuracy of the regression on the validation images."""
         val = ctx.task.val
         if val is None or ((step + 1) % VAL_EVERY and step + 1 < self.num_steps):
             return {}
         scores = self.predict(ctx, self.finalize(ctx, state, step + 1), val.images)
-        return {"val_regression": (scores.argmax(1) == val.labels).double().mean().item()}
+        return {"val_regression": (scores.argmax(1) == val.labels).double().mean()}
 
     @torch.no_grad()
     def predict(self, ctx: Context, syn: SyntheticSet, images: Tensor | Images) -> Tensor:

@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, Trajectories, TrajectorySpec
-from condense.inner import SGD
+from condense.cudagraph import from_host
+from condense.inner import SGD, RandomTruncated
 from condense.match import trajectory_distance
 from condense.method import Context, GradientState, Optim
 from condense.methods.unrolled import Minibatch, Unrolled
+from condense.rng import Draws
 from condense.synthetic.labels import Assigned
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
@@ -100,8 +102,11 @@ class TrajectoryMatching(Unrolled):
     def parts(self, ctx: Context) -> Sequence[int]:
         return range(self.num_trajectories)
 
+    def graphs(self, ctx: Context) -> bool:
+        return ctx.labels.name != "teacher" and not isinstance(self.adjoint, RandomTruncated)
+
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
-        start, target = self.snapshots(ctx, step, part)
+        start, target = from_host(step, f"snapshots {part}", lambda step: self.snapshots(ctx, step, part))
         images, targets = state.syn()
         if ctx.labels.name == "teacher":
             expert, epoch = self.sample_segment(ctx, step, part)
@@ -120,9 +125,8 @@ class TrajectoryMatching(Unrolled):
 
     def sample_segment(self, ctx: Context, step: int, part: int) -> tuple[int, int]:
         """Draw the trajectory segment of a part: the index of an expert and a start epoch."""
-        generator, epochs = ctx.rng("trajectory", step, part), self.start_epochs(step)
-        expert = int(torch.randint(experts_of(ctx).num_experts, (), generator=generator))
-        return expert, int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
+        draws, epochs = ctx.rng("trajectory", step, part), self.start_epochs(step)
+        return draws.integer(0, experts_of(ctx).num_experts), draws.integer(epochs.start, epochs.stop)
 
     def start_epochs(self, step: int) -> range:
         """The epochs of an expert at which the student may start."""
@@ -130,9 +134,9 @@ class TrajectoryMatching(Unrolled):
 
     def batches(self, ctx: Context, images: Tensor, targets: Tensor, step: int, part: int) -> list[Minibatch]:
         """The minibatches of the student's steps; all share the images and targets with their graph to the set."""
-        generator = ctx.rng("minibatches", step, part)
+        order = ctx.rng("minibatches", step, part)
         batches = []
-        for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, generator)):
+        for n, index in enumerate(minibatches(len(images), self.batch_syn, self.syn_steps, order)):
             drawn = ctx.task.augment.sample(
                 ctx.rng("augment", step, f"{part}/{n}"),
                 len(index) * ctx.task.augment.copies,
@@ -185,7 +189,7 @@ def logits_of_experts(ctx: Context, images: Tensor) -> Iterator[Tensor]:
     return (expert_logits(ctx, expert, experts.num_epochs, images) for expert in range(experts.num_experts))
 
 
-def minibatches(num_images: int, batch: int | None, num_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+def minibatches(num_images: int, batch: int | None, num_steps: int, draws: Draws) -> Iterator[Tensor]:
     """Yield the indices (n,) of the images of each step.
 
     A random order of the images is split into batches of ``batch`` images (None: one batch of all). They are used from
@@ -193,5 +197,5 @@ def minibatches(num_images: int, batch: int | None, num_steps: int, generator: t
     """
     batches: list[Tensor] = []
     for _ in range(num_steps):
-        batches = batches or list(torch.randperm(num_images, generator=generator).split(batch or num_images))
+        batches = batches or list(draws.permutation(num_images).split(batch or num_images))
         yield batches.pop()

@@ -6,7 +6,7 @@ A member is a plain dict, which the engine can store: weights, the state of Adam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypedDict
 
@@ -19,6 +19,7 @@ from condense.inner.rules import AdamState
 from condense.kernels import regression_targets
 from condense.method import Context
 from condense.networks import Functional, Weights
+from condense.rng import Draws
 from condense.schedule import Schedule
 from condense.sources import Minibatches
 from condense.train import Trainer, Training
@@ -43,7 +44,13 @@ def targets_of(ctx: Context, targets: Tensor) -> Tensor:
 
 def draw(ctx: Context, num_members: int, step: int) -> int:
     """Draw the slot of the member that a step uses."""
-    return int(torch.randint(num_members, (), generator=ctx.rng("pool member", step)))
+    return ctx.rng("pool member", step).integer(0, num_members)
+
+
+def weights(ctx: Context, members: Sequence[Member], step: int) -> Weights:
+    """Return the weights of the member that a step uses."""
+    member = members[draw(ctx, len(members), step)]
+    return Weights(member["params"], member["buffers"])
 
 
 def fresh(ctx: Context, step: int, slot: int, age: int = 0) -> Member:
@@ -58,7 +65,7 @@ def train(
     images: Tensor,
     targets: Tensor,
     loss: Loss,
-    generator: torch.Generator,
+    draws: Draws,
     *,
     lr: float,
     num_steps: int = 1,
@@ -68,11 +75,11 @@ def train(
 
     Args:
         images, targets: (N, C, H, W) and (N, num_classes); they get no gradient.
-        generator: draws the minibatches, each without replacement.
+        draws: draws the minibatches, each without replacement.
         batch_size: images per step; all of them if it is None or there are fewer.
     """
     num, device = len(images), images.device
-    indices = [torch.randperm(num, generator=generator)[:batch_size].to(device) for _ in range(num_steps)]
+    indices = [draws.subset(num, batch_size or num).to(device) for _ in range(num_steps)]
     source = Minibatches(images.detach(), targets.detach(), indices)
     adam: list[_Adam] = []
 
@@ -101,7 +108,7 @@ class _Adam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.named.items()}
-        lr = torch.tensor(self.param_groups[0]["lr"], device=next(iter(grads.values())).device)
+        lr = torch.full((), self.param_groups[0]["lr"], device=next(iter(grads.values())).device)
         updated, self.memory = PLAIN_ADAM.update(grads, self.memory, self.named, lr)
         for name, p in self.named.items():
             p.copy_(updated[name])

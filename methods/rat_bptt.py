@@ -19,11 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from condense.augment import Params
 from condense.inner import Adam, Adjoint, RandomTruncated, Truncated
-from condense.method import Context, GradientState, Optim, clip_grad, require_finite
+from condense.method import Context, GradientState, Optim, Value, clip_grad, dtype_of_numbers
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
 from condense.schedule import Schedule
@@ -33,7 +34,7 @@ from condense.train import Training
 
 @dataclass(kw_only=True)
 class RaTState(GradientState):
-    norm: float = 0.0
+    norm: Tensor
     """Running mean of the gradient norm of the images; 0 before the first update."""
 
 
@@ -85,7 +86,8 @@ class RaTBPTT(Bilevel):
         images, labels = ctx.initial("noise")
         rows = images.flatten(1)
         syn = ctx.new_set((rows / rows.norm(dim=1, keepdim=True)).view_as(images), labels)
-        return RaTState(syn=syn, optimisers=self.optimisers(syn))
+        norm = torch.zeros((), dtype=dtype_of_numbers(ctx.task.device), device=ctx.task.device)
+        return RaTState(syn=syn, optimisers=self.optimisers(syn), norm=norm)
 
     def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:
         task = ctx.task
@@ -115,11 +117,11 @@ class RaTBPTT(Bilevel):
         """Draw the augmentation parameters of ``num`` images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
-    def update(self, state: RaTState, record: dict[str, float]) -> None:
+    def update(self, state: RaTState, record: dict[str, Value]) -> None:
         """Clip the gradient and step the optimisers. As published, the running mean includes the norm it bounds."""
-        require_finite(record)
         norm = record["grad_latents"]
-        state.norm = self.clip_decay * state.norm + (1 - self.clip_decay) * norm if state.norm else norm
+        mean = self.clip_decay * state.norm + (1 - self.clip_decay) * norm
+        state.norm = torch.where(state.norm == 0, norm, mean)
         if self.clip is not None:
             clip_grad(state.syn.latents, norm, self.clip * state.norm)
         for optimiser in state.optimisers.values():

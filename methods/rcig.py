@@ -192,7 +192,7 @@ class RCIG(GradientMethod):
         with torch.no_grad():
             images, targets = state.syn()
             images, values = ctx.task.augment.mirrored(images, pool.targets_of(ctx, targets))
-        num_steps = int(torch.randint(1, self.max_train_steps + 1, (), generator=ctx.rng("pool steps", step)))
+        num_steps = ctx.rng("pool steps", step).integer(1, self.max_train_steps + 1)
         member = pool.train(
             ctx,
             state.pool[slot],

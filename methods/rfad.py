@@ -123,6 +123,9 @@ class RFAD(GradientMethod):
     def parts_at_once(self, ctx: Context) -> int:
         return self.num_batches
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         return self.losses(ctx, state, step, (part,))
 
@@ -178,12 +181,12 @@ def gaussian(network: Functional, rng: Rng, step: int, unit: int) -> Weights:
 
     A layer is a weight with two or more axes, [out, ...], and its bias.
     """
-    weights, generator = network.init(rng, "network", step, unit), rng("gaussian", step, unit)
+    weights, draws = network.init(rng, "network", step, unit), rng("gaussian", step, unit)
     for name, shape in network.shapes.items():
         module, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias") or len(network.shapes.get(f"{module}.weight", ())) < 2:
             continue
         std = W_STD / math.sqrt(math.prod(shape[1:])) if kind == "weight" else B_STD
-        drawn = std * torch.randn(shape, generator=generator)
+        drawn = std * draws.normal(*shape)
         weights.params[name] = drawn.to(network.device, network.dtype)
     return weights

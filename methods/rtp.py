@@ -94,8 +94,7 @@ class RTP(Bilevel):
 
     def classes(self, ctx: Context, step: int) -> list[int]:
         """The classes that take part in a step, ascending."""
-        drawn = torch.randperm(ctx.task.num_classes, generator=ctx.rng("task", step))
-        return sorted(drawn[: self.ways].tolist())
+        return sorted(ctx.rng("task", step).subset(ctx.task.num_classes, self.ways or ctx.task.num_classes).tolist())
 
     def batches(self, ctx: Context, state: GradientState, step: int, classes: list[int]) -> list[Minibatch]:
         """The minibatches of the network's training steps; all share one draw of the augmentation."""

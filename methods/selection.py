@@ -85,7 +85,7 @@ class Selection(Method):
 
     @abstractmethod
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        """Yield for each class the indices (images_per_class,) of different training images, on the CPU; yield nothing
+        """Yield for each class the indices (images_per_class,) of different training images; yield nothing
         to keep the initial images."""
 
 
@@ -192,7 +192,7 @@ class ScoreSelection(Selection):
     def pick(self, ctx: Context) -> Iterator[Tensor]:
         scores = self.scores(ctx).cpu()
         for members in ctx.task.train.by_class:
-            yield members[highest(scores[members], ctx.images_per_class)]
+            yield members[highest(scores[members.cpu()], ctx.images_per_class)]
 
     @abstractmethod
     def scores(self, ctx: Context) -> Tensor:

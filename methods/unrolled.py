@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from condense.augment import Augment
@@ -71,7 +70,7 @@ class Unrolled(GradientMethod):
 
         def feature_mask(n: int, batch: Minibatch) -> Tensor:
             size = len(batch.chosen) * task.augment.copies, task.network.num_features
-            return torch.rand(size, generator=ctx.rng("mask", step, f"{part}/{n}")) >= self.mask
+            return ctx.rng("mask", step, f"{part}/{n}").uniform(*size) >= self.mask
 
         return [
             batch._replace(feature_mask=feature_mask(n, batch).to(batch.images.device))

@@ -238,6 +238,12 @@ def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monke
     again = condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
     assert again.results[1:] == first.results[1:] and len(scored) == 2
     assert again.results[0] != first.results[0]
+    monkeypatch.setattr("condense.eval.evaluate.VERSION", -1)  # what other draws gave is measured again
+    condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
+    assert len(scored) == 2 + 6
+    monkeypatch.setattr("condense.baselines.VERSION", -1)
+    with pytest.raises(TypeError):
+        condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
 
 
 PICK = '''

@@ -1,5 +1,6 @@
 """The augmentation: twin, gradients, draws."""
 
+import itertools
 import math
 import random
 
@@ -103,9 +104,8 @@ def test_what_dc_uncovers_takes_the_mean_of_the_batch() -> None:
 
 def test_dc_gives_each_image_one_operation_and_scales_to_zero() -> None:
     augment, x = Augment.parse(f"{DC}:mode=P"), images(40)
-    drawn = draw(augment, 40, False).values
-    done = torch.stack([(drawn["crop-dc"] != 0).any(1), (drawn["scale-dc"] != 1).any(1), drawn["rotate-dc"] != 0])
-    assert (done.sum(0) <= 1).all() and done.any(1).all()
+    done = torch.stack(list(draw(augment, 40, False).applies.values()))
+    assert (done.sum(0) == 1).all() and done.any(1).all()
     smaller = torch.full((40, 2), 1.25)
     expected = Augment(("scale",)).apply(x, Params({"scale": smaller}))
     assert torch.equal(augment.apply(x, Params({"scale-dc": smaller})), expected)
@@ -244,7 +244,7 @@ def test_one_operation_an_image_leaves_the_others_as_they_are() -> None:
     """Mode P: of a batch each image differs by one operation."""
     augment, x = Augment(MILD, "P"), images(40)
     params = draw(augment, 40, False)
-    alone = [Augment((op,)).apply(x, Params({op: value})) for op, value in params.values.items()]
+    alone = [Augment((op,)).apply(x, Params(*({op: part[op]} for part in params))) for op in params.ops]
     changed = torch.stack([(y - x).abs().amax((1, 2, 3)) > 1e-12 for y in alone])
     assert (changed.sum(0) <= 1).all() and (changed.sum(1) > 2).all()
     expected = x + sum(y - x for y in alone)
@@ -392,3 +392,23 @@ def test_a_draw_for_other_images_does_not_fit() -> None:
     augment = Augment(("flip",))
     with pytest.raises(AssertionError, match="3 rows of flip for 1 images"):
         augment.apply(images(1), draw(augment, 3, False))
+
+
+STRATEGIES = [Augment((*OPS, *(op for op in MILD if op not in OPS)), mode) for mode in ("S", "M", "P")]
+STRATEGIES += [Augment(OPS, "D"), Augment(("flip", "color"), "D"), Augment.parse(f"{DC}:mode=S"), Augment(("flip",))]
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+@pytest.mark.parametrize("augment", STRATEGIES, ids=str)
+def test_draws_on_a_device_change_images_like_draws_on_the_host(augment: Augment, siamese: bool) -> None:
+    """What is chosen cannot be read from a device, so all is computed and the choice is a mask."""
+    for shape, step in itertools.product((SHAPE, (2, *SHAPE)), range(12)):
+        x, found = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)), []
+        for at in (step, torch.tensor(step)):
+            params = augment.sample(Rng(0)("augment", at, 4), 3, shape, siamese)
+            leaf = x.clone().requires_grad_()
+            changed = augment.apply(leaf, params)
+            (changed * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+            found.append((changed.detach(), leaf.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from condense.artifacts import TrainedNetworks, Trajectories, TrajectorySpec, find, read_manifest
 from condense.augment import Augment
+from condense.buffers import trajectories
 from condense.buffers.imported import import_replay_buffers
 from condense.buffers.trajectories import Experts, build
 from condense.compute import Compute
@@ -293,6 +294,22 @@ def test_another_identity_is_another_folder(task: Task, tmp_path: Path, changes:
     plan = replace(one, **changes.get("plan", {}))
     other = made(other_task, tmp_path, plan, seed=changes.get("seed", 0))
     assert other != folder and len(list(tmp_path.iterdir())) == 2
+
+
+def test_experts_of_earlier_draws_are_found_and_not_mixed_with_new_ones(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        identity = trajectories.identity
+        earlier.setattr(
+            trajectories, "identity", lambda *a: {k: v for k, v in identity(*a).items() if k != "draws"}
+        )  # as version 0.1.0 wrote it
+        old = made(task, tmp_path, replace(PLAN, num_experts=1))
+    assert find(tmp_path, TrajectorySpec(task.identity(), 1, PLAN.num_epochs), task.name) == old
+    before = content(old)
+    new = made(task, tmp_path)
+    assert new != old and content(old) == before and opened(new).num_experts == 2
+    assert find(tmp_path, TrajectorySpec(task.identity(), 2, PLAN.num_epochs), task.name) == new
 
 
 def test_found_by_the_task(task: Task, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def run(method: CAFE, ctx: Context) -> Iterator[tuple[dict[str, float], Tensor, 
 
 
 def losses(method: CAFE, ctx: Context) -> list[float]:
-    return [record["loss"] for record, _, _ in run(method, ctx)]
+    return [float(record["loss"]) for record, _, _ in run(method, ctx)]
 
 
 def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]]:
@@ -63,7 +63,7 @@ def twin(method: CAFE, ctx: Context) -> Iterator[tuple[float, list[Tensor], int]
 
     def batches(step: int, epoch: int) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         rng = draws.child("training", f"{step}/{epoch}")
-        order = torch.randperm(ctx.ipc * task.num_classes, generator=rng("order", 0))
+        order = rng("order", 0).permutation(ctx.ipc * task.num_classes)
 
         def treatment(batch: int, num: int) -> Callable[[Tensor], Tensor]:
             drawn = augment.sample(rng("augment", 0, batch), num, task.input_shape, siamese=False)

@@ -152,7 +152,7 @@ def test_an_error_of_the_function_itself_is_raised_undisguised() -> None:
 
 def test_channels_last_changes_the_layout_and_nothing_else() -> None:
     network = Functional("convnet:depth=2,width=8", (3, 8, 8), 3, dtype=torch.float64)
-    images = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=Rng(0)("images"))
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=Rng(0).generator("images"))
     plan = Training(num_epochs=2, batch_size=4)
     assert Compute(channels_last=True).layout(images).is_contiguous(memory_format=torch.channels_last)
     trainers = [Trainer(network, plan, Compute(channels_last=on)) for on in (False, True)]

@@ -16,7 +16,7 @@ from condense.distributed import Ranks
 from condense.files import read_tensors, write_tensors
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
-from condense.rng import Rng
+from condense.rng import VERSION, Rng
 from condense.synthetic import Hard, Origin, Pixels, SyntheticSet
 from condense.task import Split, make_task
 
@@ -86,6 +86,115 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert '{"event": "resume", "step": 5}' in (tmp_path / "log.jsonl").read_text()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tells(Shrink):
+    """Logs a pixel that the next step overwrites, and now and then a number of another type."""
+
+    num_steps: int = 300
+
+    def after(self, ctx: Context, state: Any, step: int) -> dict[str, Tensor | float]:
+        pixel = state.syn.latents.detach()[0, 0, 4, 4]
+        return {"pixel": pixel, "constant": 1 / 7} | ({"third": torch.tensor(1 / 3).double() / 3} if step % 5 else {})
+
+
+def test_what_is_written_does_not_depend_on_how_many_steps_are_read_together(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = list[int]()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counts(Tells):
+        def after(self, ctx: Context, state: Any, step: int) -> Any:
+            reached.append(step + 1)
+            return super().after(ctx, state, step)
+
+    def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
+        return {"val_accuracy": syn.latents.abs().max().item()}
+
+    def most_late(folder: Path) -> int:
+        delays = list[int]()
+
+        def on_step(done: int, record: Any) -> None:
+            assert len((folder / "log.jsonl").read_text().splitlines()) == done == len(delays) + 1
+            delays.append(reached[-1] - done)
+
+        folder.mkdir()
+        run(Counts(), ctx, folder, eval_every=50, validate=validate, on_step=on_step)
+        return max(delays)
+
+    one, seven = tmp_path / "one", tmp_path / "seven"
+    assert most_late(one) == 0
+    monkeypatch.setattr(engine, "READ_STEPS", 7)
+    assert most_late(seven) == 6
+    files = [file.relative_to(seven) for file in seven.rglob("*.*")]
+    assert len(files) == 14, "log, set, two checkpoints, ten snapshots"
+    for file in files:
+        assert (seven / file).read_bytes() == (one / file).read_bytes(), file
+    last = json.loads((seven / "log.jsonl").read_text().splitlines()[-1])
+    assert last["image_max"] == pytest.approx(last["val_accuracy"]) and last["constant"] == 1 / 7
+
+
+def test_the_first_bad_step_is_named_though_further_steps_were_done_before_it_was_read(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "READ_STEPS", 7)
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 11)
+    stopped, whole, reached = tmp_path / "stopped", tmp_path / "whole", list[int]()
+    stopped.mkdir()
+    whole.mkdir()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counts(Tells):
+        def after(self, ctx: Context, state: Any, step: int) -> Any:
+            reached.append(step + 1)
+            return super().after(ctx, state, step)
+
+    with pytest.raises(ValueError, match=r"^step 27 is not finite \(loss=nan.*last good checkpoint"):
+        run(Counts(bad=26), ctx, stopped)
+    assert reached[-1] == 31
+    log = stopped / "log.jsonl"
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 27))
+    assert read_tensors(stopped / "checkpoint.safetensors", "checkpoint")[1]["step"] == 22
+    run(Tells(), ctx, whole)
+    run(Tells(), ctx, stopped, resume=True)
+    lines = [line for line in log.read_text().splitlines() if "event" not in line]
+    assert lines == (whole / "log.jsonl").read_text().splitlines()
+    for file in ("checkpoint.safetensors", "synthetic.safetensors", "snapshots/step_0000300.safetensors"):
+        assert (stopped / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_baseline_that_diverges_names_the_first_bad_step(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "READ_STEPS", 7)
+    reported = list[int]()
+    with pytest.raises(ValueError, match=r"^step 10 is not finite .*no checkpoint yet"):
+        engine.compute(Shrink(bad=9), ctx, lambda done, record: reported.append(done))
+    assert reported == list(range(1, 10))
+
+
+@pytest.mark.parametrize("later", [0, 2])
+def test_what_fails_after_a_bad_number_is_explained_by_it(
+    later: int, ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Fails(Shrink):
+        def after(self, ctx: Context, state: Any, step: int) -> None:
+            if step == self.bad + later:
+                raise RuntimeError("the matrix is singular")
+
+    monkeypatch.setattr(engine, "READ_STEPS", 1000)
+    with pytest.raises(ValueError, match=r"^step 10 is not finite \(loss=nan"):
+        run(Fails(num_steps=300, bad=9), ctx, tmp_path)
+
+
+def test_as_many_steps_are_read_together_as_take_a_second() -> None:
+    every, read = 1, [1]
+    while len(read) < 12:
+        every = engine.steps_per_read(every, every, every * 0.03)
+        read.append(every)
+    assert read == [1, 2, 4, 8, 16, 32, 33, 33, 33, 33, 33, 33]
+    assert engine.steps_per_read(32, 8, 16.0) == 1 and engine.steps_per_read(1, 1, 0.0) == 2
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +224,22 @@ def test_a_checkpoint_of_another_recipe_is_refused(ctx: Context, tmp_path: Path)
     with pytest.raises(ValueError, match="another recipe"):
         run(Shrink(), ctx, tmp_path, resume=True)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("draws", [{}, {"draws": 1}, {"draws": VERSION + 1}])
+def test_a_checkpoint_of_other_draws_is_refused(draws: dict[str, int], ctx: Context, tmp_path: Path) -> None:
+    """Version 0.1.0 wrote nothing of the kind; its run would go on with other batches."""
+    run(Shrink(), ctx, tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    tensors, header = read_tensors(file, "checkpoint")
+    del header["draws"]
+    write_tensors(file, tensors, header | draws)
+    before = file.read_bytes()
+    with pytest.raises(
+        ValueError, match="whose random numbers differ, so the run cannot be continued; choose"
+    ) as caught:
+        run(Shrink(), ctx, tmp_path, resume=True)
+    assert "\n" not in str(caught.value) and file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -197,7 +322,7 @@ def test_parts_add_up(ctx: Context) -> None:
     one, two = Shrink().init(ctx), Halves().init(ctx)
     records = Shrink().step(ctx, one, 0), Halves().step(ctx, two, 0)
     assert torch.allclose(one.syn.latents, two.syn.latents)
-    assert records[0]["loss"] == pytest.approx(records[1]["loss"])
+    assert records[0]["loss"] == pytest.approx(float(records[1]["loss"]))
 
 
 def test_images_that_are_not_finite_after_the_update_are_never_kept(ctx: Context, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class TestProtocols:
 
     def test_canonical_is_the_training_of_torch(self) -> None:
         """300 epochs by hand, the momentum kept, give the same bits; a rebuilt optimiser gives others."""
-        images, labels = torch.randn(24, *SHAPE, generator=Rng(0)("images")) / 4, torch.arange(24) % CLASSES
+        images, labels = torch.randn(24, *SHAPE, generator=Rng(0).generator("images")) / 4, torch.arange(24) % CLASSES
         network, rng = Functional("mlp", SHAPE, CLASSES), Rng(5)
         start = SetScorer(network, Training(num_epochs=0), Compute()).train(images, labels, rng).params
         trained = SetScorer(network, CANONICAL, Compute()).train(images, labels, rng).params
@@ -126,7 +126,7 @@ class TestProtocols:
                     optimiser.param_groups[0]["lr"] = 0.01 * 0.1
                 elif epoch == 150:
                     optimiser = torch.optim.SGD(params.values(), lr=0.01 * 0.1, **options)
-                order = torch.randperm(24, generator=rng.child("training")("order", epoch))
+                order = rng.child("training")("order", epoch).permutation(24)
                 loss = F.cross_entropy(network.logits(params, {}, images[order]), labels[order])
                 optimiser.zero_grad()
                 loss.backward()

@@ -89,14 +89,12 @@ def twin(method: IDCBase, ctx: Context, lr: float, momentum: float) -> Iterator[
 
     def chosen(step: int, c: int, num: int) -> Tensor:
         few = num <= method.batch_syn
-        return (
-            torch.arange(num) if few else torch.randperm(num, generator=draws("synthetic", step, c))[: method.batch_syn]
-        )
+        return torch.arange(num) if few else draws("synthetic", step, c).permutation(num)[: method.batch_syn]
 
     def student_batches(step: int) -> list[tuple[Tensor, Tensor]]:
         images, classes = task.train.sample(method.num_student, draws("student images", step))
         rng, found = draws.child("training", step), []
-        order = torch.randperm(len(images), generator=rng("order", 0))
+        order = rng("order", 0).permutation(len(images))
         for batch, index in enumerate(order.split(method.batch_student)):
             drawn = trained.sample(rng("augment", 0, batch), len(index), shape, siamese=False)
             x, y = trained.apply(images[index], drawn), one_hot(classes[index], num_classes).to(images.dtype)
@@ -266,7 +264,7 @@ def test_classes_together_or_in_pieces_change_nothing(compute: Compute) -> None:
         for c in (Compute(), compute)
     )
     for (record, a), (expected, b) in zip(other, usual, strict=True):
-        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert record["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 

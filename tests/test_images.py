@@ -84,9 +84,9 @@ def test_a_draw_is_of_its_class_without_replacement_and_keyed() -> None:
     eager_images, _ = eager(arrays, task)
     for label, members in enumerate(task.train.by_class):
         assert torch.equal(members, (task.train.labels == label).nonzero().flatten())
-        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(5))
+        order = torch.randperm(len(members), generator=Rng(5)("real"))
         for num in (4, 1000):
-            drawn = task.train.draw(label, num, torch.Generator().manual_seed(5))
+            drawn = task.train.draw(label, num, Rng(5)("real"))
             assert torch.equal(drawn, eager_images[members[order[:num]]])
 
 
@@ -137,7 +137,7 @@ def test_the_whole_set_is_never_copied_as_floats(spec: str) -> None:
     arrays = load(source(num=15000))
     with Largest() as largest:
         task = task_of(arrays, spec)
-        task.train.draw(0, 100, torch.Generator())
+        task.train.draw(0, 100, Rng(0)("real"))
         for _ in task.train.images.split(1000):
             pass
     assert 1000 * 48 <= largest.numel <= 4096 * 48
@@ -175,7 +175,7 @@ def test_draws_on_a_gpu_are_the_same_and_wait_for_nothing(kind: str) -> None:
     here, there = task_of(arrays), task_of(arrays, device=torch.device("cuda"))
 
     def draw(part: Labelled) -> Tensor:
-        return part.draw(1, 8, torch.Generator().manual_seed(0))
+        return part.draw(1, 8, Rng(0)("real"))
 
     draw(there.train)
     torch.cuda.set_sync_debug_mode("error")

@@ -92,7 +92,7 @@ class Convolutional:
         self.inputs = [self.images, self.labels, self.lr, *self.theta.values()]
         self.batches = []
         for t in range(num_steps):
-            index = torch.randperm(12, generator=rng("batch", t))[: 8 - t % 2]
+            index = rng("batch", t).permutation(12)[: 8 - t % 2]
             params = augment.sample(rng("augment", t), len(index), (3, 8, 8), siamese=False)
             self.batches.append((self.images, self.labels, index, params))
 

@@ -17,6 +17,7 @@ from condense.eval.protocol import PROTOCOLS
 from condense.method import Method
 from condense.networks import default_for
 from condense.recipe import Recipe
+from condense.rng import Rng
 from condense.synthetic import Bases, Factor, SyntheticSet
 from condense.views import cutmix
 from tests.test_contract import small
@@ -149,7 +150,7 @@ def test_cutmix_exchanges_a_part_of_every_channel_and_frame(inputs: Inputs) -> N
     x = torch.arange(4.0).view(4, *(1 for _ in shape)).expand(4, *shape).contiguous()
     y, changed = torch.eye(4), 0.0
     for seed in range(20):
-        mixed, targets = cutmix(x, y, 1.0, torch.Generator().manual_seed(seed))
+        mixed, targets = cutmix(x, y, 1.0, Rng(seed)("cutmix"))
         moved = (mixed != x).double()
         torch.testing.assert_close(moved.mean(tuple(range(1, x.dim()))), 1 - targets.diagonal().double())
         whole = moved if len(shape) == 2 else moved.movedim(1, 2)

@@ -21,7 +21,7 @@ from condense.method import Context, GradientState, Optim
 from condense.methods.kip import KIP
 from condense.networks import Functional
 from condense.recipe import Recipe, named
-from condense.rng import Rng
+from condense.rng import Draws, Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels, Targets
 from condense.task import Labelled, Split, Task, make_task
 from tests.reference.kip import kip, matrix, one_hot_less_mean
@@ -117,8 +117,8 @@ def test_the_batch_has_as_many_of_every_class_and_all_of_a_small_one(monkeypatch
     ctx, seen = make_context(), []
     draw = Labelled.draw
 
-    def spy(self: Labelled, label: int, num: int, generator: torch.Generator) -> Tensor:
-        images = draw(self, label, num, generator)
+    def spy(self: Labelled, label: int, num: int, draws: Draws) -> Tensor:
+        images = draw(self, label, num, draws)
         seen.append((label, len(images)))
         return images
 

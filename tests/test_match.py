@@ -157,7 +157,7 @@ class Problem:
                 nn.Flatten(),
                 nn.Linear(4 * 3**axes, 3),
             ).to(dtype)
-        gen, shape = Rng(seed)("batches"), (2, *(6 for _ in range(axes)))
+        gen, shape = Rng(seed).generator("batches"), (2, *(6 for _ in range(axes)))
         self.params = {name: p.detach() for name, p in network.named_parameters()}
         self.images = torch.randn(4, *shape, generator=gen, dtype=dtype)
         self.targets = torch.randint(3, (4,), generator=gen)
@@ -281,7 +281,7 @@ def test_an_attention_map_has_a_number_for_each_place(shape: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 5])
 def test_feature_matching_in_pieces_is_the_same(micro_batch: int) -> None:
-    gen = Rng(0)("features")
+    gen = Rng(0).generator("features")
     weights = torch.randn(12, 7, generator=gen, dtype=torch.float64)
     images = torch.randn(5, 3, 2, 2, generator=gen, dtype=torch.float64).requires_grad_()
     real = torch.randn(1, 7, generator=gen, dtype=torch.float64)

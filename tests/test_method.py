@@ -18,7 +18,8 @@ from condense import engine, testing
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.method import Context, GradientMethod, GradientState, Optim
+from condense.data.transform import Identity
+from condense.method import Context, GradientMethod, GradientState, Optim, Value, clip_grad
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.schedule import Schedule
@@ -149,6 +150,46 @@ def test_a_bad_decay_is_refused(ema: float) -> None:
         Pull(ema=ema)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_no_number(kind: Any, ctx: Context) -> None:
+    """On the device ``meta`` tensors have no values: to read one is an error."""
+    few = Optim(kind=kind, schedule=Schedule(cosine_to=0.1))
+    method = Pull(clip=0.3, ema=0.9, clamp=True, optim=few, optim_labels=few, optim_decoder=few, optim_lr=few)
+    ctx = replace(ctx, decode=Factor(factor=2), labels=Logits())
+    syn = method.init(ctx).syn.to("meta")
+    state = GradientState(syn=syn, optimisers=method.optimisers(syn))
+    there = replace(ctx, task=replace(ctx.task, transform=Identity(), device=torch.device("meta")))
+    for step in range(2):
+        record = engine._step(method, there, state, step, None)
+    read_later = {name for name, value in record.items() if isinstance(value, Tensor) and not value.dim()}
+    norms = {f"grad_{name}" for name in state.leaves()}
+    assert read_later == {"loss", *norms, "syn_lr", "image_mean", "image_std", "image_max"}
+
+
+def test_a_learning_rate_on_the_device_is_set_in_place(ctx: Context) -> None:
+    method = Pull(optim=Optim(lr=0.01, schedule=Schedule(cosine_to=0.0)))
+    one, two = method.init(ctx), method.init(ctx)
+    rate = torch.tensor(7.0)
+    two.optimisers["latents"].param_groups[0]["lr"] = rate
+    for step in range(3):
+        method.step(ctx, one, step)
+        method.step(ctx, two, step)
+        assert rate == torch.tensor(method.optim.lr_at(step, method.num_steps))
+        torch.testing.assert_close(one.syn.latents, two.syn.latents)
+    assert two.optimisers["latents"].param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 2.0, 1e9])
+def test_a_gradient_is_clipped_to_the_last_bit_as_with_a_norm_that_was_read(max_norm: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        grad = torch.randn(3, 4, generator=generator) * torch.rand((), generator=generator)
+        param, norm = torch.nn.Parameter(torch.zeros(3, 4)), grad.norm()
+        param.grad = grad.clone()
+        clip_grad(param, norm.double(), max_norm)
+        assert torch.equal(param.grad, grad * (max_norm / norm.item()) if norm.item() > max_norm else grad)
+
+
 def composed(ctx: Context) -> Context:
     """With something to learn in every leaf."""
     return replace(ctx, decode=Hallucinator(num_styles=2), labels=Logits())
@@ -191,7 +232,7 @@ def test_average_and_optimisers_survive_stop_and_resume(
     engine.run(method, ctx, method.init(ctx), tmp_path / "whole")
     step = GradientMethod.step
 
-    def killed(self: Any, ctx: Any, state: Any, done: int) -> dict[str, float]:
+    def killed(self: Any, ctx: Any, state: Any, done: int) -> dict[str, Value]:
         if done == 3:
             raise KeyboardInterrupt
         return step(self, ctx, state, done)
@@ -315,7 +356,7 @@ def test_a_process_without_a_part_adds_nothing_to_the_terms() -> None:
 class Own(Pull):
     """Updates by a rule of its own, and has more to say."""
 
-    def update(self, state: Any, record: dict[str, float]) -> None:
+    def update(self, state: Any, record: dict[str, Value]) -> None:
         record["seen"] = record["grad_latents"]
         if record["lr_latents"] < 0.01:
             super().update(state, record)

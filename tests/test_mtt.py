@@ -54,7 +54,7 @@ def write_buffer(root: Path, task: Task, num_experts: int = 2, num_epochs: int =
     writer = BufferWriter(root, task.name, task.identity(), task.network.init(rng, "structure"))
     for expert in range(num_experts):
         first = pack(task.network.init(rng, "expert", 0, expert).params)
-        steps = torch.randn(num_epochs, len(first), generator=rng("drift", 0, expert)) * 0.02
+        steps = torch.randn(num_epochs, len(first), generator=rng.generator("drift", 0, expert)) * 0.02
         params = torch.cat([first[None], first + steps.cumsum(0)])
         writer.add(expert, params, torch.empty(num_epochs + 1, 0), {})
     writer.save()
@@ -125,8 +125,8 @@ def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
     def pairs(step: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         found = []
         for part in range(method.num_trajectories):
-            generator = draws("trajectory", step, part)
-            expert, epoch = (int(torch.randint(n, (), generator=generator)) for n in (2, method.max_start_epoch))
+            drawn = draws("trajectory", step, part)
+            expert, epoch = (drawn.integer(0, n) for n in (2, method.max_start_epoch))
             epochs = (epoch, epoch + method.expert_epochs)
             start, target = (
                 {name: p.to(images.dtype) for name, p in buffer.snapshot(expert, e).items()}  # type: ignore[attr-defined]
@@ -136,13 +136,13 @@ def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
         return found
 
     def pieces(step: int, part: int) -> list[tuple[Sequence[int], Callable[[Tensor], Tensor]]]:
-        generator = draws("minibatches", step, part)
+        order = draws("minibatches", step, part)
         chosen: list[tuple[Sequence[int], Callable[[Tensor], Tensor]]] = []
         left: list[int] = []
         size = method.batch_syn or len(images)
         for n in range(method.syn_steps):
             if not left:
-                left = torch.randperm(len(images), generator=generator).tolist()
+                left = order.permutation(len(images)).tolist()
             count = len(left) % size or size
             left, index = left[:-count], left[-count:]
             drawn = task.augment.sample(draws("augment", step, f"{part}/{n}"), count, task.input_shape, siamese=False)
@@ -237,16 +237,16 @@ def test_a_buffer_of_another_network_does_not_serve(tmp_path: Path) -> None:
 
 
 def test_minibatches_are_used_up_from_the_end_of_a_random_order() -> None:
-    replay = torch.Generator().manual_seed(3)
-    first, second = (torch.randperm(5, generator=replay) for _ in range(2))
-    found = list(minibatches(5, 2, 5, torch.Generator().manual_seed(3)))
+    replay = Rng(3)("minibatches")
+    first, second = (replay.permutation(5) for _ in range(2))
+    found = list(minibatches(5, 2, 5, Rng(3)("minibatches")))
     expected = [first[4:], first[2:4], first[:2], second[4:], second[2:4]]
     assert [index.tolist() for index in found] == [index.tolist() for index in expected]
 
 
 @pytest.mark.parametrize("batch", [None, 5, 9])
 def test_a_minibatch_may_be_the_whole_set(batch: int | None) -> None:
-    found = list(minibatches(5, batch, 3, torch.Generator()))
+    found = list(minibatches(5, batch, 3, Rng(0)("minibatches")))
     assert [sorted(index.tolist()) for index in found] == [[0, 1, 2, 3, 4]] * 3
 
 

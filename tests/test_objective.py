@@ -40,7 +40,7 @@ def test_the_table_holds_every_name() -> None:
 
 
 def test_losses_are_those_of_their_formulas() -> None:
-    outputs, targets = torch.randn(5, 3, generator=Rng(0)("outputs")), torch.tensor([0, 2, 1, 1, 0])
+    outputs, targets = torch.randn(5, 3, generator=Rng(0).generator("outputs")), torch.tensor([0, 2, 1, 1, 0])
     rows = F.one_hot(targets, 3).double()
     z = outputs.double()
     log_p, p = z.log_softmax(1), 0.8 * rows + 0.2 / 3
@@ -189,8 +189,8 @@ def test_a_method_makes_a_set_of_targets_as_wide_as_its_network(task: Task, deco
         objective=Cosine(),
     )
     num = 3 * ctx.images_per_class
-    images = torch.randn(num, 1, 8, 8, generator=Rng(0)("images"))
-    targets = torch.randn(num, WIDTH, generator=Rng(0)("targets"))
+    images = torch.randn(num, 1, 8, 8, generator=Rng(0).generator("images"))
+    targets = torch.randn(num, WIDTH, generator=Rng(0).generator("targets"))
     syn = ctx.new_set(images, targets)
     assert torch.equal(syn()[1].detach(), targets) and syn.origin.target_width == WIDTH
     weights = task.network.init(Rng(0), "weights")

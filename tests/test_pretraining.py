@@ -98,14 +98,20 @@ def test_every_epoch_is_seen_again(task: Task, tmp_path: Path, no_training: Call
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_decides_the_weights_decides_the_entry(task: Task, tiny: Arrays, tmp_path: Path) -> None:
+def test_what_decides_the_weights_decides_the_entry(
+    task: Task, tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(task, tmp_path)
     train(task, tmp_path, seed=1)
     train(task, tmp_path, plan=Training(num_epochs=3, batch_size=6))
     train(api.plain_task(tiny, BATCH_NORM, "none", Split(val_fraction=0.0)), tmp_path)
     train(api.plain_task(tiny, BATCH_NORM, "channel", Split(val_fraction=0.25)), tmp_path)
-    pretrained(task, PLAN, Compute(compile=False), task.network.init(Rng(0), "network"), Rng(1), cache=tmp_path)
-    assert len(list((tmp_path / "networks").iterdir())) == 6
+    initial = task.network.init(Rng(0), "network")
+    for draws in (Rng(1), Rng(1).child("a", 1), Rng(1).child("a", 2)):
+        pretrained(task, PLAN, Compute(compile=False), initial, draws, cache=tmp_path)
+    monkeypatch.setattr("condense.rng.VERSION", -1)
+    train(task, tmp_path)
+    assert len(list((tmp_path / "networks").iterdir())) == 9
 
 
 @pytest.mark.parametrize("damaged", ["manifest.json", "expert_0000.safetensors"])

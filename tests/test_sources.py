@@ -18,6 +18,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
+from condense.files import read_tensors, write_tensors
 from condense.networks import Functional, Weights
 from condense.rng import Rng
 from condense.sources import Batch, Examples, Minibatches, Relabelled, Source, StoredLabels, Streamed
@@ -30,7 +31,7 @@ EPOCHS = 3
 
 
 def data() -> tuple[Tensor, Tensor]:
-    return torch.rand(NUM, 3, 8, 8, generator=Rng(0)("images")), torch.arange(NUM) % CLASSES
+    return torch.rand(NUM, 3, 8, 8, generator=Rng(0).generator("images")), torch.arange(NUM) % CLASSES
 
 
 def examples(seed: int = 7, **fields: Any) -> Examples:
@@ -84,7 +85,7 @@ def test_a_batch_is_a_function_of_seed_epoch_and_index(make: Callable[..., Sourc
     batches, source, before = every(make()), make(), torch.get_rng_state()
     assert [len(batch.images) for batch in batches] == [8, 8, 4] * EPOCHS, "mirrored copies are added"
     keys = [(epoch, index) for epoch in range(EPOCHS) for index in range(3)]
-    for position in [*torch.randperm(9, generator=Rng(0)("order")).tolist(), 4, 4]:
+    for position in [*Rng(0)("order").permutation(9).tolist(), 4, 4]:
         assert equal(source.batch(*keys[position]), batches[position])
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(make(8).batch(0, 0).images, batches[0].images)
@@ -222,6 +223,24 @@ def test_labels_of_other_views_are_refused(other: Callable[[], Source], complain
     with pytest.raises(ValueError, match=complaint) as raised:
         StoredLabels.load(tmp_path / "labels.safetensors", other())
     assert "\n" not in str(raised.value)
+
+
+def test_labels_of_views_of_earlier_draws_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "labels.safetensors"
+    StoredLabels.of(examples(), teacher, 1).save(file)
+    tensors, header = read_tensors(file, "stored-labels")
+    del header["views"]["draws"], header["views"]["base"]  # as version 0.1.0 wrote it
+    write_tensors(file, tensors, header)
+    with pytest.raises(ValueError, match=r"other views: they differ in base, draws; give .*, or make them again"):
+        StoredLabels.load(file, examples())
+
+
+def test_the_identity_of_views_tells_components_of_one_seed_apart() -> None:
+    images, targets = data()
+    one, other = (
+        Examples(images, targets, Rng(0).child("a", unit), batch_size=4, num_classes=CLASSES) for unit in (1, 2)
+    )
+    assert one.identity() != other.identity()
 
 
 @pytest.mark.parametrize(

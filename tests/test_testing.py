@@ -37,7 +37,7 @@ class Good(GradientMethod):
 
     def loss(self, ctx: Context, state: Any, step: int, part: int) -> Tensor:
         images, targets = state.syn(state.syn.index_of(part))
-        goal = torch.rand((), generator=ctx.rng("goal", step, part))
+        goal = ctx.rng("goal", step, part).uniform()
         loss: Tensor = self.strength * (images - goal).square().mean()
         return loss if targets.dim() == 1 else loss - targets[:, 0].sum()
 

@@ -30,7 +30,7 @@ AUGMENT = Augment.parse("color_crop_cutout_flip_scale_rotate")
 
 
 def data() -> tuple[Tensor, Tensor]:
-    return torch.randn(10, 3, 8, 8, dtype=torch.float64, generator=Rng(0)("images")), torch.arange(10) % 3
+    return torch.randn(10, 3, 8, 8, dtype=torch.float64, generator=Rng(0).generator("images")), torch.arange(10) % 3
 
 
 @pytest.mark.parametrize("num", [1, 3])
@@ -150,7 +150,7 @@ def test_rates_of_single_steps_replace_everything_else() -> None:
 
 def test_a_shuffled_epoch_takes_every_image_once_and_another_epoch_another_order() -> None:
     x, y = data()
-    orders = [torch.randperm(10, generator=Rng(7)("order", epoch)) for epoch in range(2)]
+    orders = [Rng(7)("order", epoch).permutation(10) for epoch in range(2)]
     assert not torch.equal(*orders)
     batches = [(x[i], y[i]) for order in orders for i in order.split(4)]
     check(Training(num_epochs=2, batch_size=4, lr=0.1, schedule=Schedule()), by_hand(twins.sgd, [0.1] * 6, batches))

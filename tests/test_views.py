@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from condense.rng import Rng
@@ -28,3 +29,11 @@ def test_cutmix_mixes_labels_by_the_area_that_changed_hands() -> None:
     assert torch.equal(again[0], cutmix(x, y, 1.0, Rng(3)("cutmix"))[0]) and torch.equal(untouched[0], x)
     left = sum(torch.equal(cutmix(x, y, 0.5, Rng(seed)("cutmix"))[1], y) for seed in range(200))
     assert 80 < left < 130
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 7), (4, 2, 8, 7), (3, 16)])
+def test_cutmix_drawn_on_a_device_equals_cutmix_drawn_on_the_host(shape: tuple[int, ...]) -> None:
+    x, y = torch.rand(6, *shape), torch.eye(3)[torch.arange(6) % 3]
+    for step in range(30):
+        host, device = (cutmix(x, y, 0.5, Rng(0)("cutmix", at)) for at in (step, torch.tensor(step)))
+        assert torch.equal(host[0], device[0]) and torch.equal(host[1], device[1])

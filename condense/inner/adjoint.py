@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from condense.inner.rollout import Rollout
 from condense.inner.rules import SGD, Adam, Params
 from condense.plugins import Registry, subclass_of
+from condense.rng import Draws
 from condense.schema import Checked
 
 
@@ -33,7 +34,7 @@ class Adjoint(Checked, ABC):
     exact: ClassVar[bool]
     """Whether the gradient is that of the whole roll-out."""
 
-    def resolve(self, generator: torch.Generator) -> Adjoint:
+    def resolve(self, draws: Draws) -> Adjoint:
         """Return this adjoint with its random choices drawn; without any, return itself."""
         return self
 
@@ -136,7 +137,7 @@ class Truncated(Adjoint):
 class RandomTruncated(Adjoint):
     """``Truncated`` after a random number of steps (RaT-BPTT: Feng et al., 2024).
 
-    ``resolve(generator)`` draws the burn-in and returns the ``Truncated`` to unroll with, over ``burn_in + window``
+    ``resolve(draws)`` draws the burn-in and returns the ``Truncated`` to unroll with, over ``burn_in + window``
     batches; ``run`` itself cannot draw. The defaults are the published ones.
     """
 
@@ -155,13 +156,13 @@ class RandomTruncated(Adjoint):
         if not 0 <= self.lo <= self.hi:
             raise ValueError(f"{self.name}: lo {self.lo} and hi {self.hi} are not a valid range; give 0 <= lo <= hi")
 
-    def resolve(self, generator: torch.Generator) -> Truncated:
-        """Draw the burn-in uniformly from {lo, ..., hi}, with a CPU generator."""
-        burn_in = int(torch.randint(self.lo, self.hi + 1, (), generator=generator))
+    def resolve(self, draws: Draws) -> Truncated:
+        """Draw the burn-in uniformly from {lo, ..., hi}, with draws on the CPU."""
+        burn_in = draws.integer(self.lo, self.hi + 1)
         return Truncated(self.window, burn_in)
 
     def run(self, rollout: Rollout) -> Params:
-        raise ValueError(f"{self.name} has no burn-in yet: it must be drawn first; pass adjoint.resolve(generator)")
+        raise ValueError(f"{self.name} has no burn-in yet: it must be drawn first; pass adjoint.resolve(draws)")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from condense.files import canonical_json, checksum
 from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
+from condense.networks.initial import DrawnFrom
 from condense.networks.registry import (
     NetworkSpec,
     build,
@@ -44,6 +45,13 @@ class Weights(NamedTuple):
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+    @torch.no_grad()
+    def assign(self, other: Weights) -> None:
+        """Copy other weights into the tensors of these."""
+        for mine, theirs in zip(self, other, strict=True):
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
 
 
 class Captured(NamedTuple):
@@ -142,17 +150,22 @@ class Functional:
         frozen = {"frozen": checksum(self._frozen)} if self._frozen else {}
         return {"network": self.name, "shapes": hashlib.sha256(shapes.encode()).hexdigest()} | frozen
 
-    def init(self, rng: Rng, name: str, step: int = 0, unit: int | str = 0) -> Weights:
+    def init(self, rng: Rng, name: str, step: int | Tensor = 0, unit: int | str = 0) -> Weights:
         """Return initial weights that depend only on the key; the state of the global generator does not change.
 
         Raises:
             ValueError: as ``build`` does.
         """
-        with rng.forked(name, step, unit):
+        draws = rng(name, step, unit)
+        with (
+            DrawnFrom(draws),
+            rng.forked(name, step, unit),  # for draws of other kinds
+            draws.device,
+        ):
             network = build(self._spec, self.input_shape, self.num_outputs)
-        params = dict(network.to(self.device, self.dtype).named_parameters())
+        params = dict(network.named_parameters())
         return Weights(
-            {key: params[key].detach() for key in self.shapes},
+            {key: params[key].detach().to(self.device, self.dtype) for key in self.shapes},
             {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
 

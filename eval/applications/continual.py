@@ -62,7 +62,7 @@ class Continual(Application):
             scorer = setting.scorer(network, plan, len(images))
             for seed in range(self.num_seeds):
                 rng = setting.rng("continual", seed)
-                order = torch.randperm(num_classes, generator=rng("classes"))
+                order = rng("classes").permutation(num_classes)
                 for group, seen in enumerate(_seen(order, self.num_groups)):
                     remembered = torch.isin(labels, seen.to(labels.device))
                     tested = torch.isin(test.labels, seen.to(labels.device)).nonzero().flatten()

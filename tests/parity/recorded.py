@@ -20,7 +20,7 @@ from condense.data.datasets import load
 from condense.method import Context
 from condense.methods.mtt import TrajectoryMatching
 from condense.networks import Functional, Weights
-from condense.rng import Rng
+from condense.rng import Draws, Rng
 from condense.sources import Examples
 from condense.synthetic import Hard, Labels, Origin, Pixels
 from condense.task import Labelled, Split, make_task
@@ -134,24 +134,28 @@ def drawing(
         each: augmentations with one draw for each image.
         real: maps (images of a class, number) to a batch of real images.
         orders: order of the images in each epoch of training.
-        permutations: results of ``torch.randperm(length)``.
+        permutations: random orders of ``length`` images.
     """
 
     from_one, from_each, by_epoch, permuting = iter(siamese), iter(each), iter(orders), iter(permutations)
 
-    def sample(self: Augment, generator: Any, num: int, shape: Any, siamese: bool = False) -> Params:
+    def sample(self: Augment, draws: Draws, num: int, shape: Any, siamese: bool = False) -> Params:
         return next(from_one if siamese else from_each) if self.ops else Params({})
 
-    def draw(self: Labelled, label: int, num: int, generator: Any) -> Tensor:
+    def draw(self: Labelled, label: int, num: int, draws: Draws) -> Tensor:
         assert real is not None
         return real(self.images[:], num)
 
-    randperm = torch.randperm
+    permutation, subset = Draws.permutation, Draws.subset
 
-    def permuted(num: int, **kwargs: Any) -> Tensor:
-        return next(permuting) if num == length else randperm(num, **kwargs)
+    def permuted(self: Draws, num: int) -> Tensor:
+        return next(permuting) if num == length else permutation(self, num)
 
-    patches: list[tuple[Any, str, Any]] = [(Augment, "sample", sample), (torch, "randperm", permuted)]
+    def chosen(self: Draws, num: int, size: int) -> Tensor:
+        return next(permuting)[:size] if num == length else subset(self, num, size)
+
+    patches: list[tuple[Any, str, Any]] = [(Augment, "sample", sample)]
+    patches += [(Draws, "permutation", permuted), (Draws, "subset", chosen)]
     if initial is not None:
         patches.append((Context, "initial", lambda self, kind: initial))
     if real is not None:

@@ -1,0 +1,39 @@
+"""Initial weights from keyed draws, whatever module draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from condense.rng import Draws
+
+_UNIFORM, _NORMAL = torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default
+
+
+class DrawnFrom(TorchDispatchMode):
+    """Inside the context, ``Tensor.uniform_`` and ``Tensor.normal_`` take their numbers from keyed draws.
+
+    All initialisations of ``torch.nn.init`` use these two. The numbers are those of the key on every device, and a
+    network can be initialised in a step that is captured as a CUDA graph.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self._draws = draws
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func not in (_UNIFORM, _NORMAL):
+            return func(*args, **(kwargs or {}))
+        tensor: Tensor = args[0]
+        first, second = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+        if func is _UNIFORM:
+            numbers = self._draws.uniform(*tensor.shape) * (second - first) + first
+        else:
+            numbers = self._draws.normal(*tensor.shape) * second + first
+        return tensor.copy_(numbers)

@@ -1,0 +1,124 @@
+"""No step waits for the device: steps run on the meta device, whose tensors have a shape and no values.
+
+To read a value raises an error there, as does an operation on tensors of two devices. The CPU build of torch can
+differentiate such tensors, which it cannot on a simulated GPU.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from condense.augment import Augment
+from condense.compute import Compute
+from condense.method import Context, GradientMethod
+from condense.networks import Functional
+from condense.registry import load as method
+from condense.rng import Draws, Rng
+from condense.task import Labelled
+from condense.testing import _Trial
+from condense.train import Trainer, Training
+from tests.test_contract import SMALL
+
+META = torch.device("meta")
+AUGMENT = Augment(("color", "crop", "cutout", "flip", "scale", "rotate"))
+GRAPHED = ("dm", "datadam", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm", "frepo", "rfad")
+NETWORK = "convnet:depth=1,width=4"
+
+
+@contextlib.contextmanager
+def no_draw_on_the_host() -> Iterator[None]:
+    """Refuse random tensors that are drawn on the CPU; single numbers, with which the host decides, are allowed."""
+    words, deciding = Draws.words, []
+
+    def checked(draws: Draws, num: int) -> Tensor:
+        assert deciding or not draws.on_host, "drawn on the CPU"
+        return words(draws, num)
+
+    def integer(draws: Draws, low: int, high: int) -> int:
+        deciding.append(True)
+        try:
+            return number(draws, low, high)
+        finally:
+            deciding.pop()
+
+    number = Draws.integer
+    with mock.patch.object(Draws, "words", checked), mock.patch.object(Draws, "integer", integer):
+        yield
+
+
+def on_device(value: Any) -> Any:
+    """Return a deep copy of a value whose tensors are on the meta device."""
+
+    def moved(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if id(tensor) not in memo:
+            plain = torch.empty_like(tensor, device=META, requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(plain) if isinstance(tensor, nn.Parameter) else plain
+        return memo[id(tensor)]
+
+    with mock.patch.object(Tensor, "__deepcopy__", moved), mock.patch.object(nn.Parameter, "__deepcopy__", moved):
+        return copy.deepcopy(value)
+
+
+def prepared(name: str) -> tuple[GradientMethod, Context, Any]:
+    """Return a method, and a context and a state on the meta device whose steps are captured."""
+    trial = _Trial(method(name)(num_steps=4, **SMALL[name]), None, {"network": NETWORK})
+    ctx = trial.context()
+    state, task = on_device(trial.method.init(ctx)), ctx.task
+    state.syn._members = state.syn.classes._version, [torch.empty(2, dtype=torch.int64, device=META)] * 3
+    train = Labelled(torch.empty(task.train.images.shape, device=META), task.train.labels.to(META))
+    train.__dict__["by_class"] = [index.to(META) for index in task.train.by_class]
+    network = Functional(NETWORK, task.input_shape, task.num_classes, META)
+    task = dataclasses.replace(task, train=train, val=None, network=network, device=META, augment=AUGMENT)
+    return trial.method, dataclasses.replace(ctx, task=task, compute=Compute(graph=True)), state
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_gradients_are_computed_without_the_host(name: str) -> None:
+    plan, ctx, state = prepared(name)
+    assert plan.graphs(ctx)
+    plan._differentiate(ctx, state, 0)  # prepares what all steps share
+    with no_draw_on_the_host():
+        record = plan._differentiate(ctx, state, 0)
+    assert {tensor.device for tensor in record.values()} == {META}
+
+
+@pytest.mark.parametrize("name", ["dm", "datadam"])
+def test_the_network_of_the_next_step_is_drawn_on_the_device(name: str) -> None:
+    plan, ctx, state = prepared(name)
+    with no_draw_on_the_host():
+        plan.after(ctx, state, 0)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("num_networks", [1, 3])
+def test_a_training_step_runs_without_the_host(optimiser: Any, num_networks: int) -> None:
+    trainer = Trainer(
+        Functional(NETWORK, (3, 8, 8), 4, META),
+        Training(num_epochs=2, batch_size=4, optimiser=optimiser, cutmix=0.5),
+        Compute(graph=True),
+    )
+    images, targets = torch.empty(10, 3, 8, 8, device=META), torch.empty(10, dtype=torch.int64, device=META)
+    weights = [trainer.network.init(Rng(k), "weights") for k in range(num_networks)]
+    sources = [trainer.source(images, targets, Rng(k), AUGMENT) for k in range(num_networks)]
+    for source in sources:
+        source.begin = lambda epoch: None  # the order of an epoch is drawn once, outside of the steps
+    step = mock.patch.object(getattr(torch.optim, {"sgd": "SGD", "adam": "Adam"}[optimiser]), "step")
+    with step, no_draw_on_the_host():  # the fused optimisers do not exist on the meta device
+        trainer.run_together(weights, sources)
+
+
+def test_the_harness_notices_what_it_is_for() -> None:
+    x = torch.zeros(3, device=META)
+    with pytest.raises(RuntimeError, match="meta"):
+        x.sum().item()
+    with pytest.raises(RuntimeError, match="device"):
+        x + torch.zeros(3)
+    with pytest.raises(AssertionError, match="drawn on the CPU"), no_draw_on_the_host():
+        Rng(0)("a", 3).uniform(2)
