@@ -78,12 +78,12 @@ SERIES: dict[str, dict[str, Any]] = {
     "frepo": {"num_steps": 300, "training_epochs": 1000, "optim": LAMB, "optim_labels": LAMB},
     "dc": {"num_steps": 100, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
     "rat-bptt": {
-        "num_steps": 100,
-        "lr": 0.002,
+        "num_steps": 500,
+        "lr": 0.005,
         "batch_real": 256,
         "augment": "none",
-        "adjoint": RandomTruncated(lo=0, hi=30, window=15),
-        "optim": Optim(kind="adam", lr=0.05, momentum=0.9),
+        "adjoint": RandomTruncated(lo=0, hi=20, window=10),
+        "optim": Optim(kind="adam", lr=0.02, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
     },
 }
 """By method, the cheap ones first: fields of the recipe for any data set, or of its method, that are replaced."""
