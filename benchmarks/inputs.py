@@ -1,4 +1,4 @@
-"""Methods on series, images or clips of an ``.npz`` file against random real samples.
+"""Methods on series or clips of an ``.npz`` file against random real samples.
 
     python -m benchmarks.inputs DATA.npz [--only NAME ...] [--ipc 1 10] [--num-seeds 5] [--network auto] [--device auto]
                                          [--validate] [--limit MINUTES] [--out FILE.json]
@@ -46,7 +46,7 @@ from condense.task import Split
 HELD_OUT = Split(val_fraction=0.3)
 """The part of the training samples that ``--validate`` scores on."""
 
-LAYOUTS: dict[Kind, str] = {"series": "NCL", "images": "NCHW", "clips": "NTCHW"}
+LAYOUTS: dict[Kind, str] = {"series": "NCL", "clips": "NTCHW"}
 """Of the arrays of a loaded data set."""
 
 OWN = ("mtt", "frepo", "rat-bptt")
@@ -58,72 +58,65 @@ EXPERTS: dict[Kind, Experts] = {
 }
 """Of the buffer for ``mtt``."""
 
-SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
-    "series": {
-        "herding": {"num_epochs": 20},
-        "k-means": {"num_epochs": 20},
-        "dm": {"num_steps": 200, "optim": Optim(lr=1.0)},
-        "dc": {"num_steps": 100, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
-        "mtt": {
-            "num_steps": 100,
-            "syn_steps": 15,
-            "expert_epochs": 4,
-            "max_start_epoch": 10,
-            "lr": 0.02,
-            "optim": Optim(lr=100.0),
-            "optim_lr": Optim(lr=0.01),
-            "clip": 0.1,
-        },
-        "datadam": {"num_steps": 200, "optim": Optim(lr=0.3)},
-        "frepo": {
-            "num_steps": 300,
-            "training_epochs": 1000,
-            "optim": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
-            "optim_labels": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
-        },
-        "rat-bptt": {
-            "num_steps": 100,
-            "lr": 0.002,
-            "batch_real": 256,
-            "augment": "none",
-            "adjoint": RandomTruncated(lo=0, hi=30, window=15),
-            "optim": Optim(kind="adam", lr=0.05, momentum=0.9),
-        },
+LAMB = Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1))
+
+SERIES: dict[str, dict[str, Any]] = {
+    "dm": {"num_steps": 200, "optim": Optim(lr=1.0)},
+    "datadam": {"num_steps": 200, "optim": Optim(lr=0.3)},
+    "mtt": {
+        "num_steps": 100,
+        "syn_steps": 15,
+        "expert_epochs": 4,
+        "max_start_epoch": 10,
+        "lr": 0.02,
+        "optim": Optim(lr=100.0),
+        "optim_lr": Optim(lr=0.01),
+        "clip": 0.1,
     },
-    "clips": {
-        "herding": {"num_epochs": 60},
-        "k-means": {"num_epochs": 60},
-        "dm": {"num_steps": 200, "optim": Optim(lr=0.1)},
-        "dc": {"num_steps": 60, "start": "real", "inner_epochs": 5, "batch_real": 16, "optim": Optim(lr=1.0)},
-        "mtt": {
-            "num_steps": 80,
-            "syn_steps": 10,
-            "batch_syn": 12,
-            "expert_epochs": 1,
-            "max_start_epoch": 15,
-            "lr": 0.02,
-            "optim": Optim(lr=1000.0),
-            "optim_lr": Optim(lr=0.01),
-            "clip": 0.1,
-        },
-        "datadam": {"num_steps": 200, "optim": Optim(lr=1.0)},
-        "frepo": {
-            "num_steps": 300,
-            "training_epochs": 500,
-            "optim": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
-            "optim_labels": Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
-        },
-        "rat-bptt": {
-            "num_steps": 60,
-            "lr": 0.001,
-            "batch_real": 83,
-            "augment": "none",
-            "adjoint": RandomTruncated(lo=0, hi=10, window=10),
-            "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
-        },
+    "herding": {"num_epochs": 20},
+    "k-means": {"num_epochs": 20},
+    "frepo": {"num_steps": 300, "training_epochs": 1000, "optim": LAMB, "optim_labels": LAMB},
+    "dc": {"num_steps": 100, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
+    "rat-bptt": {
+        "num_steps": 500,
+        "lr": 0.005,
+        "batch_real": 256,
+        "augment": "none",
+        "adjoint": RandomTruncated(lo=0, hi=20, window=10),
+        "optim": Optim(kind="adam", lr=0.02, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
     },
 }
-"""By kind of sample and by method: fields of the recipe for any data set, or of its method, that are replaced."""
+"""By method, the cheap ones first: fields of the recipe for any data set, or of its method, that are replaced."""
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "dm": {"optim": Optim(lr=0.1)},
+    "datadam": {"optim": Optim(lr=1.0)},
+    "mtt": {
+        "num_steps": 80,
+        "syn_steps": 10,
+        "batch_syn": 12,
+        "expert_epochs": 1,
+        "max_start_epoch": 15,
+        "optim": Optim(lr=1000.0),
+    },
+    "herding": {"num_epochs": 60},
+    "k-means": {"num_epochs": 60},
+    "frepo": {"training_epochs": 500},
+    "dc": {"num_steps": 60, "batch_real": 16, "optim": Optim(lr=1.0)},
+    "rat-bptt": {
+        "num_steps": 60,
+        "lr": 0.001,
+        "batch_real": 83,
+        "adjoint": RandomTruncated(lo=0, hi=10, window=10),
+        "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
+    },
+}
+"""What differs for clips."""
+
+SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
+    "series": SERIES,
+    "clips": {method: {**fields, **CLIPS[method]} for method, fields in SERIES.items()},
+}
 
 NETWORKS: dict[str, tuple[dict[str, Any], ...]] = {
     "datadam": ({"norm": "batch"},),
@@ -298,12 +291,6 @@ def with_held_out(arrays: Arrays) -> Arrays:
     return load(split, layout=LAYOUTS[kind(arrays.input_shape)])
 
 
-def names(arrays: Arrays) -> list[str]:
-    """The rows of these data, the cheap ones first."""
-    order = ["random", FULL, "dm", "datadam", "mtt", "herding", "k-means", "frepo", "dc", "rat-bptt"]
-    return [name for name in order if name in {"random", FULL, *SETTINGS[kind(arrays.input_shape)]}]
-
-
 def rows(bench: Bench, methods: Sequence[str], budgets: Sequence[int], known: Sequence[Row]) -> Iterator[Row]:
     """The rows that are known and those that are measured now, budget by budget."""
     common = bench.arrays.fingerprint["train"], bench.network, bench.num_seeds, bench.device.type
@@ -329,6 +316,8 @@ def main() -> None:
     chosen = parser.parse_args()
     begun = time.monotonic()
     arrays = open_data(chosen.data)
+    if kind(arrays.input_shape) not in SETTINGS:
+        parser.error(f"{chosen.data} has images, and the settings are for series and clips; give a file of these")
     arrays = with_held_out(arrays) if chosen.validate else arrays
     device = prepare_device(chosen.device)
     known = _read(chosen.out)
@@ -343,7 +332,7 @@ def main() -> None:
         )
         print(HEADER, flush=True)
         random: Row | None = None
-        for row in rows(bench, chosen.only or names(arrays), chosen.ipc, known):
+        for row in rows(bench, chosen.only or ["random", FULL, *SERIES], chosen.ipc, known):
             random = row if row.method == "random" else random
             print(row.cells(random), flush=True)
             if row not in known:
