@@ -77,9 +77,10 @@ class Graphed:
             with _no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
         except Exception as error:
-            while error.__context__ is not None:  # the end of a capture raises an error of its own
-                error = error.__context__
-            self._give_up(next(iter(str(error).splitlines()), type(error).__name__))
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of a capture raises an error of its own
+                cause = cause.__context__
+            self._give_up(next(iter(str(cause).splitlines()), type(cause).__name__))
             self._run()  # an error of the step itself is raised again here
         else:
             self._graph = graph

@@ -28,7 +28,7 @@ from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Task
-from condense.train import Training
+from condense.train import Training, set_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -651,15 +651,6 @@ def require_finite(record: Mapping[str, Value]) -> None:
 def dtype_of_numbers(device: torch.device) -> torch.dtype:
     """Return the type of the numbers of a step: float64, as in Python; float32 on mps, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the first group of an optimiser; in place if it is a tensor, on any device."""
-    group = optimiser.param_groups[0]
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
 
 
 def clip_grad(param: nn.Parameter, norm: Value, max_norm: Value) -> None:

@@ -36,7 +36,7 @@ _INDEX = 2**31 - 1
 _FEW = 8
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Return the four output words of Philox4x32-10.
 
     Args:

@@ -245,7 +245,10 @@ class Relabelled(Source):
         """Targets are the softmax of the teacher's logits, divided by ``temperature``."""
         self.source, self.teacher, self.temperature = source, teacher, temperature
         self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
-        self.on_device, self.begin = source.on_device, source.begin
+        self.on_device = source.on_device
+
+    def begin(self, epoch: int) -> None:
+        self.source.begin(epoch)
 
     @torch.no_grad()
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:

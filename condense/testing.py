@@ -361,7 +361,7 @@ class _OtherLayers(Rng):
     """Gives the same keyed draws, but other numbers to layers that draw from the global generator."""
 
     @contextlib.contextmanager
-    def forked(self, name: str, step: int = 0, unit: int | str = 0) -> Iterator[None]:
+    def forked(self, name: str, step: int | Tensor = 0, unit: int | str = 0) -> Iterator[None]:
         with super().forked(f"other {name}" if name.startswith("layers") else name, step, unit):
             yield
 

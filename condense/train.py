@@ -276,10 +276,13 @@ class Trainer:
                 sharpness_aware(optimiser.param_groups[0]["params"], loss, plan.rho, plan.alpha, len(sources))
             optimiser.step()
 
+        def run_plain(epoch: int, index: int, lr: float) -> None:
+            set_lr(optimiser, lr)
+            step(epoch, index)
+
+        run: Callable[[int, int, float], None] = run_plain
         if self.compute.graph and all(source.on_device for source in sources):
             run = _Graphs(step, optimiser, num_batches, self.network.device, compile=bool(self.compute.compile))
-        else:
-            run = _set_lr(optimiser, step)
         with (
             self.compute.arithmetic(),
             contextlib.nullcontext() if rng is None else rng.forked("layers"),  # dropout of external networks
@@ -324,19 +327,13 @@ class _Graphs:
             self._step()
 
 
-def _set_lr(optimiser: torch.optim.Optimizer, step: Callable[[int, int], None]) -> Callable[[int, int, float], None]:
-    """Return ``step`` with a learning rate as the third argument."""
-
-    (group,) = optimiser.param_groups
-
-    def run(epoch: int, index: int, lr: float) -> None:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-        step(epoch, index)
-
-    return run
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the first group of an optimiser; in place if it is a tensor, on any device."""
+    group = optimiser.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def sharpness_aware(
@@ -392,7 +389,7 @@ class Scorer:
 
     @torch.no_grad()
     def logits(self, weights: Weights, images: Tensor | Images) -> Tensor:
-        """Return the logits (N, num_classes), float32, of samples (N, *input_shape)."""
+        """Return the logits (N, num_outputs), float32, of samples (N, *input_shape)."""
         batches = images.split(self.batch_size)
         return torch.cat([self._logits(*weights, self.compute.layout(x)) for x in batches])
 

@@ -31,7 +31,8 @@ class DrawnFrom(TorchDispatchMode):
         if func not in (_UNIFORM, _NORMAL):
             return func(*args, **(kwargs or {}))
         tensor: Tensor = args[0]
-        first, second = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+        first = args[1] if len(args) > 1 else 0.0
+        second = args[2] if len(args) > 2 else 1.0
         if func is _UNIFORM:
             numbers = self._draws.uniform(*tensor.shape) * (second - first) + first
         else:
