@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,23 @@ import pytest
 from condense import api
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load
+from condense.methods import rcig
 
 TINY = "convnet:depth=1,width=4"
 """A network that is small enough to be trained many times."""
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Let this process write files of that many bytes at most, as if the disk were full."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +70,10 @@ def tiny_buffer(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A buffer of two experts of four epochs on the tiny data."""
     root = tmp_path_factory.mktemp("artifacts")
     return api.make_buffer(tiny, TINY, num_experts=2, num_epochs=4, batch_size=12, lr=0.1, out=root, compute=Compute())
+
+
+@pytest.fixture
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RCIG looks for its learning rates from near where it finds them."""
+    monkeypatch.setattr(rcig, "FIRST_LR_INNER", 3e-2)
+    monkeypatch.setattr(rcig, "FIRST_LR_ADJOINT", 1e2)

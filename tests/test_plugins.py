@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -22,38 +22,27 @@ from condense.networks import resolve
 from condense.plugins import Registry, instance_of, subclass_of, summaries
 from condense.synthetic import DECODERS, Decode, Pixels
 
-PYPROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
+ENTRIES = """
+[condense.methods]
+drift = condense_foreign:Drift
 
-[project]
-name = "condense-foreign"
-version = "0.1"
+[condense.decoders]
+negative = condense_foreign:Negative
 
-[project.entry-points."condense.methods"]
-drift = "condense_foreign:Drift"
+[condense.labels]
+smoothed = condense_foreign:Smoothed
 
-[project.entry-points."condense.decoders"]
-negative = "condense_foreign:Negative"
+[condense.networks]
+linear = condense_foreign:Linear
 
-[project.entry-points."condense.labels"]
-smoothed = "condense_foreign:Smoothed"
+[condense.datasets]
+bars = condense_foreign:bars
 
-[project.entry-points."condense.networks"]
-linear = "condense_foreign:Linear"
+[condense.protocols]
+short = condense_foreign:SHORT
 
-[project.entry-points."condense.datasets"]
-bars = "condense_foreign:bars"
-
-[project.entry-points."condense.protocols"]
-short = "condense_foreign:SHORT"
-
-[project.entry-points."condense.adjoints"]
-plain = "condense_foreign:Plain"
-
-[tool.setuptools]
-py-modules = ["condense_foreign"]
+[condense.adjoints]
+plain = condense_foreign:Plain
 """
 
 MODULE = '''
@@ -194,61 +183,61 @@ WITHOUT: dict[str, tuple[list[str], str]] = {
     "network": (["distill", "random", "--network", "linear"], "unknown network 'linear'"),
     "labels": (["distill", "random", "--labels", "smoothed"], "unknown labels 'smoothed'"),
 }
-SCRIPT = """
-import contextlib, io, json, sys
-from condense.cli import main
-printed = {}
-for name, words in json.load(sys.stdin).items():
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = main(words) or 0
-        except SystemExit as leave:
-            status = leave.code
-    printed[name] = [status, out.getvalue(), err.getvalue()]
-json.dump(printed, sys.stdout)
-"""
+Printed = dict[str, tuple[int, str, str]]
+"""Exit status and what is printed of each command."""
 
 
-def condense(commands: dict[str, list[str]], folder: Path, site: Path | None) -> dict[str, tuple[int, str, str]]:
-    """Exit status and what is printed of each command, in one process that sees the packages of ``site``."""
-    environment = os.environ | {"CONDENSE_CACHE": str(folder / "cache"), "PYTHONPATH": str(site or "")}
-    command, words = [sys.executable, "-c", SCRIPT], json.dumps(commands)
-    done = subprocess.run(command, cwd=folder, env=environment, input=words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def condense(commands: dict[str, list[str]]) -> Printed:
+    printed = {}
+    for name, words in commands.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                status = main(words) or 0
+            except SystemExit as leave:
+                status = int(leave.code or 0)
+        printed[name] = (status, out.getvalue(), err.getvalue())
+    return printed
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the commands run."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CONDENSE_CACHE", str(folder / "cache"))
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def printed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """What the commands print where pip has installed the package."""
-    if importlib.util.find_spec("setuptools") is None:
-        pytest.skip("setuptools, which builds the package, is not installed")
-    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    (source / "pyproject.toml").write_text(PYPROJECT)
-    (source / "condense_foreign.py").write_text(MODULE)
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], check=True)
-    return condense(WITH, folder, site)
+def printed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Printed:
+    """What the commands print where the package is installed: its module lies beside its metadata."""
+    site = tmp_path_factory.mktemp("site")
+    metadata = site / "condense_foreign-0.1.dist-info"
+    metadata.mkdir()
+    (site / "condense_foreign.py").write_text(MODULE)
+    (metadata / "METADATA").write_text("Name: condense-foreign\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(ENTRIES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        printed = condense(WITH)
+    del sys.modules["condense_foreign"]
+    return printed
 
 
 @pytest.fixture(scope="module")
-def refused(printed: object, folder: Path) -> dict[str, tuple[int, str, str]]:
+def refused(printed: Printed) -> Printed:
     """What they print where it is not installed."""
-    return condense({name: words for name, (words, _) in WITHOUT.items()}, folder, None)
+    return condense({name: words for name, (words, _) in WITHOUT.items()})
 
 
 @pytest.mark.parametrize("kind", LISTED)
-def test_each_of_them_is_listed(kind: str, printed: dict[str, tuple[int, str, str]]) -> None:
+def test_each_of_them_is_listed(kind: str, printed: Printed) -> None:
     name, line = LISTED[kind]
     assert json.loads(printed[kind][1])[name].startswith(line)
 
 
-def test_sets_made_with_them_are_evaluated_with_them(printed: dict[str, tuple[int, str, str]], folder: Path) -> None:
+def test_sets_made_with_them_are_evaluated_with_them(printed: Printed, folder: Path) -> None:
     assert [printed[name][0] for name in ("run", "evaluation", "again")] == [0, 0, 0], printed
     (result,) = json.loads((folder / "run" / "evaluation.json").read_text())["results"]
     assert (result["network"], result["protocol"]) == ("linear", "short")
@@ -256,15 +245,13 @@ def test_sets_made_with_them_are_evaluated_with_them(printed: dict[str, tuple[in
     assert made[0] == made[1]
 
 
-def test_an_adjoint_of_theirs_differentiates_a_method_of_ours(
-    printed: dict[str, tuple[int, str, str]], folder: Path
-) -> None:
+def test_an_adjoint_of_theirs_differentiates_a_method_of_ours(printed: Printed, folder: Path) -> None:
     assert printed["adjoint"][0] == 0, printed["adjoint"]
     assert "name: plain" in (folder / "dd" / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_without_the_package_one_line_says_what_is_missing(name: str, refused: dict[str, tuple[int, str, str]]) -> None:
+def test_without_the_package_one_line_says_what_is_missing(name: str, refused: Printed) -> None:
     status, _, line = refused[name]
     assert status == 2 and line.count("\n") == 1 and WITHOUT[name][1] in line, line
 
