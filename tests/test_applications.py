@@ -24,6 +24,13 @@ from condense.synthetic import load
 TINY = "convnet:depth=1,width=4"
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol that is used where none is named has fewer epochs."""
+    canonical = dataclasses.replace(protocol.PROTOCOLS["canonical"], num_epochs=30)
+    monkeypatch.setitem(protocol.PROTOCOLS.own, "canonical", canonical)
+
+
 @pytest.fixture(scope="module")
 def run(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four real images a class of the tiny data, a quarter of which is held out."""
@@ -69,9 +76,7 @@ def test_nas_correlates_a_ranking_with_the_truth_on_held_out_images(run: Path, t
         assert found.record["rankings"]["random"]["kendall"] == pytest.approx(expected)
 
 
-def test_series_are_put_to_use_by_their_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = dataclasses.replace(protocol.PROTOCOLS["canonical"], num_epochs=2)
-    monkeypatch.setitem(protocol.PROTOCOLS.own, "canonical", short)
+def test_series_are_put_to_use_by_their_own_network(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randint(256, (24, 2, 16), generator=generator, dtype=torch.uint8), torch.arange(24) % 3
     data = load_arrays((x[:12], y[:12], x[12:], y[12:]), layout="NCL")
@@ -107,12 +112,12 @@ def test_an_attack_on_the_members_themselves_finds_them_better(tiny: Arrays, tmp
 def test_the_ranking_scores_are_those_of_the_accuracies_it_records(
     tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = dataclasses.replace(protocol.PROTOCOLS["dd-ranking"], num_epochs=40)
-    monkeypatch.setitem(protocol.PROTOCOLS.own, "dd-ranking", short)
+    plan = dataclasses.replace(protocol.PROTOCOLS["dd-ranking"], num_epochs=8)
+    monkeypatch.setitem(protocol.PROTOCOLS.own, "dd-ranking", plan)
     split = api.Split(val_fraction=0.25)
     options: dict[str, Any] = {"dataset": tiny, "network": "mlp", "split": split, "device": "cpu"}
     api.distill("kip", ipc=2, num_steps=4, labels="targets", out=tmp_path / "run", **options)
-    found = api.apply("ranking", tmp_path / "run", tiny, network="mlp", num_seeds=2, baselines=["random", "herding"])
+    found = api.apply("ranking", tmp_path / "run", tiny, network="mlp", num_seeds=1, baselines=["random", "herding"])
     assert set(found.record["rankings"]) == {"kip", "herding"} and len(found.rows) == 2
     for row in found.record["rankings"].values():
         acc, scores = row["accuracies"], row["scores"]
@@ -126,7 +131,7 @@ def test_the_ranking_scores_are_those_of_the_accuracies_it_records(
     assert herding["own"] == herding["hard"], "hard labels have no other training"
     assert herding["hard"] == herding["augmented"], "dd-ranking augments"
     plan = protocol.named("own", api.load(tmp_path / "run"))
-    again = api.evaluate(tmp_path / "run", tiny, networks="mlp", num_seeds=2, protocol=plan, device="cpu")
+    again = api.evaluate(tmp_path / "run", tiny, networks="mlp", num_seeds=1, protocol=plan, device="cpu")
     assert again.results[0].mean == kip["own"]
 
 

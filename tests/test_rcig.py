@@ -227,8 +227,7 @@ def test_the_network_that_was_used_is_trained_and_replaced_in_time() -> None:
     assert all(age < 5 for age in ages) and 0 in ages and len({b - a for a, b in itertools.pairwise(ages)}) > 2
 
 
-@pytest.mark.parametrize("labels", [Hard(), Logits(), Targets()])
-@pytest.mark.parametrize("decode", [Pixels(), Factor()])
+@pytest.mark.parametrize(("labels", "decode"), [(Hard(), Pixels()), (Logits(), Factor()), (Targets(), Pixels())])
 def test_the_loss_falls_with_every_kind_of_labels(labels: Labels, decode: Any) -> None:
     optim = Optim(kind="adabelief", lr=0.03, momentum=0.9)
     method = dataclasses.replace(TINY, num_steps=30, batch_real=21, optim=optim, optim_labels=optim, max_age=100)

@@ -22,6 +22,15 @@ from condense.task import Split
 TINY = "convnet:depth=1,width=4"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """The protocol that is used where none is named has fewer epochs."""
+    canonical = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROTOCOLS.own, "canonical", canonical)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folders(tiny: Arrays, tiny_file: Path, tiny_buffer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Runs with snapshots, validation, results and findings; the second has learned labels and a name that is markup,

@@ -17,6 +17,7 @@ from condense.artifacts import Trajectories
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
+from condense.eval.protocol import PROTOCOLS
 from condense.networks import Functional, Weights
 from condense.objective import one_hot
 from condense.rng import Rng
@@ -93,9 +94,9 @@ def test_experts_and_evaluations_at_once(tiny: Arrays, tmp_path: Path) -> None:
         for name, expected in one.snapshot(expert, 2).items():
             torch.testing.assert_close(two.snapshot(expert, 2)[name], expected, rtol=1e-4, atol=1e-6)
     syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run")
-    rows = [
-        api.evaluate(syn, tiny, networks=[TINY], num_seeds=5, compute=Compute(networks=n)).results[0] for n in (1, 2)
-    ]
+    plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=60)
+    fields: dict[str, Any] = {"networks": [TINY], "num_seeds": 5, "protocol": plan}
+    rows = [api.evaluate(syn, tiny, compute=Compute(networks=n), **fields).results[0] for n in (1, 2)]
     assert rows[0].accuracies == pytest.approx(rows[1].accuracies, abs=0.06)
     assert [row.compute.get("networks") for row in rows] == [None, 2]
 

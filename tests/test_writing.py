@@ -274,12 +274,12 @@ for module in pkgutil.walk_packages(condense.__path__, "condense."):
         importlib.import_module(module.name)
 with files.locked(Path(sys.argv[1], "run"), wait=False):
     files.write_text(Path(sys.argv[1], "file"), "text")
-print(compute.peak_memory(torch.device("cpu")))
+print(compute.peak_memory(torch.device("cpu")), "pytest" in sys.modules)
 """
 
 
-def test_the_package_does_without_what_windows_lacks(tmp_path: Path) -> None:
+def test_the_package_does_without_what_windows_lacks_and_without_a_test_runner(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, str(tmp_path)], check=True, capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.stdout == "0\n" and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert done.stdout == "0 False\n" and [path.name for path in tmp_path.iterdir()] == ["file"]
