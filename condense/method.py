@@ -537,8 +537,8 @@ class GradientMethod(Method):
 
         Args:
             record: values to log, to which entries may be added: ``loss``, its terms, and for each leaf the norm
-                ``grad_NAME`` of its gradient, all as tensors, and its learning rate ``lr_NAME``. They may not be
-                finite: the engine finds that out later.
+                ``grad_NAME`` of its gradient, all as tensors, and its learning rate ``lr_NAME``. Whether they are
+                finite is found out when the engine reads them.
         """
         if self.clip is not None:
             clip_grad(state.syn.latents, record["grad_latents"], self.clip)
