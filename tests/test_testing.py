@@ -5,7 +5,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -247,7 +247,7 @@ BROKEN: list[tuple[type[Method], Callable[..., None], str]] = [
     ),
     (IsNotFinite, testing.makes_a_set_of_the_budget, "images or labels that are not finite"),
     (WritesAnotherSet, testing.makes_a_set_of_the_budget, "cannot be saved and loaded: .*classes outside"),
-    (DefinesNothing, testing.is_a_value, "does not define init, loss; derive from Method"),
+    (cast("type[Method]", DefinesNothing), testing.is_a_value, "does not define init, loss; derive from Method"),
     (NeedsAValue, testing.is_a_value, "has no default for its field value; derive from Method"),
     (HoldsATensor, testing.is_a_value, "a field holds a Tensor, which YAML cannot store; use only plain values"),
     (InitsNothing, testing.makes_a_set_of_the_budget, "init returns a NoneType; return a State"),
