@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +21,23 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import growth, harness, inputs, jobs, measure, report, textbook
 from condense.augment import Augment, Params
 from condense.compute import Compute
-from condense.inner import Full, unroll
-from condense.match import feature_mean_distance, layerwise_cosine, matching_loss, trajectory_distance
+from condense.inner import Adam, Descent, Full, Truncated, minimise, mixed_gradient, unroll
+from condense.kernels import centred, feature_kernel, regression
+from condense.match import (
+    convolution_mse_sum,
+    feature_mean_distance,
+    layerwise_cosine,
+    matching_loss,
+    trajectory_distance,
+)
 from condense.methods.dc import frozen_loss
+from condense.methods.frepo import half_squared_error, margin_loss
+from condense.methods.rcig import Convexified, no_longer_than, outer_loss
 from condense.networks import Functional
 from condense.objective import CrossEntropy
 from condense.rng import Rng
 from condense.schedule import Schedule
+from condense.synthetic import Factor
 from condense.train import Trainer, Training
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory and disk are read from /proc")
@@ -120,10 +131,11 @@ def test_a_word_that_fits_no_path_is_refused(capsys: pytest.CaptureFixture[str])
 class Twins:
     """The same network as a function and as a module, in float64."""
 
-    def __init__(self) -> None:
-        self.network = Functional("convnet:depth=2,width=6", SHAPE, 4, dtype=torch.float64)
+    def __init__(self, smooth: bool = False) -> None:
+        options = ",norm=none,activation=softplus" if smooth else ""
+        self.network = Functional(f"convnet:depth=2,width=6{options}", SHAPE, 4, dtype=torch.float64)
         self.params, self.buffers = self.network.init(Rng(0), "weights")
-        self.net = textbook.ConvNet(SHAPE, 4, depth=2, width=6).double()
+        self.net = textbook.ConvNet(SHAPE, 4, depth=2, width=6, smooth=smooth).double()
         self.net.load_state_dict(self.params)
         self.loss_fn = frozen_loss(self.network, self.buffers)
 
@@ -180,6 +192,65 @@ def test_textbook_distribution_matching(twins: Twins) -> None:
     ours = feature_mean_distance(*features)
     torch.testing.assert_close(theirs, ours)
     torch.testing.assert_close(torch.autograd.grad(theirs, syn), torch.autograd.grad(ours, syn))
+
+
+def test_textbook_decoder() -> None:
+    latents = images(6)
+    decoder = Factor().build(SHAPE, 4)
+    torch.testing.assert_close(textbook.decode(latents), decoder(latents, torch.zeros(6)))
+
+
+def test_textbook_matching_of_convolutions(twins: Twins) -> None:
+    real, syn = images(9), images(3, seed=1).requires_grad_()
+    theirs = textbook.idc_loss(twins.net, real, syn, 2)
+    wanted = torch.func.grad(twins.loss_fn)(twins.params, (real, torch.full((9,), 2)))
+    ours = matching_loss(twins.loss_fn, twins.params, wanted, convolution_mse_sum, syn, torch.full((3,), 2))
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, syn), torch.autograd.grad(ours, syn))
+
+
+def test_textbook_feature_regression(twins: Twins) -> None:
+    real, syn, wanted = images(9), images(8, seed=1).requires_grad_(), centred(torch.arange(9) % 4, 4)
+    targets = (centred(torch.arange(8) % 4, 4) * torch.linspace(0.1, 1, 8)[:, None]).requires_grad_()
+    theirs = textbook.frepo_loss(twins.net, real, wanted, syn, targets, 1e-3)
+    phi_t, phi_s = (twins.network.features(twins.params, twins.buffers, x) for x in (real, syn))
+    predictions = regression(feature_kernel(phi_t, phi_s), feature_kernel(phi_s, phi_s), targets, 1e-3)
+    ours = half_squared_error(predictions, wanted) + margin_loss(targets)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, (syn, targets)), torch.autograd.grad(ours, (syn, targets)))
+
+
+@pytest.mark.parametrize("burn_in", [0, 2])
+def test_textbook_truncated_unrolling(twins: Twins, burn_in: int) -> None:
+    x, y = images(8).requires_grad_(), torch.arange(8) % 4
+    real = images(9, seed=1), torch.arange(9) % 4
+    theirs = textbook.rat_bptt_loss(
+        twins.net, twins.params, x, y, real, burn_in=burn_in, window=3, lr=0.01, strategy=""
+    )
+    adjoint = Truncated(window=3, burn_in=burn_in)
+    theta = unroll(twins.loss_fn, twins.params, [(x, y)] * (burn_in + 3), rule=Adam(), lr=0.01, adjoint=adjoint)
+    ours = twins.loss_fn(theta, real)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, x), torch.autograd.grad(ours, x))
+
+
+def test_textbook_implicit_gradients() -> None:
+    twins, steps, lr = Twins(smooth=True), 6, 1e-3
+    real, targets = (images(9, seed=1), torch.arange(9) % 4), centred(torch.arange(8) % 4, 4).requires_grad_()
+    x, tau = images(8).requires_grad_(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    linearised = textbook.Linearised(twins.net, 0.1)
+    value, theirs = textbook.rcig_gradients(linearised, real, x, targets, tau, steps, lr, lr)
+    net, batch = Convexified(twins.network, twins.params, twins.buffers, Augment(), 0.1), (x.detach(), targets.detach())
+    point = minimise(
+        torch.func.grad_and_value(lambda move: net.inner_loss(move, batch)), net.no_move(), num_steps=steps, lr=lr
+    ).point
+    outer = torch.func.grad_and_value(functools.partial(outer_loss, net, real), argnums=(0, 1, 2))
+    (into_move, direct, into_tau), ours = outer(point, batch, tau.detach())
+    v = Descent(num_steps=steps, lr=lr).solve(net.hessian_product(batch), into_move)
+    mixed = mixed_gradient(net.inner_loss, point, (x, targets), v)
+    torch.testing.assert_close(value, ours)
+    gradients = [d + no_longer_than(d, -m) for d, m in zip(direct, mixed, strict=True)]
+    torch.testing.assert_close(theirs, [*gradients, into_tau], rtol=1e-5, atol=1e-8)
 
 
 def drawn(operation: str, rows: int) -> Tensor:
