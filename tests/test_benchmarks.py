@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import growth, harness, inputs, jobs, measure, report, textbook
+from benchmarks import gpu, growth, harness, inputs, jobs, measure, report, textbook
 from condense.augment import Augment, Params
 from condense.compute import Compute
 from condense.inner import Adam, Descent, Full, Truncated, minimise, mixed_gradient, unroll
@@ -30,6 +34,7 @@ from condense.match import (
     matching_loss,
     trajectory_distance,
 )
+from condense.methods import rcig
 from condense.methods.dc import frozen_loss
 from condense.methods.frepo import half_squared_error, margin_loss
 from condense.methods.rcig import Convexified, no_longer_than, outer_loss
@@ -53,15 +58,32 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return function(*args)
 
     class Here:
+        """A process whose tasks run here; what one has set up is there when it gets its next task."""
+
+        def __init__(self) -> None:
+            self.side: list[Any] = []
+
         def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+            monkeypatch.setattr(measure, "_side", self.side)
             done: Future[Any] = Future()
-            done.set_result(function(*args))
+            try:
+                done.set_result(function(*args))
+            except Exception as error:
+                done.set_exception(error)
             return done
 
+        def close(self) -> None:
+            self.side.clear()
+
+    for module in (benchmarks, gpu):
+        monkeypatch.setattr(module, "processes", lambda num: contextlib.nullcontext([Here() for _ in range(num)]))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
+        monkeypatch.setenv(name, os.environ.get(name, tempfile.gettempdir()))
     monkeypatch.setattr(benchmarks, "alone", call)
-    monkeypatch.setattr(benchmarks, "processes", lambda num: contextlib.nullcontext([Here()] * num))
     monkeypatch.setattr(growth, "alone", call)
     monkeypatch.setattr(harness, "_WARM_BYTES", 1)
+    monkeypatch.setattr(rcig, "RAISE", 10.0)  # a short search for the learning rates
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # of all that the test session holds, which takes a second
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         yield
@@ -69,21 +91,94 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+FIELDS = {field.name for field in dataclasses.fields(report.Row)}
+HEAD = {"machine", "driver", "cores", "threads", "torch", "commit", "date", "limits", "rows"}
+
+
 @linux
 def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
-    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
-    benchmarks.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "performance.json").read_text())
-    assert {"machine", "cores", "threads", "torch", "commit", "date", "limits", "rows"} == found.keys()
-    fields = {f.name for f in dataclasses.fields(report.Row)}
-    assert all(row.keys() == fields and row["engine"] >= 0 for row in found["rows"])
+    page.write_text(
+        "before\n<!-- table -->\nold\n<!-- /table -->\n<!-- gpu-table -->\nold\n<!-- /gpu-table -->\nafter\n"
+    )
+    benchmarks.main(["--quick", "--profile", "--repeats", "1", "--commit", "abc", "--out", str(tmp_path)])
+    found, on_gpu = (json.loads((tmp_path / name).read_text()) for name in report.TABLES.values())
+    assert found.keys() == on_gpu.keys() == HEAD and found["commit"] == on_gpu["commit"] == "abc"
+    assert all(row.keys() == FIELDS and row["engine"] >= 0 for row in found["rows"] + on_gpu["rows"])
     asked = [(row["path"], row["quantity"]) for row in found["rows"] if row["ask"] is not None]
     assert len(asked) == len(set(asked)) == 10
-    assert {path for path, quantity in asked if quantity == "time"} == set(jobs.JOBS)
+    assert {path for path, quantity in asked if quantity == "time"} == {
+        name for name, job in jobs.JOBS.items() if job.ask
+    }
+    assert jobs.JOBS.keys() == {row["path"] for row in found["rows"] if row["quantity"] == "compilation"}
+    timed = {row["path"]: row for row in on_gpu["rows"] if row["quantity"] in ("time", "compiled before")}
+    assert list(timed) == gpu.paths() and sum(row["ask"] is not None for row in on_gpu["rows"]) == 14
+    assert all(timed[v.path]["textbook"] for v in gpu.VARIANTS if v.textbook or v.single)
+    assert all(row["engine"] > 0 for row in on_gpu["rows"] if row["quantity"] == "kernels in a step")
     text = page.read_text()
-    assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /table -->\nafter\n")
-    assert "old" not in text and all(f"| {path} |" in text for path in jobs.JOBS)
+    assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /gpu-table -->\nafter\n")
+    assert "old" not in text and all(f"| {path} |" in text for path in [*jobs.JOBS, *gpu.paths()])
+
+
+def gpu_rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    rows = json.loads((folder / "performance-gpu.json").read_text())["rows"]
+    return {(row["path"], row["quantity"]): row for row in rows}
+
+
+def plan(folder: Path, minutes: float = 1.0) -> gpu.Plan:
+    written = report.Report("gpu-table", benchmarks.head(CPU, "abc"), folder)
+    return gpu.Plan(report=written, scale=jobs.QUICK, device=CPU, repeats=1, minutes=minutes, cache=folder)
+
+
+@linux
+def test_what_fails_or_is_not_reached_stays_open(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any) -> harness.Run:
+        raise RuntimeError("no memory\nmore")
+
+    first, second = gpu.VARIANTS[2:4]
+    monkeypatch.setattr(gpu, "FIRST_STEPS", {})
+    bad = dataclasses.replace(first, job=dataclasses.replace(first.job, engine=broken))
+    monkeypatch.setattr(gpu, "VARIANTS", [bad, second])
+    made = plan(tmp_path)
+    made.measure()
+    rows = gpu_rows(tmp_path)
+    assert rows[first.path, "time"]["engine"] is rows[first.path, "time"]["met"] is None
+    assert rows[second.path, "time"]["engine"] > 0 and rows[second.path, "time"]["textbook"] > 0
+    assert f"{first.path}: RuntimeError: no memory\n" in capsys.readouterr().out
+    assert f"| {first.path} | time, ms |  | not measured |" in made.report.text()
+
+
+@linux
+def test_a_process_is_ended_at_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = jobs.Job(textbook=forever, engine=forever)
+    monkeypatch.setattr(gpu, "VARIANTS", [gpu.Variant(path="endless", job=job)])
+    monkeypatch.setattr(gpu, "FIRST_STEPS", {})
+    begun = time.monotonic()
+    made = plan(tmp_path, minutes=0.02)
+    made.measure()
+    assert time.monotonic() - begun < 60
+    assert [row.engine for row in made.report.rows] == [None, None]
+
+
+def forever(scale: jobs.Scale, device: torch.device) -> harness.Run:
+    time.sleep(1000)
+    raise AssertionError
+
+
+@linux
+def test_rows_are_written_as_they_come_and_read_again(tmp_path: Path) -> None:
+    made = report.Report("gpu-table", benchmarks.head(CPU, "abc"), tmp_path)
+    made.plan("a", "time", "ms", target=3)
+    made.add("b", "memory", "MB", 5.0, 1, target=4)
+    assert [(row["path"], row["met"]) for row in gpu_rows(tmp_path).values()] == [("a", None), ("b", False)]
+    made.add("a", "time", "ms", 2.0, 5, target=3)
+    read = report.read(tmp_path / "performance-gpu.json")
+    assert (
+        read == dataclasses.replace(made, folder=None)
+        and "| a | time, ms |  | 2 |  | <= 3 ms | yes | 5 |" in read.text()
+    )
 
 
 @linux
@@ -118,7 +213,9 @@ def test_ratios_and_asks() -> None:
     rate = report.row("a", "time", "images/s", 30.0, 5, textbook=10.0, same=15.0, at_least=3)
     assert (rate.ratio, rate.ratio_same_allocator, rate.met, rate.ask) == (3.0, 2.0, True, ">= 3 x")
     assert report.row("a", "time", "s", 5.0, 5, textbook=10.0, at_least=3).met is False
-    assert report.row("a", "memory", "x", 1.3, 1, at_most=1.2).met is False
+    assert report.row("a", "memory", "x", 1.3, 1, target=1.2).met is False
+    fast, slow = (report.row("a", "time", "images/s", value, 1, target=1000) for value in (1000.0, 999.0))
+    assert (fast.ask, fast.met, slow.met) == (">= 1,000 images/s", True, False)
     assert growth.exponent([1, 10, 100], [2.0, 200.0, 20000.0]) == pytest.approx(2)
 
 
