@@ -188,9 +188,8 @@ def main(words: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
     on_cpu, on_gpu = device.type == "cpu", device.type != "cpu" or options.quick
-    known = (list(BENCHMARKS) if on_cpu else []) + (gpu.paths() if on_gpu else [])
-    if options.only != [""] and on_cpu:
-        known += EXTRAS
+    of_cpu = [*BENCHMARKS, *(EXTRAS if options.only != [""] else ())] if on_cpu else []
+    known = [*of_cpu, *(gpu.paths() if on_gpu else ())]
     if not any(word in path for path in known for word in options.only):
         parser.error(f"no path contains any of {options.only}; give a word of one of these: {', '.join(known)}")
     if options.profile and not on_gpu:
@@ -208,7 +207,7 @@ def main(words: list[str] | None = None) -> None:
         if on_cpu:
             scale = QUICK if options.quick else Scale(compute=fast(device))
             session = Session(scale, device, options.repeats, report("table"))
-            measure_all(session, [name for name in known if any(word in name for word in options.only)], options.limit)
+            measure_all(session, [name for name in of_cpu if any(word in name for word in options.only)], options.limit)
         if on_gpu:
             gpu.Plan(
                 report=report("gpu-table"),
@@ -233,8 +232,7 @@ def measure_all(session: Session, names: Sequence[str], minutes: float | None) -
         if minutes is not None and time.monotonic() > begun + 60 * minutes:
             print(f"the limit of {minutes:g} minutes is reached before {name}", flush=True)
             return
-        if name in known:
-            known[name](session)
+        known[name](session)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,11 @@ class Variant:
 
 def larger_batches(scale: Scale) -> Scale:
     return dataclasses.replace(scale, batch=4 * scale.batch, num_batches=max(1, scale.num_batches // 4))
+
+
+def shorter(scale: Scale) -> Scale:
+    """Return the scale of shorter runs of the same steps."""
+    return dataclasses.replace(scale, num_updates=1, expert_epochs=1, num_epochs=max(2, scale.num_epochs // 5))
 
 
 def without_tf32(scale: Scale) -> Scale:
@@ -126,7 +131,7 @@ class Plan:
             if self.profiled:
                 for v, per_run in seconds.items():
                     self._profile(v, running[v], per_run)
-            self._first_steps(firsts, filled={v.path for v in running})
+            self._first_steps(firsts)
             for v in seconds:
                 if v.textbook:
                     self._textbook(v, running[v])
@@ -176,28 +181,29 @@ class Plan:
             self.report.add(v.path, "kernels in a step", "", kernels, 1)
             self.report.add(v.path, "share of the time that the GPU is busy", "%", 100 * profile.busy / seconds, 1)
 
-    def _first_steps(self, firsts: Mapping[str, str], filled: Set[str]) -> None:
+    def _first_steps(self, firsts: Mapping[str, str]) -> None:
         """Measure the first step in a new process: side by side with an empty cache each, then one after another with
-        the cache that the variants have filled."""
-        scale = dataclasses.replace(self.scale, num_updates=1)
-        engines = {name: JOBS[path].engine for name, path in firsts.items()}
-        with processes(len(engines)) as group:
-            cold = {
-                name: process.submit(measure.first_step, engine, scale, self.device, self.cache / f"first-{name}")
-                for (name, engine), process in zip(engines.items(), group, strict=True)
-            }
-            for name, future in cold.items():
+        the cache that was filled."""
+        self._first_step("compiling anew", firsts, list(firsts), target=25)
+        for name in firsts:
+            if self.report.measured(_first(name), "compiling anew") is not None:
+                self._first_step("compiled before", firsts, [name], target=6)
+
+    def _first_step(self, quantity: str, firsts: Mapping[str, str], names: Sequence[str], target: float) -> None:
+        with processes(len(names)) as group:
+            scale = shorter(self.scale)
+            futures = [
+                process.submit(
+                    measure.first_step, JOBS[firsts[name]].engine, scale, self.device, self.cache / f"first-{name}"
+                )
+                for name, process in zip(names, group, strict=True)
+            ]
+            for name, future in zip(names, futures, strict=True):
                 if (seconds := self._result(_first(name), future)) is not None:
-                    self.report.add(_first(name), "compiling anew", "s", seconds, 1, target=25)
-        for name, engine in engines.items():
-            if firsts[name] in filled:
-                with processes(1) as (process,):
-                    warm = process.submit(measure.first_step, engine, scale, self.device, self.cache)
-                    if (seconds := self._result(_first(name), warm)) is not None:
-                        self.report.add(_first(name), "compiled before", "s", seconds, 1, target=6)
+                    self.report.add(_first(name), quantity, "s", seconds, 1, target=target)
 
     def _textbook(self, v: Variant, process: Process) -> None:
-        scale = v.scale(self.scale)
+        scale = shorter(v.scale(self.scale))
         theirs = self._result(
             v.path, process.submit(measure.textbook, v.job.textbook, scale, self.device, TEXTBOOK_REPEATS)
         )
