@@ -64,7 +64,7 @@ def long_roll_out(session: Session) -> None:
         return alone(measure.memory, partial(matching_engine, num_steps), True, session.scale, session.device)
 
     measured = session.report.measured("trajectory matching, 10 steps", "memory")
-    few, many = peak(10) if measured is None else measured.engine, peak(40)
+    few, many = (measured and measured.engine) or peak(10), peak(40)
     session.report.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, target=1.2)
 
 

@@ -66,7 +66,8 @@ def shorter(scale: Scale) -> Scale:
 
 
 def without_tf32(scale: Scale) -> Scale:
-    return dataclasses.replace(scale, compute=dataclasses.replace(scale.compute, **{"tf32": False}))
+    off: dict[str, Any] = {"tf32": False}
+    return dataclasses.replace(scale, compute=dataclasses.replace(scale.compute, **off))
 
 
 def _method(path: str, job: Job | None = None, **options: Any) -> Variant:
@@ -210,7 +211,8 @@ class Plan:
         if theirs is None:
             return
         memory = self.report.measured(v.path, "memory")
-        self.report.add(v.path, "memory", "MB", memory.engine, 1, textbook=theirs.peak_mb, target=v.target_memory)
+        peak = None if memory is None else memory.engine
+        self.report.add(v.path, "memory", "MB", peak, 1, textbook=theirs.peak_mb, target=v.target_memory)
         for other in [v, *(w for w in VARIANTS if w.single == v.path)]:
             row = self.report.measured(other.path, "time")
             if row is not None:

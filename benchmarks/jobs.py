@@ -415,10 +415,10 @@ def targets_of(labels: Tensor, scale: Scale) -> Tensor:
 def frepo_textbook(scale: Scale, device: torch.device) -> Run:
     task, net = make(scale, device), fresh(scale, device)
     images, labels = synthetic(scale, task)
-    learned = [images.requires_grad_(), targets_of(labels, scale).requires_grad_()]
+    learned = images.requires_grad_(), targets_of(labels, scale).requires_grad_()
     optimiser, adam = torch.optim.Adam(learned, lr=3e-4), torch.optim.Adam(net.parameters(), lr=3e-4)
-    real = task.train.images[:], targets_of(task.train.labels, scale)
-    return repeated(partial(textbook.frepo_step, net, adam, *real, *learned, optimiser, scale.num_real), scale)
+    real, wanted = task.train.images[:], targets_of(task.train.labels, scale)
+    return repeated(partial(textbook.frepo_step, net, adam, real, wanted, *learned, optimiser, scale.num_real), scale)
 
 
 def frepo_engine(scale: Scale, device: torch.device) -> Run:

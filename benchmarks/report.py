@@ -95,9 +95,9 @@ class Report:
     folder: Path | None = None
     rows: list[Row] = field(default_factory=list)
 
-    def plan(self, *args: Any, **options: Any) -> None:
-        """Add a row that is not measured yet; the arguments are those of ``row`` without the value and n."""
-        self.rows.append(row(*args, None, 0, **options))
+    def plan(self, path: str, quantity: str, unit: str, target: float | None = None) -> None:
+        """Add a row that is not measured yet."""
+        self.rows.append(row(path, quantity, unit, None, 0, target=target))
 
     def add(self, *args: Any, **options: Any) -> None:
         """Add a row, in place of the row of the same path and quantity if there is one."""

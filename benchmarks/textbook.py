@@ -480,7 +480,7 @@ class Linearised:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # raised within torch
-            h, along = torch.func.jvp(features, tuple(self.body.values()), tuple(move[:-1]))
+            h, along, *_ = torch.func.jvp(features, tuple(self.body.values()), tuple(move[:-1]))
         return h, along @ self.matrix.T + move[-1]
 
     def dual(self, move: Sequence[Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
