@@ -31,6 +31,7 @@ T = TypeVar("T")
 COMPILING = 0.6
 """Fraction of the time limit after which variants that are still being compiled are given up."""
 TEXTBOOK_REPEATS = 2
+KERNELS, BUSY = "kernels in a step", "share of the time that the GPU is busy"
 FIRST_STEPS = {
     "mtt": "trajectory matching, 10 steps",
     "dc": "gradient matching, a sweep of the classes",
@@ -145,6 +146,9 @@ class Plan:
         for v in chosen:
             self.report.plan(v.path, "time", v.job.unit, target=v.target)
             self.report.plan(v.path, "memory", "MB", target=v.target_memory)
+            if self.profiled:
+                self.report.plan(v.path, KERNELS, "")
+                self.report.plan(v.path, BUSY, "%")
         for name in firsts:
             self.report.plan(_first(name), "compiling anew", "s", target=25)
             self.report.plan(_first(name), "compiled before", "s", target=6)
@@ -179,8 +183,8 @@ class Plan:
         profile = self._result(v.path, process.submit(measure.profile, self.device))
         if profile is not None:
             kernels = profile.kernels / v.job.steps(v.scale(self.scale))
-            self.report.add(v.path, "kernels in a step", "", kernels, 1)
-            self.report.add(v.path, "share of the time that the GPU is busy", "%", 100 * profile.busy / seconds, 1)
+            self.report.add(v.path, KERNELS, "", kernels, 1)
+            self.report.add(v.path, BUSY, "%", 100 * profile.busy / seconds, 1)
 
     def _first_steps(self, firsts: Mapping[str, str]) -> None:
         """Measure the first step in a new process: side by side with an empty cache each, then one after another with
