@@ -58,7 +58,7 @@ types: .venv/dev ## type-check the built wheel, which is what a user installs
 	MYPYPATH=build/types/site $(BIN)/mypy -p condense --linecount-report build/types/report --cache-dir build/types/cache
 	$(BIN)/python tests/types_seen.py build/types/report/linecount.txt
 
-bench: .venv/user ## compare the engine with a textbook implementation (under 15 minutes on two cores)
+bench: .venv/user ## compare the engine with a textbook implementation (under 20 minutes on two cores)
 	$(BIN)/python -m benchmarks
 
 bench-growth: .venv/dev ## measure how time and memory grow with images, classes, steps and experts (under 10 minutes)

@@ -1,11 +1,13 @@
 """Compare time, memory and data read of the engine and of the textbook implementation, path by path.
 
     python -m benchmarks                                     # all paths; writes docs/performance.{json,md}
+    python -m benchmarks --device cuda                       # the table of a GPU, in under nine minutes
     python -m benchmarks --only matching --repeats 3         # paths with this word; printed, not written
     python -m benchmarks --quick --out /tmp/somewhere        # tiny sizes, to check that everything runs
 
-Textbook and engine run alternately in one process; the figures are medians after one run of each. Peak memory is
-measured in a separate process for each side. See docs/performance.md.
+On a CPU, textbook and engine run alternately in one process, and peak memory is measured in a separate process for each
+side. On a GPU, each variant of the engine has a process of its own. The figures are medians after a first run. See
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -17,51 +19,42 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import buffer_read, measure, report, startup
-from benchmarks.harness import alone, cores, machine, processes
-from benchmarks.jobs import JOBS, QUICK, Job, Scale, fast, matching_engine
-from benchmarks.report import Row, row
+from benchmarks import buffer_read, gpu, measure, startup
+from benchmarks.harness import alone, cores, driver, machine, processes
+from benchmarks.jobs import GPU, JOBS, QUICK, Job, Scale, fast, matching_engine
+from benchmarks.report import DOCS, Report, replace_part
 from condense.compute import resolve_device
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Session:
-    """The options of the benchmarks, and the rows measured so far."""
+    """The options of the benchmarks of a CPU, and the rows measured so far."""
 
     scale: Scale
     device: torch.device
     repeats: int
-    rows: list[Row] = field(default_factory=list)
-    limits: dict[str, float] = field(default_factory=dict)
-
-    def add(self, *args: Any, **options: Any) -> None:
-        self.rows.append(row(*args, **options))
-        print(report.table(self.rows[-1:]).splitlines()[-1], flush=True)
-
-    def measured(self, path: str, quantity: str) -> Row | None:
-        return next((r for r in self.rows if (r.path, r.quantity) == (path, quantity)), None)
+    report: Report
 
 
 def compare(path: str, job: Job, session: Session) -> None:
     scale, device, n = session.scale, session.device, session.repeats
     times = alone(measure.times, job.textbook, job.engine, scale, device, n)
     theirs, same, ours = (job.value(t, scale) for t in times[:3])
-    session.add(path, "time", job.unit, ours, n, textbook=theirs, same=same, at_least=job.ask)
-    session.add(path, "compilation", "s", times.compilation, 1)
+    session.report.add(path, "time", job.unit, ours, n, textbook=theirs, same=same, at_least=job.ask)
+    session.report.add(path, "compilation", "s", times.compilation, 1)
     if job.ask_memory is not None:
         theirs = alone(measure.memory, job.textbook, False, scale, device)
         ours = alone(measure.memory, job.engine, True, scale, device)
-        session.add(path, "memory", "MB", ours, 1, textbook=theirs, at_least=job.ask_memory)
+        session.report.add(path, "memory", "MB", ours, 1, textbook=theirs, at_least=job.ask_memory)
 
 
 def long_roll_out(session: Session) -> None:
@@ -70,9 +63,9 @@ def long_roll_out(session: Session) -> None:
     def peak(num_steps: int) -> float:
         return alone(measure.memory, partial(matching_engine, num_steps), True, session.scale, session.device)
 
-    measured = session.measured("trajectory matching, 10 steps", "memory")
-    few, many = peak(10) if measured is None else measured.engine, peak(40)
-    session.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, at_most=1.2)
+    measured = session.report.measured("trajectory matching, 10 steps", "memory")
+    few, many = (measured and measured.engine) or peak(10), peak(40)
+    session.report.add("trajectory matching, 40 steps over 10", "memory", "x", many / few, 1, target=1.2)
 
 
 def apart(path: str, job: Job, session: Session) -> None:
@@ -84,7 +77,7 @@ def apart(path: str, job: Job, session: Session) -> None:
             process.submit(measure.take_side, build, engine, scale, device).result()
         turns = [[p.submit(measure.turn, device).result() for p in sides] for _ in range(session.repeats)]
     theirs, ours = (job.value(statistics.median(side), scale) for side in zip(*turns, strict=True))
-    session.add(path, "time, a process each", job.unit, ours, session.repeats, textbook=theirs, at_least=job.ask)
+    session.report.add(path, "time, a process each", job.unit, ours, session.repeats, textbook=theirs, at_least=job.ask)
 
 
 def narrow_adjoint(session: Session) -> None:
@@ -93,21 +86,22 @@ def narrow_adjoint(session: Session) -> None:
     path, n = "trajectory matching, 10 steps", session.repeats
     scale = dataclasses.replace(session.scale, compute=compute)
     seconds = alone(measure.engine_seconds, partial(matching_engine, 10), scale, session.device, n)
-    measured = session.measured(path, "time")
-    session.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=measured and measured.textbook)
+    measured = session.report.measured(path, "time")
+    session.report.add(f"{path}, bfloat16 adjoint", "time", "s", seconds, n, textbook=measured and measured.textbook)
     error = alone(measure.narrow_error, scale, session.device)
-    session.add(f"{path}, bfloat16 adjoint", "error of the gradient", "relative", error, 1)
+    session.report.add(f"{path}, bfloat16 adjoint", "error of the gradient", "relative", error, 1)
 
 
 def share_of_the_machine(session: Session) -> None:
     """Measure the throughput of expert training relative to that of this machine's matrix product."""
     limits = alone(measure.limits, session.scale, session.device, session.repeats)
-    session.limits |= {name: value for name, value in limits._asdict().items() if name != "gflop_per_image"}
-    training = session.measured("expert training", "time")
+    rates = {name: value for name, value in limits._asdict().items() if name != "gflop_per_image"}
+    session.report.head["limits"] |= rates
+    training = session.report.measured("expert training", "time")
     if training is not None and training.textbook is not None:
         for dtype in ("float32", "bfloat16"):
-            share = 100 * limits.gflop_per_image / session.limits[f"matmul_{dtype}"]
-            session.add(
+            share = 100 * limits.gflop_per_image / rates[f"matmul_{dtype}"]
+            session.report.add(
                 "expert training",
                 f"share of the {dtype} matmul limit",
                 "%",
@@ -125,19 +119,19 @@ def reading(session: Session) -> None:
         ours = alone(buffer_read.measure, buffer_read.ours, folder, layout, 20 * session.repeats)
         theirs = alone(buffer_read.measure, buffer_read.published, folder, layout, session.repeats)
     path = "reading a pair from a buffer"
-    session.add(path, "data", "MB", ours.disk_mb, 1, textbook=theirs.disk_mb, at_least=100)
-    session.add(path, "memory", "MB", ours.memory_mb, 1, textbook=theirs.memory_mb)
-    session.add(path, "time, warm", "ms", ours.warm_ms, session.repeats, textbook=theirs.warm_ms)
+    session.report.add(path, "data", "MB", ours.disk_mb, 1, textbook=theirs.disk_mb, at_least=100)
+    session.report.add(path, "memory", "MB", ours.memory_mb, 1, textbook=theirs.memory_mb)
+    session.report.add(path, "time, warm", "ms", ours.warm_ms, session.repeats, textbook=theirs.warm_ms)
 
 
 def command_line(session: Session) -> None:
     n = session.repeats
     for name in ("condense", "condense.api"):
-        session.add(f"import {name}", "time", "s", startup.median_wall(["-c", f"import {name}"], n), n)
-    session.add("condense --help", "time", "s", startup.median_wall(["-m", "condense", "--help"], n), n)
+        session.report.add(f"import {name}", "time", "s", startup.median_wall(["-c", f"import {name}"], n), n)
+    session.report.add("condense --help", "time", "s", startup.median_wall(["-m", "condense", "--help"], n), n)
     cold, warm = startup.first_epoch(session.scale, str(session.device), n)
-    session.add("condense evaluate, until the first epoch", "time, compiling anew", "s", cold, 1)
-    session.add("condense evaluate, until the first epoch", "time, compiled before", "s", warm, n)
+    session.report.add("condense evaluate, until the first epoch", "time, compiling anew", "s", cold, 1)
+    session.report.add("condense evaluate, until the first epoch", "time, compiled before", "s", warm, n)
 
 
 BENCHMARKS: dict[str, Callable[[Session], None]] = {
@@ -156,17 +150,19 @@ EXTRAS: dict[str, Callable[[Session], None]] = {
 """Benchmarks that run only if ``--only`` names them."""
 
 
-def head(session: Session) -> dict[str, Any]:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def head(device: torch.device, commit: str | None) -> dict[str, Any]:
+    if commit is None:
+        command = ["git", "-C", str(DOCS), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
-        "machine": machine(session.device),
+        "machine": machine(device),
+        "driver": driver(device),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit or "unknown",
         "date": str(datetime.date.today()),
-        "limits": session.limits,
+        "limits": {},
     }
 
 
@@ -181,28 +177,62 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of performance.json and .md (default: docs in a full run, else none)",
+        help="folder of the JSON files and of performance.md (default: docs in a full run, else none)",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--limit", type=float, metavar="MIN", help="minutes; rows not reached stay open (GPU: 8.5)")
+    parser.add_argument("--profile", action="store_true", help="count the kernels, and measure how busy the GPU is")
+    parser.add_argument("--commit", help="commit to record, where the folder is not a repository")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    known = BENCHMARKS if options.only == [""] else BENCHMARKS | EXTRAS
-    chosen = [name for name in known if any(word in name for word in options.only)]
-    if not chosen:
-        parser.error(f"no path contains any of {options.only}; give a word of one of these: {', '.join(known)}")
     device = resolve_device(options.device)
-    session = Session(QUICK if options.quick else Scale(compute=fast(device)), device, options.repeats)
+    on_cpu, on_gpu = device.type == "cpu", device.type != "cpu" or options.quick
+    of_cpu = [*BENCHMARKS, *(EXTRAS if options.only != [""] else ())] if on_cpu else []
+    known = [*of_cpu, *(gpu.paths() if on_gpu else ())]
+    if not any(word in path for path in known for word in options.only):
+        parser.error(f"no path contains any of {options.only}; give a word of one of these: {', '.join(known)}")
+    if options.profile and not on_gpu:
+        parser.error("--profile is for a GPU; give --device cuda")
+    complete = options.only == [""] and not options.quick
+    folder = options.out or (DOCS if complete else None)
+    reports = []
+
+    def report(name: str) -> Report:
+        reports.append(Report(name, head(device, options.commit), folder))
+        return reports[-1]
+
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        for name in chosen:
-            known[name](session)
-    complete = chosen == list(BENCHMARKS) and not options.quick
-    out = options.out or (ROOT / "docs" if complete else None)
-    if out is None:
-        print(f"\n{report.table(session.rows)}")
-    else:
-        report.write(out, head(session), session.rows)
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
+        if on_cpu:
+            scale = QUICK if options.quick else Scale(compute=fast(device))
+            session = Session(scale, device, options.repeats, report("table"))
+            measure_all(session, [name for name in of_cpu if any(word in name for word in options.only)], options.limit)
+        if on_gpu:
+            gpu.Plan(
+                report=report("gpu-table"),
+                scale=QUICK if options.quick else dataclasses.replace(GPU, compute=fast(device)),
+                device=device,
+                repeats=options.repeats,
+                minutes=options.limit or 8.5,
+                cache=Path(cache),
+                words=options.only,
+                profiled=options.profile,
+            ).measure()
+    for made in reports:
+        print(f"\n{made.text()}")
+        if folder is not None:
+            replace_part(folder / "performance.md", made.name, made.text())
+
+
+def measure_all(session: Session, names: Sequence[str], minutes: float | None) -> None:
+    """Run the benchmarks of a CPU that are among ``names``, until the time limit."""
+    begun, known = time.monotonic(), BENCHMARKS | EXTRAS
+    for name in names:
+        if minutes is not None and time.monotonic() > begun + 60 * minutes:
+            print(f"the limit of {minutes:g} minutes is reached before {name}", flush=True)
+            return
+        known[name](session)
 
 
 if __name__ == "__main__":

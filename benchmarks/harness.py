@@ -10,10 +10,11 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,13 +98,33 @@ def alone(function: Callable[..., T], *args: Any) -> T:
         return process.submit(function, *args).result()
 
 
+class Process:
+    """A new process with as many threads as this one, for one task at a time."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
+        self._last: Future[Any] | None = None
+
+    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        future = self._pool.submit(function, *args)
+        self._last = future
+        return future
+
+    def close(self) -> None:
+        """End the process, in the middle of its task if it has one."""
+        if self._last is not None and not self._last.done():
+            for process in self._pool._processes.values():  # from Python 3.14 on: kill_workers
+                process.kill()
+        self._pool.shutdown()
+
+
 @contextlib.contextmanager
-def processes(num: int) -> Iterator[list[ProcessPoolExecutor]]:
-    """Start ``num`` processes with as many threads as this one, each for one task at a time; yield their pools."""
-    options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
+def processes(num: int) -> Iterator[list[Process]]:
+    """Start ``num`` processes, which end with the context."""
     with contextlib.ExitStack() as stack:
-        pools = [ProcessPoolExecutor(1, initargs=(torch.get_num_threads(),), **options) for _ in range(num)]
-        yield [stack.enter_context(pool) for pool in pools]
+        yield [stack.enter_context(contextlib.closing(Process())) for _ in range(num)]
 
 
 def scratch() -> Path:
@@ -111,6 +132,17 @@ def scratch() -> Path:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
+
+
+def driver(device: torch.device) -> str | None:
+    """Return the version of the driver of a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def machine(device: torch.device) -> str:

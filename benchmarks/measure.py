@@ -6,12 +6,16 @@ These functions run in new processes (``harness.alone``).
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Run, allocator, median_seconds, peak_mb, seconds
@@ -54,6 +58,7 @@ def times(textbook: Build, engine: Build, scale: Scale, device: torch.device, re
 
 
 _side: list[Run] = []
+"""What this process runs."""
 
 
 def take_side(build: Build, engine: bool, scale: Scale, device: torch.device) -> None:
@@ -66,6 +71,65 @@ def take_side(build: Build, engine: bool, scale: Scale, device: torch.device) ->
 
 def turn(device: torch.device) -> float:
     return seconds(_side[0], device)
+
+
+def start(build: Build, scale: Scale, device: torch.device) -> float:
+    """Prepare this process for ``again`` and ``profile``; return the peak memory of the first run, in MB.
+
+    The first run counts because a step that was captured as a CUDA graph allocates nothing later.
+    """
+    _side[:] = [build(scale, device)]
+    peak = peak_mb(_side[0], device)
+    _side[0]()
+    return peak
+
+
+def again(device: torch.device, repeats: int) -> float:
+    """Return the median of the seconds of a run, after one more run."""
+    _side[0]()
+    return median_seconds(_side[0], device, repeats)
+
+
+class Profile(NamedTuple):
+    kernels: int
+    """Kernels of a run; on a CPU, calls of operators."""
+    busy: float
+    """Seconds of a run in which the device works."""
+
+
+def profile(device: torch.device) -> Profile:
+    on_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiled:
+        seconds(_side[0], device)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    assert profiled.profiler is not None
+    # the recorded events themselves, since ``profiled.events`` takes a minute for the kernels of an evaluation
+    events = [e for e in profiled.profiler.kineto_results.events() if e.device_type() == kind]
+    events = [e for e in events if not e.is_user_annotation()]
+    busy = reached = 0
+    for begin, end in sorted((e.start_ns(), e.end_ns()) for e in events):
+        busy += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return Profile(sum(not e.name().startswith(("Memcpy", "Memset")) for e in events), busy / 1e9)
+
+
+def first_step(build: Build, scale: Scale, device: torch.device, cache: Path) -> float:
+    """Return the seconds of the first run in this process, with ``cache`` as the folder of compiled code."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    return seconds(build(scale, device), device)
+
+
+class Textbook(NamedTuple):
+    seconds: float
+    peak_mb: float
+
+
+def textbook(build: Build, scale: Scale, device: torch.device, repeats: int) -> Textbook:
+    """Return the median time of a run after a first run, and the peak memory of the first."""
+    run = build(scale, device)
+    peak = peak_mb(run, device)
+    return Textbook(median_seconds(run, device, repeats), peak)
 
 
 def engine_seconds(engine: Build, scale: Scale, device: torch.device, repeats: int) -> float:

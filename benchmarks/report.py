@@ -1,71 +1,74 @@
-"""Write measurements to docs/performance.json and to the table in docs/performance.md."""
+"""Write measurements to a JSON file as they come, and their table to docs/performance.md.
+
+python -m benchmarks.report performance-gpu.json        # put the rows of this file into docs
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from condense.files import write_text
 
-_CONVOLUTIONS = (
-    "float32 convolutions near the machine's limit: a student step runs them 3 times, its backward pass 8 times, "
-    "104 GFLOP in the two large layers, 0.20 s at 510 GFLOP/s; the rest is bound by memory; see docs/performance.md"
-)
-BOUNDS: dict[tuple[str, str], str] = {
-    (f"trajectory matching, {steps} steps", quantity): _CONVOLUTIONS
-    for steps in (10, 20)
-    for quantity in ("time", "time, a process each")
-}
-"""The reason why a target cannot be met, by path and quantity."""
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TABLES = {"table": "performance.json", "gpu-table": "performance-gpu.json"}
+"""The file of each table in docs/performance.md, by the name of its markers there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One quantity of one path. Ratios are gains of the engine: more than one is better. ``ask`` is the target."""
+    """One quantity of one path. Ratios are gains of the engine: more than one is better. ``ask`` is the target. A row
+    without a value of the engine was not measured."""
 
     path: str
     quantity: str
     unit: str
     textbook: float | None
     textbook_same_allocator: float | None
-    engine: float
+    engine: float | None
     ratio: float | None
     ratio_same_allocator: float | None
     ask: str | None
     met: bool | None
-    bound: str | None
     n: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.path, self.quantity
 
 
 def row(
     path: str,
     quantity: str,
     unit: str,
-    engine: float,
+    engine: float | None,
     n: int,
     *,
     textbook: float | None = None,
     same: float | None = None,
     at_least: float | None = None,
-    at_most: float | None = None,
+    target: float | None = None,
 ) -> Row:
-    """Return a row with its ratios, and whether it meets its target: a ratio of ``at_least`` or a value of
-    ``at_most``."""
+    """Return a row with its ratios, and whether it meets its target: a ratio of ``at_least``, or a value that is at
+    least ``target`` for a rate and at most ``target`` for everything else."""
+    higher_is_better = unit.endswith(("/s", "%"))
 
     def gain(theirs: float | None) -> float | None:
-        if theirs is None or 0 in (theirs, engine):
+        if theirs is None or engine is None or 0 in (theirs, engine):
             return None
-        return engine / theirs if unit.endswith(("/s", "%")) else theirs / engine
+        return engine / theirs if higher_is_better else theirs / engine
 
     ratio, ask, met = gain(textbook), None, None
     if at_least is not None:
         ask, met = f">= {at_least:g} x", ratio is not None and ratio >= at_least
-    elif at_most is not None:
-        ask, met = f"<= {at_most:g} {unit}", engine <= at_most
+    elif target is not None:
+        ask = f"{'>=' if higher_is_better else '<='} {target:,g} {unit}"
+        met = engine is not None and (engine >= target if higher_is_better else engine <= target)
     return Row(
         path=path,
         quantity=quantity,
@@ -76,27 +79,88 @@ def row(
         ratio=ratio,
         ratio_same_allocator=gain(same),
         ask=ask,
-        met=met,
-        bound=None if met in (True, None) else BOUNDS.get((path, quantity)),
+        met=None if engine is None else met,
         n=n,
     )
 
 
+@dataclass
+class Report:
+    """The rows of one table. Each is printed when it is measured, and written if there is a ``folder``."""
+
+    name: str
+    """A key of ``TABLES``."""
+    head: dict[str, Any]
+    """Machine, versions, commit and date; written with the rows."""
+    folder: Path | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def plan(self, path: str, quantity: str, unit: str, target: float | None = None) -> None:
+        """Add a row that is not measured yet."""
+        self.rows.append(row(path, quantity, unit, None, 0, target=target))
+
+    def add(self, *args: Any, **options: Any) -> None:
+        """Add a row, in place of the row of the same path and quantity if there is one."""
+        new = row(*args, **options)
+        places = [i for i, old in enumerate(self.rows) if old.key == new.key]
+        if places:
+            self.rows[places[0]] = new
+        else:
+            self.rows.append(new)
+        print(_cells([new], table_columns([new])), flush=True)
+        if self.folder is not None:
+            fields = {**self.head, "rows": [dataclasses.asdict(r) for r in self.rows]}
+            write_text(self.folder / TABLES[self.name], json.dumps(fields, indent=1) + "\n")
+
+    def measured(self, path: str, quantity: str) -> Row | None:
+        return next((r for r in self.rows if r.key == (path, quantity) and r.engine is not None), None)
+
+    def text(self) -> str:
+        """The table, and the line about the machine."""
+        return f"{table(self.rows)}\n\n{about(self.head)}"
+
+
+COLUMNS = {
+    "path": "---",
+    "quantity": "---",
+    "textbook": "---:",
+    "same allocator": "---:",
+    "engine": "---:",
+    "ratio": "---:",
+    "ratio, same allocator": "---:",
+    "ask": "---",
+    "met": "---",
+    "n": "---:",
+}
+
+
+def table_columns(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the columns; those about the allocator only if some row has them."""
+    return [name for name in COLUMNS if "allocator" not in name or any(r.textbook_same_allocator for r in rows)]
+
+
 def table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| path | quantity | textbook | same allocator | engine | ratio | same allocator | ask | met | n |",
-        "|---|---|---:|---:|---:|---:|---:|---|---|---:|",
-    ]
+    columns = table_columns(rows)
+    rule = "|".join(COLUMNS[name] for name in columns)
+    return f"| {' | '.join(columns)} |\n|{rule}|\n{_cells(rows, columns)}"
+
+
+def _cells(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    lines = []
     for r in rows:
-        cells = [
-            r.path,
-            f"{r.quantity}, {r.unit}",
-            *map(_figure, (r.textbook, r.textbook_same_allocator, r.engine, r.ratio, r.ratio_same_allocator)),
-            r.ask or "",
-            {True: "yes", False: "**no**", None: ""}[r.met],
-            str(r.n),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = {
+            "path": r.path,
+            "quantity": f"{r.quantity}, {r.unit}" if r.unit else r.quantity,
+            "textbook": _figure(r.textbook),
+            "same allocator": _figure(r.textbook_same_allocator),
+            "engine": "not measured" if r.engine is None else _figure(r.engine),
+            "ratio": _figure(r.ratio),
+            "ratio, same allocator": _figure(r.ratio_same_allocator),
+            "ask": r.ask or "",
+            "met": {True: "yes", False: "**no**", None: ""}[r.met],
+            "n": str(r.n or ""),
+        }
+        lines.append(f"| {' | '.join(cells[name] for name in columns)} |")
     return "\n".join(lines)
 
 
@@ -107,18 +171,22 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def write(folder: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write performance.json, and the table in performance.md if that file exists."""
-    fields = {**head, "rows": [dataclasses.asdict(r) for r in rows]}
-    write_text(folder / "performance.json", json.dumps(fields, indent=1) + "\n")
+def about(head: Mapping[str, Any]) -> str:
+    """Return the line about the machine, the versions and the date."""
     named = ", ".join(f"{name} {_figure(value)}" for name, value in head["limits"].items())
-    lines = [
-        table(rows),
-        "",
-        f"{head['machine']}, {head['cores']} cores, {head['threads']} threads, torch {head['torch']}, commit "
-        f"{head['commit']}, {head['date']}." + (f" Rates of the machine in GFLOP/s: {named}." if named else ""),
-    ]
-    replace_part(folder / "performance.md", "table", "\n".join(lines))
+    driver = f", driver {head['driver']}" if head.get("driver") else ""
+    return (
+        f"{head['machine']}{driver}, {head['cores']} cores, {head['threads']} threads, torch {head['torch']}, commit "
+        f"{head['commit']}, {head['date']}." + (f" Rates of the machine in GFLOP/s: {named}." if named else "")
+    )
+
+
+def read(file: Path) -> Report:
+    """Read a file that ``Report.add`` wrote."""
+    head = json.loads(file.read_text())
+    rows = [Row(**fields) for fields in head.pop("rows")]
+    name = next(name for name, written in TABLES.items() if written == file.name)
+    return Report(name, head, rows=rows)
 
 
 def replace_part(page: Path, name: str, text: str) -> None:
@@ -128,3 +196,14 @@ def replace_part(page: Path, name: str, text: str) -> None:
         _, marker, after = rest.partition(f"<!-- /{name} -->")
         assert marker, f"{page} has no markers for {name}"
         write_text(page, f"{before}<!-- {name} -->\n{text}\n{marker}{after}")
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    report = read(file)
+    write_text(DOCS / file.name, file.read_text())
+    replace_part(DOCS / "performance.md", report.name, report.text())
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ They use eager float32 modules, a data loader, Python loops over classes and one
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,17 +21,22 @@ Params = dict[str, Tensor]
 
 
 class ConvNet(nn.Module):
-    """Blocks of 3x3 convolution, instance norm as GroupNorm(C, C), ReLU and 2x2 mean pooling, then a linear layer."""
+    """Blocks of 3x3 convolution, instance norm as GroupNorm(C, C), ReLU and 2x2 mean pooling, then a linear layer.
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, depth: int = 3, width: int = 128) -> None:
+    ``smooth``: the network of RCIG, with softplus (beta 60) in place of ReLU and without norm.
+    """
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, depth: int = 3, width: int = 128, smooth: bool = False
+    ) -> None:
         super().__init__()
         channels, height, breadth = input_shape
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers += [
                 nn.Conv2d(channels, width, 3, padding=1),
-                nn.GroupNorm(width, width),
-                nn.ReLU(inplace=True),
+                nn.Identity() if smooth else nn.GroupNorm(width, width),
+                nn.Softplus(beta=60) if smooth else nn.ReLU(inplace=True),
                 nn.AvgPool2d(2),
             ]
             channels, height, breadth = width, height // 2, breadth // 2
@@ -138,10 +144,13 @@ def train(
     weight_decay: float = 0.0,
     batch_size: int = 256,
     strategy: str = "",
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Train a network; the defaults are those of an expert (Cazenavette et al., CVPR 2022)."""
+    """Train a network; the defaults are those of an expert (Cazenavette et al., CVPR 2022). A given ``optimiser`` takes
+    the place of the one that ``lr``, ``momentum`` and ``weight_decay`` describe."""
     loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
-    optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if optimiser is None:
+        optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     net.train()
     for _ in range(num_epochs):
         total, hits = 0.0, 0
@@ -294,6 +303,271 @@ def dm_step(
     loss.backward()
     optimiser.step()
     loss.item()
+
+
+def decode(latents: Tensor, factor: int = 2) -> Tensor:
+    """Return the images (factor^2 n, ...) that are stored in (n, ...): tile by tile, enlarged to full size."""
+    tall, wide = (side // factor for side in latents.shape[2:])
+    corners = [(i * tall, j * wide) for i in range(factor) for j in range(factor)]
+    tiles = torch.cat([latents[:, :, y : y + tall, x : x + wide] for y, x in corners])
+    return F.interpolate(tiles, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def idc_loss(net: nn.Module, real: Tensor, syn: Tensor, label: int) -> Tensor:
+    """Return the distance between the gradients of the convolutions for one class (Kim et al., ICML 2022)."""
+    weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
+
+    def gradient(x: Tensor, create_graph: bool) -> tuple[Tensor, ...]:
+        classes = torch.full((len(x),), label, device=x.device)
+        return torch.autograd.grad(F.cross_entropy(net(x), classes), weights, create_graph=create_graph)
+
+    wanted = [g.detach() for g in gradient(real, create_graph=False)]
+    pairs = zip(wanted, gradient(syn, create_graph=True), strict=True)
+    return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
+
+
+def idc_step(
+    net: nn.Module,
+    student: torch.optim.Optimizer,
+    real: Sequence[Tensor],
+    latents: Tensor,
+    optimiser: torch.optim.Optimizer,
+    batch_real: int,
+    num_student: int,
+    strategy: str,
+) -> None:
+    """Update the stored images once, then train the student for an epoch on real images.
+
+    Args:
+        student: the optimiser of ``net``.
+        real: the real images of every class.
+        latents: stored images (C * ipc, ...), grouped by class, each of four images.
+        num_student: number of real images on which the student is trained, with a batch size of 64.
+    """
+    loss = torch.zeros((), device=latents.device)
+    decoded = torch.cat([decode(stored) for stored in latents.chunk(len(real))])
+    for label, (batch, images) in enumerate(_classes(real, decoded, batch_real, strategy)):
+        loss = loss + idc_loss(net, batch, images, label)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    loss.item()
+    images = torch.cat(list(real))
+    labels = torch.arange(len(real), device=images.device).repeat_interleave(len(real[0]))
+    chosen = torch.randperm(len(images))[:num_student]
+    train(net, images[chosen], labels[chosen], 1, batch_size=64, strategy=strategy, optimiser=student)
+
+
+def frepo_loss(net: ConvNet, real: Tensor, wanted: Tensor, images: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Return the loss of neural feature regression (Zhou et al., NeurIPS 2022).
+
+    Args:
+        wanted: targets (m, C) of the real images.
+        images, targets: the set, (n, ...) and (n, C).
+        ridge: relative to the mean of the diagonal of the kernel.
+    """
+    with torch.no_grad():
+        features = net.embed(real)
+    own = net.embed(images)
+    kernel = own @ own.T
+    scale = ridge * kernel.trace() / len(kernel)
+    dual = torch.linalg.solve(kernel + scale * torch.eye(len(kernel), dtype=own.dtype, device=own.device), targets)
+    error = features @ own.T @ dual - wanted
+    return 0.5 * error.square().sum(1).mean() - lead(targets, 1 / targets.shape[1])
+
+
+def lead(targets: Tensor, most: float) -> Tensor:
+    """Return the margin between the two largest values of each target, at most ``most``, averaged."""
+    first, second = targets.topk(2, 1).values.unbind(1)
+    return (first - second).clamp(max=most).mean()
+
+
+def frepo_step(
+    net: ConvNet,
+    adam: torch.optim.Optimizer,
+    real: Tensor,
+    wanted: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    optimiser: torch.optim.Optimizer,
+    batch_real: int,
+) -> None:
+    """Update the set once, then train the network of the pool, whose optimiser is ``adam``, on it for a step."""
+    chosen = torch.randperm(len(real))[:batch_real]
+    loss = frepo_loss(net, real[chosen], wanted[chosen], images, targets, 1e-6)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    loss.item()
+    error = net(images.detach()) - targets.detach()
+    adam.zero_grad()
+    (0.5 * error.square().sum(1).mean()).backward()
+    adam.step()
+
+
+def rat_bptt_loss(
+    net: nn.Module,
+    start: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    real: tuple[Tensor, Tensor],
+    *,
+    burn_in: int,
+    window: int,
+    lr: float,
+    strategy: str,
+) -> Tensor:
+    """Return the loss on real images after training on the whole set by Adam (Feng et al., ICLR 2024). The last
+    ``window`` steps are in one graph; those before have none. As in the engine, 1e-16 is added inside the root."""
+    theta: Params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+    mean, square = ({name: torch.zeros_like(p) for name, p in theta.items()} for _ in range(2))
+    for step in range(burn_in + window):
+        index = torch.randperm(len(images))
+        loss = F.cross_entropy(functional_call(net, theta, (dsa(images[index], strategy),)), labels[index])
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=step >= burn_in)
+        with torch.set_grad_enabled(step >= burn_in):
+            for name, g in zip(list(theta), grads, strict=True):
+                mean[name] = 0.9 * mean[name] + 0.1 * g
+                square[name] = 0.999 * square[name] + 0.001 * g**2
+                root = torch.sqrt(square[name] / (1 - 0.999 ** (step + 1)) + 1e-16) + 1e-8
+                theta[name] = theta[name] - lr * mean[name] / (1 - 0.9 ** (step + 1)) / root
+        if step < burn_in:
+            theta = {name: p.requires_grad_() for name, p in theta.items()}
+    return F.cross_entropy(functional_call(net, theta, (dsa(real[0], strategy),)), real[1])
+
+
+def rat_bptt_step(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    real: tuple[Tensor, Tensor],
+    optimiser: torch.optim.Optimizer,
+    batch_real: int,
+    burn_in: int,
+    window: int,
+    strategy: str,
+) -> None:
+    """Update the images once, through the training of the fresh network ``net``."""
+    chosen = torch.randperm(len(real[0]))[:batch_real]
+    batch = real[0][chosen], real[1][chosen]
+    start = dict(net.named_parameters())
+    loss = rat_bptt_loss(net, start, images, labels, batch, burn_in=burn_in, window=window, lr=1e-3, strategy=strategy)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    loss.item()
+
+
+class Linearised:
+    """The network of RCIG, linearised at its weights, with ridge regression in place of its last layer (Loo et al.,
+    ICML 2023)."""
+
+    def __init__(self, net: ConvNet, ridge: float) -> None:
+        """``ridge`` is the regularisation per image of the set."""
+        self.net, self.ridge = net, ridge
+        self.body = {name: p.detach() for name, p in net.features.named_parameters()}
+        self.matrix = net.classifier.weight.detach()
+
+    def no_move(self) -> list[Tensor]:
+        """A zero change of the weights of the features and of the bias of the last layer."""
+        return [torch.zeros_like(p) for p in [*self.body.values(), self.net.classifier.bias]]
+
+    def outputs(self, move: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features and the derivative of the logits along ``move``."""
+
+        def features(*body: Tensor) -> Tensor:
+            return functional_call(self.net.features, dict(zip(self.body, body, strict=True)), (images,)).flatten(1)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # raised within torch
+            h, along, *_ = torch.func.jvp(features, tuple(self.body.values()), tuple(move[:-1]))
+        return h, along @ self.matrix.T + move[-1]
+
+    def dual(self, move: Sequence[Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the features of the set, the dual weights of the regression, and the targets that it fits."""
+        h, o = self.outputs(move, images)
+        ridge = self.ridge * len(images) * torch.eye(len(images), dtype=h.dtype, device=h.device)
+        return h, torch.linalg.solve(h @ h.T + ridge, targets - o), targets - o
+
+    def inner_loss(self, move: Sequence[Tensor], images: Tensor, targets: Tensor) -> Tensor:
+        h, a, rest = self.dual(move, images, targets)
+        fitted = h @ h.T @ a
+        penalty = (a * fitted).sum() + torch.stack([d.square().sum() for d in move]).sum()
+        return 0.5 * ((rest - fitted).square().sum() + self.ridge * len(images) * penalty) / targets.numel()
+
+    def predict(self, move: Sequence[Tensor], images: Tensor, targets: Tensor, real: Tensor) -> Tensor:
+        h, a, _ = self.dual(move, images, targets)
+        h_real, o_real = self.outputs(move, real)
+        return o_real + h_real @ h.T @ a
+
+
+def rcig_gradients(
+    net: Linearised,
+    real: tuple[Tensor, Tensor],
+    images: Tensor,
+    targets: Tensor,
+    tau: Tensor,
+    num_steps: int,
+    lr_inner: float,
+    lr_adjoint: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss and its gradients in images, targets and temperature. The inner problem and the linear system of
+    the implicit gradient are each solved by ``num_steps`` steps of Adam."""
+    fixed = images.detach(), targets.detach()
+    move = [d.requires_grad_() for d in net.no_move()]
+    adam = torch.optim.Adam(move, lr=lr_inner)
+    for _ in range(num_steps):
+        _set_gradients(move, torch.autograd.grad(net.inner_loss(move, *fixed), move))
+        adam.step()
+    value = F.cross_entropy(tau.exp() * net.predict(move, images, targets, real[0]), real[1])
+    value = value - lead(targets, 0.5 / targets.shape[1])
+    grads = torch.autograd.grad(value, [*move, images, targets, tau])
+    into_move, (direct_images, direct_targets, into_tau) = grads[: len(move)], grads[len(move) :]
+    slope = torch.autograd.grad(net.inner_loss(move, images, targets), move, create_graph=True)
+    v = net.no_move()
+    adam = torch.optim.Adam(v, lr=lr_adjoint)
+    for _ in range(num_steps):
+        curved = torch.autograd.grad(slope, move, v, retain_graph=True)
+        _set_gradients(v, [c - g for c, g in zip(curved, into_move, strict=True)])
+        adam.step()
+    mixed = torch.autograd.grad(slope, (images, targets), v)
+    gradients = [
+        direct - m * (direct.norm() / m.norm()).clamp(max=1)
+        for direct, m in zip((direct_images, direct_targets), mixed, strict=True)
+    ]
+    return value, [*gradients, into_tau]
+
+
+def _set_gradients(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for tensor, grad in zip(tensors, grads, strict=True):
+        tensor.grad = grad
+
+
+def rcig_step(
+    net: ConvNet,
+    adam: torch.optim.Optimizer,
+    real: tuple[Tensor, Tensor],
+    learned: Sequence[Tensor],
+    optimiser: torch.optim.Optimizer,
+    batch_real: int,
+    num_steps: int,
+) -> None:
+    """Update the set once, then train the network of the pool, whose optimiser is ``adam``, on it for a step.
+
+    Args:
+        learned: images, targets and temperature.
+    """
+    chosen = torch.randperm(len(real[0]))[:batch_real]
+    batch = real[0][chosen], real[1][chosen]
+    images, targets, tau = learned
+    value, gradients = rcig_gradients(Linearised(net, 5e-4), batch, images, targets, tau, num_steps, 1e-4, 1e-4)
+    _set_gradients(learned, gradients)
+    optimiser.step()
+    value.item()
+    error = net(images.detach()) - targets.detach()
+    adam.zero_grad()
+    (0.5 * error.square().mean()).backward()
+    adam.step()
 
 
 def _classes(real: Sequence[Tensor], syn: Tensor, batch_real: int, strategy: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -160,8 +160,7 @@ def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collect garbage before the context and not inside it: to free an older graph would end a capture."""
-    gc.collect()
+    """Collect no garbage inside the context: to free an older graph would end a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

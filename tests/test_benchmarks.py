@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import json
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,17 +22,28 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import growth, harness, inputs, jobs, measure, report, startup, textbook
+from benchmarks import gpu, growth, harness, inputs, jobs, measure, report, startup, textbook
 from condense import cli
 from condense.augment import Augment, Params
 from condense.compute import Compute
-from condense.inner import Full, unroll
-from condense.match import feature_mean_distance, layerwise_cosine, matching_loss, trajectory_distance
+from condense.inner import Adam, Descent, Full, Truncated, minimise, mixed_gradient, unroll
+from condense.kernels import centred, feature_kernel, regression
+from condense.match import (
+    convolution_mse_sum,
+    feature_mean_distance,
+    layerwise_cosine,
+    matching_loss,
+    trajectory_distance,
+)
+from condense.methods import rcig
 from condense.methods.dc import frozen_loss
+from condense.methods.frepo import half_squared_error, margin_loss
+from condense.methods.rcig import Convexified, no_longer_than, outer_loss
 from condense.networks import Functional
 from condense.objective import CrossEntropy
 from condense.rng import Rng
 from condense.schedule import Schedule
+from condense.synthetic import Factor
 from condense.train import Trainer, Training
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory and disk are read from /proc")
@@ -43,10 +59,22 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return function(*args)
 
     class Here:
+        """A process whose tasks run here; what one has set up is there when it gets its next task."""
+
+        def __init__(self) -> None:
+            self.side: list[Any] = []
+
         def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+            monkeypatch.setattr(measure, "_side", self.side)
             done: Future[Any] = Future()
-            done.set_result(function(*args))
+            try:
+                done.set_result(function(*args))
+            except Exception as error:
+                done.set_exception(error)
             return done
+
+        def close(self) -> None:
+            self.side.clear()
 
     def wall(command: Sequence[str], cache: object = None) -> float:
         kind, name, *words = command
@@ -60,10 +88,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(startup, "wall", wall)
     monkeypatch.setattr(Trainer, "run", Trainer.run)  # which the start of a command replaces
+    for module in (benchmarks, gpu):
+        monkeypatch.setattr(module, "processes", lambda num: contextlib.nullcontext([Here() for _ in range(num)]))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
+        monkeypatch.setenv(name, os.environ.get(name, tempfile.gettempdir()))
     monkeypatch.setattr(benchmarks, "alone", call)
-    monkeypatch.setattr(benchmarks, "processes", lambda num: contextlib.nullcontext([Here()] * num))
     monkeypatch.setattr(growth, "alone", call)
     monkeypatch.setattr(harness, "_WARM_BYTES", 1)
+    monkeypatch.setattr(rcig, "RAISE", 10.0)  # a short search for the learning rates
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # of all that the test session holds, which takes a second
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         yield
@@ -71,21 +104,94 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+FIELDS = {field.name for field in dataclasses.fields(report.Row)}
+HEAD = {"machine", "driver", "cores", "threads", "torch", "commit", "date", "limits", "rows"}
+
+
 @linux
 def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
-    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
-    benchmarks.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "performance.json").read_text())
-    assert {"machine", "cores", "threads", "torch", "commit", "date", "limits", "rows"} == found.keys()
-    fields = {f.name for f in dataclasses.fields(report.Row)}
-    assert all(row.keys() == fields and row["engine"] >= 0 for row in found["rows"])
+    page.write_text(
+        "before\n<!-- table -->\nold\n<!-- /table -->\n<!-- gpu-table -->\nold\n<!-- /gpu-table -->\nafter\n"
+    )
+    benchmarks.main(["--quick", "--profile", "--repeats", "1", "--commit", "abc", "--out", str(tmp_path)])
+    found, on_gpu = (json.loads((tmp_path / name).read_text()) for name in report.TABLES.values())
+    assert found.keys() == on_gpu.keys() == HEAD and found["commit"] == on_gpu["commit"] == "abc"
+    assert all(row.keys() == FIELDS and row["engine"] >= 0 for row in found["rows"] + on_gpu["rows"])
     asked = [(row["path"], row["quantity"]) for row in found["rows"] if row["ask"] is not None]
     assert len(asked) == len(set(asked)) == 10
-    assert {path for path, quantity in asked if quantity == "time"} == set(jobs.JOBS)
+    assert {path for path, quantity in asked if quantity == "time"} == {
+        name for name, job in jobs.JOBS.items() if job.ask
+    }
+    assert jobs.JOBS.keys() == {row["path"] for row in found["rows"] if row["quantity"] == "compilation"}
+    timed = {row["path"]: row for row in on_gpu["rows"] if row["quantity"] in ("time", "compiled before")}
+    assert list(timed) == gpu.paths() and sum(row["ask"] is not None for row in on_gpu["rows"]) == 14
+    assert all(timed[v.path]["textbook"] for v in gpu.VARIANTS if v.textbook or v.single)
+    assert all(row["engine"] > 0 for row in on_gpu["rows"] if row["quantity"] == "kernels in a step")
     text = page.read_text()
-    assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /table -->\nafter\n")
-    assert "old" not in text and all(f"| {path} |" in text for path in jobs.JOBS)
+    assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /gpu-table -->\nafter\n")
+    assert "old" not in text and all(f"| {path} |" in text for path in [*jobs.JOBS, *gpu.paths()])
+
+
+def gpu_rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    rows = json.loads((folder / "performance-gpu.json").read_text())["rows"]
+    return {(row["path"], row["quantity"]): row for row in rows}
+
+
+def plan(folder: Path, minutes: float = 1.0) -> gpu.Plan:
+    written = report.Report("gpu-table", benchmarks.head(CPU, "abc"), folder)
+    return gpu.Plan(report=written, scale=jobs.QUICK, device=CPU, repeats=1, minutes=minutes, cache=folder)
+
+
+@linux
+def test_what_fails_or_is_not_reached_stays_open(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any) -> harness.Run:
+        raise RuntimeError("no memory\nmore")
+
+    first, second = gpu.VARIANTS[2:4]
+    monkeypatch.setattr(gpu, "FIRST_STEPS", {})
+    bad = dataclasses.replace(first, job=dataclasses.replace(first.job, engine=broken))
+    monkeypatch.setattr(gpu, "VARIANTS", [bad, second])
+    made = plan(tmp_path)
+    made.measure()
+    rows = gpu_rows(tmp_path)
+    assert rows[first.path, "time"]["engine"] is rows[first.path, "time"]["met"] is None
+    assert rows[second.path, "time"]["engine"] > 0 and rows[second.path, "time"]["textbook"] > 0
+    assert f"{first.path}: RuntimeError: no memory\n" in capsys.readouterr().out
+    assert f"| {first.path} | time, ms |  | not measured |" in made.report.text()
+
+
+@linux
+def test_a_process_is_ended_at_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = jobs.Job(textbook=forever, engine=forever)
+    monkeypatch.setattr(gpu, "VARIANTS", [gpu.Variant(path="endless", job=job)])
+    monkeypatch.setattr(gpu, "FIRST_STEPS", {})
+    begun = time.monotonic()
+    made = plan(tmp_path, minutes=0.02)
+    made.measure()
+    assert time.monotonic() - begun < 60
+    assert [row.engine for row in made.report.rows] == [None, None]
+
+
+def forever(scale: jobs.Scale, device: torch.device) -> harness.Run:
+    time.sleep(1000)
+    raise AssertionError
+
+
+@linux
+def test_rows_are_written_as_they_come_and_read_again(tmp_path: Path) -> None:
+    made = report.Report("gpu-table", benchmarks.head(CPU, "abc"), tmp_path)
+    made.plan("a", "time", "ms", target=3)
+    made.add("b", "memory", "MB", 5.0, 1, target=4)
+    assert [(row["path"], row["met"]) for row in gpu_rows(tmp_path).values()] == [("a", None), ("b", False)]
+    made.add("a", "time", "ms", 2.0, 5, target=3)
+    read = report.read(tmp_path / "performance-gpu.json")
+    assert (
+        read == dataclasses.replace(made, folder=None)
+        and "| a | time, ms |  | 2 |  | <= 3 ms | yes | 5 |" in read.text()
+    )
 
 
 @linux
@@ -121,7 +227,9 @@ def test_ratios_and_asks() -> None:
     rate = report.row("a", "time", "images/s", 30.0, 5, textbook=10.0, same=15.0, at_least=3)
     assert (rate.ratio, rate.ratio_same_allocator, rate.met, rate.ask) == (3.0, 2.0, True, ">= 3 x")
     assert report.row("a", "time", "s", 5.0, 5, textbook=10.0, at_least=3).met is False
-    assert report.row("a", "memory", "x", 1.3, 1, at_most=1.2).met is False
+    assert report.row("a", "memory", "x", 1.3, 1, target=1.2).met is False
+    fast, slow = (report.row("a", "time", "images/s", value, 1, target=1000) for value in (1000.0, 999.0))
+    assert (fast.ask, fast.met, slow.met) == (">= 1,000 images/s", True, False)
     assert growth.exponent([1, 10, 100], [2.0, 200.0, 20000.0]) == pytest.approx(2)
 
 
@@ -134,10 +242,11 @@ def test_a_word_that_fits_no_path_is_refused(capsys: pytest.CaptureFixture[str])
 class Twins:
     """The same network as a function and as a module, in float64."""
 
-    def __init__(self) -> None:
-        self.network = Functional("convnet:depth=2,width=6", SHAPE, 4, dtype=torch.float64)
+    def __init__(self, smooth: bool = False) -> None:
+        options = ",norm=none,activation=softplus" if smooth else ""
+        self.network = Functional(f"convnet:depth=2,width=6{options}", SHAPE, 4, dtype=torch.float64)
         self.params, self.buffers = self.network.init(Rng(0), "weights")
-        self.net = textbook.ConvNet(SHAPE, 4, depth=2, width=6).double()
+        self.net = textbook.ConvNet(SHAPE, 4, depth=2, width=6, smooth=smooth).double()
         self.net.load_state_dict(self.params)
         self.loss_fn = frozen_loss(self.network, self.buffers)
 
@@ -194,6 +303,65 @@ def test_textbook_distribution_matching(twins: Twins) -> None:
     ours = feature_mean_distance(*features)
     torch.testing.assert_close(theirs, ours)
     torch.testing.assert_close(torch.autograd.grad(theirs, syn), torch.autograd.grad(ours, syn))
+
+
+def test_textbook_decoder() -> None:
+    latents = images(6)
+    decoder = Factor().build(SHAPE, 4)
+    torch.testing.assert_close(textbook.decode(latents), decoder(latents, torch.zeros(6)))
+
+
+def test_textbook_matching_of_convolutions(twins: Twins) -> None:
+    real, syn = images(9), images(3, seed=1).requires_grad_()
+    theirs = textbook.idc_loss(twins.net, real, syn, 2)
+    wanted = torch.func.grad(twins.loss_fn)(twins.params, (real, torch.full((9,), 2)))
+    ours = matching_loss(twins.loss_fn, twins.params, wanted, convolution_mse_sum, syn, torch.full((3,), 2))
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, syn), torch.autograd.grad(ours, syn))
+
+
+def test_textbook_feature_regression(twins: Twins) -> None:
+    real, syn, wanted = images(9), images(8, seed=1).requires_grad_(), centred(torch.arange(9) % 4, 4)
+    targets = (centred(torch.arange(8) % 4, 4) * torch.linspace(0.1, 1, 8)[:, None]).requires_grad_()
+    theirs = textbook.frepo_loss(twins.net, real, wanted, syn, targets, 1e-3)
+    phi_t, phi_s = (twins.network.features(twins.params, twins.buffers, x) for x in (real, syn))
+    predictions = regression(feature_kernel(phi_t, phi_s), feature_kernel(phi_s, phi_s), targets, 1e-3)
+    ours = half_squared_error(predictions, wanted) + margin_loss(targets)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, (syn, targets)), torch.autograd.grad(ours, (syn, targets)))
+
+
+@pytest.mark.parametrize("burn_in", [0, 2])
+def test_textbook_truncated_unrolling(twins: Twins, burn_in: int) -> None:
+    x, y = images(8).requires_grad_(), torch.arange(8) % 4
+    real = images(9, seed=1), torch.arange(9) % 4
+    theirs = textbook.rat_bptt_loss(
+        twins.net, twins.params, x, y, real, burn_in=burn_in, window=3, lr=0.01, strategy=""
+    )
+    adjoint = Truncated(window=3, burn_in=burn_in)
+    theta = unroll(twins.loss_fn, twins.params, [(x, y)] * (burn_in + 3), rule=Adam(), lr=0.01, adjoint=adjoint)
+    ours = twins.loss_fn(theta, real)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, x), torch.autograd.grad(ours, x))
+
+
+def test_textbook_implicit_gradients() -> None:
+    twins, steps, lr = Twins(smooth=True), 6, 1e-3
+    real, targets = (images(9, seed=1), torch.arange(9) % 4), centred(torch.arange(8) % 4, 4).requires_grad_()
+    x, tau = images(8).requires_grad_(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    linearised = textbook.Linearised(twins.net, 0.1)
+    value, theirs = textbook.rcig_gradients(linearised, real, x, targets, tau, steps, lr, lr)
+    net, batch = Convexified(twins.network, twins.params, twins.buffers, Augment(), 0.1), (x.detach(), targets.detach())
+    point = minimise(
+        torch.func.grad_and_value(lambda move: net.inner_loss(move, batch)), net.no_move(), num_steps=steps, lr=lr
+    ).point
+    outer = torch.func.grad_and_value(functools.partial(outer_loss, net, real), argnums=(0, 1, 2))
+    (into_move, direct, into_tau), ours = outer(point, batch, tau.detach())
+    v = Descent(num_steps=steps, lr=lr).solve(net.hessian_product(batch), into_move)
+    mixed = mixed_gradient(net.inner_loss, point, (x, targets), v)
+    torch.testing.assert_close(value, ours)
+    gradients = [d + no_longer_than(d, -m) for d, m in zip(direct, mixed, strict=True)]
+    torch.testing.assert_close(theirs, [*gradients, into_tau], rtol=1e-5, atol=1e-8)
 
 
 def drawn(operation: str, rows: int) -> Tensor:

@@ -107,10 +107,11 @@ def resolve(spec: str | NetworkSpec, input_shape: InputShape, field: str = "netw
     name, _, options = spec.name.partition(":")
     if name == AUTO:
         spec = parse(f"{default_for(input_shape)}:{options}")
-    takes = NETWORKS[spec.name].takes if spec.name in NETWORKS else Network.takes
-    fitting = [name for name, network in NETWORKS.usable().items() if kind(input_shape) in network.takes]
-    remedy = f"give {spelt(field, default_for(input_shape))}; networks for {kind(input_shape)} are "
-    require_kind(f"network {spec.name}", takes, input_shape, remedy + ", ".join(fitting))
+    takes, given = NETWORKS[spec.name].takes if spec.name in NETWORKS else Network.takes, kind(input_shape)
+    if given not in takes:
+        fitting = ", ".join(name for name, network in NETWORKS.usable().items() if given in network.takes)
+        remedy = f"give {spelt(field, default_for(input_shape))}; networks for {given} are {fitting}"
+        require_kind(f"network {spec.name}", takes, input_shape, remedy)
     return spec
 
 
