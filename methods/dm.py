@@ -17,6 +17,7 @@ Deviations: see docs/methods/dm.md.
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class DistributionMatching(GradientMethod):
         real, syn = pairs(ctx, state.syn, step, classes, self.batch_real)
         features, most = self.features(ctx, state), ctx.compute.micro_batch
         with torch.no_grad():
-            wanted = _groups_features(features, real) if mixed else [_mean_features(features, x, most) for x in real]
+            wanted = _groups_features(features, real) if mixed else _means(features, real, most)
         if most is not None and not mixed and len(parts) == 1 and len(syn[0]) > most:
             return feature_matching_loss(features, wanted[0].mean(0), syn[0], most)
         both = zip(wanted, _groups_features(features, syn), strict=True)
@@ -143,6 +144,20 @@ def has_batch_norm(network: Functional) -> bool:
 def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """Features (n_i, F) of groups of images (n_i, C, H, W), in one forward pass."""
     return features(torch.cat(list(groups))).split([len(x) for x in groups])
+
+
+def _means(features: Features, groups: Sequence[Tensor], micro_batch: int | None) -> list[Tensor]:
+    """The mean feature (1, F) of each group, with as many groups in one forward pass as ``micro_batch`` allows."""
+    means, first = list[Tensor](), 0
+    while first < len(groups):
+        ends = itertools.accumulate(len(images) for images in groups[first:])
+        num = max(1, sum(micro_batch is None or end <= micro_batch for end in ends))
+        if num == 1:
+            means.append(_mean_features(features, groups[first], micro_batch))
+        else:
+            means += [x.mean(0, keepdim=True) for x in _groups_features(features, groups[first : first + num])]
+        first += num
+    return means
 
 
 def _mean_features(features: Features, images: Tensor, micro_batch: int | None) -> Tensor:
