@@ -125,8 +125,8 @@ QUICK = Scale(
 
 GPU = Scale(
     num_batches=40,
-    expert_epochs=5,
-    num_epochs=500,
+    expert_epochs=20,
+    num_epochs=1000,
     num_updates=5,
     ipc_solver=10,
     ipc_formed=10,
@@ -303,9 +303,14 @@ def evaluation_textbook(scale: Scale, device: torch.device) -> Run:
     return lambda: textbook.evaluate(fresh(scale, device), images, labels, scale.num_epochs, STRATEGY)
 
 
+def epochs(num_networks: int, scale: Scale) -> int:
+    """Return the epochs of each network, fewer for several networks, so that a run takes as long."""
+    return max(1, scale.num_epochs // num_networks)
+
+
 def evaluation_engine(num_networks: int, scale: Scale, device: torch.device) -> Run:
     task = make(scale, device)
-    plan = dataclasses.replace(PROTOCOLS["canonical-dsa"], num_epochs=scale.num_epochs)
+    plan = dataclasses.replace(PROTOCOLS["canonical-dsa"], num_epochs=epochs(num_networks, scale))
     trainer, data = Trainer(task.network, plan, scale.compute), synthetic(scale, task)
 
     def run() -> None:
@@ -322,8 +327,8 @@ def evaluation(num_networks: int, ask: float | None = None) -> Job:
         engine=partial(evaluation_engine, num_networks),
         ask=ask,
         unit="epochs/s" if num_networks == 1 else "network-epochs/s",
-        steps=lambda scale: scale.num_epochs,
-        work=lambda scale: scale.num_epochs * num_networks,
+        steps=partial(epochs, num_networks),
+        work=lambda scale: epochs(num_networks, scale) * num_networks,
     )
 
 

@@ -54,7 +54,7 @@ class Compute(Checked):
     """Largest number of images in classes whose second-order work is vectorised together (vmap); classes with more
     images are processed one at a time."""
     networks: int | None = None
-    """Number of experts, or of networks in an evaluation, that one process trains at once (vmap)."""
+    """Number of experts, or of networks in an evaluation, that one process trains side by side."""
     graph: bool | None = None
     """Capture steps as CUDA graphs; the results are the same. Steps that read the device are not captured."""
     tf32: bool | None = None
@@ -98,7 +98,7 @@ class Compute(Checked):
             "vmap_batch": row.vmap_batch if fast else 1,
             "networks": row.networks if fast else 1,
             "graph": row.graph,
-            "tf32": fast and row.tf32,
+            "tf32": fast if row.has_tf32 else None,
         }
         if earlier is not None:
             defaults |= {name: earlier[name] for name in defaults if earlier.get(name) is not None}
@@ -127,8 +127,6 @@ class Compute(Checked):
         identity: dict[str, Any] = {"compile": bool(self.compile), "autocast": self.autocast or "none"}
         if self.channels_last:
             identity["channels_last"] = True
-        if (self.networks or 1) > 1:
-            identity["networks"] = self.networks
         if self.tf32:
             identity["tf32"] = True
         return identity
@@ -206,7 +204,7 @@ class _Row(NamedTuple):
     vmap_batch: int = 1
     networks: int = 1
     graph: bool = False
-    tf32: bool = False
+    has_tf32: bool = False
 
 
 _TABLE = {
@@ -214,7 +212,7 @@ _TABLE = {
     # image per class and slower with ten; several networks at once are not faster.
     "cpu": _Row(fast_from=2e13, vmap_batch=16),
     # Not measured yet.
-    "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048, vmap_batch=2048, graph=True, tf32=True),
+    "cuda": _Row(fast_from=1e15, channels_last=True, micro_batch=2048, vmap_batch=2048, graph=True, has_tf32=True),
 }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,7 +17,6 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.cudagraph import Graphed
 from condense.data.images import Images
-from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.objective import KL, OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
@@ -29,6 +28,10 @@ from condense.views import Views
 Tensors = dict[str, Tensor]
 BatchLoss = Callable[[bool], Tensor]
 """``loss(update)``: the loss of a batch at the current weights; ``update``: running statistics are updated."""
+
+
+MakeOptimiser = Callable[[Tensors], torch.optim.Optimizer]
+"""Returns the optimiser of some parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +169,7 @@ class Trainer:
             outputs = network.logits(params, buffers, images, train=True, update_buffers=update)
             return loss_of(outputs.to(images.dtype), targets)
 
-        def losses_fn(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
-            def one(params: Tensors, images: Tensor, targets: Tensor) -> Tensor:
-                return loss_of(network.logits(params, {}, images, train=True).to(images.dtype), targets)
-
-            losses: Tensor = torch.func.vmap(one, randomness="different")(params, images, targets)
-            return losses.sum()
-
         self._loss = compute.first_order(loss_fn, network.device)
-        self._losses = compute.first_order(losses_fn, network.device)
 
     def source(self, images: Tensor | Images, targets: Tensor, rng: Rng, augment: Augment = Augment()) -> Examples:
         """Return a source of ``images`` (N, *input_shape) and ``targets`` (N,) or (N, num_outputs), with the batch
@@ -195,7 +190,7 @@ class Trainer:
         weights: Weights,
         source: Source,
         *,
-        optimiser: Callable[[Tensors], torch.optim.Optimizer] | None = None,
+        optimiser: MakeOptimiser | None = None,
         on_epoch: Callable[[int, Weights], None] | None = None,
     ) -> Weights:
         """Train a copy of ``weights`` on the batches of ``source``.
@@ -206,93 +201,107 @@ class Trainer:
             on_epoch: ``on_epoch(epochs_done, weights)`` is called after each epoch. The weights change later: clone
                 what you keep.
         """
-        params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
-        live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
-
-        def loss_of(batches: Sequence[Batch]) -> BatchLoss:
-            (batch,) = batches
-            return functools.partial(self._loss, *live, self.compute.layout(batch.images), batch.targets)
-
-        def after(epochs: int) -> None:
-            if on_epoch is not None:
-                on_epoch(epochs, live)
-
-        self._epochs((optimiser or self.training.optimise)(params), [source], loss_of, after)
-        return Weights({name: p.detach() for name, p in params.items()}, live.buffers)
+        each = None if on_epoch is None else lambda epochs, live: on_epoch(epochs, live[0])
+        return self.run_together([weights], [source], optimiser=optimiser, on_epoch=each)[0]
 
     def run_together(
         self,
         weights: Sequence[Weights],
         sources: Sequence[Source],
         *,
+        optimiser: MakeOptimiser | None = None,
         on_epoch: Callable[[int, Sequence[Weights]], None] | None = None,
     ) -> list[Weights]:
-        """Train several networks at once, each on its own source, with batches of the same shapes. The results equal
-        those of ``run`` up to rounding, except with dropout.
+        """Train several networks side by side, each on its own source; all sources have equally many batches.
 
-        Raises:
-            ValueError: the architecture has buffers, such as BatchNorm's running statistics.
+        On a GPU each network has a stream, so that kernels of several networks run at the same time. The results equal
+        those of ``run`` for each network, except with dropout.
         """
-        if len(weights) == 1:
-            single = None if on_epoch is None else lambda epochs, live: on_epoch(epochs, [live])
-            return [self.run(weights[0], sources[0], on_epoch=single)]
-        if weights[0].buffers:
-            raise ValueError(
-                f"networks of {self.network.name} cannot be trained together: they have buffers, such as running "
-                f"statistics; give {spelt('compute.networks', 1)}"
-            )
-        names = list(weights[0].params)
-        params = {name: torch.stack([w.params[name].detach() for w in weights]).requires_grad_() for name in names}
-
-        def live() -> list[Weights]:
-            return [Weights({name: params[name].detach()[k] for name in names}, {}) for k in range(len(weights))]
-
-        def loss_of(batches: Sequence[Batch]) -> BatchLoss:
-            x, y = torch.stack([b.images for b in batches]), torch.stack([b.targets for b in batches])
-            return lambda update: cast(Tensor, self._losses(params, x, y))
-
-        def after(epochs: int) -> None:
-            if on_epoch is not None:
-                on_epoch(epochs, live())
-
-        self._epochs(self.training.optimise(params), sources, loss_of, after)
-        return live()
-
-    def _epochs(
-        self,
-        optimiser: torch.optim.Optimizer,
-        sources: Sequence[Source],
-        loss_of: Callable[[Sequence[Batch]], BatchLoss],
-        after: Callable[[int], None],
-    ) -> None:
-        """Run all epochs. ``loss_of`` returns the loss of a step from one batch for each network."""
         plan, num_batches, rng = self.training, sources[0].num_batches, sources[0].rng
-
-        def step(epoch: int | Tensor, index: int | Tensor) -> None:
-            loss = loss_of([source.batch(epoch, index) for source in sources])
-            optimiser.zero_grad(set_to_none=True)
-            loss(True).backward()
-            if plan.rho:
-                sharpness_aware(optimiser.param_groups[0]["params"], loss, plan.rho, plan.alpha, len(sources))
-            optimiser.step()
-
-        def run_plain(epoch: int, index: int, lr: float) -> None:
-            set_lr(optimiser, lr)
-            step(epoch, index)
-
-        run: Callable[[int, int, float], None] = run_plain
-        if self.compute.graph and all(source.on_device for source in sources):
-            run = _Graphs(step, optimiser, num_batches, self.network.device, compile=bool(self.compute.compile))
         with (
             self.compute.arithmetic(),
             contextlib.nullcontext() if rng is None else rng.forked("layers"),  # dropout of external networks
         ):
+            lanes = [
+                _Lane(self, one, source, optimiser or plan.optimise, alone=len(weights) == 1)
+                for one, source in zip(weights, sources, strict=True)
+            ]
             for epoch in range(plan.num_epochs):
-                for source in sources:
-                    source.begin(epoch)
                 for index in range(num_batches):
-                    run(epoch, index, plan.lr_at(epoch * num_batches + index, num_batches))
-                after(epoch + 1)
+                    lr = plan.lr_at(epoch * num_batches + index, num_batches)
+                    for lane in lanes:
+                        lane.step(epoch, index, lr)
+                if on_epoch is not None:
+                    with _waiting(lanes):
+                        on_epoch(epoch + 1, [lane.live for lane in lanes])
+            with _waiting(lanes):
+                return [lane.weights() for lane in lanes]
+
+    def batch_loss(self, live: Weights, batch: Batch) -> BatchLoss:
+        """Return the loss of a batch at the weights ``live``."""
+        return functools.partial(self._loss, *live, self.compute.layout(batch.images), batch.targets)
+
+
+class _Lane:
+    """A network in training, with its optimiser and its source, and on a GPU with its stream."""
+
+    def __init__(
+        self, trainer: Trainer, weights: Weights, source: Source, optimiser: MakeOptimiser, *, alone: bool
+    ) -> None:
+        self._trainer, self._source, device = trainer, source, trainer.network.device
+        params = {name: p.detach().clone().requires_grad_() for name, p in weights.params.items()}
+        self.live = Weights(params, {name: b.detach().clone() for name, b in weights.buffers.items()})
+        self._optimiser = optimiser(params)
+        self.stream = None if alone or device.type != "cuda" else torch.cuda.Stream(device)
+        self.follow()
+        self._run: Callable[[int, int, float], None] = self._run_plain
+        if trainer.compute.graph and source.on_device:
+            compiles = bool(trainer.compute.compile)
+            self._run = _Graphs(self._step, self._optimiser, source.num_batches, device, compile=compiles)
+
+    def step(self, epoch: int, index: int, lr: float) -> None:
+        """Take one step on a batch."""
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            if index == 0:
+                self._source.begin(epoch)
+            self._run(epoch, index, lr)
+
+    def weights(self) -> Weights:
+        """Return the weights, without requiring grad."""
+        return Weights({name: p.detach() for name, p in self.live.params.items()}, self.live.buffers)
+
+    def follow(self) -> None:
+        """Let the stream wait for the current one."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+
+    def precede(self) -> None:
+        """Let the current stream wait for that of the network."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def _run_plain(self, epoch: int, index: int, lr: float) -> None:
+        set_lr(self._optimiser, lr)
+        self._step(epoch, index)
+
+    def _step(self, epoch: int | Tensor, index: int | Tensor) -> None:
+        plan = self._trainer.training
+        loss = self._trainer.batch_loss(self.live, self._source.batch(epoch, index))
+        self._optimiser.zero_grad(set_to_none=True)
+        loss(True).backward()
+        if plan.rho:
+            sharpness_aware(self._optimiser.param_groups[0]["params"], loss, plan.rho, plan.alpha)
+        self._optimiser.step()
+
+
+@contextlib.contextmanager
+def _waiting(lanes: Sequence[_Lane]) -> Iterator[None]:
+    """In the context the current stream sees the weights of all networks, and their streams wait for what it does."""
+    for lane in lanes:
+        lane.precede()
+    yield
+    for lane in lanes:
+        lane.follow()
 
 
 class _Graphs:
@@ -336,44 +345,37 @@ def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def sharpness_aware(
-    params: Sequence[Tensor], objective: BatchLoss, rho: float, alpha: float, num_networks: int = 1
-) -> None:
+def sharpness_aware(params: Sequence[Tensor], objective: BatchLoss, rho: float, alpha: float) -> None:
     """Replace the gradient g of a batch at the weights w by the gradient of adaptive GSAM.
 
     Zhuang et al. (2022), "Surrogate Gap Minimization Improves Sharpness-Aware Training", with the adaptive ascent step
     of Kwon et al. (2021), as FTD trains its experts. The perturbed gradient h is that of the same batch at
-    ``w + rho w^2 g / |w g|`` (elementwise squares and products, norms over all weights of a network). The new gradient
+    ``w + rho w^2 g / |w g|`` (elementwise squares and products, norms over all weights). The new gradient
     is ``h - alpha (g - (g.h / h.h) h)``.
 
     Args:
         params: the weights w, whose ``grad`` is g. Their values are the same afterwards.
         objective: the loss of the batch.
         rho, alpha: as in ``Training``.
-        num_networks: length of the first axis of ``params`` if it stacks several networks, else 1.
     """
 
-    def rows(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [t.reshape(num_networks, -1) for t in tensors]
-
     def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(x * y).sum(1) for x, y in zip(a, b, strict=True)]).sum(0)[:, None]
+        return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
     with torch.no_grad():
-        before = [p.clone() for p in params]
-        w, g = rows(before), rows([cast(Tensor, p.grad) for p in params])
-        adapted = [x * y for x, y in zip(w, g, strict=True)]
+        before, g = [p.clone() for p in params], [cast(Tensor, p.grad) for p in params]
+        adapted = [x * y for x, y in zip(before, g, strict=True)]
         scale = rho / (inner(adapted, adapted).sqrt() + 1e-12)
-        for p, x, y in zip(params, w, adapted, strict=True):
-            p.add_((scale * x * y).view_as(p))
+        for p, x, y in zip(params, before, adapted, strict=True):
+            p.add_(scale * x * y)
             p.grad = None
     objective(False).backward()
     with torch.no_grad():
-        h = rows([cast(Tensor, p.grad) for p in params])
+        h = [cast(Tensor, p.grad) for p in params]
         coefficient = inner(g, h) / inner(h, h).clamp(min=torch.finfo(h[0].dtype).tiny)
         for p, old, x, y in zip(params, before, g, h, strict=True):
             p.copy_(old)
-            p.grad = (y - alpha * (x - coefficient * y)).view_as(p)
+            p.grad = y - alpha * (x - coefficient * y)
 
 
 class Scorer:

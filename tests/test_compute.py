@@ -220,7 +220,7 @@ def test_exact_is_full_precision_inside_a_run_and_only_there(
         return spy
 
     monkeypatch.setattr(engine, "_step", spied("step", engine._step))
-    monkeypatch.setattr(Trainer, "_epochs", spied("training", Trainer._epochs))
+    monkeypatch.setattr(Trainer, "batch_loss", spied("training", Trainer.batch_loss))
     full = [switch.full for switch in compute._PRECISIONS]
     assert imprecise != full
     for exact in (True, False):

@@ -181,7 +181,7 @@ def test_every_step_has_a_network_of_its_own() -> None:
     ctx, method = make_context(BATCH, "none"), small(num_steps=1)
     state = method.init(ctx)
     assert isinstance(state, DMState)
-    before = dict(state.params)
+    before = {name: p.clone() for name, p in state.params.items()}
     method.step(ctx, state, 0)
     assert not any(torch.equal(state.params[name], p) for name, p in before.items() if p.dim() > 1)
 
