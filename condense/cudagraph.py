@@ -71,12 +71,14 @@ class Graphed:
             self._give_up("it draws from the global generator of the GPU, for example for dropout")
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, generator = torch.cuda.CUDAGraph(), _generator(self._device)
+        state = generator.clone_state()
         try:
             # other threads, such as those of the compiler, may use the GPU in the meantime
             with _no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
         except Exception as error:
+            generator.graphsafe_set_state(state)  # a capture that fails leaves it unusable
             cause: BaseException = error
             while cause.__context__ is not None:  # the end of a capture raises an error of its own
                 cause = cause.__context__
@@ -156,6 +158,12 @@ def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:
         return cast(_Function, call)
 
     return mark
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Return the global generator of a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
 
 
 @contextlib.contextmanager
