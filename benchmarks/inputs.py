@@ -61,8 +61,8 @@ EXPERTS: dict[Kind, Experts] = {
 LAMB = Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1))
 
 SERIES: dict[str, dict[str, Any]] = {
-    "dm": {"num_steps": 200, "optim": Optim(lr=1.0)},
-    "datadam": {"num_steps": 200, "optim": Optim(lr=0.3)},
+    "dm": {"num_steps": 200, "optim": Optim(lr=0.1)},
+    "datadam": {"network": {"norm": "batch"}, "num_steps": 200, "optim": Optim(lr=0.3)},
     "mtt": {
         "num_steps": 100,
         "syn_steps": 15,
@@ -75,8 +75,20 @@ SERIES: dict[str, dict[str, Any]] = {
     },
     "herding": {"num_epochs": 20},
     "k-means": {"num_epochs": 20},
-    "frepo": {"num_steps": 300, "training_epochs": 1000, "optim": LAMB, "optim_labels": LAMB},
-    "dc": {"num_steps": 100, "start": "real", "inner_epochs": 5, "optim": Optim(lr=0.5)},
+    "frepo": {
+        "network": {"widen": True, "norm": "batch-before"},
+        "num_steps": 300,
+        "training_epochs": 1000,
+        "optim": LAMB,
+        "optim_labels": LAMB,
+    },
+    "dc": {
+        "network": {"activation": "swish"},
+        "num_steps": 100,
+        "start": "real",
+        "inner_epochs": 5,
+        "optim": Optim(lr=0.1),
+    },
     "rat-bptt": {
         "num_steps": 500,
         "lr": 0.005,
@@ -86,10 +98,14 @@ SERIES: dict[str, dict[str, Any]] = {
         "optim": Optim(kind="adam", lr=0.02, momentum=0.9, schedule=Schedule(cosine_to=0.1)),
     },
 }
-"""By method, the cheap ones first: fields of the recipe for any data set, or of its method, that are replaced."""
+"""By method, the cheap ones first: fields of the recipe for any data set, or of its method, that are replaced.
+
+``network`` has the options of the network that the method distils with, where they differ from the network trained on
+its set. DC distils with a smooth activation, because the gradient of its loss passes through the derivative of the
+activation, and that of a ReLU is a step, whose own derivative is zero.
+"""
 
 CLIPS: dict[str, dict[str, Any]] = {
-    "dm": {"optim": Optim(lr=0.1)},
     "datadam": {"optim": Optim(lr=1.0)},
     "mtt": {
         "num_steps": 80,
@@ -101,8 +117,8 @@ CLIPS: dict[str, dict[str, Any]] = {
     },
     "herding": {"num_epochs": 60},
     "k-means": {"num_epochs": 60},
-    "frepo": {"training_epochs": 500},
-    "dc": {"num_steps": 60, "batch_real": 16, "optim": Optim(lr=1.0)},
+    "frepo": {"network": {"norm": "batch", "dropout": False}, "training_epochs": 500},
+    "dc": {"network": {}, "num_steps": 60, "batch_real": 16, "optim": Optim(lr=1.0)},
     "rat-bptt": {
         "num_steps": 60,
         "lr": 0.001,
@@ -115,14 +131,8 @@ CLIPS: dict[str, dict[str, Any]] = {
 
 SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
     "series": SERIES,
-    "clips": {method: {**fields, **CLIPS[method]} for method, fields in SERIES.items()},
+    "clips": {method: {**fields, **CLIPS.get(method, {})} for method, fields in SERIES.items()},
 }
-
-NETWORKS: dict[str, tuple[dict[str, Any], ...]] = {
-    "datadam": ({"norm": "batch"},),
-    "frepo": ({"widen": True, "norm": "batch-before"}, {"norm": "batch", "dropout": False}),
-}
-"""By method: options of the network that it distils with. The first ones that the network has are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +232,8 @@ class Bench:
         )
 
     def distill(self, method: str, ipc: int, **fields: Any) -> SyntheticSet:
-        network = self.network
-        for options in NETWORKS.get(method, ()):
-            if network == self.network:
-                network = with_options(self.network, **options)
+        settings = dict(SETTINGS[self.kind].get(method, {}))
+        network = with_options(self.network, **settings.pop("network", {}))
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             return api.distill(
                 method,
@@ -235,7 +243,7 @@ class Bench:
                 compute=self.compute,
                 device=str(self.device),
                 out=Path(out) / "run",
-                **SETTINGS[self.kind].get(method, {}),
+                **settings,
                 **fields,
             )
 

@@ -423,9 +423,9 @@ def test_inputs_are_measured_once_and_beside_random_samples(
 
 
 def test_held_out_samples_stand_in_the_place_of_the_test_split() -> None:
-    pixels = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), np.uint8)
+    series = np.arange(40, dtype=np.float32)[:, None, None] * np.ones((1, 1, 8), np.float32)
     labels = np.arange(40) % 4
-    arrays = inputs.with_held_out(inputs.load((pixels, labels, pixels[:4] + 100, labels[:4]), layout="NCHW"))
+    arrays = inputs.with_held_out(inputs.load((series, labels, series[:4] + 100, labels[:4]), layout="NCL"))
     assert np.bincount(arrays.y_train).tolist() == [7] * 4 and np.bincount(arrays.y_test).tolist() == [3] * 4
-    values = [*arrays.x_train[:, 0, 0, 0].tolist(), *arrays.x_test[:, 0, 0, 0].tolist()]
+    values = [*arrays.x_train[:, 0, 0].tolist(), *arrays.x_test[:, 0, 0].tolist()]
     assert sorted(values) == list(range(40))
