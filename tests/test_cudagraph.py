@@ -13,7 +13,7 @@ from condense.cudagraph import WARM_UP, Graphed, GraphedStep, from_host, fused
 from condense.networks import Functional, Weights
 from condense.registry import load as method
 from condense.rng import Rng
-from condense.testing import _Trial
+from condense.testing import _Trial, any_number_of_processes_agrees, resumes_to_the_byte
 from condense.train import Trainer, Training
 from tests.test_contract import SMALL
 from tests.test_on_device import AUGMENT, GRAPHED, NETWORK
@@ -30,6 +30,12 @@ def test_a_run_with_graphs_gives_the_same_set(name: str) -> None:
         sets.append(trial.distil(ctx).state_dict())
     for key, tensor in sets[0].items():
         assert torch.equal(tensor, sets[1][key]), key
+
+
+@pytest.mark.parametrize("check", [resumes_to_the_byte, any_number_of_processes_agrees])
+@pytest.mark.parametrize("name", ["dc", "dm", "mtt"])
+def test_contract_of_methods_with_graphs(name: str, check: Any) -> None:
+    check(method(name)(num_steps=4, **SMALL[name]), network=NETWORK, compute=Compute(exact=True, graph=True))
 
 
 @pytest.mark.parametrize("num_networks", [1, 2])
