@@ -149,11 +149,13 @@ def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:
     """
 
     def mark(fn: _Function) -> _Function:
-        compiled = compiled_or_eager(fn, dynamic=dynamic)
+        @functools.cache
+        def compiled() -> Callable[..., Any]:  # only when it is needed, since it imports the compiler
+            return compiled_or_eager(fn, dynamic=dynamic)
 
         @functools.wraps(fn)
         def call(*inputs: Any) -> Any:
-            return compiled(*inputs) if _fusing.get() else fn(*inputs)
+            return compiled()(*inputs) if _fusing.get() else fn(*inputs)
 
         return cast(_Function, call)
 

@@ -103,6 +103,9 @@ def to_mapping(value: Any) -> Any:
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Recipe) and value.objective == "cross-entropy":
         del fields["objective"]  # absent from recipes, and hashes, of earlier versions
+    if isinstance(value, Compute):
+        added = ("graph", "tf32")  # absent from recipes, and hashes, of earlier versions
+        fields = {name: entry for name, entry in fields.items() if entry is not None or name not in added}
     if isinstance(value, Method):
         return {"name": registry.name_of(value), **fields}
     for base, options in CHOICES.items():
