@@ -210,6 +210,7 @@ def test_growth_is_drawn(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @linux
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     job = jobs.JOBS["distribution matching, a step"]

@@ -183,7 +183,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("one_thread")
 def test_the_number_of_processes_does_not_decide_the_result(
     size: int, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,6 +231,7 @@ def test_trajectories_of_digits_are_matched_alike(tiny_file: Path, tmp_path: Pat
             torch.testing.assert_close(tensors(many / "mtt")[leaf], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_processes_that_are_started_again_continue(tiny_file: Path, tmp_path: Path) -> None:
     make_buffer(tiny_file, tmp_path / "artifacts", Ranks())
