@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run `condense evaluate` with the given arguments, and exit after the first epoch of the first network."""
+    """Run `condense evaluate` with the given arguments, and exit after the first epoch of the networks that are
+    trained first."""
     from condense.train import Trainer
 
-    plain = Trainer.run
+    plain = Trainer.run_together
 
     def leave(epochs_done: int, weights: Any) -> None:
         raise SystemExit(0)
 
-    def run(self: Trainer, *args: Any, **options: Any) -> Any:
+    def run_together(self: Trainer, *args: Any, **options: Any) -> Any:
         return plain(self, *args, **options | {"on_epoch": leave})
 
-    Trainer.run = run  # type: ignore[method-assign]
+    Trainer.run_together = run_together  # type: ignore[method-assign]
     cli.main(["evaluate", *sys.argv[1:]])
     raise AssertionError("no epoch was run")
 

@@ -79,15 +79,16 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def wall(command: Sequence[str], cache: object = None) -> float:
         kind, name, *words = command
         if kind == "-m":
-            monkeypatch.setattr(sys, "argv", [name, *words])
-            try:
-                {"condense": cli.main, "benchmarks.startup": startup.main}[name]()
-            except SystemExit as left:
-                assert not left.code
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", [name, *words])
+                patch.setattr(Trainer, "run_together", Trainer.run_together)  # which the start of a command replaces
+                try:
+                    {"condense": cli.main, "benchmarks.startup": startup.main}[name]()
+                except SystemExit as left:
+                    assert not left.code
         return 1.0
 
     monkeypatch.setattr(startup, "wall", wall)
-    monkeypatch.setattr(Trainer, "run", Trainer.run)  # which the start of a command replaces
     for module in (benchmarks, gpu):
         monkeypatch.setattr(module, "processes", lambda num: contextlib.nullcontext([Here() for _ in range(num)]))
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
@@ -204,7 +205,7 @@ def test_a_process_each_is_run_where_it_is_named(here: None, tmp_path: Path) -> 
 @linux
 def test_growth_is_drawn(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(growth, "SMALL", jobs.QUICK)
+    monkeypatch.setattr(growth, "SMALL", dataclasses.replace(jobs.QUICK, shorten=1))
     monkeypatch.setattr(growth, "PANELS", [dataclasses.replace(panel, sizes=(2, 3)) for panel in growth.PANELS])
     growth.main(["--repeats", "1", "--out", str(tmp_path)])
     assert (tmp_path / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")

@@ -30,6 +30,7 @@ from condense.networks import (
     with_options,
 )
 from condense.networks.base import ACTIVATIONS, NORMS
+from condense.networks.initial import DrawnFrom
 from condense.rng import Rng
 from condense.train import Trainer, Training
 
@@ -581,6 +582,24 @@ class Reordering(nn.Module):
         return logits
 
 
+class Noisy(nn.Module):
+    """Its own parameters are drawn by functions that return new tensors."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(3 * torch.rand(64) + 1), nn.Parameter(torch.randn(64))
+        self.rest = nn.Parameter(torch.rand_like(self.scale) + torch.randn_like(self.shift))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        classes: Tensor = self.head(x.flatten(1) * self.scale * self.rest + self.shift)
+        return classes
+
+
+def noisy(input_shape: InputShape, num_classes: int) -> nn.Module:
+    return Noisy(num_classes)
+
+
 def attention(input_shape: InputShape, num_classes: int) -> nn.Module:
     return Attention(num_classes, need_weights=False)
 
@@ -668,7 +687,7 @@ def test_tied_parameters_are_one() -> None:
     params, _ = functional.init(Rng(0), "network")
     assert "body.first.weight" in params and "body.second.weight" not in params
     assert functional.num_params == 64 * 64 + 2 * 64 + 3 * 65
-    with Rng(0).forked("network"):
+    with DrawnFrom(Rng(0)("network")):
         network = tied(DIGITS, 3)
     assert torch.equal(functional.logits(params, {}, images(DIGITS)), network(images(DIGITS)))
 
@@ -850,9 +869,53 @@ def test_weights_are_a_function_of_the_key(spec: str) -> None:
     assert torch.equal(vector, functional.flatten(again.params))
     assert not torch.equal(vector, functional.flatten(other.params))
     assert not any(param.requires_grad for param in first.params.values())
-    with Rng(1).forked("student", 2, 3):
+    with DrawnFrom(Rng(1)("student", 2, 3)):
         network = build(spec, DIGITS, 3)
     assert torch.equal(vector, nn.utils.parameters_to_vector(network.parameters()))
+
+
+def check_weights_on(device: torch.device, spec: str | Factory) -> None:
+    """A step that is a tensor on the device gives the weights of its value, and no global generator is used."""
+    functional = Functional(spec, DIGITS, 3)
+    expected = functional.init(Rng(1), "student", 2, 3)
+    before = torch.get_rng_state()
+    on_device = Functional(spec, DIGITS, 3, device)
+    for step in (2, torch.tensor(2, device=device)):
+        found = on_device.init(Rng(1), "student", step, 3)
+        for name, param in found.params.items():
+            assert param.device.type == device.type
+            torch.testing.assert_close(param.cpu(), expected.params[name], rtol=2e-5, atol=2e-6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("spec", [*FUNCTIONALS, noisy])
+def test_a_step_that_is_a_tensor_gives_the_weights_of_its_value(spec: str | Factory) -> None:
+    check_weights_on(torch.device("cpu"), spec)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [*FUNCTIONALS, noisy])
+def test_a_gpu_gives_the_weights_of_the_cpu(spec: str | Factory) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    before = torch.cuda.get_rng_state()
+    check_weights_on(torch.device("cuda"), spec)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("spec", [*FUNCTIONALS, noisy])
+def test_weights_have_the_distribution_that_the_module_asks_for(spec: str | Factory) -> None:
+    params = Functional(spec, DIGITS, 3).init(Rng(1), "student").params
+    with Rng(1).forked("student"):
+        network = build(spec, DIGITS, 3)
+    for name, param in network.named_parameters():
+        found, num = params[name], param.numel()
+        if num == 1 or param.std() == 0:
+            assert torch.equal(found, param)
+        else:
+            error = 6 * param.std() / num**0.5
+            assert (found.mean() - param.mean()).abs() < error and (found.std() - param.std()).abs() < error
+            assert found.unique().numel() > 0.99 * num and not torch.equal(found, param)
 
 
 @pytest.mark.parametrize("train", [True, False])

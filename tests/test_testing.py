@@ -287,7 +287,7 @@ def test_a_step_logs_numbers(record: dict[str, Any]) -> None:
         def after(self, ctx: Context, state: Any, step: int) -> Any:
             return record
 
-    with pytest.raises(ValueError, match=f"a step logs {next(iter(record))}=.*, which is no number; return float"):
+    with pytest.raises(ValueError, match=f"a step logs {next(iter(record))}=.*, which is no number; return a number"):
         testing.makes_a_set_of_the_budget(Strange)
 
 
