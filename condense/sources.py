@@ -127,9 +127,11 @@ class Examples(_Viewed):
 
     def begin(self, epoch: int) -> None:
         if epoch != self._epoch and self.order == "shuffled":
-            order = self.rng("order", epoch).permutation(self.num_examples)
-            self._indices.copy_(order, non_blocking=True)
+            self._indices.copy_(self._order(epoch), non_blocking=True)
         self._epoch = epoch
+
+    def _order(self, epoch: int) -> Tensor:
+        return self.rng("order", epoch).permutation(self.num_examples)
 
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         if isinstance(epoch, int):
