@@ -185,7 +185,7 @@ def test_a_zero_learning_rate_leaves_the_images_alone() -> None:
 
 
 def test_a_pair_gets_one_draw_and_every_class_and_step_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    ctx, method = make_context(augment=STRATEGY), DSA(num_steps=2, outer_loop=1)
+    ctx, method = make_context(augment="color_scale_rotate"), DSA(num_steps=2, outer_loop=1)
     seen: list[tuple[int, dict[str, Tensor]]] = []
     apply = Augment.apply
 
