@@ -12,6 +12,7 @@ from condense.method import Context, Optim
 from condense.methods.datm import DATM
 from condense.methods.mtt import TrajectoryMatching
 from condense.networks import Functional, Weights
+from condense.rng import Draws
 from condense.synthetic import Logits
 from tests.parity.recorded import Recorded, apart, context
 
@@ -65,7 +66,7 @@ def orders_of_candidates(ctx: Context) -> Iterator[Tensor]:
 
 
 def test_the_beginning_and_every_step_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, randperm = Experts(), torch.randperm
+    experts = Experts()
     ctx = context(
         RECORDED["real_images"],
         RECORDED["real_labels"],
@@ -80,7 +81,7 @@ def test_the_beginning_and_every_step_agree(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         candidates = orders_of_candidates(ctx)
         patch.setattr(Context, "initial", lambda *_: (ctx.task.train.images[:9], classes))
-        patch.setattr(torch, "randperm", lambda *_, **__: next(candidates))
+        patch.setattr(Draws, "permutation", lambda *_: next(candidates))
         state = METHOD.init(ctx)
     state.syn.to(torch.float64)
     logits: Any = state.syn.provider.get_parameter("logits")
@@ -90,7 +91,7 @@ def test_the_beginning_and_every_step_agree(monkeypatch: pytest.MonkeyPatch) -> 
 
     orders, drawn = iter(RECORDED["orders"]), RECORDED.draws("aug")
     epochs = RECORDED["start_epochs"].tolist()
-    monkeypatch.setattr(torch, "randperm", lambda n, **k: next(orders) if n == 9 else randperm(n, **k))
+    monkeypatch.setattr(Draws, "permutation", lambda *_: next(orders))
     monkeypatch.setattr(Augment, "sample", lambda *_, **__: next(drawn))
     monkeypatch.setattr(TrajectoryMatching, "sample_segment", lambda self, ctx, step, part: (step, epochs[step]))
     updates = 0

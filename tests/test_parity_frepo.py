@@ -177,7 +177,7 @@ def test_one_operation_is_for_the_batch_here_and_for_each_image_in_rcig() -> Non
         x, seen = torch.ones(8, *shape), []
         for batch in range(40):
             params = augment.sample(Rng(0)("augment", batch), 8, shape, siamese=False)
-            cut = Params({op: value for op, value in params.values.items() if op == "cutout-quarter"})
+            cut = Params(*({op: value for op, value in part.items() if op == "cutout-quarter"} for part in params))
             seen.append((augment.apply(x, cut) == 0).flatten(1).any(1))
         ours, theirs = torch.stack(seen), tensor(arrays[f"{name}/chosen"]) == 5
         for cut_out in (ours, theirs):

@@ -11,6 +11,7 @@ from condense.inner import Adjoint, Exact, Tesla
 from condense.method import Context, GradientState, Optim
 from condense.methods.mtt import TrajectoryMatching
 from condense.methods.tesla import TESLA
+from condense.rng import Draws
 from tests.parity.recorded import Recorded, apart, context
 
 RECORDED = Recorded("07_tesla")
@@ -20,7 +21,7 @@ CLASSES = torch.arange(HYPER["num_classes"]).repeat_interleave(HYPER["ipc"])
 
 def begin(adjoint: Adjoint, patch: pytest.MonkeyPatch) -> tuple[TESLA, Context, GradientState]:
     """A run in which everything that is drawn is what the authors' code drew."""
-    orders, drawn, randperm = iter(RECORDED["orders"]), RECORDED.draws("aug"), torch.randperm
+    orders, drawn = iter(RECORDED["orders"]), RECORDED.draws("aug")
 
     class Experts:
         def pair(self, expert: int, *_: int) -> list[dict[str, Tensor]]:
@@ -32,7 +33,7 @@ def begin(adjoint: Adjoint, patch: pytest.MonkeyPatch) -> tuple[TESLA, Context, 
     patch.setattr(Context, "initial", lambda *_: (start, CLASSES))
     patch.setattr(TrajectoryMatching, "sample_segment", lambda self, ctx, step, part: (step, 0))
     patch.setattr(Augment, "sample", lambda *_, **__: next(drawn))
-    patch.setattr(torch, "randperm", lambda n, **k: next(orders) if n == len(start) else randperm(n, **k))
+    patch.setattr(Draws, "permutation", lambda *_: next(orders))
     method = TESLA(
         num_steps=HYPER["steps"],
         adjoint=adjoint,
