@@ -235,7 +235,7 @@ class Trainer:
                     with _waiting(lanes):
                         on_epoch(epoch + 1, [lane.live for lane in lanes])
             with _waiting(lanes):
-                return [lane.weights() for lane in lanes]
+                return [lane.finish() for lane in lanes]
 
     def batch_loss(self, live: Weights, batch: Batch) -> BatchLoss:
         """Return the loss of a batch at the weights ``live``."""
@@ -254,20 +254,25 @@ class _Lane:
         self._optimiser = optimiser(params)
         self.stream = None if alone or device.type != "cuda" else torch.cuda.Stream(device)
         self.follow()
-        self._run: Callable[[int, int, float], None] = self._run_plain
+        self._graphs: _Graphs | None = None
         if trainer.compute.graph and source.on_device:
             compiles = bool(trainer.compute.compile)
-            self._run = _Graphs(self._step, self._optimiser, source.num_batches, device, compile=compiles)
+            self._graphs = _Graphs(self._step, self._optimiser, source.num_batches, device, compile=compiles)
 
     def step(self, epoch: int, index: int, lr: float) -> None:
         """Take one step on a batch."""
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             if index == 0:
                 self._source.begin(epoch)
-            self._run(epoch, index, lr)
+            if self._graphs is None:
+                set_lr(self._optimiser, lr)
+                self._step(epoch, index)
+            else:
+                self._graphs(epoch, index, lr)
 
-    def weights(self) -> Weights:
-        """Return the weights, without requiring grad."""
+    def finish(self) -> Weights:
+        """Return the weights, without requiring grad, and free the graphs with their memory."""
+        self._graphs = None
         return Weights({name: p.detach() for name, p in self.live.params.items()}, self.live.buffers)
 
     def follow(self) -> None:
@@ -279,10 +284,6 @@ class _Lane:
         """Let the current stream wait for that of the network."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-
-    def _run_plain(self, epoch: int, index: int, lr: float) -> None:
-        set_lr(self._optimiser, lr)
-        self._step(epoch, index)
 
     def _step(self, epoch: int | Tensor, index: int | Tensor) -> None:
         plan = self._trainer.training
@@ -316,13 +317,14 @@ class _Graphs:
         device: torch.device,
         compile: bool,  # noqa: A002
     ) -> None:
-        self._epoch, self._index = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        epoch, index = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._epoch, self._index = epoch, index
         (group,) = optimiser.param_groups
         group["lr"] = self._lr = torch.as_tensor(group["lr"], device=device)
-        self._last, self._values = num_batches - 1, (-1, -1.0)
+        self._last = last = num_batches - 1
+        self._values = (-1, -1.0)
         graphed = functools.partial(Graphed, device=device, name="a training step", compile=compile)
-        self._step = graphed(lambda: step(self._epoch, self._index))
-        self._last_step = graphed(lambda: step(self._epoch, self._last))
+        self._step, self._last_step = graphed(lambda: step(epoch, index)), graphed(lambda: step(epoch, last))
 
     def __call__(self, epoch: int, index: int, lr: float) -> None:
         if self._values != (epoch, lr):

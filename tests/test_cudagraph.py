@@ -1,6 +1,8 @@
 """Steps with a counter on the device compute what steps with an int compute, whether or not they are captured."""
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from condense.networks import Functional, Weights
 from condense.registry import load as method
 from condense.rng import Rng
 from condense.testing import _Trial, any_number_of_processes_agrees, resumes_to_the_byte
-from condense.train import Trainer, Training
+from condense.train import Trainer, Training, _Lane
 from tests.test_contract import SMALL
 from tests.test_on_device import AUGMENT, GRAPHED, NETWORK
 
@@ -96,6 +98,24 @@ def test_fused_functions_are_compiled_only_in_a_step_that_compiles() -> None:
     assert compiling == [False, False]
     Graphed(step, CPU, name="a step", compile=True)()
     assert len(compiling) == 2 or compiling[-1], "the compiled code does not run the Python function"
+
+
+def test_nothing_of_a_training_waits_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the graphs of a network hold its memory."""
+    lanes: list[weakref.ref[Any]] = []
+    make = _Lane.__init__
+
+    def remembered(self: _Lane, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        lanes.append(weakref.ref(self))
+
+    monkeypatch.setattr(_Lane, "__init__", remembered)
+    gc.disable()
+    try:
+        trained(Compute(graph=True), CPU, "none", 2)
+        assert len(lanes) == 2 and not any(lane() for lane in lanes)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
