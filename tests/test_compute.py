@@ -164,24 +164,30 @@ def test_channels_last_changes_the_layout_and_nothing_else() -> None:
 
 
 ALLOCATE = """
-import resource
+import resource, sys
 from condense import allocator
 import torch
-for way in (lambda: True, allocator.keep_freed_memory, allocator.restore_defaults):
-    assert way()
-    for _ in range(12):
-        torch.ones(1 << 24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        torch.ones(1 << 24)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+if {keep}:
+    assert allocator.keep_freed_memory()
+    if {restore}:
+        assert allocator.restore_defaults()
+for _ in range(12):
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the page faults of glibc")
 def test_the_allocator_keeps_what_is_freed() -> None:
-    found = subprocess.run([sys.executable, "-c", ALLOCATE], env={"PATH": ""}, stdout=subprocess.PIPE, check=True)
-    default, kept, restored = map(int, found.stdout.split())
+    def faults(keep: bool, restore: bool = False, **env: str) -> int:
+        code = ALLOCATE.format(keep=keep, restore=restore)
+        found = subprocess.run([sys.executable, "-c", code], env={"PATH": ""} | env, stdout=subprocess.PIPE, check=True)
+        return int(found.stdout)
+
+    kept, default, restored = faults(True), faults(False), faults(True, restore=True)
     assert kept < 100 and default > 10_000 and restored > 10_000
 
 
