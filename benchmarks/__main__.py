@@ -186,7 +186,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="commit to record, where the folder is not a repository")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    device = resolve_device(options.device)
+    try:
+        device = resolve_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     on_cpu, on_gpu = device.type == "cpu", device.type != "cpu" or options.quick
     of_cpu = [*BENCHMARKS, *(EXTRAS if options.only != [""] else ())] if on_cpu else []
     known = [*of_cpu, *(gpu.paths() if on_gpu else ())]

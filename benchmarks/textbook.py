@@ -219,6 +219,16 @@ def mtt_loss(
     return distance(theta) / distance(start)
 
 
+def descend(loss: Tensor, *optimisers: torch.optim.Optimizer) -> None:
+    """Step all optimisers down the gradient of the loss, and read the loss, as the papers' code does to log it."""
+    for optimiser in optimisers:
+        optimiser.zero_grad()
+    loss.backward()
+    for optimiser in optimisers:
+        optimiser.step()
+    loss.item()
+
+
 def mtt_step(
     net: nn.Module,
     start: Mapping[str, Tensor],
@@ -232,12 +242,7 @@ def mtt_step(
 ) -> None:
     """Update the images and the learning rate of the student once."""
     loss = mtt_loss(net, start, target, images, labels, lr, num_steps, strategy)
-    for optimiser in optimisers:
-        optimiser.zero_grad()
-    loss.backward()
-    for optimiser in optimisers:
-        optimiser.step()
-    loss.item()
+    descend(loss, *optimisers)
 
 
 def dc_loss(net: nn.Module, real: Tensor, syn: Tensor, label: int) -> Tensor:
@@ -274,10 +279,7 @@ def dc_step(
     loss = torch.zeros((), device=syn.device)
     for label, (batch, images) in enumerate(_classes(real, syn, batch_real, strategy)):
         loss = loss + dc_loss(net, batch, images, label)
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    loss.item()
+    descend(loss, optimiser)
 
 
 def dm_loss(net: ConvNet, real: Tensor, syn: Tensor) -> Tensor:
@@ -299,10 +301,7 @@ def dm_step(
     loss = torch.zeros((), device=syn.device)
     for batch, images in _classes(real, syn, batch_real, strategy):
         loss = loss + dm_loss(net, batch, images)
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    loss.item()
+    descend(loss, optimiser)
 
 
 def decode(latents: Tensor, factor: int = 2) -> Tensor:
@@ -348,10 +347,7 @@ def idc_step(
     decoded = torch.cat([decode(stored) for stored in latents.chunk(len(real))])
     for label, (batch, images) in enumerate(_classes(real, decoded, batch_real, strategy)):
         loss = loss + idc_loss(net, batch, images, label)
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    loss.item()
+    descend(loss, optimiser)
     images = torch.cat(list(real))
     labels = torch.arange(len(real), device=images.device).repeat_interleave(len(real[0]))
     chosen = torch.randperm(len(images))[:num_student]
@@ -395,10 +391,7 @@ def frepo_step(
     """Update the set once, then train the network of the pool, whose optimiser is ``adam``, on it for a step."""
     chosen = torch.randperm(len(real))[:batch_real]
     loss = frepo_loss(net, real[chosen], wanted[chosen], images, targets, 1e-6)
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    loss.item()
+    descend(loss, optimiser)
     error = net(images.detach()) - targets.detach()
     adam.zero_grad()
     (0.5 * error.square().sum(1).mean()).backward()
@@ -452,10 +445,7 @@ def rat_bptt_step(
     batch = real[0][chosen], real[1][chosen]
     start = dict(net.named_parameters())
     loss = rat_bptt_loss(net, start, images, labels, batch, burn_in=burn_in, window=window, lr=1e-3, strategy=strategy)
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    loss.item()
+    descend(loss, optimiser)
 
 
 class Linearised:

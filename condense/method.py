@@ -262,15 +262,15 @@ class Context:
         return lambda params, buffers, images: compiled(params, buffers, self.compute.layout(images))
 
     @cached_property
-    def _kept(self) -> dict[tuple[str, int], Any]:
+    def _kept(self) -> dict[tuple[str, int], tuple[State, Any]]:
         return {}
 
     def kept(self, name: str, state: State, make: Callable[[], T]) -> T:
         """Return what ``make`` returned in the first call with this name and state."""
         key = name, id(state)
         if key not in self._kept:
-            self._kept[key] = make()
-        return cast(T, self._kept[key])
+            self._kept[key] = state, make()  # while the state is held, no other has its id
+        return cast(T, self._kept[key][1])
 
     def graphed(self, name: str, state: State, fn: Callable[[Any], None]) -> Callable[[int], None]:
         """Return a function of the step, captured as a CUDA graph if the compute policy says so.

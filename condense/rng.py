@@ -6,7 +6,7 @@ generators, and they restore their states.
 
 Draws are computed by Philox4x32-10, a function from a key and a counter to four random words of 32 bits: Salmon,
 Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The root seed and the name give the key,
-the step and the unit are words of the counter. The step may be a tensor on a GPU, so a recorded step can draw new
+the step and the unit are words of the counter. The step may be a tensor on a GPU, so a captured step can draw new
 numbers at each replay.
 """
 
@@ -33,7 +33,9 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _INDEX = 2**31 - 1
+"""The part of a sorting key that is the index."""
 _FEW = 8
+"""Number of blocks up to which Python's ints are faster than arrays."""
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -96,7 +98,7 @@ class Draws:
                 for x in (*self._numbers, *self._key)
             ]
             return _words_of(blocks, *tensors)[:num]
-        if count <= _FEW:  # arrays would take longer
+        if count <= _FEW:
             few = [word for block in range(first, first + count) for word in self._outputs(block)]
             return torch.tensor(few[:num], dtype=torch.int64)
         return torch.from_numpy(np.stack(self._outputs(np.arange(first, first + count)), 1).reshape(-1)[:num])
@@ -127,7 +129,7 @@ class Draws:
 
     def integer(self, low: int, high: int) -> int:
         """Return one of {low, ..., high - 1} as an int; the step of the key must be an int."""
-        assert self.on_host, "a number drawn on a device cannot be read in a step that is recorded"
+        assert self.on_host, "a number drawn on a device cannot be read in a step that is captured"
         return int(self.integers(low, high))
 
     def permutation(self, num: int) -> Tensor:
