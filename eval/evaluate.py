@@ -446,6 +446,6 @@ def _teachers(
             device=network.device,
             cache=subject.cache,
         )
-        weights = teachers.trained(task, seed=seed, compute=compute, cache=subject.cache)
-        labellers[network.name] = teachers.labeller(labeller, weights, compute)
+        teacher = teachers.trained(task, seed=seed, compute=compute, cache=subject.cache)
+        labellers[network.name] = teacher.labeller(compute)
     return labellers

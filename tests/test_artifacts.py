@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from condense import teachers
 from condense.api import distill, make_buffer
 from condense.artifacts import (
     ArtifactSpec,
@@ -187,19 +188,19 @@ def last(root: Path, num_networks: int = 1, num_epochs: int = 5, **changes: Any)
     return writer.folder
 
 
-def teachers(num_networks: int = 1, num_epochs: int = 1, **changes: Any) -> TrainedNetworkSpec:
+def networks_like(num_networks: int = 1, num_epochs: int = 1, **changes: Any) -> TrainedNetworkSpec:
     return TrainedNetworkSpec(wanted(**changes).identity, num_networks=num_networks, num_epochs=num_epochs)
 
 
 def test_networks_are_found_by_architecture_number_and_training(tmp_path: Path) -> None:
     folder = last(tmp_path, 2, training={"lr": 0.1})
     other = last(tmp_path, network="mlp", training={"lr": 0.1})
-    assert find(tmp_path, teachers(2, 5), "digits") == folder
-    assert find(tmp_path, teachers(network="mlp", training={"lr": 0.1}), "digits") == other
+    assert find(tmp_path, networks_like(2, 5), "digits") == folder
+    assert find(tmp_path, networks_like(network="mlp", training={"lr": 0.1}), "digits") == other
     for spec, difference in (
-        (teachers(3), "num_experts is 2, less than 3"),
-        (teachers(1, 6), "num_epochs is 5, less than 6"),
-        (teachers(training={"lr": 0.2}), "training.lr is 0.1, not 0.2"),
+        (networks_like(3), "num_experts is 2, less than 3"),
+        (networks_like(1, 6), "num_epochs is 5, less than 6"),
+        (networks_like(training={"lr": 0.2}), "training.lr is 0.1, not 0.2"),
         (wanted(), "only the last epoch is stored"),
     ):
         message = one_line(lambda spec=spec: find(tmp_path, spec, "digits"))  # type: ignore[misc]
@@ -208,7 +209,7 @@ def test_networks_are_found_by_architecture_number_and_training(tmp_path: Path) 
 
 def test_the_end_of_a_trajectory_serves_as_a_network(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    found = teachers(2, NUM_EPOCHS).open(find(tmp_path, teachers(2, NUM_EPOCHS), "digits"))
+    found = networks_like(2, NUM_EPOCHS).open(find(tmp_path, networks_like(2, NUM_EPOCHS), "digits"))
     assert isinstance(found, Trajectories) and found.folder == folder
     assert found.describe() == {
         "kind": "trajectories",
@@ -217,17 +218,17 @@ def test_the_end_of_a_trajectory_serves_as_a_network(tmp_path: Path) -> None:
         "num_epochs": NUM_EPOCHS,
     }
     alone = last(tmp_path / "last", 2)
-    assert teachers().open(alone).describe() == {"kind": "networks", "name": alone.name, "num_networks": 2}
+    assert networks_like().open(alone).describe() == {"kind": "networks", "name": alone.name, "num_networks": 2}
 
 
 def test_imported_networks_serve_where_their_training_is_open(tmp_path: Path) -> None:
     folder = last(tmp_path, num_epochs=0, origin="imported")
-    assert find(tmp_path, teachers(1, 20), "digits") == folder
-    assert "training is null" in one_line(lambda: find(tmp_path, teachers(training={"lr": 0.1}), "digits"))
+    assert find(tmp_path, networks_like(1, 20), "digits") == folder
+    assert "training is null" in one_line(lambda: find(tmp_path, networks_like(training={"lr": 0.1}), "digits"))
 
 
 def test_command_of_networks() -> None:
-    spec = teachers(4, 20, training={"lr": 0.1, "schedule": {"kind": "cosine", "warmup_steps": 5}})
+    spec = networks_like(4, 20, training={"lr": 0.1, "schedule": {"kind": "cosine", "warmup_steps": 5}})
     assert spec.command("digits").split(" --")[1:] == [
         "dataset digits",
         "network convnet:depth=1,width=4",
@@ -243,7 +244,7 @@ def test_command_of_networks() -> None:
 
 
 def test_networks_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    networks = teachers().open(last(tmp_path))
+    networks = networks_like().open(last(tmp_path))
     message = one_line(lambda: networks.weights(0, Functional("mlp:width=4", (1, 8, 8), 3)))
     assert "cannot label" not in message and "holds networks other than mlp:width=4" in message
 
@@ -257,20 +258,21 @@ def test_a_truncated_network(kept: int, tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Taught(Method):
-    """Needs a teacher of another architecture, and experts; labels real images by the mean of the teachers."""
+    """Needs two teachers of another architecture, and experts; labels real images by the mean of the teachers."""
+
+    teachers: tuple[str, ...] = ("mlp", "mlp", "same")
 
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
-        teacher = TrainedNetworkSpec(task.with_network("mlp").identity(), num_networks=2, num_epochs=2)
-        return {"teacher": teacher, "experts": TrajectorySpec(task.identity(), num_epochs=3)}
+        return {**teachers.needed(self.teachers, task), "experts": TrajectorySpec(task.identity(), num_epochs=3)}
 
     def init(self, ctx: Context) -> State:
-        teacher, experts = (ctx.artifacts[name] for name in ("teacher", "experts"))
-        assert isinstance(teacher, TrainedNetworks) and isinstance(experts, Trajectories)
+        assert isinstance(ctx.artifacts["experts"], Trajectories)
+        first, second, same = teachers.opened(self.teachers, ctx)
+        assert not all(map(torch.equal, first.weights.params.values(), second.weights.params.values()))
+        assert same.network is ctx.task.network
         images, classes = ctx.initial("real")
-        mlp = ctx.task.with_network("mlp").network
-        logits = torch.stack([mlp.logits(*teacher.weights(k, mlp), images, train=False) for k in range(2)])
-        logits = logits.mean(0) + ctx.task.network.logits(*experts.weights(0, ctx.task.network, 3), images, train=False)
-        assert (logits.argmax(1) == classes).all()
+        logits = torch.stack([teacher.labeller(ctx.compute)(images) for teacher in (first, second, same)])
+        assert (logits.mean(0).argmax(1) == classes).all()
         return State(syn=ctx.new_set(images, classes))
 
     def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
@@ -288,6 +290,7 @@ def test_a_method_may_ask_for_two(tiny: Arrays, tiny_buffer: Path, tmp_path: Pat
     syn = distill(Taught(), out=tmp_path / "run", **run)
     assert [(used["kind"], used["name"]) for used in syn.origin.artifacts] == [
         ("networks", teacher.name),
+        ("trajectories", tiny_buffer.name),
         ("trajectories", tiny_buffer.name),
     ]
 

@@ -187,4 +187,4 @@ def test_the_teacher_of_an_evaluation(task: Task, tmp_path: Path, monkeypatch: p
     initial = task.network.init(rng, "weights")
     expected = trainer.run(initial, trainer.source(task.train.images, task.train.labels, rng.child("training")))
     for _ in range(2):
-        assert same(teachers.trained(task, seed=4, compute=Compute(), cache=tmp_path), expected)
+        assert same(teachers.trained(task, seed=4, compute=Compute(), cache=tmp_path).weights, expected)

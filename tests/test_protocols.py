@@ -14,7 +14,6 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.eval import evaluate as evaluation
-from condense.eval import teachers
 from condense.eval.evaluate import SetScorer, evaluate
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.eval.results import Result
@@ -23,6 +22,7 @@ from condense.networks import Functional
 from condense.rng import Rng
 from condense.sources import Batch, Examples, Relabelled
 from condense.synthetic import Labels, Logits, Origin, SyntheticSet, Targets
+from condense.teachers import Teacher
 from condense.train import Scorer, Trainer, Training
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_a_teacher_labels_each_batch_as_the_network_sees_it() -> None:
     plan = Training(num_epochs=1, batch_size=12, lr=0.5, momentum=0.0, weight_decay=0.0, loss="kl", temperature=3.0)
     trainer = Trainer(network, plan, Compute())
     start = network.init(rng, "weights")
-    source = Relabelled(trainer.source(images, labels, rng), teachers.labeller(network, teacher, Compute()), 3.0)
+    source = Relabelled(trainer.source(images, labels, rng), Teacher(network, teacher).labeller(Compute()), 3.0)
     found = trainer.run(start, source).params
 
     def loss(params: dict[str, Tensor]) -> Tensor:

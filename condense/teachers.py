@@ -1,0 +1,69 @@
+"""Teachers: trained networks that label images, or whose features and statistics images are fitted to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+from torch import Tensor
+
+from condense.artifacts import ArtifactSpec, TrainedNetworks, TrainedNetworkSpec
+from condense.compute import Compute
+from condense.method import Context
+from condense.networks import Functional, Weights
+from condense.task import Task
+
+OWN = "same"
+"""The name of the recipe's network among the names of teachers."""
+
+
+class Teacher(NamedTuple):
+    """A trained network, used in evaluation mode."""
+
+    network: Functional
+    weights: Weights
+
+    def labeller(self, compute: Compute) -> Callable[[Tensor], Tensor]:
+        """Return a function from images (N, *input_shape) to logits (N, num_outputs), differentiable once."""
+        network, weights = self
+
+        def logits(images: Tensor) -> Tensor:
+            return network.logits(*weights, images, train=False).float()
+
+        run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
+        return lambda images: run(compute.layout(images))
+
+
+def needed(networks: Sequence[str], task: Task) -> Mapping[str, ArtifactSpec]:
+    """Return the buffers that hold the teachers, by the names of their networks, for ``Method.needs``.
+
+    Args:
+        networks: one name per teacher, where ``same`` is the network of the task. Teachers with equal names are
+            different networks of one buffer.
+
+    Raises:
+        ValueError: a network is unknown, or does not take samples of this shape.
+    """
+    tasks = {name: task if name == OWN else task.with_network(name) for name in networks}
+    numbers = Counter(tasks[name].network.name for name in networks)
+    by_network = {of.network.name: of for of in tasks.values()}
+    return {
+        name: TrainedNetworkSpec(identity=by_network[name].identity(), num_networks=number)
+        for name, number in numbers.items()
+    }
+
+
+def opened(networks: Sequence[str], ctx: Context) -> list[Teacher]:
+    """Read the teachers from the buffers that ``needed`` asked for, in the order of ``networks``.
+
+    Raises:
+        ValueError: a buffer is damaged.
+    """
+    seen, teachers = Counter[str](), list[Teacher]()
+    for name in networks:
+        network = (ctx.task if name == OWN else ctx.task.with_network(name)).network
+        buffer = cast(TrainedNetworks, ctx.artifacts[network.name])
+        teachers.append(Teacher(network, buffer.weights(seen[network.name], network)))
+        seen[network.name] += 1
+    return teachers
