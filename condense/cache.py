@@ -92,7 +92,7 @@ class Cache:
         """Write or replace an entry.
 
         A failure gives one warning per cache folder. If another process writes the entry at the same time, one of them
-        is kept.
+        is kept. An entry that is in use is not replaced.
 
         Args:
             key: as in ``read``.
@@ -125,6 +125,7 @@ class Cache:
         with contextlib.ExitStack() as lock:
             folder = self._read(key, lambda entry: entry, lock)
             if folder is None:
+                lock.close()
                 self.write(key, lambda entry: None, about=about)
                 folder = self._read(key, lambda entry: entry, lock)
             yield folder
@@ -263,11 +264,15 @@ def _sync(folder: Path) -> None:
 
 
 def _publish(new: Path, entry: Path, old: Path) -> None:
-    """Move a folder to the place of an entry, unless another process does so at the same time."""
+    """Move a folder to the place of an entry, unless another process uses the entry or does so at the same time."""
     try:
-        if entry.exists():
-            entry.rename(old)
-        new.rename(entry)
+        with contextlib.ExitStack() as lock:
+            if entry.exists():
+                manifest = entry / _MANIFEST
+                if manifest.is_file() and try_lock(manifest, lock) is False:
+                    return
+                entry.rename(old)
+            new.rename(entry)
     except OSError as error:
         if error.errno not in _LOST_RACE:
             raise

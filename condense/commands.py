@@ -234,6 +234,8 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     syn = given if isinstance(given, SyntheticSet) else None
     plan = protocol.named(name or "canonical", syn)
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
+    if "--networks" in flags and not command.networks:
+        raise ValueError("--networks names no network; give e.g. --networks convnet mlp, or leave it out")
     chosen = command.networks or api.default_networks(syn, command.protocol)
     if not command.networks and command.protocol.name == "own":
         say(f"network: {chosen[0]}, which is stored in the set")
@@ -269,8 +271,8 @@ def _show_recipe(name: str, flags: list[str]) -> None:
         return resolved, recipe.parse(ShowRecipe, flags, default, f"condense show {name}", about)
 
     resolved, command = resolve(source)
-    if source is not None and expanded(source).exists():  # the file may hold a known data set
-        resolved, command = resolve(api.open_data(source).name)
+    if source is not None and source not in (resolved.recipe.dataset, *datasets.names()):
+        resolved, command = resolve(api.open_data(source).name)  # the file may hold a known data set
     glance.show_recipe(resolved, command.recipe, flags, command.json)
 
 

@@ -8,9 +8,9 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +25,8 @@ from rich.progress import (
 from condense.distributed import rank_of_environment
 from condense.files import parse_json, replacing, reporting, require_file
 from condense.names import printable, reason, suggest
+
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -242,3 +244,12 @@ def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Ba
             bars.update(task, completed=done, note=printable(note))
 
         yield update
+
+
+def counted(title: str, items: Sequence[T]) -> Iterator[T]:
+    """Yield the items and show a progress bar that counts those that are done."""
+    with progress(title, len(items)) as bar:
+        for done, item in enumerate(items):
+            bar(done)
+            yield item
+        bar(len(items))

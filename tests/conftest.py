@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from condense import api
 from condense.compute import Compute
@@ -36,6 +37,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data (../shared/data) is not on this machine")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give a test the same numbers whatever ran before it, also where it draws from the global generator."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -191,6 +191,27 @@ def test_an_entry_that_is_held_or_being_read_is_not_pruned(tmp_path: Path) -> No
     assert [entry.about for entry in prune(tmp_path, 0)] == ["grows"]
 
 
+def test_an_entry_that_is_held_is_not_replaced(tmp_path: Path) -> None:
+    """Of two processes that find no entry, the second one writes when the first one already holds its own."""
+    cache = Cache(tmp_path, "notes")
+    with cache.held(1, about="grows") as folder:
+        assert folder is not None
+        (folder / "new").write_text("content")
+        cache.write(1, lambda entry: None, about="grows")
+        assert (folder / "new").read_text() == "content"
+    with cache.held(1, about="grows") as folder:
+        assert folder is not None and (folder / "new").exists()
+
+
+def test_a_damaged_entry_is_replaced_when_it_is_held(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, "notes")
+    with cache.held(1, about="grows") as folder:
+        assert folder is not None
+        (folder / "entry.json").write_text("{}")
+    with cache.held(1, about="grows") as folder:
+        assert folder is not None and (folder / "entry.json").read_text() != "{}"
+
+
 def test_an_entry_that_is_being_written_is_not_pruned(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         (folder / "text").write_text("content")

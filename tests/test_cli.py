@@ -153,6 +153,7 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["show", "nowhere"], "nowhere"),
         (["show", "mmt"], "did you mean 'mtt'"),
         (["show", "mtt", "--ipcs", "3"], "did you mean --ipc"),
+        (["show", "mtt", "--dataset", "cifr10"], "did you mean 'cifar10'"),
         (["show", "mine.yaml"], "there is no recipe mine.yaml"),
         (["list", "things"], "methods"),
         (["list", "methods", "mtt"], "methods"),
@@ -232,6 +233,7 @@ def test_damaged_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_set_of_other_data_is_not_scored(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "digits" in fails(capsys, "evaluate", str(run_folder), "--dataset", "digits")
+    assert "--networks names no network" in fails(capsys, "evaluate", str(run_folder), "--networks", "--num-seeds", "1")
     assert not (run_folder / "evaluation.json").exists()
 
 

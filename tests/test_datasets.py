@@ -122,6 +122,20 @@ def test_cifar10_is_recognised(shared_data: Path, tmp_path: Path) -> None:
     assert arrays.name == "cifar10" and arrays.input_shape == (3, 32, 32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "name", "side"),
+    [("cifar100_q94.npz", "cifar100-jpeg94", 32), ("imagenette64_q92.npz", "imagenette64-jpeg92", 64)],
+)
+def test_copies_in_jpeg_have_names_of_their_own(
+    shared_data: Path, tmp_path: Path, file: str, name: str, side: int
+) -> None:
+    """Their images differ from the originals, but their classes and the augmentation of the literature do not."""
+    subprocess.run([sys.executable, shared_data / "unpack.py", shared_data / file, tmp_path / "mine.npz"], check=True)
+    arrays = load(tmp_path / "mine.npz")
+    assert arrays.name == name and arrays.input_shape == (3, side, side) and "flip" in arrays.strategy
+
+
 def test_known_train_images_without_test_are_known_and_with_another_test_are_not() -> None:
     digits = load("digits")
     train = (digits.x_train, digits.y_train)
@@ -135,10 +149,12 @@ def test_every_name_has_constants_for_its_channels() -> None:
     from condense.data.datasets import _table
 
     assert names() == ["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"]
+    assert set(names()) < _table().keys()
+    natural = {"cifar10", "cifar100", "cifar100-jpeg94", "imagenette64-jpeg92"}
     for known in _table().values():
-        assert len(known.mean) == len(known.std) == (3 if known.name in ("svhn", "cifar10", "cifar100") else 1)
-        assert len(known.classes) == (100 if known.name == "cifar100" else 10)
-        assert ("flip" in known.augment) == (known.name in ("fashion-mnist", "cifar10", "cifar100"))
+        assert len(known.mean) == len(known.std) == (3 if known.name in natural | {"svhn"} else 1)
+        assert len(known.classes) == (100 if known.name.startswith("cifar100") else 10)
+        assert ("flip" in known.augment) == (known.name in natural | {"fashion-mnist"})
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])

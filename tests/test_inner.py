@@ -712,8 +712,9 @@ def test_compiled_steps_draw_what_eager_ones_draw_and_are_compiled_once() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [SGD(), SGD(momentum=0.9), Adam()], ids=str)
+@pytest.mark.parametrize("rule", [SGD(), SGD(momentum=0.9), Adam(eps=1e-3)], ids=str)
 def test_compiled_equals_eager_and_compiles_once(rule: Rule) -> None:
+    """A bias before a norm has rounding as its gradient; a small eps of Adam would turn that into whole steps."""
     network = "convnet:depth=2,width=6,norm=batch,activation=swish"
     eager, compiled = (Convolutional(network, 2, torch.float32) for _ in range(2))
     expected = gradients(eager.unroll(Exact(), rule), *eager.inputs)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,7 +218,8 @@ def test_sets_of_series_and_clips_are_saved_and_loaded(shape: tuple[int, ...], t
     dataset = {**ORIGIN.dataset, "input_shape": list(shape)}
     channels = shape[channel_axis(shape)]
     origin = Origin(dataset=dataset, transform={"kind": "channel", "mean": [0.5] * channels, "std": [0.25] * channels})
-    syn = SyntheticSet(torch.randn(6, *shape), torch.arange(3).repeat_interleave(2), origin)
+    latents = torch.linspace(-4, 4, 6 * math.prod(shape)).view(6, *shape)
+    syn = SyntheticSet(latents, torch.arange(3).repeat_interleave(2), origin)
     save(syn, tmp_path / "set.safetensors")
     again = load(tmp_path / "set.safetensors")
     assert again.origin.input_shape == shape and torch.equal(again.latents, syn.latents)

@@ -1,9 +1,10 @@
 """Loading data: names, files, folders and Python objects become checked arrays with a fingerprint.
 
 The table ``known.json`` lists the constants that the literature uses for its data sets. A data set is found in it by
-its content, whatever the name of its file; entries without fingerprints (svhn, cifar100) are found by name alone. The
-constants of cifar100 are those of the DC, DSA and DM code (the MTT code reuses those of cifar10); those of digits were
-measured.
+its content, whatever the name of its file; entries without fingerprints (svhn) are found by name alone. A copy whose
+images went through JPEG has a name with the quality (``cifar100-jpeg94``), because its images are not the original's.
+The constants of cifar100 are those of the DC, DSA and DM code (the MTT code reuses those of cifar10), those of
+imagenette64 are ImageNet's, and those of digits were measured.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ LOADERS: Registry[Loader] = Registry(
 
 def names() -> list[str]:
     """Return the names that ``load`` accepts."""
-    return list(dict.fromkeys([*_table(), *LOADERS]))
+    return list(dict.fromkeys(["digits", *_TORCHVISION, *LOADERS]))
 
 
 def describe(name: str) -> str:

@@ -21,6 +21,7 @@ from condense.eval.protocol import fixed
 from condense.names import spelt
 from condense.networks import parse, resolve
 from condense.synthetic.set import SyntheticSet
+from condense.tracking import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Continual(Application):
         accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in memories}
         for name, (images, labels) in memories.items():
             scorer = setting.scorer(network, plan, len(images))
-            for seed in range(self.num_seeds):
+            for seed in counted(name, range(self.num_seeds)):
                 rng = setting.rng("continual", seed)
                 order = rng("classes").permutation(num_classes)
                 for group, seen in enumerate(_seen(order, self.num_groups)):

@@ -21,6 +21,7 @@ from condense.eval.protocol import PROTOCOLS, fixed
 from condense.names import spelt
 from condense.networks import default_for, parse
 from condense.synthetic.set import SyntheticSet
+from condense.tracking import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class NAS(Application):
         proxies = setting.to_train_on(baselines)
         names = self.architectures(default_for(subject.arrays.input_shape))
         accuracies: dict[str, list[float]] = {name: [] for name in (*proxies, "real")}
-        for architecture in names:
+        for architecture in counted("architectures", names):
             network = subject.network(architecture)
             rngs = [setting.rng(f"nas/{network.name}", seed) for seed in range(self.num_seeds)]
             for name, (images, labels) in {**proxies, "real": (real_images, real_labels)}.items():

@@ -24,6 +24,7 @@ from condense.eval.subject import Subject
 from condense.networks import Weights, parse, resolve
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled
+from condense.tracking import counted
 from condense.train import Scorer
 
 
@@ -70,7 +71,7 @@ class Privacy(Application):
         record: dict[str, dict[str, list[float]]] = {}
         for name, (training, images, labels) in jobs.items():
             scorer, aucs = setting.scorer(network, training, len(images)), []
-            for seed in range(self.num_seeds):
+            for seed in counted(name, range(self.num_seeds)):
                 weights = scorer.train(images, labels, setting.rng("privacy", seed))
                 aucs.append(
                     membership_auc(_losses(attacked, weights, members), _losses(attacked, weights, non_members))
