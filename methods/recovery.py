@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ KIND = "recovered images"
 class Recovery(GradientMethod):
     """Base class. ``GradientState.syn`` is the current chunk, and ``finalize`` returns the set of all chunks.
 
-    A subclass defines ``chunk_loss``. It may replace ``chunks``, the first images of a chunk (``begin``) and ``after``,
-    which stores a finished chunk.
+    A subclass defines ``chunk_loss`` and the first images of a chunk, ``begin``. It may replace ``chunks``, and extend
+    ``enter``, which begins a chunk, and ``after``, which stores a finished one and enters the next.
     """
 
     family: ClassVar[str] = "decoupled"
@@ -56,13 +56,11 @@ class Recovery(GradientMethod):
     optim: Optim = Optim(kind="adam", lr=0.25, momentum=0.5, beta2=0.9, schedule=Schedule(cosine_to=0.0))
     """Optimiser of the images; a new one for each chunk."""
     clamp: bool = True
-    """Clamp pixels to [0, 1] after each step; has no effect on series."""
+    """Clamp pixels to [0, 1] after each step."""
     teachers: tuple[str, ...] = (teachers.OWN,)
     """Networks of the teachers, used in turn, one in each step; same is the network of the recipe."""
     chunk: int = 100
     """Largest number of images that are optimised together."""
-    start: Literal["noise", "real"] = "noise"
-    """Initial images: standard normal noise, or real ones drawn per class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,23 +98,32 @@ class Recovery(GradientMethod):
         return ctx.kept("teachers", state, lambda: teachers.opened(self.teachers, ctx))
 
     def init(self, ctx: Context) -> GradientState:
-        if self.start == "real":
-            ctx.require_images()
-        syn = self._chunk_set(ctx, 0)
+        state = self._state(ctx)
+        self.enter(ctx, state, 0)
+        return state
+
+    def _state(self, ctx: Context) -> GradientState:
+        """Return a state as large as the largest chunk, whose images and classes are zeros."""
+        size, device = max(map(len, self.chunks(ctx))), ctx.task.device
+        images = torch.zeros(size, *ctx.task.input_shape, device=device)
+        syn = SyntheticSet(images, torch.zeros(size, dtype=torch.long, device=device), ctx.origin)
         return GradientState(syn=syn, optimisers=self.optimisers(syn))
 
-    def begin(self, ctx: Context, rows: Tensor) -> Tensor:
-        """Return the initial images (n, *input_shape) of a chunk, each drawn for its position among all images."""
-        shape, each, train = ctx.task.input_shape, ctx.images_per_class, ctx.task.train
-        if self.start == "noise":
-            drawn = [torch.randn(shape, generator=ctx.rng.generator("initial images", 0, i)) for i in rows.tolist()]
-            return torch.stack(drawn).to(ctx.task.device)
-        index = list[Tensor]()
-        for c in (rows // each).unique_consecutive().tolist():
-            members = train.by_class[c]
-            chosen = ctx.rng("initial images", 0, c).subset(len(members), each)
-            index.append(members[chosen.to(members.device)[(rows[rows // each == c] % each).to(members.device)]])
-        return train.images[torch.cat(index)]
+    @abstractmethod
+    def begin(self, ctx: Context, state: Any, rows: Tensor) -> Tensor:
+        """Return the initial images (n, *input_shape) at the positions ``rows`` (n,) among all images."""
+
+    def enter(self, ctx: Context, state: Any, number: int) -> None:
+        """Put the initial images of a chunk in place of the current ones, with a new optimiser.
+
+        A chunk that is smaller than the largest one leaves the rest as it is; ``loss`` does not read it.
+        """
+        rows = self.chunks(ctx)[number]
+        images, classes = self.begin(ctx, state, rows), rows // ctx.images_per_class
+        for name, tensor in state.syn.state_dict().items():
+            tensor[: len(rows)] = images if name == "latents" else classes
+        for optimiser in state.optimisers.values():
+            optimiser.state.clear()
 
     @abstractmethod
     def chunk_loss(
@@ -145,9 +152,7 @@ class Recovery(GradientMethod):
             return
         self._store(ctx, current, state.syn.latents)
         if current + 1 < len(self.chunks(ctx)):
-            state.syn.load_state_dict(self._chunk_set(ctx, current + 1).state_dict())
-            for optimiser in state.optimisers.values():
-                optimiser.state.clear()
+            self.enter(ctx, state, current + 1)
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
         """Return all images as far as they are: finished, being optimised, or initial, in 8-bit pixels."""
@@ -159,7 +164,7 @@ class Recovery(GradientMethod):
             if k < current:
                 pixels = self.recovered(ctx, k)
             else:
-                pixels = rounded(task, state.syn.latents[: len(rows)] if k == current else self.begin(ctx, rows))
+                pixels = rounded(task, state.syn.latents[: len(rows)] if k == current else self.begin(ctx, state, rows))
             images[rows.to(task.device)] = task.transform(to_float(pixels)) if floats else pixels.to(task.device)
         classes = torch.arange(task.num_classes, device=task.device).repeat_interleave(ctx.images_per_class)
         decoder = ctx.new_decoder()
@@ -193,14 +198,6 @@ class Recovery(GradientMethod):
         pixels = rounded(ctx.task, latents[: len(self.chunks(ctx)[number])])
         write_tensors(_path(ctx, number), {"pixels": pixels}, header)
 
-    def _chunk_set(self, ctx: Context, number: int) -> SyntheticSet:
-        """Return the initial images of a chunk as a set as large as the largest chunk: the last image is repeated."""
-        chunks = self.chunks(ctx)
-        rows, size = chunks[number], max(map(len, chunks))
-        images, classes = self.begin(ctx, rows), (rows // ctx.images_per_class).to(ctx.task.device)
-        index = torch.arange(size, device=ctx.task.device).clamp(max=len(rows) - 1)
-        return SyntheticSet(images[index], classes[index], ctx.origin)
-
     @torch.no_grad()
     def _probabilities(self, ctx: Context, state: GradientState, syn: SyntheticSet) -> Tensor:
         """Return the mean probabilities (N, num_classes) that the teachers assign to the images of a set."""
@@ -227,6 +224,25 @@ def by_class(num_classes: int, each: int, most: int) -> list[Tensor]:
     """Return chunks of at most ``most`` images of one class, class after class."""
     groups = torch.arange(each).tensor_split(-(-each // most))
     return [label * each + group for label in range(num_classes) for group in groups]
+
+
+def noise(ctx: Context, rows: Tensor) -> Tensor:
+    """Return standard normal images (n, *input_shape), each drawn for its position among all images."""
+    drawn = [
+        torch.randn(ctx.task.input_shape, generator=ctx.rng.generator("initial images", 0, i)) for i in rows.tolist()
+    ]
+    return torch.stack(drawn).to(ctx.task.device)
+
+
+def real(ctx: Context, rows: Tensor) -> Tensor:
+    """Return the indices (n,) of random training images of the classes at ``rows``, which are sorted by class; no image
+    is drawn for two positions."""
+    each, found = ctx.images_per_class, list[Tensor]()
+    for c in (rows // each).unique_consecutive().tolist():
+        members = ctx.task.train.by_class[c]
+        chosen = ctx.rng("initial images", 0, c).subset(len(members), each)[rows[rows // each == c] % each]
+        found.append(members[chosen.to(members.device)])
+    return torch.cat(found)
 
 
 def rounded(task: Task, images: Tensor) -> Tensor:

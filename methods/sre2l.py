@@ -37,7 +37,7 @@ from condense import teachers
 from condense.artifacts import ArtifactSpec
 from condense.augment import Augment
 from condense.method import Context, GradientState
-from condense.methods.recovery import Recovery, by_class
+from condense.methods.recovery import Recovery, by_class, noise, real
 from condense.names import spelt
 from condense.task import Task
 from condense.teachers import Statistics
@@ -121,6 +121,8 @@ class Inversion(Recovery):
 class SRe2L(Inversion):
     """Recovers images that a teacher classifies correctly and that have the statistics of its BatchNorm layers."""
 
+    start: Literal["noise", "real"] = "noise"
+    """Initial images: standard normal noise, or real ones drawn per class."""
     per_class: bool = False
     """Whether a chunk holds images of one class, which have the statistics of the real images of that class (LPLD)."""
     curriculum: Literal["none", "step", "linear", "cosine"] = "none"
@@ -145,7 +147,12 @@ class SRe2L(Inversion):
                 f"the curriculum changes the crops of the augmentation, but {str(ctx.task.augment)!r} has none; give "
                 f"{spelt('augment', 'resized-crop_flip:mode=M')} or {spelt('method.curriculum', 'none')}"
             )
+        if self.start == "real":
+            ctx.require_images()
         return super().init(ctx)
+
+    def begin(self, ctx: Context, state: GradientState, rows: Tensor) -> Tensor:
+        return noise(ctx, rows) if self.start == "noise" else ctx.task.train.images[real(ctx, rows)]
 
     def augment_at(self, augment: Augment, step: int) -> Augment:
         """Return the augmentation of a step of a chunk."""
