@@ -134,7 +134,7 @@ class SRe2L(Inversion):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.milestone <= 1:
-            raise ValueError(f"method.milestone must lie in (0, 1], got {self.milestone}; the published value is 1.0")
+            raise ValueError(f"method.milestone must lie in (0, 1], got {self.milestone}; a usual value is 1")
 
     def chunks(self, ctx: Context) -> Sequence[Tensor]:
         if self.per_class:
