@@ -42,11 +42,6 @@ class Teacher(NamedTuple):
         run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
         return lambda images: run(compute.layout(images))
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether the network has a BatchNorm layer, and so running statistics."""
-        return has_batch_norm(self.network)
-
     def running(self, layer: str) -> Statistics:
         """Return the running statistics of a layer, by its name in the result of ``observer``."""
         name, buffers = layer.partition("#")[0], self.weights.buffers
@@ -59,6 +54,9 @@ class Teacher(NamedTuple):
         The layers use their running statistics. A layer that runs twice is listed twice, as ``name`` and ``name#2``.
         """
         network, (params, buffers) = self
+        if not has_batch_norm(network):
+            label = self.labeller(compute)
+            return lambda images: (label(images), {})
         network.require_capture("norm-inputs")
 
         def observe(images: Tensor) -> tuple[Tensor, dict[str, Statistics]]:

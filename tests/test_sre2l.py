@@ -363,6 +363,10 @@ def test_a_teacher_without_batch_norm_is_refused_unless_its_statistics_have_no_w
     with pytest.raises(ValueError, match=r"has no BatchNorm layer, .*; give teachers='convnet:norm=batch'$"):
         api.distill(small(teachers=(TINY,)), network=BATCH, out=tmp_path / "run", **fields)
     assert len(api.distill(small(weight_bn=0.0), network=TINY, out=tmp_path / "run", **fields)) == 3
+    plain = f"{TINY},norm=none"
+    api.make_buffer(tiny, plain, num_experts=1, num_epochs=1, out=tmp_path, device="cpu")
+    fields |= {"buffers": tmp_path, "out": tmp_path / "plain"}
+    assert len(api.distill(small(weight_bn=0.0), network=plain, **fields)) == 3
 
 
 @pytest.mark.parametrize(
