@@ -27,6 +27,9 @@ The milder operations of the evaluations of Zhou et al. (2022, FRePo) and Loo et
 * ``translate``: a translation by up to an eighth of each side, not restricted to whole pixels.
 * ``cutout-quarter``: a rectangle of a quarter of the height and width, entirely inside the image, is set to zero.
 
+Sets of mosaics (``condense.mosaic``) have views of their own, which come before all operations, whatever the mode:
+``shuffle=f`` puts the f x f tiles of an image in random order, and ``tile=f`` shows one of them or the whole image.
+
 Deviations from the published code: parameters come from keyed draws, where the original
 re-seeds the global generator from the system time; all images are transformed at once, each by its own row of
 parameters, where the original loops over images. Warps use ``grid_sample`` instead of kornia. The two agree on square
@@ -46,6 +49,7 @@ from torch import Tensor
 
 from condense.cudagraph import fused
 from condense.data.layout import InputShape, Kind, kind, require_kind
+from condense.mosaic import enlarged, joined, tiles_of
 from condense.names import spelt, suggest
 from condense.rng import Draws
 from condense.schema import Checked
@@ -61,6 +65,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "align_corners=false": ("align_corners", False),
     "flips=true": ("flips", True),
     "flips=false": ("flips", False),
+    **{f"{view}={factor}": (view, factor) for view in ("shuffle", "tile") for factor in range(1, 10)},
 }
 
 
@@ -115,6 +120,12 @@ class Augment(Checked):
     """Whether the mirror image of every synthetic image is added to the set before any other operation (Son et al.
     2024, FYI). Real images are never mirrored. An evaluation mirrors the set if the protocol or the training recorded
     with the set has ``flips``, as for RCIG."""
+    shuffle: int = 1
+    """Factor f of mosaics of f x f tiles, which are put in random order before all operations (Sun et al. 2024, RDED).
+    At most 9; 1 changes nothing."""
+    tile: int = 1
+    """Factor f of mosaics of f x f tiles. With probability 1 - 1/f^2 an image is replaced by one of its tiles, enlarged
+    to the size of the image, before all operations (CIM). At most 9; 1 changes nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +141,11 @@ class Augment(Checked):
         if unsupported:
             raise ValueError(
                 f"augmentation {str(self)!r}: mode D does not support {unsupported[0]}; give mode=S, M or P"
+            )
+        if not (1 <= self.shuffle <= 9 and 1 <= self.tile <= 9):
+            raise ValueError(
+                f"an augmentation needs shuffle and tile from 1 to 9, got {self.shuffle} and {self.tile}; give 2 for "
+                "mosaics of 2 x 2 tiles"
             )
 
     @classmethod
@@ -155,6 +171,7 @@ class Augment(Checked):
         options = [f"mode={self.mode}"] if self.mode != "S" else []
         options += ["align_corners=true"] if self.align_corners else []
         options += ["flips=true"] if self.flips else []
+        options += [f"{view}={factor}" for view, factor in self.views.items()]
         strategy = "_".join(self.ops) or "none"
         return f"{strategy}:{','.join(options)}" if options else strategy
 
@@ -167,9 +184,22 @@ class Augment(Checked):
 
     def require_kind(self, input_shape: Sequence[int], field: str = "augment") -> None:
         """Raise ValueError, which names ``field``, if the operations do not take samples of this shape."""
-        if self.ops or self.flips:
+        what = f"augmentation {str(self)!r}"
+        if self.ops or self.flips or self.views:
             remedy = f"give {spelt(field, 'none')}"
-            require_kind(f"augmentation {str(self)!r}", TAKES, input_shape, remedy)
+            require_kind(what, TAKES, input_shape, remedy)
+        for view, factor in self.views.items():
+            height, width = input_shape[-2:]
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"{what}: an image of {height} x {width} pixels is no mosaic of {factor} x {factor} equal tiles; "
+                    f"give {view}= a factor that divides both sides"
+                )
+
+    @property
+    def views(self) -> dict[str, int]:
+        """The factors of the views of mosaics that change something, in the order in which they are applied."""
+        return {view: factor for view in ("shuffle", "tile") if (factor := getattr(self, view)) > 1}
 
     @property
     def copies(self) -> int:
@@ -193,12 +223,14 @@ class Augment(Checked):
             ValueError: there are operations and the shape is that of a series.
         """
         self.require_kind(input_shape)
-        if not self.ops:
-            return Params({})
-        ops = [op for op in _OF_MODE_D if op in self.ops] if self.mode == "D" else self.ops
         rows = 1 if siamese else num
+        views = {view: _VIEWS[view].draw(draws, rows, factor**2) for view, factor in self.views.items()}
+        if not self.ops:
+            return Params(views)
+        ops = [op for op in _OF_MODE_D if op in self.ops] if self.mode == "D" else self.ops
         u = draws.uniform(len(ops), rows, 3)
-        values = {op: _OPERATIONS[op].draw(x, *input_shape[-2:]) for op, x in zip(ops, u, strict=True)}
+        drawn = {op: _OPERATIONS[op].draw(x, *input_shape[-2:]) for op, x in zip(ops, u, strict=True)}
+        values = views | drawn
         if self.mode == "M":
             return Params(values)
         alternatives = [op for op in ops if self.mode != "D" or op in ("crop", "scale", "rotate")]
@@ -223,6 +255,9 @@ class Augment(Checked):
         values, applies = params.to(x.device)
         for name, value in values.items():
             assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
+            if name in _VIEWS:
+                x = _VIEWS[name].apply(x, value, self.views[name])
+                continue
             changed = _OPERATIONS[name].apply(x, value, self.align_corners)
             x = torch.where(applies[name][:, None, None, None], changed, x) if name in applies else changed
         return x
@@ -411,6 +446,28 @@ def _cutout_quarter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
+def _draw_order(draws: Draws, rows: int, num: int) -> Tensor:
+    """(rows, num): the number of the tile that is moved to each place."""
+    return draws.words(rows * num).view(rows, num).argsort(1, stable=True)
+
+
+def _shuffle(x: Tensor, value: Tensor, factor: int) -> Tensor:
+    grid = tiles_of(x, factor).unflatten(0, (factor**2, -1))  # (tile, N, C, h, w)
+    return joined(torch.take_along_dim(grid, value.T[:, :, None, None, None], 0).flatten(0, 1), factor)
+
+
+def _draw_tile(draws: Draws, rows: int, num: int) -> Tensor:
+    """(rows,): the number of the tile, or -1 for the whole image."""
+    tile = draws.integers(0, num, rows)
+    return torch.where(draws.integers(0, num, rows) == 0, -1, tile)
+
+
+def _tile(x: Tensor, value: Tensor, factor: int) -> Tensor:
+    grid = tiles_of(x, factor).unflatten(0, (factor**2, -1))  # (tile, N, C, h, w)
+    (chosen,) = torch.take_along_dim(grid, value.clamp(min=0)[None, :, None, None, None], 0)
+    return torch.where(value[:, None, None, None] < 0, x, enlarged(chosen, (x.shape[2], x.shape[3])))
+
+
 def _warp(
     x: Tensor,
     matrix: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -460,3 +517,12 @@ _OPERATIONS = {
     "translate": _Operation(_draw_translate, _translate),
     "cutout-quarter": _Operation(_draw_cutout_quarter, _cutout_quarter),
 }
+
+
+class _View(NamedTuple):
+    draw: Callable[[Draws, int, int], Tensor]
+    """Draws parameters (rows, ...), given the number of rows and of tiles."""
+    apply: Callable[[Tensor, Tensor, int], Tensor]
+
+
+_VIEWS = {"shuffle": _View(_draw_order, _shuffle), "tile": _View(_draw_tile, _tile)}

@@ -22,6 +22,7 @@ LABELS_THAT_FIT = {
     "dm": {"hard"},
     "datadam": {"hard"},
     "cafe": {"hard"},
+    "cim": {"hard", "teacher"},
     "kip": {"hard", "logits", "targets"},
     "rfad": {"hard", "logits", "targets"},
     "frepo": {"hard", "logits", "targets"},
