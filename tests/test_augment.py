@@ -8,6 +8,7 @@ import kornia.geometry.transform as kornia
 import numpy as np
 import pytest
 import torch
+from kornia.augmentation import RandomResizedCrop
 
 from condense.augment import MILD, Augment, Mode, Params, mild
 from condense.rng import Rng
@@ -15,7 +16,8 @@ from tests.reference import dsa
 
 OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 ALL = "_".join(OPS)
-EVERY = (*OPS, *MILD)
+VIEWS = ("resized-crop", "roll")
+EVERY = (*OPS, *MILD, *VIEWS)
 SHAPE = (3, 8, 7)
 
 
@@ -56,7 +58,8 @@ def test_align_corners_changes_scale_and_rotate_only() -> None:
     for op in EVERY:
         params = draw(Augment((op,)), 2, False)
         outer, centre = (Augment((op,), align_corners=flag).apply(x, params) for flag in (False, True))
-        assert torch.equal(outer, centre) == (op not in ("scale", "rotate", "zoom", "translate")), op
+        warps = ("scale", "rotate", "zoom", "translate", "resized-crop")
+        assert torch.equal(outer, centre) == (op not in warps), op
 
 
 def test_ranges() -> None:
@@ -71,6 +74,65 @@ def test_ranges() -> None:
     assert 1 / 1.2 <= values["scale"].min() < 0.834 and 1.199 < values["scale"].max() <= 1.2
     assert math.radians(14.99) < values["rotate"].abs().max() <= math.radians(15)
     assert values["rotate"].min() < 0 < values["rotate"].max()
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_crops_agree_with_kornia_on_images_of_any_shape(align_corners: bool) -> None:
+    x, augment = images(6), Augment(("resized-crop",), align_corners=align_corners)
+    params = draw(augment, 6, siamese=False)
+    row, column, height, width = params.values["resized-crop"].double().unbind(1)
+    right, bottom = column + width - 1, row + height - 1
+    corners = torch.stack([column, row, right, row, right, bottom, column, bottom], 1).view(6, 4, 2)
+    theirs = RandomResizedCrop(SHAPE[1:], align_corners=align_corners, cropping_mode="slice")
+    size = torch.tensor(SHAPE[1:]).expand(6, 2)
+    given = {"src": corners, "dst": corners, "batch_prob": torch.ones(6), "output_size": size}
+    expected = theirs(x, params=given | {"forward_input_shape": torch.tensor(x.shape)})
+    torch.testing.assert_close(augment.apply(x, params), expected, rtol=0, atol=1e-6)
+
+
+def test_draws_of_crops_are_those_of_torchvision() -> None:
+    """Area and ratio of rectangles on an image large enough that whole pixels hardly matter."""
+    num, side = 20_000, 1000
+    augment = Augment(("resized-crop",), min_area=0.25)
+    row, column, height, width = augment.sample(Rng(1)("a"), num, (3, side, side), False).values["resized-crop"].T
+    assert (row >= 0).all() and (row + height <= side).all() and (column >= 0).all() and (column + width <= side).all()
+    area, ratio = height * width / side**2, (width / height).log()
+    assert 0.249 < area.min() < 0.251 and area.max() > 0.98
+    assert math.log(0.745) < ratio.min() < math.log(0.76) and math.log(1.31) < ratio.max() < math.log(1.34)
+    small = area < 0.5  # all of these fit, so that none was drawn again
+    assert area[small].mean().item() == pytest.approx(0.375, abs=0.004)
+    assert ratio[small].mean().abs() < 0.01 and ratio[small].std().item() == pytest.approx(0.575 / 12**0.5, abs=0.005)
+    free = side - height
+    assert ((row + 0.5) / (free + 1)).mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_crop_that_never_fits_is_the_largest_centred_one() -> None:
+    for shape, expected in [
+        ((1, 64, 64), [0, 0, 64, 64]),
+        ((1, 20, 60), [0, 16, 20, 27]),
+        ((1, 60, 20), [16, 0, 27, 20]),
+    ]:
+        augment = Augment(("resized-crop",), min_area=1.0)
+        rows = augment.sample(Rng(1)("a"), 200, shape, False).values["resized-crop"]
+        whole = (rows == torch.tensor(expected)).all(1).double().mean()
+        assert whole == 1 if shape[1] != shape[2] else whole > 0.7, "a ratio of nearly 1 fits a square as well"
+
+
+def test_rolls_are_circular_and_bounded() -> None:
+    x, augment = images(3), Augment(("roll",), max_roll=2)
+    shift = torch.tensor([[2, -1], [0, 0], [-3, 4]])
+    found = augment.apply(x, Params({"roll": shift}))
+    expected = [image.roll((-down, -right), (1, 2)) for image, (down, right) in zip(x, shift.tolist(), strict=True)]
+    assert torch.equal(found, torch.stack(expected))
+    drawn = augment.sample(Rng(1)("a"), 2000, SHAPE, False).values["roll"]
+    assert [set(column.tolist()) for column in drawn.T] == [set(range(-2, 3))] * 2
+
+
+def test_options_with_a_number_bound_the_draws_and_belong_to_the_content() -> None:
+    augment = Augment.parse("resized-crop_flip_roll:mode=M,min_area=0.5,max_roll=32")
+    assert augment == Augment(("resized-crop", "flip", "roll"), "M", min_area=0.5, max_roll=32)
+    assert Augment.parse(str(augment)) == augment
+    assert augment.content() == Augment(augment.ops, "M").content() | {"min_area": 0.5, "max_roll": 32}
 
 
 DC = "crop-dc_scale-dc_rotate-dc"
@@ -291,6 +353,11 @@ def test_parse_takes_the_strategy_of_the_data_set() -> None:
         ("crop:align_corner=true", "did you mean 'align_corners=true'?"),
         ("crop:", "unknown option ''"),
         ("crop:flips=yes", "did you mean 'flips="),
+        ("crop:min_area=x", "'min_area=x' holds no number; give min_area=0.08"),
+        ("crop:max_roll=1.5", "'max_roll=1.5' holds no number; give max_roll=4"),
+        ("crop:max_rol=1", "did you mean 'max_roll=4'?"),
+        ("crop:min_area=0", "min_area must lie in (0, 1]"),
+        ("roll:max_roll=-1", "max_roll is a number of pixels"),
         ("crop_zoom:mode=D", "mode D does not support zoom; give mode=S, M or P"),
     ],
 )
@@ -359,7 +426,7 @@ def test_part_of_a_batch() -> None:
 @pytest.mark.parametrize("siamese", [True, False])
 def test_all_frames_of_a_clip_undergo_the_same_draw(siamese: bool) -> None:
     augment, clips = (
-        Augment((*OPS, "jitter", "zoom", "translate", "cutout-quarter"), "M"),
+        Augment((*OPS, "jitter", "zoom", "translate", "cutout-quarter", *VIEWS), "M"),
         images(8).unflatten(0, (2, 4)),
     )
     params = augment.sample(Rng(0)("augment"), 2, (4, *SHAPE), siamese)
@@ -396,6 +463,7 @@ def test_a_draw_for_other_images_does_not_fit() -> None:
 
 STRATEGIES = [Augment((*OPS, *(op for op in MILD if op not in OPS)), mode) for mode in ("S", "M", "P")]
 STRATEGIES += [Augment(OPS, "D"), Augment(("flip", "color"), "D"), Augment.parse(f"{DC}:mode=S"), Augment(("flip",))]
+STRATEGIES += [Augment(("resized-crop", "flip", "roll"), "M")]
 
 
 @pytest.mark.parametrize("siamese", [True, False])
@@ -412,3 +480,90 @@ def test_draws_on_a_device_change_images_like_draws_on_the_host(augment: Augment
             found.append((changed.detach(), leaf.grad))
         assert torch.equal(found[0][0], found[1][0])
         assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])
+
+
+MOSAIC = (3, 6, 12)
+
+
+def mosaics(num: int) -> torch.Tensor:
+    """Images whose tiles of a third of the sides are constant: tile k of image i has the value 9 i + k."""
+    values = torch.arange(9.0 * num).view(num, 1, 3, 3)
+    return values.repeat_interleave(2, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1).double()
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+def test_shuffling_moves_whole_tiles_within_an_image(siamese: bool) -> None:
+    x, augment = mosaics(4), Augment(shuffle=3)
+    params = augment.sample(Rng(0)("augment"), 4, MOSAIC, siamese)
+    shuffled = augment.apply(x, params)
+    orders = []
+    for i, image in enumerate(shuffled):
+        tiles = [image[:, r : r + 2, c : c + 4] for r in (0, 2, 4) for c in (0, 4, 8)]
+        assert all(len(tile.unique()) == 1 for tile in tiles)
+        orders.append([int(tile[0, 0, 0]) - 9 * i for tile in tiles])
+        assert sorted(orders[-1]) == list(range(9))
+    assert len({tuple(order) for order in orders}) == (1 if siamese else 4)
+
+
+def test_the_orders_of_tiles_are_uniform() -> None:
+    params = Augment(shuffle=2).sample(Rng(0)("augment"), 24000, (1, 4, 4), siamese=False)
+    orders, counts = params.values["shuffle"].unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and (counts - 1000).abs().max() < 150
+
+
+def test_a_tile_or_the_whole_image_is_shown() -> None:
+    num, factor = 9000, 3
+    params = Augment(tile=factor).sample(Rng(0)("augment"), num, MOSAIC, siamese=False)
+    shown, counts = params.values["tile"].unique(return_counts=True)
+    assert shown.tolist() == [-1, *range(9)]
+    np.testing.assert_allclose(counts / num, [1 / 9, *[8 / 81] * 9], atol=0.02)
+    x = torch.randn(10, *MOSAIC, generator=torch.Generator().manual_seed(0))
+    seen = Augment(tile=factor).apply(x, Params({"tile": torch.arange(-1, 9)}))
+    assert torch.equal(seen[0], x[0])
+    for k in range(9):
+        r, c = 2 * (k // 3), 4 * (k % 3)
+        tile = x[k + 1, None, :, r : r + 2, c : c + 4]
+        expected = torch.nn.functional.interpolate(tile, (6, 12), mode="bilinear")[0]
+        torch.testing.assert_close(seen[k + 1], expected)
+
+
+@pytest.mark.parametrize("mode", ["S", "M", "D", "P"])
+def test_views_of_mosaics_come_before_the_operations_of_any_mode(mode: Mode) -> None:
+    augment, x = Augment(OPS, mode, shuffle=2, tile=2), images(4, (3, 8, 6))
+    params = augment.sample(Rng(0)("augment"), 4, (3, 8, 6), siamese=False)
+    assert params.ops[:2] == ("shuffle", "tile") and len(params.ops) > 2
+    first = Augment(shuffle=2, tile=2).apply(x, Params({name: params.values[name] for name in ("shuffle", "tile")}))
+    rest = Params({name: value for name, value in params.values.items() if name in OPS}, params.applies)
+    assert torch.equal(augment.apply(x, params), Augment(OPS, mode).apply(first, rest))
+    assert not torch.equal(first, x)
+
+
+def test_views_of_mosaics_on_a_device_and_of_clips() -> None:
+    augment = Augment.parse("color:shuffle=2,tile=2")
+    for step in range(6):
+        here, there = (augment.sample(Rng(0)("augment", at), 5, (3, 8, 6), False) for at in (step, torch.tensor(step)))
+        assert all(torch.equal(here.values[name], there.values[name]) for name in ("shuffle", "tile"))
+        clip = images(5, (3, 8, 6))[:, None].expand(-1, 2, -1, -1, -1)
+        frames = augment.apply(clip, here)
+        assert torch.equal(frames[:, 0], frames[:, 1])
+        assert torch.equal(frames[:, 0], augment.apply(clip[:, 0], here))
+
+
+def test_gradients_flow_through_views_of_mosaics() -> None:
+    augment, x = Augment(shuffle=2, tile=2), images(3, (1, 4, 4)).requires_grad_()
+    for siamese in (True, False):
+        params = augment.sample(Rng(1)("augment"), 3, (1, 4, 4), siamese)
+        assert torch.autograd.gradcheck(lambda x, params=params: augment.apply(x, params), x)
+
+
+def test_views_of_mosaics_are_options() -> None:
+    assert Augment.parse("crop:shuffle=2,tile=3") == Augment(("crop",), shuffle=2, tile=3)
+    assert str(Augment(shuffle=2)) == "none:shuffle=2" and str(Augment(tile=1)) == "none"
+    for spec, message in (("none:tile=0", "from 1 to 9"), ("none:shuffle=x", "holds no number")):
+        with pytest.raises(ValueError, match=message):
+            Augment.parse(spec)
+    with pytest.raises(ValueError, match="no mosaic of 4 x 4 equal tiles; give tile= a factor") as error:
+        Augment(tile=4).require_kind((3, 8, 6))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="takes images and clips, not series"):
+        Augment(shuffle=2).require_kind((3, 8))

@@ -35,6 +35,10 @@ def apply(x: np.ndarray, params: Params, align_corners: bool) -> np.ndarray:
                 image = warp(image, [[factor, 0.0], [0.0, factor]], align_corners, right, down)
             elif op == "translate":
                 image = warp(image, [[1.0, 0.0], [0.0, 1.0]], align_corners, *row)
+            elif op == "resized-crop":
+                image = resized_crop(image, *row, align_corners)
+            elif op == "roll":
+                image = roll(image, *row)
             else:
                 assert op == "cutout-quarter", op
                 image = cutout_quarter(image, *row)
@@ -67,6 +71,31 @@ def cutout_quarter(image: np.ndarray, top: int, left: int) -> np.ndarray:
     for i in range(top, top + height // 4):
         for j in range(left, left + width // 4):
             out[:, i, j] = 0
+    return out
+
+
+def resized_crop(image: np.ndarray, top: int, left: int, tall: int, wide: int, align_corners: bool) -> np.ndarray:
+    """Cut out a rectangle, then interpolate it to the size of the image; beyond its edges its last pixels continue."""
+    _, height, width = image.shape
+    part = image[:, top : top + tall, left : left + wide]
+    out = np.zeros_like(image)
+    for i in range(height):
+        for j in range(width):
+            y = to_pixel(to_unit(i, height, align_corners), tall, align_corners)
+            x = to_pixel(to_unit(j, width, align_corners), wide, align_corners)
+            for k in (math.floor(y), math.floor(y) + 1):
+                for m in (math.floor(x), math.floor(x) + 1):
+                    pixel = part[:, min(max(k, 0), tall - 1), min(max(m, 0), wide - 1)]
+                    out[:, i, j] += (1 - abs(y - k)) * (1 - abs(x - m)) * pixel
+    return out
+
+
+def roll(image: np.ndarray, up: int, left: int) -> np.ndarray:
+    _, height, width = image.shape
+    out = np.empty_like(image)
+    for i in range(height):
+        for j in range(width):
+            out[:, i, j] = image[:, (i + up) % height, (j + left) % width]
     return out
 
 
