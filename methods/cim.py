@@ -106,6 +106,8 @@ class CIM(GradientMethod):
     def init(self, ctx: Context) -> CIMState:
         task = ctx.task
         mosaic.require_mosaics(ctx, self.factor, self.num_candidates)
+        for name in set(self.teachers) if self.block else ():
+            (task if name == OWN else task.with_network(name)).network.require_capture(self.block)
         originals, labels, reduce = self.selected(ctx), mosaic.classes(ctx), Factor(factor=self.factor)
         mosaics = [
             reduce.encode(task.train.images[index], labels, torch.nn.Identity(), ctx.rng.generator("unused"))
@@ -134,8 +136,6 @@ class CIM(GradientMethod):
 
     def _features(self, ctx: Context, teacher: Teacher) -> Callable[[Tensor], Tensor]:
         network, weights = teacher
-        if self.block:
-            network.require_capture(self.block)
 
         def features(images: Tensor) -> Tensor:
             if not self.block:

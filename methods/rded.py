@@ -87,8 +87,9 @@ class RDED(Method):
 
     def training_augment(self, task: Task) -> Augment:
         factor, flip = self.factor_for(task), tuple(op for op in task.augment.ops if op == "flip")
-        crop = ("resized-crop",) if factor > 1 else ()
-        return Augment((*crop, *flip), mode="M", min_area=1 / factor, shuffle=factor)
+        if factor == 1:
+            return Augment(flip)
+        return Augment(("resized-crop", *flip), mode="M", min_area=1 / factor, shuffle=factor)
 
     def init(self, ctx: Context) -> State:
         mosaic.require_mosaics(ctx, self.factor_for(ctx.task), self.num_candidates)
