@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from condense import api, catalog, recipe, registry
-from condense.artifacts import ArtifactSpec, TrajectorySpec
+from condense.artifacts import ArtifactSpec, TrainedNetworkSpec, TrajectorySpec
 from condense.buffers.trajectories import Experts
 from condense.data import datasets
 from condense.eval.protocol import own, own_network
@@ -60,7 +60,10 @@ def digits_recipe(name: str) -> recipe.Recipe:
 
 
 def experts_for(spec: ArtifactSpec) -> Experts:
-    """Return the training of experts that satisfies ``spec``."""
+    """Return the training of experts, or of teachers of the same length, that satisfies ``spec``."""
+    if isinstance(spec, TrainedNetworkSpec):
+        num = max(1, spec.num_networks)
+        return dataclasses.replace(EXPERTS, num_experts=num, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs))
     assert isinstance(spec, TrajectorySpec)
     ascent = {"rho": 0.01, "alpha": 0.3} if spec.experts == "gsam" else {}
     return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **ascent)

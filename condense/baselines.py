@@ -92,6 +92,8 @@ def _recipes(
     origin, recipes = syn.origin, {}
     for name in names:
         plan, _ = find_recipe(name, origin.dataset_name, syn.ipc)
+        if budget == "bytes" and not syn.decode.differentiable and not plan.method.learns:
+            plan = dataclasses.replace(plan, decode=syn.decode)
         recipes[name] = dataclasses.replace(
             plan,
             dataset=origin.dataset_name,
@@ -126,16 +128,17 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     if cached is not None:
         return cached.to(device)
     title = f"{name} {ctx.task.name} ipc {plan.ipc}"
-    with plan.compute.arithmetic(), progress(title, plan.method.num_steps) as bar:
+    with plan.compute.arithmetic(), progress(title, plan.method.total_steps(ctx)) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
     cache.write(key, lambda folder: save(made, folder / "synthetic.safetensors"), about=title)
     return made
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
-    """Return the largest number of images per class (at least 1) whose images and labels, with the number type of
-    ``syn``, take at most the bytes of ``syn``."""
+    """Return the largest number of images per class (at least 1) whose images and labels take at most the bytes of
+    ``syn``. Pixels are of its number type; of float32 where ``syn`` has 8-bit pixels and the recipe has not."""
     classes = syn.origin.num_classes
     labels = plan.labels.build(torch.zeros(1, dtype=torch.long), classes).state_dict().values()
-    each = math.prod(syn.origin.input_shape) * syn.latents.itemsize + sum(t.nbytes for t in labels)
+    itemsize = syn.latents.itemsize if syn.decode.differentiable or plan.decode == syn.decode else 4
+    each = math.prod(syn.origin.input_shape) * itemsize + sum(t.nbytes for t in labels)
     return max(1, sum(syn.cost()) // (classes * each))

@@ -39,6 +39,9 @@ READ_STEPS: int | None = None
 a CPU and with several processes, which wait for one another in every step; else of as many as take ``READ_SECONDS``.
 The result does not depend on it."""
 
+SCRATCH = "scratch"
+"""Folder in a run folder for what the method stores between steps (``Context.scratch``)."""
+
 _CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 
 Validate = Callable[[SyntheticSet, int], Mapping[str, float]]
@@ -55,12 +58,12 @@ def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> Synt
         ValueError: a loss or gradient is not finite; a layer lacks a derivative that the method needs.
     """
     state = method.init(ctx)
-    steps = _Steps(method, ctx, state, None, on_step)
-    for done in range(method.num_steps):
+    steps, total = _Steps(method, ctx, state, None, on_step), method.total_steps(ctx)
+    for done in range(total):
         steps.advance(done)
-        if steps.due or done + 1 == method.num_steps:
+        if steps.due or done + 1 == total:
             steps.read()
-    return method.finalize(ctx, state, method.num_steps)
+    return method.finalize(ctx, state, total)
 
 
 def run(
@@ -88,22 +91,22 @@ def run(
             finite (the error names the first such step; the last good checkpoint is kept); a layer lacks a derivative
             that the method needs; another process ended.
     """
-    ranks, parts = ctx.ranks, method.parts(ctx)
+    ranks, parts, total = ctx.ranks, method.parts(ctx), method.total_steps(ctx)
     _laid_out(state)
     checkpoint, previous = (folder / name for name in _CHECKPOINTS)
     done, restored = 0, checkpoint
     if resume and has_checkpoint(folder):
         done, restored = _restore(state, ctx, checkpoint, previous)
     keep = previous if restored == checkpoint else None  # a damaged checkpoint must not replace the good one
-    if done > method.num_steps:
-        raise ValueError(f"{checkpoint} is of step {done} of {method.num_steps}; choose another {spelt('out')}")
+    if done > total:
+        raise ValueError(f"{checkpoint} is of step {done} of {total}; choose another {spelt('out')}")
     if ranks.first:
         for file in folder.glob("log*.jsonl"):
             cut_back(file, done)
         if 0 < len(parts) < ranks.size:
             warnings.warn(_idle(method, ctx), stacklevel=2)
     _agree(ranks, done, folder)
-    marks = snapshot_steps(method.num_steps)
+    marks = snapshot_steps(total)
     with contextlib.ExitStack() as logs:
         log = logs.enter_context(closing(Log(folder / "log.jsonl", sinks))) if ranks.first else None
         shared = ranks.size > 1 and parts
@@ -114,10 +117,10 @@ def run(
 
         def checkpoint_due() -> bool:
             late = time.monotonic() - saved_time >= CHECKPOINT_SECONDS
-            return late or done - saved_at >= CHECKPOINT_STEPS or done == method.num_steps
+            return late or done - saved_at >= CHECKPOINT_STEPS or done == total
 
         def validates(step: int) -> bool:
-            return bool(eval_every and validate) and (step % eval_every == 0 or step == method.num_steps)
+            return bool(eval_every and validate) and (step % eval_every == 0 or step == total)
 
         def report(step: int, record: Mapping[str, float]) -> None:
             if log is None:
@@ -130,7 +133,7 @@ def run(
 
         steps = _Steps(method, ctx, state, checkpoint, report)
 
-        while done < method.num_steps:
+        while done < total:
             if shares is not None:  # before the step, so that no checkpoint is ahead of this log
                 shares.write({"step": done + 1, "parts": list(ranks.shard(parts))})
             steps.advance(done)
@@ -169,7 +172,7 @@ def snapshot_steps(num_steps: int) -> set[int]:
 @torch.no_grad()
 def image_statistics(syn: SyntheticSet) -> dict[str, Tensor]:
     """Return mean, standard deviation and largest absolute value of the stored values of a set, 0-d, for the log."""
-    latents = syn.latents
+    latents = syn.latents.float()
     return {"image_mean": latents.mean(), "image_std": latents.std(), "image_max": latents.abs().max()}
 
 

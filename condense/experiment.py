@@ -258,6 +258,7 @@ def run(
     """
     plan, ranks, device = experiment.plan, ctx.ranks, experiment.network.device
     title = f"{registry.name_of(plan.method)} {ctx.task.name} ipc {plan.ipc}"
+    ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
     with plan.compute.arithmetic():
         state = plan.method.init(ctx)
         with reporting(folder):
@@ -270,7 +271,7 @@ def run(
             runs.write_source(folder, experiment.source)
         begun = time.monotonic()
         forget_peak(device)
-        with progress(title, plan.method.num_steps) as bar:
+        with progress(title, plan.method.total_steps(ctx)) as bar:
             syn = engine.run(
                 plan.method,
                 ctx,

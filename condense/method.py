@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast, final
 
 import torch
@@ -19,6 +23,7 @@ from condense.compute import Compute
 from condense.cudagraph import GraphedStep
 from condense.data.layout import kind
 from condense.distributed import Ranks
+from condense.files import reporting
 from condense.names import spelt
 from condense.objective import OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
@@ -41,6 +46,8 @@ class Optim(Checked):
     """Learning rate."""
     momentum: float = 0.5
     """Momentum of sgd, or the first beta of the other optimisers."""
+    beta2: float = 0.999
+    """Second beta of all optimisers but sgd."""
     schedule: Schedule = CONSTANT
     """Schedule of the learning rate."""
 
@@ -51,9 +58,13 @@ class Optim(Checked):
                 f"an optimiser needs a finite lr >= 0 and 0 <= momentum < 1, got {self.lr} and {self.momentum}; "
                 f"correct these fields, e.g. {spelt('method.optim.lr', 0.1)}"
             )
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(
+                f"an optimiser needs 0 <= beta2 < 1, got {self.beta2}; give {spelt('method.optim.beta2', 0.999)}"
+            )
 
     def build(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-        betas = (self.momentum, 0.999)
+        betas = (self.momentum, self.beta2)
         match self.kind:
             case "sgd":
                 return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum)
@@ -71,8 +82,11 @@ class Optim(Checked):
         return self.schedule.lr_at(self.lr, step, num_steps)
 
     def content(self) -> dict[str, Any]:
-        """Return the fields as stored in recipes and sets, see ``Schedule.optimiser_content``."""
-        return {"kind": self.kind, "lr": self.lr, "momentum": self.momentum, **self.schedule.optimiser_content()}
+        """Return the fields as stored in recipes and sets, see ``Schedule.optimiser_content``; beta2 if it is not the
+        default, because earlier versions did not write it."""
+        beta2 = {} if self.beta2 == Optim.beta2 else {"beta2": self.beta2}
+        fields = {"kind": self.kind, "lr": self.lr, "momentum": self.momentum}
+        return fields | beta2 | self.schedule.optimiser_content()
 
 
 class Lamb(torch.optim.Optimizer):
@@ -124,6 +138,23 @@ class Context:
     ranks: Ranks = Ranks()
     objective: Objective = field(default_factory=CrossEntropy)
     """Training objective of the networks of the method."""
+    scratch: Path | None = None
+    """Folder in which the method may store what would make its state too large; None: a temporary one."""
+
+    @cached_property
+    def scratch_folder(self) -> Path:
+        """``scratch``, or a temporary folder that is removed together with this object.
+
+        A method writes there before it returns from a step, so that every file is older than the checkpoint that counts
+        on it. All processes of a run write the same.
+        """
+        if self.scratch is None:
+            folder = Path(tempfile.mkdtemp(prefix="condense-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            return folder
+        with reporting(self.scratch):
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        return self.scratch
 
     @property
     def latents_per_class(self) -> int:
@@ -153,7 +184,7 @@ class Context:
         copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
         grouped = images.unflatten(0, (classes, each, copies)).flatten(0, 1)
         labels = labels.unflatten(0, (classes * each, copies))[:, 0]
-        decoder = self.decode.build(self.task.input_shape, self.origin.num_classes or 1).to(images.device)
+        decoder = self.new_decoder()
         latents = self.decode.encode(
             grouped.transpose(0, 1).flatten(0, 1),
             self.origin.classes_of(labels),
@@ -166,6 +197,12 @@ class Context:
         return SyntheticSet(
             latents, labels, self.origin, decode=self.decode, decoder=decoder, label_kind=self.labels, lr=lr
         )
+
+    def new_decoder(self) -> nn.Module:
+        """Return a decoder of the recipe for the transform of the task, on its device."""
+        decoder = self.decode.build(self.task.input_shape, self.origin.num_classes or 1).to(self.task.device)
+        self.decode.fit(decoder, self.task.transform)
+        return decoder
 
     def _require_grouped(self, images: Tensor, labels: Tensor) -> None:
         """Raise ValueError if the shapes are wrong or the images are not grouped by class."""
@@ -377,6 +414,10 @@ class Method(Checked, ABC):
         """
         return 0.0
 
+    def total_steps(self, ctx: Context) -> int:
+        """Return the number of steps of a run: ``num_steps``, unless the method repeats these for parts of the set."""
+        return self.num_steps
+
     def training(self, task: Task) -> Training:
         """Return how to train networks on the set; stored in its file for the protocol ``own``."""
         return Training()
@@ -402,6 +443,10 @@ class Method(Checked, ABC):
             return f"trains with {objective}, which cannot use {labels.name}; give {spelt('labels', 'logits')}"
         if labels.name == "teacher" and not self.has_teacher:
             return f"has no trained network that could label the images; give {spelt('labels', 'hard')}"
+        if not decode.differentiable and self.learns:
+            return f"learns the images, which {decode.name} would round in every step; give {spelt('decode', 'pixels')}"
+        if not decode.differentiable and transform not in ("none", "channel"):
+            return f"cannot round images whitened by {transform} to {decode.name}; give {spelt('transform', 'channel')}"
         return None
 
     def parts(self, ctx: Context) -> Sequence[int]:
@@ -575,7 +620,7 @@ class GradientMethod(Method):
         """Update all leaves, and do what follows."""
         plans = self.optims()
         for name, optimiser in state.optimisers.items():
-            record[f"lr_{name}"] = rate = plans[name].lr_at(step, self.num_steps)
+            record[f"lr_{name}"] = rate = plans[name].lr_at(step % self.num_steps, self.num_steps)
             set_lr(optimiser, rate)
         self.update(state, record)
         with torch.no_grad():

@@ -149,7 +149,7 @@ def depends_on_the_seed_alone(method: Method | type[Method], *, buffers: Path | 
 def resumes_to_the_byte(method: Method | type[Method], *, buffers: Path | None = None, **fields: Any) -> None:
     """Check that a run that is stopped and resumed at any step writes the same bytes as an uninterrupted run."""
     trial, advice = _Trial(method, buffers, fields), "store what the next step needs in fields of the State dataclass"
-    num_steps = trial.method.num_steps
+    num_steps = trial.method.total_steps(trial.context())
     with tempfile.TemporaryDirectory() as name, mock.patch.object(engine, "CHECKPOINT_STEPS", 1):
         whole, stopped = Path(name) / "whole", Path(name) / "stopped"
         try:
@@ -193,7 +193,7 @@ def every_leaf_learns(method: Method | type[Method], *, buffers: Path | None = N
         state = trial.method.init(ctx)
         before = {name: [p.detach().clone() for p in params] for name, params in _leaves(state).items()}
         try:
-            for step in range(trial.method.num_steps):
+            for step in range(trial.method.total_steps(ctx)):
                 require_finite(trial.method.step(ctx, state, step))
         except FloatingPointError as error:
             trial.breaks(f"it diverges: {error}", "run the check with lower learning rates")
@@ -201,7 +201,7 @@ def every_leaf_learns(method: Method | type[Method], *, buffers: Path | None = N
         for old, new in zip(before[name], params, strict=True):
             if torch.equal(old, new):
                 trial.breaks(
-                    f"{trial.method.num_steps} steps do not change the leaf {name!r}",
+                    f"{trial.method.total_steps(ctx)} steps do not change the leaf {name!r}",
                     "compute the loss from the output of state.syn(), without detach"
                     + (", or declare learns_labels = False" if name == "labels" else ""),
                 )
@@ -233,7 +233,7 @@ def any_number_of_processes_agrees(
     if list(trial.method.parts(dataclasses.replace(ctx, ranks=Ranks(1, 3)))) != parts:
         trial.breaks("its parts depend on the number of processes", "compute them only from the recipe and the data")
     with ctx.compute.arithmetic():
-        start = trial.method.init(ctx).syn.latents.detach().clone()
+        start = trial.method.finalize(ctx, trial.method.init(ctx), 0).latents.detach().clone()
     alone = trial.distil(ctx)
     try:
         both = _in_lockstep(lambda ranks: trial.distil(dataclasses.replace(ctx, ranks=ranks)), 2)
@@ -326,6 +326,7 @@ class _Trial:
             if folder is None:
                 return engine.compute(method, ctx)
             folder.mkdir(exist_ok=True)
+            ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
             return engine.run(method, ctx, method.init(ctx), folder, resume=resume, on_step=on_step)
 
 

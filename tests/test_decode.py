@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from condense import api, recipe
 from condense.data.datasets import Arrays
 from condense.data.layout import InputShape, kind
+from condense.data.transform import ChannelNorm
 from condense.recipe import Recipe
 from condense.registry import load as method
 from condense.synthetic import (
@@ -27,6 +28,7 @@ from condense.synthetic import (
     Hallucinator,
     Origin,
     Pixels,
+    Pixels8Bit,
     SyntheticSet,
     load,
     save,
@@ -38,6 +40,7 @@ NUM_CLASSES = 3
 SHAPES: list[InputShape] = [(1, 8, 8), (3, 7, 9)]
 EVERY = [
     Pixels(),
+    Pixels8Bit(),
     Factor(factor=2),
     DCT(coefficients=16),
     Bases(num_bases=5),
@@ -104,6 +107,9 @@ def test_latents_are_within_the_budget(decode: Decode, shape: InputShape) -> Non
 def test_gradient_reaches_every_latent_and_all_of_the_decoder(decode: Decode, shape: InputShape) -> None:
     syn = synthetic(decode, shape)
     images, _ = syn()
+    assert images.requires_grad == decode.differentiable == bool(syn.leaves())
+    if not decode.differentiable:
+        return
     (images * torch.randn(images.shape, generator=generator(1))).sum().backward()
     for leaf, params in syn.leaves().items():
         for param in params:
@@ -127,8 +133,9 @@ def test_the_generator_alone_decides(decode: Decode) -> None:
 def test_a_loaded_set_decodes_to_the_bit(decode: Decode, shape: InputShape, tmp_path: Path) -> None:
     syn = synthetic(decode, shape)
     with torch.no_grad():
-        for param in syn.parameters():
-            param.add_(torch.randn(param.shape, generator=generator(2)))
+        for params in syn.leaves().values():
+            for param in params:
+                param.add_(torch.randn(param.shape, generator=generator(2)))
     save(syn, tmp_path / "set.safetensors")
     again = load(tmp_path / "set.safetensors")
     assert again.decode == decode and again.cost() == syn.cost()
@@ -231,7 +238,8 @@ def test_bases_of_series_and_clips_have_half_the_resolution(shape: InputShape, s
 @pytest.mark.parametrize("decode", [decode for decode in EVERY if decode.takes == ("images",)], ids=str)
 def test_a_decoder_that_does_not_make_such_samples_names_those_that_do(decode: Decode, shape: InputShape) -> None:
     origin = Origin(dataset={"classes": ["a", "b"], "input_shape": list(shape)}, transform={"kind": "none"})
-    line = rf"^decoder {decode.name} takes images, not {kind(shape)} .*; give decode='pixels'; .* are pixels, bases$"
+    names = "pixels, pixels-8bit, bases" if shape == CLIPS else "pixels, bases"
+    line = rf"^decoder {decode.name} takes images, not {kind(shape)} .*; give decode='pixels'; .* are {names}$"
     with pytest.raises(ValueError, match=line):
         SyntheticSet(torch.zeros(2, *shape), torch.arange(2), origin, decode=decode)
 
@@ -309,6 +317,56 @@ def test_styles_begin_near_the_first_copy_and_differ() -> None:
     wanted = latents[..., 1:-1, 1:-1]
     assert (inside - wanted).std() < 0.5 * wanted.std()
     assert all((inside[a] - inside[b]).std() > 0.1 for a in range(4) for b in range(a))
+
+
+@pytest.mark.parametrize("transform", ["none", "channel"])
+def test_pixels_of_8_bits_decode_to_exactly_the_real_images(transform: str, tiny: Arrays, tmp_path: Path) -> None:
+    """As they were transformed for the task, in a quarter of the bytes."""
+    fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 3, "transform": transform}
+    exact = api.distill("random", out=tmp_path / "exact", **fields)
+    small = api.distill("random", out=tmp_path / "small", decode="pixels-8bit", **fields)
+    again = load(tmp_path / "small")
+    assert small.latents.dtype == again.latents.dtype == torch.uint8 and not small.latents.requires_grad
+    assert torch.equal(small()[0], exact()[0]) and torch.equal(again()[0], exact()[0])
+    assert small.cost().images * 4 == exact.cost().images and small.cost().decoder == 2 * 4
+    stored = (tmp_path / "small" / "synthetic.safetensors").stat().st_size
+    assert stored < (tmp_path / "exact" / "synthetic.safetensors").stat().st_size - 2 * small.cost().images
+
+
+def test_pixels_of_8_bits_are_the_nearest_ones() -> None:
+    decode, images = Pixels8Bit(), torch.tensor([[[[-0.2, 0.499 / 255]], [[1.501 / 255, 1.7]]]])
+    decoder = decode.build((2, 1, 2), 1)
+    decode.fit(decoder, ChannelNorm(mean=(0.0, 0.0), std=(1.0, 1.0)))
+    assert decode.encode(images, torch.zeros(1), decoder, generator()).flatten().tolist() == [0, 0, 2, 255]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "why"),
+    [
+        ("dm", {}, r"learns the images, .*; give decode='pixels'$"),
+        ("random", {"transform": "zca"}, r"cannot round images whitened by zca .*; give transform='channel'$"),
+    ],
+)
+def test_pixels_of_8_bits_are_refused_where_they_cannot_be(name: str, fields: Any, why: str, tiny: Arrays) -> None:
+    with pytest.raises(ValueError, match=why) as error:
+        api.distill(name, dataset=tiny, network=TINY, decode="pixels-8bit", **fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_that_claims_8_bits_has_them(tmp_path: Path) -> None:
+    syn = synthetic(Pixels8Bit(), (1, 8, 8))
+    syn.latents = nn.Parameter(syn.latents.float())
+    save(syn, tmp_path / "set.safetensors")
+    with pytest.raises(ValueError, match="it has no 8-bit latents"):
+        load(tmp_path / "set.safetensors")
+
+
+def test_a_baseline_of_as_many_bytes_has_8_bit_pixels_too(tiny: Arrays, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 2}
+    small = api.distill("random", out=tmp_path / "small", decode="pixels-8bit", **fields)
+    options: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 1, "device": "cpu"}
+    row = api.evaluate(small, tiny, baselines=["random"], budget="bytes", **options).results[1]
+    assert row.num_images == 6 and row.stored_bytes["images"] == small.cost().images
 
 
 def test_costs_are_told_apart() -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense.data.layout import InputShape, Kind, channel_axis, kind, require_kind, sides
+from condense.data.transform import Transform
 from condense.mosaic import enlarged, joined, tiles_of
 from condense.names import spelt
 from condense.plugins import Registry, subclass_of
@@ -32,6 +33,8 @@ class Decode(Checked, ABC):
     """Whether the entries of a latent are pixel values of an image."""
     takes: ClassVar[tuple[Kind, ...]] = ("images",)
     """The kinds of samples that the decoder produces."""
+    differentiable: ClassVar[bool] = True
+    """Whether latents are floating-point numbers, so that a method can learn them; else they are uint8."""
 
     def require_kind(self, input_shape: InputShape) -> None:
         """Raise ValueError if the decoder does not produce samples of this shape."""
@@ -60,6 +63,9 @@ class Decode(Checked, ABC):
         has to store are its buffers. Their shapes depend only on the arguments and the fields, so that a file can be
         read back.
         """
+
+    def fit(self, decoder: nn.Module, transform: Transform) -> None:
+        """Store in a decoder that ``build`` returned what it has to know of the transform of the images."""
 
     @abstractmethod
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
@@ -93,6 +99,54 @@ class Pixels(Decode):
 class _Identity(nn.Module):
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
         return latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels8Bit(Decode):
+    """The latents are the images in 8-bit pixels, a quarter of the bytes of ``pixels``.
+
+    It is for methods that select images or round what they have learned."""
+
+    name: ClassVar[str] = "pixels-8bit"
+    stores_pixels: ClassVar[bool] = True
+    takes: ClassVar[tuple[Kind, ...]] = ("images", "clips")
+    differentiable: ClassVar[bool] = False
+
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _FromBytes(input_shape)
+
+    def fit(self, decoder: nn.Module, transform: Transform) -> None:
+        assert isinstance(decoder, _FromBytes)
+        described = transform.describe()
+        if described["kind"] == "channel":
+            for statistic in ("mean", "std"):
+                buffer = decoder.get_buffer(statistic)
+                buffer.copy_(torch.tensor(described[statistic]).view_as(buffer))
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, _FromBytes)
+        return torch.cat([decoder.rounded(part) for part in images.split(1000)])
+
+
+class _FromBytes(nn.Module):
+    """Turns 8-bit pixels into images in the space of the transform ``channel``, or ``none`` (mean 0, std 1)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, input_shape: InputShape) -> None:
+        super().__init__()
+        axis = channel_axis(input_shape)
+        shape = [size if k == axis else 1 for k, size in enumerate(input_shape)]
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def rounded(self, images: Tensor) -> Tensor:
+        """Return the pixels (N, *input_shape), uint8, that are nearest to the images."""
+        return ((images * self.std + self.mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        return (latents.float().div_(255) - self.mean).div_(self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +420,6 @@ class _Styles(nn.Module):
 DECODERS: Registry[type[Decode]] = Registry(
     "decoder",
     "condense.decoders",
-    {decode.name: decode for decode in (Pixels, Factor, DCT, Bases, Hallucinator)},
+    {decode.name: decode for decode in (Pixels, Pixels8Bit, Factor, DCT, Bases, Hallucinator)},
     subclass_of(Decode),
 )

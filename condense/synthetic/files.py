@@ -83,8 +83,9 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
     decode = _choose(header.decode, DECODERS, "decode")
     label_kind = _choose(header.labels, LABELS, "labels")
     latents, classes, log_lr = (tensors.get(name) for name in ("latents", "classes", "log_lr"))
-    if latents is None or not latents.is_floating_point() or not latents.dim() or not len(latents):
-        raise ValueError("it has no floating-point latents")
+    if latents is None or not _fits(latents, decode) or not latents.dim() or not len(latents):
+        kind_of = "floating-point" if decode.differentiable else "8-bit"
+        raise ValueError(f"it has no {kind_of} latents")
     if origin.num_classes and (classes is None or latents.shape[:1] != classes.shape):
         raise ValueError(f"it has {len(latents)} latents but {0 if classes is None else classes.numel()} classes")
     if log_lr is not None and (log_lr.dim() > 1 or not log_lr.numel() or not log_lr.is_floating_point()):
@@ -108,6 +109,10 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
         syn.register_buffer("classes", torch.zeros(len(latents), dtype=torch.long), persistent=False)
     _check_values(syn)
     return syn
+
+
+def _fits(latents: Tensor, decode: Decode) -> bool:
+    return latents.is_floating_point() if decode.differentiable else latents.dtype == torch.uint8
 
 
 def _skeleton(
@@ -154,7 +159,8 @@ def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[st
             f"decoder {decode.name}"
         )
     images = num_latents * decode.expansion
-    size = images * math.prod(origin.input_shape) * tensors["latents"].itemsize
+    itemsize = tensors["latents"].itemsize if decode.differentiable else torch.float32.itemsize
+    size = images * math.prod(origin.input_shape) * itemsize
     stored = sum(tensor.nbytes for tensor in tensors.values())
     most = max(MOST_DECODED, MOST_EXPANDED * stored)
     if size > most:

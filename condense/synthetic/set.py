@@ -155,7 +155,7 @@ class SyntheticSet(nn.Module):
     series or clips.
 
     Args:
-        latents: (N, ...), in the transformed space.
+        latents: (N, ...), in the transformed space; uint8 for a decoder that is not differentiable.
         labels: classes (N,) or logits (N, C). For a set without classes they are targets (N, D), and the kind of labels
             has to be ``targets``.
         decode, label_kind: how latents are decoded and what kind of labels the set has.
@@ -192,7 +192,7 @@ class SyntheticSet(nn.Module):
                 f"{self.label_kind.name}: it has targets; give shape {(len(latents), origin.target_width)} and the "
                 "kind targets"
             )
-        self.latents = nn.Parameter(latents.detach().clone())
+        self.latents = nn.Parameter(latents.detach().clone(), requires_grad=latents.is_floating_point())
         self._members: tuple[int, list[Tensor]] | None = None
         if decoder is None:
             decoder = self.decode.build(origin.input_shape, origin.num_classes or 1).to(latents.device)
@@ -241,7 +241,7 @@ class SyntheticSet(nn.Module):
     def leaves(self) -> dict[str, list[nn.Parameter]]:
         """Return the learned parameters by part: latents, labels, decoder and lr; empty parts are left out."""
         parts = {
-            "latents": [self.latents],
+            "latents": [self.latents] if self.latents.is_floating_point() else [],
             "labels": list(self.provider.parameters()),
             "decoder": list(self.decoder.parameters()),
             "lr": [] if self.log_lr is None else [self.log_lr],
