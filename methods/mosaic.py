@@ -118,11 +118,11 @@ def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def labelled(syn: SyntheticSet, teachers: Sequence[Labeller]) -> SyntheticSet:
-    """Return the set with ``teacher`` labels, the mean softmax of the teachers; unchanged if its labels are of another
-    kind."""
-    if not isinstance(syn.provider, Assigned):
-        return syn
-    syn, batches = copy.deepcopy(syn), syn()[0].split(BATCH)
-    answers = torch.stack([torch.cat([teacher(x).softmax(1) for x in batches]) for teacher in teachers]).mean(0)
-    syn.provider.assign(answers.unflatten(0, (-1, len(syn))).mean(0))
-    return syn
+    """Return a copy of the set whose ``teacher`` labels, if its labels are of this kind, are the mean softmax of the
+    teachers."""
+    changed = copy.deepcopy(syn)
+    if isinstance(changed.provider, Assigned):
+        batches = syn()[0].split(BATCH)
+        answers = torch.stack([torch.cat([teacher(x).softmax(1) for x in batches]) for teacher in teachers]).mean(0)
+        changed.provider.assign(answers.unflatten(0, (-1, len(syn))).mean(0))
+    return changed
