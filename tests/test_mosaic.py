@@ -197,15 +197,16 @@ def test_the_loss_of_cim_falls_and_the_mosaics_stay_near_the_real_images() -> No
     assert (state.syn.latents - start).abs().max() < 60 * method.optim.lr
 
 
-def test_a_tile_is_compared_with_its_own_original_whatever_the_decoder() -> None:
-    ctx = make_context(ipc=1, decode=Factor(factor=2), block=4)
-    method = CIM(num_candidates=16)
+@pytest.mark.parametrize(("ipc", "factor"), [(1, 2), (2, 1)])
+def test_a_tile_is_compared_with_its_own_original_whatever_the_decoder(ipc: int, factor: int) -> None:
+    ctx = make_context(ipc=ipc, decode=Factor(factor=2), block=4)
+    method = CIM(num_candidates=16, factor=factor)
     state = method.init(ctx)
     originals = ctx.task.train.images[state.originals[0]]
     tiles = method.tiles(ctx, state, 0)
-    assert tiles.shape == originals.shape == (16, *SHAPE)
+    assert tiles.shape == originals.shape == (4 * ipc * factor**2, *SHAPE)
     nearest = torch.cdist(tiles.detach().flatten(1), originals.flatten(1)).argmin(1)
-    assert nearest.tolist() == list(range(16))
+    assert nearest.tolist() == list(range(len(tiles)))
 
 
 @pytest.mark.parametrize("method", [RDED(factor=2, num_candidates=16), CIM(num_steps=1, num_candidates=16)])
