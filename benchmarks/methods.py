@@ -60,10 +60,9 @@ def digits_recipe(name: str) -> recipe.Recipe:
 
 
 def experts_for(spec: ArtifactSpec) -> Experts:
-    """Return the training of experts, or of teachers of the same length, that satisfies ``spec``."""
+    """Return the training of experts, or of teachers, that satisfies ``spec``."""
     if isinstance(spec, TrainedNetworkSpec):
-        num = max(1, spec.num_networks)
-        return dataclasses.replace(EXPERTS, num_experts=num, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs))
+        return dataclasses.replace(EXPERTS, num_experts=spec.num_networks)
     assert isinstance(spec, TrajectorySpec)
     ascent = {"rho": 0.01, "alpha": 0.3} if spec.experts == "gsam" else {}
     return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **ascent)
@@ -76,7 +75,7 @@ def measure(name: str, folder: Path, num_seeds: int) -> Row:
     task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
     for spec in plan.method.needs(task).values():
         common = {"experts": experts_for(spec), "transform": plan.transform, "augment": plan.augment}
-        api.make_buffer("digits", plan.network, out=options.buffers, **common)
+        api.make_buffer("digits", spec.identity["network"], out=options.buffers, **common)
     begun = time.monotonic()
     syn = api.run(plan, options)
     seconds = time.monotonic() - begun

@@ -41,6 +41,7 @@ METHODS: Registry[type[Method]] = Registry(
         "rfad": "condense.methods.rfad:RFAD",
         "frepo": "condense.methods.frepo:FRePo",
         "rcig": "condense.methods.rcig:RCIG",
+        "sre2l": "condense.methods.sre2l:SRe2L",
     },
     subclass_of(Method),
 )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, TrainedNetworks, TrainedNetworkSpec
@@ -17,6 +18,13 @@ from condense.task import Task
 
 OWN = "same"
 """The name of the recipe's network among the names of teachers."""
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance (channels,) of the inputs of one BatchNorm layer, over samples and positions."""
+
+    mean: Tensor
+    var: Tensor
 
 
 class Teacher(NamedTuple):
@@ -34,6 +42,44 @@ class Teacher(NamedTuple):
 
         run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
         return lambda images: run(compute.layout(images))
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the network has a BatchNorm layer, and so running statistics."""
+        return has_batch_norm(self.network)
+
+    def running(self, layer: str) -> Statistics:
+        """Return the running statistics of a layer, by its name in the result of ``observer``."""
+        name, buffers = layer.partition("#")[0], self.weights.buffers
+        return Statistics(buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"])
+
+    def observer(self, compute: Compute) -> Callable[[Tensor], tuple[Tensor, dict[str, Statistics]]]:
+        """Return a function from images (N, *input_shape) to logits (N, num_outputs) and the statistics of the batch in
+        each BatchNorm layer, by name in the order of the forward pass; differentiable once.
+
+        The layers use their running statistics. A layer that runs twice is listed twice, as ``name`` and ``name#2``.
+        """
+        network, (params, buffers) = self
+        network.require_capture("norm-inputs")
+
+        def observe(images: Tensor) -> tuple[Tensor, dict[str, Statistics]]:
+            values, _, logits = network.capture(params, buffers, images, "norm-inputs", train=False)
+            kept = {name: x for name, x in values.items() if f"{name.partition('#')[0]}.running_mean" in buffers}
+            return logits.float(), {name: batch_statistics(x) for name, x in kept.items()}
+
+        run = compute.first_order(observe, network.device)
+        return lambda images: cast(tuple[Tensor, dict[str, Statistics]], run(compute.layout(images)))
+
+
+def has_batch_norm(network: Functional) -> bool:
+    """Whether a network has a BatchNorm layer with running statistics."""
+    return any(name.endswith("running_mean") for name in network.buffer_shapes)
+
+
+def batch_statistics(x: Tensor) -> Statistics:
+    """Return the statistics of the inputs (N, channels, ...) of a layer."""
+    var, mean = torch.var_mean(x.float(), (0, *range(2, x.dim())), correction=0)
+    return Statistics(mean, var)
 
 
 def needed(networks: Sequence[str], task: Task) -> Mapping[str, ArtifactSpec]:

@@ -14,6 +14,8 @@ from condense.methods import rcig
 
 TINY = "convnet:depth=1,width=4"
 """A network that is small enough to be trained many times."""
+BATCH = f"{TINY},norm=batch"
+"""The same with BatchNorm, whose statistics some methods need."""
 
 
 @contextlib.contextmanager
@@ -70,6 +72,14 @@ def tiny_buffer(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A buffer of two experts of four epochs on the tiny data."""
     root = tmp_path_factory.mktemp("artifacts")
     return api.make_buffer(tiny, TINY, num_experts=2, num_epochs=4, batch_size=12, lr=0.1, out=root, compute=Compute())
+
+
+@pytest.fixture(scope="session")
+def tiny_buffers(tiny: Arrays, tiny_buffer: Path) -> Path:
+    """A folder with ``tiny_buffer``, and with a buffer of a network with BatchNorm."""
+    root = tiny_buffer.parent
+    api.make_buffer(tiny, BATCH, num_experts=2, num_epochs=4, batch_size=12, lr=0.1, out=root, compute=Compute())
+    return root
 
 
 @pytest.fixture

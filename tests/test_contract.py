@@ -20,14 +20,13 @@ from condense.method import GradientMethod, Method, Optim
 from condense.methods.unrolled import Unrolled
 from condense.networks import InputShape
 from condense.recipe import Recipe
-from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, SyntheticSet
+from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, Pixels8Bit, SyntheticSet
 from condense.synthetic.decode import DCT, Bases, Hallucinator
 from condense.synthetic.labels import Targets, Teacher
 from condense.testing import CHECKS, resumes_to_the_byte
+from tests.conftest import BATCH, TINY
 
 pytestmark = pytest.mark.usefixtures("short_search")
-
-TINY = "convnet:depth=1,width=4"
 
 EXACT: dict[str, Any] = {"compute": Compute(exact=True)}
 NUM_STEPS = 4
@@ -62,7 +61,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "k-means": {"num_epochs": 1},
     "forgetting": {"num_epochs": 2},
     "el2n": {"num_networks": 2, "num_epochs": 1},
+    "sre2l": {"chunk": 2},
 }
+NETWORKS = {"sre2l": BATCH}
+"""Of methods that need another than ``TINY``."""
 NAMES = sorted(registry.METHODS)
 LEARNING = [name for name in NAMES if registry.load(name).learns]
 
@@ -76,12 +78,13 @@ def small(name: str) -> Method:
 
 
 @pytest.fixture
-def run(tiny: Arrays, tiny_buffer: Path, tmp_path: Path) -> Run:
+def run(tiny: Arrays, tiny_buffers: Path, tmp_path: Path) -> Run:
     """Distil a small method into a folder of its own."""
 
     def run(name: str, out: str = "run", **fields: Any) -> SyntheticSet:
-        plan = Recipe(**{"method": small(name), "dataset": "tiny", "network": TINY, "ipc": 2} | EXACT | fields)
-        options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffer, device="cpu")
+        network = NETWORKS.get(name, TINY)
+        plan = Recipe(**{"method": small(name), "dataset": "tiny", "network": network, "ipc": 2} | EXACT | fields)
+        options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffers, device="cpu")
         return api.run(plan, options, arrays=tiny)
 
     return run
@@ -90,7 +93,7 @@ def run(tiny: Arrays, tiny_buffer: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_keeps_its_promises(name: str, check: Callable[..., None]) -> None:
-    check(small(name))
+    check(small(name), network=NETWORKS.get(name, TINY))
 
 
 def test_images_drawn_by_another_seed_are_other_ones(run: Run) -> None:
@@ -117,6 +120,7 @@ RESUMED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("dd", {"labels": Logits(), "method": {"adjoint": Higher(), "optim_labels": Optim(kind="adabelief"), "ema": 0.9}}),
     ("kip", {"decode": Bases(num_bases=8), "labels": Targets()}),
+    ("sre2l", {"decode": Pixels8Bit(), "labels": Teacher(), "network": BATCH, "method": {"per_class": True}}),
 ]
 """With ``SMALL`` and the defaults, every decoder, kind of labels, adjoint and kind of optimiser at least once."""
 
@@ -195,7 +199,8 @@ def composed(name: str, fields: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", LEARNING)
 def test_it_resumes_to_the_byte_where_the_work_is_compiled(name: str) -> None:
-    resumes_to_the_byte(small(name), compute=Compute().resolved(math.inf, torch.device("cpu")))
+    compute = Compute().resolved(math.inf, torch.device("cpu"))
+    resumes_to_the_byte(small(name), network=NETWORKS.get(name, TINY), compute=compute)
 
 
 def _frozen(method: Method) -> Method:
