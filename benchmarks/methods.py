@@ -74,7 +74,8 @@ def measure(name: str, folder: Path, num_seeds: int) -> Row:
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
     task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
     for spec in plan.method.needs(task).values():
-        common = {"experts": experts_for(spec), "transform": plan.transform, "augment": plan.augment}
+        augment = "none" if isinstance(spec, TrainedNetworkSpec) else plan.augment
+        common = {"experts": experts_for(spec), "transform": plan.transform, "augment": augment}
         api.make_buffer("digits", spec.identity["network"], out=options.buffers, **common)
     begun = time.monotonic()
     syn = api.run(plan, options)

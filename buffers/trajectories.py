@@ -119,9 +119,10 @@ class Experts(Checked):
 
 def check_augment(augment: Augment) -> None:
     """Raise ValueError for an augmentation that experts cannot use."""
-    if augment.flips:
+    options = ["flips=true"] if augment.flips else [f"{view}={factor}" for view, factor in augment.views.items()]
+    if options:
         raise ValueError(
-            f"experts are trained on real images, but flips=true is for synthetic ones; leave it out of "
+            f"experts are trained on real images, but {options[0]} is for synthetic ones; leave it out of "
             f"{spelt('augment')}"
         )
 

@@ -35,6 +35,9 @@ The views under which images are recovered from trained networks and teachers la
   is a square image as a whole. These are the draws of torchvision's ``RandomResizedCrop``.
 * ``roll``: a circular shift by whole pixels, up to ``max_roll`` down or up and right or left.
 
+Sets of mosaics (``condense.mosaic``) have views of their own, which come before all operations, whatever the mode:
+``shuffle=f`` puts the f x f tiles of an image in random order, and ``tile=f`` shows one of them or the whole image.
+
 Deviations from the published code: parameters come from keyed draws, where the original
 re-seeds the global generator from the system time; all images are transformed at once, each by its own row of
 parameters, where the original loops over images. Warps use ``grid_sample`` instead of kornia. The two agree on square
@@ -56,6 +59,7 @@ from torch import Tensor
 
 from condense.cudagraph import fused
 from condense.data.layout import InputShape, Kind, kind, require_kind
+from condense.mosaic import enlarged, joined, tiles_of
 from condense.names import spelt, suggest
 from condense.rng import Draws
 from condense.schema import Checked
@@ -72,7 +76,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "flips=true": ("flips", True),
     "flips=false": ("flips", False),
 }
-_NUMBERS: dict[str, type[int] | type[float]] = {"min_area": float, "max_roll": int}
+_NUMBERS: dict[str, type[int] | type[float]] = {"min_area": float, "max_roll": int, "shuffle": int, "tile": int}
 """Options that take a number."""
 
 
@@ -131,6 +135,12 @@ class Augment(Checked):
     """The smallest area of the rectangle of ``resized-crop``, as a fraction of the image."""
     max_roll: int = 4
     """The largest shift of ``roll`` in pixels."""
+    shuffle: int = 1
+    """Factor f of mosaics of f x f tiles, at most 9. Above 1 the tiles are put in random order before all operations
+    (Sun et al. 2024, RDED)."""
+    tile: int = 1
+    """Factor f of mosaics of f x f tiles, at most 9. Above 1 an image is replaced by one of its tiles, enlarged to the
+    size of the image, with probability 1 - 1/f^2 before all operations (CIM)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +161,10 @@ class Augment(Checked):
             raise ValueError(f"augmentation {str(self)!r}: min_area must lie in (0, 1]; the published value is 0.08")
         if self.max_roll < 0:
             raise ValueError(f"augmentation {str(self)!r}: max_roll is a number of pixels >= 0; give max_roll=4")
+        if not (1 <= self.shuffle <= 9 and 1 <= self.tile <= 9):
+            raise ValueError(
+                f"augmentation {str(self)!r}: shuffle and tile must be from 1 to 9; give 2 for 2 x 2 tiles"
+            )
 
     @classmethod
     def parse(cls, spec: str, *, own: str = "none") -> Augment:
@@ -202,9 +216,22 @@ class Augment(Checked):
 
     def require_kind(self, input_shape: Sequence[int], field: str = "augment") -> None:
         """Raise ValueError, which names ``field``, if the operations do not take samples of this shape."""
-        if self.ops or self.flips:
+        what = f"augmentation {str(self)!r}"
+        if self.ops or self.flips or self.views:
             remedy = f"give {spelt(field, 'none')}"
-            require_kind(f"augmentation {str(self)!r}", TAKES, input_shape, remedy)
+            require_kind(what, TAKES, input_shape, remedy)
+        for view, factor in self.views.items():
+            height, width = input_shape[-2:]
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"{what}: an image of {height} x {width} pixels is no mosaic of {factor} x {factor} equal tiles; "
+                    f"give {view}= a factor that divides both sides"
+                )
+
+    @property
+    def views(self) -> dict[str, int]:
+        """The factors of the views of mosaics that change something, in the order in which they are applied."""
+        return {view: factor for view in _VIEWS if (factor := getattr(self, view)) > 1}
 
     @property
     def copies(self) -> int:
@@ -228,12 +255,13 @@ class Augment(Checked):
             ValueError: there are operations and the shape is that of a series.
         """
         self.require_kind(input_shape)
-        if not self.ops:
-            return Params({})
-        ops = [op for op in _OF_MODE_D if op in self.ops] if self.mode == "D" else self.ops
         rows = 1 if siamese else num
+        views = {view: _VIEWS[view].draw(draws, rows, factor**2) for view, factor in self.views.items()}
+        if not self.ops:
+            return Params(views)
+        ops = [op for op in _OF_MODE_D if op in self.ops] if self.mode == "D" else self.ops
         u = draws.uniform(len(ops), rows, max(_OPERATIONS[op].numbers for op in ops))
-        values = {op: self._drawn(op, x, *input_shape[-2:]) for op, x in zip(ops, u, strict=True)}
+        values = views | {op: self._drawn(op, x, *input_shape[-2:]) for op, x in zip(ops, u, strict=True)}
         if self.mode == "M":
             return Params(values)
         alternatives = [op for op in ops if self.mode != "D" or op in ("crop", "scale", "rotate")]
@@ -264,6 +292,9 @@ class Augment(Checked):
         values, applies = params.to(x.device)
         for name, value in values.items():
             assert len(value) in (1, len(x)), f"{len(value)} rows of {name} for {len(x)} images"
+            if name in _VIEWS:
+                x = _VIEWS[name].apply(x, value, self.views[name])
+                continue
             changed = _OPERATIONS[name].apply(x, value, self.align_corners)
             x = torch.where(applies[name][:, None, None, None], changed, x) if name in applies else changed
         return x
@@ -452,6 +483,28 @@ def _cutout_quarter(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
+def _draw_order(draws: Draws, rows: int, num: int) -> Tensor:
+    """(rows, num): the number of the tile that is moved to each place."""
+    return draws.words(rows * num).view(rows, num).argsort(dim=1, stable=True)
+
+
+def _shuffle(x: Tensor, value: Tensor, factor: int) -> Tensor:
+    grid = tiles_of(x, factor).unflatten(0, (factor**2, -1))  # (tile, N, C, h, w)
+    return joined(torch.take_along_dim(grid, value.T[:, :, None, None, None], 0).flatten(0, 1), factor)
+
+
+def _draw_tile(draws: Draws, rows: int, num: int) -> Tensor:
+    """(rows,): the number of the tile, or -1 for the whole image."""
+    tile = draws.integers(0, num, rows)
+    return torch.where(draws.integers(0, num, rows) == 0, -1, tile)
+
+
+def _tile(x: Tensor, value: Tensor, factor: int) -> Tensor:
+    grid = tiles_of(x, factor).unflatten(0, (factor**2, -1))  # (tile, N, C, h, w)
+    (chosen,) = torch.take_along_dim(grid, value.clamp(min=0)[None, :, None, None, None], 0)
+    return torch.where(value[:, None, None, None] < 0, x, enlarged(chosen, (x.shape[2], x.shape[3])))
+
+
 _CANDIDATES = 10
 """The number of rectangles that are drawn for one crop; the first that fits is taken."""
 
@@ -559,3 +612,12 @@ _OPERATIONS = {
     "resized-crop": _Operation(_draw_resized_crop, _resized_crop, "min_area", 2 * _CANDIDATES + 2),
     "roll": _Operation(_draw_roll, _roll, "max_roll"),
 }
+
+
+class _View(NamedTuple):
+    draw: Callable[[Draws, int, int], Tensor]
+    """Draws parameters (rows, ...), given the number of rows and of tiles."""
+    apply: Callable[[Tensor, Tensor, int], Tensor]
+
+
+_VIEWS = {"shuffle": _View(_draw_order, _shuffle), "tile": _View(_draw_tile, _tile)}

@@ -22,6 +22,8 @@ METHODS: Registry[type[Method]] = Registry(
         "k-means": "condense.methods.selection:KMeans",
         "forgetting": "condense.methods.selection:Forgetting",
         "el2n": "condense.methods.selection:EL2N",
+        "rded": "condense.methods.rded:RDED",
+        "cim": "condense.methods.cim:CIM",
         "dd": "condense.methods.dd:DD",
         "rat-bptt": "condense.methods.rat_bptt:RaTBPTT",
         "rtp": "condense.methods.rtp:RTP",

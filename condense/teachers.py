@@ -12,6 +12,7 @@ from torch import Tensor
 from condense.artifacts import ArtifactSpec, TrainedNetworks, TrainedNetworkSpec
 from condense.compute import Compute
 from condense.method import Context
+from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.task import Task
 
@@ -87,8 +88,10 @@ def needed(networks: Sequence[str], task: Task) -> Mapping[str, ArtifactSpec]:
             different networks of one buffer.
 
     Raises:
-        ValueError: a network is unknown, or does not take samples of this shape.
+        ValueError: no network is given, or one is unknown or does not take samples of this shape.
     """
+    if not networks:
+        raise ValueError(f"method.teachers needs at least one network; give {spelt('method.teachers', (OWN,))}")
     tasks = {name: task if name == OWN else task.with_network(name) for name in networks}
     numbers = Counter(tasks[name].network.name for name in networks)
     by_network = {of.network.name: of for of in tasks.values()}

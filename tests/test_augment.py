@@ -480,3 +480,90 @@ def test_draws_on_a_device_change_images_like_draws_on_the_host(augment: Augment
             found.append((changed.detach(), leaf.grad))
         assert torch.equal(found[0][0], found[1][0])
         assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])
+
+
+MOSAIC = (3, 6, 12)
+
+
+def mosaics(num: int) -> torch.Tensor:
+    """Images whose tiles of a third of the sides are constant: tile k of image i has the value 9 i + k."""
+    values = torch.arange(9.0 * num).view(num, 1, 3, 3)
+    return values.repeat_interleave(2, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1).double()
+
+
+@pytest.mark.parametrize("siamese", [True, False])
+def test_shuffling_moves_whole_tiles_within_an_image(siamese: bool) -> None:
+    x, augment = mosaics(4), Augment(shuffle=3)
+    params = augment.sample(Rng(0)("augment"), 4, MOSAIC, siamese)
+    shuffled = augment.apply(x, params)
+    orders = []
+    for i, image in enumerate(shuffled):
+        tiles = [image[:, r : r + 2, c : c + 4] for r in (0, 2, 4) for c in (0, 4, 8)]
+        assert all(len(tile.unique()) == 1 for tile in tiles)
+        orders.append([int(tile[0, 0, 0]) - 9 * i for tile in tiles])
+        assert sorted(orders[-1]) == list(range(9))
+    assert len({tuple(order) for order in orders}) == (1 if siamese else 4)
+
+
+def test_the_orders_of_tiles_are_uniform() -> None:
+    params = Augment(shuffle=2).sample(Rng(0)("augment"), 24000, (1, 4, 4), siamese=False)
+    orders, counts = params.values["shuffle"].unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and (counts - 1000).abs().max() < 150
+
+
+def test_a_tile_or_the_whole_image_is_shown() -> None:
+    num, factor = 9000, 3
+    params = Augment(tile=factor).sample(Rng(0)("augment"), num, MOSAIC, siamese=False)
+    shown, counts = params.values["tile"].unique(return_counts=True)
+    assert shown.tolist() == [-1, *range(9)]
+    np.testing.assert_allclose(counts / num, [1 / 9, *[8 / 81] * 9], atol=0.02)
+    x = torch.randn(10, *MOSAIC, generator=torch.Generator().manual_seed(0))
+    seen = Augment(tile=factor).apply(x, Params({"tile": torch.arange(-1, 9)}))
+    assert torch.equal(seen[0], x[0])
+    for k in range(9):
+        r, c = 2 * (k // 3), 4 * (k % 3)
+        tile = x[k + 1, None, :, r : r + 2, c : c + 4]
+        expected = torch.nn.functional.interpolate(tile, (6, 12), mode="bilinear")[0]
+        torch.testing.assert_close(seen[k + 1], expected)
+
+
+@pytest.mark.parametrize("mode", ["S", "M", "D", "P"])
+def test_views_of_mosaics_come_before_the_operations_of_any_mode(mode: Mode) -> None:
+    augment, x = Augment(OPS, mode, shuffle=2, tile=2), images(4, (3, 8, 6))
+    params = augment.sample(Rng(0)("augment"), 4, (3, 8, 6), siamese=False)
+    assert params.ops[:2] == ("shuffle", "tile") and len(params.ops) > 2
+    first = Augment(shuffle=2, tile=2).apply(x, Params({name: params.values[name] for name in ("shuffle", "tile")}))
+    rest = Params({name: value for name, value in params.values.items() if name in OPS}, params.applies)
+    assert torch.equal(augment.apply(x, params), Augment(OPS, mode).apply(first, rest))
+    assert not torch.equal(first, x)
+
+
+def test_views_of_mosaics_on_a_device_and_of_clips() -> None:
+    augment = Augment.parse("color:shuffle=2,tile=2")
+    for step in range(6):
+        here, there = (augment.sample(Rng(0)("augment", at), 5, (3, 8, 6), False) for at in (step, torch.tensor(step)))
+        assert all(torch.equal(here.values[name], there.values[name]) for name in ("shuffle", "tile"))
+        clip = images(5, (3, 8, 6))[:, None].expand(-1, 2, -1, -1, -1)
+        frames = augment.apply(clip, here)
+        assert torch.equal(frames[:, 0], frames[:, 1])
+        assert torch.equal(frames[:, 0], augment.apply(clip[:, 0], here))
+
+
+def test_gradients_flow_through_views_of_mosaics() -> None:
+    augment, x = Augment(shuffle=2, tile=2), images(3, (1, 4, 4)).requires_grad_()
+    for siamese in (True, False):
+        params = augment.sample(Rng(1)("augment"), 3, (1, 4, 4), siamese)
+        assert torch.autograd.gradcheck(lambda x, params=params: augment.apply(x, params), x)
+
+
+def test_views_of_mosaics_are_options() -> None:
+    assert Augment.parse("crop:shuffle=2,tile=3") == Augment(("crop",), shuffle=2, tile=3)
+    assert str(Augment(shuffle=2)) == "none:shuffle=2" and str(Augment(tile=1)) == "none"
+    for spec, message in (("none:tile=0", "from 1 to 9"), ("none:shuffle=x", "holds no number")):
+        with pytest.raises(ValueError, match=message):
+            Augment.parse(spec)
+    with pytest.raises(ValueError, match="no mosaic of 4 x 4 equal tiles; give tile= a factor") as error:
+        Augment(tile=4).require_kind((3, 8, 6))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="takes images and clips, not series"):
+        Augment(shuffle=2).require_kind((3, 8))

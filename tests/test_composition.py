@@ -9,6 +9,7 @@ import torch
 from condense import api, registry
 from condense.data.datasets import Arrays
 from condense.method import GradientMethod
+from condense.methods.recovery import Recovery
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Decode, Labels, Pixels, load
 from condense.synthetic.decode import DCT
@@ -22,6 +23,7 @@ LABELS_THAT_FIT = {
     "dm": {"hard"},
     "datadam": {"hard"},
     "cafe": {"hard"},
+    "cim": {"hard", "teacher"},
     "kip": {"hard", "logits", "targets"},
     "rfad": {"hard", "logits", "targets"},
     "frepo": {"hard", "logits", "targets"},
@@ -36,7 +38,7 @@ LABELS_THAT_FIT = {
 
 def takes(name: str, decode: str) -> bool:
     """Methods that recover images from trained networks round them at the end, all others learn them to the end."""
-    if registry.load(name).family == "decoupled":
+    if issubclass(registry.load(name), Recovery):
         return decode in ("pixels", "pixels-8bit")
     return decode != "pixels-8bit"
 
@@ -85,7 +87,7 @@ def test_mirrored_pairs_average_and_bounded_pixels_go_with_every_method(
 ) -> None:
     plan = plan_of(name, Pixels(), LABELS["hard"]())
     assert isinstance(plan.method, GradientMethod)
-    average = None if plan.method.family == "decoupled" else 0.5
+    average = None if isinstance(plan.method, Recovery) else 0.5
     method = dataclasses.replace(plan.method, ema=average, clamp=True)
     plan = dataclasses.replace(plan, method=method, augment="crop_flip:flips=true")
     syn = api.run(plan, api.RunOptions(out=tmp_path / "run", buffers=tiny_buffers, device="cpu"), arrays=tiny)

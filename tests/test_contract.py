@@ -33,6 +33,7 @@ NUM_STEPS = 4
 SMALL: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 6},
     "datadam": {"batch_real": 6},
+    "cim": {"optim": Optim(lr=0.1)},
     "cafe": {"batch_real": 6, "batch_probe": 6, "max_epochs": 2, "max_updates": 3},
     "dc": {"batch_real": 6, "outer_loop": 3, "inner_epochs": 1},
     "dsa": {"batch_real": 6, "outer_loop": 3, "inner_epochs": 1},

@@ -41,7 +41,10 @@ def test_contract_of_methods_with_graphs(name: str, check: Any) -> None:
 
 
 @pytest.mark.parametrize("num_networks", [1, 2])
-@pytest.mark.parametrize("augment", ["none", str(AUGMENT), f"{AUGMENT}:mode=D", f"{AUGMENT}:mode=P", "flip:flips=true"])
+@pytest.mark.parametrize(
+    "augment",
+    ["none", str(AUGMENT), f"{AUGMENT}:mode=D", f"{AUGMENT}:mode=P", "flip:flips=true", "flip:tile=2,shuffle=2"],
+)
 def test_a_training_with_graphs_gives_the_same_weights(augment: str, num_networks: int) -> None:
     plain, graphed = (trained(Compute(graph=graph), CPU, augment, num_networks) for graph in (False, True))
     for one, other in zip(plain, graphed, strict=True):

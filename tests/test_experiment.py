@@ -76,6 +76,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("buffer --transform zcaa", "unknown transform 'zcaa'"),
         ("buffer --augment dsa:mod=M", "unknown option 'mod=M'"),
         ("buffer --augment dsa:flips=true", "leave it out of --augment"),
+        ("buffer --augment dsa:tile=2", "tile=2 is for synthetic ones; leave it out of --augment"),
         ("buffer --seed -1", "give --seed 0"),
         ("buffer --device gpu9", NO_DEVICE),
         ("buffer --num-expert 3", "--num-experts"),

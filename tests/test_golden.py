@@ -29,6 +29,7 @@ TOLERANCE = 2e-3
 METHODS: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 32},
     "datadam": {"batch_real": 32},
+    "cim": {"num_candidates": 50, "optim": Optim(lr=1.0)},
     "cafe": {"batch_real": 32, "batch_probe": 32, "max_epochs": 1, "max_updates": 5},
     "dc": {"batch_real": 32, "outer_loop": 5, "inner_epochs": 2},
     "dsa": {"batch_real": 32, "outer_loop": 5, "inner_epochs": 2},

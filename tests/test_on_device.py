@@ -28,7 +28,7 @@ from tests.test_contract import SMALL
 
 META = torch.device("meta")
 AUGMENT = Augment(("color", "crop", "cutout", "flip", "scale", "rotate"))
-GRAPHED = ("dm", "datadam", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm", "frepo", "rfad")
+GRAPHED = ("dm", "datadam", "cim", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm", "frepo", "rfad")
 NETWORK = "convnet:depth=1,width=4"
 
 
@@ -68,7 +68,7 @@ def on_device(value: Any) -> Any:
 
 def prepared(name: str) -> tuple[GradientMethod, Context, Any]:
     """Return a method, and a context and a state on the meta device whose steps are captured."""
-    trial = _Trial(method(name)(num_steps=4, **SMALL[name]), None, {"network": NETWORK})
+    trial = _Trial(method(name)(num_steps=4, **SMALL.get(name, {})), None, {"network": NETWORK})
     ctx = trial.context()
     state, task = on_device(trial.method.init(ctx)), ctx.task
     state.syn._members = state.syn.classes._version, [torch.empty(2, dtype=torch.int64, device=META)] * 3

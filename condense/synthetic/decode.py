@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from condense.data.layout import InputShape, Kind, channel_axis, kind, require_kind, sides
 from condense.data.transform import Transform
+from condense.mosaic import enlarged, joined, tiles_of
 from condense.names import spelt
 from condense.plugins import Registry, subclass_of
 from condense.schema import Checked
@@ -172,9 +173,7 @@ class Factor(Decode):
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         f, (h, w) = self.factor, images.shape[-2:]
         small = F.interpolate(images, size=(-(-h // f), -(-w // f)), mode="nearest")
-        grid = small.unflatten(0, (f, f, -1))  # (row, column, N, C, h, w)
-        rows = torch.cat(list(torch.cat(list(grid.unbind(1)), dim=-1).unbind(0)), dim=-2)
-        return rows[..., :h, :w].contiguous()
+        return joined(small, f)[..., :h, :w].contiguous()
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         height, width = input_shape[-2:]
@@ -190,8 +189,7 @@ class _Crops(nn.Module):
         f, (h, w) = self.factor, self.size
         ch, cw = -(-h // f), -(-w // f)
         padded = F.pad(latents, (0, cw * f - w, 0, ch * f - h))
-        crops = padded.unflatten(-2, (f, ch)).unflatten(-1, (f, cw)).permute(2, 4, 0, 1, 3, 5)
-        return F.interpolate(crops.flatten(0, 2), size=(h, w), mode="bilinear", align_corners=False)
+        return enlarged(tiles_of(padded, f), (h, w))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,128 @@
+"""What the methods that make mosaics of real images share: candidates, crops, their scores, and labels of a teacher.
+
+Sun et al., "On the Diversity and Realism of Distilled Dataset: An Efficient Dataset Distillation Paradigm", CVPR 2024
+(RDED), whose selection others use as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense.compute import Compute
+from condense.data.layout import require_kind
+from condense.method import Context
+from condense.methods.selection import highest
+from condense.names import spelt
+from condense.rng import Draws
+from condense.synthetic.labels import Assigned
+from condense.synthetic.set import SyntheticSet
+from condense.teachers import opened
+
+BATCH = 1000
+
+Labeller = Callable[[Tensor], Tensor]
+"""Images (N, C, H, W) to logits (N, num_classes)."""
+
+
+def labellers(networks: Sequence[str], ctx: Context) -> list[Labeller]:
+    """Return the teachers with these networks as functions. They compute in float32, so that the images that they
+    select do not depend on the compute policy."""
+    return [teacher.labeller(Compute()) for teacher in opened(networks, ctx)]
+
+
+def require_mosaics(ctx: Context, factor: int, num_candidates: int) -> None:
+    """Raise ValueError unless mosaics of factor x factor tiles can be made of the candidates of each class."""
+    shape, needed = ctx.task.input_shape, ctx.images_per_class * factor**2
+    require_kind("a mosaic", ("images",), shape, f"give another method, such as {spelt('method', 'random')}")
+    height, width = shape[1:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"method.factor {factor} does not divide images of {height} x {width} pixels into equal tiles; "
+            f"give {spelt('method.factor', 1)} or another divisor of both sides"
+        )
+    if num_candidates < needed:
+        raise ValueError(
+            f"method.num_candidates is {num_candidates}, but the mosaics of a class have {needed} tiles, each of "
+            f"another image; give {spelt('method.num_candidates', needed)} or more"
+        )
+
+
+def classes(ctx: Context) -> Tensor:
+    """Return the classes of the images of a new set."""
+    return torch.arange(ctx.task.num_classes, device=ctx.task.device).repeat_interleave(ctx.images_per_class)
+
+
+def candidates(ctx: Context, label: int, num: int) -> Tensor:
+    """Return the indices of ``num`` random training images of a class, or of all of them if it has fewer."""
+    members = ctx.task.train.by_class[label]
+    return members[ctx.rng("candidates", 0, label).subset(len(members), num).to(members.device)]
+
+
+def best(scores: Tensor, num: int) -> Tensor:
+    """Return the indices (num,) of the highest scores (n,) in descending order; if n < num, they are repeated."""
+    order = highest(scores.cpu(), min(num, len(scores)))
+    return order[torch.arange(num) % len(order)].to(scores.device)
+
+
+@torch.no_grad()
+def realism(teachers: Sequence[Labeller], images: Tensor, label: int) -> Tensor:
+    """Return the scores (N,) of images (N, C, H, W) of a class: the mean of log p(class) under the teachers."""
+    batches = images.split(BATCH)
+    scores = [torch.cat([teacher(x).log_softmax(1)[:, label] for x in batches]) for teacher in teachers]
+    return torch.stack(scores).mean(0)
+
+
+def random_crops(images: Tensor, size: tuple[int, int], min_area: float, draws: Draws) -> Tensor:
+    """Return a random square crop of each image (N, C, H, W), resized to ``size``: (N, C, *size).
+
+    The area of a crop is a fraction of the largest square in the image, uniform in [min_area, 1]; its position is
+    uniform over whole pixels. Resizing is bilinear, and where it reduces the size, antialiased.
+    """
+    u = draws.uniform(3, len(images)).to(images.device)
+    area = min_area + (1 - min_area) * u[0]
+    side = (area.sqrt() * min(images.shape[2:])).round().clamp(min=1)
+    rows, columns = (
+        _resampling((v * (length - side + 1)).floor(), side, length, out).to(images.dtype)
+        for v, length, out in zip(u[1:], images.shape[2:], size, strict=True)
+    )
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+def _resampling(first: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
+    """Return the matrices (N, size, length) that resize windows of an axis.
+
+    Args:
+        first, extent: (N,), the first pixel of each window and its number of pixels.
+        length: pixels of the axis.
+        size: pixels after resizing.
+    """
+    scale = (extent / size)[:, None, None]
+    centre = first[:, None, None] + (torch.arange(size, device=first.device) + 0.5)[:, None] * scale
+    pixel = torch.arange(length, device=first.device) + 0.5
+    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    inside = (pixel > first[:, None, None]) & (pixel < (first + extent)[:, None, None])
+    weights = weights * inside
+    return weights / weights.sum(2, keepdim=True)
+
+
+def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return images (N, C, h, w) in the middle of images (N, C, *size) of zeros, the mean of the data."""
+    down, right = (whole - part for whole, part in zip(size, images.shape[2:], strict=True))
+    return F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
+
+
+@torch.no_grad()
+def labelled(syn: SyntheticSet, teachers: Sequence[Labeller]) -> SyntheticSet:
+    """Return a copy of the set whose ``teacher`` labels, if its labels are of this kind, are the mean softmax of the
+    teachers."""
+    changed = copy.deepcopy(syn)
+    if isinstance(changed.provider, Assigned):
+        batches = syn()[0].split(BATCH)
+        answers = torch.stack([torch.cat([teacher(x).softmax(1) for x in batches]) for teacher in teachers]).mean(0)
+        changed.provider.assign(answers.unflatten(0, (-1, len(syn))).mean(0))
+    return changed
