@@ -39,6 +39,10 @@ Distil a data set into a few images per class, and evaluate them.
 LONGEST_MESSAGE = 2000
 """Maximum number of characters shown of an error or a warning."""
 
+SPINS = "10000"
+"""How often a thread of GNU's OpenMP, which torch loads, looks for work before it sleeps; the default is 300,000. Where
+another process is busy, threads that wait for each other would take the processor from those that compute."""
+
 COMMANDS = ("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
 
 
@@ -60,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
         if "RANK" in os.environ:  # this package reports a lost process itself, in one line
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+            os.environ["GOMP_SPINCOUNT"] = SPINS
         from condense import commands
 
         with flags(), warnings.catch_warnings(), _stopped_by_sigterm():

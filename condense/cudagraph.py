@@ -109,8 +109,7 @@ class GraphedStep:
         self._step = step
         self._number.fill_(step)
         for prepare, place in self._inputs.values():
-            for old, new in zip(tree_leaves(place), tree_leaves(prepare(step)), strict=True):
-                old.copy_(new, non_blocking=True)
+            copy_into(place, prepare(step))
         token = _current.set(self)
         try:
             self._graphed()
@@ -140,6 +139,12 @@ def from_host(step: int | Tensor, name: str, prepare: Callable[[int], Any]) -> A
     current = _current.get()
     assert current is not None, "a step whose number is a tensor runs in a GraphedStep"
     return current.input(name, prepare)
+
+
+def copy_into(place: Any, values: Any) -> None:
+    """Copy the tensors of a pytree into those of another one, which stay in place."""
+    for old, new in zip(tree_leaves(place), tree_leaves(values), strict=True):
+        old.copy_(new, non_blocking=True)
 
 
 def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:

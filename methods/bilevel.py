@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from condense.inner import Params, RandomTruncated
-from condense.method import Context
+from condense.method import Context, GradientState
 from condense.methods.dm import has_batch_norm
 from condense.methods.unrolled import Unrolled
 from condense.names import spelt
 from condense.objective import OBJECTIVES, ObjectiveName
 from condense.rng import Draws
-from condense.synthetic.set import SyntheticSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +51,15 @@ class Bilevel(Unrolled):
         return ctx.objective.loss(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
 
 
-def class_members(syn: SyntheticSet, num_images: int, classes: Sequence[int]) -> list[Tensor]:
-    """Indices of the decoded images of each of these classes; ``num_images`` is the number of decoded
-    images of the set."""
-    source = syn.classes.repeat(num_images // len(syn))
-    return [(source == c).nonzero().flatten() for c in classes]
+def class_members(ctx: Context, state: GradientState) -> list[Tensor]:
+    """Ascending indices of the decoded images of each class. They are the same in all steps and found once."""
+    syn = state.syn
+    firsts = range(0, len(syn) * ctx.decode.expansion, len(syn))
+
+    def members() -> list[Tensor]:
+        return [torch.cat([first + syn.index_of(c) for first in firsts]) for c in range(ctx.task.num_classes)]
+
+    return ctx.kept("members of classes", state, members)
 
 
 def draw_per_class(members: Sequence[Tensor], num: int, draws: Draws) -> Tensor:

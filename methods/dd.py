@@ -21,7 +21,7 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor
 
-from condense.inner import SGD
+from condense.inner import SGD, RandomTruncated
 from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel
 from condense.methods.unrolled import Minibatch
@@ -93,6 +93,9 @@ class DD(Bilevel):
 
     def parts(self, ctx: Context) -> Sequence[int]:
         return range(self.num_networks)
+
+    def graphs(self, ctx: Context) -> bool:
+        return self.networks == "random" and not isinstance(self.adjoint, RandomTruncated)
 
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         theta, buffers = ctx.task.network.init(ctx.rng, "network", step if self.networks == "random" else 0, part)

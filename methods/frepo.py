@@ -143,16 +143,9 @@ class FRePo(GradientMethod):
             return
         with torch.no_grad():
             images, targets = state.syn()
-        state.pool[slot] = pool.train(
-            ctx,
-            state.pool[slot],
-            images,
-            pool.targets_of(ctx, targets),
-            half_squared_error,
-            ctx.rng("pool batch", step),
-            lr=self.lr_pool,
-            batch_size=self.batch_pool,
-        )
+        batch = pool.minibatches(ctx, state, step, len(images), batch_size=self.batch_pool).unbind()
+        values = pool.targets_of(ctx, targets)
+        state.pool[slot] = pool.train(ctx, state.pool[slot], images, values, half_squared_error, batch, lr=self.lr_pool)
 
 
 def margin_loss(labels: Tensor) -> Tensor:

@@ -17,9 +17,8 @@ from condense.compute import Compute
 from condense.inner.implicit import PLAIN_ADAM
 from condense.inner.rules import AdamState
 from condense.kernels import regression_targets
-from condense.method import Context
+from condense.method import Context, State
 from condense.networks import Functional, Weights
-from condense.rng import Draws
 from condense.schedule import Schedule
 from condense.sources import Minibatches
 from condense.train import Trainer, Training
@@ -59,27 +58,37 @@ def fresh(ctx: Context, step: int, slot: int, age: int = 0) -> Member:
     return Member(params=params, buffers=buffers, adam=PLAIN_ADAM.init(params)._asdict(), age=age)
 
 
-def train(
-    ctx: Context,
-    member: Member,
-    images: Tensor,
-    targets: Tensor,
-    loss: Loss,
-    draws: Draws,
-    *,
-    lr: float,
-    num_steps: int = 1,
-    batch_size: int | None = None,
-) -> Member:
-    """Return a copy of ``member`` after ``num_steps`` steps of Adam in training mode.
+def minibatches(
+    ctx: Context, state: State, step: int, num_images: int, *, batch_size: int | None = None, num_steps: int = 1
+) -> Tensor:
+    """Draw the minibatches of up to ``num_steps`` training steps, each without replacement: indices (num_steps, n).
 
-    Args:
-        images, targets: (N, C, H, W) and (N, num_classes); they get no gradient.
-        draws: draws the minibatches, each without replacement.
-        batch_size: images per step; all of them if it is None or there are fewer.
+    They are drawn on the device, into a tensor that stays in place. All arguments but ``step`` are the same in all
+    calls. A minibatch has ``batch_size`` images; all of them if it is None or there are fewer.
     """
-    num, device = len(images), images.device
-    indices = [draws.subset(num, batch_size or num).to(device) for _ in range(num_steps)]
+    size = min(batch_size or num_images, num_images)
+
+    def make() -> Tensor:
+        return torch.empty(num_steps, size, dtype=torch.int64, device=ctx.task.device)
+
+    place = ctx.kept("minibatches of the pool", state, make)
+
+    def draw(step: int) -> None:
+        draws = ctx.rng("pool batch", step)
+        for row in place:
+            row.copy_(draws.subset(num_images, size))
+
+    ctx.graphed("draws of the pool", state, draw)(step)
+    return place
+
+
+def train(
+    ctx: Context, member: Member, images: Tensor, targets: Tensor, loss: Loss, indices: Sequence[Tensor], *, lr: float
+) -> Member:
+    """Return a copy of ``member`` after a step of Adam, in training mode, for each of the minibatches ``indices``.
+
+    ``images`` (N, C, H, W) and ``targets`` (N, num_classes) get no gradient.
+    """
     source = Minibatches(images.detach(), targets.detach(), indices)
     adam: list[_Adam] = []
 
@@ -89,7 +98,7 @@ def train(
 
     weights = Weights(member["params"], member["buffers"])
     params, buffers = _trainer(ctx.task.network, loss, lr, ctx.compute).run(weights, source, optimiser=optimiser)
-    return Member(params=params, buffers=buffers, adam=adam[0].memory._asdict(), age=member["age"] + num_steps)
+    return Member(params=params, buffers=buffers, adam=adam[0].memory._asdict(), age=member["age"] + len(indices))
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,8 @@
 
     min_S  E_{theta_0, k}  l(A(R); theta_{k+W}),    theta_{n+1} = Adam(theta_n, grad l(A(b_n); theta_n))
 
-The gradient is back-propagated through the last W steps only, which follow a random number k of steps.
+The gradient is back-propagated through the last W steps only, which follow a random number k of steps. The host draws
+k and repeats the first steps; all other draws are made on the device, from which nothing is read.
 
     symbol   code
     k, W     ``adjoint``: burn-in from ``lo`` to ``hi``, and ``window``; k is redrawn every ``same_burn_in`` updates
@@ -17,16 +18,19 @@ Deviations: see docs/methods/rat-bptt.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from condense.augment import Params
-from condense.inner import Adam, Adjoint, RandomTruncated, Truncated
+from condense.augment import Params as Drawn
+from condense.cudagraph import copy_into, from_host
+from condense.inner import Adam, Adjoint, Exact, Params, RandomTruncated, Truncated, advance
+from condense.inner.rules import AdamState
 from condense.method import Context, GradientState, Optim, Value, clip_grad, dtype_of_numbers
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
-from condense.methods.unrolled import Minibatch
+from condense.methods.unrolled import Minibatch, prepared
 from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
@@ -89,31 +93,50 @@ class RaTBPTT(Bilevel):
         norm = torch.zeros((), dtype=dtype_of_numbers(ctx.task.device), device=ctx.task.device)
         return RaTState(syn=syn, optimisers=self.optimisers(syn), norm=norm)
 
+    def graphs(self, ctx: Context) -> bool:
+        return not self.mask
+
     def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:
-        task = ctx.task
-        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
-        num_steps = self.inner_steps
-        if isinstance(adjoint, Truncated) and adjoint.burn_in is not None:
-            num_steps = adjoint.burn_in + adjoint.window
-        theta, buffers = task.network.init(ctx.rng, "network", step)
-        batches = self.batches(ctx, state, step, num_steps)
-        theta = self.train(ctx, theta, batches, rule=Adam(), lr=self.lr, adjoint=adjoint)
+        task, burn_in = ctx.task, ctx.kept("burn-in", state, lambda: BurnIn(self, ctx, state))
+        start = from_host(step, "start", lambda step: burn_in(step, self.burn_in(ctx, step)))
+        first, theta, adam, buffers = start
+        window, adjoint = self.window(ctx, step)
+        batches = self.batches(ctx, state, step, window, self.burn_in(ctx, step) if isinstance(step, int) else first)
+        theta = self.train(ctx, theta, batches, rule=Adam(), lr=self.lr, adjoint=adjoint, state=adam)
         images, labels = task.train.sample(self.batch_real, ctx.rng("real", step))
         drawn = self.drawn(ctx, len(images), step, "real")
         return self.real_loss(ctx, theta, buffers, task.augment.apply(images, drawn), labels)
 
-    def batches(self, ctx: Context, state: RaTState, step: int, num_steps: int) -> list[Minibatch]:
-        """The minibatches of the network's training steps."""
-        images, targets = state.syn()
-        members = class_members(state.syn, len(images), range(ctx.task.num_classes))
-        batches = []
-        for n in range(num_steps):
-            index = draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n))
-            drawn = self.drawn(ctx, len(index) * ctx.task.augment.copies, step, n)
-            batches.append(Minibatch(images, targets, index.to(images.device), drawn))
-        return self.masked(ctx, batches, step)
+    def burn_in(self, ctx: Context, step: int) -> int:
+        """The number of training steps before those that are differentiated."""
+        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
+        if not isinstance(adjoint, Truncated):
+            return 0
+        return max(self.inner_steps - adjoint.window, 0) if adjoint.burn_in is None else adjoint.burn_in
 
-    def drawn(self, ctx: Context, num: int, step: int, unit: int | str) -> Params:
+    def window(self, ctx: Context, step: int) -> tuple[int, Adjoint]:
+        """The number of training steps that are differentiated, and how."""
+        match self.adjoint:
+            case Truncated(burn_in=None):
+                return min(self.adjoint.window, self.inner_steps), Exact()
+            case Truncated() | RandomTruncated():
+                return self.adjoint.window, Exact()
+        return self.inner_steps, self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
+
+    def batches(self, ctx: Context, state: RaTState, step: int, num_steps: int, first: int = 0) -> list[Minibatch]:
+        """The minibatches of ``num_steps`` training steps of the network, from the step ``first`` on."""
+        data = state.syn()
+        return [self.minibatch(ctx, state, data, step, first + n) for n in range(num_steps)]
+
+    def minibatch(self, ctx: Context, state: RaTState, data: tuple[Tensor, Tensor], step: int, n: int) -> Minibatch:
+        """The minibatch of the n-th training step of the network; ``data`` are the images and targets of the set."""
+        members = class_members(ctx, state)
+        index = draw_per_class(members, self.batch_per_class, ctx.rng("minibatches", step, n))
+        drawn = self.drawn(ctx, len(index) * ctx.task.augment.copies, step, n)
+        (batch,) = self.masked(ctx, [Minibatch(*data, index.to(data[0].device), drawn)], step, first=n)
+        return batch
+
+    def drawn(self, ctx: Context, num: int, step: int, unit: int | str) -> Drawn:
         """Draw the augmentation parameters of ``num`` images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
@@ -126,3 +149,45 @@ class RaTBPTT(Bilevel):
             clip_grad(state.syn.latents, norm, self.clip * state.norm)
         for optimiser in state.optimisers.values():
             optimiser.step()
+
+
+class BurnIn:
+    """Trains a fresh network on the set without a graph, on tensors that stay in place, so that its step can be
+    captured."""
+
+    def __init__(self, method: RaTBPTT, ctx: Context, state: RaTState) -> None:
+        self._method, self._ctx, self._state = method, ctx, state
+        self._step: Any = 0
+        self._data, self._point, self._buffers = self._fresh(0)
+        self._begin = ctx.graphed("fresh network", state, self._restart)
+        self._advance = ctx.graphed("burn-in", state, self._train)
+
+    def __call__(self, step: int, num_steps: int) -> tuple[Tensor, Params, AdamState, Params]:
+        """Return ``num_steps``, and the weights, the state of Adam and the buffers of the network of a step after so
+        many training steps."""
+        self._begin(step)
+        for n in range(num_steps):
+            self._advance(n)
+        return torch.tensor(num_steps), *self._point, self._buffers
+
+    @torch.no_grad()
+    def _fresh(self, step: Any) -> tuple[tuple[Tensor, Tensor], tuple[Params, AdamState], Params]:
+        theta, buffers = self._ctx.task.network.init(self._ctx.rng, "network", step)
+        return self._state.syn(), (theta, Adam().init(theta)), buffers
+
+    def _restart(self, step: Any) -> None:
+        self._step = step  # if it is a tensor, it stays in place
+        copy_into((self._data, self._point, self._buffers), self._fresh(step))
+
+    def _train(self, n: Any) -> None:
+        method, ctx = self._method, self._ctx
+        end = advance(
+            ctx.loss_fn,
+            self._point,
+            [method.minibatch(ctx, self._state, self._data, self._step, n)],
+            prepare=partial(prepared, ctx.task.augment),
+            rule=Adam(),
+            lr=method.lr,
+            compile=bool(ctx.compute.compile),
+        )
+        copy_into(self._point, end)

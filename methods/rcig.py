@@ -20,6 +20,9 @@ replaces. L_in is therefore quadratic in d, and d* is differentiated implicitly 
     lambda        ``ridge`` times the number of images of the set; n is that number including mirror images
     x_i, y_i      ``batch_real`` real images of any class
 
+A step reads nothing from the device, except the counts in ``RCIGState.tally`` once in ``ADAPT_EVERY`` steps. The search
+for the learning rates, before the first step, reads each of its curves.
+
 Deviations: see docs/methods/rcig.md.
 """
 
@@ -35,7 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense.augment import MILD, Augment, mild
-from condense.inner import Descent, Minimum, Params, minimise, mixed_gradient, pushforward
+from condense.cudagraph import from_host
+from condense.inner import Minimum, Params, descend, minimise, mixed_gradient, pushforward
 from condense.kernels import feature_kernel, ridge_solve
 from condense.match import differentiated
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
@@ -167,17 +171,21 @@ class RCIG(GradientMethod):
         self.search(ctx, state)
         return state
 
+    def graphs(self, ctx: Context) -> bool:
+        return True
+
     def loss(self, ctx: Context, state: RCIGState, step: int, part: int) -> Loss:
         images, targets = state.syn()
         values, tau = pool.targets_of(ctx, targets), state.learned["temperature"]
         batch, net = (images.detach(), values.detach()), self.convexified(ctx, state, step)
-        inner = self.solve(net, batch, state.lr_inner)
-        state.tally = state.tally + torch.stack([ends_above(inner.curve), falls(inner.curve)])
+        lr_inner, lr_adjoint = from_host(step, "learning rates", lambda step: rates(ctx, state))
+        inner = self.solve(net, batch, lr_inner)
+        state.tally.add_(torch.stack([ends_above(inner.curve), falls(inner.curve)]))
         outer = partial(outer_loss, net, self.real(ctx, step))
         with torch.no_grad():
             outer_grads, value = torch.func.grad_and_value(outer, argnums=(0, 1, 2))(inner.point, batch, tau.detach())
             into_move, direct, into_tau = outer_grads
-            v = self.adjoint(state.lr_adjoint).solve(net.hessian_product(batch), into_move)
+            v = self.adjoint(net.hessian_product(batch), into_move, lr_adjoint).point
         leaves = (images.detach().requires_grad_(), values.detach().requires_grad_())
         mixed = mixed_gradient(net.inner_loss, inner.point, leaves, v)
         gradients = [d + no_longer_than(d, -m) for d, m in zip(direct, mixed, strict=True)] + [into_tau]
@@ -193,21 +201,14 @@ class RCIG(GradientMethod):
             images, targets = state.syn()
             images, values = ctx.task.augment.mirrored(images, pool.targets_of(ctx, targets))
         num_steps = ctx.rng("pool steps", step).integer(1, self.max_train_steps + 1)
-        member = pool.train(
-            ctx,
-            state.pool[slot],
-            images,
-            values,
-            mean_squared_error,
-            ctx.rng("pool batch", step),
-            lr=self.lr_pool,
-            num_steps=num_steps,
-        )
+        batches = pool.minibatches(ctx, state, step, len(images), num_steps=self.max_train_steps)
+        chosen = batches[:num_steps].unbind()
+        member = pool.train(ctx, state.pool[slot], images, values, mean_squared_error, chosen, lr=self.lr_pool)
         state.pool[slot] = pool.fresh(ctx, step + 1, slot) if member["age"] >= self.max_age else member
         ctx.ranks.broadcast([state.tally])
         if (step + 1) % ADAPT_EVERY == 0:
             state.lr_inner *= adaptation(*state.tally.tolist())
-            state.tally = torch.zeros_like(state.tally)
+            state.tally.zero_()
 
     @torch.no_grad()
     def search(self, ctx: Context, state: RCIGState) -> None:
@@ -219,20 +220,21 @@ class RCIG(GradientMethod):
         move = self.solve(net, batch, state.lr_inner).point
         into_move = torch.func.grad(outer)(move, batch, state.learned["temperature"])
         product = net.hessian_product(batch)
-        state.lr_adjoint = highest_lr(FIRST_LR_ADJOINT, lambda lr: self.adjoint(lr).minimum(product, into_move).curve)
+        state.lr_adjoint = highest_lr(FIRST_LR_ADJOINT, lambda lr: self.adjoint(product, into_move, lr).curve)
 
-    def solve(self, net: Convexified, batch: Batch, lr: float) -> Minimum:
+    def solve(self, net: Convexified, batch: Batch, lr: Tensor | float) -> Minimum:
         """Minimise the inner loss over d, starting at 0."""
         grad_and_value = torch.func.grad_and_value(lambda move: net.inner_loss(move, batch))
         return minimise(grad_and_value, net.no_move(), num_steps=self.inner_steps, lr=lr)
 
-    def adjoint(self, lr: float) -> Descent:
-        return Descent(num_steps=self.adjoint_steps, lr=lr)
+    def adjoint(self, product: Callable[[Params], Params], g: Params, lr: Tensor | float) -> Minimum:
+        """Solve ``H v = g``; ``product`` multiplies by H."""
+        return descend(product, g, num_steps=self.adjoint_steps, lr=lr)
 
     def convexified(self, ctx: Context, state: RCIGState, step: int) -> Convexified:
         """The network of a step, convexified."""
-        member = state.pool[pool.draw(ctx, self.pool_size, step)]
-        return Convexified(ctx.task.network, member["params"], member["buffers"], ctx.task.augment, self.ridge)
+        params, buffers = from_host(step, "member", lambda step: pool.weights(ctx, state.pool, step))
+        return Convexified(ctx.task.network, params, buffers, ctx.task.augment, self.ridge)
 
     def real(self, ctx: Context, step: int) -> tuple[Tensor, Tensor]:
         return ctx.task.train.sample(self.batch_real, ctx.rng("real", step))
@@ -322,6 +324,11 @@ def falls(curve: Tensor) -> Tensor:
 def ends_above(curve: Tensor) -> Tensor:
     """Whether the last value exceeds the first by more than ``RISE`` allows."""
     return curve[-1] - curve[0] > RISE * curve.abs().max()
+
+
+def rates(ctx: Context, state: RCIGState) -> list[Tensor]:
+    """The learning rates of the inner problem and of the linear system, as tensors."""
+    return [torch.tensor(lr, dtype=ctx.task.network.dtype) for lr in (state.lr_inner, state.lr_adjoint)]
 
 
 def highest_lr(first: float, curve: Callable[[float], Tensor]) -> float:

@@ -26,7 +26,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from condense.inner import SGD
+from condense.inner import SGD, RandomTruncated
 from condense.method import Context, GradientState
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
@@ -82,6 +82,10 @@ class RTP(Bilevel):
         syn = ctx.new_set(*ctx.initial(self.start))
         return GradientState(syn=syn, optimisers=self.optimisers(syn))
 
+    def graphs(self, ctx: Context) -> bool:
+        """The classes of a step, if they are drawn, and a random window decide what is computed."""
+        return self.ways is None and not isinstance(self.adjoint, RandomTruncated)
+
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         task, classes = ctx.task, self.classes(ctx, step)
         theta, buffers = task.network.init(ctx.rng, "network", step)
@@ -94,12 +98,14 @@ class RTP(Bilevel):
 
     def classes(self, ctx: Context, step: int) -> list[int]:
         """The classes that take part in a step, ascending."""
-        return sorted(ctx.rng("task", step).subset(ctx.task.num_classes, self.ways or ctx.task.num_classes).tolist())
+        if self.ways is None:
+            return list(range(ctx.task.num_classes))
+        return sorted(ctx.rng("task", step).subset(ctx.task.num_classes, self.ways).tolist())
 
     def batches(self, ctx: Context, state: GradientState, step: int, classes: list[int]) -> list[Minibatch]:
         """The minibatches of the network's training steps; all share one draw of the augmentation."""
         images, targets = state.syn()
-        members = class_members(state.syn, len(images), classes)
+        members = [class_members(ctx, state)[c] for c in classes]
         size = sum(min(self.batch_per_class, len(index)) for index in members) * ctx.task.augment.copies
         drawn = ctx.task.augment.sample(ctx.rng("augment", step), size, ctx.task.input_shape, siamese=False)
         indices = (

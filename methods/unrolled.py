@@ -23,6 +23,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.augment import Params as Drawn
 from condense.inner import Adjoint, Exact, Params, Rule, unroll
+from condense.inner.rules import State
 from condense.method import Context, GradientMethod
 
 
@@ -49,8 +50,12 @@ class Unrolled(GradientMethod):
         rule: Rule,
         lr: Tensor | float,
         adjoint: Adjoint,
+        state: State | None = None,
     ) -> Params:
-        """Return the weights after training on the batches, with their augmentations and feature masks."""
+        """Return the weights after training on the batches, with their augmentations and feature masks.
+
+        ``state`` is that of the rule, for a training that is continued.
+        """
         return unroll(
             ctx.loss_fn,
             theta,
@@ -59,11 +64,17 @@ class Unrolled(GradientMethod):
             rule=rule,
             lr=lr,
             adjoint=adjoint,
+            state=state,
             compile=bool(ctx.compute.compile),
         )
 
-    def masked(self, ctx: Context, batches: list[Minibatch], step: int, part: int = 0) -> list[Minibatch]:
-        """Return the batches of a part with a feature mask for each image of each batch; unchanged if ``mask`` is 0."""
+    def masked(
+        self, ctx: Context, batches: list[Minibatch], step: int, part: int = 0, first: int = 0
+    ) -> list[Minibatch]:
+        """Return the batches of a part with a feature mask for each image of each batch; unchanged if ``mask`` is 0.
+
+        ``first`` is the number of the inner step that the first of these batches belongs to.
+        """
         if not self.mask:
             return batches
         task = ctx.task
@@ -74,7 +85,7 @@ class Unrolled(GradientMethod):
 
         return [
             batch._replace(feature_mask=feature_mask(n, batch).to(batch.images.device))
-            for n, batch in enumerate(batches)
+            for n, batch in enumerate(batches, first)
         ]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu, growth, harness, inputs, jobs, measure, report, startup, textbook
+from benchmarks import gpu, growth, harness, inputs, jobs, measure, parts, report, startup, textbook
 from condense import cli
 from condense.augment import Augment, Params
 from condense.compute import Compute
@@ -193,6 +193,16 @@ def test_rows_are_written_as_they_come_and_read_again(tmp_path: Path) -> None:
         read == dataclasses.replace(made, folder=None)
         and "| a | time, ms |  | 2 |  | <= 3 ms | yes | 5 |" in read.text()
     )
+
+
+@pytest.mark.parametrize("name", parts.METHODS)
+def test_a_step_is_compared_with_its_parts(here: None, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parts.main(["--quick", "--repeats", "1", "--only", name])
+    head, *rows = capsys.readouterr().out.splitlines()
+    *times, ratios = [[float(number) for number in row.split()[-2:]] for row in rows]
+    assert head.startswith(f"{name}, 1 turns")
+    assert len(times) >= 4 and rows[0].split()[0] == "step"
+    assert ratios[0] == pytest.approx(times[0][0] / sum(wall for wall, _ in times[1:]), rel=0.2)
 
 
 @linux

@@ -62,6 +62,21 @@ def test_warnings_of_torchs_library_are_left_out_where_processes_work_together(m
     assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "'10000'"), ({"GOMP_SPINCOUNT": "7"}, "'7'"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "'0'")]
+)
+def test_threads_that_wait_soon_sleep(given: dict[str, str], expected: str) -> None:
+    """The library reads the variable when torch is imported, and says what it read."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-m", "condense", "list", "decoders"]
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **given}
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("torch has another OpenMP")
+    assert f"GOMP_SPINCOUNT = {expected}" in said
+
+
 def test_the_main_job(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--dataset", str(tiny_file), "--network", TINY]
     main(["buffer", *data, "--num-experts", "2", "--num-epochs", "3", "--batch-size", "12", "--out", "artifacts"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torchvision.models.efficientnet import MBConv, MBConvConfig
 
 from condense.augment import Augment
@@ -30,6 +30,7 @@ from condense.inner import (
     Rule,
     Tesla,
     Truncated,
+    advance,
     rollout,
     unroll,
 )
@@ -234,6 +235,19 @@ def test_adam_is_differentiable_where_a_gradient_is_zero() -> None:
         for rule in (Adam(), Adam(eps_root=0.0))
     )
     assert finite and not infinite
+
+
+@pytest.mark.parametrize("rule", [SGD(momentum=0.9), Adam()], ids=["momentum", "adam"])
+def test_a_run_is_continued_from_where_another_ended(rule: Rule) -> None:
+    theta, batches = mlp_theta(), mlp_batches(5, grad=True)
+    whole = unroll(mlp, theta, batches, rule=rule, lr=0.1, adjoint=Truncated(3))
+    start, state = advance(mlp, (theta, rule.init(theta)), batches[:2], rule=rule, lr=0.1)
+    assert not any(x.requires_grad for x in tree_leaves((start, state)))
+    continued = unroll(mlp, start, batches[2:], rule=rule, lr=0.1, state=state)
+    for x, y in batches[2:]:
+        grads = [torch.autograd.grad(total(end), (x, y), retain_graph=True) for end in (whole, continued)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(p, whole[name]) for name, p in continued.items())
 
 
 def test_only_what_requires_grad_gets_one() -> None:

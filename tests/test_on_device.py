@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.method import Context, GradientMethod
+from condense.methods.bilevel import class_members
 from condense.networks import Functional
 from condense.registry import load as method
 from condense.rng import Draws, Rng
@@ -28,7 +29,10 @@ from tests.test_contract import SMALL
 
 META = torch.device("meta")
 AUGMENT = Augment(("color", "crop", "cutout", "flip", "scale", "rotate"))
-GRAPHED = ("dm", "datadam", "cim", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm", "frepo", "rfad")
+GRAPHED = (
+    *("dm", "datadam", "cim", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm"),
+    *("frepo", "rfad", "rcig", "dd", "rtp", "rat-bptt"),
+)
 NETWORK = "convnet:depth=1,width=4"
 
 
@@ -94,6 +98,23 @@ def test_the_network_of_the_next_step_is_drawn_on_the_device(name: str) -> None:
     plan, ctx, state = prepared(name)
     with no_draw_on_the_host():
         plan.after(ctx, state, 0)
+
+
+@pytest.mark.parametrize("name", ["frepo", "rcig"])
+def test_the_minibatches_of_a_pool_are_drawn_on_the_device(name: str) -> None:
+    plan, ctx, state = prepared(name)
+    with no_draw_on_the_host():
+        plan.after(ctx, state, 0)
+    assert all(member["age"] for member in state.pool), "trained, not replaced by a network that the host draws"
+
+
+@pytest.mark.parametrize("name", ["rtp", "rat-bptt"])
+def test_the_images_of_a_class_are_found_once(name: str) -> None:
+    """To find them is to wait for the device."""
+    plan, ctx, state = prepared(name)
+    class_members(ctx, state)
+    state.syn._members = None
+    plan._differentiate(ctx, state, 0)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])

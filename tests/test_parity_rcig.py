@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from condense.augment import Augment
-from condense.inner import Descent, Params, minimise, mixed_gradient
+from condense.inner import Params, descend, minimise, mixed_gradient
 from condense.inner.implicit import PLAIN_ADAM
 from condense.method import Optim
 from condense.methods.rcig import HEAD, Convexified, outer_loss
@@ -53,9 +53,8 @@ def test_curves_and_gradients_are_the_recorded_ones(case: str) -> None:
     (into_move, direct, into_tau), value = outer(inner.point, batch, tau)
     assert value.item() == pytest.approx(float(arrays[f"{case}/outer_loss"]), rel=1e-7)
     assert into_tau.item() == pytest.approx(float(arrays[f"{case}/direct_tau"]), rel=1e-7)
-    found = Descent(num_steps=hyper["adjoint_steps"], lr=hyper["lr_adjoint"]).minimum(
-        net.hessian_product(batch), into_move
-    )
+    product = net.hessian_product(batch)
+    found = descend(product, into_move, num_steps=hyper["adjoint_steps"], lr=hyper["lr_adjoint"])
     assert difference(2 * found.curve, arrays[f"{case}/adjoint_residuals"]) < 1e-8
     leaves = tuple(x.clone().requires_grad_() for x in batch)
     mixed = mixed_gradient(net.inner_loss, inner.point, leaves, found.point)

@@ -19,6 +19,7 @@ from condense.inner.implicit import (
     Descent,
     Minimum,
     Solver,
+    descend,
     hessian_product,
     implicit_gradient,
     minimise,
@@ -26,7 +27,7 @@ from condense.inner.implicit import (
     pushforward,
 )
 from condense.inner.rules import SGD, Adam, Params, Rule
-from condense.inner.unroll import unroll
+from condense.inner.unroll import advance, unroll
 
 __all__ = [
     "ADJOINTS",
@@ -46,6 +47,8 @@ __all__ = [
     "Solver",
     "Tesla",
     "Truncated",
+    "advance",
+    "descend",
     "hessian_product",
     "implicit_gradient",
     "minimise",

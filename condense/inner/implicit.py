@@ -58,7 +58,7 @@ def minimise(
     start: Params,
     *,
     num_steps: int,
-    lr: float,
+    lr: Tensor | float,
     rule: Rule = PLAIN_ADAM,
 ) -> Minimum:
     """Take ``num_steps`` steps of ``rule`` from ``start``, without building a graph.
@@ -71,12 +71,23 @@ def minimise(
     with torch.no_grad():
         params, state = start, rule.init(start)
         like = next(iter(start.values()))
-        lr_tensor = torch.tensor(lr, dtype=like.dtype, device=like.device)
+        lr = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
         for _ in range(num_steps):
             grads, value = grad_and_value(params)
-            params, state = rule.update(grads, state, params, lr_tensor)
+            params, state = rule.update(grads, state, params, lr)
             values.append(value)
     return Minimum(params, torch.stack(values))
+
+
+def descend(product: Product, g: Params, *, num_steps: int, lr: Tensor | float, rule: Rule = PLAIN_ADAM) -> Minimum:
+    """Minimise the quadratic ``v H v / 2 - <v, g>``, whose minimum solves ``H v = g``, from zero."""
+
+    def quadratic(v: Params) -> tuple[Params, Tensor]:
+        curved = product(v)
+        return _add(curved, g, -1.0), _dot(v, curved) / 2 - _dot(v, g)
+
+    zero = {name: torch.zeros_like(x) for name, x in g.items()}
+    return minimise(quadratic, zero, num_steps=num_steps, lr=lr, rule=rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,18 +162,8 @@ class Descent(Solver):
                 f"{self.name} needs num_steps >= 1 and lr > 0, got {self.num_steps} and {self.lr}; give 20 and 1e-3"
             )
 
-    def minimum(self, product: Product, g: Params) -> Minimum:
-        """Return v and the values of the quadratic before each step."""
-
-        def quadratic(v: Params) -> tuple[Params, Tensor]:
-            curved = product(v)
-            return _add(curved, g, -1.0), _dot(v, curved) / 2 - _dot(v, g)
-
-        zero = {name: torch.zeros_like(x) for name, x in g.items()}
-        return minimise(quadratic, zero, num_steps=self.num_steps, lr=self.lr, rule=self.rule)
-
     def solve(self, product: Product, g: Params) -> Params:
-        return self.minimum(product, g).point
+        return descend(product, g, num_steps=self.num_steps, lr=self.lr, rule=self.rule).point
 
 
 def hessian_product(loss_fn: LossFn, theta: Params, inputs: Any) -> Product:

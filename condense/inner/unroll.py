@@ -10,8 +10,8 @@ from torch import Tensor
 
 from condense.inner.adjoint import Adjoint, Exact
 from condense.inner.hidden import refuse_hidden_inputs
-from condense.inner.rollout import LossFn, Prepare, Rollout
-from condense.inner.rules import SGD, Params, Rule
+from condense.inner.rollout import LossFn, Point, Prepare, Rollout
+from condense.inner.rules import SGD, Params, Rule, State
 
 
 def _identity(batch: Any) -> Any:
@@ -27,6 +27,7 @@ def unroll(
     rule: Rule = SGD(),
     lr: Tensor | float,
     adjoint: Adjoint = Exact(),
+    state: State | None = None,
     compile: bool = False,  # noqa: A002
 ) -> Params:
     """Train from ``theta0``, one step per batch; differentiable in ``theta0``, the batches and ``lr``.
@@ -46,6 +47,7 @@ def unroll(
         rule: the optimiser.
         lr: one learning rate for all steps, or a tensor (N,) with one for each of the N batches.
         adjoint: how to compute the gradient.
+        state: the state of the rule before the first step, for a run that is continued; None: ``rule.init``.
         compile: run the steps through ``torch.compile``. A step that does not compile runs eagerly, with a warning.
             This pays off for many roll-outs of the same code and shapes.
 
@@ -70,4 +72,24 @@ def unroll(
         )
     refuse_hidden_inputs(loss_fn, prepare, theta, batches[0])
     lrs = lr.unbind() if lr.dim() else (lr,) * len(batches)
-    return adjoint.run(Rollout(loss_fn, prepare, rule, (theta, rule.init(theta)), tuple(batches), lrs, compile))
+    start = theta, rule.init(theta) if state is None else state
+    return adjoint.run(Rollout(loss_fn, prepare, rule, start, tuple(batches), lrs, compile))
+
+
+def advance(
+    loss_fn: LossFn,
+    start: Point,
+    batches: Sequence[Any],
+    *,
+    prepare: Prepare = _identity,
+    rule: Rule,
+    lr: Tensor | float,
+    compile: bool = False,  # noqa: A002
+) -> Point:
+    """Train without a graph and return the parameters and the state of the rule after the last step.
+
+    ``start`` has the same two parts. The other arguments are those of ``unroll``; ``lr`` is one number.
+    """
+    like = next(iter(start[0].values()))
+    lrs = (torch.as_tensor(lr, dtype=like.dtype, device=like.device),) * len(batches)
+    return Rollout(loss_fn, prepare, rule, start, tuple(batches), lrs, compile).after(len(batches)).start

@@ -348,8 +348,8 @@ class Functional:
     def _weights(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return all tensors of a skeleton, under all of their names."""
         values = {**self._frozen, **params, **buffers}
-        values |= {alias: values[name] for alias, name in self._aliases.items() if name in values}
-        return {f"network.{name}": value for name, value in values.items()}
+        aliases = {alias: values[name] for alias, name in self._aliases.items() if name in values}
+        return {f"network.{name}": value for name, value in {**values, **aliases}.items()}
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
         return sdpa_kernel(SDPBackend.MATH) if self._is_external else contextlib.nullcontext()
