@@ -118,7 +118,7 @@ def distill(
     options = dataclasses.replace(options, **{k: _option(k, v) for k, v in fields.items() if k in names})
     fields = {k: v for k, v in fields.items() if k not in names}
     if "ipc" in fields:
-        fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
+        fields["ipc"] = accepted(fields["ipc"], int | None, "distill", "ipc")
     if isinstance(network, str):
         fields["network"] = network
     if dataset is None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from condense import engine, registry
+from condense import api, engine, registry
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.data.datasets import load
+from condense.data.datasets import Arrays, load
 from condense.method import Context, Method
 from condense.methods.selection import (
     EL2N,
@@ -24,6 +25,7 @@ from condense.methods.selection import (
     KMeans,
     Random,
     ScoreSelection,
+    Selection,
     el2n,
     forgetting_events,
     highest,
@@ -66,6 +68,7 @@ def make_context(
     decode: Decode | None = None,
     labels_kind: Labels | None = None,
     seed: int = 0,
+    fraction: float | None = None,
 ) -> Context:
     task = make_task(
         load((images, labels)),
@@ -76,7 +79,8 @@ def make_context(
         device=torch.device("cpu"),
     )
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
-    return Context(task, Rng(seed), ipc, decode or Pixels(), labels_kind or Hard(), Compute(), origin)
+    kinds = decode or Pixels(), labels_kind or Hard()
+    return Context(task, Rng(seed), ipc, *kinds, Compute(), origin, fraction=fraction)
 
 
 def select(method: Method, ctx: Context) -> Tensor:
@@ -113,6 +117,16 @@ def test_picks_different_real_images_of_each_class(method: Method) -> None:
         chosen = {x.numpy().tobytes() for x in images}
         assert len(chosen) == 5
         assert chosen <= members
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_picks_a_fraction_of_each_class(method: Method) -> None:
+    assert isinstance(method, Selection)
+    ctx = make_context(*draw_images(), fraction=0.5)
+    picked, syn = list(method.pick(ctx)), engine.compute(method, ctx)
+    assert [len(set(index.tolist())) for index in picked] == [4, 6, 4]
+    assert torch.equal(ctx.task.train.labels[torch.cat(picked)], syn.classes)
+    assert torch.equal(ctx.task.train.images[torch.cat(picked)], syn()[0])
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
@@ -352,3 +366,55 @@ def test_teacher_labels_are_what_a_trained_network_says_of_the_images(method: Me
     assert targets.shape == (len(soft()[0]), 3)
     assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
     assert 0.4 < targets.gather(1, hard()[1][:, None]).mean() < 1 - 1e-4
+
+
+@pytest.fixture
+def uneven() -> Arrays:
+    """Three classes of 9, 12 and 7 training images, and six test images."""
+    images, labels = ((255 * draw_images()[0]).byte().numpy(), draw_images()[1].numpy())
+    return load((images, labels, images[:6], labels[[0, 10, 25, 1, 11, 26]]))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "counts"), [(0.5, [4, 6, 4]), (0.3, [3, 4, 2]), (0.01, [1, 1, 1]), (1.0, [9, 12, 7])]
+)
+def test_a_fraction_is_that_of_each_class(fraction: float, counts: list[int], uneven: Arrays, tmp_path: Path) -> None:
+    out, common = tmp_path / "run", {"network": "mlp", "device": "cpu"}
+    syn = api.distill("random", dataset=uneven, fraction=fraction, out=out, **common)
+    assert syn.classes.bincount().tolist() == counts
+    assert len({image.numpy().tobytes() for image in syn()[0].detach()}) == sum(counts)
+    assert syn.origin.fraction == fraction and syn.origin.ipc is None and syn.ipc == max(1, sum(counts) // 3)
+    rows = api.evaluate(out, uneven, networks="mlp", num_seeds=1, baselines="k-center").results
+    assert [row.num_images for row in rows] == [sum(counts)] * 2
+    assert f"random, fraction {fraction:g}" in api.report(out).read_text()
+
+
+def test_a_run_by_a_fraction_is_named_after_it_and_resumed(
+    uneven: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, again = (
+        api.distill("random", dataset=uneven, fraction=0.5, network="mlp", resume=resume) for resume in (False, True)
+    )
+    assert torch.equal(first.latents, again.latents)
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.endswith("-fraction0.5-seed0")
+    with pytest.raises(ValueError, match="started with fraction = 0.5, not 0.4"):
+        api.distill("random", dataset=uneven, fraction=0.4, network="mlp", resume=True, out=folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "line"),
+    [
+        ("dm", {}, "dm makes equally many images of each class, not a fraction of the real ones; give ipc=10"),
+        (
+            "random",
+            {"decode": "factor"},
+            "random stores a fraction of the real images as they are; give decode='pixels'",
+        ),
+        ("random", {"ipc": 3}, "ipc=3 and fraction=0.5 are two budgets; give one of them"),
+    ],
+)
+def test_what_a_fraction_cannot_be_is_refused(method: str, fields: dict[str, Any], line: str, uneven: Arrays) -> None:
+    with pytest.raises(ValueError, match=line):
+        api.distill(method, dataset=uneven, fraction=0.5, **fields)
