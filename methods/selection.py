@@ -112,23 +112,10 @@ class FeatureSelection(Selection):
 
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        train, embed = ctx.task.train, self.embedding(ctx)
+        train, embed = ctx.task.train, embedding(ctx, self.features, self.num_epochs)
         for c, (members, num) in enumerate(zip(train.by_class, ctx.images_of_class, strict=True)):
             seed = ctx.rng.key("select", 0, c)
             yield members[self.choose(embed(train.images[members]), num, seed).to(members.device)]
-
-    def embedding(self, ctx: Context) -> Callable[[Tensor], Tensor]:
-        """Return the function from images (n, C, H, W) to features (n, F)."""
-        if self.features == "pixels":
-            return lambda images: images.flatten(1)
-        network, (weights,) = ctx.task.network, trained(ctx, self.num_epochs)
-
-        @torch.no_grad()
-        def embed(images: Tensor) -> Tensor:
-            batches = [network.features(*weights, x, train=False) for x in images.split(BATCH)]
-            return torch.cat(batches).float()
-
-        return embed
 
     @abstractmethod
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
@@ -252,6 +239,20 @@ class EL2N(ScoreSelection):
         networks = trained(ctx, self.num_epochs, self.num_networks)
         errors = torch.stack([el2n(scorer.logits(weights, train.images), train.labels) for weights in networks])
         return errors.mean(0) if self.order == "hardest" else -errors.mean(0)
+
+
+def embedding(ctx: Context, kind: Literal["network", "pixels"], num_epochs: int) -> Callable[[Tensor], Tensor]:
+    """Return the function from images (n, *input_shape) to features (n, F); see ``FeatureSelection.features``."""
+    if kind == "pixels":
+        return lambda images: images.flatten(1)
+    network, (weights,) = ctx.task.network, trained(ctx, num_epochs)
+
+    @torch.no_grad()
+    def embed(images: Tensor) -> Tensor:
+        batches = [network.features(*weights, x, train=False) for x in images.split(BATCH)]
+        return torch.cat(batches).float()
+
+    return embed
 
 
 def trained(

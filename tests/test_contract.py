@@ -61,6 +61,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "k-means": {"num_epochs": 1},
     "forgetting": {"num_epochs": 2},
     "el2n": {"num_networks": 2, "num_epochs": 1},
+    "ccs": {"num_networks": 2, "num_epochs": 1, "num_strata": 3},
+    "graph-cut": {"num_epochs": 1},
+    "dq": {"num_epochs": 1, "num_bins": 3},
 }
 NAMES = sorted(registry.METHODS)
 LEARNING = [name for name in NAMES if registry.load(name).learns]
