@@ -413,7 +413,7 @@ class Method(Checked, ABC):
     ) -> str | None:
         """Return why the method cannot be used with this decoder, labels, transform or objective, and what to give
         instead; None if it can."""
-        if objective not in self.objectives:
+        if objective not in self.objectives or OBJECTIVES[objective].needs_teacher:
             return f"does not take the objective {objective}; give {spelt('objective', 'cross-entropy')}, the default"
         if labels.learned and not self.learns_labels:
             return f"gives labels no gradient: {labels.name} would never change; give {spelt('labels', 'hard')}"
