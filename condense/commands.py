@@ -381,7 +381,7 @@ def import_(words: list[str]) -> None:
 
 
 def apply(words: list[str]) -> None:
-    usage = "apply continual|nas|privacy|ranking RUN_OR_FILE"
+    usage = "apply continual|nas|privacy|ranking RUN_OR_FILE, or apply pruning DATASET"
     if words[:1] == ["pruning"]:
         return _prune(words[1:])
     name, application = name_and_application(_positional(words, usage, "e.g. condense apply continual runs/dm"))
