@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from condense import __version__, exchange, experiment, picture, recipe, runs, sets
 from condense.augment import Augment
 from condense.baselines import Budget as Budget
@@ -22,6 +25,7 @@ from condense.data.transform import Transform, check_transform
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
 from condense.eval.applications import Application, Findings, Setting, name_and_application
+from condense.eval.applications.pruning import PRUNING, Pruning
 from condense.eval.baselines import FULL, compare
 from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named, own_network
@@ -31,6 +35,8 @@ from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
 from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, write_text
 from condense.method import Method
+from condense.methods.selection import Selection
+from condense.names import spelt
 from condense.networks import Factory, Functional
 from condense.recipe import Recipe
 from condense.rng import check_seed
@@ -118,7 +124,7 @@ def distill(
     options = dataclasses.replace(options, **{k: _option(k, v) for k, v in fields.items() if k in names})
     fields = {k: v for k, v in fields.items() if k not in names}
     if "ipc" in fields:
-        fields["ipc"] = accepted(fields["ipc"], int, "distill", "ipc")
+        fields["ipc"] = accepted(fields["ipc"], int | None, "distill", "ipc")
     if isinstance(network, str):
         fields["network"] = network
     if dataset is None:
@@ -293,6 +299,68 @@ def apply(
         about = {"set": syn.origin.recipe_hash, "dataset": arrays.name, "code": __version__, "application": name}
         content = {**about, **dataclasses.asdict(application), "seed": seed, **findings.content()}
         write_text(target, json.dumps(content, indent=1) + "\n")
+    return findings
+
+
+@checked
+def prune(
+    dataset: Data = "digits",
+    plan: Pruning = PRUNING,
+    *,
+    transform: str = "channel",
+    compute: Compute = Compute(),
+    out: Path | str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    download: bool = False,
+    **fields: Any,
+) -> Findings:
+    """Measure accuracy against the share of the training images that selection methods keep, with and without a
+    teacher.
+
+    ``fields`` are fields of ``Pruning``: ``prune("digits", fractions=(0.1, 0.3), methods=("random", "el2n"))``. The
+    accuracies are written to the folder ``out`` as ``apply-pruning.json`` and drawn in ``pruning.svg``. Networks are
+    cached, so that a call that was stopped continues with the missing ones.
+
+    Raises:
+        ValueError: unknown field or method; a method that selects no real images; the folder cannot be written.
+    """
+    plan = replaced(plan, fields)
+    check_seed(seed)
+    folder = None if out is None else expanded(out)
+    if folder is not None:
+        check_new_folder(folder)
+        check_replaceable(folder / "apply-pruning.json", "file of results", b"{")
+    common: dict[str, Any] = {"transform": transform, "split": Split(val_fraction=0.0), "network": plan.network}
+
+    def recipe_of(method: str, fraction: float) -> Recipe:
+        fields = {**common, "dataset": name_of(dataset), "fraction": fraction, "compute": compute, "seed": seed}
+        return experiment.recipe_for(method, name_of(dataset), fields)
+
+    for method in plan.methods:
+        found = recipe_of(method, min(plan.fractions))
+        experiment.check(found)
+        if not isinstance(found.method, Selection):
+            raise ValueError(f"{method} selects no real images; give {spelt('methods', ('random', 'el2n'))}")
+    chosen = prepare_device(device)
+    arrays = open_data(dataset, download)
+    network = Functional(plan.network, arrays.input_shape, arrays.num_classes, chosen)
+    task = experiment.open_task(arrays, network, **{k: v for k, v in common.items() if k != "network"}, augment="none")
+
+    def select(method: str, fraction: float) -> Tensor:
+        resolved = experiment.resolve(recipe_of(method, fraction), arrays, device=chosen)
+        ctx = experiment.prepare(resolved, like=task)
+        assert isinstance(resolved.plan.method, Selection)
+        with ctx.compute.arithmetic():
+            return torch.cat(list(resolved.plan.method.pick(ctx)))
+
+    with compute.arithmetic():
+        findings = plan.run(task, arrays, select, seed=seed, compute=compute, cache=cache_folder())
+    if folder is not None:
+        about = {"dataset": arrays.name, "code": __version__, "application": "pruning", "seed": seed}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "apply-pruning.json", json.dumps({**about, **findings.content()}, indent=1) + "\n")
+        write_text(folder / "pruning.svg", plan.figure(findings))
     return findings
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -99,7 +99,7 @@ def _recipes(
             dataset=origin.dataset_name,
             transform=origin.transform_name,
             split=origin.split,
-            ipc=_affordable(syn, plan) if budget == "bytes" else syn.ipc,
+            **_budget(syn, plan, budget),
             seed=seed,
         )
         check(recipes[name], network)
@@ -127,11 +127,19 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     cached = cache.read(key, load)
     if cached is not None:
         return cached.to(device)
-    title = f"{name} {ctx.task.name} ipc {plan.ipc}"
+    title = f"{name} {ctx.task.name} {plan.budget}"
     with plan.compute.arithmetic(), progress(title, plan.method.total_steps(ctx)) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
     cache.write(key, lambda folder: save(made, folder / "synthetic.safetensors"), about=title)
     return made
+
+
+def _budget(syn: SyntheticSet, plan: Recipe, budget: Budget) -> dict[str, Any]:
+    """Return the fields of a recipe that give the budget of ``syn``."""
+    if budget == "bytes":
+        return {"ipc": _affordable(syn, plan), "fraction": None}
+    fraction = syn.origin.fraction
+    return {"ipc": syn.ipc if fraction is None else None, "fraction": fraction}
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:

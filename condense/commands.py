@@ -28,6 +28,7 @@ from condense.data import datasets, layout
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
 from condense.eval.applications import Application, name_and_application
+from condense.eval.applications.pruning import Pruning
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import check_new_file, check_new_folder, expanded
 from condense.inner import ADJOINTS
@@ -131,6 +132,23 @@ class Apply:
     file."""
     out: Path | None = None
     """File for the results. The default is apply-NAME.json in the run folder."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    compute: Switch[Compute] = Compute()
+    """Numerical precision and speed."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a missing data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    plan: Annotated[Pruning, Flat]
+    transform: str = "channel"
+    """Transform of the images: none, channel, zca or zca-relative."""
+    out: Path | None = None
+    """Folder for apply-pruning.json and pruning.svg. The default is runs/pruning-DATASET."""
     seed: int = 0
     """Seed of all random numbers."""
     compute: Switch[Compute] = Compute()
@@ -365,7 +383,9 @@ def import_(words: list[str]) -> None:
 
 
 def apply(words: list[str]) -> None:
-    usage = "apply continual|nas|privacy|ranking RUN_OR_FILE"
+    usage = "apply continual|nas|privacy|ranking RUN_OR_FILE, or apply pruning DATASET"
+    if words[:1] == ["pruning"]:
+        return _prune(words[1:])
     name, application = name_and_application(_positional(words, usage, "e.g. condense apply continual runs/dm"))
     usual, prog = Apply(choices=application), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
@@ -375,6 +395,20 @@ def apply(words: list[str]) -> None:
     fields = _fields(command)
     findings = api.apply(fields.pop("choices"), target, **fields)
     print_table(findings.title, findings.columns, findings.rows)
+
+
+def _prune(words: list[str]) -> None:
+    flags, name = recipe.take(words, "--protocol")
+    usual, prog = Prune(plan=Pruning(protocol=protocol.fixed(name or "pruned"))), "condense apply pruning DATASET"
+    if _asks_for_help(flags):
+        recipe.parse(Prune, ["--help"], usual, prog=prog)
+    dataset = _positional(flags, "apply pruning DATASET", "give a data set, e.g. digits")
+    command = recipe.parse(Prune, flags[1:], usual, prog=prog)
+    fields = _fields(command)
+    fields["out"] = command.out or Path("runs") / f"pruning-{datasets.name_of(dataset)}"
+    findings = api.prune(dataset, **fields)
+    print_table(findings.title, findings.columns, findings.rows)
+    say(f"{fields['out']}: apply-pruning.json, pruning.svg")
 
 
 def _holds_experts(path: Path) -> bool:

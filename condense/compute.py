@@ -277,7 +277,7 @@ def compiling() -> Iterator[None]:
     """
     from torch._inductor import config  # importing it creates the cache folder, which ``keep_compiled`` chooses
 
-    with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS), config.patch(fallback_random=True):
+    with torch._dynamo.config.patch(cache_size_limit=MAX_VARIANTS), config.patch(fallback_random=True):
         yield
 
 

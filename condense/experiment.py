@@ -35,6 +35,7 @@ from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.runs import RunOptions
 from condense.schema import replaced
+from condense.synthetic.decode import Pixels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
 from condense.tracking import Sink, check_sinks, open_sinks, progress
@@ -84,6 +85,9 @@ def recipe_for(method: str | Path | Method | Recipe, dataset: str | None, fields
         base = Recipe(method=method)
     else:
         base, _ = find_recipe(str(method), dataset, fields.get("ipc"))
+    given = [name for name in recipe.BUDGETS if fields.get(name) is not None]
+    if len(given) == 1:
+        fields = {**dict.fromkeys(recipe.BUDGETS), **fields}
     ours = [f.name for f in dataclasses.fields(Recipe) if f.name != "method"]
     chosen = {name: recipe.choice(name, value) for name, value in fields.items()}
     of_method = {name: value for name, value in chosen.items() if name not in ours}
@@ -107,8 +111,19 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
             f"give {spelt('split.val_fraction', 0.1)}"
         )
     reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
+    if reason is None and plan.fraction is not None:
+        reason = _why_no_fraction(plan)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
+
+
+def _why_no_fraction(plan: Recipe) -> str | None:
+    """Return why the budget of a recipe cannot be a fraction of each class; None if it can."""
+    if not plan.method.selects:
+        return f"makes equally many images of each class, not a fraction of the real ones; give {spelt('ipc', 10)}"
+    if not isinstance(plan.decode, Pixels):
+        return f"stores a fraction of the real images as they are; give {spelt('decode', 'pixels')}"
+    return None
 
 
 def check_run(
@@ -191,10 +206,18 @@ def resolve(
 
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:
     """Resolve ``compute`` from the estimated work of the run, or from ``earlier`` where it is given."""
-    latents = plan.decode.latents_per_class(plan.ipc, arrays.input_shape, arrays.num_classes)
-    per_class = latents * plan.decode.expansion
-    work = plan.method.estimated_work(len(arrays.x_train), arrays.num_classes, per_class)
+    num_images, classes = len(arrays.x_train), arrays.num_classes
+    latents = plan.decode.latents_per_class(_ipc(plan, num_images, classes), arrays.input_shape, classes)
+    work = plan.method.estimated_work(num_images, classes, latents * plan.decode.expansion)
     return plan.compute.resolved(network.flops * work, network.device, earlier)
+
+
+def _ipc(plan: Recipe, num_images: int, num_classes: int) -> int:
+    """Return the budget in images per class; where it is a fraction of the images, the mean over classes."""
+    if plan.fraction is None:
+        assert plan.ipc is not None
+        return plan.ipc
+    return max(1, round(plan.fraction * num_images / num_classes))
 
 
 def prepare(
@@ -223,7 +246,7 @@ def prepare(
     return Context(
         task=task,
         rng=Rng(plan.seed),
-        ipc=plan.ipc,
+        ipc=_ipc(plan, len(task.train), task.num_classes),
         decode=plan.decode,
         labels=plan.labels,
         compute=plan.compute,
@@ -231,6 +254,7 @@ def prepare(
         artifacts=opened,
         ranks=ranks,
         objective=OBJECTIVES[plan.objective](),
+        fraction=plan.fraction,
     )
 
 
@@ -257,7 +281,7 @@ def run(
         ValueError: see ``condense.engine.run``.
     """
     plan, ranks, device = experiment.plan, ctx.ranks, experiment.network.device
-    title = f"{registry.name_of(plan.method)} {ctx.task.name} ipc {plan.ipc}"
+    title = f"{registry.name_of(plan.method)} {ctx.task.name} {plan.budget}"
     ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
     with plan.compute.arithmetic():
         state = plan.method.init(ctx)

@@ -138,6 +138,8 @@ class Context:
     ranks: Ranks = Ranks()
     objective: Objective = field(default_factory=CrossEntropy)
     """Training objective of the networks of the method."""
+    fraction: float | None = None
+    """Budget as a fraction of the real images of each class. If it is given, ``ipc`` is the mean over classes."""
     scratch: Path | None = None
     """Folder in which the method may store what would make its state too large; None: a temporary one."""
 
@@ -166,13 +168,27 @@ class Context:
         """Number of decoded images per class: the latents per class times the images decoded from each."""
         return self.latents_per_class * self.decode.expansion
 
+    @cached_property
+    def images_of_class(self) -> tuple[int, ...]:
+        """Number of decoded images of each class: ``images_per_class``, or the fraction of the real images, rounded,
+        at least 1."""
+        if self.fraction is None:
+            return (self.images_per_class,) * self.task.num_classes
+        return tuple(max(1, round(self.fraction * len(members))) for members in self.task.train.by_class)
+
+    @property
+    def classes(self) -> Tensor:
+        """The classes of the decoded images of a set, in ascending order."""
+        counts = torch.tensor(self.images_of_class, device=self.task.device)
+        return torch.arange(self.task.num_classes, device=self.task.device).repeat_interleave(counts)
+
     def new_set(
         self, images: Tensor, labels: Tensor, *, lr: float | Tensor | None = None, interleave: bool = False
     ) -> SyntheticSet:
         """Create a set with the decoder and the labels of the recipe.
 
         Args:
-            images: (images_per_class * C, *input_shape) in the transformed space, grouped by class.
+            images: (n, *input_shape) in the transformed space, grouped by class: ``images_of_class`` of each.
             labels: labels of the images: classes (n,), logits (n, C), or targets (n, D) of another width.
             lr: initial value of the learned learning rate, if the method learns one.
             interleave: order the latents so that each C consecutive ones hold one of every class.
@@ -181,9 +197,9 @@ class Context:
             ValueError: wrong number or shape of images or labels, or images not grouped by class.
         """
         self._require_grouped(images, labels)
-        copies, each, classes = self.decode.expansion, self.latents_per_class, self.task.num_classes
-        grouped = images.unflatten(0, (classes, each, copies)).flatten(0, 1)
-        labels = labels.unflatten(0, (classes * each, copies))[:, 0]
+        copies = self.decode.expansion
+        grouped = images.unflatten(0, (-1, copies))
+        labels = labels.unflatten(0, (-1, copies))[:, 0]
         decoder = self.new_decoder()
         latents = self.decode.encode(
             grouped.transpose(0, 1).flatten(0, 1),
@@ -192,7 +208,8 @@ class Context:
             self.rng.generator("decoder"),
         )
         if interleave:
-            order = torch.arange(classes * each, device=images.device).view(classes, each).T.flatten()
+            numbers = [torch.arange(num // copies, device=images.device) for num in self.images_of_class]
+            order = torch.cat(numbers).argsort(stable=True)
             latents, labels = latents[order], labels[order]
         return SyntheticSet(
             latents, labels, self.origin, decode=self.decode, decoder=decoder, label_kind=self.labels, lr=lr
@@ -206,12 +223,13 @@ class Context:
 
     def _require_grouped(self, images: Tensor, labels: Tensor) -> None:
         """Raise ValueError if the shapes are wrong or the images are not grouped by class."""
-        each, classes = self.images_per_class, self.task.num_classes
-        wanted = (each * classes, *self.task.input_shape)
+        counts, classes = self.images_of_class, self.classes.to(labels.device)
+        wanted = (len(classes), *self.task.input_shape)
         if images.shape != wanted:
+            each = " or ".join(map(str, sorted({min(counts), max(counts)})))
             raise ValueError(
-                f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: each of {classes} classes "
-                f"needs {each} images; give ctx.images_per_class images of every class, as ctx.initial does"
+                f"the images of a new set have shape {tuple(images.shape)}, not {wanted}: each of {len(counts)} "
+                f"classes needs {each} images; give ctx.images_of_class images of every class, as ctx.initial does"
             )
         width = self.origin.target_width
         if labels.shape not in (wanted[:1], (wanted[0], width)):
@@ -219,11 +237,10 @@ class Context:
                 f"the labels of a new set have shape {tuple(labels.shape)}: {len(images)} images need one class each, "
                 f"or targets of width {width}; give shape {wanted[:1]} or {(wanted[0], width)}"
             )
-        grouped = torch.arange(classes, device=labels.device).repeat_interleave(each)
-        if labels.dim() == 1 and not torch.equal(labels, grouped.to(labels.dtype)):
+        if labels.dim() == 1 and not torch.equal(labels, classes.to(labels.dtype)):
             raise ValueError(
-                f"the classes of a new set are not grouped: the first {each} images belong to class 0, the next "
-                f"{each} to class 1, and so on; order the images like this, as ctx.initial does"
+                f"the classes of a new set are not grouped: the first {counts[0]} images belong to class 0, the next "
+                f"ones to class 1, and so on; order the images like this, as ctx.initial does"
             )
 
     def initial(self, kind: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
@@ -232,22 +249,21 @@ class Context:
         Raises:
             ValueError: a class has fewer real images than needed.
         """
-        num, task = self.images_per_class, self.task
-        labels = torch.arange(task.num_classes, device=task.device).repeat_interleave(num)
+        task, labels = self.task, self.classes
         if kind == "noise":
             noise = torch.randn(len(labels), *task.input_shape, generator=self.rng.generator("initial images"))
             return noise.to(task.device), labels
         self.require_images()
-        drawn = [task.train.draw(c, num, self.rng("initial images", 0, c)) for c in range(task.num_classes)]
+        drawn = [task.train.draw(c, n, self.rng("initial images", 0, c)) for c, n in enumerate(self.images_of_class)]
         return torch.cat(drawn), labels
 
     def require_images(self) -> None:
-        """Raise ValueError if a class has fewer real images than ``images_per_class``."""
-        for c, members in enumerate(self.task.train.by_class):
-            if len(members) < self.images_per_class:
-                most = self.ipc * len(members) // self.images_per_class
+        """Raise ValueError if a class has fewer real images than its part of ``images_of_class``."""
+        for c, (members, num) in enumerate(zip(self.task.train.by_class, self.images_of_class, strict=True)):
+            if len(members) < num:
+                most = self.ipc * len(members) // num
                 raise ValueError(
-                    f"class {self.task.classes[c]!r} has {len(members)} training images, {self.images_per_class} are "
+                    f"class {self.task.classes[c]!r} has {len(members)} training images, {num} are "
                     f"needed for {spelt('ipc', self.ipc)}; give "
                     + (f"{spelt('ipc', most)} or less" if most else f"another {spelt('decode')}")
                 )
@@ -369,6 +385,9 @@ class Method(Checked, ABC):
     has_teacher: ClassVar[bool] = False
     """Whether the method has trained networks that label the images, as ``teacher`` labels need."""
 
+    selects: ClassVar[bool] = False
+    """Whether the method selects real images, so that the budget may be a fraction of each class."""
+
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""
 
@@ -435,7 +454,7 @@ class Method(Checked, ABC):
     ) -> str | None:
         """Return why the method cannot be used with this decoder, labels, transform or objective, and what to give
         instead; None if it can."""
-        if objective not in self.objectives:
+        if objective not in self.objectives or OBJECTIVES[objective].needs_teacher:
             return f"does not take the objective {objective}; give {spelt('objective', 'cross-entropy')}, the default"
         if labels.learned and not self.learns_labels:
             return f"gives labels no gradient: {labels.name} would never change; give {spelt('labels', 'hard')}"

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from condense.schema import Checked
 
-ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine"]
+ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine", "distillation"]
 """The keys of ``OBJECTIVES``."""
 
 
@@ -20,6 +21,8 @@ class Objective(Checked, ABC):
     name: ClassVar[ObjectiveName]
     takes_values: ClassVar[bool] = False
     """Whether targets may be any values (e.g. features of a teacher), not only classes or probabilities."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether the targets have to be those that ``taught`` returns."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -29,6 +32,15 @@ class Objective(Checked, ABC):
             outputs: outputs of the network, (N, D).
             targets: class indices (N,), which are converted to one-hot rows, or rows (N, D).
         """
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the targets (N, D) of a batch that a teacher labels, by default the teacher's probabilities.
+
+        Args:
+            logits: the teacher's logits (N, D) for the images of the batch.
+            targets: the targets of the batch without the teacher, (N,) or (N, D).
+        """
+        return logits.softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,9 @@ class SquaredError(Objective):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - _rows(outputs, targets)).square().sum(1).mean()
 
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits
+
 
 @dataclass(frozen=True, kw_only=True)
 class KL(Objective):
@@ -60,11 +75,37 @@ class KL(Objective):
 
     name: ClassVar[ObjectiveName] = "kl"
     temperature: float = 1.0
-    """Temperature by which the outputs are divided."""
+    """Temperature by which the outputs, and the logits of a teacher, are divided."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         log_p = (outputs / self.temperature).log_softmax(1)
         return F.kl_div(log_p, _rows(outputs, targets), reduction="batchmean")
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits / self.temperature).softmax(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Objective):
+    """Knowledge distillation: weight T^2 KL(teacher at T, outputs at T) + (1 - weight) cross-entropy of the classes.
+
+    T^2 keeps the gradients of both terms of the same size (Hinton, Vinyals and Dean 2015). Targets are those that
+    ``taught`` returns, rows (N, 2 D): the teacher's probabilities and those of the classes."""
+
+    name: ClassVar[ObjectiveName] = "distillation"
+    needs_teacher: ClassVar[bool] = True
+    temperature: float = 4.0
+    """Temperature T."""
+    weight: float = 0.5
+    """Weight of the divergence from the teacher."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        taught, classes = targets.chunk(2, dim=1)
+        divergence = self.temperature**2 * KL(temperature=self.temperature).loss(outputs, taught)
+        return self.weight * divergence + (1 - self.weight) * F.cross_entropy(outputs, classes)
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.cat([(logits / self.temperature).softmax(1), _rows(logits, targets)], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +118,12 @@ class Cosine(Objective):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (1 - F.cosine_similarity(outputs, _rows(outputs, targets), dim=1)).mean()
 
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits
+
 
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
-    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine)
+    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine, Distillation)
 }
 
 

@@ -43,6 +43,13 @@ CHOICES: dict[type, Registry[type[Any]]] = {Decode: DECODERS, Labels: LABELS, Ad
 """Registry of each kind of choice, by base class. The method is not in it."""
 
 
+USUAL_IPC = 10
+"""The budget of a recipe that gives none."""
+
+BUDGETS = ("ipc", "fraction")
+"""The fields of a recipe that give its budget, of which one is set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Checked):
     """All settings that determine a result. They are hashed and stored in every file of the run."""
@@ -60,8 +67,11 @@ class Recipe(Checked):
     network: str = "auto"
     """Network to distil with, e.g. convnet:depth=3,norm=batch. auto selects the ConvNet for the kind of data and
     takes the same options."""
-    ipc: int = 10
-    """Budget of the set in images per class."""
+    ipc: int | None = None
+    """Budget of the set in images per class; 10 unless a fraction is given."""
+    fraction: float | None = None
+    """Budget of a selection as a fraction of the training images of each class, at least one of each; given in place of
+    ipc."""
     augment: str = "dsa"
     """Augmentation: none, dsa (the default strategy of the data set) or a strategy, with options as in
     dsa:mode=M,align_corners=true."""
@@ -79,9 +89,24 @@ class Recipe(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ipc < 1:
+        if self.ipc is not None and self.fraction is not None:
+            raise ValueError(
+                f"{spelt('ipc', self.ipc)} and {spelt('fraction', self.fraction)} are two budgets; give one of them"
+            )
+        if self.ipc is None and self.fraction is None:
+            object.__setattr__(self, "ipc", USUAL_IPC)
+        if self.ipc is not None and self.ipc < 1:
             raise ValueError(f"ipc must be at least 1, got {self.ipc}; give {spelt('ipc', 10)}")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"fraction must be above 0 and at most 1, got {self.fraction}; give {spelt('fraction', 0.3)}"
+            )
         check_seed(self.seed)
+
+    @property
+    def budget(self) -> str:
+        """The budget in words: ``ipc 10`` or ``fraction 0.3``."""
+        return f"ipc {self.ipc}" if self.fraction is None else f"fraction {self.fraction:g}"
 
     def hash(self, dataset: str, **inputs: Any) -> str:
         """Return the SHA-256 of all fields, with the fingerprint ``dataset`` in place of the name or path of the data.
@@ -103,6 +128,8 @@ def to_mapping(value: Any) -> Any:
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Recipe) and value.objective == "cross-entropy":
         del fields["objective"]  # absent from recipes, and hashes, of earlier versions
+    if isinstance(value, Recipe):
+        del fields["fraction" if value.fraction is None else "ipc"]
     if isinstance(value, Compute):
         added = ("graph", "tf32")  # absent from recipes, and hashes, of earlier versions
         fields = {name: entry for name, entry in fields.items() if entry is not None or name not in added}
@@ -226,7 +253,7 @@ def find(name: str, dataset: str | None = None, ipc: int | None = None) -> Resol
     """
     if name.endswith((".yaml", ".yml")):
         return _of_file(expanded(name), dataset, ipc)._replace(name=name)
-    entry = catalog.published(name, dataset, ipc or 10) or catalog.named(name)
+    entry = catalog.published(name, dataset, ipc or USUAL_IPC) or catalog.named(name)
     if entry is not None:
         return Resolved(from_mapping(entry.fields, entry.name), entry.name, entry.source)
     methods = registry.METHODS
@@ -238,7 +265,8 @@ def find(name: str, dataset: str | None = None, ipc: int | None = None) -> Resol
 def _of_file(path: Path, dataset: str | None, ipc: int | None) -> Resolved:
     shared, *rows = catalog.read(path)
     base = from_mapping(shared.fields, str(path))
-    entry = catalog.nearest([shared, *rows], dataset or base.dataset, ipc or base.ipc) if rows else None
+    budget = ipc or base.ipc or USUAL_IPC
+    entry = catalog.nearest([shared, *rows], dataset or base.dataset, budget) if rows else None
     if entry is None or entry is shared:
         return Resolved(base, str(path), shared.source)
     return Resolved(from_mapping(entry.fields, f"{path}, {entry.name}"), str(path), entry.source)
@@ -280,6 +308,10 @@ def parse(kind: Any, argv: Sequence[str], default: T, prog: str | None = None, d
 def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
     """Remove the flags that name a choice from ``argv``, and set the chosen defaults in ``value``."""
     hints = typing.get_type_hints(type(value))
+    if isinstance(value, Recipe):
+        given = [name for name in BUDGETS if take(argv, f"--{path}{name}")[1] is not None]
+        if len(given) == 1:
+            argv = [*argv, *(f"--{path}{name}=None" for name in BUDGETS if name not in given)]
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")

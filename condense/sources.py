@@ -18,6 +18,7 @@ from torch import Tensor
 
 from condense.data.images import Images
 from condense.files import canonical_json, read_tensors, write_tensors
+from condense.objective import Objective
 from condense.rng import Rng
 from condense.views import UNCHANGED, Views
 
@@ -243,9 +244,9 @@ class Streamed(_Viewed):
 class Relabelled(Source):
     """The images of another source, with targets from a teacher that gets the same views as the network."""
 
-    def __init__(self, source: Source, teacher: Teacher, temperature: float = 1.0) -> None:
-        """Targets are the softmax of the teacher's logits, divided by ``temperature``."""
-        self.source, self.teacher, self.temperature = source, teacher, temperature
+    def __init__(self, source: Source, teacher: Teacher, objective: Objective) -> None:
+        """Targets are ``objective.taught`` of the teacher's logits."""
+        self.source, self.teacher, self.objective = source, teacher, objective
         self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
         self.on_device = source.on_device
 
@@ -254,8 +255,8 @@ class Relabelled(Source):
 
     @torch.no_grad()
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
-        images = self.source.batch(epoch, index).images
-        return Batch(images, (self.teacher(images) / self.temperature).softmax(1))
+        images, targets = self.source.batch(epoch, index)
+        return Batch(images, self.objective.taught(self.teacher(images), targets))
 
     def identity(self) -> dict[str, Any]:
         return self.source.identity()

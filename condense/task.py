@@ -74,6 +74,11 @@ class Labelled:
         """Ascending indices of each class."""
         return list(self.labels.argsort(stable=True).split(self.labels.bincount().tolist()))
 
+    def subset(self, index: Tensor) -> Labelled:
+        """Return the samples at ``index`` (K,), in this order."""
+        images = self.images[index] if isinstance(self.images, Tensor) else self.images.subset(index)
+        return Labelled(images, self.labels[index.to(self.labels.device)])
+
     def draw(self, label: int, num: int, draws: Draws) -> Tensor:
         """Draw ``num`` images of a class without replacement, or all of them, shuffled, if it has fewer."""
         members = self.by_class[label]

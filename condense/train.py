@@ -18,7 +18,7 @@ from condense.compute import Compute
 from condense.cudagraph import Graphed
 from condense.data.images import Images
 from condense.networks import Functional, Weights
-from condense.objective import KL, OBJECTIVES, CrossEntropy, Objective, ObjectiveName
+from condense.objective import KL, OBJECTIVES, CrossEntropy, Distillation, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import DROP_AT_HALF, Schedule
 from condense.schema import Checked
@@ -58,7 +58,8 @@ class Training(Checked):
     loss: ObjectiveName = "cross-entropy"
     """Training loss. mse: half the squared distance to the targets, summed over their width and averaged over images.
     kl: KL divergence between the targets and the softmax at ``temperature``. cosine: one minus the cosine similarity of
-    outputs and targets."""
+    outputs and targets. distillation: a weighted sum of the divergence from a teacher at ``temperature`` and of the
+    cross-entropy of the classes."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimiser of the training."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -71,7 +72,9 @@ class Training(Checked):
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy: the fraction of each target that is spread evenly over all classes."""
     temperature: float = 1.0
-    """Softmax temperature of the kl loss, for the logits of the network and of a teacher."""
+    """Softmax temperature of the losses kl and distillation, for the logits of the network and of a teacher."""
+    teacher_weight: float = 0.5
+    """Weight of the divergence from the teacher in the loss distillation; the cross-entropy has the rest."""
     rho: float = 0.0
     """Radius of the ascent step of adaptive GSAM, see ``sharpness_aware``; 0: plain gradients."""
     alpha: float = 0.0
@@ -89,7 +92,7 @@ class Training(Checked):
                 f"training needs 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}; "
                 "usual values are 0.9 and 0.0005"
             )
-        for name, usual in {"cutmix": 0.5, "label_smoothing": 0.1}.items():
+        for name, usual in {"cutmix": 0.5, "label_smoothing": 0.1, "teacher_weight": 0.5}.items():
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise ValueError(f"training needs a {name} between 0 and 1, got {value}; a usual value is {usual}")
@@ -144,6 +147,8 @@ class Training(Checked):
                 return CrossEntropy(label_smoothing=self.label_smoothing)
             case "kl":
                 return KL(temperature=self.temperature)
+            case "distillation":
+                return Distillation(temperature=self.temperature, weight=self.teacher_weight)
         return OBJECTIVES[self.loss]()
 
 

@@ -104,7 +104,7 @@ class SetScorer:
     def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
         """Return the training batches; a teacher, if there is one, labels them."""
         source = self._trainer.source(images, targets, rng, self._augment)
-        return Relabelled(source, self._teacher, self._trainer.training.temperature) if self._teacher else source
+        return Relabelled(source, self._teacher, self._trainer.training.objective) if self._teacher else source
 
 
 USUAL_SEEDS = 5

@@ -18,6 +18,7 @@ from condense.eval.calibration import Calibration
 from condense.files import canonical_json
 from condense.names import spelt, suggest
 from condense.networks import InputShape
+from condense.objective import OBJECTIVES
 from condense.plugins import Registry, instance_of
 from condense.schedule import FLAT_NAMES, Schedule, nested
 from condense.schema import brief, from_json
@@ -61,6 +62,11 @@ class Protocol(Training):
         super().__post_init__()
         if not all(0 < lr < math.inf for lr in self.lr_grid):
             raise ValueError(f"protocol.lr_grid needs finite learning rates > 0, got {self.lr_grid}; try 0.01 and 0.1")
+        if OBJECTIVES[self.loss].needs_teacher and not self.teacher:
+            raise ValueError(
+                f"the loss {self.loss} needs a teacher; give {spelt('protocol.teacher', 'same')}, or "
+                f"{spelt('protocol.loss', 'cross-entropy')}"
+            )
         if not all(min(pair) > 0 for pair in self.steps_for):
             raise ValueError(
                 f"protocol.steps_for needs pairs (images, steps) > 0, got {self.steps_for}; try (100, 2000)"
@@ -193,6 +199,16 @@ _PROTOCOLS = {
         ),
         dataclasses.replace(
             _CANONICAL,
+            name="pruned",
+            num_epochs=50,
+            batch_size=64,
+            loss="distillation",
+            temperature=4.0,
+            teacher_weight=0.9,
+            teacher="same",
+        ),
+        dataclasses.replace(
+            _CANONICAL,
             name="dd-ranking",
             num_epochs=1000,
             batch_size=128,
@@ -209,7 +225,8 @@ little after half of the epochs, and resets the momentum there. ``canonical-dsa`
 for the tables of DSA, DM and MTT. ``full-data``: for the whole training set. ``dc``: the protocol of DC on MNIST, with
 its augmentation; on other data DC uses ``canonical``. ``frepo``, ``rcig``: regression on the labels of the set (Zhou et
 al. 2022, Loo et al. 2023). ``datm``: soft labels and the learned learning rate (Guo et al. 2024). ``soft-teacher``: a
-network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024). ``dd-ranking``: hard labels under
+network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024). ``pruned``: classes and a teacher of
+all training images, for parts of these (Ben-Baruch et al. 2025). ``dd-ranking``: hard labels under
 DSA, with the learning rate chosen on held-out real images (Li et al. 2024). docs/evaluation.md lists the deviations.
 """
 

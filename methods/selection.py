@@ -24,7 +24,7 @@ if they differ by at most ``TIE`` times the largest magnitude.
 Alvarez-Melis, "A label is worth a thousand images in dataset distillation", NeurIPS 2024.
 
     symbol   code                           symbol   code
-    f        ``features`` (n, F)            m        ``num``, ``ctx.images_per_class``
+    f        ``features`` (n, F)            m        ``num``, ``ctx.images_of_class``
     mu       ``features.mean(0)``           s_i      ``chosen[i - 1]``, an index
     right_t  ``correct[t - 1]`` (N,)        z_w      ``logits`` (N, C)
 
@@ -63,6 +63,7 @@ class Selection(Method):
 
     family: ClassVar[str] = "selection"
     has_teacher: ClassVar[bool] = True
+    selects: ClassVar[bool] = True
 
     teacher_epochs: int = 20
     """Number of training epochs of the network that assigns ``teacher`` labels; small data sets need more."""
@@ -72,10 +73,8 @@ class Selection(Method):
 
     @final
     def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
-        selected = list(self.pick(ctx))
-        if selected:
-            train, index = ctx.task.train, torch.cat(selected)
-            state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
+        train, index = ctx.task.train, torch.cat(list(self.pick(ctx)))
+        state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
         if isinstance(state.syn.provider, Assigned):
             (weights,) = trained(ctx, self.teacher_epochs)
             with torch.no_grad():
@@ -85,8 +84,7 @@ class Selection(Method):
 
     @abstractmethod
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        """Yield for each class the indices (images_per_class,) of different training images; yield nothing
-        to keep the initial images."""
+        """Yield for each class the indices of different training images, as many as ``ctx.images_of_class`` says."""
 
 
 @final
@@ -95,7 +93,8 @@ class Random(Selection):
     """Selects images of each class uniformly without replacement."""
 
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        return iter(())
+        for c, (members, num) in enumerate(zip(ctx.task.train.by_class, ctx.images_of_class, strict=True)):
+            yield members[ctx.rng("initial images", 0, c).subset(len(members), num).to(members.device)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,23 +112,10 @@ class FeatureSelection(Selection):
 
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:
-        train, embed = ctx.task.train, self.embedding(ctx)
-        for c, members in enumerate(train.by_class):
+        train, embed = ctx.task.train, embedding(ctx, self.features, self.num_epochs)
+        for c, (members, num) in enumerate(zip(train.by_class, ctx.images_of_class, strict=True)):
             seed = ctx.rng.key("select", 0, c)
-            yield members[self.choose(embed(train.images[members]), ctx.images_per_class, seed).cpu()]
-
-    def embedding(self, ctx: Context) -> Callable[[Tensor], Tensor]:
-        """Return the function from images (n, C, H, W) to features (n, F)."""
-        if self.features == "pixels":
-            return lambda images: images.flatten(1)
-        network, (weights,) = ctx.task.network, trained(ctx, self.num_epochs)
-
-        @torch.no_grad()
-        def embed(images: Tensor) -> Tensor:
-            batches = [network.features(*weights, x, train=False) for x in images.split(BATCH)]
-            return torch.cat(batches).float()
-
-        return embed
+            yield members[self.choose(embed(train.images[members]), num, seed).to(members.device)]
 
     @abstractmethod
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
@@ -191,8 +177,8 @@ class ScoreSelection(Selection):
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:
         scores = self.scores(ctx).cpu()
-        for members in ctx.task.train.by_class:
-            yield members[highest(scores[members.cpu()], ctx.images_per_class)]
+        for members, num in zip(ctx.task.train.by_class, ctx.images_of_class, strict=True):
+            yield members[highest(scores[members.cpu()], num)]
 
     @abstractmethod
     def scores(self, ctx: Context) -> Tensor:
@@ -253,6 +239,20 @@ class EL2N(ScoreSelection):
         networks = trained(ctx, self.num_epochs, self.num_networks)
         errors = torch.stack([el2n(scorer.logits(weights, train.images), train.labels) for weights in networks])
         return errors.mean(0) if self.order == "hardest" else -errors.mean(0)
+
+
+def embedding(ctx: Context, kind: Literal["network", "pixels"], num_epochs: int) -> Callable[[Tensor], Tensor]:
+    """Return the function from images (n, *input_shape) to features (n, F); see ``FeatureSelection.features``."""
+    if kind == "pixels":
+        return lambda images: images.flatten(1)
+    network, (weights,) = ctx.task.network, trained(ctx, num_epochs)
+
+    @torch.no_grad()
+    def embed(images: Tensor) -> Tensor:
+        batches = [network.features(*weights, x, train=False) for x in images.split(BATCH)]
+        return torch.cat(batches).float()
+
+    return embed
 
 
 def trained(

@@ -62,6 +62,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "forgetting": {"num_epochs": 2},
     "el2n": {"num_networks": 2, "num_epochs": 1},
     "sre2l": {"chunk": 2},
+    "ccs": {"num_networks": 2, "num_epochs": 1, "num_strata": 3},
+    "graph-cut": {"num_epochs": 1},
+    "dq": {"num_epochs": 1, "num_bins": 3},
 }
 NETWORKS = {"sre2l": BATCH}
 """Of methods that need another than ``TINY``."""

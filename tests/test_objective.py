@@ -20,7 +20,7 @@ from condense.exchange import export
 from condense.files import read_header, write_tensors
 from condense.method import Context
 from condense.networks import Functional
-from condense.objective import KL, OBJECTIVES, Cosine, CrossEntropy, ObjectiveName, SquaredError
+from condense.objective import KL, OBJECTIVES, Cosine, CrossEntropy, Distillation, ObjectiveName, SquaredError
 from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.schedule import CONSTANT
@@ -58,6 +58,20 @@ def test_losses_are_those_of_their_formulas() -> None:
     torch.testing.assert_close(KL().loss(outputs, soft), (p * (p.log() - log_p)).sum(1).mean().float())
     assert Training(label_smoothing=0.2).objective == CrossEntropy(label_smoothing=0.2)
     assert Training(loss="kl", temperature=4.0).objective == KL(temperature=4.0)
+
+
+def test_distillation_weighs_a_teacher_against_the_classes() -> None:
+    z, t = torch.randn(2, 5, 3, generator=Rng(0).generator("logits"), dtype=torch.double).unbind()
+    targets = torch.tensor([0, 2, 1, 1, 0])
+    p, log_q = (t / 4).softmax(1), (z / 4).log_softmax(1)
+    expected = 0.7 * 16 * (p * (p.log() - log_q)).sum(1) - 0.3 * z.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    objective = Training(loss="distillation", temperature=4.0, teacher_weight=0.7).objective
+    assert objective == Distillation(temperature=4.0, weight=0.7)
+    for given in (targets, F.one_hot(targets, 3).double()):
+        torch.testing.assert_close(objective.loss(z, objective.taught(t, given)), expected.mean())
+    for name in ("rat-bptt", "dm"):
+        reason = registry.load(name)().incompatibility(Pixels(), Hard(), "channel", "distillation")
+        assert reason == "does not take the objective distillation; give objective='cross-entropy', the default"
 
 
 def test_a_recipe_says_its_objective_only_where_it_is_not_the_usual_one() -> None:

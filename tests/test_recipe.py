@@ -76,6 +76,17 @@ def test_flags_are_the_fields() -> None:
     assert plan.method.optim.lr == 1000.0  # type: ignore[attr-defined]
 
 
+def test_one_budget_takes_the_place_of_the_other(tmp_path: Path) -> None:
+    share, number = parse("--fraction", "0.3"), parse()
+    assert (share.ipc, share.fraction, share.budget) == (None, 0.3, "fraction 0.3")
+    assert (number.ipc, number.fraction, number.budget) == (10, None, "ipc 10")
+    assert recipe.parse(Distill, ["--ipc=3"], Distill(recipe=share)).recipe == dataclasses.replace(number, ipc=3)
+    assert "ipc" not in recipe.to_mapping(share) and "fraction" not in recipe.to_mapping(number)
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml(share))
+    assert recipe.from_yaml(tmp_path / "mine.yaml") == share
+    assert share.hash("f") != dataclasses.replace(share, fraction=0.2).hash("f") != number.hash("f")
+
+
 def test_choices_are_swapped_first_and_then_have_their_own_flags() -> None:
     plan = parse("--decode.factor", "3", "--decode", "factor", "--labels=logits", "--method.adjoint", "truncated")
     assert plan.decode == Factor(factor=3) and plan.labels == Logits()
@@ -91,6 +102,8 @@ def test_choices_are_swapped_first_and_then_have_their_own_flags() -> None:
         (["--method.syn-step", "3"], r"did you mean --method\.syn-steps"),
         (["--ipc", "many"], "many"),
         (["--ipc", "0"], "ipc must be at least 1"),
+        (["--fraction", "1.5"], "fraction must be above 0 and at most 1, got 1.5; give fraction=0.3"),
+        (["--fraction", "0.3", "--ipc", "3"], "ipc=3 and fraction=0.3 are two budgets; give one of them"),
         (["--decode", "facto"], "unknown decode 'facto': did you mean 'factor'"),
         (["--decode.factor", "3"], "decode.factor"),
         (["--method.lr", "-1"], "lr must be positive"),
@@ -203,7 +216,7 @@ def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
         ("method: {name: idc, matched: [-h]}", "looks like a flag"),
         ("method: {name: idc, matched: [color, [crop]]}", "method.matched is a list where"),
         ("method: dm\nipc: {a: 1}", "ipc is a dict where"),
-        ("method: dm\nipc: null", "ipc is empty"),
+        ("method: dm\nseed: null", "seed is empty"),
         ("method: dm\nipc: [1, 2]", "2"),
         ("method: dm\ndataset: 2024-01-01", "dataset is a date where"),
         ("method: dm\ndecode: {name: 3}", "decode is 3 where the name of a choice is expected"),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from condense import engine, registry
+from condense import api, engine, registry
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.data.datasets import load
+from condense.data.datasets import Arrays, load
 from condense.method import Context, Method
+from condense.methods.ccs import CCS
+from condense.methods.graph_cut import DQ, GraphCut, Similarity, graph_cut
 from condense.methods.selection import (
     EL2N,
     FeatureSelection,
@@ -24,6 +27,7 @@ from condense.methods.selection import (
     KMeans,
     Random,
     ScoreSelection,
+    Selection,
     el2n,
     forgetting_events,
     highest,
@@ -31,7 +35,7 @@ from condense.methods.selection import (
 )
 from condense.networks import Functional, Weights
 from condense.recipe import named
-from condense.rng import Rng
+from condense.rng import Draws, Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Origin, Pixels
 from condense.synthetic.labels import Teacher
 from condense.task import Split, make_task
@@ -48,6 +52,9 @@ METHODS = [
     KMeans(features="pixels"),
     Forgetting(num_epochs=3),
     EL2N(num_epochs=1, num_networks=2),
+    CCS(num_epochs=1, num_networks=2, num_strata=4),
+    GraphCut(num_epochs=1),
+    DQ(num_epochs=1, num_bins=3),
 ]
 
 
@@ -66,6 +73,7 @@ def make_context(
     decode: Decode | None = None,
     labels_kind: Labels | None = None,
     seed: int = 0,
+    fraction: float | None = None,
 ) -> Context:
     task = make_task(
         load((images, labels)),
@@ -76,7 +84,8 @@ def make_context(
         device=torch.device("cpu"),
     )
     origin = Origin(dataset=task.dataset(), transform=task.transform.describe())
-    return Context(task, Rng(seed), ipc, decode or Pixels(), labels_kind or Hard(), Compute(), origin)
+    kinds = decode or Pixels(), labels_kind or Hard()
+    return Context(task, Rng(seed), ipc, *kinds, Compute(), origin, fraction=fraction)
 
 
 def select(method: Method, ctx: Context) -> Tensor:
@@ -113,6 +122,16 @@ def test_picks_different_real_images_of_each_class(method: Method) -> None:
         chosen = {x.numpy().tobytes() for x in images}
         assert len(chosen) == 5
         assert chosen <= members
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_picks_a_fraction_of_each_class(method: Method) -> None:
+    assert isinstance(method, Selection)
+    ctx = make_context(*draw_images(), fraction=0.5)
+    picked, syn = list(method.pick(ctx)), engine.compute(method, ctx)
+    assert [len(set(index.tolist())) for index in picked] == [4, 6, 4]
+    assert torch.equal(ctx.task.train.labels[torch.cat(picked)], syn.classes)
+    assert torch.equal(ctx.task.train.images[torch.cat(picked)], syn()[0])
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
@@ -302,7 +321,82 @@ def test_equal_errors_tie_and_the_lowest_index_wins(order: Literal["hardest", "e
     assert [p.tolist() for p in picked] == [[2, 3], [1, 4], [0, 5]]
 
 
+def positions(seed: int) -> tuple[Callable[[int], Draws], reference.Draw]:
+    """The same draws for a method and for its twin."""
+    rng = Rng(seed)
+    return lambda k: rng("draw", k), lambda k, n, m: rng("draw", k).subset(n, m).tolist()
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_graph_cut_picks_what_brute_force_picks(seed: int, weight: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features, gradients = torch.rand(24, 6, generator=generator), torch.randn(24, 3, generator=generator)
+    joined = torch.cat([gradients, (gradients[:, :, None] * features[:, None]).flatten(1)], 1)
+    plain, of_gradients = Similarity.cosine(features), Similarity.cosine(features, gradients)
+    assert graph_cut(plain, 12, weight).tolist() == reference.graph_cut(features.double().numpy(), 12, weight)
+    assert graph_cut(of_gradients, 12, weight).tolist() == reference.graph_cut(joined.double().numpy(), 12, weight)
+
+
+@pytest.mark.parametrize("num", [1, 2, 7, 11, 25])
+@pytest.mark.parametrize("seed", range(2))
+def test_dq_draws_an_equal_share_of_every_bin(seed: int, num: int) -> None:
+    features = torch.rand(25, 6, generator=torch.Generator().manual_seed(seed))
+    draws, draw = positions(seed)
+    picked = DQ(num_bins=4).choose(Similarity.cosine(features), num, draws)
+    assert len(picked) == num and set(picked.tolist()) == reference.dq(features.double().numpy(), num, 4, draw)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_graph_cut_compares_the_gradients_of_the_last_layer_of_a_trained_network(norm: str) -> None:
+    ctx, expected = make_context(*draw_images(), norm=norm, ipc=5), []
+    network, weights, images = ctx.task.network, train(ctx, 2), ctx.task.train.images[:]
+    logits = network.logits(*weights, images, train=False).double().numpy()
+    features = network.features(*weights, images, train=False).double().numpy()
+    for c, members in enumerate(ctx.task.train.by_class):
+        gradients = reference.gradients(logits[members], features[members], c)
+        expected.append(members[reference.graph_cut(gradients, 5)].tolist())
+    assert [index.tolist() for index in GraphCut(num_epochs=2).pick(ctx)] == expected
+
+
+@pytest.mark.parametrize(("cutoff", "num_strata"), [(0.1, 50), (0.3, 4), (0.0, 1), (0.9, 7)])
+@pytest.mark.parametrize("num", [1, 5, 17, 30])
+def test_ccs_gives_every_stratum_its_share(num: int, cutoff: float, num_strata: int) -> None:
+    scores = torch.rand(30, generator=torch.Generator().manual_seed(num)).square()
+    draws, draw = positions(num)
+    picked = CCS(cutoff=cutoff, num_strata=num_strata).choose(scores, num, draws)
+    expected = reference.ccs(scores.tolist(), num, cutoff, num_strata, draw)
+    assert len(picked) == num and set(picked.tolist()) == expected
+
+
+def test_ccs_by_hand() -> None:
+    """Of ten images the two hardest are dropped; the strata [0, 1), [1, 2), [2, 3] have 4, 1 and 3 of the others."""
+    scores = torch.tensor([0.0, 0.5, 9.0, 0.25, 2.5, 3.0, torch.inf, 1.5, 0.75, 2.0])
+    picked = CCS(cutoff=0.2, num_strata=3).choose(scores, 5, positions(0)[0])
+    ranges = [{0, 1, 3, 8}, {7}, {4, 5, 9}]
+    assert [len(members & set(picked.tolist())) for members in ranges] == [2, 1, 2]
+    never = CCS(score="forgetting", cutoff=0.0, num_strata=3).strata(torch.tensor([0.0, 2.0, torch.inf, 1.0]))
+    assert never.tolist() == [0, 2, 2, 1], "an image that is never learned is forgotten once more than any other"
+    assert CCS().strata(torch.full((3,), torch.inf)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("score", ["el2n", "forgetting"])
+def test_ccs_scores_as_the_methods_of_these_names_do(score: Literal["el2n", "forgetting"]) -> None:
+    ctx, fields = make_context(*draw_images(), ipc=4), {"num_epochs": 3}
+    scores = (EL2N(num_networks=2, **fields) if score == "el2n" else Forgetting(**fields)).scores(ctx)
+    picked = list(CCS(score=score, num_networks=2, cutoff=0.0, num_strata=1, **fields).pick(ctx))
+    one_of_each = list(CCS(score=score, num_networks=2, cutoff=0.5, num_strata=1, **fields).pick(ctx))
+    for c, members in enumerate(ctx.task.train.by_class):
+        dropped = highest(scores[members], min(len(members) // 2, len(members) - 4))
+        assert set(picked[c].tolist()) <= set(members.tolist())
+        assert not set(one_of_each[c].tolist()) & set(members[dropped].tolist())
+
+
 def test_values_that_leave_nothing_to_score_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.cutoff must lie in \[0, 1\), got 1\.0; a usual value is 0\.1"):
+        CCS(cutoff=1.0)
+    with pytest.raises(ValueError, match=r"method\.num_bins must be at least 1, got 0"):
+        DQ(num_bins=0)
     with pytest.raises(ValueError, match=r"method\.num_epochs must be at least 2.* got 1"):
         Forgetting(num_epochs=1)
     with pytest.raises(ValueError, match=r"method\.num_networks must be at least 1, got 0"):
@@ -325,7 +419,9 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(method: Method)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["random", "herding", "k-center", "k-means", "forgetting", "el2n"])
+@pytest.mark.parametrize(
+    "name", ["random", "herding", "k-center", "k-means", "forgetting", "el2n", "ccs", "graph-cut", "dq"]
+)
 def test_the_recipe_says_what_the_method_does_by_default(name: str) -> None:
     method = named(name).method
     assert method == registry.load(name)()
@@ -352,3 +448,55 @@ def test_teacher_labels_are_what_a_trained_network_says_of_the_images(method: Me
     assert targets.shape == (len(soft()[0]), 3)
     assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
     assert 0.4 < targets.gather(1, hard()[1][:, None]).mean() < 1 - 1e-4
+
+
+@pytest.fixture
+def uneven() -> Arrays:
+    """Three classes of 9, 12 and 7 training images, and six test images."""
+    images, labels = ((255 * draw_images()[0]).byte().numpy(), draw_images()[1].numpy())
+    return load((images, labels, images[:6], labels[[0, 10, 25, 1, 11, 26]]))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "counts"), [(0.5, [4, 6, 4]), (0.3, [3, 4, 2]), (0.01, [1, 1, 1]), (1.0, [9, 12, 7])]
+)
+def test_a_fraction_is_that_of_each_class(fraction: float, counts: list[int], uneven: Arrays, tmp_path: Path) -> None:
+    out, common = tmp_path / "run", {"network": "mlp", "device": "cpu"}
+    syn = api.distill("random", dataset=uneven, fraction=fraction, out=out, **common)
+    assert syn.classes.bincount().tolist() == counts
+    assert len({image.numpy().tobytes() for image in syn()[0].detach()}) == sum(counts)
+    assert syn.origin.fraction == fraction and syn.origin.ipc is None and syn.ipc == max(1, sum(counts) // 3)
+    rows = api.evaluate(out, uneven, networks="mlp", num_seeds=1, baselines="k-center").results
+    assert [row.num_images for row in rows] == [sum(counts)] * 2
+    assert f"random, fraction {fraction:g}" in api.report(out).read_text()
+
+
+def test_a_run_by_a_fraction_is_named_after_it_and_resumed(
+    uneven: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, again = (
+        api.distill("random", dataset=uneven, fraction=0.5, network="mlp", resume=resume) for resume in (False, True)
+    )
+    assert torch.equal(first.latents, again.latents)
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.endswith("-fraction0.5-seed0")
+    with pytest.raises(ValueError, match=r"started with fraction = 0\.5, not 0\.4"):
+        api.distill("random", dataset=uneven, fraction=0.4, network="mlp", resume=True, out=folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "line"),
+    [
+        ("dm", {}, "dm makes equally many images of each class, not a fraction of the real ones; give ipc=10"),
+        (
+            "random",
+            {"decode": "factor"},
+            "random stores a fraction of the real images as they are; give decode='pixels'",
+        ),
+        ("random", {"ipc": 3}, "ipc=3 and fraction=0.5 are two budgets; give one of them"),
+    ],
+)
+def test_what_a_fraction_cannot_be_is_refused(method: str, fields: dict[str, Any], line: str, uneven: Arrays) -> None:
+    with pytest.raises(ValueError, match=line):
+        api.distill(method, dataset=uneven, fraction=0.5, **fields)

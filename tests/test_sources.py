@@ -20,6 +20,7 @@ from condense.compute import Compute
 from condense.data.images import Images
 from condense.files import read_tensors, write_tensors
 from condense.networks import Functional, Weights
+from condense.objective import KL
 from condense.rng import Rng
 from condense.sources import Batch, Examples, Minibatches, Relabelled, Source, StoredLabels, Streamed
 from condense.train import Trainer, Training
@@ -57,7 +58,7 @@ def teacher(images: Tensor) -> Tensor:
 
 
 def relabelled(seed: int = 7) -> Source:
-    return Relabelled(examples(seed), teacher, temperature=2.0)
+    return Relabelled(examples(seed), teacher, KL(temperature=2.0))
 
 
 def stored(seed: int = 7) -> Source:

@@ -43,10 +43,13 @@ class RecipeRecord:
     split: Split = Split(val_fraction=0.0)
     network: str | None = None
     ipc: int | None = None
+    fraction: float | None = None
 
     def __post_init__(self) -> None:
         if self.ipc is not None and self.ipc < 1:
             raise ValueError(f"ipc is {self.ipc}, below 1")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}, not above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,11 @@ class Origin:
     def ipc(self) -> int | None:
         """The budget in images per class; None if it is not recorded (see ``SyntheticSet.ipc``)."""
         return self.recorded.ipc
+
+    @property
+    def fraction(self) -> float | None:
+        """The budget as a fraction of the real images of each class; None if it is not one."""
+        return self.recorded.fraction
 
     @property
     def split(self) -> Split:
@@ -208,7 +216,7 @@ class SyntheticSet(nn.Module):
 
     @property
     def ipc(self) -> int:
-        """The budget in images per class; if it is not recorded, the number of latents per class."""
+        """The budget in images per class; if it is not recorded, the mean number of latents per class."""
         return self.origin.ipc or max(len(self) // (self.origin.num_classes or 1), 1)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Applications of a synthetic set: continual learning, architecture search, privacy, and the scores of DD-Ranking.
 
 Each application is a frozen dataclass of its settings. Its ``run`` takes a set with its data and returns a table and
-the numbers for a file.
+the numbers for a file. ``pruning`` measures selections of real images; it takes data and no set, and has a command of
+its own.
 """
 
 from condense.eval.applications.application import Application as Application

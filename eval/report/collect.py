@@ -50,6 +50,12 @@ class Run:
         return self.syn.ipc
 
     @property
+    def budget(self) -> str:
+        """The budget in words: ``ipc 10`` or ``fraction 0.3``."""
+        fraction = self.syn.origin.fraction
+        return f"ipc {self.ipc}" if fraction is None else f"fraction {fraction:g}"
+
+    @property
     def network(self) -> str:
         return self.syn.origin.network or "unknown"
 

@@ -126,6 +126,59 @@ def reliability(name: str, bins: Sequence[tuple[float, float, float]]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Accuracies (fractions) of a method at some shares of the data, with and without a teacher."""
+
+    method: str
+    taught: bool
+    shares: Sequence[float]
+    means: Sequence[float]
+    stds: Sequence[float | None]
+
+
+def accuracy_against_share(name: str, curves: Sequence[Curve], ceiling: tuple[str, float] | None) -> str:
+    """Draw accuracy against the share of the training images; curves with a teacher are solid, the others dashed."""
+    with drawing(name, "share of the training images", "test accuracy, %", (7.2, 4.2)) as canvas:
+        axes = canvas.axes
+        axes.set_xscale("log")
+        methods = list(dict.fromkeys(curve.method for curve in curves))
+        for curve in curves:
+            number = methods.index(curve.method)
+            axes.errorbar(
+                curve.shares,
+                [100 * mean for mean in curve.means],
+                [100 * (std or 0.0) for std in curve.stds],
+                label=f"{curve.method} + teacher" if curve.taught else curve.method,
+                color=SERIES[number % len(SERIES)],
+                linestyle="-" if curve.taught else "--",
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=4,
+                elinewidth=1,
+            )
+        if ceiling is not None:
+            axes.axhline(100 * ceiling[1], color=INK, linewidth=0.8, linestyle=":", label=ceiling[0])
+        shares = sorted({share for curve in curves for share in curve.shares})
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(ncols=2)
+    return canvas.svg
+
+
+_LIGHT = ("#0b5cad", "#c2410c", "#15803d", "#9333ea", "#a16207", "#be185d", "#0f766e", "#475569")
+
+
+def standalone(svg: str) -> str:
+    """Return a figure as the text of a file of its own, with the colours of the page in light mode."""
+    colours = "".join(f"--series-{k}: {colour}; " for k, colour in enumerate(_LIGHT))
+    style = (
+        f"<style>svg {{ color: #16181c; --faint: #d5d8dc; {colours}font-family: sans-serif; background: #fff }}</style>"
+    )
+    head, rest = svg.split(">", 1)
+    head = head.replace(' aria-hidden="true" focusable="false"', "")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}>{style}{rest}\n'
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """The accuracy of a set and its number of bytes."""
 

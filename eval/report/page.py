@@ -77,7 +77,7 @@ def _resource(name: str) -> str:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """Return names such as ``dm, ipc 10``, extended where needed so that no two runs have the same name."""
-    names = [f"{run.method}, ipc {run.ipc}" for run in runs]
+    names = [f"{run.method}, {run.budget}" for run in runs]
     for what in ("dataset", "network"):
         if len({getattr(run, what) for run in runs}) > 1:
             names = [f"{name}, {getattr(run, what)}" for name, run in zip(names, runs, strict=True)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Features = NDArray[np.float64]
+
+Draw = Callable[[int, int, int], list[int]]
+"""``draw(k, n, m)``: the m of n positions that the draw with the number k selects."""
 
 
 def herding(features: Features, num: int) -> list[int]:
@@ -81,3 +84,62 @@ def el2n(logits: Sequence[Features], label: int, num: int, order: str) -> list[i
         scores.append(sum(lengths) / len(lengths))
     sign = -1 if order == "hardest" else 1
     return sorted(range(len(scores)), key=lambda i: (sign * scores[i], i))[:num]
+
+
+def gradients(logits: Features, features: Features, label: int) -> Features:
+    """Return for each image the gradient of the cross-entropy in the bias and the weights of the last layer."""
+    rows = []
+    for z, e in zip(logits, features, strict=True):
+        powers = [math.exp(value - max(z)) for value in z]
+        g = [p / sum(powers) - (k == label) for k, p in enumerate(powers)]
+        rows.append([*g, *(x * y for x in g for y in e)])
+    return np.array(rows)
+
+
+def graph_cut(features: Features, num: int, weight: float = 1.0) -> list[int]:
+    """Select the image that increases f(S) = weight * sum_{j, s in S} sim(j, s) - sum_{s, t in S} sim(s, t) most."""
+    lengths = [math.sqrt(sum(row**2)) for row in features]
+    sim = [
+        [a @ b / (x * y) for b, y in zip(features, lengths, strict=True)]
+        for a, x in zip(features, lengths, strict=True)
+    ]
+
+    def value(chosen: list[int]) -> float:
+        to_all = sum(sim[j][s] for j in range(len(features)) for s in chosen)
+        return weight * to_all - sum(sim[s][t] for s in chosen for t in chosen)
+
+    chosen: list[int] = []
+    while len(chosen) < num:
+        candidates = [j for j in range(len(features)) if j not in chosen]
+        chosen.append(max(candidates, key=lambda j: value([*chosen, j])))
+    return chosen
+
+
+def dq(features: Features, num: int, num_bins: int, draw: Draw) -> set[int]:
+    """Fill bins one after the other by graph-cut on the images that remain, and draw an equal share of each."""
+    left, selected = list(range(len(features))), set[int]()
+    for k in range(num_bins):
+        size = len([i for i in range(len(features)) if i % num_bins == k])
+        share = len([i for i in range(num) if i % num_bins == k])
+        members = [left[i] for i in graph_cut(features[left], size)]
+        selected |= {members[i] for i in draw(k, size, share)}
+        left = [i for i in left if i not in members]
+    return selected
+
+
+def ccs(scores: Sequence[float], num: int, cutoff: float, num_strata: int, draw: Draw) -> set[int]:
+    """Drop the hardest images, and share the budget among strata of the others, the smallest stratum first."""
+    by_difficulty = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    kept = by_difficulty[min(math.floor(cutoff * len(scores)), len(scores) - num) :]
+    low, high = min(scores[i] for i in kept), max(scores[i] for i in kept)
+    strata: dict[int, list[int]] = {}
+    for i in sorted(kept):
+        k = 0 if low == high else min(int((scores[i] - low) / (high - low) * num_strata), num_strata - 1)
+        strata.setdefault(k, []).append(i)
+    selected = set[int]()
+    while strata:
+        k = min(strata, key=lambda k: (len(strata[k]), k))
+        share = min(len(strata[k]), (num - len(selected)) // len(strata))
+        members = strata.pop(k)
+        selected |= {members[i] for i in draw(k, len(members), share)}
+    return selected
