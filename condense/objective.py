@@ -11,7 +11,7 @@ from torch import Tensor
 
 from condense.schema import Checked
 
-ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine"]
+ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine", "gift"]
 """The keys of ``OBJECTIVES``."""
 
 
@@ -29,6 +29,15 @@ class Objective(Checked, ABC):
             outputs: outputs of the network, (N, D).
             targets: class indices (N,), which are converted to one-hot rows, or rows (N, D).
         """
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the targets (N, D) of a batch that a teacher labels, by default the teacher's probabilities.
+
+        Args:
+            logits: the teacher's logits (N, D) for the images of the batch.
+            targets: the targets of the batch without the teacher, (N,) or (N, D).
+        """
+        return logits.softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,9 @@ class SquaredError(Objective):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - _rows(outputs, targets)).square().sum(1).mean()
 
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits
+
 
 @dataclass(frozen=True, kw_only=True)
 class KL(Objective):
@@ -60,11 +72,14 @@ class KL(Objective):
 
     name: ClassVar[ObjectiveName] = "kl"
     temperature: float = 1.0
-    """Temperature by which the outputs are divided."""
+    """Temperature by which the outputs, and the logits of a teacher, are divided."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         log_p = (outputs / self.temperature).log_softmax(1)
         return F.kl_div(log_p, _rows(outputs, targets), reduction="batchmean")
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits / self.temperature).softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +92,31 @@ class Cosine(Objective):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (1 - F.cosine_similarity(outputs, _rows(outputs, targets), dim=1)).mean()
 
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gift(Objective):
+    """One minus the cosine similarity of the outputs and a teacher's logits that the class corrects (GIFT)."""
+
+    name: ClassVar[ObjectiveName] = "gift"
+    label_smoothing: float = 0.1
+    """Fraction of the class that is spread evenly over all classes before it corrects the logits."""
+    weight: float = 0.1
+    """Weight of the class relative to the logits, both normalised to length 1."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(outputs, _rows(outputs, targets), dim=1)).mean()
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = _rows(logits, targets)
+        smooth = (1 - self.label_smoothing) * rows + self.label_smoothing / rows.shape[1]
+        return F.normalize(logits, dim=1) + self.weight * F.normalize(smooth, dim=1)
+
 
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
-    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine)
+    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine, Gift)
 }
 
 
