@@ -13,12 +13,11 @@ import torch
 from condense.artifacts import MANIFEST, TrainedNetworkSpec, find, folder_name, open_buffer, read_manifest
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.data.layout import kind as kind_of
 from condense.files import checksum
 from condense.names import printable, spelt
 from condense.networks import Functional
 from condense.synthetic.set import Origin, SyntheticSet
-from condense.synthetic.teaching import StoredTable, StoredTeacher, ViewLabels
+from condense.synthetic.teaching import Stored, StoredTable, StoredTeacher, ViewLabels
 from condense.task import ROUNDING
 from condense.teachers import Teacher
 
@@ -80,7 +79,7 @@ def find_teacher(name: str, buffers: Path, origin: Origin, device: torch.device)
 
 
 def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedTeacher:
-    """Return the teacher that labelled the views of a set: from the set, or else from ``buffers`` (``find_teacher``)."""
+    """Return the teacher that labelled the views of a set, from the set or else from ``buffers`` (``find_teacher``)."""
     kind = syn.label_kind
     assert isinstance(kind, ViewLabels)
     if not isinstance(syn.provider, StoredTeacher) or kind.is_named:
@@ -120,9 +119,8 @@ def relabelled(
         if asked not in (any_value, actual):
             raise ValueError(f"labels.{field} is {asked}, but the {field} is {actual}; give that, or leave it out")
     kind = dataclasses.replace(kind, teacher=by.name, network=network.name)
-    if "augment" in kind.training():
-        own = strategy if kind_of(syn.origin.input_shape) == "images" else "none"
-        kind = dataclasses.replace(kind, augment=str(Augment.parse(kind.training()["augment"], own=own)))
+    if isinstance(kind, Stored):
+        kind = dataclasses.replace(kind, augment=str(Augment.parse(kind.augment, own=strategy)))
     device, origin = network.device, syn.origin
     provider = kind.provider(syn.classes.cpu(), origin.num_classes, origin.input_shape, syn.decode.expansion)
     if isinstance(provider, StoredTable):

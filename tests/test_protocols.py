@@ -137,7 +137,9 @@ def test_a_teacher_labels_each_batch_as_the_network_sees_it() -> None:
     plan = Training(num_epochs=1, batch_size=12, lr=0.5, momentum=0.0, weight_decay=0.0, loss="kl", temperature=3.0)
     trainer = Trainer(network, plan, Compute())
     start = network.init(rng, "weights")
-    source = Relabelled(trainer.source(images, labels, rng), Teacher(network, teacher).labeller(Compute()), 3.0)
+    source = Relabelled(
+        trainer.source(images, labels, rng), Teacher(network, teacher).labeller(Compute()), plan.objective
+    )
     found = trainer.run(start, source).params
 
     def loss(params: dict[str, Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ class Provider(nn.Module, ABC):
         """
         return source
 
-    def check(self) -> None:  # noqa: B027
+    def check(self) -> None:
         """Raise ValueError if values that were read from a file are out of range."""
 
 

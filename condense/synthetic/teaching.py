@@ -1,8 +1,8 @@
 """Labels of views: a teacher labels every view of the images, not every image once.
 
 ``stored`` holds the teacher's logits for the views of some epochs (Shen and Xing 2022, FKD; Yin et al. 2023, SRe2L).
-``online`` holds the teacher itself, or its name. ``condense.relabel`` gives a set such labels. What networks are trained
-on is then ``Provider.source``; ``Provider.forward`` returns the classes.
+``online`` holds the teacher itself, or its name. ``condense.relabel`` gives a set such labels. Networks are then
+trained on ``Provider.source``; ``Provider.forward`` returns the classes.
 """
 
 from __future__ import annotations

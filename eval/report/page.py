@@ -251,6 +251,7 @@ def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, 
                 label = "full data"
             else:
                 label = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+            label += ", teacher not stored" if row["teacher"] else ""
             rows.append({**row, "set": label, "meant_for": run.syn.origin.training.get("network", run.network)})
     return rows
 
