@@ -35,10 +35,10 @@ from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
 from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, read_header, write_text
+from condense.labelling import open_teacher, relabelled, teacher_of
 from condense.method import Method
 from condense.networks import Factory, Functional
 from condense.recipe import Recipe
-from condense.relabel import open_teacher, relabelled, teacher_of
 from condense.rng import check_seed
 from condense.runs import RunOptions as RunOptions
 from condense.schema import accepted, checked, replaced

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -371,7 +371,7 @@ def evaluate(
         ValueError: there are no test images, or a network does not accept their shape; see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
-    check(syn, networks, protocol, num_seeds)
+    check(syn, networks, protocol, num_seeds, subject.teachers)
     test = subject.test
     skeletons = [subject.network(network) for network in networks]
     images, targets = subject.decoded(soft=protocol.labels != "hard")
@@ -404,7 +404,13 @@ def evaluate(
     return Evaluation(tuple(results))
 
 
-def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol: Protocol, num_seeds: int) -> None:
+def check(
+    syn: SyntheticSet | None,
+    networks: Sequence[str | Factory],
+    protocol: Protocol,
+    num_seeds: int,
+    opened: Collection[str] = (),
+) -> None:
     """Check an evaluation before any data are read.
 
     Args:
@@ -412,10 +418,12 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
         networks: network strings or callables.
         protocol: how networks are trained.
         num_seeds: networks of each architecture.
+        opened: names of teachers that are open already.
 
     Raises:
         ValueError: a network or augmentation is unknown or does not take the samples of the set, ``num_seeds`` is
-            below 1, the set has no classes, or the protocol needs held-out images and the set has none.
+            below 1, the set has no classes, or the protocol needs held-out images or labels of views that the set does
+            not have.
     """
     if syn is not None:
         syn.require_classes("an accuracy")
@@ -423,8 +431,13 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
         raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
-    named = protocol.teacher not in ("", "same") and not teachers.is_buffer(protocol.teacher)
-    teacher = {"protocol.teacher": [protocol.teacher]} if named else {}
+    is_opened = protocol.teacher in opened or teachers.is_buffer(protocol.teacher)
+    teacher = {} if is_opened or protocol.teacher in ("", "same") else {"protocol.teacher": [protocol.teacher]}
+    if teacher and "/" in protocol.teacher:
+        raise ValueError(
+            f"there is no buffer in {protocol.teacher}; give a folder that `condense buffer` wrote, the name of a "
+            f"network, or {spelt('protocol.teacher', 'same')}"
+        )
     for field, specs in {"networks": networks, **teacher}.items():
         for network in specs:
             if isinstance(network, str):

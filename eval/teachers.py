@@ -11,8 +11,8 @@ from condense.artifacts import MANIFEST
 from condense.compute import Compute
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import expanded
+from condense.labelling import open_teacher
 from condense.pretraining import pretrained
-from condense.relabel import open_teacher
 from condense.rng import Rng
 from condense.synthetic.set import Origin
 from condense.task import Task

@@ -20,6 +20,7 @@ from condense.augment import Augment
 from condense.data.images import Images
 from condense.data.layout import InputShape
 from condense.networks import Functional, Weights
+from condense.networks.registry import build, is_builtin, require_moderate
 from condense.objective import Objective
 from condense.rng import Rng
 from condense.sources import Examples, Relabelled, Source, StoredLabels, Teacher
@@ -150,8 +151,7 @@ class Online(ViewLabels):
     def provider(self, labels: Tensor, num_classes: int, input_shape: InputShape, expansion: int) -> StoredTeacher:
         sizes = (0, 0)
         if self.keep_weights:
-            network = Functional(self.network, input_shape, num_classes)
-            sizes = _size(network.shapes), _size(network.buffer_shapes)
+            sizes = _sizes(self.network, input_shape, num_classes)
         return StoredTeacher(_classes(labels), *sizes)
 
 
@@ -257,7 +257,7 @@ class StoredTeacher(Provider):
         super().__init__()
         self.register_buffer("classes", classes.clone())
         for name, size in (("params", num_params), ("statistics", num_buffers)):
-            self.register_buffer(name, torch.zeros(size, device=classes.device), persistent=size > 0)
+            self.register_buffer(name, torch.zeros(size, device=classes.device))
 
     def forward(self, index: Tensor) -> Tensor:
         return self.classes[index]
@@ -291,5 +291,11 @@ def _classes(labels: Tensor) -> Tensor:
     return labels.long() if labels.dim() == 1 else labels.argmax(1)
 
 
-def _size(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+def _sizes(name: str, input_shape: InputShape, num_outputs: int) -> tuple[int, int]:
+    """Return the numbers of values in the trained parameters and in the buffers of a network. A network of this package
+    takes no memory for it, whatever a file says of its width."""
+    require_moderate(name, input_shape, num_outputs)
+    with Rng(0).forked("architecture"), torch.device("meta" if is_builtin(name) else "cpu"):
+        network = build(name, input_shape, num_outputs)
+    trained = (p.numel() for p in network.parameters() if p.requires_grad)
+    return sum(trained), sum(buffer.numel() for buffer in network.buffers())
