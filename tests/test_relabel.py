@@ -233,7 +233,12 @@ def test_a_file_is_replaced_only_by_a_file_of_its_kind(syn: SyntheticSet, buffer
 
 
 def test_hard_and_soft_labels_in_one_evaluation(
-    syn: SyntheticSet, tiny: Arrays, buffer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    syn: SyntheticSet,
+    tiny: Arrays,
+    buffer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Baselines get the labels of the set, by its teacher; hard labels count as classes alone."""
     made = condense.relabel(syn, buffer, device="cpu", **SMALL | {"epochs": 60})
@@ -254,9 +259,11 @@ def test_hard_and_soft_labels_in_one_evaluation(
     assert found[1].protocol_hash == SHORT["relabelled"].hash
     hard = condense.evaluate(syn, tiny, protocol=SHORT["canonical"], **kwargs).results[0]
     assert hard.accuracies == found[0].accuracies and hard.stored_bytes == found[0].stored_bytes
+    monkeypatch.setenv("COLUMNS", "200")
     commands.print_results([r.row() for r in found], together=True)
     shown = capsys.readouterr().out
-    assert shown.count("n = 2 networks per cell") == 1 and "canonical*" in shown and "relabelled*" in shown
+    assert shown.count("n = 2 networks per cell") == 1 and "1.54 kB + 48 B" in shown
+    assert {"canonical*", "relabelled*", "full-data"} <= set(shown.split())
     assert len(results.read_complete(tmp_path / "r.json")) == 5
 
 
