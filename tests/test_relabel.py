@@ -387,3 +387,21 @@ def test_a_decoder_has_labels_of_every_image(syn: SyntheticSet) -> None:
     kind = Stored(epochs=2, augment="none")
     table = kind.provider(torch.arange(3), 3, (1, 8, 8), Factor().expansion)
     assert isinstance(table, StoredTable) and table.values.shape == (2, 12, 3)
+
+
+@pytest.mark.parametrize(
+    "kind", [Stored(**SMALL | {"epochs": 60}), Online(keep_weights=False)], ids=["stored", "named"]
+)
+def test_a_report_shows_labels_and_images_apart(
+    kind: Stored | Online, syn: SyntheticSet, tiny_file: Path, buffer: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    condense.relabel(run, buffer, kind, out=run / "synthetic.safetensors", device="cpu")
+    options: dict[str, Any] = {"networks": TINY, "num_seeds": 1, "buffers": buffer.parent, "device": "cpu"}
+    condense.evaluate(run, tiny_file, protocol=SHORT["relabelled"], **options)
+    text = api.report(run).read_text()
+    assert f"Labels: {kind.name}, for every view of the images, by {buffer.name}@" in text
+    stored = isinstance(kind, Stored)
+    assert ("The labels take 1.44 times the bytes of the images" in text) == stored
+    assert ("random, ipc 2, teacher not stored" in text) == (not stored)
+    assert (">2.21 kB<" in text) == stored and ">1.54 kB<" in text

@@ -148,7 +148,7 @@ class Cost(NamedTuple):
     decoder: int
 
     def remark(self) -> str:
-        """Return a line that says how much larger than the images the labels are; empty if they are not."""
+        """Return text that says how much larger than the images the labels are; empty if they are not."""
         if self.labels <= self.images:
             return ""
         return f"the labels take {self.labels / self.images:.3g} times the bytes of the images"
