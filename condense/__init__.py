@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from condense.api import evaluate as evaluate
     from condense.api import load as load
     from condense.api import make_buffer as make_buffer
+    from condense.api import relabel as relabel
     from condense.recipe import Recipe as Recipe
     from condense.synthetic.files import save as save
     from condense.synthetic.set import SyntheticSet as SyntheticSet
@@ -23,12 +24,13 @@ _HOMES = {
     "evaluate": "condense.api",
     "load": "condense.api",
     "make_buffer": "condense.api",
+    "relabel": "condense.api",
     "Recipe": "condense.recipe",
     "save": "condense.synthetic.files",
     "SyntheticSet": "condense.synthetic.set",
 }
 
-__all__ = ["Recipe", "RunOptions", "SyntheticSet", "distill", "evaluate", "load", "make_buffer", "save"]
+__all__ = ["Recipe", "RunOptions", "SyntheticSet", "distill", "evaluate", "load", "make_buffer", "relabel", "save"]
 
 try:
     __version__ = version("condense-dd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense import __version__, exchange, experiment, picture, recipe, runs, sets
+from condense import __version__, artifacts, exchange, experiment, picture, recipe, runs, sets
 from condense.augment import Augment
 from condense.baselines import Budget as Budget
 from condense.baselines import check_baselines, prepare_baselines
 from condense.buffers.trajectories import Experts, build, check_augment
 from condense.cache import cache_folder
 from condense.compute import Compute, prepare_device
+from condense.data import datasets
 from condense.data.datasets import Arrays, Data, name_of, open_data
 from condense.data.transform import Transform, check_transform
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
+from condense.eval import teachers
 from condense.eval.applications import Application, Findings, Setting, name_and_application
 from condense.eval.applications.pruning import PRUNING, Pruning
 from condense.eval.baselines import FULL, compare
@@ -33,7 +36,8 @@ from condense.eval.results import Evaluation, Result, merge, read
 from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
-from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, write_text
+from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, read_header, write_text
+from condense.labelling import open_teacher, relabelled, teacher_of
 from condense.method import Method
 from condense.methods.selection import Selection
 from condense.names import spelt
@@ -46,8 +50,12 @@ from condense.sets import Readable
 from condense.sets import open_set as open_set
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.files import load as load
+from condense.synthetic.files import save
+from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import Online, Stored, ViewLabels
 from condense.task import Split
+from condense.teachers import Teacher
 from condense.tracking import progress
 
 
@@ -182,9 +190,10 @@ def evaluate(
     *,
     networks: str | Factory | Sequence[str | Factory] | None = None,
     num_seeds: int = 5,
-    protocol: str | Protocol = "canonical",
+    protocol: str | Protocol | Sequence[str | Protocol] = "canonical",
     baselines: str | Sequence[str] = (),
     budget: Budget = "images",
+    buffers: Path | str = artifacts.DEFAULT_ROOT,
     compute: Compute = Compute(),
     out: Path | str | None = None,
     seed: int = 0,
@@ -195,8 +204,10 @@ def evaluate(
     """Train new networks on a set and test each once, after its last epoch, on the test split.
 
     ``syn`` is a set, its file or a run folder, to which ``evaluation.json`` is written. By default ``networks``
-    are those of ``default_networks``. ``baselines`` are methods or recipes that are run at the same ``budget`` (images
-    per class or bytes), and ``full`` for all training data. If a set has soft labels, networks are trained on these.
+    are those of ``default_networks``. ``protocol`` may be several protocols, one after the other. ``baselines`` are
+    methods or recipes that are run at the same ``budget`` (images per class or bytes), and ``full`` for all training
+    data. If a set has labels of its views (``relabel``) that a protocol uses, baselines are labelled in the same way,
+    by the same teacher. ``buffers`` is the folder in which a teacher that the set does not hold is found.
     The processes of ``ranks`` (see ``condense.distributed.init_distributed``) share the networks.
 
     An evaluation that was stopped continues with the missing networks. Baselines are cached.
@@ -212,18 +223,25 @@ def evaluate(
             read(target)
     given, data = sets.read_set(syn, dataset)
     known = given if isinstance(given, SyntheticSet) else None
-    plan = named(protocol, known) if isinstance(protocol, str) else protocol
+    several = [protocol] if isinstance(protocol, str | Protocol) else protocol
+    plans = [named(one, known) if isinstance(one, str) else one for one in several]
+    if not plans:
+        raise ValueError("an evaluation needs a protocol; give protocol='canonical'")
     baselines = (baselines,) if isinstance(baselines, str) else baselines
     rivals = [name for name in baselines if name != FULL]
-    networks = default_networks(known, plan) if networks is None else networks
+    networks = default_networks(known, plans[0]) if networks is None else networks
     networks = (networks,) if isinstance(networks, str) or callable(networks) else networks
-    evaluation.check(known, networks, plan, num_seeds)
+    for plan in plans:
+        evaluation.check(known, networks, plan, num_seeds)
     check_baselines(rivals, given, networks[0], seed, budget)
     chosen = prepare_device(device)
     with ranks.rank_zero_first():
         syn, arrays = sets.with_data(given, open_data(data, download))
-    subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder())
     makers = prepare_baselines(rivals, syn, arrays, networks[0], chosen, seed, budget)
+    opened = [teachers.opened(plan, syn.origin, chosen) for plan in plans]
+    plans, of_plans = [plan for plan, _ in opened], {name: one for _, of in opened for name, one in of.items()}
+    of_set, makers = _labelled(syn, plans, makers, expanded(buffers), arrays.strategy, chosen, compute)
+    subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder(), teachers=of_plans | of_set)
     journal = None if target is None else Journal(target, ranks.rank)
     results: list[Result] = []
 
@@ -235,19 +253,98 @@ def evaluate(
     common: dict[str, Any] = {
         "networks": networks,
         "num_seeds": num_seeds,
-        "protocol": plan,
         "seed": seed,
         "compute": compute,
         "ranks": ranks,
         "on_result": record,
     }
     with compute.arithmetic():
-        evaluation.evaluate(subject, journal=journal, **common)
-        compare(subject, baselines, makers, **common)
+        for plan in plans:
+            evaluation.evaluate(subject, protocol=plan, journal=journal, **common)
+        compare(subject, baselines, makers, protocols=plans, **common)
     ranks.barrier()
     if journal is not None and ranks.first:
         journal.remove()
     return Evaluation(tuple(results))
+
+
+def _labelled(
+    syn: SyntheticSet,
+    plans: Sequence[Protocol],
+    makers: Mapping[str, Callable[[], SyntheticSet]],
+    buffers: Path,
+    strategy: str,
+    device: torch.device,
+    compute: Compute,
+) -> tuple[dict[str, Teacher], dict[str, Callable[[], SyntheticSet]]]:
+    """Return the teacher of a set whose views are labelled, by its name, and functions that make its baselines with
+    labels of the same kind. Without such labels, or where nothing needs the teacher, there is none."""
+    kind = next((kind for plan in plans if (kind := plan.view_labels(syn)) is not None), None)
+    if kind is None or not (makers or isinstance(kind, Online)):
+        return {}, dict(makers)
+    by = teacher_of(syn, buffers, device)
+
+    def label(make: Callable[[], SyntheticSet]) -> SyntheticSet:
+        return relabelled(make(), kind, by, strategy=strategy, compute=compute)
+
+    return {by.name: by.teacher}, {name: functools.partial(label, make) for name, make in makers.items()}
+
+
+@checked
+def relabel(
+    syn: Readable,
+    teacher: Path | str,
+    labels: Labels | str = Stored(),
+    *,
+    out: Path | str | None = None,
+    compute: Compute = Compute(),
+    device: str = "auto",
+    **fields: Any,
+) -> SyntheticSet:
+    """Label the views of a set by a trained network, and return the set with these labels.
+
+    Args:
+        syn: a set, its file or a run folder.
+        teacher: the folder of a buffer, whose first network labels the views, or a folder with one such buffer.
+        labels: ``Stored`` or ``Online``, or the name of one of these kinds.
+        out: the file to write; by default nothing is written for a set, and a file beside the set otherwise
+            (``relabelled_file``). An earlier set is replaced, a file of another kind is not.
+        compute: compute policy of the teacher.
+        device: device to compute on.
+        fields: fields of the labels (epochs, keep, ...).
+
+    Raises:
+        ValueError: the set cannot be read or has no classes; the buffer is of other data, another split or another
+            transform; the file cannot be written.
+    """
+    chosen = recipe.choice("labels", labels)
+    if not isinstance(chosen, ViewLabels):
+        raise ValueError(f"a teacher gives labels of the kinds stored and online, not {chosen.name}; give one of these")
+    kind = replaced(chosen, fields)
+    target = expanded(out) if out is not None else None if isinstance(syn, SyntheticSet) else relabelled_file(syn, kind)
+    if target is not None:
+        check_new_file(target, "set")
+        if target.exists() and read_header(target).get("kind") != "synthetic set":
+            raise ValueError(f"{target} exists already and is no set; give another path, or move it away")
+    given = syn if isinstance(syn, SyntheticSet) else load(syn)
+    origin = given.origin
+    strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
+    by = open_teacher(expanded(teacher), origin, prepare_device(device))
+    with progress(
+        f"{kind.name} labels {origin.dataset_name}", kind.num_stored if isinstance(kind, Stored) else 1
+    ) as bar:
+        result = relabelled(given, kind, by, strategy=strategy, compute=compute, on_epoch=lambda done: bar(done, ""))
+    if target is not None:
+        save(result, target)
+    return result
+
+
+def relabelled_file(syn: Path | str, kind: ViewLabels) -> Path:
+    """Return the file that ``relabel`` writes by default: ``synthetic-stored.safetensors`` in the run folder, or
+    ``FILE-stored.safetensors``."""
+    path = expanded(syn)
+    path = path / "synthetic.safetensors" if path.is_dir() else path
+    return path.with_name(f"{path.stem}-{kind.name}.safetensors")
 
 
 @checked

@@ -451,15 +451,16 @@ class BufferWriter:
             self.experts[expert] = record
 
 
-def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
-    """Return the only folder under ``root`` that meets the spec; ``root`` may itself be that folder.
+def find(root: Path, spec: ArtifactSpec, dataset: str, option: str = "buffers") -> Path:
+    """Return the only folder under ``root`` that meets the spec; ``root`` may itself be that folder. Errors name the
+    user's ``option`` of the folder.
 
     Raises:
         ValueError: ``root`` is a file; no folder meets the spec (the message says how the closest one differs and gives
             the command that builds one); several do; a manifest is damaged.
     """
     if root.is_file():
-        raise ValueError(f"{root} is a file; give {spelt('buffers')} the folder of a buffer, or the folder above it")
+        raise ValueError(f"{root} is a file; give {spelt(option)} the folder of a buffer, or the folder above it")
     is_artifact = (root / MANIFEST).is_file()
     folders = [root] if is_artifact else sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
     manifests = {folder: read_manifest(folder) for folder in folders}
@@ -469,7 +470,7 @@ def find(root: Path, spec: ArtifactSpec, dataset: str) -> Path:
         return fitting[0]
     if fitting:
         names = ", ".join(folder.name for folder in fitting)
-        raise ValueError(f"several buffers in {root} fit {dataset}: {names}; choose one with {spelt('buffers')}")
+        raise ValueError(f"several buffers in {root} fit {dataset}: {names}; choose one with {spelt(option)}")
     why = "there are none"
     if misfits:
         closest = min(misfits, key=lambda folder: len(misfits[folder]))

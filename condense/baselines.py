@@ -144,9 +144,17 @@ def _budget(syn: SyntheticSet, plan: Recipe, budget: Budget) -> dict[str, Any]:
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
     """Return the largest number of images per class (at least 1) whose images and labels take at most the bytes of
-    ``syn``. Pixels are of its number type; of float32 where ``syn`` has 8-bit pixels and the recipe has not."""
-    classes = syn.origin.num_classes
-    labels = plan.labels.build(torch.zeros(1, dtype=torch.long), classes).state_dict().values()
+    ``syn``. Pixels are of its number type; of float32 where ``syn`` has 8-bit pixels and the recipe has not. Baselines
+    of a set whose views are labelled get the same labels."""
+    classes, shape = syn.origin.num_classes, syn.origin.input_shape
+    kind = syn.label_kind if syn.label_kind.of_views else plan.labels
     itemsize = syn.latents.itemsize if syn.decode.differentiable or plan.decode == syn.decode else 4
-    each = math.prod(syn.origin.input_shape) * itemsize + sum(t.nbytes for t in labels)
-    return max(1, sum(syn.cost()) // (classes * each))
+
+    def labels(ipc: int) -> int:
+        with torch.device("meta"):
+            provider = kind.provider(torch.zeros(classes * ipc, dtype=torch.long), classes, shape, 1)
+        return sum(tensor.nbytes for tensor in provider.state_dict().values())
+
+    each = labels(2) - labels(1)
+    fixed = labels(1) - each
+    return max(1, (sum(syn.cost()) - fixed) // (classes * math.prod(shape) * itemsize + each))

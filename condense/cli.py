@@ -23,6 +23,7 @@ Distil a data set into a few images per class, and evaluate them.
   demo                         buffer, distil and evaluate on embedded data, in a few minutes
   buffer    --dataset D ...    train and store expert trajectories, or teachers (--keep last)
   distill   METHOD|RECIPE ...  distil a data set
+  relabel   RUN|FILE ...       label the views of a synthetic set by a teacher
   evaluate  RUN|FILE ...       train new networks on a synthetic set and test them
   apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, ranking
   apply     pruning DATA ...   accuracy by the share of the real images that selections keep
@@ -44,7 +45,10 @@ SPINS = "10000"
 """How often a thread of GNU's OpenMP, which torch loads, looks for work before it sleeps; the default is 300,000. Where
 another process is busy, threads that wait for each other would take the processor from those that compute."""
 
-COMMANDS = ("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "report", "show")
+COMMANDS = (
+    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "relabel", "report"),
+    "show",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

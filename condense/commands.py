@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, catalog, exchange, experiment, networks, recipe, runs, sets
+from condense import api, artifacts, catalog, exchange, experiment, networks, recipe, runs, sets
 from condense import show as glance
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
@@ -39,7 +39,7 @@ from condense.recipe import Recipe
 from condense.registry import METHODS
 from condense.runs import RunOptions
 from condense.show import print_results
-from condense.synthetic import DECODERS, LABELS, Decode, save
+from condense.synthetic import DECODERS, LABELS, Decode, Labels, Stored, ViewLabels, save
 from condense.synthetic.decode import Pixels
 from condense.synthetic.set import SyntheticSet
 from condense.table import print_table
@@ -91,6 +91,8 @@ class Evaluate:
     """Methods or recipes to compare with at the same budget; `full` stands for all training data."""
     budget: api.Budget = "images"
     """Budget of the baselines: as many images per class as the set (images), or as many bytes (bytes)."""
+    buffers: Path = artifacts.DEFAULT_ROOT
+    """Folder to search for the teacher of a set whose views are labelled, or the folder of its buffer."""
     dataset: str | None = None
     """Data set that the set was distilled from. The default is the location recorded by the run, else the name in the
     file."""
@@ -157,6 +159,20 @@ class Prune:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relabel:
+    teacher: Path
+    """Folder of the buffer whose first network is the teacher, or a folder with one such buffer."""
+    labels: Labels = Stored()
+    """Kind of labels: stored or online."""
+    out: Path | None = None
+    """File to write. The default is synthetic-stored.safetensors in the run folder, or FILE-stored.safetensors."""
+    compute: Switch[Compute] = Compute()
+    """Numerical precision and speed."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,18 +263,38 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     if _asks_for_help(words):
         recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
-    flags, name = recipe.take(words[1:], "--protocol")
+    flags, names = _several(words[1:], "--protocol")
     given, _ = sets.read_set(target, recipe.take(flags, "--dataset")[1])
     syn = given if isinstance(given, SyntheticSet) else None
-    plan = protocol.named(name or "canonical", syn)
+    plan, *others = [protocol.named(name, syn) for name in names or ["canonical"]]
+    if others and any(flag.startswith("--protocol.") for flag in flags):
+        raise ValueError("fields of a protocol cannot be changed for several protocols; give one --protocol")
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
     if "--networks" in flags and not command.networks:
         raise ValueError("--networks names no network; give e.g. --networks convnet mlp, or leave it out")
     chosen = command.networks or api.default_networks(syn, command.protocol)
     if not command.networks and command.protocol.name == "own":
         say(f"network: {chosen[0]}, which is stored in the set")
-    result = api.evaluate(target, **_fields(command) | {"networks": chosen}, ranks=ranks)
-    print_results([row.row() for row in result.results])
+    fields = _fields(command) | {"networks": chosen, "protocol": [command.protocol, *others]}
+    result = api.evaluate(target, **fields, ranks=ranks)
+    print_results([row.row() for row in result.results], together=bool(others))
+
+
+def relabel(words: list[str]) -> None:
+    usual, prog = Relabel(teacher=artifacts.DEFAULT_ROOT), "condense relabel RUN_OR_FILE"
+    if _asks_for_help(words):
+        recipe.parse(Relabel, ["--help"], usual, prog=prog)
+    target = _positional(words, "relabel RUN_OR_FILE --teacher BUFFER", "give a run folder or a synthetic.safetensors")
+    command = recipe.parse(Relabel, words[1:], usual, prog=prog)
+    if recipe.take(words, "--teacher")[1] is None:
+        raise ValueError("relabel needs a teacher; give --teacher with the folder that `condense buffer` wrote")
+    syn = api.relabel(target, **_fields(command))
+    assert isinstance(syn.label_kind, ViewLabels)
+    kind, cost = syn.label_kind, syn.cost()
+    file = command.out or api.relabelled_file(target, kind)
+    say(f"{file}: {kind.name} labels by {kind.teacher}; images {cost.images}, labels {cost.labels} bytes")
+    if remark := cost.remark():
+        say(remark)
 
 
 def show(words: list[str]) -> None:
@@ -518,6 +554,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "import": import_,
     "list": list_,
+    "relabel": relabel,
     "report": report,
     "show": show,
 }
@@ -539,6 +576,21 @@ def _fields(command: Any) -> dict[str, Any]:
 
 def _asks_for_help(words: list[str]) -> bool:
     return "-h" in words or "--help" in words
+
+
+def _several(words: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Remove ``flag VALUE...`` and ``flag=VALUE`` from ``words``; return the rest and all values."""
+    rest, values, is_value = list[str](), list[str](), False
+    for word in words:
+        if word.startswith("--") or not is_value:
+            is_value = word == flag
+            if word.startswith(f"{flag}="):
+                values.append(word.removeprefix(f"{flag}="))
+            elif not is_value:
+                rest.append(word)
+        else:
+            values.append(word)
+    return rest, values
 
 
 def _bare(words: list[str], flag: str) -> list[str]:

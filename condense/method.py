@@ -460,6 +460,11 @@ class Method(Checked, ABC):
             return f"gives labels no gradient: {labels.name} would never change; give {spelt('labels', 'hard')}"
         if labels.space == "values" and not self.regresses and not OBJECTIVES[objective].takes_values:
             return f"trains with {objective}, which cannot use {labels.name}; give {spelt('labels', 'logits')}"
+        if labels.of_views:
+            return (
+                f"does not label views: {labels.name} labels are given to a finished set; give "
+                f"{spelt('labels', 'hard')}, and label the set with `condense relabel`"
+            )
         if labels.name == "teacher" and not self.has_teacher:
             return f"has no trained network that could label the images; give {spelt('labels', 'hard')}"
         if not decode.differentiable and self.learns:

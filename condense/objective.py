@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condense.schema import Checked
 
-ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine", "distillation"]
+ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine", "gift", "distillation"]
 """The keys of ``OBJECTIVES``."""
 
 
@@ -122,8 +122,27 @@ class Cosine(Objective):
         return logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gift(Objective):
+    """One minus the cosine similarity of the outputs and a teacher's logits that the class corrects (GIFT)."""
+
+    name: ClassVar[ObjectiveName] = "gift"
+    label_smoothing: float = 0.1
+    """Fraction of the class that is spread evenly over all classes before it corrects the logits."""
+    weight: float = 0.1
+    """Weight of the class relative to the logits, both normalised to length 1."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(outputs, _rows(outputs, targets), dim=1)).mean()
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = _rows(logits, targets)
+        smooth = (1 - self.label_smoothing) * rows + self.label_smoothing / rows.shape[1]
+        return F.normalize(logits, dim=1) + self.weight * F.normalize(smooth, dim=1)
+
+
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
-    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine, Distillation)
+    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine, Gift, Distillation)
 }
 
 

@@ -17,6 +17,7 @@ from condense.files import read_header
 from condense.names import printable
 from condense.recipe import Recipe, Resolved, to_mapping, to_yaml
 from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import ViewLabels
 from condense.table import print_table
 
 
@@ -67,17 +68,52 @@ def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json:
     print(to_yaml(plan), end="")
 
 
-def print_results(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_results(rows: Sequence[Mapping[str, Any]], *, together: bool = False) -> None:
     """Print the rows of ``evaluation.json`` as one table per protocol, one line per set and one column per network.
 
-    A cell is the mean test accuracy in percent with its standard deviation.
+    A cell is the mean test accuracy in percent with its standard deviation. With ``together`` there is one table with
+    the columns of all protocols. A table has columns of bytes where it is of several protocols, where labels take more
+    than images, or where a teacher is not stored.
     """
-    for title, of_protocol in by_protocol(rows).items():
-        networks = list(dict.fromkeys(row["network"] for row in of_protocol))
-        sets = by_set(of_protocol)
-        counts = ", ".join(map(str, sorted({row["n"] for cells in sets.values() for row in cells.values()})))
-        lines = [(name, *(_cell(cells.get(network)) for network in networks)) for name, cells in sets.items()]
-        print_table(f"test accuracy, %: {title}, n = {counts} networks per cell", ("", *networks), lines)
+    groups = by_protocol(rows)
+    for titles in [list(groups)] if together else [[title] for title in groups]:
+        _print_groups({title: groups[title] for title in titles})
+
+
+def _print_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Print the rows of some protocols, given by title, as one table."""
+    columns, lines = [""], dict[str, list[str]]()
+    tables = {title: by_set(rows) for title, rows in groups.items()}
+    shown = {title: [row for cells in sets.values() for row in cells.values()] for title, sets in tables.items()}
+    every = [row for rows in shown.values() for row in rows]
+    counts, is_one = sorted({row["n"] for row in every}), len({row["network"] for row in every}) == 1
+    for title, sets in tables.items():
+        networks = list(dict.fromkeys(row["network"] for row in shown[title]))
+        sizes = len(groups) > 1 or any(row["teacher"] or _outweighs(row["stored_bytes"]) for row in shown[title])
+        prefix = f"{title} " if len(groups) > 1 else ""
+        columns += [title] if prefix and is_one else [f"{prefix}{network}" for network in networks]
+        columns += ["images + labels"] if sizes else []
+        for name in dict.fromkeys(name for of_title in tables.values() for name in of_title):
+            cells = sets.get(name, {})
+            line = [_cell(cells.get(network)) for network in networks] + ([_bytes(cells)] if sizes else [])
+            lines.setdefault(name, []).extend(line)
+    what = every[0]["network"] if len(groups) > 1 and is_one else ", ".join(groups)
+    heading = f"test accuracy, %: {what}, n = {', '.join(map(str, counts))} networks per cell"
+    print_table(heading, columns, [(name, *line) for name, line in lines.items()])
+
+
+def _outweighs(stored: Mapping[str, int]) -> bool:
+    return stored.get("labels", 0) > stored.get("images", 0)
+
+
+def _bytes(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the bytes of images and labels of one set, with those of a decoder if there is one."""
+    if not cells:
+        return "-"
+    row = next(iter(cells.values()))
+    stored = row["stored_bytes"]
+    sizes = [size for name, size in stored.items() if size or name != "decoder"]
+    return " + ".join(map(readable_bytes, sizes)) + (", teacher not stored" if row["teacher"] else "")
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -111,10 +147,16 @@ def _set(title: str, syn: SyntheticSet) -> None:
             "learned lr": "none" if rate is None else f"{rate.detach().mean().item():.5g}",
             "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder} "
             f"(together {readable_bytes(sum(cost))})",
+            **({"labels": cost.remark()} if cost.remark() else {}),
+            **({"teacher": _teacher(syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
             "recipe": origin.recipe_hash[:12],
             "code": origin.code,
         },
     )
+
+
+def _teacher(kind: ViewLabels) -> str:
+    return f"{kind.teacher}, {kind.network}" + (", not stored" if kind.is_named else "")
 
 
 def _run(folder: Path) -> None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from condense.data.images import Images
-from condense.files import canonical_json, read_tensors, write_tensors
 from condense.objective import Objective
 from condense.rng import Rng
 from condense.views import UNCHANGED, Views
@@ -25,6 +23,9 @@ from condense.views import UNCHANGED, Views
 Order = Literal["shuffled", "stored"]
 Teacher = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (n, num_outputs)."""
+StoredLogits = Callable[[int | Tensor, Tensor], Tensor]
+"""``logits(k, positions)``: the logits (n, num_outputs), float32, of the views at ``positions`` (n,) of stored epoch k.
+Views are counted in the order of the batches."""
 
 
 class Batch(NamedTuple):
@@ -263,78 +264,36 @@ class Relabelled(Source):
 
 
 class StoredLabels(Source):
-    """The images of another source, with targets from stored logits of a teacher.
+    """The images of another source, with targets from the stored logits of a teacher.
 
-    The logits of all views of E epochs are stored. Epoch e has the views and the labels of epoch e mod E.
+    The logits of all views of K epochs are stored. Epoch e has the views and the labels of stored epoch e mod K.
     """
 
-    def __init__(self, source: Source, logits: Tensor, temperature: float = 1.0) -> None:
+    def __init__(self, source: Source, logits: StoredLogits, epochs: Sequence[int], objective: Objective) -> None:
         """
         Args:
             source: the source of the images; it must be the one, with the seed, that the logits were computed on.
-            logits: shape (E, n, num_outputs) for the n images of an epoch in the order of its batches; any float type.
-            temperature: divides the logits before the softmax that gives the targets.
+            logits: returns stored logits.
+            epochs: for each stored epoch, the epoch of ``source`` that has its views.
+            objective: targets are ``objective.taught`` of the logits.
         """
-        self.source, self.logits, self.temperature = source, logits, temperature
+        self.source, self.logits, self.epochs, self.objective = source, logits, epochs, objective
         self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
+        self.on_device, self._table = source.on_device, torch.tensor(epochs)
 
-    @classmethod
+    def begin(self, epoch: int) -> None:
+        self.source.begin(self.epochs[epoch % len(self.epochs)])
+
     @torch.no_grad()
-    def of(cls, source: Source, teacher: Teacher, num_epochs: int, temperature: float = 1.0) -> StoredLabels:
-        """Compute the teacher's logits of all views of ``num_epochs`` epochs and hold them in CPU memory."""
-        epochs = [
-            torch.cat([teacher(source.batch(epoch, index).images).cpu() for index in range(source.num_batches)])
-            for epoch in range(num_epochs)
-        ]
-        return cls(source, torch.stack(epochs), temperature)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the stored logits in bytes."""
-        return self.logits.nbytes
-
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
-        assert isinstance(epoch, int) and isinstance(index, int)
-        epoch %= len(self.logits)
-        images, first = self.source.batch(epoch, index).images, index * self.batch_size
-        logits = self.logits[epoch, first : first + len(images)].to(images.device)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return Batch(images, (logits / self.temperature).softmax(1))
+        stored = epoch % len(self.epochs)
+        if isinstance(stored, int):
+            images, targets = self.source.batch(self.epochs[stored], index)
+        else:
+            self._table = self._table.to(stored.device)
+            images, targets = self.source.batch(self._table[stored], index)
+        positions = index * self.batch_size + torch.arange(len(images), device=images.device)
+        return Batch(images, self.objective.taught(self.logits(stored, positions), targets))
 
     def identity(self) -> dict[str, Any]:
-        return self.source.identity()
-
-    def save(self, path: Path) -> None:
-        """Write the logits and the identity of their views as ``.safetensors``."""
-        header = {"kind": _KIND, "format": 1, "views": self.identity()}
-        write_tensors(path, {"logits": self.logits}, header)
-
-    @classmethod
-    def load(cls, path: Path, source: Source, temperature: float = 1.0) -> StoredLabels:
-        """Read labels that ``save`` wrote for the views of ``source``.
-
-        Raises:
-            ValueError: the file is missing or damaged; it belongs to other views; its logits are not finite, or their
-                shape does not fit an epoch of ``source``.
-        """
-        tensors, header = read_tensors(path, _KIND)
-        stored, views = header.get("views"), source.identity()
-        if canonical_json(stored) != canonical_json(views):
-            names = [name for name, value in views.items() if not isinstance(stored, dict) or stored.get(name) != value]
-            raise ValueError(
-                f"{path} holds labels of other views: they differ in {', '.join(names) or 'their fields'}; give the "
-                "source for which the labels were made, or make them again"
-            )
-        logits = tensors.get("logits", torch.empty(0))
-        num_rows = (source.num_batches - 1) * source.batch_size + len(source.batch(0, source.num_batches - 1).images)
-        if logits.dim() != 3 or not len(logits) or logits.shape[1] != num_rows or not logits.is_floating_point():
-            raise ValueError(
-                f"{path} holds logits of shape {tuple(logits.shape)}, where (epochs, {num_rows}, outputs) is expected; "
-                "make the labels again"
-            )
-        if not logits.isfinite().all():
-            raise ValueError(f"{path} holds logits that are not finite; make the labels again")
-        return cls(source, logits, temperature)
-
-
-_KIND = "stored-labels"
+        return {**self.source.identity(), "epochs": list(self.epochs)}

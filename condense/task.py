@@ -21,7 +21,7 @@ from condense.networks import Functional
 from condense.rng import Draws, Rng, check_seed
 from condense.schema import Checked
 
-_ROUNDING = ("sha256", "trace")
+ROUNDING = ("sha256", "trace")
 """Fields of a transform's description that depend on the rounding of a machine; an identity omits them."""
 
 
@@ -140,7 +140,7 @@ class Task:
         return {
             "dataset": self.fingerprint,
             "split": {"val_fraction": self.split.val_fraction, "seed": self.split.seed},
-            "transform": {k: v for k, v in self.transform.describe().items() if k not in _ROUNDING},
+            "transform": {k: v for k, v in self.transform.describe().items() if k not in ROUNDING},
             **self.network.identity(),
         }
 

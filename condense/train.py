@@ -18,7 +18,7 @@ from condense.compute import Compute
 from condense.cudagraph import Graphed
 from condense.data.images import Images
 from condense.networks import Functional, Weights
-from condense.objective import KL, OBJECTIVES, CrossEntropy, Distillation, Objective, ObjectiveName
+from condense.objective import KL, OBJECTIVES, CrossEntropy, Distillation, Gift, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import DROP_AT_HALF, Schedule
 from condense.schema import Checked
@@ -58,8 +58,8 @@ class Training(Checked):
     loss: ObjectiveName = "cross-entropy"
     """Training loss. mse: half the squared distance to the targets, summed over their width and averaged over images.
     kl: KL divergence between the targets and the softmax at ``temperature``. cosine: one minus the cosine similarity of
-    outputs and targets. distillation: a weighted sum of the divergence from a teacher at ``temperature`` and of the
-    cross-entropy of the classes."""
+    outputs and targets. gift: the same with a teacher's logits that the class corrects. distillation: a weighted sum of
+    the divergence from a teacher at ``temperature`` and of the cross-entropy of the classes."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimiser of the training."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -70,7 +70,8 @@ class Training(Checked):
     mixup: float = 0.0
     """Alpha of the beta distribution of the MixUp weights (Zhang et al. 2018); 0: no MixUp."""
     label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy: the fraction of each target that is spread evenly over all classes."""
+    """Label smoothing of the cross-entropy, and of the class in gift: the fraction of each target that is spread evenly
+    over all classes."""
     temperature: float = 1.0
     """Softmax temperature of the losses kl and distillation, for the logits of the network and of a teacher."""
     teacher_weight: float = 0.5
@@ -149,6 +150,8 @@ class Training(Checked):
                 return KL(temperature=self.temperature)
             case "distillation":
                 return Distillation(temperature=self.temperature, weight=self.teacher_weight)
+            case "gift":
+                return Gift(label_smoothing=self.label_smoothing)
         return OBJECTIVES[self.loss]()
 
 

@@ -34,7 +34,7 @@ def compare(
     *,
     networks: Sequence[str | Factory],
     num_seeds: int,
-    protocol: Protocol,
+    protocols: Sequence[Protocol],
     seed: int,
     compute: Compute,
     on_result: Callable[[Result], None],
@@ -48,7 +48,7 @@ def compare(
         makers: for every other name, a function that makes its set.
         networks: network strings or callables.
         num_seeds: networks of each architecture.
-        protocol: protocol of the set; see ``baseline_protocol``.
+        protocols: protocols of the set; see ``baseline_protocol``.
         seed: root of every random draw.
         compute: compute policy.
         on_result: called with each result, whose method is the name of the baseline.
@@ -79,17 +79,18 @@ def compare(
             continue
         made = makers[name]()
         ranks.broadcast(list(made.state_dict().values()))
-        evaluate(
-            dataclasses.replace(subject, syn=made),
-            networks=networks,
-            num_seeds=num_seeds,
-            protocol=baseline_protocol(protocol, subject.syn, made),
-            seed=seed,
-            compute=compute,
-            ranks=ranks,
-            journal=journal,
-            on_result=functools.partial(_named, name, on_result),
-        )
+        for protocol in protocols:
+            evaluate(
+                dataclasses.replace(subject, syn=made),
+                networks=networks,
+                num_seeds=num_seeds,
+                protocol=baseline_protocol(protocol, subject.syn, made),
+                seed=seed,
+                compute=compute,
+                ranks=ranks,
+                journal=journal,
+                on_result=functools.partial(_named, name, on_result),
+            )
 
 
 def _named(name: str, on_result: Callable[[Result], None], result: Result) -> None:

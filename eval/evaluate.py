@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,11 +34,13 @@ from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
+from condense.objective import Objective
 from condense.plugins import code_of
 from condense.rng import VERSION, Rng
-from condense.sources import Relabelled, Source
+from condense.sources import Examples, Relabelled, Source
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Task, make_task
+from condense.teachers import Teacher
 from condense.tracking import Bar
 from condense.train import Scorer, Trainer, Training
 
@@ -48,6 +52,10 @@ OnEpoch = Callable[[int, Weights], None]
 """See ``Trainer.run``."""
 
 
+Label = Callable[[Examples], Source]
+"""Turns the batches of a set into those that networks are trained on, with labels of a teacher."""
+
+
 class SetScorer:
     """Trains networks of one architecture and scores each after its last epoch; compiles only once."""
 
@@ -57,9 +65,9 @@ class SetScorer:
         plan: Training,
         compute: Compute,
         augment: Augment = Augment(),
-        teacher: Callable[[Tensor], Tensor] | None = None,
+        label: Label | None = None,
     ) -> None:
-        self.network, self._augment, self._teacher = network, augment, teacher
+        self.network, self._augment, self._label = network, augment, label
         self._trainer, self._scorer = Trainer(network, plan, compute), Scorer(network, compute)
 
     def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
@@ -104,7 +112,7 @@ class SetScorer:
     def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
         """Return the training batches; a teacher, if there is one, labels them."""
         source = self._trainer.source(images, targets, rng, self._augment)
-        return Relabelled(source, self._teacher, self._trainer.training.objective) if self._teacher else source
+        return source if self._label is None else self._label(source)
 
 
 USUAL_SEEDS = 5
@@ -138,7 +146,7 @@ def measure(
     ranks: Ranks = Ranks(),
     journal: CellStore | None = None,
     held_out: Labelled | None = None,
-    teachers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    labels: Mapping[str, Label] | None = None,
 ) -> list[Result]:
     """Train and score ``num_seeds`` networks of each architecture under a protocol; return a result per architecture.
 
@@ -161,12 +169,12 @@ def measure(
         ranks: processes that share the networks.
         journal: stores trained networks; networks that it already holds are not trained again.
         held_out: held-out real images, for the choice of a learning rate and for calibration.
-        teachers: by name of the evaluated architecture, the function that labels its batches.
+        labels: by name of the evaluated architecture, the function that labels its batches.
 
     Raises:
         ValueError: another process ended, or the journal cannot be written. Networks stored so far are not lost.
     """
-    name = recorded_name(protocol, syn)
+    name, kind = recorded_name(protocol, syn), None if syn is None else protocol.view_labels(syn)
     augment = protocol.augment_for(arrays.input_shape, arrays.strategy)
     device = networks[0].device
     common: dict[str, Any] = {
@@ -180,13 +188,25 @@ def measure(
         "code": __version__,
     }
     plan = protocol.resolved(len(images), None if syn is None else syn.lr, augment.copies)
-    if isinstance(images, Tensor):
+    cost = None if syn is None else syn.cost()
+    if syn is not None and cost is not None and syn.label_kind.of_views and kind is None:
+        cost = cost._replace(labels=syn.classes.nbytes)  # networks are trained on the classes alone
+    fixed = {} if kind is None else kind.training()
+    if fixed:
+        plan = dataclasses.replace(plan, **fixed)
+        augment = Augment.parse(plan.augment)
+        common["augment"] = str(augment)
+    elif isinstance(images, Tensor):
         images, targets = augment.mirrored(images, targets)
         augment = dataclasses.replace(augment, flips=False)
     real = {"images": arrays.x_train.nbytes, "labels": arrays.y_train.nbytes, "decoder": 0}
     policies = [resolved(compute, network, plan, len(images)) for network in networks]
+
+    def label_of(network: Functional) -> Label | None:
+        return None if labels is None else labels[network.name]
+
     plans = [
-        _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed))
+        _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network))
         for network, policy in zip(networks, policies, strict=True)
     ]
     provenance = [
@@ -203,6 +223,7 @@ def measure(
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "num_classes": arrays.num_classes,
+            **({} if kind is None else {"labels": dataclasses.asdict(kind)}),
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
@@ -214,8 +235,7 @@ def measure(
         units = [k for of, k in mine if of == i]
         if not units:
             continue
-        teacher = None if teachers is None else teachers[network.name]
-        scorer = SetScorer(network, plans[i], policies[i], augment, teacher)
+        scorer = SetScorer(network, plans[i], policies[i], augment, label_of(network))
         rng, num_epochs = Rng(seed).child("evaluate", network.name), plans[i].num_epochs
         with progress(f"{name} {network.name}", len(units) * num_epochs) as bar:
             at_once = policies[i].networks or 1
@@ -257,9 +277,10 @@ def measure(
             threads=torch.get_num_threads(),
             seconds=round(sum(cell.seconds for cell in row), 3),
             peak_memory_bytes=max(cell.peak_memory for cell in row),
-            stored_bytes=real if syn is None else syn.cost()._asdict(),
+            stored_bytes=real if cost is None else cost._asdict(),
             full_bytes=sum(real.values()),
             compute=policy.first_order_identity(),
+            teacher=protocol.teacher or (kind.teacher if kind is not None and kind.is_named else ""),
             **common,
         )
         for network, policy, training, row in zip(networks, policies, plans, rows, strict=True)
@@ -275,6 +296,7 @@ def _with_best_rate(
     targets: Tensor,
     held_out: Labelled | None,
     rng: Rng,
+    label: Label | None,
 ) -> Protocol:
     """Return the plan with the learning rate of its grid that gives one network the best accuracy on held-out real
     images; on a tie, the smaller learning rate."""
@@ -283,7 +305,7 @@ def _with_best_rate(
     assert held_out is not None
     keys, accuracies = [rng.child("learning rate", network.name)], []
     for lr in sorted(plan.lr_grid):
-        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment)
+        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment, label)
         with warnings.catch_warnings():  # a learning rate at which a network diverges is not chosen
             warnings.simplefilter("ignore", UserWarning)
             (scores,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)
@@ -349,13 +371,13 @@ def evaluate(
         ValueError: there are no test images, or a network does not accept their shape; see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
-    check(syn, networks, protocol, num_seeds)
+    check(syn, networks, protocol, num_seeds, subject.teachers)
     test = subject.test
     skeletons = [subject.network(network) for network in networks]
-    images, targets = subject.decoded(soft=protocol.labels == "own")
+    images, targets = subject.decoded(soft=protocol.labels != "hard")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
         targets = centred(targets, arrays.num_classes, torch.float32)
-    labellers = _teachers(protocol, subject, skeletons, seed, compute) if protocol.teacher else None
+    labels = _labels(protocol, subject, skeletons, seed, compute)
     results = []
     for group in [[network] for network in skeletons] if ranks.size == 1 else [skeletons]:
         for result in measure(
@@ -374,7 +396,7 @@ def evaluate(
             ranks=ranks,
             journal=journal,
             held_out=subject.held_out if protocol.holds_out else None,
-            teachers=labellers,
+            labels=labels,
         ):
             results.append(result)
             if on_result is not None:
@@ -382,7 +404,13 @@ def evaluate(
     return Evaluation(tuple(results))
 
 
-def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol: Protocol, num_seeds: int) -> None:
+def check(
+    syn: SyntheticSet | None,
+    networks: Sequence[str | Factory],
+    protocol: Protocol,
+    num_seeds: int,
+    opened: Collection[str] = (),
+) -> None:
     """Check an evaluation before any data are read.
 
     Args:
@@ -390,10 +418,12 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
         networks: network strings or callables.
         protocol: how networks are trained.
         num_seeds: networks of each architecture.
+        opened: names of teachers that are open already.
 
     Raises:
         ValueError: a network or augmentation is unknown or does not take the samples of the set, ``num_seeds`` is
-            below 1, the set has no classes, or the protocol needs held-out images and the set has none.
+            below 1, the set has no classes, or the protocol needs held-out images or labels of views that the set does
+            not have.
     """
     if syn is not None:
         syn.require_classes("an accuracy")
@@ -401,7 +431,13 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
         raise ValueError(f"an evaluation needs a network; give {spelt('networks', ('convnet',))}")
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}; give {spelt('num_seeds', 5)}")
-    teacher = {"protocol.teacher": [protocol.teacher]} if protocol.teacher not in ("", "same") else {}
+    is_opened = protocol.teacher in opened or teachers.is_buffer(protocol.teacher)
+    teacher = {} if is_opened or protocol.teacher in ("", "same") else {"protocol.teacher": [protocol.teacher]}
+    if teacher and "/" in protocol.teacher:
+        raise ValueError(
+            f"there is no buffer in {protocol.teacher}; give a folder that `condense buffer` wrote, the name of a "
+            f"network, or {spelt('protocol.teacher', 'same')}"
+        )
     for field, specs in {"networks": networks, **teacher}.items():
         for network in specs:
             if isinstance(network, str):
@@ -412,6 +448,12 @@ def check(syn: SyntheticSet | None, networks: Sequence[str | Factory], protocol:
         protocol.augment_for(syn.origin.input_shape, "none").require_kind(syn.origin.input_shape, "protocol.augment")
     if protocol.holds_out and syn is not None:
         require_held_out(syn)
+    if protocol.labels == "teacher" and not protocol.teacher and (syn is None or not syn.label_kind.of_views):
+        given = "hard" if syn is None else syn.label_kind.name
+        raise ValueError(
+            f"the protocol {protocol.name} needs labels by a teacher of every view, and the set has {given} labels: "
+            f"label it with `condense relabel`, or give {spelt('protocol.teacher', 'same')}"
+        )
 
 
 def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet, int], dict[str, float]]:
@@ -428,24 +470,44 @@ def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet
     return validate
 
 
-def _teachers(
+def _labels(
     protocol: Protocol, subject: Subject, networks: Sequence[Functional], seed: int, compute: Compute
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return, by name of the evaluated architecture, the function that labels its batches."""
-    origin, labellers = subject.syn.origin, {}
-    for network in networks:
-        labeller = network
-        if protocol.teacher != "same":
-            labeller = subject.network(protocol.teacher)
-        task = make_task(
-            subject.arrays,
-            transform=origin.transform_name,
-            split=origin.split,
-            network=labeller,
-            augment=Augment(),
-            device=network.device,
-            cache=subject.cache,
-        )
-        teacher = teachers.trained(task, seed=seed, compute=compute, cache=subject.cache)
-        labellers[network.name] = teacher.labeller(compute)
-    return labellers
+) -> dict[str, Label] | None:
+    """Return, by name of the evaluated architecture, the function that labels its batches; None if no teacher does."""
+    syn, objective = subject.syn, protocol.objective
+    if protocol.teacher:
+        return {
+            network.name: functools.partial(
+                _relabelled, _teacher(protocol, subject, network, seed, compute).labeller(compute), objective
+            )
+            for network in networks
+        }
+    kind = protocol.view_labels(syn)
+    if kind is None:
+        return None
+    provider = copy.deepcopy(syn.provider).to(subject.device)
+    teacher = subject.teachers.get(kind.teacher)
+    label = None if teacher is None else teacher.labeller(compute)
+    return dict.fromkeys(
+        (network.name for network in networks), lambda source: provider.source(source, objective, label)
+    )
+
+
+def _relabelled(label: Callable[[Tensor], Tensor], objective: Objective, source: Examples) -> Source:
+    return Relabelled(source, label, objective)
+
+
+def _teacher(protocol: Protocol, subject: Subject, network: Functional, seed: int, compute: Compute) -> Teacher:
+    """Return the teacher of a protocol for an evaluated architecture."""
+    if protocol.teacher in subject.teachers:
+        return subject.teachers[protocol.teacher]
+    task = make_task(
+        subject.arrays,
+        transform=subject.syn.origin.transform_name,
+        split=subject.syn.origin.split,
+        network=network if protocol.teacher == "same" else subject.network(protocol.teacher),
+        augment=Augment(),
+        device=network.device,
+        cache=subject.cache,
+    )
+    return teachers.trained(task, seed=seed, compute=compute, cache=subject.cache)

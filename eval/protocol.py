@@ -23,6 +23,7 @@ from condense.plugins import Registry, instance_of
 from condense.schedule import FLAT_NAMES, Schedule, nested
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import ViewLabels
 from condense.train import Training
 
 STRATEGIES = {
@@ -43,8 +44,9 @@ class Protocol(Training):
     augment: str = "none"
     """Augmentation of the images: none, dsa (the strategy of the data set), frepo, rcig, or a strategy such as
     flip_crop. Parameters are drawn for each image."""
-    labels: Literal["hard", "own"] = "hard"
-    """Targets to train on. hard: one class per image (argmax of soft labels). own: the targets of the set."""
+    labels: Literal["hard", "own", "teacher"] = "hard"
+    """Targets to train on. hard: one class per image (argmax of soft labels). own: the targets of the set. teacher: the
+    labels of the set for its views (stored or online); other sets are refused unless teacher is set."""
     steps_for: tuple[tuple[int, int], ...] = ()
     """Pairs (images, steps). The pair nearest to the size of the set gives the number of steps and replaces
     num_epochs."""
@@ -53,8 +55,8 @@ class Protocol(Training):
     lr_grid: tuple[float, ...] = ()
     """Candidate learning rates. The one with the best accuracy on held-out real images replaces lr."""
     teacher: str = ""
-    """Network that is trained on the real images and labels each batch. same: the evaluated architecture; empty: no
-    teacher."""
+    """Network that labels each batch: the folder of a buffer, or an architecture that is trained on the real images.
+    same: the evaluated architecture; empty: no teacher."""
     calibration: Calibration = "none"
     """Calibration of the trained network on held-out real images before it is scored."""
 
@@ -100,6 +102,11 @@ class Protocol(Training):
         if self.learned_lr and lr is not None and not lr.dim():
             changes |= {"lr": lr.item(), "learned_lr": False}
         return dataclasses.replace(self, **changes)
+
+    def view_labels(self, syn: SyntheticSet) -> ViewLabels | None:
+        """Return the labels of the views of a set, if networks are trained on them."""
+        kind = syn.label_kind
+        return kind if isinstance(kind, ViewLabels) and self.labels != "hard" and not self.teacher else None
 
     @property
     def holds_out(self) -> bool:
@@ -209,6 +216,47 @@ _PROTOCOLS = {
         ),
         dataclasses.replace(
             _CANONICAL,
+            name="relabelled",
+            batch_size=100,
+            optimiser="adamw",
+            lr=1e-3,
+            weight_decay=0.01,
+            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
+            loss="kl",
+            temperature=20.0,
+            cutmix=1.0,
+            augment="dsa",
+            labels="teacher",
+        ),
+        dataclasses.replace(
+            _CANONICAL,
+            name="mse-teacher",
+            num_epochs=1000,
+            batch_size=100,
+            optimiser="adamw",
+            lr=1e-3,
+            weight_decay=1e-4,
+            schedule=Schedule(drop_at=(2 / 3, 5 / 6), drop_factor=0.2),
+            loss="mse",
+            augment="dsa",
+            labels="teacher",
+        ),
+        dataclasses.replace(
+            _CANONICAL,
+            name="gift",
+            batch_size=100,
+            optimiser="adamw",
+            lr=1e-3,
+            weight_decay=1e-4,
+            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
+            loss="gift",
+            label_smoothing=0.1,
+            cutmix=1.0,
+            augment="dsa",
+            labels="teacher",
+        ),
+        dataclasses.replace(
+            _CANONICAL,
             name="dd-ranking",
             num_epochs=1000,
             batch_size=128,
@@ -225,8 +273,10 @@ little after half of the epochs, and resets the momentum there. ``canonical-dsa`
 for the tables of DSA, DM and MTT. ``full-data``: for the whole training set. ``dc``: the protocol of DC on MNIST, with
 its augmentation; on other data DC uses ``canonical``. ``frepo``, ``rcig``: regression on the labels of the set (Zhou et
 al. 2022, Loo et al. 2023). ``datm``: soft labels and the learned learning rate (Guo et al. 2024). ``soft-teacher``: a
-network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024). ``pruned``: classes and a teacher of
-all training images, for parts of these (Ben-Baruch et al. 2025). ``dd-ranking``: hard labels under
+network trained on real data labels every batch (Yin et al. 2023, Sun et al. 2024). ``relabelled``: the same with the
+labels that the set has for its views. ``mse-teacher``: squared error to the logits of a teacher, as CIM is evaluated.
+``gift``: cosine loss to a teacher's logits that the class corrects. ``pruned``: classes and a teacher of all
+training images, for parts of these (Ben-Baruch et al. 2025). ``dd-ranking``: hard labels under
 DSA, with the learning rate chosen on held-out real images (Li et al. 2024). docs/evaluation.md lists the deviations.
 """
 

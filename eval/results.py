@@ -58,6 +58,8 @@ class Result:
     """Bytes of all training images and labels in memory."""
     code: str
     """Version of this package."""
+    teacher: str = ""
+    """Network that labelled the batches and is not stored in the set; empty if there is none."""
 
     def __post_init__(self) -> None:
         if not self.accuracies or not all(0 <= accuracy <= 1 for accuracy in self.accuracies):
@@ -158,13 +160,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def read_complete(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``read`` that have every field of ``Result``. Rows of earlier versions that lack fields are
-    left out with a warning.
+    """Return the rows of ``read`` that have every field of ``Result`` without a default. Rows of earlier versions that
+    lack such fields are left out with a warning.
 
     Raises:
         ValueError: see ``read``; also if a field of a row has a wrong type or value.
     """
-    wanted = {f.name for f in dataclasses.fields(Result)}
+    wanted = {f.name for f in dataclasses.fields(Result) if f.default is dataclasses.MISSING}
     scores, rows = {f.name for f in dataclasses.fields(Scores)} - {"accuracy"}, read(path)
     complete = []
     for number, row in enumerate(rows, 1):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from condense.networks import Factory, Functional
 from condense.sets import transform_of
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Split
+from condense.teachers import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Subject:
     device: torch.device
     cache: Path | None = None
     """Cache folder, for example of whitening matrices and teachers; None: nothing is cached."""
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
+    """Teachers from buffers or from the set, by the names under which protocols and labels record them."""
 
     def __post_init__(self) -> None:
         self.syn.require_classes("an accuracy")

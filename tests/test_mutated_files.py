@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from condense import recipe, runs, show
+from condense import labelling, recipe, runs, show
 from condense.artifacts import Trajectories, TrajectorySpec, find
 from condense.eval import results
 from condense.eval.journal import Cell, Journal
@@ -21,7 +21,11 @@ from condense.eval.metrics import Scores
 from condense.eval.protocol import own
 from condense.eval.report.collect import collect
 from condense.method import Context
-from condense.synthetic import SyntheticSet, load
+from condense.objective import KL
+from condense.rng import Rng
+from condense.sources import Examples
+from condense.synthetic import Online, Stored, SyntheticSet, ViewLabels, load, save
+from condense.synthetic.teaching import StoredTeacher
 from condense.tracking import cut_back, read_log
 from tests import mutations
 from tests.test_engine import Shrink, ctx, run
@@ -62,6 +66,12 @@ def use(syn: SyntheticSet) -> None:
 
 
 SETS = sorted(OLD.glob("*.safetensors"))
+VIEW_LABELS = (
+    Stored(epochs=2, batch_size=2, augment="crop_flip:flips=true"),
+    Stored(epochs=4, keep=0.5, precision="int8", top_k=1, augment="none"),
+    Online(network="convnet:depth=1,width=4"),
+    Online(network="convnet:depth=1,width=4", keep_weights=False),
+)
 
 
 def test_sets(tmp_path: Path) -> None:
@@ -71,6 +81,29 @@ def test_sets(tmp_path: Path) -> None:
         mutate = mutations.mutate_bytes if rng.random() < 0.2 else mutations.mutate_tensors
         target.write_bytes(mutate(file.read_bytes(), rng))
         taken += taken_or_refused(lambda: use(load(target)), f"{file.name}, {i}")  # noqa: B023
+    assert 0 < taken < TIMES
+
+
+@pytest.mark.parametrize("kind", VIEW_LABELS, ids=str)
+def test_sets_whose_views_are_labelled(kind: ViewLabels, tmp_path: Path) -> None:
+    taken, target = 0, tmp_path / "set.safetensors"
+    syn = load(SETS[0])
+    save(SyntheticSet(syn.latents, syn.classes, syn.origin, decode=syn.decode, label_kind=kind), target)
+    good = target.read_bytes()
+    assert load(target).label_kind == kind
+
+    def train(syn: SyntheticSet) -> None:
+        images, targets = syn()
+        source = Examples(images.detach(), targets, Rng(0), batch_size=2, num_classes=syn.origin.num_classes)
+        assert len(syn.provider.source(source, KL(), lambda x: x.new_ones(len(x), 3)).batch(1, 0).targets)
+        if isinstance(syn.provider, StoredTeacher) and syn.label_kind == kind and not kind.is_named:
+            labelling.teacher_of(syn, tmp_path, torch.device("cpu"))
+
+    for i in range(TIMES):
+        rng = Random(i)
+        mutate = mutations.mutate_bytes if rng.random() < 0.2 else mutations.mutate_tensors
+        target.write_bytes(mutate(good, rng))
+        taken += taken_or_refused(lambda: (use(made := load(target)), train(made)), f"{kind.name}, {i}")
     assert 0 < taken < TIMES
 
 

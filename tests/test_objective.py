@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,17 @@ from condense.exchange import export
 from condense.files import read_header, write_tensors
 from condense.method import Context
 from condense.networks import Functional
-from condense.objective import KL, OBJECTIVES, Cosine, CrossEntropy, Distillation, ObjectiveName, SquaredError
+from condense.objective import (
+    KL,
+    OBJECTIVES,
+    Cosine,
+    CrossEntropy,
+    Distillation,
+    Gift,
+    Objective,
+    ObjectiveName,
+    SquaredError,
+)
 from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.schedule import CONSTANT
@@ -50,6 +61,7 @@ def test_losses_are_those_of_their_formulas() -> None:
         SquaredError(): 0.5 * (z - rows).square().sum(1),
         KL(temperature=4.0): -(rows * (z / 4).log_softmax(1)).sum(1),
         Cosine(): 1 - (z * rows).sum(1) / z.norm(dim=1),
+        Gift(): 1 - (z * rows).sum(1) / z.norm(dim=1),
     }
     for objective, values in expected.items():
         for given in (targets, rows.float()):
@@ -72,6 +84,39 @@ def test_distillation_weighs_a_teacher_against_the_classes() -> None:
     for name in ("rat-bptt", "dm"):
         reason = registry.load(name)().incompatibility(Pixels(), Hard(), "channel", "distillation")
         assert reason == "does not take the objective distillation; give objective='cross-entropy', the default"
+
+
+def test_what_a_teacher_gives_is_that_of_the_formulas() -> None:
+    """One image at a time, in plain numbers: probabilities at a temperature, the logits, or those that the class
+    corrects."""
+    logits = torch.randn(4, 3, generator=Rng(1).generator("logits"))
+    mixed = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.3, 0.7], [0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+
+    def softmax(row: list[float], temperature: float) -> list[float]:
+        powers = [math.exp(value / temperature) for value in row]
+        return [power / sum(powers) for power in powers]
+
+    def unit(row: list[float]) -> list[float]:
+        length = math.sqrt(sum(value * value for value in row))
+        return [value / length for value in row]
+
+    def corrected(row: list[float], own: list[float]) -> list[float]:
+        smooth = [0.9 * share + 0.1 / 3 for share in own]
+        return [a + 0.1 * b for a, b in zip(unit(row), unit(smooth), strict=True)]
+
+    expected: dict[Objective, Callable[[list[float], list[float]], list[float]]] = {
+        CrossEntropy(): lambda row, own: softmax(row, 1),
+        KL(temperature=20.0): lambda row, own: softmax(row, 20),
+        SquaredError(): lambda row, own: row,
+        Cosine(): lambda row, own: row,
+        Gift(): corrected,
+    }
+    for targets, owns in ((mixed, mixed), (torch.tensor([2, 0, 1, 0]), F.one_hot(torch.tensor([2, 0, 1, 0]), 3))):
+        for objective, of_row in expected.items():
+            rows = [of_row(row, own) for row, own in zip(logits.tolist(), owns.tolist(), strict=True)]
+            found = objective.taught(logits, targets)
+            torch.testing.assert_close(found, torch.tensor(rows), rtol=1e-5, atol=1e-6)
+    assert Training(loss="gift", label_smoothing=0.1).objective == Gift(label_smoothing=0.1)
 
 
 def test_a_recipe_says_its_objective_only_where_it_is_not_the_usual_one() -> None:

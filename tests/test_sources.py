@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.images import Images
-from condense.files import read_tensors, write_tensors
 from condense.networks import Functional, Weights
 from condense.objective import KL
 from condense.rng import Rng
@@ -57,12 +56,16 @@ def teacher(images: Tensor) -> Tensor:
     return 5 * net.logits(*weights, images, train=False)
 
 
-def relabelled(seed: int = 7) -> Source:
-    return Relabelled(examples(seed), teacher, KL(temperature=2.0))
+def relabelled(seed: int = 7, **fields: Any) -> Source:
+    return Relabelled(examples(seed, **fields), teacher, KL(temperature=2.0))
 
 
-def stored(seed: int = 7) -> Source:
-    return StoredLabels.of(examples(seed), teacher, EPOCHS, temperature=2.0)
+def stored(seed: int = 7, epochs: Sequence[int] = range(EPOCHS), **fields: Any) -> Source:
+    source = examples(seed, **fields)
+    logits = torch.stack(
+        [torch.cat([teacher(source.batch(e, b).images) for b in range(source.num_batches)]) for e in epochs]
+    )
+    return StoredLabels(source, lambda k, positions: logits[k, positions], epochs, KL(temperature=2.0))
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -175,65 +178,41 @@ def digests(source: Source) -> list[str]:
     return [hashlib.sha256(batch.images.numpy().tobytes()).hexdigest() for batch in every(source)]
 
 
-STORE = """
-import json, sys
-from pathlib import Path
-from tests.test_sources import EPOCHS, StoredLabels, digests, examples, teacher
-labels = StoredLabels.of(examples(), teacher, EPOCHS, temperature=2.0)
-labels.save(Path(sys.argv[1]))
-print(json.dumps(digests(labels)))
+DIGESTS = """
+import json
+from tests.test_sources import digests, stored
+print(json.dumps(digests(stored())))
 """
 
 
-def test_labels_stored_by_one_process_meet_the_same_views_in_another(tmp_path: Path) -> None:
-    """The file has logits alone. Views agree to the bit, so training agrees with that under the teacher itself."""
-    file = tmp_path / "labels.safetensors"
-    other = subprocess.run([sys.executable, "-c", STORE, file], check=True, capture_output=True, text=True)
+def test_stored_labels_meet_the_same_views_in_another_process() -> None:
+    """Views agree to the bit, and training on stored labels agrees with that under the teacher itself."""
+    other = subprocess.run([sys.executable, "-c", DIGESTS], check=True, capture_output=True, text=True)
     assert json.loads(other.stdout) == digests(examples())
-    labels = StoredLabels.load(file, examples(), temperature=2.0)
-    assert labels.nbytes == EPOCHS * 2 * NUM * CLASSES * 4
     live = trained(relabelled())
-    for name, p in trained(labels).items():
+    for name, p in trained(stored()).items():
         torch.testing.assert_close(p, live[name], rtol=1e-6, atol=1e-7)
     assert not torch.equal(live["classifier.weight"], trained(examples())["classifier.weight"])
 
 
 def test_stored_epochs_come_again_with_their_views() -> None:
-    source = stored()
+    source, live = stored(epochs=(0, 2, 1)), relabelled()
     assert equal(source.batch(EPOCHS + 1, 2), source.batch(1, 2))
+    for epoch, of_views in enumerate((0, 2, 1)):
+        for index in range(source.num_batches):
+            one, other = source.batch(epoch, index), live.batch(of_views, index)
+            assert torch.equal(one.images, other.images)
+            torch.testing.assert_close(one.targets, other.targets)
 
 
-def test_half_precision_labels_are_probabilities_of_full_precision() -> None:
-    full = StoredLabels.of(examples(), teacher, 1)
-    half = StoredLabels(examples(), full.logits.half())
-    assert half.nbytes == full.nbytes / 2 and half.batch(0, 0).targets.dtype == torch.float32
-    torch.testing.assert_close(half.batch(0, 0).targets, full.batch(0, 0).targets, rtol=0, atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("other", "complaint"),
-    [
-        (lambda: examples(8), "other views: they differ in seed;"),
-        (lambda: examples(batch_size=5), "other views: they differ in batch_size;"),
-        (lambda: examples(views=Views()), "other views: they differ in batch_size, augment, cutmix, mixup;"),
-        (lambda: streamed(), "other views: they differ in num_shards;"),
-    ],
-)
-def test_labels_of_other_views_are_refused(other: Callable[[], Source], complaint: str, tmp_path: Path) -> None:
-    StoredLabels.of(examples(), teacher, 1).save(tmp_path / "labels.safetensors")
-    with pytest.raises(ValueError, match=complaint) as raised:
-        StoredLabels.load(tmp_path / "labels.safetensors", other())
-    assert "\n" not in str(raised.value)
-
-
-def test_labels_of_views_of_earlier_draws_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "labels.safetensors"
-    StoredLabels.of(examples(), teacher, 1).save(file)
-    tensors, header = read_tensors(file, "stored-labels")
-    del header["views"]["draws"], header["views"]["base"]  # as version 0.1.0 wrote it
-    write_tensors(file, tensors, header)
-    with pytest.raises(ValueError, match=r"other views: they differ in base, draws; give .*, or make them again"):
-        StoredLabels.load(file, examples())
+def test_a_device_may_hold_the_numbers_of_epoch_and_batch() -> None:
+    source = stored(epochs=(0, 2, 1), views=Views(cutmix=0.7))
+    assert source.on_device
+    for epoch in (1, EPOCHS + 2):
+        source.begin(epoch)
+        for index in range(source.num_batches - 1):
+            there = source.batch(torch.tensor(epoch), torch.tensor(index))
+            assert equal(there, source.batch(epoch, index))
 
 
 def test_the_identity_of_views_tells_components_of_one_seed_apart() -> None:
@@ -242,22 +221,3 @@ def test_the_identity_of_views_tells_components_of_one_seed_apart() -> None:
         Examples(images, targets, Rng(0).child("a", unit), batch_size=4, num_classes=CLASSES) for unit in (1, 2)
     )
     assert one.identity() != other.identity()
-
-
-@pytest.mark.parametrize(
-    ("logits", "complaint"),
-    [
-        (torch.zeros(1, 2 * NUM - 1, CLASSES), r"shape \(1, 19, 3\), where \(epochs, 20, outputs\) is expected"),
-        (torch.zeros(0, 2 * NUM, CLASSES), r"shape \(0, 20, 3\)"),
-        (torch.zeros(2 * NUM, CLASSES), r"shape \(20, 3\)"),
-        (torch.zeros(1, 2 * NUM, CLASSES, dtype=torch.int64), "make the labels again"),
-        (torch.full((1, 2 * NUM, CLASSES), torch.nan), "not finite"),
-    ],
-)
-def test_files_that_hold_no_labels_are_refused(logits: Tensor, complaint: str, tmp_path: Path) -> None:
-    StoredLabels(examples(), logits).save(tmp_path / "labels.safetensors")
-    with pytest.raises(ValueError, match=complaint):
-        StoredLabels.load(tmp_path / "labels.safetensors", examples())
-    (tmp_path / "labels.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="labels"):
-        StoredLabels.load(tmp_path / "labels.safetensors", examples())

@@ -102,9 +102,7 @@ class Arrays:
         Whether a mirrored image keeps its class cannot be seen from the pixels, so a flip has to be requested. Series
         and clips are not augmented.
         """
-        if kind(self.input_shape) != "images":
-            return "none"
-        return self.known.augment if self.known else "color_crop_cutout_scale_rotate"
+        return _strategy(self.known, self.input_shape)
 
 
 Loader: TypeAlias = Callable[[Path, bool], Source]
@@ -661,6 +659,17 @@ def is_known(name: str, fingerprint: str) -> bool:
     """Whether ``name`` is in the table, and its training split there has this fingerprint or none is recorded."""
     known = _table().get(name)
     return known is not None and known.train in (None, fingerprint)
+
+
+def strategy(name: str, fingerprint: str, input_shape: InputShape) -> str:
+    """Return ``Arrays.strategy`` of the data of this name and fingerprint of the training split."""
+    return _strategy(_table()[name] if is_known(name, fingerprint) else None, input_shape)
+
+
+def _strategy(known: Known | None, input_shape: InputShape) -> str:
+    if kind(input_shape) != "images":
+        return "none"
+    return known.augment if known else "color_crop_cutout_scale_rotate"
 
 
 def _recognise(fingerprints: dict[str, str], has_test: bool) -> Known | None:

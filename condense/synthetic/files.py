@@ -142,6 +142,7 @@ def _check_values(syn: SyntheticSet) -> None:
             raise ValueError(f"it has classes outside 0..{syn.origin.num_classes - 1}")
     if syn.label_kind.space == "probabilities" and not (targets >= 0).all():
         raise ValueError("it has probabilities below zero")
+    syn.provider.check()
     if syn.lr is not None and not (syn.lr.isfinite() & (syn.lr > 0)).all():
         raise ValueError("its learned learning rate is not a positive finite number")
     one_of_each = torch.tensor(list({label: i for i, label in enumerate(syn.classes.tolist())}.values()))

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.data.layout import InputShape
+from condense.objective import Objective
 from condense.plugins import Registry, subclass_of
 from condense.schema import Checked
+from condense.sources import Examples, Source
+from condense.sources import Teacher as Labeller
 
 
 class Provider(nn.Module, ABC):
@@ -20,6 +24,20 @@ class Provider(nn.Module, ABC):
     @abstractmethod
     def forward(self, index: Tensor) -> Tensor:
         """Return the targets of the latents ``index`` (n,): classes (n,), probabilities (n, C) or values (n, D)."""
+
+    def source(self, source: Examples, objective: Objective, teacher: Labeller | None = None) -> Source:
+        """Return what networks are trained on, by default ``source``.
+
+        Args:
+            source: all decoded images with the targets of ``forward``, in the views of the training.
+            objective: the loss; targets that a teacher gives are ``objective.taught`` of its logits.
+            teacher: the function from images to logits of the teacher, where ``Labels.of_views`` is True and the
+                labels are not stored.
+        """
+        return source
+
+    def check(self) -> None:
+        """Raise ValueError if values that were read from a file are out of range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +48,9 @@ class Labels(Checked, ABC):
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
     """What a target is: a class, probabilities of the classes, or any values. Sets without classes need values."""
+    of_views: ClassVar[bool] = False
+    """Whether a teacher labels every view of an image (``condense.synthetic.teaching``). The targets are then the
+    classes, and ``Provider.source`` gives the labels."""
 
     @abstractmethod
     def build(self, labels: Tensor, num_classes: int) -> Provider:
@@ -39,6 +60,16 @@ class Labels(Checked, ABC):
             labels: the initial labels of the latents.
             num_classes: C; 0 for a set without classes, whose labels are targets (N, D) of any width D.
         """
+
+    def provider(self, labels: Tensor, num_classes: int, input_shape: InputShape, expansion: int) -> Provider:
+        """Return the targets of a set, by default those of ``build``.
+
+        Args:
+            labels, num_classes: as in ``build``.
+            input_shape: the shape of a sample.
+            expansion: the number of images that are decoded from a latent.
+        """
+        return self.build(labels, num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +196,10 @@ class Assigned(Provider):
 LABELS: Registry[type[Labels]] = Registry(
     "kind of labels",
     "condense.labels",
-    {kind.name: kind for kind in (Hard, Logits, Targets, Teacher)},
+    {
+        **{kind.name: kind for kind in (Hard, Logits, Targets, Teacher)},
+        "stored": "condense.synthetic.teaching:Stored",
+        "online": "condense.synthetic.teaching:Online",
+    },
     subclass_of(Labels),
 )

@@ -155,6 +155,12 @@ class Cost(NamedTuple):
     labels: int
     decoder: int
 
+    def remark(self) -> str:
+        """Return text that says how much larger than the images the labels are; empty if they are not."""
+        if self.labels <= self.images:
+            return ""
+        return f"the labels take {self.labels / self.images:.3g} times the bytes of the images"
+
 
 class SyntheticSet(nn.Module):
     """A synthetic set as a module, ``forward(index) -> (images, targets)``.
@@ -205,7 +211,9 @@ class SyntheticSet(nn.Module):
         if decoder is None:
             decoder = self.decode.build(origin.input_shape, origin.num_classes or 1).to(latents.device)
         self.decoder = decoder
-        self.provider = self.label_kind.build(labels.detach(), origin.num_classes)
+        self.provider = self.label_kind.provider(
+            labels.detach(), origin.num_classes, origin.input_shape, self.decode.expansion
+        )
         self.register_buffer("classes", origin.classes_of(labels), persistent=origin.num_classes > 0)
         log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
         self.log_lr = None if log_lr is None else nn.Parameter(log_lr)

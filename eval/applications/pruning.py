@@ -37,6 +37,7 @@ from condense.files import checksum
 from condense.names import spelt
 from condense.networks import parse
 from condense.schema import Checked
+from condense.sources import Relabelled, Source
 from condense.task import Task
 from condense.train import Scorer
 
@@ -112,6 +113,11 @@ class Pruning(Checked):
         labeller = task if self.protocol.teacher == "same" else task.with_network(self.protocol.teacher)
         teacher = teachers.trained(labeller, seed=seed, compute=compute, cache=cache)
 
+        labels = teacher.labeller(compute)
+
+        def label(source: Source) -> Source:
+            return Relabelled(source, labels, self.protocol.objective)
+
         def score(protocol: Protocol, index: Tensor) -> Result:
             part = task.train.subset(index)
             (result,) = measure(
@@ -128,7 +134,7 @@ class Pruning(Checked):
                 compute=compute,
                 progress=progress,
                 journal=_OfSubset(CachedCells(cache), checksum({"index": index.cpu()})),
-                teachers={task.network.name: teacher.labeller(compute)} if protocol.teacher else None,
+                labels={task.network.name: label} if protocol.teacher else None,
             )
             return result
 

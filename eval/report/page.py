@@ -26,6 +26,7 @@ from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
 from condense.eval.results import by_protocol, by_set
 from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import ViewLabels
 
 MAX_IMAGES = 200
 """Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
@@ -178,16 +179,21 @@ def _validation(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | N
 
 
 def _labels(syn: SyntheticSet) -> dict[str, Any]:
-    """Return the kind of labels and, for soft labels, the mean target of each class."""
+    """Return what the labels are and, for soft labels, the mean target of each class."""
     kind, classes = syn.label_kind, list(syn.origin.dataset["classes"])
+    if isinstance(kind, ViewLabels):
+        by = f"{kind.teacher}, {'which is not stored' if kind.is_named else kind.network}"
+        says = [f"Labels: {kind.name}, for every view of the images, by {by}.", syn.cost().remark().capitalize()]
+        return {"says": " ".join(filter(None, says)), "matrix": None}
     _, targets = syn()
     if targets.dim() == 1:
-        return {"kind": kind.name, "matrix": None}
+        return {"says": "Hard labels: one class per image.", "matrix": None}
     source = syn.classes.repeat(len(targets) // len(syn))
     means = [targets[source == c].detach().float().mean(0).tolist() for c in range(len(classes))]
     low, high = min(map(min, means)), max(map(max, means))
     return {
-        "kind": kind.name,
+        "says": f"Labels: {kind.name}. The mean targets of the images of each class are between {low:.3g} and "
+        f"{high:.3g}.",
         "matrix": [
             (name, [(f"{value:.2f}", _share(value, low, high)) for value in row])
             for name, row in zip(classes, means, strict=True)
@@ -195,7 +201,6 @@ def _labels(syn: SyntheticSet) -> dict[str, Any]:
         if len(classes) <= 20
         else None,
         "classes": classes,
-        "range": f"between {low:.3g} and {high:.3g}",
     }
 
 
@@ -251,6 +256,7 @@ def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, 
                 label = "full data"
             else:
                 label = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+            label += ", teacher not stored" if row["teacher"] else ""
             rows.append({**row, "set": label, "meant_for": run.syn.origin.training.get("network", run.network)})
     return rows
 
