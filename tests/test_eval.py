@@ -98,6 +98,9 @@ class TestProtocols:
             "rcig": "2be031cacef00f25cd5dabdfd1fb825c5ff6610cd40ee7c004687af2dda3ed24",
             "datm": "fcea2c6e501eb0c6130877c882af1edba0c0b79d276d4e6e672ee4995fb65c0e",
             "soft-teacher": "6a0c35f57efeda77e8c8f7e1aa6e131aede54f8b2ff6c5328deecee533f1618c",
+            "relabelled": "77fd2e29f6f74aea9747a284e28ab619185fbc394193454205de941625eb2d20",
+            "mse-teacher": "9a7845b8f2224d853335cca37513f2c2fac89a1f9ece042d57982e1eba04490b",
+            "gift": "ccf9aa6450107193a5a2993c14230eef8156b2de974536187cc3ea4cfe0b6480",
             "dd-ranking": "b852a9f88f00d15f6381129100d05e253208743d7d2ec1e280fd54018b516eee",
         }
 
@@ -403,6 +406,7 @@ class TestFile:
             "full_bytes": arrays.x_train.nbytes + arrays.y_train.nbytes,
             "compression": (arrays.x_train.nbytes + arrays.y_train.nbytes) / (3 * 64 * 4 + 3 * 8),
             "code": row["code"],
+            "teacher": "",
         }
         assert len(set(row["accuracies"])) == 2 and max(row["accuracies"]) < 1
         assert row["seconds"] > 0 and row["peak_memory_bytes"] > 1e6

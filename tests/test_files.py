@@ -295,6 +295,7 @@ def test_rows_of_results_say_what_they_should(
         assert {**row, "interval": pytest.approx(row["interval"])} == {
             **written,
             "interval": tuple(written["interval"]),
+            "teacher": "",
         }
     change(content["results"][0])
     (tmp_path / "evaluation.json").write_text(json.dumps(content))

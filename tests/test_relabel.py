@@ -1,7 +1,6 @@
 """Labels of views: what is stored, what networks are then trained on, and what it costs."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -365,15 +364,6 @@ def test_the_commands_say_what_labels_cost(
         with pytest.raises(SystemExit):
             cli.main(words)
         assert complaint in capsys.readouterr().err
-
-
-def test_a_result_of_earlier_versions_has_no_teacher(tiny: Arrays, syn: SyntheticSet, tmp_path: Path) -> None:
-    file = tmp_path / "r.json"
-    condense.evaluate(syn, tiny, networks="mlp", num_seeds=1, protocol=SHORT["canonical"], out=file, device="cpu")
-    content = json.loads(file.read_text())
-    del content["results"][0]["teacher"]
-    file.write_text(json.dumps(content))
-    assert results.read_complete(file)[0]["teacher"] == ""
 
 
 def test_a_teacher_is_needed_where_it_labels(syn: SyntheticSet, tiny: Arrays, buffer: Path) -> None:
