@@ -39,6 +39,7 @@ from condense.augment import Augment
 from condense.method import Context, GradientState
 from condense.methods.recovery import Recovery, by_class, noise, real
 from condense.names import spelt
+from condense.networks import default_for
 from condense.task import Task
 from condense.teachers import Statistics
 
@@ -70,7 +71,7 @@ class Inversion(Recovery):
                 field = "network" if name == teachers.OWN else "method.teachers"
                 raise ValueError(
                     f"the teacher {network.name} has no BatchNorm layer, whose statistics the images are fitted to; "
-                    f"give {spelt(field, 'convnet:norm=batch')}"
+                    f"give {spelt(field, f'{default_for(task.input_shape)}:norm=batch')}"
                 )
         return needed
 

@@ -359,7 +359,7 @@ def test_a_baseline_is_refused_with_the_line_of_distill_before_anything_is_train
         (lambda: condense.distill("dm", num_steps=3.5), r"^DM: num_steps=3\.5 is not a whole number; give an int$"),
         (lambda: condense.distill("dm", clamp="False"), "^DM: clamp='False' is not True or False"),
         (lambda: condense.distill("dm", optim="adam"), "^DM: optim='adam' is not of type Optim; give an Optim$"),
-        (lambda: condense.distill("dm", ipc="1"), "^distill: ipc='1' is not a whole number; give an int$"),
+        (lambda: condense.distill("dm", ipc="1"), "^distill: ipc='1' is not a whole number or None"),
         (lambda: condense.distill("dm", ipc=0), "^ipc must be at least 1, got 0; give ipc=10$"),
         (lambda: condense.distill("dm", seed=-1), "^seed must be at least 0, got -1; give seed=0$"),
         (lambda: condense.distill("dm", eval_every=-1), "^eval_every must be at least 0, got -1"),

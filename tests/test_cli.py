@@ -300,7 +300,7 @@ def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixture[str]) -> None:
     text = helped(capsys, "distill", "mtt")
     assert "--method.syn-steps" in text and "--method.batch-real" not in text
-    for flag in ("--decode {pixels,factor,", "--labels {hard,", "--method.adjoint {exact,"):
+    for flag in ("--decode {pixels,pixels-8bit,", "--labels {hard,", "--method.adjoint {exact,"):
         assert flag in text
     assert "dct: Each image is stored as DCT coefficients" in text and "(default: exact)" in text
     assert "--method.adjoint.window INT" in helped(capsys, "distill", "mtt", "--method.adjoint", "truncated")

@@ -101,6 +101,7 @@ class TestProtocols:
             "relabelled": "77fd2e29f6f74aea9747a284e28ab619185fbc394193454205de941625eb2d20",
             "mse-teacher": "9a7845b8f2224d853335cca37513f2c2fac89a1f9ece042d57982e1eba04490b",
             "gift": "ccf9aa6450107193a5a2993c14230eef8156b2de974536187cc3ea4cfe0b6480",
+            "pruned": "77b9006875a6f7b6bfc662d8c1cf9c6d3f23a1ee8479f9ef6d9ada6275c3b3f1",
             "dd-ranking": "b852a9f88f00d15f6381129100d05e253208743d7d2ec1e280fd54018b516eee",
         }
 

@@ -104,9 +104,21 @@ def test_bases_hold_series_and_clips(inputs: Inputs, tmp_path: Path) -> None:
     assert images.shape[1:] == inputs.arrays.input_shape and len(images) > 6
 
 
-@pytest.mark.parametrize("name", sorted(registry.METHODS.keys() - set(METHODS)))
+DECOUPLED = {name for name in registry.METHODS if registry.load(name).family == "decoupled"}
+
+
+@pytest.mark.parametrize("name", sorted(registry.METHODS.keys() - set(METHODS) - DECOUPLED))
 def test_the_other_methods_take_them_too(name: str, inputs: Inputs, tmp_path: Path) -> None:
     assert distilled(inputs, name, tmp_path / "run").latents.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(DECOUPLED))
+def test_decoupled_methods_take_images_and_clips_under_batch_norm(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    reasons = ["a mosaic takes images, not ", "the recovery of 8-bit pixels takes images and clips, not series"]
+    if inputs.arrays.x_train.ndim > 3:
+        reasons[1] = "convnet3d:depth=1,width=4 has no BatchNorm layer, .*network='convnet3d:norm=batch'"
+    with pytest.raises(ValueError, match="|".join(reasons)):
+        distilled(inputs, name, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
