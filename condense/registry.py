@@ -45,6 +45,7 @@ METHODS: Registry[type[Method]] = Registry(
         "frepo": "condense.methods.frepo:FRePo",
         "rcig": "condense.methods.rcig:RCIG",
         "sre2l": "condense.methods.sre2l:SRe2L",
+        "fadrm": "condense.methods.fadrm:FADRM",
     },
     subclass_of(Method),
 )

@@ -32,6 +32,7 @@ LABELS_THAT_FIT = {
     "tesla": {"hard", "logits", "teacher"},
     "datm": {"hard", "logits", "teacher"},
     "sre2l": {"hard", "teacher"},
+    "fadrm": {"hard", "teacher"},
 }
 """By method; of those that are not listed hard and logits."""
 

@@ -21,7 +21,7 @@ from condense.data.datasets import Arrays, load
 from condense.method import Context, GradientState, Optim
 from condense.methods import recovery
 from condense.methods.recovery import by_class, by_image, rounded
-from condense.methods.sre2l import SRe2L, real_statistics
+from condense.methods.sre2l import Inversion, SRe2L, real_statistics
 from condense.networks import Functional, build
 from condense.recipe import Recipe, named
 from condense.registry import load as method
@@ -46,7 +46,7 @@ def small(**fields: Any) -> SRe2L:
 
 
 def make_context(
-    folder: Path, plan: SRe2L, augment: str = "none", labels: Labels | None = None, network: str = TWO, ipc: int = 2
+    folder: Path, plan: Inversion, augment: str = "none", labels: Labels | None = None, network: str = TWO, ipc: int = 2
 ) -> Context:
     """A context with teachers whose weights and running statistics are random."""
     classes = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
@@ -78,7 +78,7 @@ def make_context(
     return Context(task, Rng(0), ipc, Pixels(), labels or Hard(), Compute(), origin, opened, scratch=folder / "scratch")
 
 
-def advance(plan: SRe2L, ctx: Context, state: GradientState, steps: range) -> list[float]:
+def advance(plan: Inversion, ctx: Context, state: GradientState, steps: range) -> list[float]:
     return [float(plan.step(ctx, state, step)["loss"]) for step in steps]
 
 
