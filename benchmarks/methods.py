@@ -1,6 +1,6 @@
 """Compare every learning method with random real images on the embedded digits, under the method's own protocol.
 
-    python -m benchmarks.methods [--only NAME ...] [--num-seeds N]
+    python -m benchmarks.methods [--only NAME ...] [--num-seeds N] [--draws D]
 
 Each method runs its recipe for the digits (``NAME-digits-ipcK``). A buffer of experts is built for methods that need
 one. Then N fresh networks are trained on its set and N on the same number of random images per class, with the training
@@ -68,8 +68,9 @@ def experts_for(spec: ArtifactSpec) -> Experts:
     return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **ascent)
 
 
-def measure(name: str, folder: Path, num_seeds: int) -> Row:
-    """Distil with a method's recipe for the digits, below ``folder``; evaluate its set and random images."""
+def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
+    """Distil with a method's recipe for the digits, below ``folder``; evaluate its set, and random images of ``draws``
+    draws, with ``num_seeds`` networks each."""
     plan = digits_recipe(name)
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
     task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
@@ -80,11 +81,19 @@ def measure(name: str, folder: Path, num_seeds: int) -> Row:
     begun = time.monotonic()
     syn = api.run(plan, options)
     seconds = time.monotonic() - begun
-    images = api.distill("random", dataset="digits", network=plan.network, ipc=plan.ipc, out=folder / f"{name}-random")
-    results = [
-        api.evaluate(made, "digits", networks=[own_network(syn)], num_seeds=num_seeds, protocol=own(syn)).results[0]
-        for made in (syn, images)
+    random = [
+        api.distill(
+            "random", dataset="digits", network=plan.network, ipc=plan.ipc, seed=seed, out=folder / f"{name}-{seed}"
+        )
+        for seed in range(draws)
     ]
+    network, training = own_network(syn), own(syn)
+    learned, *others = [
+        api.evaluate(made, "digits", networks=[network], num_seeds=num_seeds, protocol=training).results[0]
+        for made in (syn, *random)
+    ]
+    accuracies = tuple(accuracy for other in others for accuracy in other.accuracies)
+    results = learned, dataclasses.replace(others[0], accuracies=accuracies, metrics={})
     return Row(name, plan.ipc, *results, seconds)
 
 
@@ -92,11 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=names())
     parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=1, help="number of draws of random images (default: 1)")
     chosen = parser.parse_args()
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen.only:
-            print(measure(name, Path(folder), chosen.num_seeds), flush=True)
+            print(measure(name, Path(folder), chosen.num_seeds, chosen.draws), flush=True)
 
 
 if __name__ == "__main__":
