@@ -247,6 +247,8 @@ def test_exact_is_full_precision_inside_a_run_and_only_there(
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no switch for all operations")
 def test_a_switch_for_all_operations_keeps_its_effect() -> None:
     before, everywhere = precisions(), torch.backends.fp32_precision
+    for switch in compute._PRECISIONS:
+        switch.set_(switch.inherits)  # an earlier test may have set it
     try:
         torch.backends.fp32_precision = "tf32"
         assert precisions() == ["tf32"] * len(before)
