@@ -123,17 +123,15 @@ class Cosine(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gift(Objective):
+class Gift(Cosine):
     """One minus the cosine similarity of the outputs and a teacher's logits that the class corrects (GIFT)."""
 
     name: ClassVar[ObjectiveName] = "gift"
+    takes_values: ClassVar[bool] = False
     label_smoothing: float = 0.1
     """Fraction of the class that is spread evenly over all classes before it corrects the logits."""
     weight: float = 0.1
     """Weight of the class relative to the logits, both normalised to length 1."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (1 - F.cosine_similarity(outputs, _rows(outputs, targets), dim=1)).mean()
 
     def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows = _rows(logits, targets)

@@ -14,10 +14,15 @@ from condense.compute import Compute
 from condense.method import Context
 from condense.names import spelt
 from condense.networks import Functional, Weights
+from condense.synthetic.labels import Assigned
+from condense.synthetic.set import SyntheticSet
 from condense.task import Task
 
 OWN = "same"
 """The name of the recipe's network among the names of teachers."""
+
+BATCH = 256
+"""Latents that are decoded and labelled at once."""
 
 
 class Statistics(NamedTuple):
@@ -114,3 +119,21 @@ def opened(networks: Sequence[str], ctx: Context) -> list[Teacher]:
         teachers.append(Teacher(network, buffer.weights(seen[network.name], network)))
         seen[network.name] += 1
     return teachers
+
+
+@torch.no_grad()
+def assign(syn: SyntheticSet, labellers: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    """Set the ``teacher`` labels of a set, if its labels are of this kind, to the mean softmax of the teachers.
+
+    Args:
+        syn: the set, on the device of the teachers.
+        labellers: see ``Teacher.labeller``. Images of one latent share the mean of their labels.
+    """
+    if not isinstance(syn.provider, Assigned):
+        return
+    means = []
+    for part in torch.arange(len(syn), device=syn.latents.device).split(BATCH):
+        images, _ = syn(part)
+        answers = torch.stack([label(images).softmax(1) for label in labellers]).mean(0)
+        means.append(answers.unflatten(0, (-1, len(part))).mean(0))
+    syn.provider.assign(torch.cat(means))

@@ -158,6 +158,19 @@ _REGRESSION = dataclasses.replace(
     labels="own",
 )
 
+_TAUGHT = dataclasses.replace(
+    _CANONICAL,
+    batch_size=100,
+    optimiser="adamw",
+    lr=1e-3,
+    weight_decay=0.01,
+    schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
+    loss="kl",
+    temperature=20.0,
+    cutmix=1.0,
+    augment="dsa",
+)
+
 _PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -190,20 +203,7 @@ _PROTOCOLS = {
             labels="own",
             learned_lr=True,
         ),
-        dataclasses.replace(
-            _CANONICAL,
-            name="soft-teacher",
-            batch_size=100,
-            optimiser="adamw",
-            lr=1e-3,
-            weight_decay=0.01,
-            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
-            loss="kl",
-            temperature=20.0,
-            cutmix=1.0,
-            augment="dsa",
-            teacher="same",
-        ),
+        dataclasses.replace(_TAUGHT, name="soft-teacher", teacher="same"),
         dataclasses.replace(
             _CANONICAL,
             name="pruned",
@@ -214,20 +214,7 @@ _PROTOCOLS = {
             teacher_weight=0.9,
             teacher="same",
         ),
-        dataclasses.replace(
-            _CANONICAL,
-            name="relabelled",
-            batch_size=100,
-            optimiser="adamw",
-            lr=1e-3,
-            weight_decay=0.01,
-            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
-            loss="kl",
-            temperature=20.0,
-            cutmix=1.0,
-            augment="dsa",
-            labels="teacher",
-        ),
+        dataclasses.replace(_TAUGHT, name="relabelled", labels="teacher"),
         dataclasses.replace(
             _CANONICAL,
             name="mse-teacher",
@@ -242,17 +229,12 @@ _PROTOCOLS = {
             labels="teacher",
         ),
         dataclasses.replace(
-            _CANONICAL,
+            _TAUGHT,
             name="gift",
-            batch_size=100,
-            optimiser="adamw",
-            lr=1e-3,
             weight_decay=1e-4,
-            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
             loss="gift",
+            temperature=1.0,
             label_smoothing=0.1,
-            cutmix=1.0,
-            augment="dsa",
             labels="teacher",
         ),
         dataclasses.replace(

@@ -20,6 +20,7 @@ Deviations: see docs/methods/cim.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -36,7 +37,7 @@ from condense.schedule import Schedule
 from condense.synthetic.decode import Factor
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
-from condense.teachers import OWN, Teacher, needed, opened
+from condense.teachers import OWN, Teacher, assign, needed, opened
 from condense.train import Training
 
 
@@ -108,7 +109,7 @@ class CIM(GradientMethod):
         mosaic.require_mosaics(ctx, self.factor, self.num_candidates)
         for name in set(self.teachers) if self.block else ():
             (task if name == OWN else task.with_network(name)).network.require_capture(self.block)
-        originals, labels, reduce = self.selected(ctx), mosaic.classes(ctx), Factor(factor=self.factor)
+        originals, labels, reduce = self.selected(ctx), ctx.classes, Factor(factor=self.factor)
         mosaics = [
             reduce.encode(task.train.images[index], labels, torch.nn.Identity(), ctx.rng.generator("unused"))
             for index in originals
@@ -167,4 +168,6 @@ class CIM(GradientMethod):
         return torch.stack(losses).mean()
 
     def finalize(self, ctx: Context, state: CIMState, steps: int) -> SyntheticSet:
-        return mosaic.labelled(super().finalize(ctx, state, steps), mosaic.labellers(self.teachers, ctx))
+        syn = copy.deepcopy(super().finalize(ctx, state, steps))
+        assign(syn, mosaic.labellers(self.teachers, ctx))
+        return syn

@@ -30,7 +30,7 @@ from condense.data.datasets import to_float
 from condense.method import Context, GradientState
 from condense.methods.mosaic import require_mosaics
 from condense.methods.rded import RDED
-from condense.methods.recovery import rounded
+from condense.methods.recovery import divided, rounded
 from condense.methods.sre2l import Inversion
 
 
@@ -117,5 +117,4 @@ class FADRM(Inversion):
 @functools.lru_cache(maxsize=4)
 def by_group(num_classes: int, each: int, most: int) -> list[Tensor]:
     """Return the chunks of ``by_image``, but all images of one group of classes before those of the next."""
-    groups = torch.arange(num_classes).tensor_split(-(-num_classes // most))
-    return [group * each + image for group in groups for image in range(each)]
+    return [group * each + image for group in divided(num_classes, most) for image in range(each)]

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.method import Context, dtype_of_numbers
-from condense.methods.selection import Selection, embedding, smallest, trained
+from condense.methods.selection import Selection, embedding, embedding_of, smallest, trained
 from condense.objective import one_hot
 from condense.rng import Draws
 from condense.train import Scorer
@@ -107,10 +107,11 @@ class SimilaritySelection(Selection):
 
     def similarity(self, ctx: Context) -> Callable[[Tensor, int], Similarity]:
         """Return the function from the images (n, *input_shape) of a class, and the class, to their similarities."""
-        embed = embedding(ctx, "pixels" if self.features == "pixels" else "network", self.num_epochs)
         if self.features != "gradient":
-            return lambda images, c: Similarity.cosine(embed(images))
+            features = embedding(ctx, self.features, self.num_epochs)
+            return lambda images, c: Similarity.cosine(features(images))
         scorer, (weights,) = Scorer(ctx.task.network, ctx.compute), trained(ctx, self.num_epochs)
+        embed = embedding_of(ctx.task.network, weights)
 
         def similarity(images: Tensor, c: int) -> Similarity:
             probabilities = scorer.logits(weights, images).softmax(1)

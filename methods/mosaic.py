@@ -1,4 +1,4 @@
-"""What the methods that make mosaics of real images share: candidates, crops, their scores, and labels of a teacher.
+"""What the methods that make mosaics of real images share: candidates, crops, and their scores.
 
 Sun et al., "On the Diversity and Realism of Distilled Dataset: An Efficient Dataset Distillation Paradigm", CVPR 2024
 (RDED), whose selection others use as well.
@@ -6,7 +6,6 @@ Sun et al., "On the Diversity and Realism of Distilled Dataset: An Efficient Dat
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,8 +18,6 @@ from condense.method import Context
 from condense.methods.selection import highest
 from condense.names import spelt
 from condense.rng import Draws
-from condense.synthetic.labels import Assigned
-from condense.synthetic.set import SyntheticSet
 from condense.teachers import opened
 
 BATCH = 1000
@@ -50,11 +47,6 @@ def require_mosaics(ctx: Context, factor: int, num_candidates: int) -> None:
             f"method.num_candidates is {num_candidates}, but the mosaics of a class have {needed} tiles, each of "
             f"another image; give {spelt('method.num_candidates', needed)} or more"
         )
-
-
-def classes(ctx: Context) -> Tensor:
-    """Return the classes of the images of a new set."""
-    return torch.arange(ctx.task.num_classes, device=ctx.task.device).repeat_interleave(ctx.images_per_class)
 
 
 def candidates(ctx: Context, label: int, num: int) -> Tensor:
@@ -114,15 +106,3 @@ def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Return images (N, C, h, w) in the middle of images (N, C, *size) of zeros, the mean of the data."""
     down, right = (whole - part for whole, part in zip(size, images.shape[2:], strict=True))
     return F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
-
-
-@torch.no_grad()
-def labelled(syn: SyntheticSet, teachers: Sequence[Labeller]) -> SyntheticSet:
-    """Return a copy of the set whose ``teacher`` labels, if its labels are of this kind, are the mean softmax of the
-    teachers."""
-    changed = copy.deepcopy(syn)
-    if isinstance(changed.provider, Assigned):
-        batches = syn()[0].split(BATCH)
-        answers = torch.stack([torch.cat([teacher(x).softmax(1) for x in batches]) for teacher in teachers]).mean(0)
-        changed.provider.assign(answers.unflatten(0, (-1, len(syn))).mean(0))
-    return changed

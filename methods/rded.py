@@ -33,7 +33,7 @@ from condense.methods import mosaic
 from condense.mosaic import joined
 from condense.schedule import Schedule
 from condense.task import Task
-from condense.teachers import OWN, needed
+from condense.teachers import OWN, assign, needed
 from condense.train import Training
 
 
@@ -98,7 +98,9 @@ class RDED(Method):
     def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
         teachers = mosaic.labellers(self.teachers, ctx)
         images = torch.cat([self.mosaics(ctx, teachers, c) for c in range(ctx.task.num_classes)])
-        state.syn.load_state_dict(mosaic.labelled(ctx.new_set(images, mosaic.classes(ctx)), teachers).state_dict())
+        syn = ctx.new_set(images, ctx.classes)
+        assign(syn, teachers)
+        state.syn.load_state_dict(syn.state_dict())
         return {}
 
     def mosaics(self, ctx: Context, teachers: Sequence[mosaic.Labeller], label: int) -> Tensor:

@@ -31,7 +31,7 @@ from condense.names import spelt
 from condense.objective import ObjectiveName
 from condense.schedule import Schedule
 from condense.synthetic.decode import Decode, Pixels
-from condense.synthetic.labels import Assigned, Labels
+from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
 from condense.teachers import Teacher
@@ -166,11 +166,9 @@ class Recovery(GradientMethod):
             else:
                 pixels = rounded(task, state.syn.latents[: len(rows)] if k == current else self.begin(ctx, state, rows))
             images[rows.to(task.device)] = task.transform(to_float(pixels)) if floats else pixels.to(task.device)
-        classes = torch.arange(task.num_classes, device=task.device).repeat_interleave(ctx.images_per_class)
         decoder = ctx.new_decoder()
-        syn = SyntheticSet(images, classes, ctx.origin, decode=ctx.decode, decoder=decoder, label_kind=ctx.labels)
-        if isinstance(syn.provider, Assigned):
-            syn.provider.assign(self._probabilities(ctx, state, syn))
+        syn = SyntheticSet(images, ctx.classes, ctx.origin, decode=ctx.decode, decoder=decoder, label_kind=ctx.labels)
+        teachers.assign(syn, [teacher.labeller(ctx.compute) for teacher in self.opened(ctx, state)])
         return syn
 
     def recovered(self, ctx: Context, number: int) -> Tensor:
@@ -198,15 +196,10 @@ class Recovery(GradientMethod):
         pixels = rounded(ctx.task, latents[: len(self.chunks(ctx)[number])])
         write_tensors(_path(ctx, number), {"pixels": pixels}, header)
 
-    @torch.no_grad()
-    def _probabilities(self, ctx: Context, state: GradientState, syn: SyntheticSet) -> Tensor:
-        """Return the mean probabilities (N, num_classes) that the teachers assign to the images of a set."""
-        index = torch.arange(len(syn), device=syn.latents.device)
-        sums = torch.zeros(len(syn), ctx.task.num_classes, device=syn.latents.device)
-        for teacher in self.opened(ctx, state):
-            label = teacher.labeller(ctx.compute)
-            sums += torch.cat([label(syn(part)[0]).softmax(1) for part in index.split(self.chunk)])
-        return sums / len(self.teachers)
+
+def divided(num: int, most: int) -> tuple[Tensor, ...]:
+    """Divide the numbers below ``num`` into as few groups of at most ``most`` as possible, of nearly equal size."""
+    return torch.arange(num).tensor_split(-(-num // most))
 
 
 @functools.lru_cache(maxsize=4)
@@ -215,15 +208,13 @@ def by_image(num_classes: int, each: int, most: int) -> list[Tensor]:
 
     The classes are divided into as few groups as possible, whose sizes differ by one at most.
     """
-    groups = torch.arange(num_classes).tensor_split(-(-num_classes // most))
-    return [group * each + image for image in range(each) for group in groups]
+    return [group * each + image for image in range(each) for group in divided(num_classes, most)]
 
 
 @functools.lru_cache(maxsize=4)
 def by_class(num_classes: int, each: int, most: int) -> list[Tensor]:
     """Return chunks of at most ``most`` images of one class, class after class."""
-    groups = torch.arange(each).tensor_split(-(-each // most))
-    return [label * each + group for label in range(num_classes) for group in groups]
+    return [label * each + group for label in range(num_classes) for group in divided(each, most)]
 
 
 def noise(ctx: Context, rows: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from condense.cache import cache_folder
 from condense.method import Context, Method, State
-from condense.networks import Weights
+from condense.networks import Functional, Weights
 from condense.objective import one_hot
 from condense.pretraining import pretrained
 from condense.synthetic.labels import Assigned
@@ -245,7 +245,12 @@ def embedding(ctx: Context, kind: Literal["network", "pixels"], num_epochs: int)
     """Return the function from images (n, *input_shape) to features (n, F); see ``FeatureSelection.features``."""
     if kind == "pixels":
         return lambda images: images.flatten(1)
-    network, (weights,) = ctx.task.network, trained(ctx, num_epochs)
+    (weights,) = trained(ctx, num_epochs)
+    return embedding_of(ctx.task.network, weights)
+
+
+def embedding_of(network: Functional, weights: Weights) -> Callable[[Tensor], Tensor]:
+    """Return the function from images (n, *input_shape) to the features (n, F) of a network."""
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
