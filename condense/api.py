@@ -436,9 +436,12 @@ def prune(
 
     for method in plan.methods:
         found = recipe_of(method, min(plan.fractions))
-        experiment.check(found)
         if not isinstance(found.method, Selection):
-            raise ValueError(f"{method} selects no real images; give {spelt('methods', ('random', 'el2n'))}")
+            raise ValueError(
+                f"{method} makes equally many images of each class, not a fraction of the real ones; "
+                f"give {spelt('methods', ('random', 'el2n'))}"
+            )
+        experiment.check(found)
     chosen = prepare_device(device)
     arrays = open_data(dataset, download)
     network = Functional(plan.network, arrays.input_shape, arrays.num_classes, chosen)

@@ -301,7 +301,9 @@ class TrainedNetworkSpec(_BufferSpec):
     """Minimum number of epochs of training."""
 
     def command(self, dataset: str) -> str:
-        extent = ["--num-experts", str(self.num_networks), "--num-epochs", str(self.num_epochs)]
+        extent = ["--num-experts", str(self.num_networks)]
+        if self.num_epochs > 1:  # the default of the command is more
+            extent += ["--num-epochs", str(self.num_epochs)]
         return shlex.join([*self._command(dataset), *extent, "--keep", "last"])
 
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:

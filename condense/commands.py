@@ -27,7 +27,7 @@ from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets, layout
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
-from condense.eval.applications import Application, name_and_application
+from condense.eval.applications import APPLICATIONS, Application
 from condense.eval.applications.pruning import Pruning
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import check_new_file, check_new_folder, expanded
@@ -422,7 +422,10 @@ def apply(words: list[str]) -> None:
     usage = "apply continual|nas|privacy|ranking RUN_OR_FILE, or apply pruning DATASET"
     if words[:1] == ["pruning"]:
         return _prune(words[1:])
-    name, application = name_and_application(_positional(words, usage, "e.g. condense apply continual runs/dm"))
+    name = _positional(words, usage, "e.g. condense apply continual runs/dm")
+    if name not in APPLICATIONS:
+        raise ValueError(f"unknown application {name!r}: {suggest(name, [*APPLICATIONS, 'pruning'])}")
+    application = APPLICATIONS[name]()
     usual, prog = Apply(choices=application), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)

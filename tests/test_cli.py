@@ -170,6 +170,8 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["show", "mtt", "--ipcs", "3"], "did you mean --ipc"),
         (["show", "mtt", "--dataset", "cifr10"], "did you mean 'cifar10'"),
         (["show", "mine.yaml"], "there is no recipe mine.yaml"),
+        (["apply", "prunning", "digits"], "did you mean 'pruning'"),
+        (["apply", "pruning", "digits", "--methods", "dm"], "of the real ones; give --methods random el2n"),
         (["list", "things"], "methods"),
         (["list", "methods", "mtt"], "methods"),
         (["list", "recipes", "mtt", "cifr10"], "no recipe has the words cifr10 mtt"),
