@@ -93,8 +93,9 @@ def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
         for made in (syn, *random)
     ]
     accuracies = tuple(accuracy for other in others for accuracy in other.accuracies)
-    results = learned, dataclasses.replace(others[0], accuracies=accuracies, metrics={})
-    return Row(name, plan.ipc, *results, seconds)
+    metrics = {key: [value for other in others for value in other.metrics[key]] for key in others[0].metrics}
+    merged = dataclasses.replace(others[0], accuracies=accuracies, metrics=metrics)
+    return Row(name, plan.ipc, learned, merged, seconds)
 
 
 def main() -> None:
