@@ -128,8 +128,25 @@ def kill_in_step(ranks: Ranks, rank: int, step: int) -> None:
 def command_line(data: Path, out: Path) -> None:
     """``condense distill``, with process 0 killed in its fourth step."""
     engine.CHECKPOINT_STEPS = 2
+    report_before_the_launcher_ends_it()
     kill_in_step(Ranks(int(os.environ["RANK"])), 0, 3)
     cli.main(distill_words(data, out / "run"))
+
+
+def refused(data: Path, out: Path) -> None:
+    """``condense distill`` into a folder that already holds a run."""
+    report_before_the_launcher_ends_it()
+    cli.main(selection_words(data, out / "run"))
+
+
+def report_before_the_launcher_ends_it() -> None:
+    """When one process fails, the launcher sends SIGTERM to the others; here they ignore it and end by themselves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def selection_words(data: Path, out: Path) -> list[str]:
+    words = ["distill", "random", "--dataset", str(data), "--network", TINY, "--ipc", "2", "--device", "cpu"]
+    return [*words, "--out", str(out)]
 
 
 def distill_words(data: Path, out: Path) -> list[str]:
@@ -148,10 +165,6 @@ def torchrun(size: int, *words: str, **environment: str) -> subprocess.Completed
 def start(job: Callable[..., None], size: int, data: Path, out: Path, *flags: str) -> Any:
     words = [*flags, __file__, job.__name__, str(data), str(out)]
     return torchrun(size, *words, CONDENSE_CACHE=str(out / "cache"))
-
-
-PATIENT = ("--monitor-interval", "2")
-"""The launcher looks rarely: the processes have the time to say what happened before it ends them."""
 
 
 @pytest.fixture
@@ -252,7 +265,7 @@ def test_processes_that_are_started_again_continue(tiny_file: Path, tmp_path: Pa
 
 def test_a_process_that_dies_ends_the_others_with_one_line(tiny_file: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
-    killed = start(command_line, 2, tiny_file, tmp_path, *PATIENT)
+    killed = start(command_line, 2, tiny_file, tmp_path)
     assert killed.returncode != 0 and time.monotonic() - begun < 120
     lines = [line for line in killed.stderr.splitlines() if line.startswith("condense: ")]
     assert len(lines) == 1 and lines[0].startswith("condense: rank 1: another process"), killed.stderr
@@ -277,16 +290,15 @@ def test_the_command_line(tiny_file: Path, tmp_path: Path) -> None:
     built = torchrun(2, "-m", "condense", *words, "--out", str(tmp_path))
     assert built.returncode == 0 and len(built.stdout.splitlines()) == 2, built.stderr
     assert Trajectories(Path(built.stdout.splitlines()[-1])).num_experts == 3
-    words = ["distill", "random", *data, "--network", TINY, "--ipc", "2", "--out"]
-    selected = torchrun(2, "-m", "condense", *words, run)
+    selected = torchrun(2, "-m", "condense", *selection_words(tiny_file, tmp_path / "run"))
     assert selected.returncode == 0 and selected.stdout.count("recipe: ") == 1, selected.stderr
     assert not list(tmp_path.glob("run/log.rank*"))
-    cli.main([*words, str(tmp_path / "one")])
+    cli.main(selection_words(tiny_file, tmp_path / "one"))
     ours, theirs = (tmp_path / name / "synthetic.safetensors" for name in ("run", "one"))
     assert ours.read_bytes() == theirs.read_bytes()
-    refused = torchrun(2, *PATIENT, "-m", "condense", *words, run)
-    lines = [line for line in refused.stderr.splitlines() if line.startswith("condense: ")]
-    assert refused.returncode != 0 and len(lines) == 1, refused.stderr
+    again = start(refused, 2, tiny_file, tmp_path)
+    lines = [line for line in again.stderr.splitlines() if line.startswith("condense: ")]
+    assert again.returncode != 0 and len(lines) == 1, again.stderr
     assert "already holds a run" in lines[0] and "rank" not in lines[0]
     words = ["--num-seeds", "3", "--networks", "mlp", "--protocol.num-epochs", "5", "--device", "cpu"]
     words += ["--baselines", "k-center", "full"]
@@ -619,8 +631,8 @@ def test_a_stopped_evaluation_trains_what_is_missing(
 
 if __name__ == "__main__":
     job, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    if job == "command_line":
-        command_line(data, out)
+    if job in ("command_line", "refused"):
+        {"command_line": command_line, "refused": refused}[job](data, out)
     else:
         with init_distributed("cpu") as all_ranks:
             {"everything": everything, "on_digits": on_digits, "struck_down": struck_down}[job](data, out, all_ranks)
