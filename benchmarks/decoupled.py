@@ -1,0 +1,245 @@
+"""Decoupled methods and selections against random images, with hard labels and with the labels of a teacher.
+
+    python -m benchmarks.decoupled DATA.npz --network convnet:depth=4,width=32,norm=batch --out FOLDER
+                                   [--only NAME ...] [--ipc 1 10] [--num-seeds 3] [--device auto] [--limit MINUTES]
+
+One teacher of the given architecture is trained on the real training images. Each set is scored three times on the test
+split, by N fresh networks each time:
+
+* ``canonical``: one class per image, no augmentation;
+* ``fixed``: one vector of the teacher's logits per image, no augmentation;
+* ``views``: the teacher's logits for every view of 300 epochs, augmented with DSA and CutMix (FKD).
+
+Networks are trained under the protocol ``relabelled`` in the latter two. The row ``random`` has N draws of random images
+with one network each. The settings below are the published ones with fewer steps; nothing was chosen by accuracy.
+FOLDER keeps the teacher, the sets and one JSON file per row; rows that it holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condense import api
+from condense.buffers.trajectories import Experts
+from condense.compute import Compute, has_bfloat16, prepare_device
+from condense.data.datasets import Arrays, open_data
+from condense.files import read_json, write_text
+from condense.schedule import Schedule
+from condense.schema import from_json
+from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import Stored
+
+TEACHER = Experts(
+    num_experts=1,
+    num_epochs=15,
+    keep="last",
+    lr=0.02,
+    momentum=0.9,
+    weight_decay=5e-4,
+    batch_size=64,
+    schedule=Schedule(cosine_to=0.0),
+    augment="flip_crop:mode=M",
+)
+
+RECOVERY: dict[str, Any] = {"num_steps": 500, "augment": "resized-crop_flip_roll:mode=M,max_roll=4"}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "k-center": {"num_epochs": 5},
+    "rded": {},
+    "sre2l": RECOVERY,
+    "cda": RECOVERY,
+    "cudd": {**RECOVERY, "stages": (1, 4), "student_epochs": 100},
+    "fadrm": RECOVERY,
+    "cim": {},
+}
+"""By method: fields of the recipe for any data set, or of its method, that are replaced."""
+
+BATCH = {1: 10, 10: 50}
+"""Batch size of the labelled views, by images per class."""
+
+COLUMNS = ("canonical", "fixed", "views")
+
+
+def labels(column: str, ipc: int) -> Stored:
+    batch_size = BATCH.get(ipc, 100)
+    if column == "fixed":
+        return Stored(epochs=1, augment="none", cutmix=0.0, batch_size=batch_size)
+    return Stored(batch_size=batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one budget; accuracies are fractions, one for each network."""
+
+    fingerprint: str
+    """Of the training samples."""
+    network: str
+    num_seeds: int
+    device: str
+    method: str
+    ipc: int
+    accuracies: dict[str, list[float]]
+    """By column."""
+    bytes: dict[str, list[int]]
+    """By column: bytes of the images and of the labels."""
+    seconds: float
+    """Time of the distillation, without the teacher."""
+    minutes: float
+    """Time of distillation, labelling, training and scoring."""
+
+    def cells(self) -> str:
+        """A row of the Markdown table."""
+        percents = [_percent(self.accuracies[column]) for column in COLUMNS]
+        sizes = [f"{self.bytes['canonical'][0] / 1e3:.4g}"]
+        sizes += [f"{self.bytes[column][1] / 1e3:.3g}" for column in COLUMNS]
+        words = [f"`{self.method}`", str(self.ipc), *percents, *sizes, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
+        return f"| {' | '.join(words)} |"
+
+
+HEADER = (
+    "| method | images per class | `canonical`, % | fixed, % | views, % | images, kB | hard, kB | fixed, kB | views, kB "
+    "| distilled in, s | minutes |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _percent(accuracies: Sequence[float]) -> str:
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return f"{100 * statistics.fmean(accuracies):.1f} ± {100 * std:.1f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows share."""
+
+    arrays: Arrays
+    network: str
+    num_seeds: int
+    device: torch.device
+    folder: Path
+
+    @property
+    def compute(self) -> Compute:
+        fast = has_bfloat16(self.device)
+        return Compute(compile=False, autocast="bfloat16" if fast else "none", channels_last=fast)
+
+    def row(self, method: str, ipc: int) -> Row:
+        begun = time.monotonic()
+        draws = range(self.num_seeds) if method == "random" else range(1)
+        sets = [self.distilled(method, ipc, seed) for seed in draws]
+        seconds = time.monotonic() - begun
+        num_seeds = 1 if method == "random" else self.num_seeds
+        accuracies: dict[str, list[float]] = {}
+        sizes: dict[str, list[int]] = {}
+        for column in COLUMNS:
+            for seed, syn in zip(draws, sets, strict=True):
+                given = syn if column == "canonical" else self.labelled(syn, labels(column, ipc))
+                accuracies.setdefault(column, []).extend(self.score(given, column, num_seeds, seed))
+                cost = given.cost()
+                sizes[column] = [cost.images, cost.labels]
+        return Row(
+            **self.common,
+            method=method,
+            ipc=ipc,
+            accuracies=accuracies,
+            bytes=sizes,
+            seconds=seconds,
+            minutes=(time.monotonic() - begun) / 60,
+        )
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.arrays.fingerprint["train"],
+            "network": self.network,
+            "num_seeds": self.num_seeds,
+            "device": self.device.type,
+        }
+
+    def distilled(self, method: str, ipc: int, seed: int) -> SyntheticSet:
+        """The set of one seed. A run that was stopped begins again."""
+        out = self.folder / f"{method}-{ipc}-{seed}"
+        shutil.rmtree(out, ignore_errors=True)
+        return api.distill(
+            method,
+            dataset=self.arrays,
+            network=self.network,
+            ipc=ipc,
+            seed=seed,
+            buffers=self.teacher(),
+            compute=self.compute,
+            device=str(self.device),
+            out=out,
+            **SETTINGS.get(method, {}),
+        )
+
+    def teacher(self) -> Path:
+        """The folder of the teacher, which is trained when it is first needed."""
+        where = self.folder / "teacher"
+        api.make_buffer(
+            self.arrays, self.network, experts=TEACHER, compute=self.compute, device=str(self.device), out=where
+        )
+        return where
+
+    def labelled(self, syn: SyntheticSet, kind: Stored) -> SyntheticSet:
+        return api.relabel(syn, self.teacher(), kind, compute=self.compute, device=str(self.device))
+
+    def score(self, syn: SyntheticSet, column: str, num_seeds: int, seed: int) -> tuple[float, ...]:
+        evaluation = api.evaluate(
+            syn,
+            self.arrays,
+            networks=self.network,
+            num_seeds=num_seeds,
+            protocol="canonical" if column == "canonical" else "relabelled",
+            compute=self.compute,
+            device=str(self.device),
+            seed=seed,
+        )
+        return evaluation.results[0].accuracies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="file, or name of a data set")
+    parser.add_argument("--only", nargs="+", help="methods", default=["random", *SETTINGS])
+    parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10])
+    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--network", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no row is begun")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher, the sets and the rows")
+    chosen = parser.parse_args()
+    begun = time.monotonic()
+    bench = Bench(
+        arrays=open_data(chosen.data),
+        network=chosen.network,
+        num_seeds=chosen.num_seeds,
+        device=prepare_device(chosen.device),
+        folder=chosen.out,
+    )
+    print(HEADER, flush=True)
+    for ipc in chosen.ipc:
+        for method in chosen.only:
+            file = bench.folder / f"{method}-{ipc}.json"
+            row = from_json(Row, read_json(file, fix="delete it"), str(file)) if file.exists() else None
+            if row is None or any(getattr(row, name) != value for name, value in bench.common.items()):
+                if time.monotonic() - begun > 60 * chosen.limit:
+                    print(f"stopped after {chosen.limit:g} minutes", flush=True)
+                    return
+                row = bench.row(method, ipc)
+                write_text(file, json.dumps(dataclasses.asdict(row), indent=1) + "\n")
+            print(row.cells(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
