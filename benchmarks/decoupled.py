@@ -10,8 +10,8 @@ split, by N fresh networks each time:
 * ``fixed``: one vector of the teacher's logits per image, no augmentation;
 * ``views``: the teacher's logits for every view of 300 epochs, augmented with DSA and CutMix (FKD).
 
-Networks are trained under the protocol ``relabelled`` in the latter two. The row ``random`` has N draws of random images
-with one network each. The settings below are the published ones with fewer steps; nothing was chosen by accuracy.
+Networks are trained under the protocol ``relabelled`` in the latter two. The row ``random`` has N draws of random
+images with one network each. The settings below are the published ones with fewer steps; none was chosen by accuracy.
 FOLDER keeps the teacher, the sets and one JSON file per row; rows that it holds are not measured again.
 """
 
@@ -108,8 +108,8 @@ class Row:
 
 
 HEADER = (
-    "| method | images per class | `canonical`, % | fixed, % | views, % | images, kB | hard, kB | fixed, kB | views, kB "
-    "| distilled in, s | minutes |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| method | images per class | `canonical`, % | fixed, % | views, % | images, kB | hard, kB | fixed, kB "
+    "| views, kB | distilled in, s | minutes |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
