@@ -1,13 +1,13 @@
-"""CUDD: Ma et al., "Curriculum Dataset Distillation", 2024.
+"""CUDD: Ma, Cao, Yang, Gong and Wei, "Curriculum Dataset Distillation", arXiv 2405.09150, 2024.
 
     min_x  CE(f(A(x)), c) + r sum_l w_l ( || mu_l(A(x)) - mu_l ||_2 + || var_l(A(x)) - var_l ||_2 )
            + a MSE(A(x), A(x_0)) - b log(1 - softmax(m g(A(x)))_c)
 
-for a chunk x of images of the classes c, which begins at real images x_0. The first two terms and the teacher f are those
-of SRe2L. A run has stages over the images per class. In each stage but the first there is a student g, trained on the
-images of all earlier stages with the teacher's labels of their views; in the first stage b is 0. m is 1 for an image
-whose view f classifies as c, else 0. x_0 are real images of the class that f classifies correctly and g does not, then
-those that both do not, then any others; no image twice.
+for a chunk x of images of the classes c, which begins at real images x_0. The first two terms and the teacher f are
+those of SRe2L. A run has stages over the images per class. In each stage but the first there is a student g, trained
+on the images of all earlier stages with the teacher's labels of their views; in the first stage b is 0. m is 1 for an
+image whose view f classifies as c, else 0. x_0 are real images of the class that f classifies correctly and g does
+not, then those that both do not, then any others; no image twice.
 
     symbol           code                             symbol             code
     x, c             ``images``, ``targets``          x_0                ``CUDDState.chosen``
@@ -65,7 +65,7 @@ class CUDD(Inversion):
     """Weight of the mean squared distance to the real images from which the images start."""
     weight_adversarial: float = 1.0
     """Weight of the loss that keeps the student from classifying the images as their classes."""
-    student_epochs: int = 300
+    student_epochs: int = 150
     """Epochs for which the student of a stage is trained."""
     student_lr: float = 1e-3
     """Learning rate of the student."""
@@ -87,7 +87,7 @@ class CUDD(Inversion):
             optimiser="adamw",
             lr=self.student_lr,
             weight_decay=0.01,
-            schedule=Schedule(cosine_to=0.0, cosine_span=0.5),
+            schedule=Schedule(cosine_to=0.0),
             loss="kl",
             temperature=20.0,
             cutmix=1.0,
@@ -181,8 +181,7 @@ def together(networks: Sequence[Teacher], compute: Compute) -> Callable[[Tensor]
 
 
 def classified(networks: Sequence[Teacher], data: Labelled) -> Tensor:
-    """Return which samples (N,) some networks classify correctly, by their mean logits. They compute in float32, so that
-    the images that are chosen do not depend on the compute policy."""
+    """Return which samples (N,) some networks classify correctly, by their mean logits in float32 arithmetic."""
     logits = together(networks, Compute())
     return torch.cat([logits(images).argmax(1) for images in data.images.split(BATCH)]) == data.labels
 
