@@ -1,4 +1,4 @@
-"""Slow reference of CUDD: one chunk step by step, and the choice of the real images; draws are arguments."""
+"""Slow reference of CUDD: one chunk, image by image; draws are arguments."""
 
 from __future__ import annotations
 
@@ -60,13 +60,3 @@ def recover(
         update = (mean / (1 - betas[0] ** (k + 1))) / ((square / (1 - betas[1] ** (k + 1))).sqrt() + 1e-8)
         images = torch.minimum(torch.maximum(images - rate * update, low), high)
         yield loss.item(), images.clone()
-
-
-def groups(images: Tensor, label: int, teacher: nn.Module, student: nn.Module | None) -> list[list[int]]:
-    """The positions of the images of one class from which a stage starts first, second and last."""
-    found: list[list[int]] = [[], [], []]
-    for position, image in enumerate(images):
-        taught = int(teacher.eval()(image[None]).argmax()) == label
-        known = student is not None and int(student.eval()(image[None]).argmax()) == label
-        found[2 if known else 0 if taught else 1].append(position)
-    return found
