@@ -34,6 +34,7 @@ from condense.methods.idc import IDC
 from condense.methods.mtt import MTT
 from condense.methods.rat_bptt import RaTBPTT
 from condense.methods.rcig import RCIG
+from condense.methods.sre2l import SRe2L
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.synthetic.decode import Decode, Factor, Pixels
@@ -194,7 +195,10 @@ def make(scale: Scale, device: torch.device, network_options: str = "") -> Task:
 
 ADAM = Optim(kind="adam", lr=3e-4, momentum=0.9)
 LONG = 10**9
-"""Number of updates after which a student or a network of a pool would be replaced; none is, during a measurement."""
+"""Number of updates after which a student, a network of a pool or a chunk would be replaced; none is, during a
+measurement."""
+MAX_ROLL = 4
+"""Largest shift of the views of SRe2L, in pixels."""
 
 
 def context(
@@ -218,8 +222,8 @@ def context(
     )
 
 
-def fresh(scale: Scale, device: torch.device, smooth: bool = False) -> textbook.ConvNet:
-    return textbook.ConvNet(scale.input_shape, scale.num_classes, scale.depth, scale.width, smooth).to(device)
+def fresh(scale: Scale, device: torch.device, **options: bool) -> textbook.ConvNet:
+    return textbook.ConvNet(scale.input_shape, scale.num_classes, scale.depth, scale.width, **options).to(device)
 
 
 def by_class(task: Task) -> list[Tensor]:
@@ -474,6 +478,35 @@ def rat_bptt_engine(scale: Scale, device: torch.device) -> Run:
     return Steps(method, context(scale, make(scale, device)), scale.num_updates)
 
 
+# SRe2L: one update of a chunk, an image of each of ten times as many classes.
+
+
+def recovery(scale: Scale, device: torch.device) -> tuple[Scale, Task]:
+    """Return the scale of a recovery and its task."""
+    scale = dataclasses.replace(scale, num_classes=10 * scale.num_classes, batch_real=1)
+    augment = Augment.parse(f"resized-crop_flip_roll:mode=M,max_roll={MAX_ROLL}")
+    return scale, dataclasses.replace(make(scale, device, ",norm=batch"), augment=augment)
+
+
+def recovery_textbook(scale: Scale, device: torch.device) -> Run:
+    scale, task = recovery(scale, device)
+    net = fresh(scale, device, batch=True).eval().requires_grad_(False)
+    images, labels = synthetic(scale, task, 1)
+    optimiser = torch.optim.Adam([images.requires_grad_()], lr=0.25, betas=(0.5, 0.9))
+    ends = [task.transform(torch.full((1, *scale.input_shape), end, device=device)) for end in (0.0, 1.0)]
+    bounds = list(zip(*(x[0, :, 0, 0].tolist() for x in ends), strict=True))
+    data = net, textbook.hooks_of(net), images, labels, optimiser, bounds
+    return repeated(partial(textbook.sre2l_step, *data, MAX_ROLL), scale)
+
+
+def recovery_engine(scale: Scale, device: torch.device) -> Run:
+    scale, task = recovery(scale, device)
+    method = SRe2L(num_steps=LONG, start="real", chunk=task.num_classes)
+    (spec,) = method.needs(task).values()
+    teacher = {task.network.name: spec.open(expert_buffer(task))}
+    return Steps(method, dataclasses.replace(context(scale, task, ipc=1), artifacts=teacher), scale.num_updates)
+
+
 JOBS: dict[str, Job] = {
     "expert training": Job(
         textbook=expert_textbook,
@@ -496,4 +529,5 @@ JOBS: dict[str, Job] = {
     "FRePo, an update": Job(textbook=frepo_textbook, engine=frepo_engine),
     "RaT-BPTT, an update": Job(textbook=rat_bptt_textbook, engine=rat_bptt_engine),
     "RCIG, an update": Job(textbook=rcig_textbook, engine=rcig_engine),
+    "SRe2L, a step": Job(textbook=recovery_textbook, engine=recovery_engine),
 }

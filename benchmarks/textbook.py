@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
 
 Params = dict[str, Tensor]
 
@@ -23,11 +24,18 @@ Params = dict[str, Tensor]
 class ConvNet(nn.Module):
     """Blocks of 3x3 convolution, instance norm as GroupNorm(C, C), ReLU and 2x2 mean pooling, then a linear layer.
 
-    ``smooth``: the network of RCIG, with softplus (beta 60) in place of ReLU and without norm.
+    ``smooth``: the network of RCIG, with softplus (beta 60) in place of ReLU and without norm. ``batch``: the network
+    of SRe2L, with BatchNorm in place of instance norm.
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, depth: int = 3, width: int = 128, smooth: bool = False
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        depth: int = 3,
+        width: int = 128,
+        smooth: bool = False,
+        batch: bool = False,
     ) -> None:
         super().__init__()
         channels, height, breadth = input_shape
@@ -35,7 +43,7 @@ class ConvNet(nn.Module):
         for _ in range(depth):
             layers += [
                 nn.Conv2d(channels, width, 3, padding=1),
-                nn.Identity() if smooth else nn.GroupNorm(width, width),
+                nn.Identity() if smooth else nn.BatchNorm2d(width) if batch else nn.GroupNorm(width, width),
                 nn.Softplus(beta=60) if smooth else nn.ReLU(inplace=True),
                 nn.AvgPool2d(2),
             ]
@@ -558,6 +566,54 @@ def rcig_step(
     adam.zero_grad()
     (0.5 * error.square().mean()).backward()
     adam.step()
+
+
+class StatisticsHook:
+    """Holds the distance of the last batch at the input of a BatchNorm layer to the running statistics of the layer."""
+
+    distance: Tensor
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        layer.register_forward_hook(self._measure)
+
+    def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        (x,) = inputs
+        mean = x.mean([0, 2, 3])
+        var = x.permute(1, 0, 2, 3).reshape(x.shape[1], -1).var(1, unbiased=False)
+        self.distance = torch.norm(layer.running_var - var, 2) + torch.norm(layer.running_mean - mean, 2)
+
+
+def hooks_of(net: nn.Module) -> list[StatisticsHook]:
+    return [StatisticsHook(layer) for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def sre2l_loss(net: nn.Module, hooks: Sequence[StatisticsHook], views: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of the recovery of images (Yin, Xing and Shen, NeurIPS 2023); ``net`` is in evaluation mode."""
+    entropy = F.cross_entropy(net(views), labels)
+    weights = [10.0] + [1.0] * (len(hooks) - 1)
+    return entropy + 0.01 * sum(w * hook.distance for w, hook in zip(weights, hooks, strict=True))
+
+
+def sre2l_step(
+    net: nn.Module,
+    hooks: Sequence[StatisticsHook],
+    images: Tensor,
+    labels: Tensor,
+    optimiser: torch.optim.Optimizer,
+    bounds: Sequence[tuple[float, float]],
+    max_roll: int,
+) -> None:
+    """Update the images once: all of them are cropped, mirrored and rolled alike.
+
+    Args:
+        bounds: black and white of each channel, to which the pixels are clamped.
+    """
+    views = transforms.RandomHorizontalFlip()(transforms.RandomResizedCrop(images.shape[2:], antialias=False)(images))
+    shifts = [random.randint(-max_roll, max_roll) for _ in range(2)]
+    descend(sre2l_loss(net, hooks, torch.roll(views, shifts, dims=(2, 3)), labels), optimiser)
+    with torch.no_grad():
+        for channel, (low, high) in enumerate(bounds):
+            images[:, channel] = images[:, channel].clamp(low, high)
 
 
 def _classes(real: Sequence[Tensor], syn: Tensor, batch_real: int, strategy: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -39,11 +39,13 @@ from condense.methods import rcig
 from condense.methods.dc import frozen_loss
 from condense.methods.frepo import half_squared_error, margin_loss
 from condense.methods.rcig import Convexified, no_longer_than, outer_loss
-from condense.networks import Functional
+from condense.methods.sre2l import statistics_distance
+from condense.networks import Functional, Weights
 from condense.objective import CrossEntropy
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Factor
+from condense.teachers import Teacher
 from condense.train import Trainer, Training
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory and disk are read from /proc")
@@ -374,6 +376,26 @@ def test_textbook_implicit_gradients() -> None:
     torch.testing.assert_close(value, ours)
     gradients = [d + no_longer_than(d, -m) for d, m in zip(direct, mixed, strict=True)]
     torch.testing.assert_close(theirs, [*gradients, into_tau], rtol=1e-5, atol=1e-8)
+
+
+def test_textbook_recovery() -> None:
+    network = Functional("convnet:depth=2,width=6,norm=batch", SHAPE, 4)
+    params, buffers = network.init(Rng(0), "weights")
+    with torch.random.fork_rng():
+        buffers = {name: b + torch.rand(b.shape) if b.is_floating_point() else b for name, b in buffers.items()}
+        net = textbook.ConvNet(SHAPE, 4, depth=2, width=6, batch=True).eval()
+    net.load_state_dict(params | buffers)
+    x, y = images(8).float().requires_grad_(), torch.arange(8) % 4
+    theirs = textbook.sre2l_loss(net, textbook.hooks_of(net), x, y)
+    teacher = Teacher(network, Weights(params, buffers))
+    logits, found = teacher.observer(Compute())(x)
+    weights = [0.1] + [0.01] * (len(found) - 1)
+    distances = [
+        w * statistics_distance(of, teacher.running(name)) for w, (name, of) in zip(weights, found.items(), strict=True)
+    ]
+    ours = torch.nn.functional.cross_entropy(logits, y) + torch.stack(distances).sum()
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(torch.autograd.grad(theirs, x), torch.autograd.grad(ours, x))
 
 
 def drawn(operation: str, rows: int) -> Tensor:

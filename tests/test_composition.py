@@ -33,6 +33,7 @@ LABELS_THAT_FIT = {
     "datm": {"hard", "logits", "teacher"},
     "sre2l": {"hard", "teacher"},
     "fadrm": {"hard", "teacher"},
+    "cudd": {"hard", "teacher"},
 }
 """By method; of those that are not listed hard and logits."""
 

@@ -63,11 +63,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "el2n": {"num_networks": 2, "num_epochs": 1},
     "sre2l": {"chunk": 2},
     "fadrm": {"chunk": 2, "stages": 2, "num_candidates": 4},
+    "cudd": {"chunk": 2, "stages": (1,), "student_epochs": 2},
     "ccs": {"num_networks": 2, "num_epochs": 1, "num_strata": 3},
     "graph-cut": {"num_epochs": 1},
     "dq": {"num_epochs": 1, "num_bins": 3},
 }
-NETWORKS = {"sre2l": BATCH, "fadrm": BATCH}
+NETWORKS = {"sre2l": BATCH, "fadrm": BATCH, "cudd": BATCH}
 """Of methods that need another than ``TINY``."""
 NAMES = sorted(registry.METHODS)
 LEARNING = [name for name in NAMES if registry.load(name).learns]

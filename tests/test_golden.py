@@ -20,7 +20,12 @@ from condense.registry import load as method
 GOLDEN = Path(__file__).parent / "golden" / "cpu.json"
 NETWORK = "convnet:depth=2,width=8"
 BATCH = f"{NETWORK},norm=batch"
-NETWORKS = {"sre2l": BATCH, "fadrm": BATCH, "rcig": "convnet:depth=2,width=8,norm=none,activation=softplus"}
+NETWORKS = {
+    "sre2l": BATCH,
+    "fadrm": BATCH,
+    "cudd": BATCH,
+    "rcig": "convnet:depth=2,width=8,norm=none,activation=softplus",
+}
 """Of methods that need another. A norm leaves the biases before it without gradient, and the Adam of rcig's inner
 problem makes whole steps of what rounding puts in its place: such a curve differs between machines."""
 TOLERANCE = 2e-3
@@ -48,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mtt": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
     "sre2l": {"num_steps": 5, "chunk": 5, "optim": Optim(lr=0.05)},  # 4 chunks
     "fadrm": {"num_steps": 10, "stages": 2, "num_candidates": 20, "optim": Optim(lr=0.05)},  # 2 chunks
+    "cudd": {"num_steps": 10, "stages": (1,), "student_epochs": 1, "optim": Optim(lr=0.05)},  # 2 chunks
 }
 
 
