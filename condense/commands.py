@@ -302,10 +302,10 @@ def relabel(words: list[str]) -> None:
     assert isinstance(syn.label_kind, ViewLabels)
     kind, cost, provider = syn.label_kind, syn.cost(), syn.provider
     file = command.out or api.relabelled_file(target, kind)
-    of_encoder = (
-        f", of which {provider.encoder.nbytes} are the encoder" if isinstance(provider, StoredProjector) else ""
-    )
-    say(f"{file}: {kind.name} labels by {kind.teacher}; images {cost.images}, labels {cost.labels} bytes{of_encoder}")
+    sizes = f"images {cost.images}, labels {cost.labels} bytes"
+    if isinstance(provider, StoredProjector):
+        sizes += f", of which {provider.encoder.nbytes} are the encoder"
+    say(f"{file}: {kind.name} labels by {kind.teacher}; {sizes}")
     if remark := cost.remark():
         say(remark)
 
