@@ -107,7 +107,10 @@ def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedT
         if kind.is_named:
             found = find_teacher(kind.teacher, buffers, origin, device)
             if found.network != kind.network:
-                raise ValueError(f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}")
+                raise ValueError(
+                    f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}; label the set "
+                    "again"
+                )
             encoder = _module(found.teacher, origin)
         else:
             encoder = _built(kind.network, origin)
