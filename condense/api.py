@@ -37,7 +37,7 @@ from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
 from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, read_header, write_text
-from condense.labelling import open_teacher, relabelled, teacher_of
+from condense.labelling import open_teacher, relabelled, teacher_of, trained_projector
 from condense.method import Method
 from condense.methods.selection import Selection
 from condense.names import spelt
@@ -53,7 +53,7 @@ from condense.synthetic.files import load as load
 from condense.synthetic.files import save
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
-from condense.synthetic.teaching import Online, Stored, ViewLabels
+from condense.synthetic.teaching import Projector, Stored, ViewLabels
 from condense.task import Split
 from condense.teachers import Teacher
 from condense.tracking import progress
@@ -280,7 +280,7 @@ def _labelled(
     """Return the teacher of a set whose views are labelled, by its name, and functions that make its baselines with
     labels of the same kind. Without such labels, or where nothing needs the teacher, there is none."""
     kind = next((kind for plan in plans if (kind := plan.view_labels(syn)) is not None), None)
-    if kind is None or not (makers or isinstance(kind, Online)):
+    if kind is None or not (makers or not isinstance(kind, Stored)):
         return {}, dict(makers)
     by = teacher_of(syn, buffers, device)
 
@@ -296,21 +296,30 @@ def relabel(
     teacher: Path | str,
     labels: Labels | str = Stored(),
     *,
+    weak_teachers: Path | str | None = None,
+    dataset: Data | None = None,
     out: Path | str | None = None,
     compute: Compute = Compute(),
     device: str = "auto",
+    download: bool = False,
     **fields: Any,
 ) -> SyntheticSet:
     """Label the views of a set by a trained network, and return the set with these labels.
 
     Args:
         syn: a set, its file or a run folder.
-        teacher: the folder of a buffer, whose first network labels the views, or a folder with one such buffer.
-        labels: ``Stored`` or ``Online``, or the name of one of these kinds.
+        teacher: the folder of a buffer, whose first network labels the views, or a folder with one such buffer. For
+            ``projector`` labels this network is the encoder.
+        labels: ``Stored``, ``Online`` or ``Projector``, or the name of one of these kinds.
+        weak_teachers: for ``projector`` labels, the folder of a buffer of trajectories, whose first expert gives the
+            weak teachers, or a folder with one such buffer; by default ``teacher``.
+        dataset: for ``projector`` labels, the data of the set; by default the location that the run recorded, else
+            the name in the set.
         out: the file to write; by default nothing is written for a set, and a file beside the set otherwise
             (``relabelled_file``). An earlier set is replaced, a file of another kind is not.
         compute: compute policy of the teacher.
         device: device to compute on.
+        download: let torchvision download missing data.
         fields: fields of the labels (epochs, keep, ...).
 
     Raises:
@@ -319,8 +328,15 @@ def relabel(
     """
     chosen = recipe.choice("labels", labels)
     if not isinstance(chosen, ViewLabels):
-        raise ValueError(f"a teacher gives labels of the kinds stored and online, not {chosen.name}; give one of these")
+        raise ValueError(
+            f"a teacher gives labels of the kinds stored, online and projector, not {chosen.name}; give one of these"
+        )
     kind = replaced(chosen, fields)
+    if weak_teachers is not None and not isinstance(kind, Projector):
+        raise ValueError(
+            f"{kind.name} labels have no weak teachers; leave out {spelt('weak_teachers')}, or give "
+            f"{spelt('labels', 'projector')}"
+        )
     target = expanded(out) if out is not None else None if isinstance(syn, SyntheticSet) else relabelled_file(syn, kind)
     if target is not None:
         check_new_file(target, "set")
@@ -330,10 +346,15 @@ def relabel(
     origin = given.origin
     strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
     by = open_teacher(expanded(teacher), origin, prepare_device(device))
-    with progress(
-        f"{kind.name} labels {origin.dataset_name}", kind.num_stored if isinstance(kind, Stored) else 1
-    ) as bar:
-        result = relabelled(given, kind, by, strategy=strategy, compute=compute, on_epoch=lambda done: bar(done, ""))
+    with progress(f"{kind.name} labels {origin.dataset_name}", kind.num_rounds) as bar:
+        common: dict[str, Any] = {"strategy": strategy, "compute": compute, "on_epoch": lambda done: bar(done, "")}
+        if isinstance(kind, Projector):
+            _, source = sets.read_set(syn, dataset)
+            arrays, chosen_device = open_data(source, download), by.teacher.network.device
+            train = Subject(syn=given, arrays=arrays, device=chosen_device, cache=cache_folder()).train
+            weak = expanded(teacher if weak_teachers is None else weak_teachers)
+            by = trained_projector(kind, by, weak, train, origin, **common)
+        result = relabelled(given, kind, by, **common)
     if target is not None:
         save(result, target)
     return result

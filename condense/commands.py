@@ -42,6 +42,7 @@ from condense.show import print_results
 from condense.synthetic import DECODERS, LABELS, Decode, Labels, Stored, ViewLabels, save
 from condense.synthetic.decode import Pixels
 from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import StoredProjector
 from condense.table import print_table
 from condense.task import Split
 from condense.tracking import progress
@@ -164,15 +165,24 @@ class Prune:
 @dataclass(frozen=True, kw_only=True)
 class Relabel:
     teacher: Path
-    """Folder of the buffer whose first network is the teacher, or a folder with one such buffer."""
+    """Folder of the buffer whose first network is the teacher, or the encoder of a projector; or a folder with one such
+    buffer."""
     labels: Labels = Stored()
-    """Kind of labels: stored or online."""
+    """Kind of labels: stored, online or projector."""
+    weak_teachers: Path | None = None
+    """For a projector: folder of a buffer of trajectories, whose first expert gives the weak teachers, or a folder with
+    one such buffer. The default is the folder of the teacher."""
+    dataset: str | None = None
+    """For a projector: data set that the set was distilled from. The default is the location recorded by the run, else
+    the name in the file."""
     out: Path | None = None
     """File to write. The default is synthetic-stored.safetensors in the run folder, or FILE-stored.safetensors."""
     compute: Switch[Compute] = Compute()
     """Numerical precision and speed."""
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +300,12 @@ def relabel(words: list[str]) -> None:
         raise ValueError("relabel needs a teacher; give --teacher with the folder that `condense buffer` wrote")
     syn = api.relabel(target, **_fields(command))
     assert isinstance(syn.label_kind, ViewLabels)
-    kind, cost = syn.label_kind, syn.cost()
+    kind, cost, provider = syn.label_kind, syn.cost(), syn.provider
     file = command.out or api.relabelled_file(target, kind)
-    say(f"{file}: {kind.name} labels by {kind.teacher}; images {cost.images}, labels {cost.labels} bytes")
+    sizes = f"images {cost.images}, labels {cost.labels} bytes"
+    if isinstance(provider, StoredProjector):
+        sizes += f", of which {provider.encoder.nbytes} are the encoder"
+    say(f"{file}: {kind.name} labels by {kind.teacher}; {sizes}")
     if remark := cost.remark():
         say(remark)
 

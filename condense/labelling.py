@@ -1,25 +1,43 @@
-"""Label the views of a finished set by a teacher, and find the teacher of such a set again."""
+"""Label the views of a finished set by a teacher, and find the teacher of such a set again.
+
+``trained_projector`` makes the teacher of ``projector`` labels."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from condense.artifacts import MANIFEST, TrainedNetworkSpec, find, folder_name, open_buffer, read_manifest
+from condense.artifacts import (
+    MANIFEST,
+    TrainedNetworkSpec,
+    TrajectorySpec,
+    find,
+    folder_name,
+    open_buffer,
+    read_manifest,
+)
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.files import checksum
 from condense.names import printable, spelt
-from condense.networks import Functional
+from condense.networks import Functional, Network, build
+from condense.networks.lowrank import HEAD, low_rank
+from condense.rng import Rng
+from condense.sources import Relabelled
 from condense.synthetic.set import Origin, SyntheticSet
-from condense.synthetic.teaching import Stored, StoredTable, StoredTeacher, ViewLabels
-from condense.task import ROUNDING
-from condense.teachers import Teacher
+from condense.synthetic.teaching import Projector, Stored, StoredProjector, StoredTable, StoredTeacher, ViewLabels
+from condense.task import ROUNDING, Labelled
+from condense.teachers import BATCH, Teacher
+from condense.train import Trainer
+
+ViewLabelsT = TypeVar("ViewLabelsT", bound=ViewLabels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +45,13 @@ class NamedTeacher:
     """A teacher with its provenance."""
 
     name: str
-    """The name of the buffer, without its location, and the start of the checksum of the weights."""
+    """The name of the buffer, without its location, and the start of the checksum of the weights. A projector has the
+    name of its encoder."""
+    network: str
+    """The architecture of the network in the buffer."""
     teacher: Teacher
-    described: dict[str, Any]
-    """The description of the buffer (``Artifact.describe``)."""
+    artifacts: tuple[Mapping[str, Any], ...]
+    """The descriptions of the buffers that it was made of (``Artifact.describe``)."""
 
 
 def open_teacher(path: Path, origin: Origin, device: torch.device, option: str = "teacher") -> NamedTeacher:
@@ -45,15 +66,13 @@ def open_teacher(path: Path, origin: Origin, device: torch.device, option: str =
     Raises:
         ValueError: there is no such buffer, or it is damaged.
     """
-    transform = {name: value for name, value in origin.transform.items() if name not in ROUNDING}
-    split = {"val_fraction": origin.split.val_fraction, "seed": origin.split.seed}
-    identity = {"dataset": origin.fingerprint, "split": split, "transform": transform}
-    folder = find(path, TrainedNetworkSpec(identity=identity), origin.dataset_name, option)
+    folder = find(path, TrainedNetworkSpec(identity=_identity(origin)), origin.dataset_name, option)
     buffer = open_buffer(folder)
     network = Functional(buffer.manifest["identity"]["network"], origin.input_shape, origin.num_classes, device)
     weights = buffer.weights(0, network)
     digest = checksum({**weights.params, **weights.buffers})[:12]
-    return NamedTeacher(f"{_name(folder)}@{digest}", Teacher(network, weights), buffer.describe())
+    name = f"{_name(folder)}@{digest}"
+    return NamedTeacher(name, network.name, Teacher(network, weights), (buffer.describe(),))
 
 
 def find_teacher(name: str, buffers: Path, origin: Origin, device: torch.device) -> NamedTeacher:
@@ -80,13 +99,87 @@ def find_teacher(name: str, buffers: Path, origin: Origin, device: torch.device)
 
 def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedTeacher:
     """Return the teacher that labelled the views of a set, from the set or else from ``buffers`` (``find_teacher``)."""
-    kind = syn.label_kind
+    kind, provider, origin = syn.label_kind, syn.provider, syn.origin
     assert isinstance(kind, ViewLabels)
-    if not isinstance(syn.provider, StoredTeacher) or kind.is_named:
-        return find_teacher(kind.teacher, buffers, syn.origin, device)
-    network = Functional(kind.network, syn.origin.input_shape, syn.origin.num_classes, device)
-    described = next((entry for entry in syn.origin.artifacts if entry.get("use") == _USE), {})
-    return NamedTeacher(kind.teacher, Teacher(network, syn.provider.weights(network)), dict(described))
+    recorded = tuple(entry for entry in origin.artifacts if entry.get("use") == _USE)
+    if isinstance(kind, Projector):
+        assert isinstance(provider, StoredProjector)
+        if kind.is_named:
+            found = find_teacher(kind.teacher, buffers, origin, device)
+            if found.network != kind.network:
+                raise ValueError(
+                    f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}; label the set "
+                    "again"
+                )
+            encoder = _module(found.teacher, origin)
+        else:
+            encoder = _built(kind.network, origin)
+        base = kind.adapted(encoder, origin.num_classes)
+        provider.thaw(base)
+        network = low_rank(base, origin.input_shape, origin.num_classes, device)
+    elif isinstance(provider, StoredTeacher) and not kind.is_named:
+        network = Functional(kind.network, origin.input_shape, origin.num_classes, device)
+    else:
+        return find_teacher(kind.teacher, buffers, origin, device)
+    return NamedTeacher(kind.teacher, kind.network, Teacher(network, provider.weights(network)), recorded)
+
+
+def trained_projector(
+    kind: Projector,
+    encoder: NamedTeacher,
+    weak_teachers: Path,
+    train: Labelled,
+    origin: Origin,
+    *,
+    strategy: str = "none",
+    compute: Compute = Compute(),
+    on_epoch: Callable[[int], None] = lambda done: None,
+) -> NamedTeacher:
+    """Train the projector of ``projector`` labels on real images.
+
+    The head starts as the class means of the encoder's features E(x) / |E(x)|, and the changes as zero. BatchNorm uses
+    the statistics of batches in training and updates the running ones, which belong to the projector.
+
+    Args:
+        kind: the settings.
+        encoder: the trained network, on the device to compute on.
+        weak_teachers: the folder of a buffer of trajectories, whose first expert gives the weak teachers, or a folder
+            with one such buffer.
+        train: the training images of the set, in its transformed space, and their classes.
+        origin: the origin of the set.
+        strategy: the augmentation ``dsa`` of the data set.
+        compute: compute policy of the training.
+        on_epoch: called with the number of epochs done.
+
+    Raises:
+        ValueError: ``kind`` asks for another encoder, or there are no such weak teachers.
+    """
+    kind = _settled(kind, encoder, strategy)
+    network, weights = encoder.teacher
+    device, shape, num_classes = network.device, origin.input_shape, origin.num_classes
+    spec = TrajectorySpec(identity=_identity(origin), num_epochs=kind.num_teachers)
+    folder = find(weak_teachers, spec, origin.dataset_name, "weak_teachers")
+    weak = spec.open(folder)
+    weak_network = Functional(weak.manifest["identity"]["network"], shape, num_classes, device)
+    epochs = [round(k * weak.num_epochs / kind.num_teachers) for k in range(1, kind.num_teachers + 1)]
+    policy = compute.resolved(network.flops * len(train) * kind.epochs, device)
+    labellers = [Teacher(weak_network, weak.weights(0, weak_network, epoch)).labeller(policy) for epoch in epochs]
+
+    def mean_logits(images: Tensor) -> Tensor:
+        return torch.stack([label(images) for label in labellers]).mean(0)
+
+    base = kind.adapted(_module(encoder.teacher, origin), num_classes)
+    with torch.no_grad(), policy.arithmetic():
+        features = [network.features(*weights, images, train=False) for images in train.images.split(BATCH)]
+        base.frozen()[HEAD].copy_(_class_means(torch.cat(features), train.labels, num_classes))
+    projector, rng = low_rank(base, shape, num_classes, device), Rng(kind.seed).child("projector")
+    trainer = Trainer(projector, kind.plan(), policy)
+    source = trainer.source(train.images, train.labels, rng, Augment.parse(kind.augment))
+    taught = Relabelled(source, mean_logits, trainer.training.objective)
+    initial = projector.init(rng, "changes of low rank")
+    trained = trainer.run(initial, taught, on_epoch=lambda done, _: on_epoch(done))
+    artifacts = (*encoder.artifacts, {**weak.describe(), "epochs": epochs})
+    return NamedTeacher(encoder.name, encoder.network, Teacher(projector, trained), artifacts)
 
 
 def relabelled(
@@ -103,7 +196,7 @@ def relabelled(
     Args:
         syn: the set, which must have classes; its labels are replaced.
         kind: the settings of the labels.
-        by: the teacher, on the device to compute on.
+        by: the teacher, on the device to compute on; for ``projector`` labels the result of ``trained_projector``.
         strategy: the augmentation ``dsa`` of the data set.
         compute: compute policy of the teacher.
         on_epoch: called with the number of labelled epochs.
@@ -113,14 +206,8 @@ def relabelled(
             of the teacher cannot be stored.
     """
     syn.require_classes(f"a set with {kind.name} labels")
+    kind = _settled(kind, by, strategy)
     network, weights = by.teacher
-    for field, actual, any_value in (("teacher", by.name, ""), ("network", network.name, "auto")):
-        asked = getattr(kind, field)
-        if asked not in (any_value, actual):
-            raise ValueError(f"labels.{field} is {asked}, but the {field} is {actual}; give that, or leave it out")
-    kind = dataclasses.replace(kind, teacher=by.name, network=network.name)
-    if isinstance(kind, Stored):
-        kind = dataclasses.replace(kind, augment=str(Augment.parse(kind.augment, own=strategy)))
     device, origin = network.device, syn.origin
     provider = kind.provider(syn.classes.cpu(), origin.num_classes, origin.input_shape, syn.decode.expansion)
     if isinstance(provider, StoredTable):
@@ -137,15 +224,64 @@ def relabelled(
                 on_epoch(k + 1)
     elif isinstance(provider, StoredTeacher) and not kind.is_named:
         provider.fill(weights)
+    elif isinstance(provider, StoredProjector):
+        provider.freeze(network)
+        provider.fill(weights)
     result = copy.deepcopy(syn)
     others = [entry for entry in origin.artifacts if entry.get("use") != _USE]
-    result.origin = dataclasses.replace(origin, artifacts=[*others, {**by.described, "use": _USE}])
+    ours = [{**entry, "use": _USE} for entry in by.artifacts]
+    result.origin = dataclasses.replace(origin, artifacts=[*others, *ours])
     result.label_kind, result.provider = kind, provider.to(syn.latents.device)
     return result
 
 
 _USE = "labels"
-"""Marks the buffer of the teacher among the artifacts of a set."""
+"""Marks the buffers of the teacher among the artifacts of a set."""
+
+
+def _settled(kind: ViewLabelsT, by: NamedTeacher, strategy: str) -> ViewLabelsT:
+    """Return the settings with the teacher, its network and the augmentation by name.
+
+    Raises:
+        ValueError: they ask for another teacher.
+    """
+    for field, actual, any_value in (("teacher", by.name, ""), ("network", by.network, "auto")):
+        asked = getattr(kind, field)
+        if asked not in (any_value, actual):
+            raise ValueError(f"labels.{field} is {asked}, but the {field} is {actual}; give that, or leave it out")
+    kind = dataclasses.replace(kind, teacher=by.name, network=by.network)
+    if isinstance(kind, Stored | Projector):
+        kind = dataclasses.replace(kind, augment=str(Augment.parse(kind.augment, own=strategy)))
+    return kind
+
+
+def _class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return the mean (C, F) of the features (N, F), each of length 1, over the images of each class (N,)."""
+    sums = F.one_hot(labels, num_classes).to(features).T @ F.normalize(features, dim=1)
+    return sums / labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
+
+
+def _built(network: str, origin: Origin) -> Network:
+    """Return a network on the CPU whose frozen parameters are those of its architecture (see ``Functional``)."""
+    with Rng(0).forked("architecture"):
+        return build(network, origin.input_shape, origin.num_classes)
+
+
+@torch.no_grad()
+def _module(teacher: Teacher, origin: Origin) -> Network:
+    """Return a teacher as a module on the CPU."""
+    module, values = _built(teacher.network.name, origin), {**teacher.weights.params, **teacher.weights.buffers}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in values:
+            tensor.copy_(values[name])
+    return module
+
+
+def _identity(origin: Origin) -> dict[str, Any]:
+    """Return what networks that label a set have in common with it: data, split and transform."""
+    transform = {name: value for name, value in origin.transform.items() if name not in ROUNDING}
+    split = {"val_fraction": origin.split.val_fraction, "seed": origin.split.seed}
+    return {"dataset": origin.fingerprint, "split": split, "transform": transform}
 
 
 def _name(folder: Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condense.schema import Checked
 
-ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine", "gift", "distillation"]
+ObjectiveName = Literal["cross-entropy", "mse", "kl", "cosine", "gift", "distillation", "mse-distillation"]
 """The keys of ``OBJECTIVES``."""
 
 
@@ -109,6 +109,26 @@ class Distillation(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SquaredDistillation(Objective):
+    """Half the squared distance to a teacher's logits, plus a weight times the cross-entropy of the classes.
+
+    Targets are those that ``taught`` returns, rows (N, 2 D): the teacher's logits and the classes."""
+
+    name: ClassVar[ObjectiveName] = "mse-distillation"
+    needs_teacher: ClassVar[bool] = True
+    class_weight: float = 1.0
+    """Weight of the cross-entropy of the classes."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        taught, classes = targets.chunk(2, dim=1)
+        distance = 0.5 * (outputs - taught).square().sum(1).mean()
+        return distance + self.class_weight * F.cross_entropy(outputs, classes)
+
+    def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.cat([logits, _rows(logits, targets)], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cosine(Objective):
     """One minus the cosine similarity of outputs and targets."""
 
@@ -140,7 +160,8 @@ class Gift(Cosine):
 
 
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
-    objective.name: objective for objective in (CrossEntropy, SquaredError, KL, Cosine, Gift, Distillation)
+    objective.name: objective
+    for objective in (CrossEntropy, SquaredError, KL, Cosine, Gift, Distillation, SquaredDistillation)
 }
 
 

@@ -17,7 +17,7 @@ from condense.files import read_header
 from condense.names import printable
 from condense.recipe import Recipe, Resolved, to_mapping, to_yaml
 from condense.synthetic.set import SyntheticSet
-from condense.synthetic.teaching import ViewLabels
+from condense.synthetic.teaching import StoredProjector, ViewLabels
 from condense.table import print_table
 
 
@@ -148,15 +148,18 @@ def _set(title: str, syn: SyntheticSet) -> None:
             "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder} "
             f"(together {readable_bytes(sum(cost))})",
             **({"labels": cost.remark()} if cost.remark() else {}),
-            **({"teacher": _teacher(syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
+            **({"teacher": _teacher(syn, syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
             "recipe": origin.recipe_hash[:12],
             "code": origin.code,
         },
     )
 
 
-def _teacher(kind: ViewLabels) -> str:
-    return f"{kind.teacher}, {kind.network}" + (", not stored" if kind.is_named else "")
+def _teacher(syn: SyntheticSet, kind: ViewLabels) -> str:
+    name = f"{kind.teacher}, {kind.network}" + (", not stored" if kind.is_named else "")
+    if not isinstance(syn.provider, StoredProjector):
+        return name
+    return f"a projector of the encoder {name}" + ("" if kind.is_named else f", {syn.provider.encoder.nbytes} bytes")
 
 
 def _run(folder: Path) -> None:

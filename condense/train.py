@@ -18,7 +18,16 @@ from condense.compute import Compute
 from condense.cudagraph import Graphed
 from condense.data.images import Images
 from condense.networks import Functional, Weights
-from condense.objective import KL, OBJECTIVES, CrossEntropy, Distillation, Gift, Objective, ObjectiveName
+from condense.objective import (
+    KL,
+    OBJECTIVES,
+    CrossEntropy,
+    Distillation,
+    Gift,
+    Objective,
+    ObjectiveName,
+    SquaredDistillation,
+)
 from condense.rng import Rng
 from condense.schedule import DROP_AT_HALF, Schedule
 from condense.schema import Checked
@@ -59,7 +68,8 @@ class Training(Checked):
     """Training loss. mse: half the squared distance to the targets, summed over their width and averaged over images.
     kl: KL divergence between the targets and the softmax at ``temperature``. cosine: one minus the cosine similarity of
     outputs and targets. gift: the same with a teacher's logits that the class corrects. distillation: a weighted sum of
-    the divergence from a teacher at ``temperature`` and of the cross-entropy of the classes."""
+    the divergence from a teacher at ``temperature`` and of the cross-entropy of the classes. mse-distillation: mse to
+    the logits of a teacher, plus ``class_weight`` times the cross-entropy of the classes."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimiser of the training."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -76,6 +86,8 @@ class Training(Checked):
     """Softmax temperature of the losses kl and distillation, for the logits of the network and of a teacher."""
     teacher_weight: float = 0.5
     """Weight of the divergence from the teacher in the loss distillation; the cross-entropy has the rest."""
+    class_weight: float = 1.0
+    """Weight of the cross-entropy of the classes in the loss mse-distillation."""
     rho: float = 0.0
     """Radius of the ascent step of adaptive GSAM, see ``sharpness_aware``; 0: plain gradients."""
     alpha: float = 0.0
@@ -102,6 +114,8 @@ class Training(Checked):
                 f"training needs mixup >= 0 and temperature > 0, got {self.mixup} and {self.temperature}; "
                 "usual values are 0.2 and 20"
             )
+        if not 0 <= self.class_weight < math.inf:
+            raise ValueError(f"training needs a finite class_weight >= 0, got {self.class_weight}; try 1.0")
         if self.rho < 0 or (self.alpha and not self.rho):
             raise ValueError(
                 f"training needs rho >= 0, and rho > 0 where alpha is given, got {self.rho} and {self.alpha}; "
@@ -150,6 +164,8 @@ class Training(Checked):
                 return KL(temperature=self.temperature)
             case "distillation":
                 return Distillation(temperature=self.temperature, weight=self.teacher_weight)
+            case "mse-distillation":
+                return SquaredDistillation(class_weight=self.class_weight)
             case "gift":
                 return Gift(label_smoothing=self.label_smoothing)
         return OBJECTIVES[self.loss]()

@@ -46,7 +46,7 @@ class Protocol(Training):
     flip_crop. Parameters are drawn for each image."""
     labels: Literal["hard", "own", "teacher"] = "hard"
     """Targets to train on. hard: one class per image (argmax of soft labels). own: the targets of the set. teacher: the
-    labels of the set for its views (stored or online); other sets are refused unless teacher is set."""
+    labels of the set for its views (stored, online or projector); other sets are refused unless teacher is set."""
     steps_for: tuple[tuple[int, int], ...] = ()
     """Pairs (images, steps). The pair nearest to the size of the set gives the number of steps and replaces
     num_epochs."""
@@ -64,7 +64,7 @@ class Protocol(Training):
         super().__post_init__()
         if not all(0 < lr < math.inf for lr in self.lr_grid):
             raise ValueError(f"protocol.lr_grid needs finite learning rates > 0, got {self.lr_grid}; try 0.01 and 0.1")
-        if OBJECTIVES[self.loss].needs_teacher and not self.teacher:
+        if OBJECTIVES[self.loss].needs_teacher and not self.teacher and self.labels != "teacher":
             raise ValueError(
                 f"the loss {self.loss} needs a teacher; give {spelt('protocol.teacher', 'same')}, or "
                 f"{spelt('protocol.loss', 'cross-entropy')}"

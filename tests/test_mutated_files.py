@@ -24,8 +24,8 @@ from condense.method import Context
 from condense.objective import KL
 from condense.rng import Rng
 from condense.sources import Examples
-from condense.synthetic import Online, Stored, SyntheticSet, ViewLabels, load, save
-from condense.synthetic.teaching import StoredTeacher
+from condense.synthetic import Online, Projector, Stored, SyntheticSet, ViewLabels, load, save
+from condense.synthetic.teaching import LiveTeacher
 from condense.tracking import cut_back, read_log
 from tests import mutations
 from tests.test_engine import Shrink, ctx, run
@@ -71,6 +71,8 @@ VIEW_LABELS = (
     Stored(epochs=4, keep=0.5, precision="int8", top_k=1, augment="none"),
     Online(network="convnet:depth=1,width=4"),
     Online(network="convnet:depth=1,width=4", keep_weights=False),
+    Projector(network="convnet:depth=1,width=4", rank=2, augment="none"),
+    Projector(network="convnet:depth=1,width=4", rank=2, augment="none", keep_encoder=False),
 )
 
 
@@ -96,7 +98,7 @@ def test_sets_whose_views_are_labelled(kind: ViewLabels, tmp_path: Path) -> None
         images, targets = syn()
         source = Examples(images.detach(), targets, Rng(0), batch_size=2, num_classes=syn.origin.num_classes)
         assert len(syn.provider.source(source, KL(), lambda x: x.new_ones(len(x), 3)).batch(1, 0).targets)
-        if isinstance(syn.provider, StoredTeacher) and syn.label_kind == kind and not kind.is_named:
+        if isinstance(syn.provider, LiveTeacher) and syn.label_kind == kind and not kind.is_named:
             labelling.teacher_of(syn, tmp_path, torch.device("cpu"))
 
     for i in range(TIMES):

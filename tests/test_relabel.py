@@ -160,7 +160,7 @@ def test_labels_that_cannot_be_stored_are_refused(syn: SyntheticSet, buffer: Pat
             condense.relabel(syn, buffer, Stored(**SMALL | fields), device="cpu")
         assert "\n" not in str(raised.value)
     for kind in (Hard(), Teacher(), "hard"):
-        with pytest.raises(ValueError, match="of the kinds stored and online, not"):
+        with pytest.raises(ValueError, match="of the kinds stored, online and projector, not"):
             condense.relabel(syn, buffer, kind, device="cpu")
 
 
@@ -358,7 +358,7 @@ def test_the_commands_say_what_labels_cost(
     assert "test accuracy, %: mlp, n = 1" in table and "canonical images + labels relabelled images + labels" in table
     for words, complaint in (
         (["relabel", run], "needs a teacher"),
-        (["relabel", run, "--teacher", str(buffer), "--labels", "hard"], "of the kinds stored and online"),
+        (["relabel", run, "--teacher", str(buffer), "--labels", "hard"], "of the kinds stored, online and projector"),
         (["evaluate", file, "--protocol", "canonical", "gift", "--protocol.lr", "1"], "give one --protocol"),
     ):
         with pytest.raises(SystemExit):

@@ -20,5 +20,6 @@ from condense.synthetic.set import Cost as Cost
 from condense.synthetic.set import Origin as Origin
 from condense.synthetic.set import SyntheticSet as SyntheticSet
 from condense.synthetic.teaching import Online as Online
+from condense.synthetic.teaching import Projector as Projector
 from condense.synthetic.teaching import Stored as Stored
 from condense.synthetic.teaching import ViewLabels as ViewLabels

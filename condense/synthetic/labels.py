@@ -200,6 +200,7 @@ LABELS: Registry[type[Labels]] = Registry(
         **{kind.name: kind for kind in (Hard, Logits, Targets, Teacher)},
         "stored": "condense.synthetic.teaching:Stored",
         "online": "condense.synthetic.teaching:Online",
+        "projector": "condense.synthetic.teaching:Projector",
     },
     subclass_of(Labels),
 )

@@ -1,15 +1,16 @@
 """Labels of views: a teacher labels every view of the images, not every image once.
 
 ``stored`` holds the teacher's logits for the views of some epochs (Shen and Xing 2022, FKD; Yin et al. 2023, SRe2L).
-``online`` holds the teacher itself, or its name. ``condense.relabel`` gives a set such labels. Networks are then
-trained on ``Provider.source``; ``Provider.forward`` returns the classes.
+``online`` holds the teacher itself, or its name. ``projector`` holds a function from views to labels: changes of low
+rank in a trained encoder, and a head (HeLlO). ``condense.relabel`` gives a set such labels. Networks are then trained
+on ``Provider.source``; ``Provider.forward`` returns the classes.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,12 +20,16 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.data.images import Images
 from condense.data.layout import InputShape
-from condense.networks import Functional, Weights
+from condense.names import spelt
+from condense.networks import Functional, Network, Weights
+from condense.networks.lowrank import HEAD, Adapted
 from condense.networks.registry import build, is_builtin, require_moderate
 from condense.objective import Objective
 from condense.rng import Rng
+from condense.schedule import Schedule
 from condense.sources import Examples, Relabelled, Source, StoredLabels, Teacher
 from condense.synthetic.labels import Labels, Provider
+from condense.train import Training
 from condense.views import Views
 
 MOST_EPOCHS = 100_000
@@ -51,6 +56,11 @@ class ViewLabels(Labels, ABC):
     def training(self) -> Mapping[str, Any]:
         """Return the fields of a training that the labels fix, with the augmentation as ``augment``."""
         return {}
+
+    @property
+    def num_rounds(self) -> int:
+        """The number of rounds in which the labels are made, such as epochs."""
+        return 1
 
     @property
     def is_named(self) -> bool:
@@ -93,6 +103,10 @@ class Stored(ViewLabels):
                 f"got {self.top_k}, {self.batch_size}, {self.cutmix} and {self.seed}; usual values are 0, 100, 1.0, 0"
             )
         Augment.parse(self.augment)
+
+    @property
+    def num_rounds(self) -> int:
+        return self.num_stored
 
     @property
     def num_stored(self) -> int:
@@ -149,10 +163,98 @@ class Online(ViewLabels):
         return not self.keep_weights
 
     def provider(self, labels: Tensor, num_classes: int, input_shape: InputShape, expansion: int) -> StoredTeacher:
-        sizes = (0, 0)
+        num_params = num_buffers = 0
         if self.keep_weights:
-            sizes = _sizes(self.network, input_shape, num_classes)
-        return StoredTeacher(_classes(labels), *sizes)
+            network = _layout(self.network, input_shape, num_classes)
+            num_params = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            num_buffers = sum(buffer.numel() for buffer in network.buffers())
+        return StoredTeacher(_classes(labels), params=(num_params,), statistics=(num_buffers,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector(ViewLabels):
+    """A small change of a trained network, the encoder, that labels every batch while networks are trained.
+
+    f(x) = W E(x): the weights of the encoder E and the head W have changes of low rank, which are trained on the real
+    images towards the mean logits of several weak teachers and towards the classes (HeLlO, re-implemented from a
+    description)."""
+
+    name: ClassVar[str] = "projector"
+    keep_encoder: bool = True
+    """Store the weights of the encoder in the set. If false, the set names the buffer of the encoder, which every
+    evaluation then needs."""
+    rank: int = 8
+    """Rank of the changes of convolutions and linear layers, at most the smaller side of each weight matrix."""
+    head_rank: int = 64
+    """Rank of the change of the head, at most the number of classes and the number of features."""
+    num_teachers: int = 9
+    """Number of weak teachers: evenly spaced epochs of one trajectory, the last one included."""
+    class_weight: float = 1.0
+    """Weight of the cross-entropy of the classes, beside half the squared distance to the mean logits."""
+    epochs: int = 60
+    """Number of epochs for which the projector is trained."""
+    lr: float = 1e-3
+    """Learning rate of AdamW; it decays to zero as a cosine."""
+    batch_size: int = 128
+    """Real images per batch."""
+    augment: str = "dsa"
+    """Augmentation of the real images; dsa is the default strategy of the data set."""
+    seed: int = 0
+    """Seed of the training of the projector."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.rank, self.head_rank, self.num_teachers) < 1 or not 1 <= self.epochs <= MOST_EPOCHS:
+            raise ValueError(
+                f"labels need rank, head_rank and num_teachers of at least 1 and epochs from 1 to {MOST_EPOCHS}, got "
+                f"{self.rank}, {self.head_rank}, {self.num_teachers} and {self.epochs}; usual values are 8, 64, 9, 60"
+            )
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"labels need a seed from 0 to {LARGEST_SEED}, got {self.seed}; give 0")
+        augment = Augment.parse(self.augment)
+        if augment.flips or augment.views:
+            raise ValueError(
+                f"the projector is trained on real images, but {self.augment} is for synthetic ones; give "
+                f"{spelt('labels.augment', 'dsa')}"
+            )
+        self.plan()
+
+    @property
+    def is_named(self) -> bool:
+        return not self.keep_encoder
+
+    @property
+    def num_rounds(self) -> int:
+        return self.epochs
+
+    def plan(self) -> Training:
+        """Return how the projector is trained. Raises ValueError as ``Training`` does."""
+        return Training(
+            num_epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimiser="adamw",
+            lr=self.lr,
+            weight_decay=0.0,
+            schedule=Schedule(cosine_to=0.0),
+            loss="mse-distillation",
+            class_weight=self.class_weight,
+        )
+
+    def adapted(self, encoder: Network, num_classes: int) -> Adapted:
+        """Return the projector of an encoder, which is changed; its head is random."""
+        return Adapted(encoder, num_classes, self.rank, self.head_rank)
+
+    def provider(self, labels: Tensor, num_classes: int, input_shape: InputShape, expansion: int) -> StoredProjector:
+        base = self.adapted(_layout(self.network, input_shape, num_classes), num_classes)
+        frozen = base.frozen()
+        head = frozen.pop(HEAD)
+        return StoredProjector(
+            _classes(labels),
+            params=(sum(p.numel() for p in base.parameters() if p.requires_grad),),
+            statistics=(sum(buffer.numel() for buffer in base.buffers()),),
+            head=tuple(head.shape),
+            encoder=(0 if self.is_named else sum(p.numel() for p in frozen.values()),),
+        )
 
 
 class StoredTable(Provider):
@@ -239,24 +341,24 @@ class StoredTable(Provider):
             raise ValueError(f"its stored labels are of classes outside 0..{self.num_classes - 1}")
 
 
-class StoredTeacher(Provider):
-    """The weights of a teacher, both vectors empty if the set only names it.
+class LiveTeacher(Provider, ABC):
+    """A teacher that labels the batches of a training, as tensors of the set.
 
     Args:
         classes: (N,), the classes of the latents.
-        num_params, num_buffers: the numbers of values in the parameters and buffers of the teacher.
+        sizes: the shapes of the tensors, by name; they are float32.
     """
 
     classes: Tensor
     params: Tensor
-    """(num_params,), float32."""
+    """(num_params,): the trained parameters of the teacher."""
     statistics: Tensor
-    """(num_buffers,), float32: the buffers of the network, such as running statistics."""
+    """(num_buffers,): its buffers, such as running statistics."""
 
-    def __init__(self, classes: Tensor, num_params: int, num_buffers: int) -> None:
+    def __init__(self, classes: Tensor, **sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("classes", classes.clone())
-        for name, size in (("params", num_params), ("statistics", num_buffers)):
+        for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size, device=classes.device))
 
     def forward(self, index: Tensor) -> Tensor:
@@ -269,16 +371,53 @@ class StoredTeacher(Provider):
     @torch.no_grad()
     def fill(self, weights: Weights) -> None:
         """Store the weights of the teacher."""
-        for vector, tensors in ((self.params, weights.params), (self.statistics, weights.buffers)):
-            vector.copy_(torch.cat([vector[:0], *(tensor.flatten().to(vector) for tensor in tensors.values())]))
+        _join(weights.params.values(), self.params)
+        _join(weights.buffers.values(), self.statistics)
 
     def weights(self, network: Functional) -> Weights:
         """Return the weights of the teacher, whose architecture is ``network``, on its device."""
-        parts = []
-        for vector, shapes in ((self.params, network.shapes), (self.statistics, network.buffer_shapes)):
-            pieces = vector.split([math.prod(shape) for shape in shapes.values()])
-            parts.append({name: x.view(shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)})
-        return network.restored(*parts)
+        return network.restored(_split(self.params, network.shapes), _split(self.statistics, network.buffer_shapes))
+
+
+class StoredTeacher(LiveTeacher):
+    """The weights of a teacher; both vectors are empty if the set only names it."""
+
+
+class StoredProjector(LiveTeacher):
+    """The changes of low rank and the buffers of a projector, and its frozen parameters."""
+
+    head: Tensor
+    """(C, F): the head W without its change."""
+    encoder: Tensor
+    """(num_frozen,): the other frozen parameters of ``Adapted``; empty if the set only names the encoder."""
+
+    @torch.no_grad()
+    def freeze(self, network: Functional) -> None:
+        """Store the frozen parameters of a projector."""
+        frozen = dict(network.frozen)
+        self.head.copy_(frozen.pop(HEAD))
+        if self.encoder.numel():
+            _join(frozen.values(), self.encoder)
+
+    @torch.no_grad()
+    def thaw(self, base: Adapted) -> None:
+        """Copy the stored frozen parameters into those of ``base``."""
+        frozen: dict[str, Tensor] = {**base.frozen()}
+        frozen.pop(HEAD).copy_(self.head)
+        if self.encoder.numel():
+            for name, value in _split(self.encoder, {name: p.shape for name, p in frozen.items()}).items():
+                frozen[name].copy_(value)
+
+
+def _join(tensors: Iterable[Tensor], vector: Tensor) -> None:
+    """Copy tensors into a vector, one after the other."""
+    vector.copy_(torch.cat([vector[:0], *(tensor.flatten().to(vector) for tensor in tensors)]))
+
+
+def _split(vector: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return the tensors of these shapes that ``_join`` joined."""
+    pieces = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: x.view(tuple(shape)) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}
 
 
 _TYPES = {"fp16": torch.float16, "int8": torch.int8}
@@ -291,11 +430,9 @@ def _classes(labels: Tensor) -> Tensor:
     return labels.long() if labels.dim() == 1 else labels.argmax(1)
 
 
-def _sizes(name: str, input_shape: InputShape, num_outputs: int) -> tuple[int, int]:
-    """Return the numbers of values in the trained parameters and in the buffers of a network. A network of this package
-    takes no memory for it, whatever a file says of its width."""
+def _layout(name: str, input_shape: InputShape, num_outputs: int) -> Network:
+    """Return a network for the shapes of its tensors. A network of this package takes no memory, whatever a file says
+    of its width."""
     require_moderate(name, input_shape, num_outputs)
     with Rng(0).forked("architecture"), torch.device("meta" if is_builtin(name) else "cpu"):
-        network = build(name, input_shape, num_outputs)
-    trained = (p.numel() for p in network.parameters() if p.requires_grad)
-    return sum(trained), sum(buffer.numel() for buffer in network.buffers())
+        return build(name, input_shape, num_outputs)
