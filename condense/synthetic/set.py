@@ -75,6 +75,8 @@ class Origin:
     """Kind, name and extent of the artifacts that the method read, such as expert buffers."""
     code: str = ""
     """Version of the code that wrote the set."""
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    """The differential privacy of the set (``Method.privacy``); empty if it has none. Files then do not have the field."""
 
     @property
     def target_width(self) -> int:
@@ -141,6 +143,12 @@ class Origin:
     def network(self) -> str | None:
         """The network that the set was distilled with; None if it is not recorded."""
         return self.recorded.network
+
+    @property
+    def guarantee(self) -> str:
+        """The differential privacy of the set in words, and the parameters it follows from; empty if it has none."""
+        numbers = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in self.privacy.items()}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items())
 
     @property
     def input_shape(self) -> InputShape:
