@@ -330,8 +330,8 @@ def relabel(
     origin = given.origin
     if origin.privacy:
         raise ValueError(
-            f"the set is private (epsilon {origin.privacy.get('epsilon')}), and labels of a teacher that was trained on "
-            "the data are not; keep the labels that it has"
+            f"the set is private (epsilon {origin.privacy.get('epsilon')}), and labels of a teacher that was trained "
+            "on the data are not; keep the labels that it has"
         )
     strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
     by = open_teacher(expanded(teacher), origin, prepare_device(device))

@@ -477,8 +477,8 @@ class Method(Checked, ABC):
         return None
 
     def privacy(self) -> Mapping[str, Any]:
-        """Return the guarantee of a private method as JSON values, for files: epsilon, delta, the noise and what else it
-        follows from. Other methods return nothing."""
+        """Return the guarantee of a private method as JSON values, for files: epsilon, delta, the standard deviation of
+        the noise (noise_multiplier), releases and rate; an empty mapping for other methods."""
         return {}
 
     def parts(self, ctx: Context) -> Sequence[int]:

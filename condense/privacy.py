@@ -14,6 +14,9 @@ import warnings
 
 from condense.names import spelt
 
+_ORDERS = [1 + k / 10 for k in range(1, 100)] + [*range(11, 64), 72, 96, 128, 192, 256, 384, 512, 768, 1024]
+"""Orders of the Renyi divergence, of which the accountant takes the best."""
+
 
 @functools.cache
 def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int) -> float:
@@ -29,7 +32,7 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int) -
         releases: number of releases.
 
     Raises:
-        ValueError: Opacus is not installed.
+        ValueError: Opacus is not installed, or it cannot certify so small an epsilon.
     """
     try:
         from opacus.accountants.utils import get_noise_multiplier
@@ -38,18 +41,24 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int) -
             "the noise for an epsilon is computed by Opacus, which is not installed; run: pip install "
             "'condense-dd[private]'"
         ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the largest order is the best one, where the bound is not the tightest
-        return float(
-            get_noise_multiplier(
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the best order is the first or the last one
+            noise = get_noise_multiplier(
                 target_epsilon=epsilon,
                 target_delta=delta,
                 sample_rate=rate,
                 steps=releases,
                 accountant="rdp",
                 epsilon_tolerance=min(0.01, 1e-3 * epsilon),
+                alphas=_ORDERS,
             )
-        )
+    except ValueError as error:
+        raise ValueError(
+            f"there is no noise that the accountant certifies for epsilon {epsilon:g} and delta {delta:g}; give "
+            f"{spelt('method.epsilon', 1.0)}"
+        ) from error
+    return float(noise)
 
 
 def secret_key() -> int:

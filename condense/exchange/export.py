@@ -207,8 +207,8 @@ def _origin(syn: SyntheticSet) -> str:
 
 
 def _published(origin: Origin) -> Origin:
-    """Return an origin for export. That of a private set has no hash of the data, by which whoever has all other records
-    could check a guess of the missing one."""
+    """Return an origin for export. That of a private set has no hash of the data, by which whoever has all other
+    records could check a guess of the missing one."""
     if not origin.privacy:
         return origin
     dataset, recipe = (

@@ -76,7 +76,7 @@ class Origin:
     code: str = ""
     """Version of the code that wrote the set."""
     privacy: Mapping[str, Any] = field(default_factory=dict)
-    """The differential privacy of the set (``Method.privacy``); empty if it has none. Files then do not have the field."""
+    """The differential privacy of the set (``Method.privacy``); empty, and not written to files, if it has none."""
 
     @property
     def target_width(self) -> int:
@@ -147,8 +147,9 @@ class Origin:
     @property
     def guarantee(self) -> str:
         """The differential privacy of the set in words, and the parameters it follows from; empty if it has none."""
-        numbers = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in self.privacy.items()}
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items())
+        names = ("epsilon", "delta", "noise_multiplier", "releases", "rate")
+        numbers = {name: value for name in names if isinstance(value := self.privacy.get(name), int | float)}
+        return ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in numbers.items())
 
     @property
     def input_shape(self) -> InputShape:
