@@ -235,13 +235,7 @@ def test_what_is_on_disk_is_noisy_and_the_noise_does_not_follow_from_the_seed(tm
         method.init(ctx)
         (file,) = (tmp_path / name).iterdir()
         tensors, header = read_tensors(file, dpdm.KIND)
-        assert tensors.keys() == {"sums"} and header.keys() <= {
-            "kind",
-            "format",
-            "recipe_hash",
-            "sha256",
-            "header_sha256",
-        }
+        assert tensors.keys() == {"sums"} and len(header) == 5, "kind, format, recipe and two checksums"
         found.append(tensors["sums"])
     difference = (found[0] - found[1]) / 2**0.5
     assert difference.std() == pytest.approx(method.sigma, rel=0.1)
@@ -257,7 +251,7 @@ def test_sums_of_another_recipe_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def private(tiny: Arrays, tmp_path: Path) -> SyntheticSet:
-    fields: dict[str, Any] = {"num_steps": 2, "ipc": 1, "transform": "none", "network": TINY}
+    fields: dict[str, Any] = {"num_steps": 2, "ipc": 1, "transform": "none", "network": TINY, "optim": Optim(lr=1e-3)}
     return api.distill("dpdm", dataset=tiny, out=tmp_path / "run", device="cpu", **fields)
 
 
