@@ -251,7 +251,7 @@ def _require_separate_images(ctx: Context) -> None:
     with torch.no_grad():
         weights = network.init(ctx.rng, "network", 0)
         few, all_ = (network.features(*weights, x, train=True)[:2] for x in (images[:2], images))
-    if (few - all_).norm() > 1e-3 * few.norm():
+    if not (few - all_).norm() <= 1e-3 * few.norm():
         raise ValueError(
             f"the features of {network.name} depend on the other images of a batch, as with BatchNorm, or on chance: a "
             f"record would change its class sum by more than the noise hides; give {spelt('network', 'convnet')}"
