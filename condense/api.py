@@ -344,6 +344,11 @@ def relabel(
             raise ValueError(f"{target} exists already and is no set; give another path, or move it away")
     given = syn if isinstance(syn, SyntheticSet) else load(syn)
     origin = given.origin
+    if origin.privacy:
+        raise ValueError(
+            f"the set is private (epsilon {origin.privacy.get('epsilon')}), and labels of a teacher that was trained "
+            "on the data are not; keep the labels that it has"
+        )
     strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
     by = open_teacher(expanded(teacher), origin, prepare_device(device))
     with progress(f"{kind.name} labels {origin.dataset_name}", kind.num_rounds) as bar:

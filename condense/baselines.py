@@ -92,6 +92,11 @@ def _recipes(
     origin, recipes = syn.origin, {}
     for name in names:
         plan, _ = find_recipe(name, origin.dataset_name, syn.ipc)
+        if plan.method.private:
+            raise ValueError(
+                f"{name} is no baseline: each set that it makes spends privacy; distil one, and compare its results "
+                "with condense report"
+            )
         if budget == "bytes" and not syn.decode.differentiable and not plan.method.learns:
             plan = dataclasses.replace(plan, decode=syn.decode)
         recipes[name] = dataclasses.replace(

@@ -113,6 +113,8 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
     reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
     if reason is None and plan.fraction is not None:
         reason = _why_no_fraction(plan)
+    if reason is None and plan.method.private:
+        reason = _why_not_private(plan, validates)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
 
@@ -123,6 +125,17 @@ def _why_no_fraction(plan: Recipe) -> str | None:
         return f"makes equally many images of each class, not a fraction of the real ones; give {spelt('ipc', 10)}"
     if not isinstance(plan.decode, Pixels):
         return f"stores a fraction of the real images as they are; give {spelt('decode', 'pixels')}"
+    return None
+
+
+def _why_not_private(plan: Recipe, validates: bool) -> str | None:
+    """Return what in a recipe reads the data beside its private method; None if nothing does."""
+    if validates:
+        return f"is private, and accuracies on validation images are not; give {spelt('eval_every', 0)}"
+    if plan.transform not in ("none", "channel"):
+        return (
+            f"is private, and {plan.transform} is fitted to the data without noise; give {spelt('transform', 'none')}"
+        )
     return None
 
 
@@ -190,6 +203,11 @@ def resolve(
             f"the recipe is for data with fingerprint {plan.fingerprint[:12]}, {arrays.name} has "
             f"{fingerprint[:12]}; give {spelt('dataset')} with the right data, or "
             f"{spelt('fingerprint', None)} to distil these data by that recipe"
+        )
+    if plan.method.private and plan.transform == "channel" and arrays.known is None:
+        raise ValueError(
+            f"{registry.name_of(plan.method)} is private, and there are no published mean and std of {arrays.name}: "
+            f"they would be measured without noise; give {spelt('transform', 'none')}"
         )
     plan.decode.require_kind(arrays.input_shape)
     functional = Functional(network or plan.network, arrays.input_shape, arrays.num_classes, device)
@@ -337,6 +355,7 @@ def _origin(plan: Recipe, task: Task, described: list[dict[str, Any]]) -> Origin
         recipe_hash=plan.hash(dataset=task.fingerprint, network=task.network.identity(), artifacts=described),
         artifacts=described,
         code=__version__,
+        privacy=plan.method.privacy(),
     )
 
 

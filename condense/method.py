@@ -388,6 +388,9 @@ class Method(Checked, ABC):
     selects: ClassVar[bool] = False
     """Whether the method selects real images, so that the budget may be a fraction of each class."""
 
+    private: ClassVar[bool] = False
+    """Whether the set is differentially private. Recipes are then refused in which anything else reads the data."""
+
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""
 
@@ -472,6 +475,11 @@ class Method(Checked, ABC):
         if not decode.differentiable and transform not in ("none", "channel"):
             return f"cannot round images whitened by {transform} to {decode.name}; give {spelt('transform', 'channel')}"
         return None
+
+    def privacy(self) -> Mapping[str, Any]:
+        """Return the guarantee of a private method as JSON values, for files: epsilon, delta, the standard deviation of
+        the noise (noise_multiplier), releases and rate; an empty mapping for other methods."""
+        return {}
 
     def parts(self, ctx: Context) -> Sequence[int]:
         """Return the parts of one step (classes, trajectories), fixed by the recipe; empty if it cannot be divided."""

@@ -40,6 +40,7 @@ METHODS: Registry[type[Method]] = Registry(
         "dm": "condense.methods.dm:DM",
         "datadam": "condense.methods.datadam:DataDAM",
         "cafe": "condense.methods.cafe:CAFE",
+        "dpdm": "condense.methods.dpdm:DPDM",
         "kip": "condense.methods.kip:KIP",
         "rfad": "condense.methods.rfad:RFAD",
         "frepo": "condense.methods.frepo:FRePo",

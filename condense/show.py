@@ -149,6 +149,7 @@ def _set(title: str, syn: SyntheticSet) -> None:
             f"(together {readable_bytes(sum(cost))})",
             **({"labels": cost.remark()} if cost.remark() else {}),
             **({"teacher": _teacher(syn, syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
+            **({"privacy": origin.guarantee} if origin.privacy else {}),
             "recipe": origin.recipe_hash[:12],
             "code": origin.code,
         },

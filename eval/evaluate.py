@@ -280,6 +280,7 @@ def measure(
             stored_bytes=real if cost is None else cost._asdict(),
             full_bytes=sum(real.values()),
             compute=policy.first_order_identity(),
+            privacy={} if syn is None else syn.origin.privacy,
             teacher=protocol.teacher or (kind.teacher if kind is not None and kind.is_named else ""),
             **common,
         )

@@ -60,6 +60,8 @@ class Result:
     """Version of this package."""
     teacher: str = ""
     """Network that labelled the batches and is not stored in the set; empty if there is none."""
+    privacy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The differential privacy of the set; empty if it has none."""
 
     def __post_init__(self) -> None:
         if not self.accuracies or not all(0 <= accuracy <= 1 for accuracy in self.accuracies):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from condense import api
+from condense import api, privacy
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load
 from condense.methods import rcig
@@ -45,6 +45,12 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Give a test the same numbers whatever ran before it, also where it draws from the global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def known_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give private methods the same noise in every run."""
+    monkeypatch.setattr(privacy, "secret_key", lambda: 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Decode, Labels, Pixels, load
 from condense.synthetic.decode import DCT
 from tests.conftest import TINY
-from tests.test_contract import EXACT, LEARNING, NETWORKS, small
+from tests.test_contract import EXACT, LEARNING, NETWORKS, TRANSFORMS, small
 
 pytestmark = pytest.mark.usefixtures("short_search")
 
@@ -23,6 +23,7 @@ LABELS_THAT_FIT = {
     "dm": {"hard"},
     "datadam": {"hard"},
     "cafe": {"hard"},
+    "dpdm": {"hard"},
     "cim": {"hard", "teacher"},
     "kip": {"hard", "logits", "targets"},
     "rfad": {"hard", "logits", "targets"},
@@ -55,7 +56,14 @@ def plan_of(name: str, decode: Decode, labels: Labels) -> Recipe:
     if isinstance(method, GradientMethod) and not decode.stores_pixels:
         method = dataclasses.replace(method, clamp=False)
     return Recipe(
-        method=method, dataset="tiny", network=NETWORKS.get(name, TINY), ipc=2, decode=decode, labels=labels, **EXACT
+        method=method,
+        dataset="tiny",
+        transform=TRANSFORMS.get(name, "channel"),
+        network=NETWORKS.get(name, TINY),
+        ipc=2,
+        decode=decode,
+        labels=labels,
+        **EXACT,
     )
 
 

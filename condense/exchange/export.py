@@ -10,6 +10,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from condense.data.samples import STANDARD
 from condense.data.transform import Transform
 from condense.exchange import tables
 from condense.files import canonical_json, check_new_folder, replacing, reporting, temporary
-from condense.synthetic.set import SyntheticSet
+from condense.synthetic.set import Origin, SyntheticSet
 
 
 def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> None:
@@ -154,8 +155,14 @@ def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Pa
 
 
 def _card(syn: SyntheticSet, num_images: int) -> str:
-    origin, recipe = syn.origin, syn.origin.recipe
+    origin = _published(syn.origin)
     method = origin.method or "unknown"
+    fingerprint = f" (fingerprint `{origin.fingerprint}`)" if "fingerprint" in origin.dataset else ""
+    privacy = (
+        f"The images are differentially private: {origin.guarantee}."
+        if origin.privacy
+        else "The images are synthetic but may resemble training images: they give no privacy guarantee."
+    )
     return f"""---
 configs:
 - config_name: default
@@ -171,31 +178,43 @@ tags:
 # {origin.dataset["name"]}, distilled
 
 {num_images} synthetic images of {origin.num_classes} classes, made by `{method}` with condense {origin.code} from the
-training images of {origin.dataset["name"]} (fingerprint `{origin.dataset["fingerprint"]}`).
+training images of {origin.dataset["name"]}{fingerprint}.
 Labels: {syn.label_kind.name}. Pixels are 8-bit. Apply the transform `{canonical_json(dict(origin.transform))}`
 before training a network on them.
 
-The images are synthetic but may resemble training images: they give no privacy guarantee. The licence is that of the
+{privacy} The licence is that of the
 original data.
 
 Recipe (hash `{origin.recipe_hash or "none"}`):
 
 ```json
-{json.dumps(dict(recipe), indent=1)}
+{json.dumps(dict(origin.recipe), indent=1)}
 ```
 """
 
 
 def _origin(syn: SyntheticSet) -> str:
-    origin = syn.origin
+    origin = _published(syn.origin)
     return canonical_json(
         {
             "dataset": dict(origin.dataset),
             "transform": dict(origin.transform),
             "recipe": dict(origin.recipe),
             "targets": syn.label_kind.space,
+            **({"privacy": dict(origin.privacy)} if origin.privacy else {}),
         }
     )
+
+
+def _published(origin: Origin) -> Origin:
+    """Return an origin for export. That of a private set has no hash of the data, by which whoever has all other
+    records could check a guess of the missing one."""
+    if not origin.privacy:
+        return origin
+    dataset, recipe = (
+        {name: value for name, value in of.items() if name != "fingerprint"} for of in (origin.dataset, origin.recipe)
+    )
+    return replace(origin, dataset=dataset, recipe=recipe, recipe_hash="")
 
 
 def _classes(targets: Tensor) -> Tensor:

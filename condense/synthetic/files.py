@@ -46,7 +46,7 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
         "space": "transformed",
         "decode": _choice(syn.decode, DECODERS),
         "labels": _choice(syn.label_kind, LABELS),
-        "origin": dataclasses.asdict(syn.origin),
+        "origin": {k: v for k, v in dataclasses.asdict(syn.origin).items() if k != "privacy" or v},
     }
     write_tensors(expanded(path), tensors, header)
 

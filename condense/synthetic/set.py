@@ -75,6 +75,8 @@ class Origin:
     """Kind, name and extent of the artifacts that the method read, such as expert buffers."""
     code: str = ""
     """Version of the code that wrote the set."""
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    """The differential privacy of the set (``Method.privacy``); empty, and not written to files, if it has none."""
 
     @property
     def target_width(self) -> int:
@@ -141,6 +143,13 @@ class Origin:
     def network(self) -> str | None:
         """The network that the set was distilled with; None if it is not recorded."""
         return self.recorded.network
+
+    @property
+    def guarantee(self) -> str:
+        """The differential privacy of the set in words, and the parameters it follows from; empty if it has none."""
+        names = ("epsilon", "delta", "noise_multiplier", "releases", "rate")
+        numbers = {name: value for name in names if isinstance(value := self.privacy.get(name), int | float)}
+        return ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in numbers.items())
 
     @property
     def input_shape(self) -> InputShape:

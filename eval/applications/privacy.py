@@ -78,17 +78,20 @@ class Privacy(Application):
                 )
             auc = torch.tensor(aucs)
             spread = f" ± {auc.std().item():.3f}" if len(aucs) > 1 else ""
-            record[name] = {"auc": aucs}
+            interval = auc_interval(auc.mean().item(), num)
+            record[name] = {"auc": aucs, "interval": list(interval)}
             distances = ("-", "-")
             if name in nearest:
                 record[name]["nearest"] = nearest[name].tolist()
                 closer = (nearest[name] < reference.quantile(0.01)).float().mean().item()
                 distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
-            rows.append((name, f"{auc.mean().item():.3f}{spread}", *distances))
+            bounds = " to ".join(f"{bound:.3f}" for bound in interval)
+            rows.append((name, f"{auc.mean().item():.3f}{spread}", bounds, *distances))
         return Findings(
             (
                 "trained on",
                 "attack AUC",
+                "95 % interval",
                 "median distance to the nearest training example",
                 "below the 1st percentile, %",
             ),
@@ -104,6 +107,18 @@ def membership_auc(members: Tensor, non_members: Tensor) -> float:
     """Return the area under the ROC curve of the attack that ranks images by their loss; losses (N,) and (M,)."""
     truth = torch.cat([torch.ones_like(members), torch.zeros_like(non_members)])
     return float(roc_auc_score(truth.numpy(), -torch.cat([members, non_members]).numpy()))
+
+
+def auc_interval(auc: float, num: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of an AUC, for the choice of ``num`` members and as many non-members.
+
+    The standard error is that of Hanley and McNeil, "The meaning and use of the area under a receiver operating
+    characteristic (ROC) curve", Radiology 1982. The spread over networks is not part of it.
+    """
+    two_members, two_others = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (num - 1) * (two_members + two_others - 2 * auc**2)
+    half = 1.96 * variance**0.5 / num
+    return max(auc - half, 0.0), min(auc + half, 1.0)
 
 
 def _losses(scorer: Scorer, weights: Weights, real: Labelled) -> Tensor:

@@ -115,6 +115,7 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
             "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}",
             "recipe": origin.recipe_hash or "not recorded",
             "set": run.sha256,
+            **({"privacy": origin.guarantee} if origin.privacy else {}),
             "code": f"condense {origin.code}, torch {record.get('torch', '?')}, Python {record.get('python', '?')}",
             "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
             f"{record.get('threads', '?')} threads, {record.get('processes', 1)} processes",
