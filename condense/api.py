@@ -553,11 +553,16 @@ def frames(dataset: Data, out: Path | str, *, download: bool = False) -> Path:
     check_new_file(target, "data set")
     arrays = open_data(dataset, download)
     require_kind("condense frames", ("clips",), arrays.input_shape, "give a data set of clips")
-    middle, parts = arrays.input_shape[0] // 2, {"x_train": arrays.x_train, "x_test": arrays.x_test}
-    content = {name: clips[:, middle] for name, clips in parts.items()}
+    middle = arrays.input_shape[0] // 2
     with replacing(target) as fresh, fresh.open("wb") as file:
         np.savez_compressed(
-            file, **content, y_train=arrays.y_train, y_test=arrays.y_test, classes=arrays.classes, layout="NCHW"
+            file,
+            x_train=arrays.x_train[:, middle],
+            y_train=arrays.y_train,
+            x_test=arrays.x_test[:, middle],
+            y_test=arrays.y_test,
+            classes=np.array(arrays.classes),
+            layout=np.array("NCHW"),
         )
     return target
 

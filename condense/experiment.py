@@ -26,7 +26,7 @@ from condense.compute import Compute, forget_peak, prepare_device
 from condense.data.datasets import Arrays, Data, name_of, names
 from condense.data.transform import check_transform
 from condense.distributed import Ranks
-from condense.files import checksum, expanded, reporting, write_text
+from condense.files import expanded, reporting, write_text
 from condense.method import Context, Method
 from condense.names import spelt
 from condense.networks import Factory, Functional, parse
@@ -210,8 +210,7 @@ def resolve(
     given = stills.opened(plan.decode)
     if given is not None:
         stills.check(given, resolved, arrays.input_shape, arrays.classes)
-        named = dataclasses.replace(plan.decode, stills=checksum(given.state_dict()))
-        resolved = dataclasses.replace(resolved, decode=named)
+        resolved = dataclasses.replace(resolved, decode=stills.named(given, plan.decode))
     return Experiment(
         plan=resolved, arrays=arrays, network=functional, source=plan.dataset, validates=validates, stills=given
     )

@@ -2,17 +2,20 @@
 
 ``opened``  read the set that a recipe names;
 ``check``   compare it with the clips;
+``named``   name it by its checksum in the resolved recipe;
 ``clips``   turn its images into the initial clips of a run.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from condense.data.layout import InputShape
 from condense.data.transform import Transform
-from condense.files import expanded
+from condense.files import checksum, expanded
 from condense.names import spelt
 from condense.recipe import Recipe
 from condense.synthetic.decode import Decode, StaticDynamic
@@ -70,6 +73,12 @@ def check(stills: SyntheticSet, plan: Recipe, input_shape: InputShape, classes: 
             f"{what} are {int(counts.min())} images of a class, {needed} are needed; distil the frames with "
             f"{spelt('ipc', needed)}"
         )
+
+
+def named(stills: SyntheticSet, decode: Decode) -> Decode:
+    """Return the decoder with the checksum of the set in place of its path."""
+    assert isinstance(decode, StaticDynamic)
+    return dataclasses.replace(decode, stills=checksum(stills.state_dict()))
 
 
 @torch.no_grad()

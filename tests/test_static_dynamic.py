@@ -29,7 +29,7 @@ from tests.conftest import TINY
 from tests.reference import static_dynamic
 from tests.test_contract import LEARNING, small
 
-SHAPE = (4, 3, 8, 8)
+SHAPE = (8, 3, 8, 8)
 NETWORK = "convnet3d:depth=1,width=4"
 pytestmark = pytest.mark.usefixtures("short_search")
 
@@ -40,7 +40,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips (4, 3, 8, 8) of three classes that differ in brightness, 12 + 6 of each; their middle frames; a buffer; and
+    """Clips (8, 3, 8, 8) of three classes that differ in brightness, 12 + 6 of each; their middle frames; a buffer; and
     stills for one clip of each class."""
     folder, rng, content = tmp_path_factory.mktemp("clips"), np.random.default_rng(0), {}
     for part, num in (("train", 36), ("test", 18)):
@@ -124,13 +124,13 @@ def test_latents_are_as_many_as_clips_or_fewer_where_they_are_larger(
 
 def test_all_three_parts_are_counted(folder: Path, tmp_path: Path) -> None:
     cost = distilled(folder, "dm", tmp_path / "run", decode=StaticDynamic(stills=str(folder / "stills"))).cost()
-    stills, sequences = 3 * 2 * 3 * 64 * 4, 3 * 2 * 4 * 64 * 4
+    stills, sequences = 3 * 2 * 3 * 64 * 4, 3 * 2 * 8 * 64 * 4
     assert cost.images == stills + sequences and cost.decoder == (3 * 4 * 27 + 3) * 4
 
 
 def test_frames_are_the_middle_ones(folder: Path, clips: Arrays, tmp_path: Path) -> None:
     frames = load(folder / "frames.npz")
-    assert np.array_equal(frames.x_train, clips.x_train[:, 2]) and np.array_equal(frames.x_test, clips.x_test[:, 2])
+    assert np.array_equal(frames.x_train, clips.x_train[:, 4]) and np.array_equal(frames.x_test, clips.x_test[:, 4])
     assert np.array_equal(frames.y_train, clips.y_train) and frames.classes == clips.classes
     with pytest.raises(ValueError, match="already exists; move it"):
         api.frames(folder / "clips.npz", folder / "frames.npz")
