@@ -30,7 +30,7 @@ from tests.reference import static_dynamic
 from tests.test_contract import LEARNING, small
 
 SHAPE = (8, 3, 8, 8)
-NETWORK = "convnet3d:depth=1,width=4"
+NETWORK = "convnet3d:depth=1,width=4,dropout=false"
 pytestmark = pytest.mark.usefixtures("short_search")
 
 
@@ -165,11 +165,14 @@ def test_stills_of_another_decoder_are_sorted_by_class(folder: Path, tmp_path: P
     torch.testing.assert_close(stills_of(syn), pixels.unflatten(0, (4, 3)).transpose(0, 1))
 
 
-def test_the_set_of_the_stills_decides_and_not_its_path(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "stills", tmp_path / "copy")
-    still_images(folder, tmp_path / "other", ipc=2, seed=1)
+def test_the_set_of_the_stills_decides_and_not_its_path(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "stills", tmp_path / "same stills")
+    still_images(folder, tmp_path / "other stills", ipc=2, seed=1)
     runs = {}
-    for name, path in (("one", folder / "stills"), ("copy", tmp_path / "copy"), ("other", tmp_path / "other")):
+    paths = {"one": folder / "stills", "copy": tmp_path / "same stills", "other": tmp_path / "other stills"}
+    for name, path in paths.items():
         runs[name] = distilled(folder, "dm", tmp_path / name, decode=StaticDynamic(stills=str(path)))
     one, copy = (tmp_path / name / "synthetic.safetensors" for name in ("one", "copy"))
     assert one.read_bytes() == copy.read_bytes()
@@ -178,9 +181,12 @@ def test_the_set_of_the_stills_decides_and_not_its_path(folder: Path, tmp_path: 
     again = [str(tmp_path / "one" / "recipe.yaml"), "--dataset", str(folder / "clips.npz"), "--out", str(one.parent)]
     with pytest.raises(SystemExit):
         cli.main(["distill", *again, "--resume"])
-    cli.main(["distill", *again, "--resume", "--decode.stills", str(tmp_path / "copy")])
+    cli.main(["distill", *again, "--resume", "--decode.stills", str(paths["copy"])])
     with pytest.raises(SystemExit):
-        cli.main(["distill", *again, "--resume", "--decode.stills", str(tmp_path / "other")])
+        cli.main(["distill", *again, "--resume", "--decode.stills", str(paths["other"])])
+    where, what = capsys.readouterr().err.splitlines()
+    assert "give --decode.stills RUN with the run folder or file" in where
+    assert "was started with decode.stills = " in what
 
 
 @pytest.mark.parametrize("check", CHECKS)
