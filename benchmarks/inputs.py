@@ -8,6 +8,9 @@ protocol ``canonical``, which gives each sample one class, and scored on the tes
 of real samples with one network each, and ``full`` all training samples. Methods whose sets have learned labels or a
 learned learning rate are also scored under their own training, beside random samples under that training.
 
+``dm-static-dynamic`` and ``mtt-static-dynamic`` are for clips. Their decoder gets stills that ``dc`` distils from the
+middle frames, and stores at most the bytes of as many clips as the other rows.
+
 ``--validate`` puts 30 % of the training samples of each class in the place of the test split. The settings in the
 tables were chosen in this way, so that the test split is scored once.
 """
@@ -40,6 +43,7 @@ from condense.method import Optim
 from condense.networks import resolve, with_options
 from condense.schedule import Schedule
 from condense.schema import from_json
+from condense.synthetic.decode import StaticDynamic
 from condense.synthetic.set import SyntheticSet
 from condense.task import Split
 
@@ -49,7 +53,7 @@ HELD_OUT = Split(val_fraction=0.3)
 LAYOUTS: dict[Kind, str] = {"series": "NCL", "clips": "NTCHW"}
 """Of the arrays of a loaded data set."""
 
-OWN = ("mtt", "frepo", "rat-bptt")
+OWN = ("mtt", "frepo", "rat-bptt", "mtt-static-dynamic")
 """Methods that are also scored under their own training."""
 
 EXPERTS: dict[Kind, Experts] = {
@@ -57,6 +61,16 @@ EXPERTS: dict[Kind, Experts] = {
     "clips": Experts(num_experts=5, num_epochs=30, lr=0.02, momentum=0.9, batch_size=16, augment="none"),
 }
 """Of the buffer for ``mtt``."""
+
+STILLS: dict[str, Any] = {
+    "network": "convnet:width=32",
+    "num_steps": 100,
+    "start": "real",
+    "batch_real": 16,
+    "inner_epochs": 5,
+    "augment": "none",
+}
+"""Of ``dc``, which distils the stills of the decoder ``static-dynamic``."""
 
 LAMB = Optim(kind="lamb", lr=0.01, momentum=0.9, schedule=Schedule(cosine_to=0.1))
 
@@ -126,12 +140,23 @@ CLIPS: dict[str, dict[str, Any]] = {
         "adjoint": RandomTruncated(lo=0, hi=10, window=10),
         "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
     },
+    "dm-static-dynamic": {"num_steps": 200, "optim": Optim(lr=1.0), "optim_decoder": Optim(lr=1e-3)},
+    "mtt-static-dynamic": {
+        "num_steps": 80,
+        "batch_syn": 12,
+        "max_start_epoch": 15,
+        "lr": 0.02,
+        "optim": Optim(lr=1000.0),
+        "optim_decoder": Optim(lr=1.0),
+        "optim_lr": Optim(lr=0.01),
+        "clip": 0.1,
+    },
 }
-"""What differs for clips."""
+"""What differs for clips, and methods for clips alone."""
 
 SETTINGS: dict[Kind, dict[str, dict[str, Any]]] = {
     "series": SERIES,
-    "clips": {method: {**fields, **CLIPS.get(method, {})} for method, fields in SERIES.items()},
+    "clips": {method: {**SERIES.get(method, {}), **CLIPS.get(method, {})} for method in {**SERIES, **CLIPS}},
 }
 
 
@@ -209,7 +234,7 @@ class Bench:
         elif method == "random":
             accuracies = self.random(ipc)
         else:
-            buffers = self.experts() if method == "mtt" else self.folder
+            buffers = self.experts() if method.startswith("mtt") else self.folder
             started = time.monotonic()
             syn = self.distill(method, ipc, buffers=buffers)
             seconds = time.monotonic() - started
@@ -234,6 +259,8 @@ class Bench:
     def distill(self, method: str, ipc: int, **fields: Any) -> SyntheticSet:
         settings = dict(SETTINGS[self.kind].get(method, {}))
         network = with_options(self.network, **settings.pop("network", {}))
+        if method.endswith("static-dynamic"):
+            settings["decode"] = StaticDynamic(stills=str(self.stills(ipc)))
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             return api.distill(
                 method,
@@ -246,6 +273,18 @@ class Bench:
                 **settings,
                 **fields,
             )
+
+    def stills(self, ipc: int) -> Path:
+        """The run of the stills for ``ipc`` clips a class, distilled when it is first needed."""
+        frames, out = self.folder / "frames.npz", self.folder / f"stills{ipc}"
+        if not frames.exists():
+            api.frames(self.arrays, frames)
+        if not out.exists():
+            num = StaticDynamic().statics * StaticDynamic().latents_per_class(
+                ipc, self.arrays.input_shape, self.arrays.num_classes
+            )
+            api.distill("dc", dataset=frames, ipc=num, out=out, device=str(self.device), **STILLS)
+        return out
 
     def experts(self) -> Path:
         """The buffer of this network, built when it is first needed."""
@@ -340,7 +379,7 @@ def main() -> None:
         )
         print(HEADER, flush=True)
         random: Row | None = None
-        for row in rows(bench, chosen.only or ["random", FULL, *SERIES], chosen.ipc, known):
+        for row in rows(bench, chosen.only or ["random", FULL, *SETTINGS[bench.kind]], chosen.ipc, known):
             random = row if row.method == "random" else random
             print(row.cells(random), flush=True)
             if row not in known:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from condense.cache import cache_folder
 from condense.compute import Compute, prepare_device
 from condense.data import datasets
 from condense.data.datasets import Arrays, Data, name_of, open_data
+from condense.data.layout import require_kind
 from condense.data.transform import Transform, check_transform
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
@@ -36,7 +38,15 @@ from condense.eval.results import Evaluation, Result, merge, read
 from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
-from condense.files import check_new_file, check_new_folder, check_replaceable, expanded, read_header, write_text
+from condense.files import (
+    check_new_file,
+    check_new_folder,
+    check_replaceable,
+    expanded,
+    read_header,
+    replacing,
+    write_text,
+)
 from condense.labelling import open_teacher, relabelled, teacher_of, trained_projector
 from condense.method import Method
 from condense.methods.selection import Selection
@@ -551,6 +561,35 @@ def report(
             warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
             transforms.append(None)
     write_text(target, report.render(collected, transforms))
+    return target
+
+
+@checked
+def frames(dataset: Data, out: Path | str, *, download: bool = False) -> Path:
+    """Write the middle frame of every clip of a data set, with its class, as an ``.npz`` data set of images.
+
+    A set distilled from it has the stills of the decoder ``static-dynamic``.
+
+    Raises:
+        ValueError: the data have no clips; the file exists or cannot be written.
+    """
+    target = expanded(out)
+    if target.exists():
+        raise ValueError(f"{target} already exists; move it or give another name")
+    check_new_file(target, "data set")
+    arrays = open_data(dataset, download)
+    require_kind("condense frames", ("clips",), arrays.input_shape, "give a data set of clips")
+    middle = arrays.input_shape[0] // 2
+    with replacing(target) as fresh, fresh.open("wb") as file:
+        np.savez_compressed(
+            file,
+            x_train=arrays.x_train[:, middle],
+            y_train=arrays.y_train,
+            x_test=arrays.x_test[:, middle],
+            y_test=arrays.y_test,
+            classes=np.array(arrays.classes),
+            layout=np.array("NCHW"),
+        )
     return target
 
 

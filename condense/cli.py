@@ -34,6 +34,7 @@ Distil a data set into a few images per class, and evaluate them.
   cache     [--prune]          list or prune the cached data
   import    SRC DST ...        import published sets, expert buffers or weights
   export    RUN|FILE DST ...   export a set as .npz, image folder or Hugging Face data set
+  frames    CLIPS DST.npz      write the middle frame of every clip as a data set of images
 
 `condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
 """
@@ -46,8 +47,8 @@ SPINS = "10000"
 another process is busy, threads that wait for each other would take the processor from those that compute."""
 
 COMMANDS = (
-    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "import", "list", "relabel", "report"),
-    "show",
+    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "frames", "import", "list", "relabel"),
+    *("report", "show"),
 )
 
 

@@ -195,6 +195,12 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frames:
+    download: Switch[bool] = False
+    """Let torchvision download a missing data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     out: Path | None = None
     """HTML file to write. The default is report.html in the first run folder."""
@@ -495,6 +501,16 @@ def export(words: list[str]) -> None:
     say(f"{target}: {kind}")
 
 
+def frames(words: list[str]) -> None:
+    if _asks_for_help(words):
+        recipe.parse(Frames, ["--help"], Frames(), prog="condense frames CLIPS DST.npz")
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise ValueError("frames needs a data set of clips and the file to write; e.g. condense frames c.npz f.npz")
+    command = recipe.parse(Frames, words[2:], Frames(), prog="condense frames CLIPS DST.npz")
+    target = api.frames(words[0], words[1], download=command.download)
+    say(f"{target}: the middle frame of every clip; next: condense distill dc --dataset {target}")
+
+
 def report(words: list[str]) -> None:
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     command = recipe.parse(Report, words[len(folders) :], Report(), prog="condense report RUN...")
@@ -568,6 +584,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "distill": _distributed(distill),
     "evaluate": _distributed(evaluate),
     "export": export,
+    "frames": frames,
     "import": import_,
     "list": list_,
     "relabel": relabel,

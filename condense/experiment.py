@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from condense import __version__, artifacts, engine, picture, recipe, registry, runs
+from condense import __version__, artifacts, engine, picture, recipe, registry, runs, stills
 from condense.artifacts import Artifact
 from condense.augment import Augment
 from condense.cache import cache_folder
@@ -53,6 +53,8 @@ class Experiment:
     """Name or path of the data, for ``run.json`` and for the command that builds a missing artifact."""
     validates: bool = False
     """Whether the set is evaluated on the validation split during distillation."""
+    stills: SyntheticSet | None = None
+    """The set whose images are the stills of the decoder, if it takes them from one."""
 
 
 def find_recipe(name: str, dataset: str | None = None, ipc: int | None = None) -> tuple[Recipe, str]:
@@ -117,6 +119,7 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
         reason = _why_not_private(plan, validates)
     if reason is not None:
         raise ValueError(f"{registry.name_of(plan.method)} {reason}")
+    stills.opened(plan.decode)
 
 
 def _why_no_fraction(plan: Recipe) -> str | None:
@@ -185,6 +188,8 @@ def resolve(
 ) -> Experiment:
     """Resolve the fields of a recipe that depend on the data: split, full name of the network, ``compute``.
 
+    The stills of a decoder are named by the checksum of their set instead of its path.
+
     Args:
         plan: the recipe.
         arrays: the data.
@@ -194,7 +199,8 @@ def resolve(
         earlier: fields of the recipe of the run to be resumed, whose ``compute`` is used.
 
     Raises:
-        ValueError: see ``check``; the data have another fingerprint, or do not fit the network or the decoder.
+        ValueError: see ``check``; the data have another fingerprint, or do not fit the network, the decoder or its
+            stills.
     """
     check(plan, network, validates=validates)
     fingerprint = arrays.fingerprint["train"]
@@ -219,7 +225,13 @@ def resolve(
         network=functional.name,
         compute=_resolved_compute(plan, arrays, functional, earlier.get("compute") if earlier else None),
     )
-    return Experiment(plan=resolved, arrays=arrays, network=functional, source=plan.dataset, validates=validates)
+    given = stills.opened(plan.decode)
+    if given is not None:
+        stills.check(given, resolved, arrays.input_shape, arrays.classes)
+        resolved = dataclasses.replace(resolved, decode=stills.named(given, plan.decode))
+    return Experiment(
+        plan=resolved, arrays=arrays, network=functional, source=plan.dataset, validates=validates, stills=given
+    )
 
 
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:
@@ -273,6 +285,7 @@ def prepare(
         ranks=ranks,
         objective=OBJECTIVES[plan.objective](),
         fraction=plan.fraction,
+        first_images=None if experiment.stills is None else stills.clips(experiment.stills, plan.decode, task),
     )
 
 

@@ -29,7 +29,7 @@ from condense.objective import OBJECTIVES, CrossEntropy, Objective, ObjectiveNam
 from condense.rng import Rng
 from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked, brief
-from condense.synthetic.decode import Decode
+from condense.synthetic.decode import Decode, StaticDynamic
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Task
@@ -140,6 +140,8 @@ class Context:
     """Training objective of the networks of the method."""
     fraction: float | None = None
     """Budget as a fraction of the real images of each class. If it is given, ``ipc`` is the mean over classes."""
+    first_images: Tensor | None = None
+    """Images (n, *input_shape) from which every set of the run begins, grouped by class; None: those of the method."""
     scratch: Path | None = None
     """Folder in which the method may store what would make its state too large; None: a temporary one."""
 
@@ -196,6 +198,7 @@ class Context:
         Raises:
             ValueError: wrong number or shape of images or labels, or images not grouped by class.
         """
+        images = images if self.first_images is None else self.first_images
         self._require_grouped(images, labels)
         copies = self.decode.expansion
         grouped = images.unflatten(0, (-1, copies))
@@ -244,12 +247,15 @@ class Context:
             )
 
     def initial(self, kind: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
-        """Return initial images and classes: random real images of each class, or standard normal noise.
+        """Return initial images and classes: ``first_images``, random real images of each class, or standard normal
+        noise.
 
         Raises:
             ValueError: a class has fewer real images than needed.
         """
         task, labels = self.task, self.classes
+        if self.first_images is not None:
+            return self.first_images, labels
         if kind == "noise":
             noise = torch.randn(len(labels), *task.input_shape, generator=self.rng.generator("initial images"))
             return noise.to(task.device), labels
@@ -474,6 +480,9 @@ class Method(Checked, ABC):
             return f"learns the images, which {decode.name} would round in every step; give {spelt('decode', 'pixels')}"
         if not decode.differentiable and transform not in ("none", "channel"):
             return f"cannot round images whitened by {transform} to {decode.name}; give {spelt('transform', 'channel')}"
+        if isinstance(decode, StaticDynamic) and decode.stills and not self.learns:
+            fix = spelt("decode.stills", None, "StaticDynamic")
+            return f"takes real clips and learns nothing, so that distilled stills would have no use; give {fix}"
         return None
 
     def privacy(self) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Pictures of a synthetic set: a grid with one row per class, or one strip per class.
 
-An image is shown as it is. A clip is shown as a contact sheet of its frames, in rows from left to right. A series is
-shown as a plot with one line per channel; all plots of a set have the same scale.
+An image is shown as it is. A clip is shown as a contact sheet of its frames, in rows from left to right, or as an
+animation. A series is shown as a plot with one line per channel; all plots of a set have the same scale.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from condense.synthetic.set import SyntheticSet
 GAP = 2
 BACKGROUND = 1.0
 
+FRAME_MS = 125
+"""Milliseconds for which an animation shows each frame."""
+
 _PLOT_HEIGHT = 64
 _PLOT_WIDTHS = (96, 192)
 """Smallest and largest width of a plot in pixels; between them it is the length of the series."""
@@ -39,9 +42,7 @@ def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> l
 
     A set without classes has one row.
     """
-    samples = transform.to_data(syn()[0]).cpu()
-    source = syn.classes.cpu().repeat(len(samples) // len(syn))
-    rows = [samples[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
+    rows = _samples_by_class(syn, transform, columns)
     match kind(syn.origin.input_shape):
         case "images":
             return rows
@@ -50,6 +51,19 @@ def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> l
         case "series":
             shown = torch.cat(rows)
             return [_plots(row, shown.min().item(), shown.max().item()) for row in rows]
+
+
+@torch.no_grad()
+def played(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[bytes]:
+    """Return one animation (PNG) per class of a set of clips, which plays at most ``columns`` clips in a row."""
+    return [_animation(row) for row in _samples_by_class(syn, transform, columns)]
+
+
+def _samples_by_class(syn: SyntheticSet, transform: Transform, columns: int) -> list[Tensor]:
+    """Return at most ``columns`` samples of each class, (n, *input_shape), in the space of the data."""
+    samples = transform.to_data(syn()[0]).cpu()
+    source = syn.classes.cpu().repeat(len(samples) // len(syn))
+    return [samples[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
 
 
 def grid(rows: Sequence[Tensor]) -> Tensor:
@@ -74,13 +88,26 @@ def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 
 
 def strip(images: Tensor) -> bytes:
     """Return a PNG with pictures (n, C, h, w), of one or three channels, in a row; the gaps are transparent."""
+    file = io.BytesIO()
+    _row(images).save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def _animation(clips: Tensor) -> bytes:
+    """Return an animated PNG that plays clips (n, T, C, H, W) in a row without end; the gaps are transparent."""
+    first, *others = map(_row, clips.unbind(1))
+    file = io.BytesIO()
+    first.save(file, format="PNG", save_all=True, append_images=others, duration=FRAME_MS, loop=0)
+    return file.getvalue()
+
+
+def _row(images: Tensor) -> Image.Image:
+    """Place pictures (n, C, h, w), of one or three channels, in a row with transparent gaps."""
     n, _, h, w = images.shape
     canvas = Image.new("RGBA" if images.shape[1] == 3 else "LA", (n * (w + GAP) - GAP, h))
     for k, image in enumerate(images):
         canvas.paste(_image(image).convert(canvas.mode), (k * (w + GAP), 0))
-    file = io.BytesIO()
-    canvas.save(file, format="PNG", optimize=True)
-    return file.getvalue()
+    return canvas
 
 
 def _contact_sheets(clips: Tensor) -> Tensor:

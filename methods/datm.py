@@ -79,7 +79,7 @@ class DATM(TrajectoryMatching):
 
     def init(self, ctx: Context) -> GradientState:
         images, classes = ctx.initial(self.start)
-        if self.start == "real" and self.correct_only:
+        if self.start == "real" and self.correct_only and ctx.first_images is None:
             images = torch.cat(
                 [correctly_classified(ctx, c, ctx.images_per_class) for c in range(ctx.task.num_classes)]
             )

@@ -29,6 +29,7 @@ from condense.synthetic import (
     Origin,
     Pixels,
     Pixels8Bit,
+    StaticDynamic,
     SyntheticSet,
     load,
     save,
@@ -46,6 +47,7 @@ EVERY = [
     Bases(num_bases=5),
     Bases(num_bases=5, start="xavier"),
     Hallucinator(num_styles=3),
+    StaticDynamic(statics=1, dynamics=1),
 ]
 SERIES, CLIPS = (3, 16), (3, 2, 8, 7)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -121,12 +123,14 @@ def test_the_generator_alone_decides(decode: Decode) -> None:
     before = torch.get_rng_state()
     states = []
     for seed in (0, 0, 1):
-        decoder, latents, _ = encoded(decode, (1, 8, 8), seed=seed)
+        decoder, latents, _ = encoded(decode, (1, 8, 8) if "images" in decode.takes else CLIPS, seed=seed)
         states.append([latents, *decoder.state_dict().values()])
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
     same = all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
-    assert same == (not isinstance(decode, Hallucinator) and getattr(decode, "start", "images") == "images")
+    assert same == (
+        not isinstance(decode, Hallucinator | StaticDynamic) and getattr(decode, "start", "images") == "images"
+    )
 
 
 @cases
@@ -148,7 +152,7 @@ def test_the_recipe_holds_it(decode: Decode) -> None:
     assert recipe.from_mapping(recipe.to_mapping(plan), "test") == plan
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [name for name, decode in DECODERS.items() if "images" in decode.takes])
 def test_a_method_makes_such_a_set(name: str, tiny: Arrays, tmp_path: Path) -> None:
     decode = {"dct": DCT(coefficients=24)}.get(name, DECODERS[name]())
     syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, decode=decode, out=tmp_path / "run")
@@ -238,7 +242,7 @@ def test_bases_of_series_and_clips_have_half_the_resolution(shape: InputShape, s
 @pytest.mark.parametrize("decode", [decode for decode in EVERY if decode.takes == ("images",)], ids=str)
 def test_a_decoder_that_does_not_make_such_samples_names_those_that_do(decode: Decode, shape: InputShape) -> None:
     origin = Origin(dataset={"classes": ["a", "b"], "input_shape": list(shape)}, transform={"kind": "none"})
-    names = "pixels, pixels-8bit, bases" if shape == CLIPS else "pixels, bases"
+    names = "pixels, pixels-8bit, bases, static-dynamic" if shape == CLIPS else "pixels, bases"
     line = rf"^decoder {decode.name} takes images, not {kind(shape)} .*; give decode='pixels'; .* are {names}$"
     with pytest.raises(ValueError, match=line):
         SyntheticSet(torch.zeros(2, *shape), torch.arange(2), origin, decode=decode)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from condense import api, cli, picture
@@ -35,6 +36,25 @@ def test_clips_are_sheets_of_their_frames() -> None:
     for t, (top, left) in enumerate([(0, 0), (0, 7), (0, 14), (5, 0), (5, 7)]):
         assert torch.equal(sheets[0, :, top : top + 4, left : left + 6], clips[0, t])
     assert (sheets[0, :, 5:, 14:] == picture.BACKGROUND).all() and (sheets[0, :, 4] == picture.BACKGROUND).all()
+
+
+def test_clips_are_played_frame_by_frame() -> None:
+    """Two gray clips of one class in a row, and a clip of one frame."""
+    clips = torch.rand(3, 5, 1, 4, 6)
+    animations = picture.played(set_of(clips, [0, 1, 0]), NONE)
+    for animation, members in zip(animations, ([0, 2], [1]), strict=True):
+        with Image.open(BytesIO(animation)) as image:
+            assert isinstance(image, PngImageFile) and image.n_frames == 5 and image.info["loop"] == 0
+            for t in range(5):
+                image.seek(t)
+                shown = torch.from_numpy(np.array(image.convert("L"), np.float32)) / 255
+                for k, n in enumerate(members):
+                    left = k * (6 + picture.GAP)
+                    torch.testing.assert_close(shown[:, left : left + 6], clips[n, t, 0], rtol=0, atol=0.003)
+                assert image.info["duration"] == picture.FRAME_MS
+    (still, _) = picture.played(set_of(clips[:, :1], [0, 1, 0]), NONE)
+    with Image.open(BytesIO(still)) as image:
+        assert image.size == (2 * 6 + picture.GAP, 4)
 
 
 def test_series_are_plots_on_one_scale() -> None:
@@ -89,4 +109,7 @@ def test_runs_are_shown_and_reported(
     said = capsys.readouterr().out
     assert ("series" if layout == "NCL" else "clips") in said and f"4 of {'x'.join(map(str, shape))}, 2 classes" in said
     page = api.report(run, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count('<img src="data:image/png;base64,') == 2
+    clips = layout == "NTCHW"
+    assert page.count('<img src="data:image/png;base64,') == (4 if clips else 2)
+    assert page.count("<summary>Play the clips of step 1</summary>") == clips
+    assert 'src="http' not in page and page.count("data-class=") == 2

@@ -417,9 +417,83 @@ class _Styles(nn.Module):
         return x.unflatten(1, (self.num_styles, -1)).transpose(0, 1).flatten(0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StaticDynamic(Decode):
+    """Each clip is a fixed still image and a learned sequence of one channel, combined by a convolution.
+
+    Static-dynamic disentanglement (Wang et al. 2024): the convolution over frames, rows and columns is learned and
+    shared by all clips. A latent holds a few stills and sequences, and is decoded into one clip for each pair."""
+
+    name: ClassVar[str] = "static-dynamic"
+    takes: ClassVar[tuple[Kind, ...]] = ("clips",)
+    stills: str | None = None
+    """Run folder or file of the distilled frames that are the stills, ``statics`` times ipc images of each class.
+    Unset: the middle frames of the initial clips."""
+    statics: int = 2
+    """Number of stills in a latent."""
+    dynamics: int = 2
+    """Number of sequences in a latent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("statics", "dynamics"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"decode.{name} must be at least 1, got {value}; the published value is 2")
+
+    @property
+    def expansion(self) -> int:
+        return self.statics * self.dynamics
+
+    def sizes(self, input_shape: InputShape) -> tuple[int, int]:
+        """Return how many numbers of a latent belong to the stills and how many to the sequences."""
+        frames, channels, *size = input_shape
+        return self.statics * channels * math.prod(size), self.dynamics * frames * math.prod(size)
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        latent, budget = sum(self.sizes(input_shape)), ipc * math.prod(input_shape)
+        if latent > budget:
+            raise ValueError(
+                f"{self.statics} stills and {self.dynamics} sequences are {latent} numbers, more than the {budget} of "
+                f"{spelt('ipc', ipc)}; give {spelt('ipc', -(-latent // math.prod(input_shape)))} or more"
+            )
+        return min(ipc, budget // latent)
+
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _StaticDynamic(self, input_shape)
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, _StaticDynamic)
+        kernels, (frames, _, *size) = decoder.kernels, images.shape[1:]
+        noise = torch.randn(kernels.shape, generator=generator) * _DIFFERENCE / math.sqrt(kernels[0].numel())
+        kernels.data.add_(noise.to(kernels))
+        stills = images.unflatten(0, (self.statics, self.dynamics, -1))[:, 0, :, frames // 2].transpose(0, 1)
+        sequences = torch.randn(len(classes), self.dynamics, frames, *size, generator=generator)
+        return torch.cat([stills.flatten(1), sequences.to(images).flatten(1)], 1)
+
+
+class _StaticDynamic(nn.Module):
+    """Decodes latents (N, statics * C * H * W + dynamics * T * H * W) into clips; the stills get no gradient."""
+
+    def __init__(self, decode: StaticDynamic, input_shape: InputShape) -> None:
+        super().__init__()
+        self.decode, self.input_shape, channels = decode, input_shape, input_shape[1]
+        self.kernels = nn.Parameter(nn.init.dirac_(torch.empty(channels, channels + 1, 3, 3, 3)))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        frames, channels, *size = self.input_shape
+        stills, sequences = latents.split(self.decode.sizes(self.input_shape), 1)
+        still = stills.detach().unflatten(1, (-1, 1, channels, 1, *size))
+        sequence = sequences.unflatten(1, (1, -1, 1, frames, *size))
+        pairs = len(latents), self.decode.statics, self.decode.dynamics
+        parts = (x.expand(*pairs, x.shape[3], frames, *size) for x in (still, sequence))
+        inputs = torch.cat(list(parts), 3).movedim(0, 2).flatten(0, 2)
+        return F.conv3d(inputs, self.kernels, self.bias, padding=1).transpose(1, 2)
+
+
 DECODERS: Registry[type[Decode]] = Registry(
     "decoder",
     "condense.decoders",
-    {decode.name: decode for decode in (Pixels, Pixels8Bit, Factor, DCT, Bases, Hallucinator)},
+    {decode.name: decode for decode in (Pixels, Pixels8Bit, Factor, DCT, Bases, Hallucinator, StaticDynamic)},
     subclass_of(Decode),
 )

@@ -3,7 +3,7 @@
 const films = [...document.querySelectorAll(".film")].filter((film) => film.querySelector("input")).map((film) => ({
   slider: film.querySelector("input"),
   output: film.querySelector("output"),
-  pictures: [...film.querySelectorAll("img")],
+  pictures: [...film.querySelectorAll("img[data-class]")],
   ...JSON.parse(film.querySelector("script").textContent),
 }));
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from condense import __version__, picture
 from condense.data.datasets import is_known
-from condense.data.layout import InputShape
+from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
 from condense.eval.protocol import changes
 from condense.eval.report import figures
@@ -132,7 +132,7 @@ def _headline(run: Run) -> Mapping[str, Any] | None:
 
 
 def _film(run: Run, transform: Transform) -> dict[str, Any]:
-    """Return the images of each class at each snapshot."""
+    """Return the images of each class at each snapshot and, of clips, animations of the last one."""
     classes = run.syn.origin.dataset["classes"]
     columns = max(1, min(10, MAX_IMAGES // len(classes)))
     frames = [
@@ -140,7 +140,10 @@ def _film(run: Run, transform: Transform) -> dict[str, Any]:
         for syn in run.snapshots.values()
     ]
     steps, shown = list(run.snapshots), min(len(classes), MAX_IMAGES)
+    clips = kind(run.syn.origin.input_shape) == "clips"
+    played = picture.played(run.syn, transform, columns=columns)[:shown] if clips else []
     return {
+        "played": [_data_uri(png) for png in played],
         "steps": steps,
         "classes": classes[:shown],
         "left_out": len(classes) - shown,
