@@ -87,8 +87,8 @@ def make_buffer(
     """
     plan = replaced(experts, fields)
     check_seed(seed)
-    experiment.check_names(network, transform, plan.augment)
-    check_augment(Augment.parse(plan.augment))
+    experiment.check_names(network, transform)
+    check_augment(plan.augmentation(Augment()))
     root, chosen = expanded(out), prepare_device(device)
     check_new_folder(root)
     with ranks.rank_zero_first():
