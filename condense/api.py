@@ -361,7 +361,7 @@ def apply(
     download: bool = False,
     **fields: Any,
 ) -> Findings:
-    """Test a set in an application: ``continual``, ``nas``, ``privacy`` or ``ranking``.
+    """Test a set in an application: ``continual``, ``nas``, ``privacy``, ``ranking`` or ``transfer``.
 
     ``baselines`` are methods or recipes that are run at the same budget.
     ``fields`` are fields of the application. The results are written to ``out``, by default ``apply-NAME.json`` in the
@@ -382,6 +382,8 @@ def apply(
         check_replaceable(target, "file of results", b"{")
     given, data = sets.read_set(syn, dataset)
     if isinstance(given, SyntheticSet):
+        if application.needs_classes:
+            given.require_classes(f"the application {name}")
         application.check(given, baselines)
     check_baselines(baselines, given, "auto", seed)
     chosen = prepare_device(device)

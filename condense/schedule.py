@@ -20,8 +20,8 @@ from condense.schema import Checked
 class Schedule(Checked):
     """The learning rate of each step as a function of a base learning rate; by default it is constant.
 
-    After the warm-up the learning rate is multiplied by the factors of all drops, the cosine and the linear decay. For an
-    optimiser without epochs, such as that of the synthetic set, an epoch is one step.
+    After the warm-up the learning rate is multiplied by the factors of all drops, the cosine and the linear decay. For
+    an optimiser without epochs, such as that of the synthetic set, an epoch is one step.
     """
 
     warmup_steps: int = 0
