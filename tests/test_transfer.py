@@ -60,9 +60,9 @@ def test_every_start_is_probed_and_fine_tuned(run: Path, teachers: Path, other: 
     of = found.record["transfers"]
     for start in starts:
         for use in ("probe", "tuned"):
-            cell = of[start][str(other)][use]
+            cell = of[start]["sides"][use]
             assert cell["n"] == len(cell["accuracies"]) == 2 and 0 <= cell["mean"] <= 1 and cell["std"] >= 0
-        assert of[start][str(other)]["probe"]["mean"] > 0.9, "the features of any network tell the sides apart"
+        assert of[start]["sides"]["probe"]["mean"] > 0.9, "the features of any network tell the sides apart"
     written = json.loads((run / "apply-transfer.json").read_text())
     assert written["transfers"] == json.loads(json.dumps(of)) and written["seed"] == 0
     again = api.apply("transfer", run, to=(str(other),), buffers=str(teachers), **SHORT)

@@ -12,10 +12,11 @@ Deviation: the linear probe is a ridge regression on standardised features (``co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Transfer(Application):
     num_epochs: int | None = None
     """Number of epochs of pre-training on the set; unset: as many as the set records."""
     full_steps: int = 0
-    """Number of steps of a pre-training on all real images of the source; 0 leaves it out."""
+    """Number of steps of a pre-training on all real images of the source, rounded up to whole epochs; 0: none."""
     tune_steps: int = 5000
     """Number of steps of fine-tuning, rounded up to whole epochs."""
     tune_lr: float = 0.01
@@ -99,10 +100,10 @@ class Transfer(Application):
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject
         teacher = teacher_of(subject, expanded(self.buffers))
-        targets = {name: _target(subject, name, self.max_train, setting.rng("transfer")) for name in self.to}
-        starts = self._starts(setting, teacher)
+        opened = [_target(subject, name, self.max_train, setting.rng("transfer")) for name in self.to]
+        targets = {target.arrays.name: target for target in opened}
         accuracies: dict[str, dict[str, dict[str, list[float]]]] = {}
-        for start, weights in starts:
+        for start, weights in self._starts(setting, teacher):
             for name, target in targets.items():
                 of_target = accuracies.setdefault(start, {}).setdefault(name, {"probe": [], "tuned": []})
                 seed = len(of_target["probe"])
@@ -111,7 +112,12 @@ class Transfer(Application):
         numbers = {
             start: {
                 name: {
-                    use: {"mean": mean(values), "std": std(values), "n": len(values), "accuracies": values}
+                    use: {
+                        "mean": statistics.fmean(values),
+                        "std": statistics.stdev(values) if len(values) > 1 else None,
+                        "n": len(values),
+                        "accuracies": values,
+                    }
                     for use, values in of_target.items()
                 }
                 for name, of_target in of_start.items()
@@ -123,7 +129,7 @@ class Transfer(Application):
             for start, of_start in accuracies.items()
         ]
         return Findings(
-            ("pre-trained on", *(f"{name}, {use}" for name in self.to for use in ("probe", "tuned"))),
+            ("pre-trained on", *(f"{name}, {use}" for name in targets for use in ("probe", "tuned"))),
             cells,
             f"test accuracy on the target data, %: {len(subject.syn)} {setting.kind} of {subject.arrays.name}, "
             f"{own_network(subject.syn)}, n = {self.num_seeds} networks",
@@ -235,14 +241,6 @@ def _network(subject: Subject, num_outputs: int) -> Functional:
 
 
 @torch.no_grad()
-def _batched(embed: Any, images: Tensor | Images) -> Tensor:
+def _batched(embed: Callable[[Tensor], Tensor], images: Tensor | Images) -> Tensor:
     """Return the features (N, F) of samples (N, *input_shape)."""
     return torch.cat([embed(part) for part in images.split(BATCH)])
-
-
-def mean(values: Sequence[float]) -> float:
-    return torch.tensor(values).mean().item()
-
-
-def std(values: Sequence[float]) -> float | None:
-    return torch.tensor(values).std().item() if len(values) > 1 else None
