@@ -250,7 +250,8 @@ def distill(words: list[str], ranks: Ranks) -> None:
     say(f"recipe: {origin}")
     api.run(plan, command.options, arrays=arrays, ranks=ranks)
     folder = runs.run_folder(plan, command.options.out, arrays.name)
-    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense evaluate {folder}")
+    following = "evaluate" if plan.method.has_classes else "apply transfer"
+    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:
