@@ -190,8 +190,8 @@ def _labels(syn: SyntheticSet) -> dict[str, Any]:
     if targets.dim() == 1:
         return {"says": "Hard labels: one class per image.", "matrix": None}
     if not syn.origin.num_classes:
-        says = f"Targets of {targets.shape[1]} values per image, between {targets.min():.3g} and {targets.max():.3g}."
-        return {"says": says, "matrix": None}
+        span = f"between {targets.min():.3g} and {targets.max():.3g}"
+        return {"says": f"Targets of {targets.shape[1]} values per image, {span}.", "matrix": None}
     source = syn.classes.repeat(len(targets) // len(syn))
     means = [targets[source == c].detach().float().mean(0).tolist() for c in range(len(classes))]
     low, high = min(map(min, means)), max(map(max, means))
