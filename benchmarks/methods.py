@@ -45,9 +45,12 @@ HEADER = "| method | images a class | accuracy, % | random, % | n | seconds |\n|
 
 
 def names() -> list[str]:
-    """Return the learning methods, and recipes for the digits that are not named after a method."""
+    """Return the learning methods whose sets have classes, and recipes for the digits that are not named after a
+    method."""
     recipes = {entry.stem for entry in catalog.recipes().values() if entry.dataset == "digits"}
-    return [key for key in registry.METHODS if registry.load(key).learns] + sorted(recipes - registry.METHODS.keys())
+    methods = {key: registry.load(key) for key in registry.METHODS}
+    learning = [key for key, method in methods.items() if method.learns and method.has_classes]
+    return learning + sorted(recipes - registry.METHODS.keys())
 
 
 def digits_recipe(name: str) -> recipe.Recipe:

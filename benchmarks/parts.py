@@ -26,7 +26,8 @@ from condense.inner import mixed_gradient
 from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context
 from condense.methods import pool
-from condense.methods.frepo import frozen_features, half_squared_error, margin_loss
+from condense.methods.frepo import half_squared_error, margin_loss
+from condense.methods.pool import frozen_features
 from condense.methods.rcig import mean_squared_error, outer_loss
 from condense.methods.rfad import B_STD, RFAD, W_STD, gaussian
 from condense.networks import Weights

@@ -97,8 +97,8 @@ def make_buffer(
     """
     plan = replaced(experts, fields)
     check_seed(seed)
-    experiment.check_names(network, transform, plan.augment)
-    check_augment(Augment.parse(plan.augment))
+    experiment.check_names(network, transform)
+    check_augment(plan.augmentation(Augment()))
     root, chosen = expanded(out), prepare_device(device)
     check_new_folder(root)
     with ranks.rank_zero_first():
@@ -397,7 +397,7 @@ def apply(
     download: bool = False,
     **fields: Any,
 ) -> Findings:
-    """Test a set in an application: ``continual``, ``nas``, ``privacy`` or ``ranking``.
+    """Test a set in an application: ``continual``, ``nas``, ``privacy``, ``ranking`` or ``transfer``.
 
     ``baselines`` are methods or recipes that are run at the same budget.
     ``fields`` are fields of the application. The results are written to ``out``, by default ``apply-NAME.json`` in the
@@ -418,6 +418,8 @@ def apply(
         check_replaceable(target, "file of results", b"{")
     given, data = sets.read_set(syn, dataset)
     if isinstance(given, SyntheticSet):
+        if application.needs_classes:
+            given.require_classes(f"the application {name}")
         application.check(given, baselines)
     check_baselines(baselines, given, "auto", seed)
     chosen = prepare_device(device)

@@ -229,6 +229,16 @@ class ArtifactSpec(ABC):
 class _BufferSpec(ArtifactSpec):
     """The common part of the specs of buffers."""
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the classifier has to be trained."""
+        return True
+
+    def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
+        objective = manifest["identity"].get("training", {}).get("objective")
+        untrained = [f"{objective} trained no classifier"] if objective and self.classifies else []
+        return super().misfits(manifest) + untrained
+
     def compares(self, kind: str) -> bool:
         return kind in (Trajectories.kind, TrainedNetworks.kind)
 
@@ -299,6 +309,12 @@ class TrainedNetworkSpec(_BufferSpec):
     """Minimum number of networks."""
     num_epochs: int = 1
     """Minimum number of epochs of training."""
+    features_only: bool = False
+    """Whether only the features are used, so that networks trained without labels are accepted too."""
+
+    @property
+    def classifies(self) -> bool:
+        return not self.features_only
 
     def command(self, dataset: str) -> str:
         extent = ["--num-experts", str(self.num_networks)]

@@ -266,7 +266,8 @@ def distill(words: list[str], ranks: Ranks) -> None:
     say(f"recipe: {origin}")
     api.run(plan, command.options, arrays=arrays, ranks=ranks)
     folder = runs.run_folder(plan, command.options.out, arrays.name)
-    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense evaluate {folder}")
+    following = "evaluate" if plan.method.has_classes else "apply transfer"
+    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:
@@ -438,14 +439,15 @@ def import_(words: list[str]) -> None:
 
 
 def apply(words: list[str]) -> None:
-    usage = "apply continual|nas|privacy|ranking RUN_OR_FILE, or apply pruning DATASET"
+    usage = "apply continual|nas|privacy|ranking|transfer RUN_OR_FILE, or apply pruning DATASET"
     if words[:1] == ["pruning"]:
         return _prune(words[1:])
     name = _positional(words, usage, "e.g. condense apply continual runs/dm")
     if name not in APPLICATIONS:
         raise ValueError(f"unknown application {name!r}: {suggest(name, [*APPLICATIONS, 'pruning'])}")
     application = APPLICATIONS[name]()
-    usual, prog = Apply(choices=application), f"condense apply {name} RUN_OR_FILE"
+    baselines = Apply.baselines if application.needs_classes else ()
+    usual, prog = Apply(choices=application, baselines=baselines), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)
     target = _positional(words[1:], usage, "give a run folder or a synthetic.safetensors")

@@ -112,6 +112,11 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
             f"{spelt('eval_every')} needs a validation split, but the recipe has none; "
             f"give {spelt('split.val_fraction', 0.1)}"
         )
+    if validates and not plan.method.has_classes:
+        raise ValueError(
+            f"{spelt('eval_every')} measures accuracies, but the sets of {registry.name_of(plan.method)} have no "
+            f"classes; give {spelt('eval_every', 0)}"
+        )
     reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
     if reason is None and plan.fraction is not None:
         reason = _why_no_fraction(plan)
@@ -216,7 +221,8 @@ def resolve(
             f"they would be measured without noise; give {spelt('transform', 'none')}"
         )
     plan.decode.require_kind(arrays.input_shape)
-    functional = Functional(network or plan.network, arrays.input_shape, arrays.num_classes, device)
+    spec, shape = network or plan.network, arrays.input_shape
+    functional = Functional(spec, shape, plan.method.num_outputs(spec, shape, arrays.num_classes), device)
     resolved = dataclasses.replace(
         plan,
         dataset=arrays.name,

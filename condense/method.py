@@ -21,10 +21,11 @@ from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.cudagraph import GraphedStep
-from condense.data.layout import kind
+from condense.data.layout import InputShape, kind
 from condense.distributed import Ranks
 from condense.files import reporting
 from condense.names import spelt
+from condense.networks import Factory
 from condense.objective import OBJECTIVES, CrossEntropy, Objective, ObjectiveName
 from condense.rng import Rng
 from condense.schedule import CONSTANT, Schedule
@@ -397,6 +398,9 @@ class Method(Checked, ABC):
     private: ClassVar[bool] = False
     """Whether the set is differentially private. Recipes are then refused in which anything else reads the data."""
 
+    has_classes: ClassVar[bool] = True
+    """Whether the targets of its sets are classes or scores of them. Otherwise they have the width ``num_outputs``."""
+
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""
 
@@ -421,6 +425,10 @@ class Method(Checked, ABC):
 
     def _usual(self, name: str) -> str:
         return f"a usual value is {type(self).__dataclass_fields__[name].default:g}"
+
+    def num_outputs(self, network: str | Factory, input_shape: InputShape, num_classes: int) -> int:
+        """Return the number of outputs of the recipe's network, which is the width of the targets of the set."""
+        return num_classes
 
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
         """Return the artifacts that must exist before the run starts, by their names in ``Context.artifacts``.

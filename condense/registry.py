@@ -45,6 +45,7 @@ METHODS: Registry[type[Method]] = Registry(
         "rfad": "condense.methods.rfad:RFAD",
         "frepo": "condense.methods.frepo:FRePo",
         "rcig": "condense.methods.rcig:RCIG",
+        "krr-st": "condense.methods.krr_st:KRRST",
         "sre2l": "condense.methods.sre2l:SRe2L",
         "fadrm": "condense.methods.fadrm:FADRM",
         "cudd": "condense.methods.cudd:CUDD",

@@ -20,8 +20,8 @@ from condense.schema import Checked
 class Schedule(Checked):
     """The learning rate of each step as a function of a base learning rate; by default it is constant.
 
-    After the warm-up the learning rate is multiplied by the factors of all drops and of the cosine. For an optimiser
-    without epochs, such as that of the synthetic set, an epoch is one step.
+    After the warm-up the learning rate is multiplied by the factors of all drops, the cosine and the linear decay. For
+    an optimiser without epochs, such as that of the synthetic set, an epoch is one step.
     """
 
     warmup_steps: int = 0
@@ -36,6 +36,8 @@ class Schedule(Checked):
     """Final learning rate as a fraction of the base learning rate (cosine annealing); None: no annealing."""
     cosine_span: float = 1.0
     """Fraction of the half period of the cosine that the run covers; 1: the run ends at ``cosine_to``."""
+    linear_to: float | None = None
+    """Final learning rate as a fraction of the base learning rate, approached linearly; None: no linear decay."""
     lr_per_step: tuple[float, ...] = ()
     """Learning rate of each step, which replaces all other fields; further steps keep the last one."""
 
@@ -51,6 +53,8 @@ class Schedule(Checked):
             raise ValueError(f"a schedule's drop_factor must be finite and >= 0, got {self.drop_factor}; try 0.1")
         if self.cosine_to is not None and not 0 <= self.cosine_to <= 1:
             raise ValueError(f"a schedule's cosine_to must lie in [0, 1], got {self.cosine_to}; try 0.1")
+        if self.linear_to is not None and not 0 <= self.linear_to <= 1:
+            raise ValueError(f"a schedule's linear_to must lie in [0, 1], got {self.linear_to}; try 0.1")
         if not 0 < self.cosine_span <= 1:
             raise ValueError(f"a schedule's cosine_span must lie in (0, 1], got {self.cosine_span}; try 1")
         if not all(0 <= lr < math.inf for lr in self.lr_per_step):
@@ -59,7 +63,8 @@ class Schedule(Checked):
     @property
     def depends_on_length(self) -> bool:
         """Whether the learning rate of a step depends on the number of steps of the run."""
-        return not self.lr_per_step and (bool(self.drop_at) or self.cosine_to is not None)
+        anneals = self.cosine_to is not None or self.linear_to is not None
+        return not self.lr_per_step and (bool(self.drop_at) or anneals)
 
     def lr_at(self, lr: float, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
         """The learning rate of a step.
@@ -78,9 +83,11 @@ class Schedule(Checked):
         done = epoch * steps_per_epoch / max(num_steps, 1)
         drops = sum(done >= at for at in self.drop_at) + sum(epoch >= after for after in self.drop_after)
         lr = lr * self.drop_factor**drops
+        done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
+        if self.linear_to is not None:
+            lr = lr * (1 - (1 - self.linear_to) * done)
         if self.cosine_to is None:
             return lr
-        done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
         wave = (1 + math.cos(math.pi * (done * self.cosine_span))) / 2
         return lr * (self.cosine_to + (1 - self.cosine_to) * wave)
 
@@ -89,6 +96,8 @@ class Schedule(Checked):
         parts = [f"warm-up of {self.warmup_steps} steps"] if self.warmup_steps else []
         if self.cosine_to is not None:
             parts.append(f"cosine to {self.cosine_to:g}")
+        if self.linear_to is not None:
+            parts.append(f"linear to {self.linear_to:g}")
         if self.drop_at:
             parts.append(f"x {self.drop_factor:g} at {', '.join(f'{at:g}' for at in self.drop_at)} of the epochs")
         if self.drop_after:
@@ -107,6 +116,7 @@ class Schedule(Checked):
             "warmup_steps": self.warmup_steps,
             "cosine_to": self.cosine_to,
             "cosine_span": self.cosine_span,
+            "linear_to": self.linear_to,
             "rates": self.lr_per_step,
         }
         return {name: value for name, value in flat.items() if name in ("decay_at", "decay") or value != _OMITTED[name]}
@@ -118,6 +128,8 @@ class Schedule(Checked):
         if self == Schedule(cosine_to=self.cosine_to, drop_at=self.drop_at, drop_factor=factor):
             return {"cosine_to": self.cosine_to, "halve_at": list(self.drop_at)}
         fields = dataclasses.asdict(self)
+        if self.linear_to is None:
+            del fields["linear_to"]  # files of earlier versions do not have it
         return {"schedule": {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}}
 
 
@@ -125,10 +137,17 @@ CONSTANT = Schedule()
 DROP_AT_HALF = Schedule(drop_at=(0.5,))
 """The learning rate drops to a tenth after half of the epochs."""
 
-FLAT_NAMES = ("decay_at", "decay", "decay_epoch", "warmup_steps", "cosine_to", "cosine_span", "rates")
+FLAT_NAMES = ("decay_at", "decay", "decay_epoch", "warmup_steps", "cosine_to", "cosine_span", "linear_to", "rates")
 """Names of the fields that ``Schedule.content`` writes."""
 
-_OMITTED: dict[str, Any] = {"decay_epoch": None, "warmup_steps": 0, "cosine_to": None, "cosine_span": 1.0, "rates": ()}
+_OMITTED: dict[str, Any] = {
+    "decay_epoch": None,
+    "warmup_steps": 0,
+    "cosine_to": None,
+    "cosine_span": 1.0,
+    "linear_to": None,
+    "rates": (),
+}
 
 _NAMES = {
     "decay_at": "drop_at",
@@ -138,6 +157,7 @@ _NAMES = {
     "warmup_steps": "warmup_steps",
     "cosine_to": "cosine_to",
     "cosine_span": "cosine_span",
+    "linear_to": "linear_to",
     "rates": "lr_per_step",
 }
 """Flat name -> name of the field of ``Schedule``."""

@@ -1,6 +1,7 @@
 """Sources of training batches: each gives batch b of epoch e.
 
-``Examples`` are real or synthetic images, in memory or mapped from disk. ``Streamed`` reads images shard by shard.
+``Examples`` are real or synthetic images, in memory or mapped from disk. ``Pairs`` are two views of each of them.
+``Streamed`` reads images shard by shard.
 ``Relabelled`` and ``StoredLabels`` take the images of another source and the targets of a teacher, which are computed
 for each batch or read from stored logits. A batch is a pure function of the root seed, e and b (see
 ``condense.views``), so stored logits need no record of the views that they belong to.
@@ -144,6 +145,26 @@ class Examples(_Viewed):
         else:
             chosen = self._indices[first + torch.arange(size, device=self._indices.device)]
         return self._viewed(self.images[chosen], self.targets[chosen], epoch, index)
+
+
+class Pairs(Examples):
+    """Two views of every image, for objectives without labels.
+
+    A batch holds the first views of its images, followed by their second views in the same order. Both pass through the
+    network together, so BatchNorm normalises them by common statistics.
+    """
+
+    def __init__(self, images: Tensor | Images, targets: Tensor, rng: Rng, *, batch_size: int, views: Views) -> None:
+        """As in ``Examples``; ``batch_size`` counts images."""
+        super().__init__(images, targets, rng, batch_size=batch_size, num_classes=0, views=views)
+        self.batch_size *= 2
+
+    def _viewed(self, images: Tensor, targets: Tensor, epoch: int | Tensor, index: int | Tensor) -> Batch:
+        views = [
+            self.views(images, targets, self.num_classes, self.rng.child("view", number), epoch, index)
+            for number in range(2)
+        ]
+        return Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
 
 
 class Minibatches(Source):

@@ -114,12 +114,12 @@ class Task:
         return len(self.classes)
 
     def with_network(self, network: str) -> Task:
-        """Return a task with the same data and device and another architecture.
+        """Return a task with the same data and device and another architecture, which has one output per class.
 
         Raises:
             ValueError: the network is unknown, or does not take these samples.
         """
-        return replace(self, network=Functional(network, self.input_shape, self.network.num_outputs, self.device))
+        return replace(self, network=Functional(network, self.input_shape, self.num_classes, self.device))
 
     def dataset(self) -> dict[str, Any]:
         """Return the description of the data for files, with the width of targets that are not class scores.

@@ -48,6 +48,16 @@ class Teacher(NamedTuple):
         run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
         return lambda images: run(compute.layout(images))
 
+    def embedder(self, compute: Compute) -> Callable[[Tensor], Tensor]:
+        """Return a function from images (N, *input_shape) to features (N, F), differentiable once."""
+        network, weights = self
+
+        def features(images: Tensor) -> Tensor:
+            return network.features(*weights, images, train=False).float()
+
+        run: Callable[[Tensor], Tensor] = compute.first_order(features, network.device)
+        return lambda images: run(compute.layout(images))
+
     def running(self, layer: str) -> Statistics:
         """Return the running statistics of a layer, by its name in the result of ``observer``."""
         name, buffers = layer.partition("#")[0], self.weights.buffers

@@ -115,7 +115,7 @@ def makes_a_set_of_the_budget(method: Method | type[Method], *, buffers: Path | 
     if not images.isfinite().all() or not targets.isfinite().all():
         trial.breaks("its set has images or labels that are not finite", "use lower learning rates")
     counts = syn.classes.bincount(minlength=classes).tolist()
-    if counts != [ctx.latents_per_class] * classes:
+    if trial.method.has_classes and counts != [ctx.latents_per_class] * classes:
         trial.breaks(f"its set has {counts} stored images per class, not {ctx.latents_per_class} each", advice)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "synthetic.safetensors"

@@ -28,7 +28,7 @@ class Subject:
     The real images are transformed as the set was. Everything is computed on first access.
 
     Raises:
-        ValueError: the set was made from other data, or has no classes.
+        ValueError: the set was made from other data.
     """
 
     syn: SyntheticSet
@@ -40,12 +40,11 @@ class Subject:
     """Teachers from buffers or from the set, by the names under which protocols and labels record them."""
 
     def __post_init__(self) -> None:
-        self.syn.require_classes("an accuracy")
         origin, arrays = self.syn.origin, self.arrays
         for what, ours, theirs in (
             ("fingerprint", origin.fingerprint[:12], arrays.fingerprint["train"][:12]),
             ("image shape", origin.input_shape, arrays.input_shape),
-            ("number of classes", origin.num_classes, arrays.num_classes),
+            ("number of classes", origin.num_classes or arrays.num_classes, arrays.num_classes),
         ):
             if ours != theirs:
                 raise ValueError(

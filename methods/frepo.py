@@ -11,7 +11,7 @@ regression approximates the rest of its training.
     symbol      code
     X, Y        ``state.syn``; Y is learned if the labels are ``targets`` (or ``logits``)
     theta       a member of ``state.pool``, drawn at every step, in evaluation mode
-    phi         ``frozen_features``: the input of the last linear layer
+    phi         ``pool.frozen_features``: the input of the last linear layer
     x_i, y_i    ``batch_real`` real images of any class, and their classes as one-hot vectors less 1/C
     lambda      ``ridge`` times the mean of the diagonal of K_ss
 
@@ -20,21 +20,18 @@ Deviations: see docs/methods/frepo.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from condense.augment import Augment, mild
-from condense.compute import Compute
 from condense.cudagraph import from_host
 from condense.kernels import centred, feature_kernel, regression
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
-from condense.networks import Functional, with_options
+from condense.networks import with_options
 from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
@@ -118,7 +115,7 @@ class FRePo(GradientMethod):
 
     def loss(self, ctx: Context, state: PoolState, step: int, part: int) -> Loss:
         params, buffers = from_host(step, "member", lambda step: pool.weights(ctx, state.pool, step))
-        features = frozen_features(ctx.task.network, ctx.compute)
+        features = pool.frozen_features(ctx.task.network, ctx.compute)
         images, targets = state.syn()
         labels = pool.targets_of(ctx, targets)
         real, classes = ctx.task.train.sample(self.batch_real, ctx.rng("real", step))
@@ -158,16 +155,3 @@ def margin_loss(labels: Tensor) -> Tensor:
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared distance, summed over classes and averaged over images."""
     return 0.5 * (outputs - targets).square().sum(1).mean()
-
-
-@lru_cache(maxsize=1)
-def frozen_features(
-    network: Functional, compute: Compute
-) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]:
-    """Return ``features(params, buffers, images) -> (N, F)`` in evaluation mode: BatchNorm uses running statistics."""
-
-    def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
-        return network.features(params, buffers, images, train=False).to(images.dtype)
-
-    first_order = compute.first_order(features, network.device)
-    return lambda params, buffers, images: first_order(params, buffers, compute.layout(images))

@@ -1,6 +1,6 @@
-"""A pool of networks that are trained on the set during distillation (FRePo, RCIG).
+"""A pool of networks that are trained on the set during distillation (FRePo, RCIG, KRR-ST).
 
-A member is a plain dict, which the engine can store: weights, the state of Adam, and the age. Methods have a
+A member is a plain dict, which the engine can store: weights, the state of Adam, and the age. FRePo and RCIG have a
 ``list[Member]`` in their state and replace its entries by the results of ``fresh`` and ``train``.
 """
 
@@ -105,6 +105,19 @@ def train(
 def _trainer(network: Functional, loss: Loss, lr: float, compute: Compute) -> Trainer:
     """A cached trainer; the steps of one call of ``train`` are one epoch."""
     return Trainer(network, Training(num_epochs=1, lr=lr, schedule=Schedule()), compute, loss)
+
+
+@lru_cache(maxsize=1)
+def frozen_features(
+    network: Functional, compute: Compute
+) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]:
+    """Return ``features(params, buffers, images) -> (N, F)`` in evaluation mode: BatchNorm uses running statistics."""
+
+    def features(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return network.features(params, buffers, images, train=False).to(images.dtype)
+
+    first_order = compute.first_order(features, network.device)
+    return lambda params, buffers, images: first_order(params, buffers, compute.layout(images))
 
 
 class _Adam(torch.optim.Optimizer):

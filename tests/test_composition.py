@@ -12,10 +12,10 @@ from condense.data.datasets import Arrays
 from condense.method import GradientMethod
 from condense.methods.recovery import Recovery
 from condense.recipe import Recipe
-from condense.synthetic import DECODERS, LABELS, Decode, Labels, Pixels, load
+from condense.synthetic import DECODERS, LABELS, Decode, Hard, Labels, Pixels, load
 from condense.synthetic.decode import DCT
 from tests.conftest import TINY
-from tests.test_contract import EXACT, LEARNING, NETWORKS, TRANSFORMS, small
+from tests.test_contract import EXACT, FIELDS, LEARNING, NETWORKS, TRANSFORMS, small
 
 pytestmark = pytest.mark.usefixtures("short_search")
 
@@ -29,6 +29,7 @@ LABELS_THAT_FIT = {
     "kip": {"hard", "logits", "targets"},
     "rfad": {"hard", "logits", "targets"},
     "frepo": {"hard", "logits", "targets"},
+    "krr-st": {"targets"},
     "rcig": {"hard", "logits", "targets"},
     "mtt": {"hard", "logits", "teacher"},
     "tesla": {"hard", "logits", "teacher"},
@@ -96,7 +97,7 @@ def test_it_learns_or_is_refused_with_the_reason(
 def test_mirrored_pairs_average_and_bounded_pixels_go_with_every_method(
     name: str, tiny: Arrays, tiny_buffers: Path, tmp_path: Path
 ) -> None:
-    plan = plan_of(name, Pixels(), LABELS["hard"]())
+    plan = plan_of(name, Pixels(), FIELDS.get(name, {}).get("labels", Hard()))
     assert isinstance(plan.method, GradientMethod)
     average = None if isinstance(plan.method, Recovery) else 0.5
     method = dataclasses.replace(plan.method, ema=average, clamp=True)

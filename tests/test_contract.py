@@ -49,6 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "idc": {"batch_real": 6, "outer_loop": 3, "num_student": 12},
     "idc-i": {"batch_real": 6, "outer_loop": 3, "num_student": 12},
     "frepo": {"batch_real": 12, "pool_size": 1, "max_age": 2},
+    "krr-st": {"teachers": (TINY,), "trained_by": "any", "batch_real": 12, "pool_size": 1, "max_age": 3},
     "dd": {"inner_epochs": 2, "batch_real": 12, "num_networks": 2},
     "rat-bptt": {"adjoint": RandomTruncated(0, 2, 2), "batch_real": 12, "batch_per_class": 1, "same_burn_in": 2},
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
@@ -71,6 +72,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 NETWORKS = {"sre2l": BATCH, "fadrm": BATCH, "cudd": BATCH}
 """Of methods that need another than ``TINY``."""
+FIELDS: dict[str, dict[str, Any]] = {"krr-st": {"labels": Targets()}}
+"""Fields of the recipe of methods that do not take the default ones."""
 NAMES = sorted(registry.METHODS)
 TRANSFORMS = {name: "none" for name in NAMES if registry.load(name).private}
 """Of methods that cannot measure the statistics of the data."""
@@ -92,7 +95,8 @@ def run(tiny: Arrays, tiny_buffers: Path, tmp_path: Path) -> Run:
     def run(name: str, out: str = "run", **fields: Any) -> SyntheticSet:
         network = NETWORKS.get(name, TINY)
         usual = {"method": small(name), "dataset": "tiny", "network": network, "ipc": 2}
-        plan = Recipe(**usual | {"transform": TRANSFORMS.get(name, "channel")} | EXACT | fields)
+        usual |= {"transform": TRANSFORMS.get(name, "channel")} | EXACT | FIELDS.get(name, {})
+        plan = Recipe(**usual | fields)
         options = api.RunOptions(out=tmp_path / out, buffers=tiny_buffers, device="cpu")
         return api.run(plan, options, arrays=tiny)
 
@@ -102,7 +106,7 @@ def run(tiny: Arrays, tiny_buffers: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_keeps_its_promises(name: str, check: Callable[..., None]) -> None:
-    check(small(name), network=NETWORKS.get(name, TINY))
+    check(small(name), network=NETWORKS.get(name, TINY), **FIELDS.get(name, {}))
 
 
 def test_images_drawn_by_another_seed_are_other_ones(run: Run) -> None:
@@ -211,7 +215,7 @@ def composed(name: str, fields: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", LEARNING)
 def test_it_resumes_to_the_byte_where_the_work_is_compiled(name: str) -> None:
     compute = Compute().resolved(math.inf, torch.device("cpu"))
-    resumes_to_the_byte(small(name), network=NETWORKS.get(name, TINY), compute=compute)
+    resumes_to_the_byte(small(name), network=NETWORKS.get(name, TINY), compute=compute, **FIELDS.get(name, {}))
 
 
 def _frozen(method: Method) -> Method:

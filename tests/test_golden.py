@@ -17,6 +17,7 @@ from condense.inner import RandomTruncated
 from condense.method import Optim
 from condense.recipe import Recipe
 from condense.registry import load as method
+from condense.synthetic import Targets
 
 GOLDEN = Path(__file__).parent / "golden" / "cpu.json"
 NETWORK = "convnet:depth=2,width=8"
@@ -25,6 +26,7 @@ NETWORKS = {
     "sre2l": BATCH,
     "fadrm": BATCH,
     "cudd": BATCH,
+    "krr-st": BATCH,
     "rcig": "convnet:depth=2,width=8,norm=none,activation=softplus",
 }
 """Of methods that need another. A norm leaves the biases before it without gradient, and the Adam of rcig's inner
@@ -46,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "idc": {"batch_real": 32, "outer_loop": 5, "num_student": 100},
     "idc-i": {"batch_real": 32, "outer_loop": 5, "num_student": 100},
     "frepo": {"batch_real": 200, "pool_size": 2, "max_age": 3},
+    "krr-st": {"teachers": (BATCH,), "trained_by": "any", "batch_real": 200, "pool_size": 2, "max_age": 5},
     "dd": {"inner_epochs": 2, "batch_real": 200},
     "rat-bptt": {"adjoint": RandomTruncated(0, 3, 3), "batch_real": 200},
     "rtp": {"inner_steps": 5, "batch_real": 16},
@@ -72,7 +75,9 @@ def buffer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def curve(name: str, buffer: Path, folder: Path) -> list[float]:
     """The losses of twenty steps at 2 images a class."""
-    plan = Recipe(method=method(name)(**{"num_steps": 20} | METHODS[name]), network=NETWORKS.get(name, NETWORK), ipc=2)
+    learned = {"labels": Targets()} if name == "krr-st" else {}
+    network = NETWORKS.get(name, NETWORK)
+    plan = Recipe(method=method(name)(**{"num_steps": 20} | METHODS[name]), network=network, ipc=2, **learned)
     with mock.patch.object(privacy, "secret_key", new=lambda: 0):
         api.run(plan, api.RunOptions(out=folder / name, buffers=buffer, device="cpu"))
     return [json.loads(line)["loss"] for line in (folder / name / "log.jsonl").read_text().splitlines()]

@@ -237,6 +237,7 @@ def task(tiny: Arrays) -> Task:
 @pytest.mark.parametrize("decode", [Pixels(), DCT()])
 def test_a_method_makes_a_set_of_targets_as_wide_as_its_network(task: Task, decode: Pixels | DCT) -> None:
     assert (task.network.num_outputs, task.num_classes) == (WIDTH, 3)
+    assert task.with_network("mlp").network.num_outputs == 3, "buffers hold networks with an output per class"
     ctx = Context(
         task=task,
         rng=Rng(0),

@@ -50,6 +50,12 @@ def test_the_learning_rate_rises_and_follows_a_cosine() -> None:
     assert [half.lr_at(1.0, step, 2) for step in range(3)] == pytest.approx(expected)
 
 
+def test_the_learning_rate_decays_linearly_after_the_warm_up() -> None:
+    schedule = Schedule(warmup_steps=2, linear_to=0.2)
+    rates = [schedule.lr_at(0.5, step, 12) for step in range(13)]
+    assert rates == pytest.approx([0.0, 0.25, *(0.5 * (1 - 0.8 * k / 10) for k in range(11))])
+
+
 def test_learning_rates_of_single_steps_replace_everything_and_the_last_one_stays() -> None:
     schedule = Schedule(lr_per_step=(0.3, 0.0, 0.1), warmup_steps=2, cosine_to=0.0, drop_at=(0.0,))
     assert [schedule.lr_at(9.0, step, 5) for step in range(5)] == [0.3, 0.0, 0.1, 0.1, 0.1]
@@ -62,6 +68,7 @@ def test_learning_rates_of_single_steps_replace_everything_and_the_last_one_stay
         (Schedule(lr_per_step=(0.1, 0.2), cosine_to=0.1), False),
         (Schedule(drop_at=(0.5,)), True),
         (Schedule(cosine_to=0.1), True),
+        (Schedule(linear_to=0.1), True),
     ],
 )
 def test_a_schedule_says_whether_it_depends_on_the_length(schedule: Schedule, depends: bool) -> None:
@@ -73,6 +80,7 @@ def test_a_schedule_says_whether_it_depends_on_the_length(schedule: Schedule, de
     ("fields", "complaint"),
     [
         ({"cosine_to": 1.5}, r"cosine_to must lie in \[0, 1\], got 1\.5; try 0\.1"),
+        ({"linear_to": -0.1}, r"linear_to must lie in \[0, 1\]"),
         ({"cosine_span": 0.0}, r"cosine_span must lie in \(0, 1\]"),
         ({"drop_at": (2.0,)}, "drop_at are fractions of the run"),
         ({"drop_after": (-1,)}, "drop_after are numbers of epochs"),
@@ -95,6 +103,7 @@ SCHEDULES = [
     Schedule(drop_at=(0.5,), drop_factor=0.2),
     Schedule(warmup_steps=3, drop_after=(4,), cosine_to=0.0, cosine_span=0.5),
     Schedule(lr_per_step=(0.3, 0.1)),
+    Schedule(linear_to=0.001),
 ]
 
 
@@ -116,6 +125,7 @@ def test_what_version_0_1_could_say_is_written_as_it_said_it() -> None:
         usual | {"cosine_to": None, "halve_at": [0.5, 0.75]},
     ]
     assert all("schedule" in fields and "halve_at" not in fields for fields in written[3:])
+    assert ["linear_to" in fields["schedule"] for fields in written[3:]] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -6,6 +6,7 @@ from condense.networks.external import Factory as Factory
 from condense.networks.functional import Captured as Captured
 from condense.networks.functional import Functional as Functional
 from condense.networks.functional import Weights as Weights
+from condense.networks.functional import without_projector as without_projector
 from condense.networks.registry import NetworkSpec as NetworkSpec
 from condense.networks.registry import build as build
 from condense.networks.registry import default_for as default_for

@@ -24,6 +24,7 @@ from condense.names import spelt
 from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
 from condense.networks.initial import DrawnFrom
+from condense.networks.projected import Projected
 from condense.networks.registry import (
     NetworkSpec,
     build,
@@ -52,6 +53,15 @@ class Weights(NamedTuple):
         for mine, theirs in zip(self, other, strict=True):
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
+
+
+def without_projector(weights: Weights) -> Weights:
+    """Return the weights of a network from those of ``Functional.with_projector``, with the classifier as it was."""
+    params, buffers = (
+        {name.removeprefix("network."): tensor for name, tensor in part.items() if name.startswith("network.")}
+        for part in weights
+    )
+    return Weights(params, buffers)
 
 
 class Captured(NamedTuple):
@@ -168,6 +178,17 @@ class Functional:
             {key: params[key].detach().to(self.device, self.dtype) for key in self.shapes},
             {key: buffer.clone() for key, buffer in self._buffers.items()},
         )
+
+    def with_projector(self, width: int) -> Functional:
+        """Return this architecture with a projector in place of the classifier, and ``width`` outputs.
+
+        Under the same key ``init`` gives the shared layers the same weights; see ``without_projector``.
+        """
+
+        def projected(input_shape: InputShape, width: int) -> Network:
+            return Projected(build(self._spec, input_shape, self.num_outputs), width)
+
+        return Functional(projected, self.input_shape, width, self.device, self.dtype)
 
     @property
     def frozen(self) -> Mapping[str, Tensor]:

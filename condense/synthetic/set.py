@@ -259,8 +259,8 @@ class SyntheticSet(nn.Module):
         """Raise ValueError if the set has no classes, which ``what`` needs."""
         if not self.origin.num_classes:
             raise ValueError(
-                f"{what} needs classes: the targets of this set are {self.origin.target_width} values per image; train "
-                "networks on it in Python, with condense.train and the loss mse or cosine"
+                f"{what} needs classes: the targets of this set are {self.origin.target_width} values per image; "
+                "measure it with `condense apply transfer`"
             )
 
     def leaves(self) -> dict[str, list[nn.Parameter]]:

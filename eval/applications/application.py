@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -71,6 +71,9 @@ class Findings:
 @dataclass(frozen=True, kw_only=True)
 class Application(Checked, ABC):
     """A use of synthetic sets; the fields of a subclass are its settings."""
+
+    needs_classes: ClassVar[bool] = True
+    """Whether the set has to have classes. It is then compared with baselines of the same budget."""
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         """Check, before data are read, that the application can run on this set and these baselines.

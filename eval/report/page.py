@@ -132,8 +132,10 @@ def _headline(run: Run) -> Mapping[str, Any] | None:
 
 
 def _film(run: Run, transform: Transform) -> dict[str, Any]:
-    """Return the images of each class at each snapshot and, of clips, animations of the last one."""
-    classes = run.syn.origin.dataset["classes"]
+    """Return the images of each class at each snapshot and, of clips, animations of the last one; a set without classes
+    has one row."""
+    origin = run.syn.origin
+    classes = origin.dataset["classes"] if origin.num_classes else [kind(origin.input_shape)]
     columns = max(1, min(10, MAX_IMAGES // len(classes)))
     frames = [
         [_data_uri(picture.strip(images)) for images in picture.by_class(syn, transform, columns=columns)]
@@ -184,7 +186,7 @@ def _validation(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | N
 
 def _labels(syn: SyntheticSet) -> dict[str, Any]:
     """Return what the labels are and, for soft labels, the mean target of each class."""
-    kind, classes = syn.label_kind, list(syn.origin.dataset["classes"])
+    kind, classes = syn.label_kind, list(syn.origin.dataset.get("classes", ()))
     if isinstance(kind, ViewLabels):
         by = f"{kind.teacher}, {'which is not stored' if kind.is_named else kind.network}"
         says = [f"Labels: {kind.name}, for every view of the images, by {by}.", syn.cost().remark().capitalize()]
@@ -192,6 +194,9 @@ def _labels(syn: SyntheticSet) -> dict[str, Any]:
     _, targets = syn()
     if targets.dim() == 1:
         return {"says": "Hard labels: one class per image.", "matrix": None}
+    if not syn.origin.num_classes:
+        span = f"between {targets.min():.3g} and {targets.max():.3g}"
+        return {"says": f"Targets of {targets.shape[1]} values per image, {span}.", "matrix": None}
     source = syn.classes.repeat(len(targets) // len(syn))
     means = [targets[source == c].detach().float().mean(0).tolist() for c in range(len(classes))]
     low, high = min(map(min, means)), max(map(max, means))

@@ -1,0 +1,34 @@
+"""A linear probe: ridge regression of the classes on the features of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from condense.kernels import centred, relative_ridge, ridge_solve
+
+RIDGE = 1e-3
+"""Ridge relative to the mean squared length of a feature."""
+
+
+def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> Callable[[Tensor], Tensor]:
+    """Fit a linear classifier and return a function from features (M, F) to predicted classes (M,).
+
+    Features are standardised. The weights minimise the squared distance to centred one-hot vectors with a ridge.
+
+    Args:
+        features: (N, F).
+        labels: the classes (N,).
+        num_classes: the number of classes.
+    """
+    mean, std = features.mean(0), features.std(0, correction=0)
+
+    def standardised(features: Tensor) -> Tensor:
+        return torch.where(std > 0, (features - mean) / std, 0)
+
+    x = standardised(features)
+    covariance, wanted = x.T @ x, centred(labels, num_classes, x.dtype)
+    weights = ridge_solve(covariance, x.T @ wanted, relative_ridge(covariance, RIDGE))
+    return lambda features: (standardised(features) @ weights).argmax(1)
