@@ -126,9 +126,7 @@ class Recovery(GradientMethod):
             optimiser.state.clear()
 
     @abstractmethod
-    def chunk_loss(
-        self, ctx: Context, state: GradientState, step: int, rows: Tensor, images: Tensor, targets: Tensor
-    ) -> Loss:
+    def chunk_loss(self, ctx: Context, state: Any, step: int, rows: Tensor, images: Tensor, targets: Tensor) -> Loss:
         """Return the loss of a chunk.
 
         Args:
