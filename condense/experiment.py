@@ -24,6 +24,7 @@ from condense.augment import Augment
 from condense.cache import cache_folder
 from condense.compute import Compute, forget_peak, prepare_device
 from condense.data.datasets import Arrays, Data, name_of, names
+from condense.data.layout import kind
 from condense.data.transform import check_transform
 from condense.distributed import Ranks
 from condense.files import expanded, reporting, write_text
@@ -35,7 +36,7 @@ from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.runs import RunOptions
 from condense.schema import replaced
-from condense.synthetic.decode import Pixels
+from condense.synthetic.decode import Graphs, Pixels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
 from condense.tracking import Sink, check_sinks, open_sinks, progress
@@ -191,6 +192,7 @@ def resolve(
             f"{fingerprint[:12]}; give {spelt('dataset')} with the right data, or "
             f"{spelt('fingerprint', None)} to distil these data by that recipe"
         )
+    plan = _for_kind(plan, arrays)
     plan.decode.require_kind(arrays.input_shape)
     functional = Functional(network or plan.network, arrays.input_shape, arrays.num_classes, device)
     resolved = dataclasses.replace(
@@ -202,6 +204,19 @@ def resolve(
         compute=_resolved_compute(plan, arrays, functional, earlier.get("compute") if earlier else None),
     )
     return Experiment(plan=resolved, arrays=arrays, network=functional, source=plan.dataset, validates=validates)
+
+
+def _for_kind(plan: Recipe, arrays: Arrays) -> Recipe:
+    """Return the recipe for this kind of samples: graphs are stored as whole numbers, and no method can learn them."""
+    if kind(arrays.input_shape) != "graphs":
+        return plan
+    if plan.method.learns:
+        raise ValueError(
+            f"{registry.name_of(plan.method)} learns samples by gradients, which graphs do not have; give another "
+            "method, such as random or herding"
+        )
+    decode = Graphs() if isinstance(plan.decode, Pixels) else plan.decode
+    return dataclasses.replace(plan, decode=decode, transform="none", augment="none")
 
 
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:

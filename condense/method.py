@@ -648,7 +648,7 @@ class GradientMethod(Method):
             set_lr(optimiser, rate)
         self.update(state, record)
         with torch.no_grad():
-            if self.clamp and kind(ctx.task.input_shape) != "series":
+            if self.clamp and kind(ctx.task.input_shape) in ("images", "clips"):
                 latents = state.syn.latents
                 low, high = (ctx.task.transform(torch.full_like(latents[:1], end)) for end in (0.0, 1.0))
                 latents.clamp_(low, high)

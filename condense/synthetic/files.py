@@ -112,7 +112,7 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
 
 
 def _fits(latents: Tensor, decode: Decode) -> bool:
-    return latents.is_floating_point() if decode.differentiable else latents.dtype == torch.uint8
+    return latents.is_floating_point() if decode.differentiable else latents.dtype == decode.stored
 
 
 def _skeleton(

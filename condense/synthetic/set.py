@@ -169,7 +169,7 @@ class SyntheticSet(nn.Module):
     series or clips.
 
     Args:
-        latents: (N, ...), in the transformed space; uint8 for a decoder that is not differentiable.
+        latents: (N, ...), in the transformed space; whole numbers for a decoder that is not differentiable.
         labels: classes (N,) or logits (N, C). For a set without classes they are targets (N, D), and the kind of labels
             has to be ``targets``.
         decode, label_kind: how latents are decoded and what kind of labels the set has.
@@ -270,7 +270,7 @@ class SyntheticSet(nn.Module):
         def stored(module: nn.Module) -> int:
             return sum(t.nbytes for t in module.state_dict().values())
 
-        return Cost(self.latents.nbytes, stored(self.provider), stored(self.decoder))
+        return Cost(self.decode.size(self.latents), stored(self.provider), stored(self.decoder))
 
     @torch.no_grad()
     def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:
