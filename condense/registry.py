@@ -46,6 +46,7 @@ METHODS: Registry[type[Method]] = Registry(
         "rcig": "condense.methods.rcig:RCIG",
         "sre2l": "condense.methods.sre2l:SRe2L",
         "fadrm": "condense.methods.fadrm:FADRM",
+        "mirage": "condense.methods.mirage:Mirage",
     },
     subclass_of(Method),
 )
