@@ -24,7 +24,7 @@ from condense.augment import Augment
 from condense.cache import cache_folder
 from condense.compute import Compute, forget_peak, prepare_device
 from condense.data.datasets import Arrays, Data, name_of, names
-from condense.data.layout import kind
+from condense.data.layout import kind, require_kind
 from condense.data.transform import check_transform
 from condense.distributed import Ranks
 from condense.files import expanded, reporting, write_text
@@ -207,16 +207,19 @@ def resolve(
 
 
 def _for_kind(plan: Recipe, arrays: Arrays) -> Recipe:
-    """Return the recipe for this kind of samples: graphs are stored as whole numbers, and no method can learn them."""
-    if kind(arrays.input_shape) != "graphs":
-        return plan
-    if plan.method.learns:
-        raise ValueError(
-            f"{registry.name_of(plan.method)} learns samples by gradients, which graphs do not have; give another "
-            "method, such as random or herding"
-        )
-    decode = Graphs() if isinstance(plan.decode, Pixels) else plan.decode
-    return dataclasses.replace(plan, decode=decode, transform="none", augment="none")
+    """Return the recipe for samples of this kind: graphs are stored as whole numbers.
+
+    Raises:
+        ValueError: the method does not take samples of this kind.
+    """
+    shape = arrays.input_shape
+    if kind(shape) not in plan.method.takes:
+        fitting = [name for name in registry.METHODS if kind(shape) in registry.load(name).takes]
+        remedy = f"give another method; those for {kind(shape)} are {', '.join(fitting)}"
+        require_kind(f"method {registry.name_of(plan.method)}", plan.method.takes, shape, remedy)
+    if kind(shape) == "graphs" and isinstance(plan.decode, Pixels):
+        return dataclasses.replace(plan, decode=Graphs())
+    return plan
 
 
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:

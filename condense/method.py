@@ -21,7 +21,7 @@ from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.cudagraph import GraphedStep
-from condense.data.layout import kind
+from condense.data.layout import Kind, kind
 from condense.distributed import Ranks
 from condense.files import reporting
 from condense.names import spelt
@@ -387,6 +387,12 @@ class Method(Checked, ABC):
 
     selects: ClassVar[bool] = False
     """Whether the method selects real images, so that the budget may be a fraction of each class."""
+
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
+    """The kinds of samples that the method distils."""
+
+    fills_budget: ClassVar[bool] = True
+    """Whether the set has exactly the budgeted number of samples of each class; else it may have fewer."""
 
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""

@@ -1,8 +1,8 @@
 """Pictures of a synthetic set: a grid with one row per class, or one strip per class.
 
 An image is shown as it is. A clip is shown as a contact sheet of its frames, in rows from left to right. A series is
-shown as a plot with one line per channel; all plots of a set have the same scale. A graph is drawn with a spring layout;
-the colour of a node is its label, and nodes that are not read out are small.
+shown as a plot with one line per channel; all plots of a set have the same scale. A graph is drawn with a spring
+layout; the colour of a node is its label, and nodes that are not read out are small.
 """
 
 from __future__ import annotations
@@ -129,7 +129,11 @@ def _drawings(rows: Tensor) -> Tensor:
     for drawing, graph in zip(drawings, decode(rows), strict=True):
         shape = networkx.Graph(graph.edges.tolist())
         shape.add_nodes_from(range(len(graph.codes)))
-        places = networkx.spring_layout(shape, seed=0) if len(graph.codes) <= _MOST_NODES else networkx.circular_layout(shape)
+        places = (
+            networkx.spring_layout(shape, seed=0)
+            if len(graph.codes) <= _MOST_NODES
+            else networkx.circular_layout(shape)
+        )
         x = {node: tuple(side * (0.5 + 0.45 * place)) for node, place in places.items()}
         canvas = Image.new("RGB", (side, side), "#f4f4f4")
         pen = ImageDraw.Draw(canvas)
@@ -138,7 +142,10 @@ def _drawings(rows: Tensor) -> Tensor:
         for node, (label, code) in enumerate(zip(graph.labels.tolist(), graph.codes.tolist(), strict=True)):
             red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(0.6 + 0.382 * label, 0.8, 0.75))
             radius = side / (24 if code >= 0 else 48)
-            pen.ellipse([x[node][0] - radius, x[node][1] - radius, x[node][0] + radius, x[node][1] + radius], fill=(red, green, blue))
+            pen.ellipse(
+                [x[node][0] - radius, x[node][1] - radius, x[node][0] + radius, x[node][1] + radius],
+                fill=(red, green, blue),
+            )
         drawing.copy_(torch.from_numpy(np.array(canvas.reduce(_OVERSAMPLING))).permute(2, 0, 1) / 255)
     return drawings
 

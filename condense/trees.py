@@ -1,7 +1,7 @@
 """Rooted trees of message passing: what a network of L layers sees of a graph from one node.
 
-The tree of a node v is the universal cover of the graph up to L steps away: v has its neighbours as children, and a node
-that was reached from u has all its neighbours except u as children. In a graph network of L layers without
+The tree of a node v is the universal cover of the graph up to L steps away: v has its neighbours as children, and a
+node that was reached from u has all its neighbours except u as children. In a graph network of L layers without
 normalisation by degree, v has the same output in this tree as in the graph. Two trees are isomorphic, as rooted trees
 with labels, if and only if they have the same number, since children are sorted.
 """
@@ -40,9 +40,7 @@ class Trees:
             neighbours[v].append(u)
         below = {(u, v): self.number(labels[v]) for u, ends in enumerate(neighbours) for v in ends}
         for _ in range(depth - 1):
-            below = {
-                (u, v): self.number(labels[v], [below[v, w] for w in neighbours[v] if w != u]) for u, v in below
-            }
+            below = {(u, v): self.number(labels[v], [below[v, w] for w in neighbours[v] if w != u]) for u, v in below}
         return [self.number(labels[v], [below[v, u] for u in ends]) for v, ends in enumerate(neighbours)]
 
     def graph(self, trees: Sequence[int]) -> Graph:

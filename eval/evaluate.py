@@ -208,7 +208,9 @@ def measure(
         return None if labels is None else labels[network.name]
 
     plans = [
-        _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network), weights)
+        _with_best_rate(
+            plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network), weights
+        )
         for network, policy in zip(networks, policies, strict=True)
     ]
     provenance = [

@@ -4,8 +4,8 @@ Gupta, Manchanda, Ranu and Bedathur, "Mirage: Model-Agnostic Graph Distillation 
 
     F_c = { (S, s) : S a set of trees,  s = |{ G of class c : S is a subset of T(G) }| / N_c,  s >= support_c }
 
-T(G) is the set of the trees of L steps of the nodes of G. The distilled set has one sample for each (S, s): the trees of
-S side by side, of which networks read out the roots. In a training it is drawn with a probability proportional to s.
+T(G) is the set of the trees of L steps of the nodes of G. The distilled set has one sample for each (S, s): the trees
+of S side by side, of which networks read out the roots. In a training it is drawn with a probability proportional to s.
 
     symbol      code
     L           ``depth``
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from condense.data.graphs import HEADER, INSTALL, decode, encode
-from condense.data.layout import require_kind
+from condense.data.layout import Kind
 from condense.method import Context, Method, State
 from condense.names import spelt
 from condense.synthetic.set import SyntheticSet
@@ -53,6 +53,8 @@ class Mirage(Method):
     """Mines frequent sets of trees of message passing; needs no gradients and no network."""
 
     family: ClassVar[str] = "graphs"
+    takes: ClassVar[tuple[Kind, ...]] = ("graphs",)
+    fills_budget: ClassVar[bool] = False
 
     num_steps: int = 1
     """The set is made in one step."""
@@ -88,10 +90,9 @@ class Mirage(Method):
         """Mine the patterns: their number is the size of the set.
 
         Raises:
-            ValueError: the samples are not graphs, a class has no pattern, or mlxtend is not installed.
+            ValueError: a class has no pattern, or mlxtend is not installed.
         """
         task, trees = ctx.task, Trees()
-        require_kind("mirage", ("graphs",), task.input_shape, "give another method")
         if len(self.support) not in (0, 1, task.num_classes):
             raise ValueError(
                 f"method.support has {len(self.support)} values for {task.num_classes} classes; give one for all, or "
@@ -138,8 +139,8 @@ class Mirage(Method):
             chosen.append(pattern)
         if not chosen:
             raise ValueError(
-                f"no set of trees of class {ctx.task.classes[c]!r} is frequent and fits: trees of depth {self.depth} are "
-                f"too rare, or larger than a graph of {limit} numbers; give {spelt('method.depth', 1)}, a smaller "
+                f"no set of trees of class {ctx.task.classes[c]!r} is frequent and fits: trees of depth {self.depth} "
+                f"are too rare, or larger than a graph of {limit} numbers; give {spelt('method.depth', 1)}, a smaller "
                 f"support or more bytes"
             )
         return chosen
@@ -155,7 +156,11 @@ class Mirage(Method):
             found = self._mined(transactions, self.support[c % len(self.support)])
         else:
             found = next(
-                (found for share in _shares(len(transactions)) if len(found := self._mined(transactions, share)) >= num),
+                (
+                    found
+                    for share in _shares(len(transactions))
+                    if len(found := self._mined(transactions, share)) >= num
+                ),
                 [],
             ) or self._mined(transactions, 1 / len(transactions))
         return sorted(found, key=lambda pattern: (-pattern[1], -len(pattern[0]), pattern[0]))

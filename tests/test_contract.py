@@ -67,7 +67,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "graph-cut": {"num_epochs": 1},
     "dq": {"num_epochs": 1, "num_bins": 3},
 }
-NETWORKS = {"sre2l": BATCH, "fadrm": BATCH}
+NETWORKS = {"sre2l": BATCH, "fadrm": BATCH, "mirage": "gin:width=4,depth=1"}
 """Of methods that need another than ``TINY``."""
 NAMES = sorted(registry.METHODS)
 LEARNING = [name for name in NAMES if registry.load(name).learns]

@@ -376,13 +376,23 @@ def _load_digits() -> Arrays:
 
 
 def _load_graphs(path: Path) -> Arrays:
-    """Read graphs in the format of the TU collection, which has no test part: every fifth of each class is a test
-    graph."""
     rows, labels, classes = read_tu(path)
+    return of_graphs(path.resolve().name, rows, labels, classes)
+
+
+def of_graphs(name: str, rows: Array, labels: Array, classes: tuple[str, ...]) -> Arrays:
+    """Return a data set of graphs, in which every fifth graph of each class is a test graph.
+
+    Args:
+        name: the name of the data set.
+        rows: (N, L) float32, as ``condense.data.graphs.encode`` returns them.
+        labels: (N,) int64, each of 0 to C - 1.
+        classes: the names of the C classes.
+    """
     test = _every_fifth(labels)
     fingerprints = {part: fingerprint(rows[index], labels[index]) for part, index in (("train", ~test), ("test", test))}
     return Arrays(
-        name=path.resolve().name,
+        name=name,
         x_train=rows[~test],
         y_train=labels[~test],
         x_test=rows[test],

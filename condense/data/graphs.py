@@ -4,7 +4,8 @@ A graph of n nodes and m undirected edges is the row
 
     n, m, code_1, ..., code_n, u_1, v_1, ..., u_m, v_m, 0, ..., 0
 
-of float32 whole numbers, padded with zeros to the length of the longest graph. The code of a node is its label k (0, 1,
+of float32 whole numbers, padded with zeros to the same length. Rows of a data set are ``ROOM`` times as long as its
+longest graph, because computation trees, which hold nodes several times, can be larger than any graph. The code of a node is its label k (0, 1,
 ...) if the readout of a network uses the node, and -1 - k if it does not. All nodes of a graph that was read are used;
 in a computation tree only the root is. u and v are the numbers of the nodes that an edge joins, from 0, with u < v.
 
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from condense.data.pixels import Array
@@ -29,6 +31,9 @@ from condense.names import excerpt, reason
 
 HEADER = 2
 """Numbers of a row before the codes of the nodes."""
+
+ROOM = 4
+"""Length of the rows of a data set, as a multiple of the row of its longest graph."""
 
 INSTALL = "install it with pip install 'condense-dd[graphs]'"
 
@@ -124,9 +129,9 @@ def read_tu(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
     try:
         data, slices, _ = read_tu_data(str(path), prefix)
         labels = None if data.x is None else data.x.argmax(1)
-        names, classes = data.y.unique(return_inverse=True)
+        names, classes = np.unique(_numbers(path / f"{prefix}_graph_labels.txt"), return_inverse=True)
         bounds = {name: part.tolist() for name, part in slices.items()}
-        counts = bounds["x"] if "x" in bounds else np.cumsum([0, *_nodes_per_graph(indicators[0])]).tolist()
+        counts = bounds["x"] if "x" in bounds else np.bincount(_numbers(indicators[0])).cumsum().tolist()
         graphs = []
         for first, last, start, stop in zip(
             counts[:-1], counts[1:], bounds["edge_index"][:-1], bounds["edge_index"][1:], strict=True
@@ -142,9 +147,9 @@ def read_tu(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
         raise ValueError(
             f"cannot read the graphs in {path}: {reason(error)}; restore its files {excerpt(prefix)}_*.txt"
         ) from error
-    return rows.numpy(), classes.numpy(), tuple(str(int(name)) for name in names)
+    rows = F.pad(rows, (0, (ROOM - 1) * rows.shape[1]))
+    return rows.numpy(), classes.astype(np.int64), tuple(map(str, names))
 
 
-def _nodes_per_graph(indicator: Path) -> list[int]:
-    numbers = np.loadtxt(indicator, dtype=np.int64, ndmin=1)
-    return np.bincount(numbers)[1:].tolist()
+def _numbers(path: Path) -> Array:
+    return np.loadtxt(path, dtype=np.int64, ndmin=1)

@@ -1,7 +1,7 @@
 """Networks for graphs: GCN, GAT and GIN, with the layers of PyTorch Geometric.
 
-Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017 (GCN); Velickovic et al.,
-"Graph Attention Networks", ICLR 2018 (GAT); Xu et al., "How Powerful are Graph Neural Networks?", ICLR 2019 (GIN).
+Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017 (GCN); Velickovic et
+al., "Graph Attention Networks", ICLR 2018 (GAT); Xu et al., "How Powerful are Graph Neural Networks?", ICLR 2019 (GIN).
 """
 
 from __future__ import annotations
