@@ -5,7 +5,9 @@ A graph of n nodes and m undirected edges is the row
     n, m, code_1, ..., code_n, u_1, v_1, ..., u_m, v_m, 0, ..., 0
 
 of float32 whole numbers, padded with zeros to the same length. Rows of a data set are ``ROOM`` times as long as its
-longest graph, because computation trees, which hold nodes several times, can be larger than any graph. The code of a node is its label k (0, 1,
+longest graph, because computation trees, which hold nodes several times, can be larger than any graph.
+
+The code of a node is its label k (0, 1,
 ...) if the readout of a network uses the node, and -1 - k if it does not. All nodes of a graph that was read are used;
 in a computation tree only the root is. u and v are the numbers of the nodes that an edge joins, from 0, with u < v.
 
