@@ -63,8 +63,8 @@ class Mirage(Method):
     support: tuple[float, ...] = ()
     """Smallest share of the graphs of a class that have a pattern: one for each class, or one for all. Empty: the
     largest share that gives as many patterns of each class as the budget has graphs."""
-    patterns: Literal["maximal", "all"] = "maximal"
-    """Frequent sets to keep: those that no larger frequent set contains, or all of them."""
+    patterns: Literal["all", "maximal"] = "all"
+    """Frequent sets to keep: all of them, or those that no larger frequent set contains."""
     multiset: bool = False
     """Whether a tree that occurs several times in a graph counts as often."""
     max_trees: int | None = None
