@@ -178,10 +178,10 @@ _PROTOCOLS = {
         dataclasses.replace(_CANONICAL, name="canonical-dsa", num_epochs=1000, augment="dsa"),
         dataclasses.replace(_CANONICAL, name="full-data", num_epochs=20, batch_size=64),
         dataclasses.replace(
-            _CANONICAL, name="graphs", num_epochs=500, batch_size=64, optimiser="adam", lr=1e-3, weight_decay=0.0
+            _CANONICAL, name="graphs", num_epochs=500, batch_size=64, optimiser="adam", lr=0.01, weight_decay=0.0
         ),
         dataclasses.replace(
-            _CANONICAL, name="full-graphs", num_epochs=100, batch_size=64, optimiser="adam", lr=1e-3, weight_decay=0.0
+            _CANONICAL, name="full-graphs", num_epochs=100, batch_size=64, optimiser="adam", lr=0.01, weight_decay=0.0
         ),
         dataclasses.replace(_CANONICAL, name="dc", num_epochs=1000, augment="crop-dc_scale-dc_rotate-dc:mode=P"),
         dataclasses.replace(

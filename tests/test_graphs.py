@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from condense import api
+from condense.compute import Compute
 from condense.data.datasets import load
 from condense.data.graphs import Graph, batched, decode, encode, used_length
 from condense.eval.metrics import Scores
@@ -184,10 +185,12 @@ def test_patterns_are_the_frequent_sets_of_trees(patterns: str, shapes: Path, tm
 def test_a_set_of_frequent_trees_teaches_networks(shapes: Path, tmp_path: Path) -> None:
     """Rings and stars differ in the trees of their nodes."""
     run = tmp_path / "run"
-    api.distill("mirage", dataset=str(shapes), ipc=40, out=run, device="cpu", depth=1)
+    api.distill("mirage", dataset=str(shapes), ipc=40, out=run, device="cpu", depth=1, balanced=True)
     assert load_set(run).weights is not None
-    (result,) = api.evaluate(run, networks="gin:width=16,depth=1", num_seeds=1, protocol="graphs", device="cpu").results
-    assert result.accuracies == (1.0,) and result.metrics["auc"] == [1.0]
+    evaluation = api.evaluate(
+        run, networks="gin:width=32,depth=1", num_seeds=3, protocol="graphs", device="cpu", compute=Compute(exact=True)
+    )
+    assert evaluation.results[0].mean >= 0.75 and min(evaluation.results[0].metrics["auc"]) >= 0.75
 
 
 def test_weights_are_frequencies_in_training_batches() -> None:
