@@ -24,6 +24,7 @@ from condense.augment import Augment
 from condense.cache import cache_folder
 from condense.compute import Compute, forget_peak, prepare_device
 from condense.data.datasets import Arrays, Data, name_of, names
+from condense.data.layout import kind, require_kind
 from condense.data.transform import check_transform
 from condense.distributed import Ranks
 from condense.files import expanded, reporting, write_text
@@ -35,7 +36,7 @@ from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.runs import RunOptions
 from condense.schema import replaced
-from condense.synthetic.decode import Pixels
+from condense.synthetic.decode import Graphs, Pixels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
 from condense.tracking import Sink, check_sinks, open_sinks, progress
@@ -220,6 +221,7 @@ def resolve(
             f"{registry.name_of(plan.method)} is private, and there are no published mean and std of {arrays.name}: "
             f"they would be measured without noise; give {spelt('transform', 'none')}"
         )
+    plan = _for_kind(plan, arrays)
     plan.decode.require_kind(arrays.input_shape)
     spec, shape = network or plan.network, arrays.input_shape
     functional = Functional(spec, shape, plan.method.num_outputs(spec, shape, arrays.num_classes), device)
@@ -238,6 +240,22 @@ def resolve(
     return Experiment(
         plan=resolved, arrays=arrays, network=functional, source=plan.dataset, validates=validates, stills=given
     )
+
+
+def _for_kind(plan: Recipe, arrays: Arrays) -> Recipe:
+    """Return the recipe for samples of this kind: graphs are stored as whole numbers.
+
+    Raises:
+        ValueError: the method does not take samples of this kind.
+    """
+    shape = arrays.input_shape
+    if kind(shape) not in plan.method.takes:
+        fitting = [name for name in registry.METHODS if kind(shape) in registry.load(name).takes]
+        remedy = f"give another method; those for {kind(shape)} are {', '.join(fitting)}"
+        require_kind(f"method {registry.name_of(plan.method)}", plan.method.takes, shape, remedy)
+    if kind(shape) == "graphs" and isinstance(plan.decode, Pixels):
+        return dataclasses.replace(plan, decode=Graphs())
+    return plan
 
 
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:

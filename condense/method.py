@@ -21,7 +21,7 @@ from condense.artifacts import Artifact, ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.cudagraph import GraphedStep
-from condense.data.layout import InputShape, kind
+from condense.data.layout import InputShape, Kind, kind
 from condense.distributed import Ranks
 from condense.files import reporting
 from condense.names import spelt
@@ -401,6 +401,12 @@ class Method(Checked, ABC):
     has_classes: ClassVar[bool] = True
     """Whether the targets of its sets are classes or scores of them. Otherwise they have the width ``num_outputs``."""
 
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
+    """The kinds of samples that the method distils."""
+
+    fills_budget: ClassVar[bool] = True
+    """Whether the set has exactly the budgeted number of samples of each class; else it may have fewer."""
+
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""
 
@@ -673,7 +679,7 @@ class GradientMethod(Method):
             set_lr(optimiser, rate)
         self.update(state, record)
         with torch.no_grad():
-            if self.clamp and kind(ctx.task.input_shape) != "series":
+            if self.clamp and kind(ctx.task.input_shape) in ("images", "clips"):
                 latents = state.syn.latents
                 low, high = (ctx.task.transform(torch.full_like(latents[:1], end)) for end in (0.0, 1.0))
                 latents.clamp_(low, high)

@@ -1,7 +1,8 @@
 """Pictures of a synthetic set: a grid with one row per class, or one strip per class.
 
 An image is shown as it is. A clip is shown as a contact sheet of its frames, in rows from left to right, or as an
-animation. A series is shown as a plot with one line per channel; all plots of a set have the same scale.
+animation. A series is shown as a plot with one line per channel; all plots of a set have the same scale. A graph is drawn
+with a spring layout; the colour of a node is its label, and nodes that are not read out are small.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import networkx
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from condense.data.graphs import decode
 from condense.data.layout import kind
 from condense.data.transform import Transform
 from condense.files import replacing
@@ -34,6 +37,9 @@ _PLOT_WIDTHS = (96, 192)
 _MARGIN = 2
 """Pixels of a plot above the largest and below the smallest value."""
 _OVERSAMPLING = 2
+_GRAPH_SIDE = 96
+_MOST_NODES = 150
+"""Nodes of a graph that a spring layout places; larger graphs are drawn as circles."""
 
 
 @torch.no_grad()
@@ -48,6 +54,8 @@ def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> l
             return rows
         case "clips":
             return [_contact_sheets(row) for row in rows]
+        case "graphs":
+            return [_drawings(row) for row in rows]
         case "series":
             shown = torch.cat(rows)
             return [_plots(row, shown.min().item(), shown.max().item()) for row in rows]
@@ -139,6 +147,34 @@ def _plots(series: Tensor, low: float, high: float) -> Tensor:
             pen.line(list(zip(x, line, strict=True)), fill=(red, green, blue), width=_OVERSAMPLING)
         plot.copy_(torch.from_numpy(np.array(canvas.reduce(_OVERSAMPLING))).permute(2, 0, 1) / 255)
     return plots
+
+
+def _drawings(rows: Tensor) -> Tensor:
+    """Draw graphs, rows (n, L), as pictures (n, 3, h, w)."""
+    side = _GRAPH_SIDE * _OVERSAMPLING
+    drawings = torch.empty(len(rows), 3, _GRAPH_SIDE, _GRAPH_SIDE)
+    for drawing, graph in zip(drawings, decode(rows), strict=True):
+        shape = networkx.Graph(graph.edges.tolist())
+        shape.add_nodes_from(range(len(graph.codes)))
+        places = (
+            networkx.spring_layout(shape, seed=0)
+            if len(graph.codes) <= _MOST_NODES
+            else networkx.circular_layout(shape)
+        )
+        x = {node: tuple(side * (0.5 + 0.45 * place)) for node, place in places.items()}
+        canvas = Image.new("RGB", (side, side), "#f4f4f4")
+        pen = ImageDraw.Draw(canvas)
+        for u, v in graph.edges.tolist():
+            pen.line([x[u], x[v]], fill="#808080", width=_OVERSAMPLING)
+        for node, (label, code) in enumerate(zip(graph.labels.tolist(), graph.codes.tolist(), strict=True)):
+            red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(0.6 + 0.382 * label, 0.8, 0.75))
+            radius = side / (24 if code >= 0 else 48)
+            pen.ellipse(
+                [x[node][0] - radius, x[node][1] - radius, x[node][0] + radius, x[node][1] + radius],
+                fill=(red, green, blue),
+            )
+        drawing.copy_(torch.from_numpy(np.array(canvas.reduce(_OVERSAMPLING))).permute(2, 0, 1) / 255)
+    return drawings
 
 
 def _image(pixels: Tensor) -> Image.Image:

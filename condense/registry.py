@@ -49,6 +49,7 @@ METHODS: Registry[type[Method]] = Registry(
         "sre2l": "condense.methods.sre2l:SRe2L",
         "fadrm": "condense.methods.fadrm:FADRM",
         "cudd": "condense.methods.cudd:CUDD",
+        "mirage": "condense.methods.mirage:Mirage",
     },
     subclass_of(Method),
 )

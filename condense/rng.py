@@ -136,6 +136,12 @@ class Draws:
         """Return a random order of {0, ..., num - 1}, for ``num`` of at most 2^31."""
         return self._keys(num).sort().values & _INDEX
 
+    def weighted(self, weights: Tensor, num: int) -> Tensor:
+        """Return ``num`` indices into ``weights`` (n,), drawn with replacement in proportion to these."""
+        shares = weights.double().cumsum(0)
+        drawn = self.uniform(num).to(shares.device).double() * shares[-1]
+        return torch.searchsorted(shares, drawn, right=True).clamp_(max=len(weights) - 1)
+
     def subset(self, num: int, size: int) -> Tensor:
         """Return ``size`` different numbers of {0, ..., num - 1}, all of them if there are fewer, in random order.
 

@@ -113,6 +113,7 @@ class Examples(_Viewed):
         num_classes: int,
         order: Order = "shuffled",
         views: Views = UNCHANGED,
+        weights: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -122,9 +123,10 @@ class Examples(_Viewed):
             batch_size: images per batch, before mirrored copies are added.
             num_classes: number of classes, for views that mix targets.
             order: shuffled: a new order in each epoch. stored: the order of ``images``.
+            weights: (N,), positive: an epoch has N images, each drawn in proportion to the weights.
         """
         super().__init__(len(images), rng, batch_size=batch_size, num_classes=num_classes, order=order, views=views)
-        self.images, self.targets = images, targets
+        self.images, self.targets, self.weights = images, targets, weights
         self.on_device = views.on_device
         self._epoch, self._indices = -1, torch.arange(len(images), device=images.device)
 
@@ -134,7 +136,10 @@ class Examples(_Viewed):
         self._epoch = epoch
 
     def _order(self, epoch: int) -> Tensor:
-        return self.rng("order", epoch).permutation(self.num_examples)
+        draws = self.rng("order", epoch)
+        if self.weights is not None:
+            return draws.weighted(self.weights, self.num_examples)
+        return draws.permutation(self.num_examples)
 
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         if isinstance(epoch, int):

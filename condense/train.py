@@ -195,9 +195,17 @@ class Trainer:
 
         self._loss = compute.first_order(loss_fn, network.device)
 
-    def source(self, images: Tensor | Images, targets: Tensor, rng: Rng, augment: Augment = Augment()) -> Examples:
+    def source(
+        self,
+        images: Tensor | Images,
+        targets: Tensor,
+        rng: Rng,
+        augment: Augment = Augment(),
+        weights: Tensor | None = None,
+    ) -> Examples:
         """Return a source of ``images`` (N, *input_shape) and ``targets`` (N,) or (N, num_outputs), with the batch
-        size, order, CutMix and MixUp of ``training``. All draws are keyed by ``rng``, epoch and batch."""
+        size, order, CutMix and MixUp of ``training``. All draws are keyed by ``rng``, epoch and batch. With ``weights``
+        (N,) images are drawn in proportion to these."""
         plan = self.training
         return Examples(
             images,
@@ -207,6 +215,7 @@ class Trainer:
             num_classes=self.network.num_outputs,
             order=plan.order,
             views=Views(augment=augment, cutmix=plan.cutmix, mixup=plan.mixup),
+            weights=weights,
         )
 
     def run(

@@ -13,6 +13,7 @@ from condense import tracking
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
+from condense.data.layout import kind
 from condense.distributed import Ranks
 from condense.eval.evaluate import Progress, evaluate, measure, resolved
 from condense.eval.journal import CachedCells, CellStore
@@ -62,11 +63,13 @@ def compare(
     journal = CachedCells(cache) if named else None
     for name in names:
         if name == FULL:
+            whole = PROTOCOLS["full-graphs" if kind(arrays.input_shape) == "graphs" else "full-data"]
             for network in networks:
                 result = full_data(
                     arrays,
                     network=network,
                     num_seeds=num_seeds,
+                    protocol=whole,
                     transform=subject.syn.origin.transform_name,
                     seed=seed,
                     compute=compute,

@@ -66,8 +66,9 @@ class SetScorer:
         compute: Compute,
         augment: Augment = Augment(),
         label: Label | None = None,
+        weights: Tensor | None = None,
     ) -> None:
-        self.network, self._augment, self._label = network, augment, label
+        self.network, self._augment, self._label, self._weights = network, augment, label, weights
         self._trainer, self._scorer = Trainer(network, plan, compute), Scorer(network, compute)
 
     def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
@@ -111,7 +112,7 @@ class SetScorer:
 
     def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
         """Return the training batches; a teacher, if there is one, labels them."""
-        source = self._trainer.source(images, targets, rng, self._augment)
+        source = self._trainer.source(images, targets, rng, self._augment, self._weights)
         return source if self._label is None else self._label(source)
 
 
@@ -201,12 +202,15 @@ def measure(
         augment = dataclasses.replace(augment, flips=False)
     real = {"images": arrays.x_train.nbytes, "labels": arrays.y_train.nbytes, "decoder": 0}
     policies = [resolved(compute, network, plan, len(images)) for network in networks]
+    weights = None if syn is None or syn.weights is None else syn.weights.to(device)
 
     def label_of(network: Functional) -> Label | None:
         return None if labels is None else labels[network.name]
 
     plans = [
-        _with_best_rate(plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network))
+        _with_best_rate(
+            plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network), weights
+        )
         for network, policy in zip(networks, policies, strict=True)
     ]
     provenance = [
@@ -235,7 +239,7 @@ def measure(
         units = [k for of, k in mine if of == i]
         if not units:
             continue
-        scorer = SetScorer(network, plans[i], policies[i], augment, label_of(network))
+        scorer = SetScorer(network, plans[i], policies[i], augment, label_of(network), weights)
         rng, num_epochs = Rng(seed).child("evaluate", network.name), plans[i].num_epochs
         with progress(f"{name} {network.name}", len(units) * num_epochs) as bar:
             at_once = policies[i].networks or 1
@@ -298,6 +302,7 @@ def _with_best_rate(
     held_out: Labelled | None,
     rng: Rng,
     label: Label | None,
+    weights: Tensor | None,
 ) -> Protocol:
     """Return the plan with the learning rate of its grid that gives one network the best accuracy on held-out real
     images; on a tie, the smaller learning rate."""
@@ -306,7 +311,7 @@ def _with_best_rate(
     assert held_out is not None
     keys, accuracies = [rng.child("learning rate", network.name)], []
     for lr in sorted(plan.lr_grid):
-        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment, label)
+        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment, label, weights)
         with warnings.catch_warnings():  # a learning rate at which a network diverges is not chosen
             warnings.simplefilter("ignore", UserWarning)
             (scores,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)

@@ -7,6 +7,8 @@
     ece             sum_b share_b |accuracy_b - confidence_b| over 15 equally wide bins of max_c p_c (Guo et al., 2017)
     ece_adaptive    the same over 15 bins that hold equally many images (Nguyen and O'Connor, 2015)
     ece_classwise   mean over c of the same sum for p_c against [c = y] (Kull et al., 2019)
+    auc             mean over c of the probability that an image of class c has a larger p_c than one of another class,
+                    where equal ones count half
 
 All are fractions, computed in float64.
 """
@@ -37,6 +39,8 @@ class Scores:
     """Accuracy within each class; 0 for a class without images."""
     reliability: tuple[tuple[float, float, float], ...]
     """For each bin of the ECE: share of the images, their mean confidence, their accuracy (0 in an empty bin)."""
+    auc: float | None = None
+    """Area under the ROC curve; None where it was not computed or a class has no images."""
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Scores:
@@ -65,7 +69,25 @@ class Scores:
             ece_classwise=sum(_gap(_bins(p[:, c], onehot[:, c])) for c in range(classes)) / classes,
             per_class=tuple((hits / counts.clamp(min=1)).tolist()),
             reliability=tuple(tuple(row) for row in bins.tolist()),
+            auc=_auc(p, onehot.bool()),
         )
+
+
+def _auc(p: Tensor, onehot: Tensor) -> float | None:
+    """Return the mean over classes of the AUC of probabilities (N, C) against membership (N, C)."""
+    counts = onehot.sum(0)
+    if not counts.all():
+        return None
+    ranks = torch.stack([_ranks(column) for column in p.T], 1)
+    above = (ranks * onehot).sum(0) - counts * (counts + 1) / 2
+    return float((above / (counts * (len(p) - counts))).mean())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return the ranks of values (N,), from 1; equal values share the mean of their ranks."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[which]
 
 
 def _bins(confidence: Tensor, correct: Tensor) -> Tensor:

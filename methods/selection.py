@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from condense.cache import cache_folder
+from condense.data.layout import Kind
 from condense.method import Context, Method, State
 from condense.networks import Functional, Weights
 from condense.objective import one_hot
@@ -64,6 +65,7 @@ class Selection(Method):
     family: ClassVar[str] = "selection"
     has_teacher: ClassVar[bool] = True
     selects: ClassVar[bool] = True
+    takes: ClassVar[tuple[Kind, ...]] = ("graphs", "series", "images", "clips")
 
     teacher_epochs: int = 20
     """Number of training epochs of the network that assigns ``teacher`` labels; small data sets need more."""

@@ -70,7 +70,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "graph-cut": {"num_epochs": 1},
     "dq": {"num_epochs": 1, "num_bins": 3},
 }
-NETWORKS = {"sre2l": BATCH, "fadrm": BATCH, "cudd": BATCH}
+NETWORKS = {"sre2l": BATCH, "fadrm": BATCH, "cudd": BATCH, "mirage": "gin:width=4,depth=1"}
 """Of methods that need another than ``TINY``."""
 FIELDS: dict[str, dict[str, Any]] = {"krr-st": {"labels": Targets()}}
 """Fields of the recipe of methods that do not take the default ones."""

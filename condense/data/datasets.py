@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, Subset
 
 from condense.cache import cache_folder
 from condense.data import store
+from condense.data.graphs import is_tu_folder, read_tu
 from condense.data.layout import InputShape, kind
 from condense.data.pixels import Array, numpy_of
 from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz, text_of
@@ -284,6 +285,8 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         exists = path.exists()
         if exists:
             _check_encoding(path)
+        if path.is_dir() and is_tu_folder(path):
+            return _cached(cache, "graphs", path, lambda: path.glob("*.txt"), lambda: _load_graphs(path))
         if path.is_dir():
             return _cached(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
         if path.is_file():
@@ -368,12 +371,45 @@ def _load_digits() -> Arrays:
 
     bunch = load_digits()
     images, labels = (bunch.images / 16).astype(np.float32), bunch.target
+    test = _every_fifth(labels)
+    return _assemble("digits", images[~test], labels[~test], images[test], labels[test], known=_table()["digits"])
+
+
+def _load_graphs(path: Path) -> Arrays:
+    rows, labels, classes = read_tu(path)
+    return of_graphs(path.resolve().name, rows, labels, classes)
+
+
+def of_graphs(name: str, rows: Array, labels: Array, classes: tuple[str, ...]) -> Arrays:
+    """Return a data set of graphs, in which every fifth graph of each class is a test graph.
+
+    Args:
+        name: the name of the data set.
+        rows: (N, L) float32, as ``condense.data.graphs.encode`` returns them.
+        labels: (N,) int64, each of 0 to C - 1.
+        classes: the names of the C classes.
+    """
+    test = _every_fifth(labels)
+    fingerprints = {part: fingerprint(rows[index], labels[index]) for part, index in (("train", ~test), ("test", test))}
+    return Arrays(
+        name=name,
+        x_train=rows[~test],
+        y_train=labels[~test],
+        x_test=rows[test],
+        y_test=labels[test],
+        classes=classes,
+        fingerprint=fingerprints,
+        known=None,
+    )
+
+
+def _every_fifth(labels: Array) -> Array:
+    """Return whether each sample, (N,) bool, is every fifth one of its class."""
     rank = np.empty_like(labels)
-    for label in range(10):
+    for label in np.unique(labels):
         members = labels == label
         rank[members] = np.arange(members.sum())
-    test = rank % 5 == 4
-    return _assemble("digits", images[~test], labels[~test], images[test], labels[test], known=_table()["digits"])
+    return rank % 5 == 4
 
 
 def _load_torchvision(name: str, root: Path, download: bool) -> Arrays:

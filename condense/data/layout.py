@@ -1,6 +1,7 @@
 """Shapes of samples: the kind of data that a shape belongs to, and the axis that holds the channels.
 
-A sample is (C, L) for a series, (C, H, W) for an image and (T, C, H, W) for a clip; a batch has N in front.
+A sample is (L,) for a graph (see ``condense.data.graphs``), (C, L) for a series, (C, H, W) for an image and
+(T, C, H, W) for a clip; a batch has N in front.
 """
 
 from __future__ import annotations
@@ -8,24 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["series", "images", "clips"]
+Kind: TypeAlias = Literal["graphs", "series", "images", "clips"]
 
 InputShape: TypeAlias = tuple[int, ...]
-"""(C, L), (C, H, W) or (T, C, H, W)"""
+"""(L,), (C, L), (C, H, W) or (T, C, H, W)"""
 
-_KINDS: dict[int, Kind] = {2: "series", 3: "images", 4: "clips"}
+_KINDS: dict[int, Kind] = {1: "graphs", 2: "series", 3: "images", 4: "clips"}
 
 
 def kind(shape: Sequence[int]) -> Kind:
-    """Return the kind of a sample of this shape: "series" (C, L), "images" (C, H, W) or "clips" (T, C, H, W).
+    """Return the kind of a sample of this shape: "graphs" (L,), "series" (C, L), "images" (C, H, W) or "clips"
+    (T, C, H, W).
 
     Raises:
         ValueError: the shape has another number of axes.
     """
     if len(shape) not in _KINDS:
         raise ValueError(
-            f"a sample of shape {tuple(shape)} has {len(shape)} axes: a series has two (C, L), an image three "
-            "(C, H, W) and a clip four (T, C, H, W); reshape it"
+            f"a sample of shape {tuple(shape)} has {len(shape)} axes: a graph has one, a series two (C, L), an image "
+            "three (C, H, W) and a clip four (T, C, H, W); reshape it"
         )
     return _KINDS[len(shape)]
 

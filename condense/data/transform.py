@@ -4,7 +4,7 @@ The values are pixels in [0, 1] for images and clips, and any floats for series.
 over all samples, points, frames, rows and columns; the points that pad a series to the common length are included. ZCA
 treats a sample as the vector of all its values.
 
-``none``          x' = x
+``none``          x' = x; graphs have no other
 ``channel``       x' = (x - mean_c) / std_c for each channel c
 ``zca``           x' = (x - mu) W, W = (Sigma + eps I)^(-1/2), eps = 0.1, Sigma the unbiased covariance of the
                   raw pixels. The definition of kornia, used by the trajectory-matching family (MTT, TESLA,
@@ -74,9 +74,9 @@ class Transform(ABC):
         """Map samples from the space of the networks to values of the data, without clamping."""
 
     def to_data(self, x: Tensor) -> Tensor:
-        """Apply the inverse and clamp pixels to [0, 1]; series are not clamped."""
+        """Apply the inverse and clamp pixels to [0, 1]; series and graphs are not clamped."""
         values = self.inverse(x)
-        return values if kind(values.shape[1:]) == "series" else values.clamp(0, 1)
+        return values.clamp(0, 1) if kind(values.shape[1:]) in ("images", "clips") else values
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -230,6 +230,10 @@ def fit(spec: str, images: Samples, *, known: Known | None, key: str, cache: Pat
         ValueError: the transform is unknown; a channel is constant; the samples are too large for ZCA.
     """
     check_transform(spec)
+    if kind(images.shape[1:]) == "graphs":
+        if spec in _FLAVOURS:
+            raise ValueError(f"graphs cannot be whitened by {spec}; give {spelt('transform', 'none')}")
+        return Identity()
     if spec == "none":
         return Identity()
     if spec == "channel":

@@ -20,6 +20,7 @@ from condense.networks.base import Network
 from condense.networks.convnet import ConvNet, ConvNet1d
 from condense.networks.convnet3d import ConvNet3d
 from condense.networks.external import LIBRARIES, Factory, from_callable
+from condense.networks.gnn import GAT, GCN, GIN
 from condense.networks.lenet import LeNet
 from condense.networks.mlp import MLP
 from condense.networks.resnet import ResNet18
@@ -42,6 +43,9 @@ NETWORKS: Registry[type[Network]] = Registry(
         "convnet": ConvNet,
         "convnet1d": ConvNet1d,
         "convnet3d": ConvNet3d,
+        "gat": GAT,
+        "gcn": GCN,
+        "gin": GIN,
         "lenet": LeNet,
         "mlp": MLP,
         "resnet18": ResNet18,
@@ -54,7 +58,7 @@ NETWORKS: Registry[type[Network]] = Registry(
 AUTO = "auto"
 """The name that ``resolve`` replaces by the default network for the data."""
 
-_DEFAULTS: dict[Kind, str] = {"series": "convnet1d", "images": "convnet", "clips": "convnet3d"}
+_DEFAULTS: dict[Kind, str] = {"graphs": "gin", "series": "convnet1d", "images": "convnet", "clips": "convnet3d"}
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ def describe(name: str) -> str:
 
 
 def default_for(input_shape: InputShape) -> str:
-    """Return the default network for samples of this shape: convnet1d, convnet or convnet3d.
+    """Return the default network for samples of this shape: gin, convnet1d, convnet or convnet3d.
 
     Raises:
-        ValueError: the shape does not have two, three or four axes.
+        ValueError: the shape does not have one to four axes.
     """
     return _DEFAULTS[kind(input_shape)]
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.data.graphs import used_length
 from condense.data.layout import InputShape, Kind, channel_axis, kind, require_kind, sides
 from condense.data.transform import Transform
 from condense.mosaic import enlarged, joined, tiles_of
@@ -34,7 +35,9 @@ class Decode(Checked, ABC):
     takes: ClassVar[tuple[Kind, ...]] = ("images",)
     """The kinds of samples that the decoder produces."""
     differentiable: ClassVar[bool] = True
-    """Whether latents are floating-point numbers, so that a method can learn them; else they are uint8."""
+    """Whether latents are floating-point numbers, so that a method can learn them; else they are whole numbers."""
+    stored: ClassVar[torch.dtype] = torch.uint8
+    """The type of latents that are whole numbers."""
 
     def require_kind(self, input_shape: InputShape) -> None:
         """Raise ValueError if the decoder does not produce samples of this shape."""
@@ -54,6 +57,10 @@ class Decode(Checked, ABC):
             ValueError: there is not enough storage for one.
         """
         return ipc
+
+    def size(self, latents: Tensor) -> int:
+        """Return the number of bytes of the latents."""
+        return latents.nbytes
 
     @abstractmethod
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -94,6 +101,30 @@ class Pixels(Decode):
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         return images.clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graphs(Decode):
+    """The latents are graphs in 16-bit numbers. The zeros after the last edge of a graph do not count as bytes."""
+
+    name: ClassVar[str] = "graphs"
+    takes: ClassVar[tuple[Kind, ...]] = ("graphs",)
+    differentiable: ClassVar[bool] = False
+    stored: ClassVar[torch.dtype] = torch.int16
+
+    def size(self, latents: Tensor) -> int:
+        return int(used_length(latents).sum()) * latents.element_size()
+
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _ToFloat()
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        return images.to(torch.int16)
+
+
+class _ToFloat(nn.Module):
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        return latents.float()
 
 
 class _Identity(nn.Module):
@@ -494,6 +525,6 @@ class _StaticDynamic(nn.Module):
 DECODERS: Registry[type[Decode]] = Registry(
     "decoder",
     "condense.decoders",
-    {decode.name: decode for decode in (Pixels, Pixels8Bit, Factor, DCT, Bases, Hallucinator, StaticDynamic)},
+    {decode.name: decode for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, StaticDynamic)},
     subclass_of(Decode),
 )

@@ -82,16 +82,18 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
     origin = _origin(header.origin)
     decode = _choose(header.decode, DECODERS, "decode")
     label_kind = _choose(header.labels, LABELS, "labels")
-    latents, classes, log_lr = (tensors.get(name) for name in ("latents", "classes", "log_lr"))
+    latents, classes, log_lr, weights = (tensors.get(name) for name in ("latents", "classes", "log_lr", "weights"))
     if latents is None or not _fits(latents, decode) or not latents.dim() or not len(latents):
-        kind_of = "floating-point" if decode.differentiable else "8-bit"
+        kind_of = "floating-point" if decode.differentiable else f"{8 * decode.stored.itemsize}-bit"
         raise ValueError(f"it has no {kind_of} latents")
     if origin.num_classes and (classes is None or latents.shape[:1] != classes.shape):
         raise ValueError(f"it has {len(latents)} latents but {0 if classes is None else classes.numel()} classes")
     if log_lr is not None and (log_lr.dim() > 1 or not log_lr.numel() or not log_lr.is_floating_point()):
         raise ValueError("its learning rate is neither one number nor one number for each step")
+    if weights is not None and (weights.shape != latents.shape[:1] or not weights.is_floating_point()):
+        raise ValueError("its weights are not one number for each latent")
     _limit(len(latents), decode, origin, tensors)
-    syn = _skeleton(latents, log_lr, origin, decode, label_kind)
+    syn = _skeleton(latents, log_lr, weights, origin, decode, label_kind)
     expected = syn.state_dict()
     if expected.keys() != tensors.keys():
         raise ValueError(f"it has the tensors {brief(sorted(tensors))}, expected {brief(sorted(expected))}")
@@ -112,11 +114,16 @@ def _assembled(tensors: Mapping[str, Tensor], header: _Header) -> SyntheticSet:
 
 
 def _fits(latents: Tensor, decode: Decode) -> bool:
-    return latents.is_floating_point() if decode.differentiable else latents.dtype == torch.uint8
+    return latents.is_floating_point() if decode.differentiable else latents.dtype == decode.stored
 
 
 def _skeleton(
-    latents: Tensor, log_lr: Tensor | None, origin: Origin, decode: Decode, label_kind: Labels
+    latents: Tensor,
+    log_lr: Tensor | None,
+    weights: Tensor | None,
+    origin: Origin,
+    decode: Decode,
+    label_kind: Labels,
 ) -> SyntheticSet:
     """Return a set of these shapes on the meta device. Raises ValueError if its decoder does not take such latents."""
     try:
@@ -124,7 +131,8 @@ def _skeleton(
             images = torch.empty(latents.shape, dtype=latents.dtype)
             labels = torch.empty(len(latents), origin.target_width)
             lr = None if log_lr is None else torch.empty(log_lr.shape, dtype=log_lr.dtype)
-            syn = SyntheticSet(images, labels, origin, decode=decode, label_kind=label_kind, lr=lr)
+            given = None if weights is None else torch.empty_like(weights)
+            syn = SyntheticSet(images, labels, origin, decode=decode, label_kind=label_kind, lr=lr, weights=given)
         shape = tuple(syn.decoder(syn.latents[:1], syn.classes[:1]).shape[1:])
     except (RuntimeError, IndexError) as error:  # the errors of torch for incompatible shapes
         raise ValueError(f"the decoder {decode.name} does not take latents of shape {tuple(latents.shape)}") from error
@@ -143,6 +151,8 @@ def _check_values(syn: SyntheticSet) -> None:
     if syn.label_kind.space == "probabilities" and not (targets >= 0).all():
         raise ValueError("it has probabilities below zero")
     syn.provider.check()
+    if syn.weights is not None and not (syn.weights > 0).all():
+        raise ValueError("it has weights that are not positive")
     if syn.lr is not None and not (syn.lr.isfinite() & (syn.lr > 0)).all():
         raise ValueError("its learned learning rate is not a positive finite number")
     one_of_each = torch.tensor(list({label: i for i, label in enumerate(syn.classes.tolist())}.values()))

@@ -158,7 +158,7 @@ class Origin:
 
 
 class Cost(NamedTuple):
-    """The stored bytes of images (latents), labels and decoder."""
+    """The stored bytes of images (latents), labels with weights, and decoder."""
 
     images: int
     labels: int
@@ -178,12 +178,14 @@ class SyntheticSet(nn.Module):
     series or clips.
 
     Args:
-        latents: (N, ...), in the transformed space; uint8 for a decoder that is not differentiable.
+        latents: (N, ...), in the transformed space; whole numbers for a decoder that is not differentiable.
         labels: classes (N,) or logits (N, C). For a set without classes they are targets (N, D), and the kind of labels
             has to be ``targets``.
         decode, label_kind: how latents are decoded and what kind of labels the set has.
         decoder: a decoder that ``decode`` built, on the device of the latents; None builds one.
         lr: initial learning rate, a scalar or one per inner step (T,). Its logarithm is learned, so it stays positive.
+        weights: (N,), positive. In a training each sample is drawn with a probability proportional to its weight. None:
+            an epoch has every sample once.
 
     Raises:
         ValueError: the decoder does not produce samples of this shape, or the set has no classes and other labels than
@@ -191,6 +193,7 @@ class SyntheticSet(nn.Module):
     """
 
     latents: nn.Parameter
+    weights: Tensor | None
     classes: Tensor
     """The classes of the latents, (N,). If the set has no classes (``origin.num_classes`` is 0), they are 0 and are not
     stored in the file."""
@@ -205,6 +208,7 @@ class SyntheticSet(nn.Module):
         decoder: nn.Module | None = None,
         label_kind: Labels | None = None,
         lr: float | Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.origin, self.decode, self.label_kind = origin, decode or Pixels(), label_kind or Hard()
@@ -224,6 +228,7 @@ class SyntheticSet(nn.Module):
             labels.detach(), origin.num_classes, origin.input_shape, self.decode.expansion
         )
         self.register_buffer("classes", origin.classes_of(labels), persistent=origin.num_classes > 0)
+        self.register_buffer("weights", weights)
         log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
         self.log_lr = None if log_lr is None else nn.Parameter(log_lr)
 
@@ -279,7 +284,8 @@ class SyntheticSet(nn.Module):
         def stored(module: nn.Module) -> int:
             return sum(t.nbytes for t in module.state_dict().values())
 
-        return Cost(self.latents.nbytes, stored(self.provider), stored(self.decoder))
+        weights = 0 if self.weights is None else self.weights.nbytes
+        return Cost(self.decode.size(self.latents), stored(self.provider) + weights, stored(self.decoder))
 
     @torch.no_grad()
     def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:
