@@ -1,8 +1,8 @@
 """Pictures of a synthetic set: a grid with one row per class, or one strip per class.
 
 An image is shown as it is. A clip is shown as a contact sheet of its frames, in rows from left to right, or as an
-animation. A series is shown as a plot with one line per channel; all plots of a set have the same scale. A graph is drawn
-with a spring layout; the colour of a node is its label, and nodes that are not read out are small.
+animation. A series is shown as a plot with one line per channel; all plots of a set have the same scale. A graph is
+drawn with a spring layout; the colour of a node is its label, and nodes that are not read out are small.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def test_patterns_are_the_frequent_sets_of_trees(patterns: str, shapes: Path, tm
 
 def test_networks_are_trained_on_a_set_of_frequent_trees(shapes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    api.distill("mirage", dataset=str(shapes), ipc=40, out=run, device="cpu", depth=1)
+    api.distill("mirage", dataset=str(shapes), ipc=10, out=run, device="cpu", depth=1)
     assert load_set(run).weights is not None
     short = dataclasses.replace(PROTOCOLS["graphs"], num_epochs=20)
     networks = [f"{name}:width=8,depth=1" for name in ("gin", "gcn", "gat")]
