@@ -168,8 +168,11 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: see ``read``; also if a field of a row has a wrong type or value.
     """
-    wanted = {f.name for f in dataclasses.fields(Result) if f.default is dataclasses.MISSING}
-    scores, rows = {f.name for f in dataclasses.fields(Scores)} - {"accuracy"}, read(path)
+    wanted, scores = (
+        {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        for cls in (Result, Scores)
+    )
+    scores, rows = scores - {"accuracy"}, read(path)
     complete = []
     for number, row in enumerate(rows, 1):
         metrics = row.get("metrics")

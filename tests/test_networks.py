@@ -216,7 +216,7 @@ def test_half_of_the_features_of_a_clip_are_hidden_in_training() -> None:
         ("resnet18", CLIPS, r"network resnet18 takes images, not clips .*'convnet3d'; .* are convnet3d, mlp$"),
         ("timm:resnet10t", SERIES, "network timm:resnet10t takes images, not series .*; .* are convnet1d, mlp$"),
         ("torchvision:resnet18", CLIPS, "network torchvision:resnet18 takes images, not clips .* are convnet3d, mlp$"),
-        ("mlp", (2, 3, 4, 5, 6), "has 5 axes: a series has two"),
+        ("mlp", (2, 3, 4, 5, 6), "has 5 axes: a graph has one, a series two"),
         ("convnet1d:depth=5", SERIES, "convnet1d:depth=5 cannot take series of length 16: .*; give depth=4 or less"),
         ("convnet3d", CLIPS, "convnet3d:depth=3 cannot take clips of 4 frames of 16x16 pixels: .*; give depth=2$"),
         (
