@@ -114,6 +114,8 @@ class Result:
         head = {"method": fields.pop("method"), "network": fields.pop("network")}
         head["accuracies"] = list(fields.pop("accuracies"))
         head |= {"mean": self.mean, "std": self.std, "interval": self.interval, "n": self.n}
+        if not self.privacy:  # as rows of earlier versions
+            del fields["privacy"]
         return {**head, **fields, "compression": self.compression}
 
 

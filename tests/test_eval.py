@@ -408,7 +408,6 @@ class TestFile:
             "compression": (arrays.x_train.nbytes + arrays.y_train.nbytes) / (3 * 64 * 4 + 3 * 8),
             "code": row["code"],
             "teacher": "",
-            "privacy": {},
         }
         assert len(set(row["accuracies"])) == 2 and max(row["accuracies"]) < 1
         assert row["seconds"] > 0 and row["peak_memory_bytes"] > 1e6
