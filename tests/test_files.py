@@ -108,7 +108,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("decode-pixels", put("origin", "transform", "std", value=["a"]), "transform, std: 'a' is not a number"),
         ("decode-pixels", put("origin", "transform", "std", value=[0.0]), "are not statistics of channels"),
         ("decode-pixels", put("decode", "name", value=["pixels"]), "decode, name: .* is not text"),
-        ("decode-pixels", put("decode", "name", value="wavelet"), "'wavelet' is none of pixels, pixels-8bit, graphs, factor"),
+        ("decode-pixels", put("decode", "name", value="wavelet"), "'wavelet' is none of pixels, pixels-8bit, graphs"),
         ("decode-pixels", put("decode", "factor", value=2), "pixels has no field 'factor'"),
         ("labels-logits", put("labels", "confidence", value="high"), "confidence: 'high' is not a number"),
         ("labels-teacher", put("labels", value={"name": "logits", "confidence": 0.5}), "expected \\["),
