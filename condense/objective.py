@@ -101,8 +101,9 @@ class Distillation(Objective):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         taught, classes = targets.chunk(2, dim=1)
-        divergence = self.temperature**2 * KL(temperature=self.temperature).loss(outputs, taught)
-        return self.weight * divergence + (1 - self.weight) * F.cross_entropy(outputs, classes)
+        log_p = (outputs / self.temperature).log_softmax(1)
+        divergence = F.kl_div(log_p, taught, reduction="batchmean")
+        return self.weight * self.temperature**2 * divergence + (1 - self.weight) * F.cross_entropy(outputs, classes)
 
     def taught(self, logits: Tensor, targets: Tensor) -> Tensor:
         return torch.cat([(logits / self.temperature).softmax(1), _rows(logits, targets)], 1)

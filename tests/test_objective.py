@@ -258,3 +258,13 @@ def test_a_method_makes_a_set_of_targets_as_wide_as_its_network(task: Task, deco
     assert math.isclose(ctx.loss_fn(weights.params, (images, targets)), Cosine().loss(outputs, targets), rel_tol=1e-6)
     with pytest.raises(ValueError, match=r"give shape \(\d+,\) or \(\d+, 512\)"):
         ctx.new_set(images, targets[:, :3])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_traced_as_a_whole(name: str) -> None:
+    """Otherwise ``torch.compile`` would run the training step in pieces."""
+    objective = OBJECTIVES[name]()
+    outputs, classes = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 3
+    targets = objective.taught(outputs.flip(0), classes)
+    traced = torch.compile(objective.loss, fullgraph=True, backend="eager")
+    assert torch.equal(traced(outputs, targets), objective.loss(outputs, targets))
