@@ -601,7 +601,7 @@ def say(text: str) -> None:
 
 
 def _say_unknown(arrays: datasets.Arrays) -> None:
-    if arrays.known is None:
+    if arrays.known is None and layout.kind(arrays.input_shape) != "graphs":
         say(f"{arrays.name}: not a known data set, so its mean and std are computed and DSA does not flip images")
 
 

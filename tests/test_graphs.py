@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -241,3 +242,15 @@ def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
         pairs.append(float(better.mean()))
     assert Scores.of(logits, labels).auc == pytest.approx(sum(pairs) / 3)
     assert Scores.of(logits, torch.zeros(40, dtype=torch.long)).auc is None
+
+
+@pytest.mark.parametrize("dataset", ["graphs", "network"])
+def test_a_missing_package_is_one_line_with_the_command(
+    dataset: str, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_geometric.io", None)
+    monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
+    with pytest.raises(
+        ValueError, match=r"PyTorch Geometric is not installed; install it with pip install"
+    ):
+        load(shapes) if dataset == "graphs" else Functional("gin", (40,), 2)

@@ -19,9 +19,11 @@ directions and attributes are not read.
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +111,20 @@ def used_length(rows: Tensor) -> Tensor:
     return HEADER + n + 2 * m
 
 
+def geometric(module: str, why: str) -> Any:
+    """Return a module of PyTorch Geometric. It is imported here without its warnings, which concern its own code.
+
+    Raises:
+        ValueError: it is not installed; the message begins with ``why``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(f"torch_geometric.{module}")
+    except ImportError as error:
+        raise ValueError(f"{why}: PyTorch Geometric is not installed; {INSTALL}") from error
+
+
 def is_tu_folder(path: Path) -> bool:
     """Whether a folder holds graphs in the format of the TU collection."""
     return any(path.glob("*_graph_indicator.txt"))
@@ -120,10 +136,7 @@ def read_tu(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
     Raises:
         ValueError: PyTorch Geometric is not installed, or the files are damaged.
     """
-    try:
-        from torch_geometric.io import read_tu_data
-    except ImportError as error:
-        raise ValueError(f"cannot read the graphs in {path}: PyTorch Geometric reads them; {INSTALL}") from error
+    read_tu_data = geometric("io", f"cannot read the graphs in {path}").read_tu_data
     indicators = sorted(path.glob("*_graph_indicator.txt"))
     if len(indicators) > 1:
         raise ValueError(f"{path} holds {len(indicators)} sets of graphs: one is needed; give a folder with one")

@@ -7,14 +7,18 @@ al., "Graph Attention Networks", ICLR 2018 (GAT); Xu et al., "How Powerful are G
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from condense.data.graphs import INSTALL, batched
+from condense.data.graphs import batched, geometric
 from condense.data.layout import InputShape, Kind
 from condense.networks.base import Network
+
+
+def _layers() -> Any:
+    return geometric("nn", "cannot build a network for graphs")
 
 
 class GNN(Network):
@@ -29,10 +33,6 @@ class GNN(Network):
         self, input_shape: InputShape, num_outputs: int, *, width: int = 128, depth: int = 3, labels: int = 256
     ) -> None:
         super().__init__()
-        try:
-            import torch_geometric  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"networks for graphs need PyTorch Geometric: {INSTALL}") from error
         self.table = nn.Embedding(labels, width)
         self.layers = nn.ModuleList([self.layer(width) for _ in range(depth)])
         self.classifier = nn.Linear(width, num_outputs)
@@ -56,25 +56,19 @@ class GNN(Network):
 class GCN(GNN):
     """Graph convolutions with the symmetrically normalised adjacency matrix."""
 
-    def layer(self, width: int) -> nn.Module:
-        from torch_geometric.nn import GCNConv
-
-        return GCNConv(width, width)
+    def layer(self, width: int) -> Any:
+        return _layers().GCNConv(width, width)
 
 
 class GAT(GNN):
     """Graph attention with four heads."""
 
-    def layer(self, width: int) -> nn.Module:
-        from torch_geometric.nn import GATConv
-
-        return GATConv(width, width, heads=4, concat=False)
+    def layer(self, width: int) -> Any:
+        return _layers().GATConv(width, width, heads=4, concat=False)
 
 
 class GIN(GNN):
     """Sums over neighbours, followed by two linear layers."""
 
-    def layer(self, width: int) -> nn.Module:
-        from torch_geometric.nn import GINConv
-
-        return GINConv(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
+    def layer(self, width: int) -> Any:
+        return _layers().GINConv(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
