@@ -250,7 +250,13 @@ def test_a_missing_package_is_one_line_with_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_geometric.io", None)
     monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
-    with pytest.raises(
-        ValueError, match=r"PyTorch Geometric is not installed; install it with pip install"
-    ):
+    with pytest.raises(ValueError, match=r"PyTorch Geometric is not installed; install it with pip install"):
         load(shapes) if dataset == "graphs" else Functional("gin", (40,), 2)
+
+
+def test_graphs_are_drawn_and_not_exported(shapes: Path, tmp_path: Path) -> None:
+    syn = api.distill("random", dataset=str(shapes), ipc=2, out=tmp_path / "run", device="cpu")
+    assert (tmp_path / "run" / "synthetic.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="sets of graphs have no other format"):
+        api.export_set(syn, tmp_path / "out.npz", "npz")
+    assert not (tmp_path / "out.npz").exists()

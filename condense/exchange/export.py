@@ -42,6 +42,8 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
     """
     check_export(path, kind)
     samples = layout.kind(syn.origin.input_shape)
+    if samples == "graphs":
+        raise ValueError("sets of graphs have no other format; give away synthetic.safetensors of the run folder")
     if kind != "npz":
         if samples != "images":
             raise ValueError(f"the format {kind} is for images, but this set has {samples}; give the format npz")
