@@ -93,6 +93,8 @@ class TestProtocols:
             "canonical": "b22de2fbeb64392fc586a2c02a92093bcbf25eccf4b4231a3575d31444094567",
             "canonical-dsa": "ee47dffdd6a79389d4123ba8f147ac9fc96009f8c438d71d11337688a45f75e7",
             "full-data": "fb22739fc945c1aa04ab3cdb20a10afc0217229dfc72fcd2c155c3242b2d579e",
+            "graphs": "1386207ddeaaba6c64b5623cc39063402254c18888f09fa7968b883753d77d9c",
+            "full-graphs": "18a49e90bf6c26e1286805ac249905367d2f99e40f6c0d284770d6c386635718",
             "dc": "518c5251e943896d164040deb368aa56f9d6edd89a617b3f3cb394fca766007e",
             "frepo": "4ef5c4ad7bd9bedb5dc1108b627ca854d021d44f88be1747d395b98648c64a34",
             "rcig": "2be031cacef00f25cd5dabdfd1fb825c5ff6610cd40ee7c004687af2dda3ed24",

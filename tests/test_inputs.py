@@ -20,7 +20,7 @@ from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.synthetic import Bases, Factor, SyntheticSet
 from condense.views import cutmix
-from tests.test_contract import small
+from tests.test_contract import FIELDS, small
 
 METHODS = ("random", "herding", "k-means", "dm", "dc", "mtt", "datadam", "frepo", "rat-bptt")
 SHORT = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=1)
@@ -60,6 +60,7 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def distilled(inputs: Inputs, method: str | Method, out: Path, **fields: Any) -> SyntheticSet:
     if isinstance(method, str):
+        fields = FIELDS.get(method, {}) | fields
         chosen = small(method)
         method = dataclasses.replace(chosen, num_steps=2) if chosen.learns else chosen
     fields = {"network": inputs.network, "ipc": 2, **fields}

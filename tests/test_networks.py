@@ -328,7 +328,8 @@ def test_second_derivatives(spec: str, shape: InputShape) -> None:
 
 
 def test_names() -> None:
-    assert names() == ["alexnet", "convnet", "convnet1d", "convnet3d", "lenet", "mlp", "resnet18", "vgg11", "vit"]
+    of_images = ["lenet", "mlp", "resnet18", "vgg11", "vit"]
+    assert names() == ["alexnet", "convnet", "convnet1d", "convnet3d", "gat", "gcn", "gin", *of_images]
     for name in names():
         assert str(parse(name)) == name
         assert "\n" not in describe(name)

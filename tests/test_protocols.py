@@ -226,9 +226,9 @@ def test_regression_targets_are_centred(
 ) -> None:
     seen, source = list[Tensor](), Trainer.source
 
-    def spy(self: Trainer, images: Tensor, targets: Tensor, rng: Rng, augment: Augment) -> Examples:
+    def spy(self: Trainer, images: Tensor, targets: Tensor, rng: Rng, augment: Augment, weights: None) -> Examples:
         seen.append(targets)
-        return source(self, images, targets, rng, augment)
+        return source(self, images, targets, rng, augment, weights)
 
     monkeypatch.setattr(Trainer, "source", spy)
     plan = dataclasses.replace(named("frepo", make_set(arrays)), num_epochs=1, steps_for=())

@@ -27,7 +27,7 @@ from condense.task import Split
 from condense.testing import CHECKS
 from tests.conftest import TINY
 from tests.reference import static_dynamic
-from tests.test_contract import LEARNING, small
+from tests.test_contract import FIELDS, LEARNING, small
 
 SHAPE = (8, 3, 8, 8)
 NETWORK = "convnet3d:depth=1,width=4,dropout=false"
@@ -66,7 +66,13 @@ def clips(folder: Path) -> Arrays:
 
 
 def distilled(folder: Path, name: str, out: Path, **fields: Any) -> SyntheticSet:
-    fields = {"network": NETWORK, "ipc": 1, "method": dataclasses.replace(small(name), num_steps=2), **fields}
+    fields = {
+        "network": NETWORK,
+        "ipc": 1,
+        "method": dataclasses.replace(small(name), num_steps=2),
+        **FIELDS.get(name, {}),
+        **fields,
+    }
     if fields["method"].private:
         fields["transform"] = "none"  # the statistics of these data are not published
     options = api.RunOptions(out=out, buffers=folder / "artifacts", device="cpu")

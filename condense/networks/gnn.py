@@ -41,7 +41,6 @@ class GNN(Network):
     def layer(self, width: int) -> nn.Module:
         """Return a layer ``layer(x (V, width), edges (2, E)) -> (V, width)``."""
 
-    @torch.compiler.disable
     def embed(self, x: Tensor) -> Tensor:
         graphs = batched(x)
         nodes = self.table(graphs.labels.clamp(max=self.table.num_embeddings - 1))
