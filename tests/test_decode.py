@@ -25,7 +25,6 @@ from condense.synthetic import (
     Bases,
     Decode,
     Factor,
-    Graphs,
     Hallucinator,
     Origin,
     Pixels,
@@ -35,7 +34,7 @@ from condense.synthetic import (
     load,
     save,
 )
-from condense.synthetic.decode import dct, inverse_dct
+from condense.synthetic.decode import Graphs, dct, inverse_dct
 from tests.conftest import TINY
 
 NUM_CLASSES = 3
