@@ -15,10 +15,12 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load
 from condense.eval.protocol import PROTOCOLS
 from condense.method import Method
+from condense.methods.krr_st import KRRST
 from condense.networks import default_for
 from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.synthetic import Bases, Factor, SyntheticSet
+from condense.teachers import OWN
 from condense.views import cutmix
 from tests.test_contract import FIELDS, small
 
@@ -62,6 +64,8 @@ def distilled(inputs: Inputs, method: str | Method, out: Path, **fields: Any) ->
     if isinstance(method, str):
         fields = FIELDS.get(method, {}) | fields
         chosen = small(method)
+        if isinstance(chosen, KRRST):
+            chosen = dataclasses.replace(chosen, teachers=(OWN,))
         method = dataclasses.replace(chosen, num_steps=2) if chosen.learns else chosen
     fields = {"network": inputs.network, "ipc": 2, **fields}
     if method.private:

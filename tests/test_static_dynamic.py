@@ -24,6 +24,7 @@ from condense.registry import load as method
 from condense.synthetic import Factor, StaticDynamic, SyntheticSet
 from condense.synthetic.decode import Decode
 from condense.task import Split
+from condense.teachers import OWN
 from condense.testing import CHECKS
 from tests.conftest import TINY
 from tests.reference import static_dynamic
@@ -220,6 +221,8 @@ def test_every_method_takes_it_or_is_refused_with_the_reason(name: str, folder: 
             distilled(folder, name, tmp_path / "run", decode=decode)
         return
     fields: dict[str, Any] = {"clamp": False} if issubclass(learner, GradientMethod) else {}
+    if name == "krr-st":
+        fields["teachers"] = (OWN,)
     plan = dataclasses.replace(small(name), num_steps=2, **fields)
     syn = distilled(folder, name, tmp_path / "run", decode=decode, method=plan)
     assert syn.latents.isfinite().all()
