@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.inputs import percent
 from condense import api
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute, has_bfloat16, prepare_device
@@ -59,7 +59,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rded": {},
     "sre2l": RECOVERY,
     "cda": RECOVERY,
-    "cudd": {**RECOVERY, "stages": (1, 4), "student_epochs": 100},
     "fadrm": RECOVERY,
     "cim": {},
 }
@@ -100,7 +99,7 @@ class Row:
 
     def cells(self) -> str:
         """A row of the Markdown table."""
-        percents = [_percent(self.accuracies[column]) for column in COLUMNS]
+        percents = [percent(self.accuracies[column]) for column in COLUMNS]
         sizes = [f"{self.bytes['canonical'][0] / 1e3:.4g}"]
         sizes += [f"{self.bytes[column][1] / 1e3:.3g}" for column in COLUMNS]
         words = [f"`{self.method}`", str(self.ipc), *percents, *sizes, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
@@ -111,11 +110,6 @@ HEADER = (
     "| method | images per class | `canonical`, % | fixed, % | views, % | images, kB | hard, kB | fixed, kB "
     "| views, kB | distilled in, s | minutes |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
-
-
-def _percent(accuracies: Sequence[float]) -> str:
-    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    return f"{100 * statistics.fmean(accuracies):.1f} ± {100 * std:.1f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,13 +170,14 @@ class Bench:
             network=self.network,
             ipc=ipc,
             seed=seed,
-            buffers=self.teacher(),
+            buffers=self.teacher,
             compute=self.compute,
             device=str(self.device),
             out=out,
             **SETTINGS.get(method, {}),
         )
 
+    @functools.cached_property
     def teacher(self) -> Path:
         """The folder of the teacher, which is trained when it is first needed."""
         where = self.folder / "teacher"
@@ -192,7 +187,7 @@ class Bench:
         return where
 
     def labelled(self, syn: SyntheticSet, kind: Stored) -> SyntheticSet:
-        return api.relabel(syn, self.teacher(), kind, compute=self.compute, device=str(self.device))
+        return api.relabel(syn, self.teacher, kind, compute=self.compute, device=str(self.device))
 
     def score(self, syn: SyntheticSet, column: str, num_seeds: int, seed: int) -> tuple[float, ...]:
         evaluation = api.evaluate(

@@ -190,7 +190,7 @@ class Row:
     def cells(self, random: Row | None) -> str:
         """A row of the Markdown table; ``random`` is that of random samples at the same budget."""
         chance = random.accuracies if random is not None and self.ipc and self is not random else ()
-        groups = [_percent(values) for values in (self.accuracies, chance, self.own, self.random_own)]
+        groups = [percent(values) for values in (self.accuracies, chance, self.own, self.random_own)]
         words = [f"`{self.method}`", str(self.ipc or "all"), *groups, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
         return f"| {' | '.join(words)} |"
 
@@ -201,7 +201,8 @@ HEADER = (
 )
 
 
-def _percent(accuracies: Sequence[float]) -> str:
+def percent(accuracies: Sequence[float]) -> str:
+    """Return mean and standard deviation of fractions in percent; empty if there are none."""
     if not accuracies:
         return ""
     std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
