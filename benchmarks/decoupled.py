@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rded": {},
     "sre2l": RECOVERY,
     "cda": RECOVERY,
+    "cudd": {**RECOVERY, "stages": (1, 4), "student_epochs": 100},
     "fadrm": RECOVERY,
     "cim": {},
 }
