@@ -262,10 +262,10 @@ tables of DSA, DM and MTT. ``full-data``: for the whole training set. ``graphs``
 graphs, with Adam. ``dc``: the protocol of DC on MNIST, with its augmentation; on other data DC uses ``canonical``.
 ``frepo``, ``rcig``: regression on the labels of the set (Zhou et al. 2022, Loo et al. 2023). ``datm``: soft labels
 and the learned learning rate (Guo et al. 2024). ``soft-teacher``: a network trained on real data labels every batch
-(Yin et al. 2023, Sun et al. 2024). ``relabelled``: the same with the labels that the set has for its views. ``mse-
-teacher``: squared error to the logits of a teacher, as CIM is evaluated. ``gift``: cosine loss to a teacher's logits
-that the class corrects. ``pruned``: classes and a teacher of all training images, for parts of these (Ben-Baruch et
-al. 2025). ``dd-ranking``: hard labels under DSA, with the learning rate chosen on held-out real images (Li et al.
+(Yin et al. 2023, Sun et al. 2024). ``relabelled``: the same with the labels that the set has for its views.
+``mse-teacher``: squared error to the logits of a teacher, as CIM is evaluated. ``gift``: cosine loss to a teacher's
+logits that the class corrects. ``pruned``: classes and a teacher of all training images, for parts of these (Ben-Baruch
+et al. 2025). ``dd-ranking``: hard labels under DSA, with the learning rate chosen on held-out real images (Li et al.
 2024). docs/evaluation.md lists the deviations.
 """
 

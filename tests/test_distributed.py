@@ -263,6 +263,7 @@ def test_processes_that_are_started_again_continue(tiny_file: Path, tmp_path: Pa
     assert experts(tmp_path / "struck") == experts(tmp_path / "artifacts")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line(tiny_file: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
     killed = start(command_line, 2, tiny_file, tmp_path)

@@ -14,9 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="the suite needs Linux and a C compiler"
 )
-@pytest.mark.parametrize(
-    "groups", [["kills", "faults", "mutations", "crowds"], pytest.param(["ranks"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [["kills", "faults", "mutations", "crowds"], ["ranks"]])
 def test_a_small_share_survives(groups: list[str], tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     words = [sys.executable, "-m", "tests.torture", "--share", "0.001", "--state", str(state), "--groups", *groups]

@@ -7,9 +7,9 @@ A graph of n nodes and m undirected edges is the row
 of float32 whole numbers, padded with zeros to the same length. Rows of a data set are ``ROOM`` times as long as its
 longest graph, because computation trees, which hold nodes several times, can be larger than any graph.
 
-The code of a node is its label k (0, 1,
-...) if the readout of a network uses the node, and -1 - k if it does not. All nodes of a graph that was read are used;
-in a computation tree only the root is. u and v are the numbers of the nodes that an edge joins, from 0, with u < v.
+The code of a node is its label k (0, 1, ...) if the readout of a network uses the node, and -1 - k if it does not. All
+nodes of a graph that was read are used; in a computation tree only the root is. u and v are the numbers of the nodes
+that an edge joins, from 0, with u < v.
 
 Graphs are read in the format of the TU collection (Morris et al., "TUDataset: A collection of benchmark datasets for
 learning with graphs", 2020): a folder with ``NAME_A.txt``, ``NAME_graph_indicator.txt``, ``NAME_graph_labels.txt`` and,
