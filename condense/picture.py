@@ -69,9 +69,8 @@ def played(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> lis
 
 def _samples_by_class(syn: SyntheticSet, transform: Transform, columns: int) -> list[Tensor]:
     """Return at most ``columns`` samples of each class, (n, *input_shape), in the space of the data."""
-    samples = transform.to_data(syn()[0]).cpu()
-    source = syn.classes.cpu().repeat(len(samples) // len(syn))
-    return [samples[source == c][:columns] for c in range(syn.origin.num_classes or 1)]
+    indices = ((syn.classes == c).nonzero()[:columns, 0] for c in range(syn.origin.num_classes or 1))
+    return [transform.to_data(syn(index)[0])[:columns].cpu() for index in indices]
 
 
 def grid(rows: Sequence[Tensor]) -> Tensor:

@@ -29,6 +29,13 @@ def test_images_are_their_own_pictures() -> None:
     assert torch.equal(rows[0], images[[1, 4]]) and torch.equal(rows[1], images[[0, 2]])
 
 
+def test_no_more_samples_are_decoded_than_are_drawn() -> None:
+    syn, decoded = set_of(torch.rand(9, 1, 4, 6), [0, 1, 0] * 3), list[int]()
+    syn.decoder.register_forward_hook(lambda _, inputs, images: decoded.append(len(images)))
+    assert [len(row) for row in picture.by_class(syn, NONE, columns=2)] == [2, 2]
+    assert decoded == [2, 2]
+
+
 def test_clips_are_sheets_of_their_frames() -> None:
     clips = torch.rand(2, 5, 1, 4, 6)
     (sheets, _) = picture.by_class(set_of(clips, [0, 1]), NONE)

@@ -80,6 +80,18 @@ def test_channel_statistics_do_not_depend_on_the_order_or_the_chunks() -> None:
     torch.testing.assert_close(torch.tensor(std), images.std((0, 2, 3), correction=0), rtol=0, atol=2e-6)
 
 
+def test_statistics_take_few_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, sizes = Tensor.split, list[int]()
+
+    def recorded(images: Tensor, size: int) -> tuple[Tensor, ...]:
+        sizes.append(size)
+        return split(images, size)
+
+    monkeypatch.setattr(Tensor, "split", recorded)
+    channel_statistics(torch.rand(2, 3, 256, 256))
+    assert sizes and max(sizes) * 3 * 256 * 256 < 2**24
+
+
 def test_zca_is_the_one_of_kornia() -> None:
     kornia = pytest.importorskip("kornia")
     images = correlated()

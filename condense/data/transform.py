@@ -46,6 +46,8 @@ _FLAVOURS = {"zca": "absolute", "zca-relative": "relative"}
 _EPS = 0.1
 _MAX_SIZE = 3 * 64 * 64
 _CHUNK = 4096
+_CHUNK_VALUES = 4096 * 3 * 32 * 32
+"""Largest numbers of samples and of values in float64 at once."""
 
 
 class Samples(Protocol):
@@ -283,7 +285,8 @@ def _by_channel(shape: Sequence[int]) -> list[int]:
 
 def _chunks(images: Samples) -> Iterator[Tensor]:
     """Yield the samples in chunks, float64 on the CPU."""
-    return (chunk.cpu().double() for chunk in images.split(_CHUNK))
+    size = min(_CHUNK, max(1, _CHUNK_VALUES // math.prod(images.shape[1:])))
+    return (chunk.cpu().double() for chunk in images.split(size))
 
 
 class _Constants:
