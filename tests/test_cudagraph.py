@@ -35,7 +35,7 @@ def test_a_run_with_graphs_gives_the_same_set(name: str) -> None:
 
 
 @pytest.mark.parametrize("check", [resumes_to_the_byte, any_number_of_processes_agrees])
-@pytest.mark.parametrize("name", ["dc", "dm", "mtt", "rat-bptt", "rcig"])
+@pytest.mark.parametrize("name", ["dc", "dm", "mtt", "rat-bptt", pytest.param("rcig", marks=pytest.mark.slow)])
 def test_contract_of_methods_with_graphs(name: str, check: Any) -> None:
     check(method(name)(num_steps=4, **SMALL[name]), network=NETWORK, compute=Compute(exact=True, graph=True))
 
