@@ -50,6 +50,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "idc-i": {"batch_real": 6, "outer_loop": 3, "num_student": 12},
     "frepo": {"batch_real": 12, "pool_size": 1, "max_age": 2},
     "krr-st": {"teachers": (TINY,), "trained_by": "any", "batch_real": 12, "pool_size": 1, "max_age": 3},
+    "linear-gradient": {
+        "teachers": (TINY,),
+        "trained_by": "any",
+        "views": 2,
+        "grow_every": 1,
+        "optim": Optim(kind="adam", lr=0.1, momentum=0.9),
+    },
     "dd": {"inner_epochs": 2, "batch_real": 12, "num_networks": 2},
     "rat-bptt": {"adjoint": RandomTruncated(0, 2, 2), "batch_real": 12, "batch_per_class": 1, "same_burn_in": 2},
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
