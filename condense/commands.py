@@ -439,14 +439,14 @@ def import_(words: list[str]) -> None:
 
 
 def apply(words: list[str]) -> None:
-    usage = "apply continual|nas|privacy|ranking|transfer RUN_OR_FILE, or apply pruning DATASET"
+    usage = "apply continual|nas|privacy|probe|ranking|transfer RUN_OR_FILE, or apply pruning DATASET"
     if words[:1] == ["pruning"]:
         return _prune(words[1:])
     name = _positional(words, usage, "e.g. condense apply continual runs/dm")
     if name not in APPLICATIONS:
         raise ValueError(f"unknown application {name!r}: {suggest(name, [*APPLICATIONS, 'pruning'])}")
     application = APPLICATIONS[name]()
-    baselines = Apply.baselines if application.needs_classes else ()
+    baselines = Apply.baselines if application.takes_baselines else ()
     usual, prog = Apply(choices=application, baselines=baselines), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, TrainedNetworks, TrainedNetworkSpec
 from condense.compute import Compute
+from condense.data.images import Images
 from condense.method import Context
 from condense.names import spelt
 from condense.networks import Functional, Weights
@@ -24,8 +25,11 @@ OWN = "same"
 TrainedBy = Literal["barlow-twins", "simclr", "any"]
 """The objective of a backbone. ``any`` accepts networks that were trained with labels or imported, too."""
 
+Embedder = Callable[[Tensor], Tensor]
+"""Images (n, *input_shape) to features (n, F)."""
+
 BATCH = 256
-"""Latents that are decoded and labelled at once."""
+"""Latents that are decoded and labelled, and images whose features are computed, at once."""
 
 
 class Statistics(NamedTuple):
@@ -51,7 +55,7 @@ class Teacher(NamedTuple):
         run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
         return lambda images: run(compute.layout(images))
 
-    def embedder(self, compute: Compute) -> Callable[[Tensor], Tensor]:
+    def embedder(self, compute: Compute) -> Embedder:
         """Return a function from images (N, *input_shape) to features (N, F), differentiable once."""
         network, weights = self
 
@@ -171,6 +175,12 @@ def require_one_backbone(networks: Sequence[str]) -> None:
 def _backbone(networks: Sequence[str], task: Task) -> str:
     (name,) = networks
     return task.network.name if name == OWN else name
+
+
+@torch.no_grad()
+def embedded(embed: Embedder, images: Tensor | Images) -> Tensor:
+    """Return the features (N, F) of samples (N, *input_shape)."""
+    return torch.cat([embed(part) for part in images.split(BATCH)])
 
 
 @torch.no_grad()
