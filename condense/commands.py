@@ -121,6 +121,9 @@ class Import:
     """Decoder of the imported set: factor where one stored image holds several images (IDC)."""
     split: Split = Split(val_fraction=0.0)
     """Validation split that the networks were trained with."""
+    features_only: Switch[bool] = False
+    """Ignore the classifier of the file, which may be absent or of other classes. Such networks serve methods that use
+    features alone."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
 
@@ -423,11 +426,16 @@ def import_(words: list[str]) -> None:
     arrays = datasets.open_data(command.dataset, command.download)
     task = experiment.plain_task(arrays, command.network, command.transform, command.split)
     if is_weights:
-        folder = import_weights(source, target, task)
+        folder = import_weights(source, target, task, features_only=command.features_only)
         record = open_buffer(folder).manifest["experts"][0]
-        for name, part in {"val_accuracy": "the validation split", "train_accuracy": "training images"}.items():
+        accuracies = {
+            "val_accuracy": "accuracy on the validation split",
+            "train_accuracy": "accuracy on training images",
+            "probe_accuracy": "accuracy of a linear probe on training images",
+        }
+        for name, what in accuracies.items():
             if name in record:
-                say(f"accuracy on {part}: {100 * record[name][-1]:.1f} %")
+                say(f"{what}: {100 * record[name][-1]:.1f} %")
         say(str(folder))
         return
     with progress("import", 100) as bar:
