@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense import api
+from condense import api, cli
 from condense.artifacts import TrainedNetworks, open_buffer
 from condense.augment import Augment
 from condense.compute import Compute
@@ -217,3 +217,17 @@ def test_recipes_hold_the_described_values() -> None:
     plan = named("linear-gradient")
     assert plan.method == LinearGradient(trained_by="any")
     assert plan.augment == "flip_resized-crop:mode=M" and plan.transform == "channel"
+
+
+def test_a_backbone_of_torchvision_serves_without_its_classifier(tiny_file: Path, tmp_path: Path) -> None:
+    from torchvision.models import mobilenet_v3_small
+
+    name = "torchvision:mobilenet_v3_small"
+    torch.save(mobilenet_v3_small(weights=None).state_dict(), tmp_path / "weights.pth")  # of 1000 classes
+    words = ["import", str(tmp_path / "weights.pth"), str(tmp_path / "buffers"), "--network", name]
+    cli.main([*words, "--dataset", str(tiny_file), "--features-only", "True"])
+    method = dataclasses.replace(TINY, num_steps=2, teachers=(name,), trained_by="any")
+    options = api.RunOptions(out=tmp_path / "run", buffers=tmp_path / "buffers", device="cpu")
+    api.run(Recipe(**PLAN | {"method": method, "dataset": str(tiny_file)}), options)
+    found = api.apply("probe", tmp_path / "run", backbones=(str(tmp_path / "buffers"),), num_epochs=2, num_seeds=1)
+    assert found.columns == ("trained on", name)
