@@ -448,13 +448,13 @@ def test_costs_are_told_apart() -> None:
     ipc, pixels = 4, 3 * 32 * 32
     images = NUM_CLASSES * ipc * pixels * 4
     costs: dict[str, Any] = {}
-    for decode in (Pixels(), Factor(), DCT(coefficients=64), Bases(num_bases=16), Hallucinator()):
+    for decode in (Pixels(), Factor(), DCT(coefficients=64), Bases(num_bases=16), Hallucinator(), Pyramid(finest=16)):
         costs[decode.name] = synthetic(decode, (3, 32, 32), ipc).cost()
     assert [costs[name].images for name in ("pixels", "factor", "dct", "hallucinator")] == [images] * 4
     assert costs["pixels"].decoder == costs["factor"].decoder == 0
     assert costs["dct"].decoder == NUM_CLASSES * 64 * 4
     assert costs["hallucinator"].decoder == 5 * 5568 * 4
-    assert costs["bases"].decoder == 16 * pixels // 4 * 4
+    assert costs["bases"].decoder == 16 * pixels // 4 * 4 and costs["pyramid"].decoder == (3 + 3 + 9) * 4
     assert images - NUM_CLASSES * 16 * 4 < costs["bases"].images + costs["bases"].decoder <= images
 
 
