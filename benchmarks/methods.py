@@ -25,6 +25,8 @@ from condense.eval.results import Result
 
 EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
 """Training of the experts for methods that match trajectories."""
+BACKBONE = Experts(num_epochs=20, lr=0.05, momentum=0.9, weight_decay=1e-4, projector=256)
+"""Training of networks without labels, whose features are used."""
 
 
 class Row(NamedTuple):
@@ -62,13 +64,18 @@ def digits_recipe(name: str) -> recipe.Recipe:
     return recipe.named(entry.name)
 
 
-def experts_for(spec: ArtifactSpec) -> Experts:
-    """Return the training of experts, or of teachers, that satisfies ``spec``."""
+def experts_for(spec: ArtifactSpec, augment: str) -> Experts:
+    """Return the training of experts with this augmentation, or of teachers, that satisfies ``spec``."""
     if isinstance(spec, TrainedNetworkSpec):
-        return dataclasses.replace(EXPERTS, num_experts=spec.num_networks)
+        objective = spec.identity.get("training", {}).get("objective")
+        teacher = dataclasses.replace(EXPERTS, augment="none")
+        if objective is not None:
+            teacher = dataclasses.replace(BACKBONE, objective=objective)
+        return dataclasses.replace(teacher, num_experts=spec.num_networks)
     assert isinstance(spec, TrajectorySpec)
     ascent = {"rho": 0.01, "alpha": 0.3} if spec.experts == "gsam" else {}
-    return dataclasses.replace(EXPERTS, num_epochs=max(EXPERTS.num_epochs, spec.num_epochs), **ascent)
+    num_epochs = max(EXPERTS.num_epochs, spec.num_epochs)
+    return dataclasses.replace(EXPERTS, num_epochs=num_epochs, augment=augment, **ascent)
 
 
 def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
@@ -78,8 +85,7 @@ def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
     task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
     for spec in plan.method.needs(task).values():
-        augment = "none" if isinstance(spec, TrainedNetworkSpec) else plan.augment
-        common = {"experts": experts_for(spec), "transform": plan.transform, "augment": augment}
+        common = {"experts": experts_for(spec, plan.augment), "transform": plan.transform}
         api.make_buffer("digits", spec.identity["network"], out=options.buffers, **common)
     begun = time.monotonic()
     syn = api.run(plan, options)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from condense.artifacts import IMPORTED, BufferWriter, pack
-from condense.buffers.trajectories import measure_accuracy
+from condense.buffers.trajectories import measure_accuracy, measure_probe
 from condense.compute import Compute
 from condense.exchange.weights import match, read_state_dict
 from condense.files import checksum, read_foreign
@@ -69,29 +69,37 @@ def import_replay_buffers(
     return writer.folder
 
 
-def import_weights(src: Path, dst_root: Path, task: Task) -> Path:
+def import_weights(src: Path, dst_root: Path, task: Task, *, features_only: bool = False) -> Path:
     """Write one network that was trained elsewhere as a buffer of its last epoch, and return its folder.
 
     The manifest records ``origin: imported`` and the accuracy on at most 5000 training images and on any validation
-    split. It does not specify how the network was trained.
+    split. It does not specify how the network was trained. With ``features_only`` it records the accuracy of a linear
+    probe instead, and that the classifier was not trained.
 
     Args:
         src: a state dict, see ``condense.exchange.weights``.
         dst_root: the folder of buffers.
         task: the data set, split, transform and network to which the user assigns the weights.
+        features_only: whether the classifier keeps its initial values. That of the file is ignored: it may be absent,
+            or of another data set.
 
     Raises:
         ValueError: the file holds no state dict, or one that does not fit the network; the same weights were imported
             already; the folder cannot be written. No partially written buffer is left behind.
     """
     network = task.network
-    weights = match(read_state_dict(src), network, str(src))
+    weights = match(read_state_dict(src), network, str(src), features_only=features_only)
     digest = checksum({**weights.params, **weights.buffers})
     identity = {**task.identity(), "origin": IMPORTED, "weights": digest}
+    if features_only:
+        identity["features_only"] = True
     writer = BufferWriter(dst_root, task.name, identity, weights, "last")
     if writer.experts:
         raise ValueError(f"{writer.folder} holds these weights already; use it, or choose another destination")
-    accuracies = measure_accuracy(task, Scorer(network, Compute(compile=False)), Rng(0))(weights)
+    if features_only:
+        accuracies = measure_probe(task, Compute(compile=False), Rng(0))(weights)
+    else:
+        accuracies = measure_accuracy(task, Scorer(network, Compute(compile=False)), Rng(0))(weights)
     is_new = not writer.folder.exists()
     try:
         params, buffers = (pack(part)[None] for part in weights)

@@ -292,8 +292,7 @@ def _without_labels(task: Task, plan: Experts, compute: Compute, rng: Rng) -> _L
     learner = task.network.with_projector(plan.projector)
     trainer = Trainer(learner, plan.training(), compute, SELF_SUPERVISION[plan.objective])
     views, index = Views(augment=plan.augmentation(task.augment)), _scored(task, rng)
-    scored, half = task.train.subset(index), len(index) // 2
-    features_of = compute.first_order(functools.partial(_features, task.network), task.device)
+    scored, probe = task.train.subset(index), measure_probe(task, compute, rng)
     fixed = Pairs(
         scored.images[: plan.batch_size],
         scored.labels[: plan.batch_size],
@@ -304,15 +303,7 @@ def _without_labels(task: Task, plan: Experts, compute: Compute, rng: Rng) -> _L
 
     @torch.no_grad()
     def measure(weights: Weights) -> dict[str, float]:
-        own = without_projector(weights)
-        batches = scored.images.split(MAX_SCORED // 5)
-        features = torch.cat([features_of(*own, compute.layout(x)) for x in batches])
-        predict = ridge_probe(features[:half], scored.labels[:half], task.num_classes)
-        correct = predict(features[half:]) == scored.labels[half:]
-        return {
-            "loss": float(trainer.batch_loss(weights, fixed)(False)),
-            "probe_accuracy": float(correct.float().mean()),
-        }
+        return {"loss": float(trainer.batch_loss(weights, fixed)(False)), **probe(without_projector(weights))}
 
     def source(key: Rng) -> Pairs:
         return Pairs(task.train.images, task.train.labels, key, batch_size=plan.batch_size, views=views)
@@ -337,6 +328,23 @@ def measure_accuracy(task: Task, scorer: Scorer, rng: Rng) -> Callable[[Weights]
     if task.val is not None:
         parts["val_accuracy"] = (task.val.images, task.val.labels)
     return lambda weights: {name: scorer.accuracy(weights, *part) for name, part in parts.items()}
+
+
+def measure_probe(task: Task, compute: Compute, rng: Rng) -> Callable[[Weights], dict[str, float]]:
+    """Return a function that measures the accuracy of a ridge regression on the features of a network. It is fitted to
+    the first half of the scored training images, and its accuracy is that on the second."""
+    index = _scored(task, rng)
+    scored, half = task.train.subset(index), len(index) // 2
+    features_of = compute.first_order(functools.partial(_features, task.network), task.device)
+
+    @torch.no_grad()
+    def measure(weights: Weights) -> dict[str, float]:
+        batches = scored.images.split(MAX_SCORED // 5)
+        features = torch.cat([features_of(*weights, compute.layout(x)) for x in batches])
+        predict = ridge_probe(features[:half], scored.labels[:half], task.num_classes)
+        return {"probe_accuracy": float((predict(features[half:]) == scored.labels[half:]).float().mean())}
+
+    return measure
 
 
 class _Recorder:

@@ -397,7 +397,7 @@ def apply(
     download: bool = False,
     **fields: Any,
 ) -> Findings:
-    """Test a set in an application: ``continual``, ``nas``, ``privacy``, ``ranking`` or ``transfer``.
+    """Test a set in an application: ``continual``, ``nas``, ``privacy``, ``probe``, ``ranking`` or ``transfer``.
 
     ``baselines`` are methods or recipes that are run at the same budget.
     ``fields`` are fields of the application. The results are written to ``out``, by default ``apply-NAME.json`` in the

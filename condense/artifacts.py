@@ -235,8 +235,11 @@ class _BufferSpec(ArtifactSpec):
         return True
 
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:
-        objective = manifest["identity"].get("training", {}).get("objective")
-        untrained = [f"{objective} trained no classifier"] if objective and self.classifies else []
+        identity, untrained = manifest["identity"], list[str]()
+        if self.classifies and (objective := identity.get("training", {}).get("objective")):
+            untrained.append(f"{objective} trained no classifier")
+        if self.classifies and identity.get("features_only"):
+            untrained.append("no classifier was imported")
         return super().misfits(manifest) + untrained
 
     def compares(self, kind: str) -> bool:

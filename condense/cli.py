@@ -25,7 +25,7 @@ Distil a data set into a few images per class, and evaluate them.
   distill   METHOD|RECIPE ...  distil a data set
   relabel   RUN|FILE ...       label the views of a synthetic set by a teacher
   evaluate  RUN|FILE ...       train new networks on a synthetic set and test them
-  apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, ranking, transfer
+  apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, probe, ranking, transfer
   apply     pruning DATA ...   accuracy by the share of the real images that selections keep
   report    RUN... [--out F]   compare runs in one HTML page
   show      RUN|FILE|BUFFER    summarise a run, a set or a buffer

@@ -121,6 +121,9 @@ class Import:
     """Decoder of the imported set: factor where one stored image holds several images (IDC)."""
     split: Split = Split(val_fraction=0.0)
     """Validation split that the networks were trained with."""
+    features_only: Switch[bool] = False
+    """Ignore the classifier of the file, which may be absent or of other classes. Such networks serve methods that use
+    features alone."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
 
@@ -423,11 +426,16 @@ def import_(words: list[str]) -> None:
     arrays = datasets.open_data(command.dataset, command.download)
     task = experiment.plain_task(arrays, command.network, command.transform, command.split)
     if is_weights:
-        folder = import_weights(source, target, task)
+        folder = import_weights(source, target, task, features_only=command.features_only)
         record = open_buffer(folder).manifest["experts"][0]
-        for name, part in {"val_accuracy": "the validation split", "train_accuracy": "training images"}.items():
+        accuracies = {
+            "val_accuracy": "accuracy on the validation split",
+            "train_accuracy": "accuracy on training images",
+            "probe_accuracy": "accuracy of a linear probe on training images",
+        }
+        for name, what in accuracies.items():
             if name in record:
-                say(f"accuracy on {part}: {100 * record[name][-1]:.1f} %")
+                say(f"{what}: {100 * record[name][-1]:.1f} %")
         say(str(folder))
         return
     with progress("import", 100) as bar:
@@ -439,14 +447,14 @@ def import_(words: list[str]) -> None:
 
 
 def apply(words: list[str]) -> None:
-    usage = "apply continual|nas|privacy|ranking|transfer RUN_OR_FILE, or apply pruning DATASET"
+    usage = "apply continual|nas|privacy|probe|ranking|transfer RUN_OR_FILE, or apply pruning DATASET"
     if words[:1] == ["pruning"]:
         return _prune(words[1:])
     name = _positional(words, usage, "e.g. condense apply continual runs/dm")
     if name not in APPLICATIONS:
         raise ValueError(f"unknown application {name!r}: {suggest(name, [*APPLICATIONS, 'pruning'])}")
     application = APPLICATIONS[name]()
-    baselines = Apply.baselines if application.needs_classes else ()
+    baselines = Apply.baselines if application.takes_baselines else ()
     usual, prog = Apply(choices=application, baselines=baselines), f"condense apply {name} RUN_OR_FILE"
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)

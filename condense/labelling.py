@@ -54,7 +54,9 @@ class NamedTeacher:
     """The descriptions of the buffers that it was made of (``Artifact.describe``)."""
 
 
-def open_teacher(path: Path, origin: Origin, device: torch.device, option: str = "teacher") -> NamedTeacher:
+def open_teacher(
+    path: Path, origin: Origin, device: torch.device, option: str = "teacher", *, features_only: bool = False
+) -> NamedTeacher:
     """Open the first network of a buffer as a teacher for sets of the same data, split and transform.
 
     Args:
@@ -62,11 +64,13 @@ def open_teacher(path: Path, origin: Origin, device: torch.device, option: str =
         origin: the origin of the set.
         device: device of the teacher.
         option: the name of the user's option, for errors.
+        features_only: whether only the features are used, so that networks trained without labels are accepted too.
 
     Raises:
         ValueError: there is no such buffer, or it is damaged.
     """
-    folder = find(path, TrainedNetworkSpec(identity=_identity(origin)), origin.dataset_name, option)
+    spec = TrainedNetworkSpec(identity=_identity(origin), features_only=features_only)
+    folder = find(path, spec, origin.dataset_name, option)
     buffer = open_buffer(folder)
     network = Functional(buffer.manifest["identity"]["network"], origin.input_shape, origin.num_classes, device)
     weights = buffer.weights(0, network)

@@ -494,6 +494,9 @@ class Method(Checked, ABC):
             return f"learns the images, which {decode.name} would round in every step; give {spelt('decode', 'pixels')}"
         if not decode.differentiable and transform not in ("none", "channel"):
             return f"cannot round images whitened by {transform} to {decode.name}; give {spelt('transform', 'channel')}"
+        if decode.makes_pixels and transform not in ("none", "channel"):
+            fix = spelt("transform", "channel")
+            return f"cannot whiten the pixels that {decode.name} makes by {transform}; give {fix}"
         if isinstance(decode, StaticDynamic) and decode.stills and not self.learns:
             fix = spelt("decode.stills", None, "StaticDynamic")
             return f"takes real clips and learns nothing, so that distilled stills would have no use; give {fix}"

@@ -1,12 +1,13 @@
-"""A linear probe: ridge regression of the classes on the features of a network."""
+"""Linear probes: classifiers on the features of a network, by ridge regression or as a network to train."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from condense.data.layout import InputShape
 from condense.kernels import centred, relative_ridge, ridge_solve
 
 RIDGE = 1e-3
@@ -32,3 +33,12 @@ def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> Callable[
     covariance, wanted = x.T @ x, centred(labels, num_classes, x.dtype)
     weights = ridge_solve(covariance, x.T @ wanted, relative_ridge(covariance, RIDGE))
     return lambda features: (standardised(features) @ weights).argmax(1)
+
+
+def linear_classifier(input_shape: InputShape, num_outputs: int) -> nn.Module:
+    """Return a linear classifier of features (N, 1, F), a network whose weights are normal with standard deviation 0.01
+    and whose biases are 0."""
+    layer = nn.Linear(input_shape[-1], num_outputs)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Flatten(), layer)

@@ -46,6 +46,7 @@ METHODS: Registry[type[Method]] = Registry(
         "frepo": "condense.methods.frepo:FRePo",
         "rcig": "condense.methods.rcig:RCIG",
         "krr-st": "condense.methods.krr_st:KRRST",
+        "linear-gradient": "condense.methods.linear_gradient:LinearGradient",
         "sre2l": "condense.methods.sre2l:SRe2L",
         "fadrm": "condense.methods.fadrm:FADRM",
         "cudd": "condense.methods.cudd:CUDD",

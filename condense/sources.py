@@ -2,6 +2,7 @@
 
 ``Examples`` are real or synthetic images, in memory or mapped from disk. ``Pairs`` are two views of each of them.
 ``Streamed`` reads images shard by shard.
+``Embedded`` gives the features of the images of another source in their place.
 ``Relabelled`` and ``StoredLabels`` take the images of another source and the targets of a teacher, which are computed
 for each batch or read from stored logits. A batch is a pure function of the root seed, e and b (see
 ``condense.views``), so stored logits need no record of the views that they belong to.
@@ -266,6 +267,27 @@ class Streamed(_Viewed):
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "num_shards": len(self.shards)}
+
+
+class Embedded(Source):
+    """The features (n, 1, F) of the views of another source, and its targets."""
+
+    def __init__(self, source: Source, embed: Callable[[Tensor], Tensor]) -> None:
+        """``embed`` maps images (n, *input_shape) to features (n, F), which get no gradient."""
+        self.source, self.embed = source, embed
+        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
+        self.on_device = source.on_device
+
+    def begin(self, epoch: int) -> None:
+        self.source.begin(epoch)
+
+    @torch.no_grad()
+    def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
+        images, targets = self.source.batch(epoch, index)
+        return Batch(self.embed(images)[:, None], targets)
+
+    def identity(self) -> dict[str, Any]:
+        return self.source.identity()
 
 
 class Relabelled(Source):

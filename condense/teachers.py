@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, TrainedNetworks, TrainedNetworkSpec
 from condense.compute import Compute
+from condense.data.images import Images
 from condense.method import Context
 from condense.names import spelt
 from condense.networks import Functional, Weights
@@ -21,8 +22,14 @@ from condense.task import Task
 OWN = "same"
 """The name of the recipe's network among the names of teachers."""
 
+TrainedBy = Literal["barlow-twins", "simclr", "any"]
+"""The objective of a backbone. ``any`` accepts networks that were trained with labels or imported, too."""
+
+Embedder = Callable[[Tensor], Tensor]
+"""Images (n, *input_shape) to features (n, F)."""
+
 BATCH = 256
-"""Latents that are decoded and labelled at once."""
+"""Latents that are decoded and labelled, and images whose features are computed, at once."""
 
 
 class Statistics(NamedTuple):
@@ -48,7 +55,7 @@ class Teacher(NamedTuple):
         run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
         return lambda images: run(compute.layout(images))
 
-    def embedder(self, compute: Compute) -> Callable[[Tensor], Tensor]:
+    def embedder(self, compute: Compute) -> Embedder:
         """Return a function from images (N, *input_shape) to features (N, F), differentiable once."""
         network, weights = self
 
@@ -129,6 +136,51 @@ def opened(networks: Sequence[str], ctx: Context) -> list[Teacher]:
         teachers.append(Teacher(network, buffer.weights(seen[network.name], network)))
         seen[network.name] += 1
     return teachers
+
+
+def needed_backbone(networks: Sequence[str], trained_by: TrainedBy, task: Task) -> Mapping[str, ArtifactSpec]:
+    """Return the buffer that holds a backbone, a network of which only the features are used, for ``Method.needs``.
+
+    Args:
+        networks: its name, where ``same`` is the network of the task.
+        trained_by: its objective.
+
+    Raises:
+        ValueError: ``networks`` does not hold one name, or the network is unknown or does not take such samples.
+    """
+    identity = task.with_network(_backbone(networks, task)).identity()
+    training = {} if trained_by == "any" else {"training": {"objective": trained_by}}
+    return {"teacher": TrainedNetworkSpec(identity={**identity, **training}, features_only=True)}
+
+
+def opened_backbone(networks: Sequence[str], ctx: Context) -> Teacher:
+    """Read the backbone from the buffer that ``needed_backbone`` asked for.
+
+    Raises:
+        ValueError: the buffer is damaged.
+    """
+    network = ctx.task.with_network(_backbone(networks, ctx.task)).network
+    return Teacher(network, cast(TrainedNetworks, ctx.artifacts["teacher"]).weights(0, network))
+
+
+def require_one_backbone(networks: Sequence[str]) -> None:
+    """Raise ValueError unless one network is named."""
+    if len(networks) != 1:
+        raise ValueError(
+            f"method.teachers has {len(networks)} networks, but the features of one are used; give "
+            f"{spelt('method.teachers', (OWN,))}"
+        )
+
+
+def _backbone(networks: Sequence[str], task: Task) -> str:
+    (name,) = networks
+    return task.network.name if name == OWN else name
+
+
+@torch.no_grad()
+def embedded(embed: Embedder, images: Tensor | Images) -> Tensor:
+    """Return the features (N, F) of samples (N, *input_shape)."""
+    return torch.cat([embed(part) for part in images.split(BATCH)])
 
 
 @torch.no_grad()

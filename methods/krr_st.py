@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal, TypedDict, cast, final
+from typing import ClassVar, TypedDict, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.artifacts import ArtifactSpec, TrainedNetworks, TrainedNetworkSpec
+from condense.artifacts import ArtifactSpec
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.layout import InputShape
@@ -42,7 +42,7 @@ from condense.sources import Minibatches
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.task import Task
-from condense.teachers import OWN, Teacher
+from condense.teachers import OWN, TrainedBy, needed_backbone, opened_backbone, require_one_backbone
 from condense.train import Trainer, Training
 
 LINEAR = Optim(kind="adam", lr=1e-4, momentum=0.9, schedule=Schedule(linear_to=1e-3))
@@ -77,7 +77,7 @@ class KRRST(GradientMethod):
     """Number of updates of the set."""
     teachers: tuple[str, ...] = ("resnet18:norm=batch",)
     """The network of the teacher, whose features are the targets; same is the network of the recipe."""
-    trained_by: Literal["barlow-twins", "simclr", "any"] = "barlow-twins"
+    trained_by: TrainedBy = "barlow-twins"
     """Objective of the teacher; any accepts teachers that were trained with labels or imported, too."""
     batch_real: int = 1024
     """Number of real images per step; all of them if there are fewer."""
@@ -108,11 +108,7 @@ class KRRST(GradientMethod):
         self.require_at_least(1, "batch_real", "pool_size", "max_age", "training_epochs")
         self.require_positive("ridge", "lr_pool")
         self.require_at_least(0, "momentum_pool", "decay_pool")
-        if len(self.teachers) != 1:
-            raise ValueError(
-                f"method.teachers has {len(self.teachers)} networks, but the targets are the features of one; give "
-                f"{spelt('method.teachers', (OWN,))}"
-            )
+        require_one_backbone(self.teachers)
 
     def incompatibility(
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
@@ -127,19 +123,11 @@ class KRRST(GradientMethod):
         return Functional(network if teacher == OWN else teacher, input_shape, num_classes).num_features
 
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
-        identity = task.with_network(self._teacher_network(task)).identity()
-        training = {} if self.trained_by == "any" else {"training": {"objective": self.trained_by}}
-        return {"teacher": TrainedNetworkSpec(identity={**identity, **training}, features_only=True)}
-
-    def _teacher_network(self, task: Task) -> str:
-        (teacher,) = self.teachers
-        return task.network.name if teacher == OWN else teacher
+        return needed_backbone(self.teachers, self.trained_by, task)
 
     def _teacher(self, ctx: Context) -> Callable[[Tensor], Tensor]:
         """Return a function from images to the features of the teacher."""
-        network = ctx.task.with_network(self._teacher_network(ctx.task)).network
-        weights = cast(TrainedNetworks, ctx.artifacts["teacher"]).weights(0, network)
-        return Teacher(network, weights).embedder(ctx.compute)
+        return opened_backbone(self.teachers, ctx).embedder(ctx.compute)
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         num_synthetic = num_classes * images_per_class

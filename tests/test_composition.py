@@ -10,6 +10,7 @@ import torch
 from condense import api, registry
 from condense.data.datasets import Arrays
 from condense.method import GradientMethod
+from condense.methods.linear_gradient import LinearGradient
 from condense.methods.recovery import Recovery
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Decode, Hard, Labels, Pixels, load
@@ -26,6 +27,7 @@ LABELS_THAT_FIT = {
     "cafe": {"hard"},
     "dpdm": {"hard"},
     "cim": {"hard", "teacher"},
+    "linear-gradient": {"hard"},
     "kip": {"hard", "logits", "targets"},
     "rfad": {"hard", "logits", "targets"},
     "frepo": {"hard", "logits", "targets"},
@@ -42,8 +44,9 @@ LABELS_THAT_FIT = {
 
 
 def takes(name: str, decode: str) -> bool:
-    """Methods that recover images from trained networks round them at the end, all others learn them to the end."""
-    if issubclass(registry.load(name), Recovery):
+    """Methods that recover images from trained networks round them at the end, as does one that renders a pyramid; all
+    others learn them to the end."""
+    if issubclass(registry.load(name), Recovery | LinearGradient):
         return decode in ("pixels", "pixels-8bit")
     return decode != "pixels-8bit"
 
@@ -99,8 +102,8 @@ def test_mirrored_pairs_average_and_bounded_pixels_go_with_every_method(
 ) -> None:
     plan = plan_of(name, Pixels(), FIELDS.get(name, {}).get("labels", Hard()))
     assert isinstance(plan.method, GradientMethod)
-    average = None if isinstance(plan.method, Recovery) else 0.5
-    method = dataclasses.replace(plan.method, ema=average, clamp=True)
+    average = None if isinstance(plan.method, Recovery | LinearGradient) else 0.5
+    method = dataclasses.replace(plan.method, ema=average, clamp=not isinstance(plan.method, LinearGradient))
     plan = dataclasses.replace(plan, method=method, augment="crop_flip:flips=true")
     syn = api.run(plan, api.RunOptions(out=tmp_path / "run", buffers=tiny_buffers, device="cpu"), arrays=tiny)
     pixels = syn.to_dataset("pixels").tensors[0]  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from condense.methods.unrolled import Unrolled
 from condense.networks import InputShape
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, Pixels8Bit, SyntheticSet
-from condense.synthetic.decode import DCT, Bases, Hallucinator
+from condense.synthetic.decode import DCT, Bases, Hallucinator, Pyramid
 from condense.synthetic.labels import Targets, Teacher
 from condense.testing import CHECKS, resumes_to_the_byte
 from tests.conftest import BATCH, TINY
@@ -50,6 +50,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "idc-i": {"batch_real": 6, "outer_loop": 3, "num_student": 12},
     "frepo": {"batch_real": 12, "pool_size": 1, "max_age": 2},
     "krr-st": {"teachers": (TINY,), "trained_by": "any", "batch_real": 12, "pool_size": 1, "max_age": 3},
+    "linear-gradient": {
+        "teachers": (TINY,),
+        "trained_by": "any",
+        "views": 2,
+        "grow_every": 1,
+        "optim": Optim(kind="adam", lr=0.1, momentum=0.9),
+    },
     "dd": {"inner_epochs": 2, "batch_real": 12, "num_networks": 2},
     "rat-bptt": {"adjoint": RandomTruncated(0, 2, 2), "batch_real": 12, "batch_per_class": 1, "same_burn_in": 2},
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
@@ -132,6 +139,7 @@ RESUMED: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("dd", {"labels": Logits(), "method": {"adjoint": Higher(), "optim_labels": Optim(kind="adabelief"), "ema": 0.9}}),
+    ("dm", {"decode": Pyramid()}),
     ("kip", {"decode": Bases(num_bases=8), "labels": Targets()}),
     ("sre2l", {"decode": Pixels8Bit(), "labels": Teacher(), "network": BATCH, "method": {"per_class": True}}),
 ]

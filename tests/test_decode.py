@@ -29,6 +29,7 @@ from condense.synthetic import (
     Origin,
     Pixels,
     Pixels8Bit,
+    Pyramid,
     StaticDynamic,
     SyntheticSet,
     load,
@@ -47,6 +48,8 @@ EVERY = [
     Bases(num_bases=5),
     Bases(num_bases=5, start="xavier"),
     Hallucinator(num_styles=3),
+    Pyramid(),
+    Pyramid(coarsest=2, finest=4, decorrelated=False),
     StaticDynamic(statics=1, dynamics=1),
 ]
 SERIES, CLIPS = (3, 16), (3, 2, 8, 7)
@@ -94,7 +97,7 @@ def test_images_are_as_many_as_promised_and_belong_to_their_latent(decode: Decod
     decoder, latents, classes = encoded(decode, shape)
     images = decoder(latents, classes)
     assert images.shape == (decode.expansion * len(latents), *shape) and images.isfinite().all()
-    order = torch.tensor([4, 0, 5])
+    order = torch.tensor([4, 0, 5]) % len(latents)
     copies = images.unflatten(0, (decode.expansion, -1))[:, order].flatten(0, 1)
     torch.testing.assert_close(decoder(latents[order], classes[order]), copies)
 
@@ -324,6 +327,72 @@ def test_styles_begin_near_the_first_copy_and_differ() -> None:
     assert all((inside[a] - inside[b]).std() > 0.1 for a in range(4) for b in range(a))
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 9), (3, 8, 8), (1, 8, 8)], ids=str)
+def test_a_pyramid_is_the_sigmoid_of_the_sum_of_its_levels(shape: InputShape) -> None:
+    """The twin: one image, level and pixel after the other, from the definition of bilinear interpolation."""
+    decode = Pyramid()
+    decoder = decode.build(shape, NUM_CLASSES)
+    decode.fit(decoder, ChannelNorm(mean=(0.4, 0.5, 0.3)[: shape[0]], std=(0.2, 0.3, 0.1)[: shape[0]]))
+    sizes = {(3, 7, 9): [(1, 1), (1, 2), (2, 3), (4, 5), (7, 9)]}.get(shape, [(1, 1), (2, 2), (4, 4), (8, 8)])
+    assert decode.levels(shape) == sizes
+    latents = torch.randn(2, shape[0], sum(h * w for h, w in sizes), generator=generator())
+    colours = np.eye(1)
+    if shape[0] == 3:
+        colours = np.array([[0.26, 0.09, 0.02], [0.27, 0.0, -0.05], [0.27, -0.09, 0.03]])
+        colours /= max(np.sqrt((colours**2).sum(0)))
+    channels, height, width = shape
+
+    def at(level: Any, y: int, x: int) -> Any:
+        places = []
+        for k, side, full in ((y, level.shape[1], height), (x, level.shape[2], width)):
+            place = max((k + 0.5) * side / full - 0.5, 0)
+            low = int(place)
+            places.append((low, min(low + 1, side - 1), place - low))
+        (y0, y1, v), (x0, x1, u) = places
+        upper, lower = ((1 - u) * level[:, row, x0] + u * level[:, row, x1] for row in (y0, y1))
+        return (1 - v) * upper + v * lower
+
+    expected = np.zeros((2, *shape))
+    for i in range(2):
+        parts = np.split(latents[i].double().numpy(), np.cumsum([h * w for h, w in sizes])[:-1], 1)
+        levels = [part.reshape(channels, *size) for part, size in zip(parts, sizes, strict=True)]
+        for y in range(height):
+            for x in range(width):
+                pixel = 1 / (1 + np.exp(-2 * colours @ sum(at(level, y, x) for level in levels)))
+                expected[i, :, y, x] = (pixel - [0.4, 0.5, 0.3][:channels]) / np.array([0.2, 0.3, 0.1][:channels])
+    np.testing.assert_allclose(decoder(latents, torch.zeros(2)), expected, rtol=1e-4, atol=1e-4)
+    first = sum(h * w for h, w in sizes[:2])
+    others = torch.cat([latents[:, :, :first], torch.zeros_like(latents[:, :, first:])], 2)
+    torch.testing.assert_close(decoder(latents[:, :, :first], torch.zeros(2)), decoder(others, torch.zeros(2)))
+
+
+@pytest.mark.parametrize("transform", ["none", "channel"])
+def test_a_pyramid_of_full_size_begins_at_the_real_images(transform: str, tiny: Arrays, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 2, "transform": transform}
+    syn = api.distill("random", decode=Pyramid(), out=tmp_path / "run", **fields)
+    pixels = [
+        (made.to_dataset("pixels").tensors[0] * 255).round().byte()  # type: ignore[attr-defined]
+        for made in (syn, api.distill("random", out=tmp_path / "pixels", **fields))
+    ]
+    assert len(syn) == 3 and len(pixels[1]) == 6
+    for image in pixels[0]:
+        assert any(torch.equal(image, other) for other in torch.from_numpy(tiny.x_train).view(-1, 1, 8, 8))
+
+
+def test_a_pyramid_is_refused_where_it_cannot_be(tiny: Arrays, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"random cannot whiten the pixels that pyramid makes by zca; give transform="):
+        api.distill("random", decode=Pyramid(), ipc=2, transform="zca", **fields)
+    mend = r"a pyramid has 85 numbers per channel, more than the 64 of ipc=1; give ipc=2, or decode=Pyramid\(finest=4\)"
+    with pytest.raises(ValueError, match=mend):
+        api.distill("random", decode=Pyramid(), ipc=1, **fields)
+    with pytest.raises(ValueError, match=r"decode.finest is 9, but the longer side of an image has 8 pixels"):
+        api.distill("random", decode=Pyramid(finest=9), ipc=2, **fields)
+    assert len(api.distill("random", decode=Pyramid(finest=4), ipc=1, **fields)) == 9
+    with pytest.raises(ValueError, match=r"decode.coarsest must be at least 1 and at most decode.finest, got 4 and 2"):
+        Pyramid(coarsest=4, finest=2)
+
+
 @pytest.mark.parametrize("transform", ["none", "channel"])
 def test_pixels_of_8_bits_decode_to_exactly_the_real_images(transform: str, tiny: Arrays, tmp_path: Path) -> None:
     """As they were transformed for the task, in a quarter of the bytes."""
@@ -379,13 +448,13 @@ def test_costs_are_told_apart() -> None:
     ipc, pixels = 4, 3 * 32 * 32
     images = NUM_CLASSES * ipc * pixels * 4
     costs: dict[str, Any] = {}
-    for decode in (Pixels(), Factor(), DCT(coefficients=64), Bases(num_bases=16), Hallucinator()):
+    for decode in (Pixels(), Factor(), DCT(coefficients=64), Bases(num_bases=16), Hallucinator(), Pyramid(finest=16)):
         costs[decode.name] = synthetic(decode, (3, 32, 32), ipc).cost()
     assert [costs[name].images for name in ("pixels", "factor", "dct", "hallucinator")] == [images] * 4
     assert costs["pixels"].decoder == costs["factor"].decoder == 0
     assert costs["dct"].decoder == NUM_CLASSES * 64 * 4
     assert costs["hallucinator"].decoder == 5 * 5568 * 4
-    assert costs["bases"].decoder == 16 * pixels // 4 * 4
+    assert costs["bases"].decoder == 16 * pixels // 4 * 4 and costs["pyramid"].decoder == (3 + 3 + 9) * 4
     assert images - NUM_CLASSES * 16 * 4 < costs["bases"].images + costs["bases"].decoder <= images
 
 

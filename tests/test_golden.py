@@ -49,6 +49,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "idc-i": {"batch_real": 32, "outer_loop": 5, "num_student": 100},
     "frepo": {"batch_real": 200, "pool_size": 2, "max_age": 3},
     "krr-st": {"teachers": (BATCH,), "trained_by": "any", "batch_real": 200, "pool_size": 2, "max_age": 5},
+    "linear-gradient": {
+        "teachers": (BATCH,),
+        "trained_by": "any",
+        "grow_every": 5,
+        "optim": Optim(kind="adam", lr=0.02, momentum=0.9),
+    },
     "dd": {"inner_epochs": 2, "batch_real": 200},
     "rat-bptt": {"adjoint": RandomTruncated(0, 3, 3), "batch_real": 200},
     "rtp": {"inner_steps": 5, "batch_real": 16},

@@ -238,3 +238,26 @@ def test_the_command_says_the_accuracy(
     assert (
         error.startswith("condense: w.pth does not fit convnet:depth=1,width=4, which has no ") and "--network" in error
     )
+
+
+@pytest.mark.parametrize("head", ["absent", "of other classes"])
+def test_features_alone_need_no_classifier(head: str, task: Task, tmp_path: Path) -> None:
+    network = own(num_classes=7).eval()
+    state = {name: t for name, t in network.state_dict().items() if head != "absent" or "classifier" not in name}
+    path = saved(state, tmp_path / "weights.safetensors")
+    assert "classifier" in one_line(lambda: import_weights(path, tmp_path / "root", task))
+    folder = import_weights(path, tmp_path / "root", task, features_only=True)
+    weights = TrainedNetworks(folder).weights(0, task.network)
+    x = task.train.images[:5]
+    assert torch.equal(task.network.features(*weights, x, train=False), network.embed(x))  # type: ignore[operator]
+    (record,) = read_manifest(folder)["experts"]
+    assert 0 <= record["probe_accuracy"][0] <= 1 and "train_accuracy" not in record
+    spec = TrainedNetworkSpec(task.identity())
+    assert "no classifier was imported" in one_line(lambda: find(tmp_path / "root", spec, "tiny"))
+    of_features = TrainedNetworkSpec(task.identity(), features_only=True)
+    assert find(tmp_path / "root", of_features, "tiny") == folder
+    assert "lacks" in one_line(
+        lambda: import_weights(
+            saved({"classifier.bias": state["features.0.bias"]}, path), tmp_path / "root", task, features_only=True
+        )
+    )

@@ -69,7 +69,7 @@ def _read_safetensors(path: Path) -> object:
         raise ValueError(f"{path} cannot be read as safetensors: {reason(error)}; download it again") from error
 
 
-def match(state: Mapping[str, Tensor], network: Functional, where: str) -> Weights:
+def match(state: Mapping[str, Tensor], network: Functional, where: str, *, features_only: bool = False) -> Weights:
     """Return the weights of ``network`` from a state dict with exactly the same names and shapes.
 
     Floating-point numbers are converted to float32. Tensors that the architecture fixes (frozen parameters and integer
@@ -77,12 +77,17 @@ def match(state: Mapping[str, Tensor], network: Functional, where: str) -> Weigh
 
     Args:
         where: the file, for messages.
+        features_only: whether the classifier keeps its initial values, and entries of its names are ignored.
 
     Raises:
         ValueError: names or shapes differ (the message gives the first one and similar names); types differ; numbers
             are not finite.
     """
     names, initial = network.published, network.init(Rng(0), "layout")
+    if features_only:
+        classifier = {name for name, ours in names.items() if ours.startswith("classifier.")}
+        names = {name: ours for name, ours in names.items() if name not in classifier}
+        state = {name: tensor for name, tensor in state.items() if name not in classifier}
     required = [name for name in names if not name.endswith(_COUNTER)]
     _check_names(list(state), required, list(names), f"{where} does not fit {network.name}")
     values = {**network.frozen, **initial.params, **initial.buffers}

@@ -38,6 +38,9 @@ class Decode(Checked, ABC):
     """Whether latents are floating-point numbers, so that a method can learn them; else they are whole numbers."""
     stored: ClassVar[torch.dtype] = torch.uint8
     """The type of latents that are whole numbers."""
+    makes_pixels: ClassVar[bool] = False
+    """Whether the decoder makes pixels in [0, 1], and the images from these by the transform, ``none`` or
+    ``channel``."""
 
     def require_kind(self, input_shape: InputShape) -> None:
         """Raise ValueError if the decoder does not produce samples of this shape."""
@@ -142,25 +145,22 @@ class Pixels8Bit(Decode):
     stores_pixels: ClassVar[bool] = True
     takes: ClassVar[tuple[Kind, ...]] = ("images", "clips")
     differentiable: ClassVar[bool] = False
+    makes_pixels: ClassVar[bool] = True
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         return _FromBytes(input_shape)
 
     def fit(self, decoder: nn.Module, transform: Transform) -> None:
         assert isinstance(decoder, _FromBytes)
-        described = transform.describe()
-        if described["kind"] == "channel":
-            for statistic in ("mean", "std"):
-                buffer = decoder.get_buffer(statistic)
-                buffer.copy_(torch.tensor(described[statistic]).view_as(buffer))
+        decoder.fit(transform)
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, _FromBytes)
         return torch.cat([decoder.rounded(part) for part in images.split(1000)])
 
 
-class _FromBytes(nn.Module):
-    """Turns 8-bit pixels into images in the space of the transform ``channel``, or ``none`` (mean 0, std 1)."""
+class _FromPixels(nn.Module):
+    """Knows the transform of the images: ``channel``, or ``none`` (mean 0, std 1)."""
 
     mean: Tensor
     std: Tensor
@@ -171,6 +171,17 @@ class _FromBytes(nn.Module):
         shape = [size if k == axis else 1 for k, size in enumerate(input_shape)]
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
+
+    def fit(self, transform: Transform) -> None:
+        described = transform.describe()
+        if described["kind"] == "channel":
+            for statistic in ("mean", "std"):
+                buffer = self.get_buffer(statistic)
+                buffer.copy_(torch.tensor(described[statistic]).view_as(buffer))
+
+
+class _FromBytes(_FromPixels):
+    """Turns 8-bit pixels into images in the space of the transform."""
 
     def rounded(self, images: Tensor) -> Tensor:
         """Return the pixels (N, *input_shape), uint8, that are nearest to the images."""
@@ -522,9 +533,131 @@ class _StaticDynamic(nn.Module):
         return F.conv3d(inputs, self.kernels, self.bias, padding=1).transpose(1, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pyramid(Decode):
+    """An image is the sum of images of several scales, in decorrelated colours, as the argument of a sigmoid.
+
+    Linear gradient matching (Cazenavette et al. 2025): the sides of each level are half those of the next, rounded up,
+    and each level is enlarged bilinearly. A latent holds all levels. These are about 4/3 of the numbers of an image if
+    the largest level has its size."""
+
+    name: ClassVar[str] = "pyramid"
+    makes_pixels: ClassVar[bool] = True
+    coarsest: int = 1
+    """Largest longer side of the smallest level in pixels."""
+    finest: int | None = None
+    """Longer side of the largest level in pixels. Default: that of the image."""
+    decorrelated: bool = True
+    """Whether the channels of the levels of colour images are decorrelated: brightness and two differences of
+    colours, in the proportions of natural images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.coarsest <= (self.finest or self.coarsest):
+            raise ValueError(
+                f"decode.coarsest must be at least 1 and at most decode.finest, got {self.coarsest} and {self.finest}; "
+                "the published value is 1"
+            )
+
+    def levels(self, input_shape: InputShape) -> list[tuple[int, int]]:
+        """Return the height and width of each level for images of this shape, the smallest first.
+
+        Raises:
+            ValueError: the largest or the smallest level would be larger than the image.
+        """
+        height, width = input_shape[1:]
+        longest = max(height, width)
+        finest = self.finest or longest
+        for field, side in (("finest", finest), ("coarsest", self.coarsest)):
+            if side > longest:
+                raise ValueError(
+                    f"decode.{field} is {side}, but the longer side of an image has {longest} pixels; give "
+                    f"{spelt(f'decode.{field}', longest, 'Pyramid')} or less"
+                )
+        sizes = [(-(-height * finest // longest), -(-width * finest // longest))]
+        while max(sizes[0]) > self.coarsest:
+            height, width = sizes[0]
+            sizes.insert(0, (-(-height // 2), -(-width // 2)))
+        return sizes
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        latent, pixels = sum(map(math.prod, self.levels(input_shape))), math.prod(input_shape[1:])
+        if latent > ipc * pixels:
+            half = -(-max(input_shape[1:]) // 2)
+            smaller = f", or {spelt('decode.finest', half, 'Pyramid')}" if half >= self.coarsest else ""
+            raise ValueError(
+                f"a pyramid has {latent} numbers per channel, more than the {ipc * pixels} of {spelt('ipc', ipc)}; "
+                f"give {spelt('ipc', -(-latent // pixels))}{smaller}"
+            )
+        return ipc * pixels // latent
+
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return PyramidDecoder(input_shape, self.levels(input_shape), self.decorrelated)
+
+    def fit(self, decoder: nn.Module, transform: Transform) -> None:
+        assert isinstance(decoder, PyramidDecoder)
+        decoder.fit(transform)
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, PyramidDecoder)
+        pixels = (images * decoder.std + decoder.mean).clamp(_DARKEST, 1 - _DARKEST)
+        colours = torch.linalg.inv(decoder.colours.double()).to(images)
+        rest = torch.einsum("cd,ndhw->nchw", colours, pixels.logit() / decoder.SLOPE)
+        levels = []
+        for size in decoder.levels:
+            level = F.interpolate(rest, size=size, mode="area")
+            rest = rest - decoder.enlarged(level)
+            levels.append(level.flatten(2))
+        return torch.cat(levels, 2)
+
+
+_DARKEST = 1 / 512
+"""Half a grey level: pixels of 0 and 1 are encoded as if they were this far inside, where the logit is finite."""
+
+_COLOURS = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], dtype=torch.float64)
+"""A square root of the covariance of the colours of natural images, as published with "Feature Visualization" (Olah,
+Mordvintsev and Schubert 2017): its columns are brightness and two differences of colours."""
+
+
+class PyramidDecoder(_FromPixels):
+    """Decodes latents (N, C, K), the flattened levels one after the other, into images (N, C, H, W).
+
+    If K is the number of pixels of the first levels only, the image is the sum of these."""
+
+    SLOPE: ClassVar[float] = 2.0
+    """Factor of the argument of the sigmoid."""
+    colours: Tensor
+    """(C, C): the decorrelated channels of the levels to the arguments of the sigmoid."""
+
+    def __init__(self, input_shape: InputShape, levels: Sequence[tuple[int, int]], decorrelated: bool) -> None:
+        super().__init__(input_shape)
+        self.levels, self.size = tuple(levels), input_shape[1:]
+        colours = torch.eye(input_shape[0])
+        if decorrelated and input_shape[0] == 3:
+            colours = (_COLOURS / _COLOURS.norm(dim=0).max()).float()
+        self.register_buffer("colours", colours)
+
+    def enlarged(self, level: Tensor) -> Tensor:
+        return F.interpolate(level, size=self.size, mode="bilinear", align_corners=False)
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        total, first = latents.new_zeros(*latents.shape[:2], *self.size), 0
+        for size in self.levels:
+            last = first + math.prod(size)
+            if last > latents.shape[2]:
+                break
+            total = total + self.enlarged(latents[:, :, first:last].unflatten(2, size))
+            first = last
+        values = torch.einsum("cd,ndhw->nchw", self.colours, total)
+        return (torch.sigmoid(self.SLOPE * values) - self.mean) / self.std
+
+
 DECODERS: Registry[type[Decode]] = Registry(
     "decoder",
     "condense.decoders",
-    {decode.name: decode for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, StaticDynamic)},
+    {
+        decode.name: decode
+        for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, Pyramid, StaticDynamic)
+    },
     subclass_of(Decode),
 )

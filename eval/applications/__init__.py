@@ -1,5 +1,5 @@
-"""Applications of a synthetic set: continual learning, architecture search, privacy, transfer, and the scores of
-DD-Ranking.
+"""Applications of a synthetic set: continual learning, architecture search, privacy, linear probes of frozen networks,
+transfer, and the scores of DD-Ranking.
 
 Each application is a frozen dataclass of its settings. Its ``run`` takes a set with its data and returns a table and
 the numbers for a file. ``pruning`` measures selections of real images; it takes data and no set, and has a command of
@@ -12,6 +12,7 @@ from condense.eval.applications.application import Setting as Setting
 from condense.eval.applications.continual import Continual
 from condense.eval.applications.nas import NAS
 from condense.eval.applications.privacy import Privacy
+from condense.eval.applications.probe import Probe
 from condense.eval.applications.ranking import Ranking
 from condense.eval.applications.transfer import Transfer
 from condense.names import suggest
@@ -20,6 +21,7 @@ APPLICATIONS: dict[str, type[Application]] = {
     "continual": Continual,
     "nas": NAS,
     "privacy": Privacy,
+    "probe": Probe,
     "ranking": Ranking,
     "transfer": Transfer,
 }

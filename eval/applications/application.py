@@ -14,6 +14,7 @@ from condense.data.layout import Kind, kind
 from condense.eval.evaluate import SetScorer, resolved
 from condense.eval.protocol import Protocol
 from condense.eval.subject import Subject
+from condense.names import spelt
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.schema import Checked
@@ -73,7 +74,9 @@ class Application(Checked, ABC):
     """A use of synthetic sets; the fields of a subclass are its settings."""
 
     needs_classes: ClassVar[bool] = True
-    """Whether the set has to have classes. It is then compared with baselines of the same budget."""
+    """Whether the set has to have classes."""
+    takes_baselines: ClassVar[bool] = True
+    """Whether the set is compared with baselines of the same budget."""
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         """Check, before data are read, that the application can run on this set and these baselines.
@@ -81,7 +84,9 @@ class Application(Checked, ABC):
         Raises:
             ValueError: it cannot.
         """
-        return None
+        if baselines and not self.takes_baselines:
+            name = type(self).__name__.lower()
+            raise ValueError(f"{name} makes its own comparisons; give {spelt('baselines', ())}")
 
     @abstractmethod
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:

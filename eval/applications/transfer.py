@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -37,12 +37,12 @@ from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled
-from condense.teachers import Teacher
+from condense.teachers import Teacher, embedded
 from condense.tracking import counted
 from condense.train import Scorer, Trainer, Training
 
 BATCH = 256
-"""Batch size of fine-tuning, and images whose features are computed at once."""
+"""Batch size of fine-tuning."""
 RANDOM_WEIGHTS = "random weights"
 
 
@@ -51,6 +51,7 @@ class Transfer(Application):
     """Transfer: pre-train networks on a set without classes, then probe and fine-tune them on labelled data."""
 
     needs_classes: ClassVar[bool] = False
+    takes_baselines: ClassVar[bool] = False
 
     to: tuple[str, ...] = ()
     """Labelled data sets to transfer to: names or paths, of samples of the same shape as those of the set."""
@@ -90,8 +91,7 @@ class Transfer(Application):
                 "transfer is for sets whose targets are features of a teacher, and this one has classes; "
                 "`condense evaluate` measures it"
             )
-        if baselines:
-            raise ValueError(f"transfer makes its own comparisons; give {spelt('baselines', ())}")
+        super().check(syn, baselines)
         if not self.to:
             raise ValueError(f"transfer needs labelled data sets; give {spelt('to', ('cifar10',))}")
         own(syn)
@@ -152,12 +152,12 @@ class Transfer(Application):
 
         own_name = origin.method or "set"
         all_images = subject.train.images if self.full_steps else None
-        of_all = None if all_images is None else _batched(embed, all_images)
+        of_all = None if all_images is None else embedded(embed, all_images)
         for seed in counted("transfer", range(self.num_seeds)):
             rng = setting.rng("pre-training", seed)
             yield own_name, trained(images, values, plan, rng)
             real, _ = subject.train.sample(len(images), rng("random images"))
-            yield f"{len(images)} random {setting.kind}", trained(real, _batched(embed, real), plan, rng)
+            yield f"{len(images)} random {setting.kind}", trained(real, embedded(embed, real), plan, rng)
             if all_images is not None and of_all is not None:
                 epochs = -(-self.full_steps // -(-len(all_images) // plan.batch_size))
                 longer = dataclasses.replace(plan, num_epochs=epochs)
@@ -169,8 +169,8 @@ class Transfer(Application):
         network = _network(setting.subject, setting.subject.syn.origin.target_width)
         embed = Teacher(network, weights).embedder(setting.compute)
         train, test = target.train, target.test
-        predict = ridge_probe(_batched(embed, train.images), train.labels, target.arrays.num_classes)
-        return (predict(_batched(embed, test.images)) == test.labels).float().mean().item()
+        predict = ridge_probe(embedded(embed, train.images), train.labels, target.arrays.num_classes)
+        return (predict(embedded(embed, test.images)) == test.labels).float().mean().item()
 
     def _tuned(self, setting: Setting, weights: Weights, target: _Target, rng: Rng) -> float:
         """Return the accuracy of the network with a new last layer after fine-tuning."""
@@ -238,9 +238,3 @@ def teacher_of(subject: Subject, buffers: Path) -> Teacher:
 
 def _network(subject: Subject, num_outputs: int) -> Functional:
     return Functional(own_network(subject.syn), subject.arrays.input_shape, num_outputs, subject.device)
-
-
-@torch.no_grad()
-def _batched(embed: Callable[[Tensor], Tensor], images: Tensor | Images) -> Tensor:
-    """Return the features (N, F) of samples (N, *input_shape)."""
-    return torch.cat([embed(part) for part in images.split(BATCH)])
