@@ -25,6 +25,9 @@ from condense.compute import Compute, prepare_device
 from condense.data import datasets
 from condense.data.datasets import Arrays, Data, name_of, open_data
 from condense.data.layout import require_kind
+from condense.data.listing import list_photos
+from condense.data.photos import Preparation, Prepared
+from condense.data.photos import prepare as prepare_photos
 from condense.data.transform import Transform, check_transform
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
@@ -564,6 +567,28 @@ def report(
             transforms.append(None)
     write_text(target, report.render(collected, transforms))
     return target
+
+
+@checked
+def prepare(photos: Path | str, out: Path | str, plan: Preparation = Preparation(), **fields: Any) -> Prepared:
+    """Make an ``.npz`` data set, which every command takes, of photos of any sizes and formats.
+
+    ``photos`` is a folder or a ``.csv`` file, see ``condense.data.listing.list_photos``. ``fields`` are fields of
+    ``Preparation``: ``prepare("photos", "pets.npz", size=64)``. Files that are no photos are left out and named in the
+    remarks of the result.
+
+    Raises:
+        ValueError: there are no photos; they differ in size and no ``size`` is given; the file exists or cannot be
+            written.
+    """
+    plan = replaced(plan, fields)
+    source, target = expanded(photos), expanded(out)
+    if target.suffix != ".npz":
+        raise ValueError(f"{target} is the file to write: its name ends in .npz; give {target.with_suffix('.npz')}")
+    if target.exists():
+        raise ValueError(f"{target} already exists; move it or give another name")
+    check_new_file(target, "data set")
+    return prepare_photos(list_photos(source), str(photos), target, plan)
 
 
 @checked

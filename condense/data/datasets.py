@@ -30,6 +30,8 @@ from condense.cache import cache_folder
 from condense.data import store
 from condense.data.graphs import is_tu_folder, read_tu
 from condense.data.layout import InputShape, kind
+from condense.data.listing import is_listing
+from condense.data.photos import command as photo_command
 from condense.data.pixels import Array, numpy_of
 from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz, text_of
 from condense.data.samples import IN_FILE, STANDARD, check_samples
@@ -157,7 +159,8 @@ def load(
       ``length_train`` and three axes of floats, as the UCR and UEA archives are stored; else images NHW, NHWC or
       NCHW or clips NTHWC or NTCHW, whose last axis holds the channels if its length is 1 or 3;
     * a folder with train/CLASS/* and test/CLASS/*: 8-bit images of one size, gray if all of them are, else RGB. They
-      are rotated according to their EXIF orientation; an alpha channel is dropped;
+      are rotated according to their EXIF orientation; an alpha channel is dropped. ``condense.prepare`` makes a file of
+      all other folders of photos;
     * a torch Dataset of (sample, label) pairs, all of it for training, or a pair (train, test) of them. Images
       are PIL images, arrays (HW, HWC) or tensors (HW, CHW); other samples are arrays or tensors. A Dataset must always
       return the same samples. If both have torchvision's ``class_to_idx``, the labels of the test part are matched by
@@ -249,8 +252,8 @@ def fingerprint(images: Array, labels: Array) -> str:
     if images.dtype != np.uint8:
         images = images.astype("<f4")
     pixels = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:])).view(np.uint8)
-    rows = np.concatenate([pixels, labels.astype("<i8")[:, None].view(np.uint8)], axis=1)
-    hashes = sorted(hashlib.sha256(row).digest() for row in rows)
+    rows = zip(pixels, labels.astype("<i8"), strict=True)
+    hashes = sorted(hashlib.sha256(sample.tobytes() + label.tobytes()).digest() for sample, label in rows)
     header = f"{images.dtype.str}/{images.shape[1:]}/".encode()
     return hashlib.sha256(header + b"".join(hashes)).hexdigest()
 
@@ -289,6 +292,8 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
             return _cached(cache, "graphs", path, lambda: path.glob("*.txt"), lambda: _load_graphs(path))
         if path.is_dir():
             return _cached(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
+        if path.is_file() and is_listing(path):
+            raise ValueError(f"{path} is a table of photos, not a data set; {_prepared(path)}")
         if path.is_file():
             return _cached(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
     except OSError as error:  # the name is too long
@@ -484,7 +489,8 @@ def _load_folder(folder: Path) -> Arrays:
         for class_folder in _visible(folder / split):
             if class_folder.name not in classes:
                 raise ValueError(
-                    f"{class_folder} is not a class: classes are the folders in {folder / 'train'}; move it away"
+                    f"{class_folder} is not a class: classes are the folders in {folder / 'train'}; move it away, or "
+                    + _prepared(folder)
                 )
             inside = _visible(class_folder)
             if split == "train" and not inside:
@@ -499,7 +505,7 @@ def _load_folder(folder: Path) -> Arrays:
                 height, width = image.shape[:2]
                 raise ValueError(
                     f"{file} is {width}x{height}, the images before it are {first[1]}x{first[0]}: "
-                    "all images must have the same size; resize it"
+                    f"all images must have the same size; {_prepared(folder)}"
                 )
             images.append(image)
     all_images = as_rgb(splits["train"] + splits["test"])
@@ -519,8 +525,16 @@ def _in_folder(folder: Path) -> Iterable[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: an image folder holds train/CLASS/* and test/CLASS/*; create it")
+        raise ValueError(
+            f"{folder} is not a folder: an image folder holds train/CLASS/* and test/CLASS/*; for photos in other "
+            f"folders {_prepared(folder.parent)}"
+        )
     return entries(folder)
+
+
+def _prepared(photos: Path) -> str:
+    """Return the end of an error line: the command that makes a data set of any photos."""
+    return f"prepare a data set with {photo_command(photos)}"
 
 
 def _load_datasets(parts: Sequence[Dataset[Any]], layout: str | None) -> Arrays:
