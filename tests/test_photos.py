@@ -158,13 +158,15 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     (root / "train" / "dog").mkdir()
     refused(root, "no training photos of the class dog")
     (root / "train" / "dog" / "1.jpg").write_text("hello")
-    refused(root, "no training photo of the class dog that can be read, e.g. .*1.jpg .cannot identify")
+    refused(
+        root, "no training photo of the class dog that can be read, e.g. .*1.jpg .no image in a known format: BMP, "
+    )
 
 
 def test_files_that_are_no_photos_are_named_and_left_out(tmp_path: Path) -> None:
     root = folder(tmp_path / "photos", 5)
     (root / "readme.txt").write_text("hello")
-    (root / ".hidden").write_text("hello")
+    (root / "ant" / ".hidden").write_text("hello")
     for index in range(4):
         (root / "ant" / f"Thumbs{index}.db").write_bytes(b"\0" * 100)
     content = (root / "bee" / "4.png").read_bytes()
@@ -229,7 +231,7 @@ def test_what_is_transparent_shows_the_background(tmp_path: Path) -> None:
     found, _ = only(tmp_path, palette, name="a.gif", save={"transparency": 2})
     assert found.tolist() == [[[255, 0, 0], [255, 255, 255]], [[255, 0, 0], [255, 0, 0]]]
     gray = Image.merge("LA", (Image.new("L", (2, 2), 0), Image.fromarray(alpha)))
-    assert only(tmp_path, gray, background="black")[0].tolist() == [[[0], [0]], [[0], [0]]]
+    assert only(tmp_path, gray)[0].tolist() == [[[255], [0]], [[255], [204]]]
 
 
 def test_inks_become_light(tmp_path: Path) -> None:
@@ -381,3 +383,29 @@ def test_a_folder_that_is_no_data_set_is_refused_with_the_command_that_makes_one
         ValueError, match=r"the images before it are 8x8: .* condense.prepare\('.*split', 'split.npz', s"
     ):
         load(tmp_path / "split")
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "photos.md"
+
+
+def test_the_page_works_as_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer steps and networks."""
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text(encoding="utf-8")
+    photos, call = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(compile(photos, str(PAGE), "exec"), {"__name__": "photos"})
+    commands = re.findall(r"^    condense (.*)$", page, re.MULTILINE)
+    cli.main(shlex.split(commands[0]))
+    assert capsys.readouterr().out in page
+    values: dict[str, Any] = {}
+    code, _, claim = call.strip().rpartition("\n")
+    exec(code, values)
+    shown, _, expected = claim.partition("  # ")
+    assert eval(shown, values) == eval(expected)
+    assert (tmp_path / "shapes.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
+    for command in commands[1:]:
+        command = command.replace("--method.num-steps 100", "--method.num-steps 2")
+        cli.main([*shlex.split(command.replace("--num-seeds 3", "--num-seeds 1 --protocol.num-epochs 2"))])
+    assert len(commands) == 4 and len(list((tmp_path / "shapes-distilled").glob("*/*.png"))) == 3

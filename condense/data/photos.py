@@ -220,7 +220,7 @@ def _decode(photos: Sequence[Photo], pixels: Array, plan: Preparation, source: s
 
 def _into(photo: Photo, row: Array | None, plan: Preparation) -> _Seen:
     """Decode a photo into ``row`` (3, H, W), if one is given and fits, and return what was seen."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with photo.open() as file, Image.open(file, formats=FORMATS) as image:
@@ -232,8 +232,10 @@ def _into(photo: Photo, row: Array | None, plan: Preparation) -> _Seen:
             shown = oriented(_as_rgb(image, plan), turn)
             file.seek(0)
             key = hashlib.sha256(file.read()).digest()
+    except UnidentifiedImageError:
+        return _Seen(failure=f"no image in a known format: {', '.join(FORMATS)}")
     except Exception as error:  # a damaged picture can raise almost any exception
-        return _Seen(failure=reason(error).replace(f" {photo.name!r}", ""))
+        return _Seen(failure=reason(error))
     shape, gray = (shown.height, shown.width), True
     if row is not None and (plan.size is not None or shape == row.shape[1:]):
         fitted = np.asarray(shown if shape == row.shape[1:] else _fitted(shown, row.shape[1], plan))
