@@ -204,6 +204,8 @@ class Frames:
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
     plan: Annotated[Switch[Preparation], Flat] = Preparation()
+    download: Switch[bool] = False
+    """Let the library datasets download a missing data set hf:NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -529,7 +531,7 @@ def prepare(words: list[str]) -> None:
             "pets.npz --size 64"
         )
     command = recipe.parse(Prepare, words[2:], Prepare(), prog=prog)
-    done = api.prepare(words[0], words[1], command.plan)
+    done = api.prepare(words[0], words[1], command.plan, download=command.download)
     for remark in done.remarks:
         say(remark)
     shape = "x".join(map(str, done.input_shape[1:]))

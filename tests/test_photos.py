@@ -394,7 +394,7 @@ def test_the_page_works_as_it_stands(
     """With fewer steps and networks."""
     monkeypatch.chdir(tmp_path)
     page = PAGE.read_text(encoding="utf-8")
-    photos, call = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    photos, call, _ = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     exec(compile(photos, str(PAGE), "exec"), {"__name__": "photos"})
     commands = re.findall(r"^    condense (.*)$", page, re.MULTILINE)
     cli.main(shlex.split(commands[0]))

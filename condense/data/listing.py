@@ -14,7 +14,7 @@ from condense.names import excerpt, printable, reason
 
 Part = Literal["train", "test", "val"]
 
-_PARTS: Mapping[str, Part] = {
+PARTS: Mapping[str, Part] = {
     "train": "train",
     "training": "train",
     "test": "test",
@@ -82,7 +82,7 @@ def _of_folder(folder: Path) -> Listing:
     inside = entries(folder)
     parts: dict[Part, Path] = {}
     for path in inside:
-        part = _PARTS.get(path.name.lower())
+        part = PARTS.get(path.name.lower())
         if part is None or not (path.is_dir() and any(below.is_dir() for below in entries(path))):
             continue
         if part in parts:
@@ -147,7 +147,7 @@ def _of_table(table: Path) -> Listing:
     labels = {name: label for label, name in enumerate(classes)}
     photos: dict[Part, list[Photo]] = {}
     for line, (path, label, *split) in cells:
-        part = _PARTS.get(split[0].lower()) if split else "train"
+        part = PARTS.get(split[0].lower()) if split else "train"
         if part is None:
             raise ValueError(f"line {line} of {table} has the split {excerpt(split[0])!r}: give train, test or val")
         place = table.parent / path
