@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from condense.api import evaluate as evaluate
     from condense.api import load as load
     from condense.api import make_buffer as make_buffer
+    from condense.api import prepare as prepare
     from condense.api import relabel as relabel
     from condense.recipe import Recipe as Recipe
     from condense.synthetic.files import save as save
@@ -24,13 +25,25 @@ _HOMES = {
     "evaluate": "condense.api",
     "load": "condense.api",
     "make_buffer": "condense.api",
+    "prepare": "condense.api",
     "relabel": "condense.api",
     "Recipe": "condense.recipe",
     "save": "condense.synthetic.files",
     "SyntheticSet": "condense.synthetic.set",
 }
 
-__all__ = ["Recipe", "RunOptions", "SyntheticSet", "distill", "evaluate", "load", "make_buffer", "relabel", "save"]
+__all__ = [
+    "Recipe",
+    "RunOptions",
+    "SyntheticSet",
+    "distill",
+    "evaluate",
+    "load",
+    "make_buffer",
+    "prepare",
+    "relabel",
+    "save",
+]
 
 try:
     __version__ = version("condense-dd")

@@ -24,7 +24,12 @@ from condense.cache import cache_folder
 from condense.compute import Compute, prepare_device
 from condense.data import datasets
 from condense.data.datasets import Arrays, Data, name_of, open_data
+from condense.data.hugging_face import HuggingFace, is_name, list_rows
+from condense.data.hugging_face import named as named_rows
 from condense.data.layout import require_kind
+from condense.data.listing import list_photos
+from condense.data.photos import Preparation, Prepared
+from condense.data.photos import prepare as prepare_photos
 from condense.data.transform import Transform, check_transform
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
@@ -564,6 +569,40 @@ def report(
             transforms.append(None)
     write_text(target, report.render(collected, transforms))
     return target
+
+
+@checked
+def prepare(
+    photos: Path | str | HuggingFace,
+    out: Path | str,
+    plan: Preparation = Preparation(),
+    *,
+    download: bool = False,
+    **fields: Any,
+) -> Prepared:
+    """Make an ``.npz`` data set, which every command takes, of photos of any sizes and formats.
+
+    ``photos`` is a folder or a ``.csv`` file, see ``condense.data.listing.list_photos``, or a data set of Hugging Face,
+    also as ``hf:NAME``, which is downloaded only if ``download`` is true. ``fields`` are fields of
+    ``Preparation``: ``prepare("photos", "pets.npz", size=64)``. Files that are no photos are left out and named in the
+    remarks of the result.
+
+    Raises:
+        ValueError: there are no photos; they differ in size and no ``size`` is given; the file exists or cannot be
+            written.
+    """
+    plan = replaced(plan, fields)
+    target = expanded(out)
+    if target.suffix != ".npz":
+        raise ValueError(f"{target} is the file to write: its name ends in .npz; give {target.with_suffix('.npz')}")
+    if target.exists():
+        raise ValueError(f"{target} already exists; move it or give another name")
+    check_new_file(target, "data set")
+    if isinstance(photos, str) and is_name(photos):
+        return prepare_photos(list_rows(named_rows(photos, download)), photos, target, plan)
+    if isinstance(photos, HuggingFace):
+        return prepare_photos(list_rows(photos), "the data set", target, plan)
+    return prepare_photos(list_photos(expanded(photos)), str(photos), target, plan)
 
 
 @checked

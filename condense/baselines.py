@@ -23,7 +23,7 @@ from condense.recipe import Recipe
 from condense.rng import VERSION
 from condense.synthetic.files import load, save
 from condense.synthetic.set import SyntheticSet
-from condense.task import Task
+from condense.task import IpcPolicy, Task
 from condense.tracking import progress
 
 Budget = Literal["images", "bytes"]
@@ -140,11 +140,15 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
 
 
 def _budget(syn: SyntheticSet, plan: Recipe, budget: Budget) -> dict[str, Any]:
-    """Return the fields of a recipe that give the budget of ``syn``."""
+    """Return the fields of a recipe that give the budget of ``syn``. Where the set was made although classes have few
+    images, a selection takes all of them and other methods repeat them."""
+    policy: IpcPolicy = "refuse"
+    if syn.origin.ipc_policy != "refuse":
+        policy = "all" if plan.method.selects else "repeat"
     if budget == "bytes":
-        return {"ipc": _affordable(syn, plan), "fraction": None}
+        return {"ipc": _affordable(syn, plan), "fraction": None, "ipc_policy": policy}
     fraction = syn.origin.fraction
-    return {"ipc": syn.ipc if fraction is None else None, "fraction": fraction}
+    return {"ipc": syn.ipc if fraction is None else None, "fraction": fraction, "ipc_policy": policy}
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:

@@ -21,6 +21,7 @@ usage: condense COMMAND ...
 Distil a data set into a few images per class, and evaluate them.
 
   demo                         buffer, distil and evaluate on embedded data, in a few minutes
+  prepare   PHOTOS DST.npz     make a data set of a folder of photos of any sizes and formats
   buffer    --dataset D ...    train and store expert trajectories, or teachers (--keep last)
   distill   METHOD|RECIPE ...  distil a data set
   relabel   RUN|FILE ...       label the views of a synthetic set by a teacher
@@ -47,8 +48,8 @@ SPINS = "10000"
 another process is busy, threads that wait for each other would take the processor from those that compute."""
 
 COMMANDS = (
-    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "frames", "import", "list", "relabel"),
-    *("report", "show"),
+    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "frames", "import", "list", "prepare"),
+    *("relabel", "report", "show"),
 )
 
 

@@ -25,6 +25,7 @@ from condense.buffers.trajectories import Experts
 from condense.cache import Entry, cache_folder, entries, prune
 from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets, layout
+from condense.data.photos import Preparation
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application
@@ -201,6 +202,13 @@ class Export:
 class Frames:
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    plan: Annotated[Switch[Preparation], Flat] = Preparation()
+    download: Switch[bool] = False
+    """Let the library datasets download a missing data set hf:NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,6 +529,27 @@ def frames(words: list[str]) -> None:
     say(f"{target}: the middle frame of every clip; next: condense distill dc --dataset {target}")
 
 
+def prepare(words: list[str]) -> None:
+    prog = "condense prepare PHOTOS DST.npz"
+    if _asks_for_help(words):
+        recipe.parse(Prepare, ["--help"], Prepare(), prog=prog)
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise ValueError(
+            "prepare needs a folder of photos, or a table of them, and the file to write; e.g. condense prepare photos "
+            "pets.npz --size 64"
+        )
+    command = recipe.parse(Prepare, words[2:], Prepare(), prog=prog)
+    done = api.prepare(words[0], words[1], command.plan, download=command.download)
+    for remark in done.remarks:
+        say(remark)
+    shape = "x".join(map(str, done.input_shape[1:]))
+    colour = "gray" if done.input_shape[0] == 1 else "RGB"
+    say(
+        f"{done.path}: {done.num_train} training and {done.num_test} test images, {shape} {colour}, of "
+        f"{len(done.classes)} classes; next: condense distill dm --dataset {done.path} --ipc 1"
+    )
+
+
 def report(words: list[str]) -> None:
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     command = recipe.parse(Report, words[len(folders) :], Report(), prog="condense report RUN...")
@@ -597,6 +626,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "frames": frames,
     "import": import_,
     "list": list_,
+    "prepare": prepare,
     "relabel": relabel,
     "report": report,
     "show": show,

@@ -121,6 +121,8 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
     reason = plan.method.incompatibility(plan.decode, plan.labels, plan.transform, plan.objective)
     if reason is None and plan.fraction is not None:
         reason = _why_no_fraction(plan)
+    if reason is None and plan.ipc_policy != "refuse":
+        reason = _why_not_by_policy(plan)
     if reason is None and plan.method.private:
         reason = _why_not_private(plan, validates)
     if reason is not None:
@@ -134,6 +136,18 @@ def _why_no_fraction(plan: Recipe) -> str | None:
         return f"makes equally many images of each class, not a fraction of the real ones; give {spelt('ipc', 10)}"
     if not isinstance(plan.decode, Pixels):
         return f"stores a fraction of the real images as they are; give {spelt('decode', 'pixels')}"
+    return None
+
+
+def _why_not_by_policy(plan: Recipe) -> str | None:
+    """Return why a recipe cannot treat classes with few images as its policy says; None if it can."""
+    if plan.ipc_policy == "repeat":
+        fix = spelt("ipc_policy", "all")
+        return f"selects different images of each class and repeats none; give {fix}" if plan.method.selects else None
+    if not plan.method.selects:
+        return f"makes equally many images of each class; give {spelt('ipc_policy', 'repeat')}"
+    if not isinstance(plan.decode, Pixels):
+        return f"stores all images of a small class as they are; give {spelt('decode', 'pixels')}"
     return None
 
 
@@ -309,6 +323,7 @@ def prepare(
         ranks=ranks,
         objective=OBJECTIVES[plan.objective](),
         fraction=plan.fraction,
+        ipc_policy=plan.ipc_policy,
         first_images=None if experiment.stills is None else stills.clips(experiment.stills, plan.decode, task),
     )
 

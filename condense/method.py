@@ -33,7 +33,7 @@ from condense.schema import Checked, brief
 from condense.synthetic.decode import Decode, StaticDynamic
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
-from condense.task import Task
+from condense.task import IpcPolicy, Task
 from condense.train import Training, set_lr
 
 
@@ -141,6 +141,9 @@ class Context:
     """Training objective of the networks of the method."""
     fraction: float | None = None
     """Budget as a fraction of the real images of each class. If it is given, ``ipc`` is the mean over classes."""
+    ipc_policy: IpcPolicy = "refuse"
+    """What happens to a class with fewer real images than ``ipc`` asks for: an error where real images are needed
+    (refuse), fewer images in the set (all), or repeated real images (repeat)."""
     first_images: Tensor | None = None
     """Images (n, *input_shape) from which every set of the run begins, grouped by class; None: those of the method."""
     scratch: Path | None = None
@@ -173,8 +176,10 @@ class Context:
 
     @cached_property
     def images_of_class(self) -> tuple[int, ...]:
-        """Number of decoded images of each class: ``images_per_class``, or the fraction of the real images, rounded,
-        at least 1."""
+        """Number of decoded images of each class: ``images_per_class``, at most all real ones under the policy ``all``;
+        or the fraction of the real images, rounded, at least 1."""
+        if self.fraction is None and self.ipc_policy == "all":
+            return tuple(min(self.images_per_class, len(members)) for members in self.task.train.by_class)
         if self.fraction is None:
             return (self.images_per_class,) * self.task.num_classes
         return tuple(max(1, round(self.fraction * len(members))) for members in self.task.train.by_class)
@@ -249,7 +254,7 @@ class Context:
 
     def initial(self, kind: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
         """Return initial images and classes: ``first_images``, random real images of each class, or standard normal
-        noise.
+        noise. Under the policy ``repeat`` a class with too few real images has each of them several times.
 
         Raises:
             ValueError: a class has fewer real images than needed.
@@ -260,12 +265,17 @@ class Context:
         if kind == "noise":
             noise = torch.randn(len(labels), *task.input_shape, generator=self.rng.generator("initial images"))
             return noise.to(task.device), labels
-        self.require_images()
+        if self.ipc_policy != "repeat":
+            self.require_images(f", or {spelt('ipc_policy', 'repeat')} ({spelt('ipc_policy', 'all')} for a selection)")
         drawn = [task.train.draw(c, n, self.rng("initial images", 0, c)) for c, n in enumerate(self.images_of_class)]
+        if self.ipc_policy == "repeat":
+            counts = zip(drawn, self.images_of_class, strict=True)
+            drawn = [images[torch.arange(n, device=images.device) % len(images)] for images, n in counts]
         return torch.cat(drawn), labels
 
-    def require_images(self) -> None:
-        """Raise ValueError if a class has fewer real images than its part of ``images_of_class``."""
+    def require_images(self, otherwise: str = "") -> None:
+        """Raise ValueError if a class has fewer real images than its part of ``images_of_class``. ``otherwise`` is the
+        end of the message: what else mends it."""
         for c, (members, num) in enumerate(zip(self.task.train.by_class, self.images_of_class, strict=True)):
             if len(members) < num:
                 most = self.ipc * len(members) // num
@@ -273,6 +283,7 @@ class Context:
                     f"class {self.task.classes[c]!r} has {len(members)} training images, {num} are "
                     f"needed for {spelt('ipc', self.ipc)}; give "
                     + (f"{spelt('ipc', most)} or less" if most else f"another {spelt('decode')}")
+                    + otherwise
                 )
 
     @cached_property

@@ -35,7 +35,7 @@ from condense.schedule import nested
 from condense.schema import Checked, mismatch
 from condense.synthetic.decode import DECODERS, Decode, Pixels
 from condense.synthetic.labels import LABELS, Hard, Labels
-from condense.task import Split
+from condense.task import IpcPolicy, Split
 
 T = TypeVar("T")
 
@@ -72,6 +72,9 @@ class Recipe(Checked):
     fraction: float | None = None
     """Budget of a selection as a fraction of the training images of each class, at least one of each; given in place of
     ipc."""
+    ipc_policy: IpcPolicy = "refuse"
+    """What happens where a class has fewer real images than ipc: refuse, all (a selection takes all it has, so that the
+    set has fewer of it) or repeat (the images that a method starts from are repeated)."""
     augment: str = "dsa"
     """Augmentation: none, dsa (the default strategy of the data set) or a strategy, with options as in
     dsa:mode=M,align_corners=true."""
@@ -92,6 +95,11 @@ class Recipe(Checked):
         if self.ipc is not None and self.fraction is not None:
             raise ValueError(
                 f"{spelt('ipc', self.ipc)} and {spelt('fraction', self.fraction)} are two budgets; give one of them"
+            )
+        if self.fraction is not None and self.ipc_policy != "refuse":
+            raise ValueError(
+                f"{spelt('ipc_policy', self.ipc_policy)} is for a budget in images per class, and a fraction never "
+                "needs more images than there are; leave it out"
             )
         if self.ipc is None and self.fraction is None:
             object.__setattr__(self, "ipc", USUAL_IPC)
@@ -130,6 +138,8 @@ def to_mapping(value: Any) -> Any:
         del fields["objective"]  # absent from recipes, and hashes, of earlier versions
     if isinstance(value, Recipe):
         del fields["fraction" if value.fraction is None else "ipc"]
+        if value.ipc_policy == "refuse":
+            del fields["ipc_policy"]  # absent from recipes, and hashes, of earlier versions
     if isinstance(value, Compute):
         added = ("graph", "tf32")  # absent from recipes, and hashes, of earlier versions
         fields = {name: entry for name, entry in fields.items() if entry is not None or name not in added}

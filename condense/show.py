@@ -12,7 +12,7 @@ from typing import Any
 from condense import api, artifacts, runs
 from condense.data.layout import kind
 from condense.eval.report import readable_bytes, steps_of, uses_of
-from condense.eval.results import by_protocol, by_set, read_complete
+from condense.eval.results import balanced, by_protocol, by_set, read_complete
 from condense.files import read_header
 from condense.names import printable
 from condense.recipe import Recipe, Resolved, to_mapping, to_yaml
@@ -71,7 +71,8 @@ def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json:
 def print_results(rows: Sequence[Mapping[str, Any]], *, together: bool = False) -> None:
     """Print the rows of ``evaluation.json`` as one table per protocol, one line per set and one column per network.
 
-    A cell is the mean test accuracy in percent with its standard deviation. With ``together`` there is one table with
+    A cell is the mean test accuracy in percent with its standard deviation and, for unbalanced test classes, the
+    balanced accuracy in brackets. With ``together`` there is one table with
     the columns of all protocols. A table has columns of bytes where it is of several protocols, where labels take more
     than images, or where a teacher is not stored.
     """
@@ -99,6 +100,8 @@ def _print_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             lines.setdefault(name, []).extend(line)
     what = every[0]["network"] if len(groups) > 1 and is_one else ", ".join(groups)
     heading = f"test accuracy, %: {what}, n = {', '.join(map(str, counts))} networks per cell"
+    if any(balanced(row) is not None for row in every):
+        heading += " (balanced accuracy)"
     print_table(heading, columns, [(name, *line) for name, line in lines.items()])
 
 
@@ -120,7 +123,9 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
     spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
-    return f"{100 * row['mean']:.1f}{spread}"
+    of_classes = balanced(row)
+    beside = "" if of_classes is None else f" ({100 * of_classes:.1f})"
+    return f"{100 * row['mean']:.1f}{spread}{beside}"
 
 
 def _file(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from condense.schema import Checked
 
 ROUNDING = ("sha256", "trace")
 """Fields of a transform's description that depend on the rounding of a machine; an identity omits them."""
+
+
+IpcPolicy = Literal["refuse", "all", "repeat"]
+"""What happens to a class with fewer real images than the budget: an error, a smaller part of the set, or repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Accuracy and calibration metrics of a trained network.
 
     accuracy        share of images whose most probable class is correct; ``per_class`` within each class
+    balanced_accuracy  mean of the accuracies within the classes, where their numbers of images differ much
     macro_f1        mean over classes of 2 TP / (2 TP + FP + FN), 0 for a class that neither occurs nor is predicted
     nll             mean of -log p_y
     brier           mean of sum_c (p_c - [c = y])^2, in [0, 2] (Brier, 1950)
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUM_BINS = 15
+UNBALANCED = 1.5
+"""Ratio of the numbers of images in the largest and the smallest class above which the balanced accuracy is given."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Scores:
     """Accuracy within each class; 0 for a class without images."""
     reliability: tuple[tuple[float, float, float], ...]
     """For each bin of the ECE: share of the images, their mean confidence, their accuracy (0 in an empty bin)."""
+    balanced_accuracy: float | None = None
+    """Mean of the accuracies within the classes that have images; None unless the largest of them has more than 1.5
+    times as many as the smallest."""
     auc: float | None = None
     """Area under the ROC curve; None where it was not computed or a class has no images."""
 
@@ -69,8 +75,17 @@ class Scores:
             ece_classwise=sum(_gap(_bins(p[:, c], onehot[:, c])) for c in range(classes)) / classes,
             per_class=tuple((hits / counts.clamp(min=1)).tolist()),
             reliability=tuple(tuple(row) for row in bins.tolist()),
+            balanced_accuracy=_balanced(counts, hits),
             auc=_auc(p, onehot.bool()),
         )
+
+
+def _balanced(counts: Tensor, hits: Tensor) -> float | None:
+    """Return the mean of the accuracies of the classes with images, where their numbers (C,) are unbalanced."""
+    present = counts > 0
+    if counts[present].max() <= UNBALANCED * counts[present].min():
+        return None
+    return float((hits[present] / counts[present]).mean())
 
 
 def _auc(p: Tensor, onehot: Tensor) -> float | None:

@@ -200,6 +200,13 @@ class _Results:
     results: tuple[Mapping[str, Any], ...]
 
 
+def balanced(row: Mapping[str, Any]) -> float | None:
+    """Return the mean balanced accuracy of the networks of a row; None where the test classes are balanced, or the row
+    was written by an earlier version."""
+    of_each = row["metrics"].get("balanced_accuracy", [None])
+    return None if None in of_each else statistics.fmean(of_each)
+
+
 def by_set(rows: Sequence[Mapping[str, Any]], name: str = "method") -> dict[str, dict[str, Mapping[str, Any]]]:
     """Group rows of one protocol by set, then by network.
 

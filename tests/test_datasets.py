@@ -843,6 +843,18 @@ def test_the_parts_of_an_image_folder_are_matched_by_names_of_classes(tmp_path: 
         assert arrays.classes == ("a", "b", "c") and arrays.fingerprint == expected.fingerprint
     (folder / "test" / "b").rename(folder / "test" / "d")
     fails((train, image_folder(folder / "test")), "the test part has the class 'd'")
+    Image.new("RGB", (6, 7)).save(folder / "train" / "c" / "wide.png")
+    fails(image_folder(folder / "train"), "all must have the same shape; .* condense.prepare.'.*train', 'train.npz', s")
+
+
+def test_names_of_classes_come_from_the_dataset() -> None:
+    images = [Image.fromarray(image) for image in colour()["x_train"]]
+    dataset = pairs(images, [index % 3 for index in range(12)])
+    dataset.classes = ["ant", "bee", "cat"]  # type: ignore[attr-defined]
+    assert load(dataset).classes == load(Subset(dataset, range(12))).classes == ("ant", "bee", "cat")
+    assert load(Subset(dataset, [0, 1, 3, 4])).classes == ("ant", "bee")
+    dataset.classes = ["ant", "bee"]  # type: ignore[attr-defined]
+    fails(dataset, "the training part has the label 2 and 2 names of classes")
 
 
 class Drawn(Pairs):
@@ -880,15 +892,6 @@ def test_items_that_are_no_pairs_are_refused_at_the_first(item: Any, message: st
 
 def test_random_transforms_are_noticed() -> None:
     fails(Drawn(*[(torch.zeros(1, 3, 3), i % 2) for i in range(40)]), "item 39 of Drawn changes when it is read again")
-
-
-def test_what_hugging_face_calls_a_dataset_is_given_as_arrays() -> None:
-    kind = type("Dataset", (), {"__module__": "datasets.arrow_dataset"})
-    code = "(np.stack([np.asarray(image) for image in d['image']]), np.array(d['label']))"
-    fails(kind(), re.escape(code))
-    images = colour()["x_train"]
-    columns = {"image": [Image.fromarray(image) for image in images], "label": [i % 3 for i in range(12)]}
-    assert np.array_equal(load(eval(code, {"np": np, "d": columns})).x_train, np.moveaxis(images, 3, 1))
 
 
 def test_many_items_are_not_listed() -> None:

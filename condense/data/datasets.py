@@ -27,9 +27,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from condense.cache import cache_folder
-from condense.data import store
+from condense.data import hugging_face, store
 from condense.data.graphs import is_tu_folder, read_tu
+from condense.data.hugging_face import HuggingFace
 from condense.data.layout import InputShape, kind
+from condense.data.listing import is_listing
+from condense.data.photos import command as photo_command
 from condense.data.pixels import Array, numpy_of
 from condense.data.reading import as_rgb, check_names, entries, pixels_of, read_images, read_npz, text_of
 from condense.data.samples import IN_FILE, STANDARD, check_samples
@@ -37,7 +40,9 @@ from condense.files import expanded
 from condense.names import excerpt, reason, spelt, suggest
 from condense.plugins import Registry
 
-Source: TypeAlias = str | Path | Dataset[Any] | Sequence[Dataset[Any]] | Sequence[Tensor | Array]
+Source: TypeAlias = (
+    str | Path | Dataset[Any] | HuggingFace | Sequence[Dataset[Any] | HuggingFace] | Sequence[Tensor | Array]
+)
 
 _TORCHVISION = {
     "mnist": ("MNIST", "MNIST/raw/*"),
@@ -157,11 +162,14 @@ def load(
       ``length_train`` and three axes of floats, as the UCR and UEA archives are stored; else images NHW, NHWC or
       NCHW or clips NTHWC or NTCHW, whose last axis holds the channels if its length is 1 or 3;
     * a folder with train/CLASS/* and test/CLASS/*: 8-bit images of one size, gray if all of them are, else RGB. They
-      are rotated according to their EXIF orientation; an alpha channel is dropped;
+      are rotated according to their EXIF orientation; an alpha channel is dropped. ``condense.prepare`` makes a file of
+      all other folders of photos;
     * a torch Dataset of (sample, label) pairs, all of it for training, or a pair (train, test) of them. Images
       are PIL images, arrays (HW, HWC) or tensors (HW, CHW); other samples are arrays or tensors. A Dataset must always
       return the same samples. If both have torchvision's ``class_to_idx``, the labels of the test part are matched by
       the names of the classes;
+    * a ``Dataset`` or ``DatasetDict`` of Hugging Face, a pair of them, or ``hf:NAME``, see
+      ``condense.data.hugging_face``;
     * tensors or arrays (x_train, y_train) or (x_train, y_train, x_test, y_test).
 
     ``layout`` names the axes of tensors or arrays, or those of a Dataset's samples with N in front. Without it they are
@@ -181,7 +189,9 @@ def load(
                 f"an entry to an .npz file, {IN_FILE.format(excerpt(layout))}, and omit it for names and folders"
             )
         return _load_path(source, root, download, cache)
-    parts = list(source) if isinstance(source, tuple | list) else [source]
+    parts: list[Any] = list(source) if isinstance(source, tuple | list) else [source]
+    if all(isinstance(part, HuggingFace) for part in parts) and len(parts) in (1, 2):
+        parts = [rows for part in parts for rows in hugging_face.parts(part)]
     datasets = [part for part in parts if isinstance(part, Dataset)]
     arrays = [part for part in parts if isinstance(part, Tensor | np.ndarray)]
     if len(datasets) == len(parts) and len(parts) in (1, 2):
@@ -191,7 +201,7 @@ def load(
     return _assemble("custom", *arrays, layout=layout, channels_first=isinstance(arrays[0], Tensor))
 
 
-Data: TypeAlias = str | Path | Arrays | Dataset[Any] | tuple[Any, ...]
+Data: TypeAlias = str | Path | Arrays | Dataset[Any] | HuggingFace | tuple[Any, ...]
 """A name, a path, ``Arrays``, a Dataset, a pair (train, test) or arrays (x_train, y_train, x_test, y_test)."""
 
 
@@ -215,11 +225,6 @@ def name_of(dataset: Data) -> str:
 
 def _no_source(parts: Sequence[Any]) -> str:
     kinds = ", ".join(type(part).__name__ for part in parts[:4]) + (", ..." if len(parts) > 4 else "")
-    if any(type(part).__module__.split(".")[0] == "datasets" for part in parts):
-        return (
-            f"cannot read a data set from ({kinds}): data sets of Hugging Face have to be converted to arrays; give "
-            "(np.stack([np.asarray(image) for image in d['image']]), np.array(d['label'])) with your column names"
-        )
     return (
         f"cannot read a data set from ({kinds}): it is neither a path nor a Dataset nor a pair of Datasets; "
         "give tensors (x_train, y_train) or (x_train, y_train, x_test, y_test)"
@@ -249,8 +254,8 @@ def fingerprint(images: Array, labels: Array) -> str:
     if images.dtype != np.uint8:
         images = images.astype("<f4")
     pixels = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:])).view(np.uint8)
-    rows = np.concatenate([pixels, labels.astype("<i8")[:, None].view(np.uint8)], axis=1)
-    hashes = sorted(hashlib.sha256(row).digest() for row in rows)
+    rows = zip(pixels, labels.astype("<i8"), strict=True)
+    hashes = sorted(hashlib.sha256(sample.tobytes() + label.tobytes()).digest() for sample, label in rows)
     header = f"{images.dtype.str}/{images.shape[1:]}/".encode()
     return hashlib.sha256(header + b"".join(hashes)).hexdigest()
 
@@ -278,6 +283,9 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
     if source in _TORCHVISION:
         name, files, place = str(source), _TORCHVISION[str(source)][1], _root(root)
         return _cached(cache, name, place, lambda: place.glob(files), lambda: _load_torchvision(name, place, download))
+    if isinstance(source, str) and hugging_face.is_name(source):
+        arrays = _load_datasets(hugging_face.parts(hugging_face.named(source, download)), None)
+        return arrays if arrays.known else dataclasses.replace(arrays, name=name_of(source))
     if isinstance(source, str) and source in LOADERS:
         return _load_plugin(source, _root(root), download, cache)
     try:
@@ -289,6 +297,8 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
             return _cached(cache, "graphs", path, lambda: path.glob("*.txt"), lambda: _load_graphs(path))
         if path.is_dir():
             return _cached(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
+        if path.is_file() and is_listing(path):
+            raise ValueError(f"{path} is a table of photos, not a data set; {_prepared(path)}")
         if path.is_file():
             return _cached(cache, path.stem, path, lambda: [path], lambda: _load_npz(path))
     except OSError as error:  # the name is too long
@@ -484,7 +494,8 @@ def _load_folder(folder: Path) -> Arrays:
         for class_folder in _visible(folder / split):
             if class_folder.name not in classes:
                 raise ValueError(
-                    f"{class_folder} is not a class: classes are the folders in {folder / 'train'}; move it away"
+                    f"{class_folder} is not a class: classes are the folders in {folder / 'train'}; move it away, or "
+                    + _prepared(folder)
                 )
             inside = _visible(class_folder)
             if split == "train" and not inside:
@@ -499,7 +510,7 @@ def _load_folder(folder: Path) -> Arrays:
                 height, width = image.shape[:2]
                 raise ValueError(
                     f"{file} is {width}x{height}, the images before it are {first[1]}x{first[0]}: "
-                    "all images must have the same size; resize it"
+                    f"all images must have the same size; {_prepared(folder)}"
                 )
             images.append(image)
     all_images = as_rgb(splits["train"] + splits["test"])
@@ -519,8 +530,16 @@ def _in_folder(folder: Path) -> Iterable[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: an image folder holds train/CLASS/* and test/CLASS/*; create it")
+        raise ValueError(
+            f"{folder} is not a folder: an image folder holds train/CLASS/* and test/CLASS/*; for photos in other "
+            f"folders {_prepared(folder.parent)}"
+        )
     return entries(folder)
+
+
+def _prepared(photos: Path) -> str:
+    """Return the end of an error line: the command that makes a data set of any photos."""
+    return f"prepare a data set with {photo_command(photos)}"
 
 
 def _load_datasets(parts: Sequence[Dataset[Any]], layout: str | None) -> Arrays:
@@ -540,20 +559,27 @@ def _load_datasets(parts: Sequence[Dataset[Any]], layout: str | None) -> Arrays:
         order = sorted(names[1], key=names[1].__getitem__)
         read[1] = images, np.array([train[name] for name in order])[labels]
     count = int(read[0][1].max()) + 1
+    if train and len(train) < count:
+        raise ValueError(
+            f"the training part has the label {count - 1} and {len(train)} names of classes: each label needs a name; "
+            "correct the dataset"
+        )
     return _assemble(
         "custom",
         *(array for part in read for array in part),
-        classes=sorted(train, key=train.__getitem__) if train and len(train) == count else None,
+        classes=sorted(train, key=train.__getitem__)[:count] if train else None,
         layout=layout,
         channels_first=isinstance(read[0][0], Tensor),
     )
 
 
 def _class_indices(dataset: Dataset[Any]) -> dict[str, int] | None:
-    """Return torchvision's ``class_to_idx`` (class name -> label) if the data set has a valid one."""
+    """Return torchvision's ``class_to_idx`` (class name -> label), or that of ``classes``, if it is valid."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     indices = getattr(dataset, "class_to_idx", None)
+    if indices is None and isinstance(names := getattr(dataset, "classes", None), list | tuple):
+        indices = {name: index for index, name in enumerate(names)}
     if not isinstance(indices, dict) or getattr(dataset, "target_transform", None) is not None:
         return None
     numbers = list(indices.values())
@@ -584,11 +610,20 @@ def _read_dataset(dataset: Dataset[Any]) -> tuple[Tensor | Array, Array]:
         axes = None if form in (Tensor, np.ndarray) else 2  # PIL images may be gray and coloured in one data set
         if image.shape[:axes] != images[0].shape[:axes]:
             raise ValueError(
-                f"image {index} of {kind} has shape {image.shape}, the first has {images[0].shape}: "
-                "all must have the same shape; resize them in the dataset"
+                f"image {index} of {kind} has shape {image.shape}, the first has {images[0].shape}: all must have the "
+                f"same shape; {_resized(dataset)}"
             )
     stacked = np.stack(images if form in (Tensor, np.ndarray) else as_rgb(images))
     return torch.from_numpy(stacked) if form is Tensor else stacked, np.array(labels)
+
+
+def _resized(dataset: Dataset[Any]) -> str:
+    """Return the remedy for images of different sizes."""
+    from torchvision.datasets import ImageFolder
+
+    if isinstance(dataset, hugging_face.Rows):
+        return 'prepare them with condense.prepare(d, "images.npz", size=64)'
+    return _prepared(Path(dataset.root)) if isinstance(dataset, ImageFolder) else "resize them in the dataset"
 
 
 def _item(dataset: Dataset[Any], index: int) -> tuple[Array, int, type]:

@@ -23,7 +23,7 @@ from condense.names import excerpt, reason
 if TYPE_CHECKING:
     from PIL import Image
 
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Formats in which pictures are read. Others are excluded, because PIL opens PostScript by running a program."""
 
 MOST_PIXELS = 1 << 26
@@ -123,7 +123,7 @@ def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, Array]]:
         if not file.is_file():
             raise ValueError(f"cannot read {file}: it is not a regular file; move it out of the folder of images")
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_FORMATS) as image:
+            with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
                 num_pixels = math.prod(image.size)
                 if num_pixels > MOST_PIXELS:
                     raise ValueError(f"it declares {image.width}x{image.height} pixels; the limit is {MOST_PIXELS:,}")
@@ -143,17 +143,28 @@ def pixels_of(image: Image.Image) -> Array:
     Raises:
         ValueError: it has more than 8 bits per value, or cannot be converted to RGB.
     """
-    from PIL import ExifTags, Image
-
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"its pixels have more than 8 bits (mode {image.mode}); with TOP, the largest value that a pixel can have "
             "(65535 for 16 bits), Image.fromarray((np.asarray(image) / TOP * 255).round().astype('uint8')) has 8"
         )
-    transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
-    if transpose is not None:
-        image = image.transpose(Image.Transpose[transpose])
+    image = oriented(image, orientation(image))
     return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the orientation that the EXIF tags of an image give, 1 to 8; 1 for an image without one."""
+    from PIL import ExifTags
+
+    given = image.getexif().get(ExifTags.Base.Orientation)
+    return given if isinstance(given, int) and given in _TRANSPOSES else 1
+
+
+def oriented(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an image that was stored in this EXIF orientation as it is shown."""
+    from PIL import Image
+
+    return image if orientation == 1 else image.transpose(Image.Transpose[_TRANSPOSES[orientation]])
 
 
 def as_rgb(images: list[Array]) -> list[Array]:

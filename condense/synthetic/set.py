@@ -16,7 +16,7 @@ from condense.data.transform import Transform
 from condense.schema import from_json
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
-from condense.task import Split
+from condense.task import IpcPolicy, Split
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RecipeRecord:
     network: str | None = None
     ipc: int | None = None
     fraction: float | None = None
+    ipc_policy: IpcPolicy = "refuse"
 
     def __post_init__(self) -> None:
         if self.ipc is not None and self.ipc < 1:
@@ -128,6 +129,11 @@ class Origin:
     def fraction(self) -> float | None:
         """The budget as a fraction of the real images of each class; None if it is not one."""
         return self.recorded.fraction
+
+    @property
+    def ipc_policy(self) -> IpcPolicy:
+        """What happened to classes with fewer real images than the budget."""
+        return self.recorded.ipc_policy
 
     @property
     def split(self) -> Split:

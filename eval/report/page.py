@@ -24,7 +24,7 @@ from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
-from condense.eval.results import by_protocol, by_set
+from condense.eval.results import balanced, by_protocol, by_set
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import ViewLabels
 
@@ -99,6 +99,7 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "dataset": run.dataset,
         "network": run.network,
         "headline": headline,
+        "balanced": None if headline is None else balanced(headline),
         "bytes": cost._asdict(),
         "total_bytes": sum(cost),
         "record": record,
