@@ -45,7 +45,7 @@ from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import StoredProjector
 from condense.table import print_table
 from condense.task import Split
-from condense.tracking import progress
+from condense.tracking import is_quiet, progress
 
 Flat = tyro.conf.arg(name="")
 
@@ -263,11 +263,11 @@ def distill(words: list[str], ranks: Ranks) -> None:
         command, origin = parsed(arrays.name)
         plan = command.recipe
     _say_unknown(arrays)
-    say(f"recipe: {origin}")
+    _remark(f"recipe: {origin}")
     api.run(plan, command.options, arrays=arrays, ranks=ranks)
     folder = runs.run_folder(plan, command.options.out, arrays.name)
     following = "evaluate" if plan.method.has_classes else "apply transfer"
-    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
+    _remark(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:
@@ -291,7 +291,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
         raise ValueError("--networks names no network; give e.g. --networks convnet mlp, or leave it out")
     chosen = command.networks or api.default_networks(syn, command.protocol)
     if not command.networks and command.protocol.name == "own":
-        say(f"network: {chosen[0]}, which is stored in the set")
+        _remark(f"network: {chosen[0]}, which is stored in the set")
     fields = _fields(command) | {"networks": chosen, "protocol": [command.protocol, *others]}
     result = api.evaluate(target, **fields, ranks=ranks)
     print_results([row.row() for row in result.results], together=bool(others))
@@ -312,9 +312,9 @@ def relabel(words: list[str]) -> None:
     sizes = f"images {cost.images}, labels {cost.labels} bytes"
     if isinstance(provider, StoredProjector):
         sizes += f", of which {provider.encoder.nbytes} are the encoder"
-    say(f"{file}: {kind.name} labels by {kind.teacher}; {sizes}")
+    _remark(f"{file}: {kind.name} labels by {kind.teacher}; {sizes}")
     if remark := cost.remark():
-        say(remark)
+        _remark(remark)
 
 
 def show(words: list[str]) -> None:
@@ -427,7 +427,7 @@ def import_(words: list[str]) -> None:
         record = open_buffer(folder).manifest["experts"][0]
         for name, part in {"val_accuracy": "the validation split", "train_accuracy": "training images"}.items():
             if name in record:
-                say(f"accuracy on {part}: {100 * record[name][-1]:.1f} %")
+                _remark(f"accuracy on {part}: {100 * record[name][-1]:.1f} %")
         say(str(folder))
         return
     with progress("import", 100) as bar:
@@ -468,7 +468,7 @@ def _prune(words: list[str]) -> None:
     fields["out"] = command.out or Path("runs") / f"pruning-{datasets.name_of(dataset)}"
     findings = api.prune(dataset, **fields)
     print_table(findings.title, findings.columns, findings.rows)
-    say(f"{fields['out']}: apply-pruning.json, pruning.svg")
+    _remark(f"{fields['out']}: apply-pruning.json, pruning.svg")
 
 
 def _holds_experts(path: Path) -> bool:
@@ -484,8 +484,8 @@ def _import_set(source: Path, target: Path, command: Import) -> None:
     )
     save(syn, target)
     cost, kind = syn.cost(), layout.kind(syn.origin.input_shape)
-    say(f"{target}: {len(syn)} {kind} ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
-    say(
+    _remark(f"{target}: {len(syn)} {kind} ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
+    _remark(
         f"the data set {command.dataset} and the transform {command.transform} are recorded as given; "
         "Condense cannot verify them"
     )
@@ -500,7 +500,7 @@ def export(words: list[str]) -> None:
     target = expanded(words[1])
     kind = command.format or ("npz" if target.suffix == ".npz" else "folder")
     api.export_set(words[0], target, kind, command.dataset)
-    say(f"{target}: {kind}")
+    _remark(f"{target}: {kind}")
 
 
 def frames(words: list[str]) -> None:
@@ -510,7 +510,7 @@ def frames(words: list[str]) -> None:
         raise ValueError("frames needs a data set of clips and the file to write; e.g. condense frames c.npz f.npz")
     command = recipe.parse(Frames, words[2:], Frames(), prog="condense frames CLIPS DST.npz")
     target = api.frames(words[0], words[1], download=command.download)
-    say(f"{target}: the middle frame of every clip; next: condense distill dc --dataset {target}")
+    _remark(f"{target}: the middle frame of every clip; next: condense distill dc --dataset {target}")
 
 
 def report(words: list[str]) -> None:
@@ -600,9 +600,15 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), file=sys.stdout, flush=True)
 
 
+def _remark(text: str) -> None:
+    """Print lines that are no result, unless the user asked for quiet."""
+    if not is_quiet():
+        say(text)
+
+
 def _say_unknown(arrays: datasets.Arrays) -> None:
     if arrays.known is None and layout.kind(arrays.input_shape) != "graphs":
-        say(f"{arrays.name}: not a known data set, so its mean and std are computed and DSA does not flip images")
+        _remark(f"{arrays.name}: not a known data set, so its mean and std are computed and DSA does not flip images")
 
 
 def _fields(command: Any) -> dict[str, Any]:
