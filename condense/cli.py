@@ -31,6 +31,7 @@ Distil a data set into a few images per class, and evaluate them.
   apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, ranking, transfer
   apply     pruning DATA ...   accuracy by the share of the real images that selections keep
   report    RUN... [--out F]   compare runs in one HTML page
+  runs      [FOLDER]           list the runs below a folder, finished or not
   show      RUN|FILE|BUFFER    summarise a run, a set or a buffer
   show      METHOD|RECIPE ...  print the recipe for a data set and budget as YAML
   list      methods|decoders|labels|adjoints|objectives|datasets|networks|recipes|protocols
@@ -39,8 +40,9 @@ Distil a data set into a few images per class, and evaluate them.
   export    RUN|FILE DST ...   export a set as .npz, image folder or Hugging Face data set
   frames    CLIPS DST.npz      write the middle frame of every clip as a data set of images
 
-`condense COMMAND --help` lists the flags of a command. Every command takes --quiet (no progress, no remarks), --verbose
-(details of a run, progress every second) and --debug (tracebacks). NO_COLOR=1 turns colours off.
+`condense COMMAND --help` lists the flags of a command. Commands that print a table take --json.
+Every command takes --quiet (no progress, no remarks), --verbose (details of a run, progress every second) and --debug
+(tracebacks). NO_COLOR=1 turns colours off.
 """
 
 SWITCHES = ("--debug", "--quiet", "--verbose")
@@ -55,7 +57,7 @@ another process is busy, threads that wait for each other would take the process
 
 COMMANDS = (
     *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "frames", "import", "list", "relabel"),
-    *("report", "show"),
+    *("report", "runs", "show"),
 )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, artifacts, catalog, exchange, experiment, networks, recipe, runs, sets
+from condense import api, artifacts, catalog, exchange, experiment, networks, overview, recipe, runs, sets
 from condense import show as glance
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
@@ -27,7 +27,7 @@ from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets, layout
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
 from condense.eval import protocol
-from condense.eval.applications import APPLICATIONS, Application
+from condense.eval.applications import APPLICATIONS, Application, Findings
 from condense.eval.applications.pruning import Pruning
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import check_new_file, check_new_folder, expanded
@@ -107,6 +107,8 @@ class Evaluate:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the results as JSON, as in evaluation.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,8 @@ class Apply:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the findings as JSON, as in the file of results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,8 @@ class Prune:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the findings as JSON, as in the file of results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +223,8 @@ class Show:
     dataset: str | None = None
     """Data set that a ZCA-whitened set was distilled from, needed to draw its images. The default is the location
     recorded by the run."""
+    json: bool = False
+    """Print the summary as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +232,12 @@ class ShowRecipe:
     recipe: Annotated[Switch[Recipe], Flat]
     json: bool = False
     """Print the name, the source and the fields of the recipe as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    json: bool = False
+    """Print the runs as JSON; accuracies are fractions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +294,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     if _asks_for_help(words):
         recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
-    flags, names = _several(words[1:], "--protocol")
+    flags, names = _several(_bare(words[1:], "--json"), "--protocol")
     given, _ = sets.read_set(target, recipe.take(flags, "--dataset")[1])
     syn = given if isinstance(given, SyntheticSet) else None
     plan, *others = [protocol.named(name, syn) for name in names or ["canonical"]]
@@ -290,11 +304,16 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     if "--networks" in flags and not command.networks:
         raise ValueError("--networks names no network; give e.g. --networks convnet mlp, or leave it out")
     chosen = command.networks or api.default_networks(syn, command.protocol)
-    if not command.networks and command.protocol.name == "own":
+    if not command.networks and command.protocol.name == "own" and not command.json:
         _remark(f"network: {chosen[0]}, which is stored in the set")
     fields = _fields(command) | {"networks": chosen, "protocol": [command.protocol, *others]}
+    del fields["json"]
     result = api.evaluate(target, **fields, ranks=ranks)
-    print_results([row.row() for row in result.results], together=bool(others))
+    rows = [row.row() for row in result.results]
+    if command.json:
+        _print_json({"results": rows})
+    else:
+        print_results(rows, together=bool(others))
 
 
 def relabel(words: list[str]) -> None:
@@ -325,8 +344,8 @@ def show(words: list[str]) -> None:
         _show_recipe(target, words[1:])
         return
     if path.exists():
-        command = recipe.parse(Show, words[1:], Show(), prog=f"condense {usage}")
-        glance.show(path, command.png, command.dataset)
+        command = recipe.parse(Show, _bare(words[1:], "--json"), Show(), prog=f"condense {usage}")
+        glance.show(path, command.png, command.dataset, as_json=command.json)
         return
     names = [*METHODS, *catalog.recipes()]
     if target not in names:
@@ -377,7 +396,7 @@ def list_(words: list[str]) -> None:
         raise ValueError(f"{asked}: there are {', '.join(tables)}; e.g. condense list methods")
     rows = tables[kinds[0]]()
     if as_json:
-        print(json.dumps(rows, indent=1))
+        _print_json(rows)
         return
     if kinds[0] != "methods":
         print_table(None, (kinds[0], ""), rows.items())
@@ -451,10 +470,10 @@ def apply(words: list[str]) -> None:
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)
     target = _positional(words[1:], usage, "give a run folder or a synthetic.safetensors")
-    command = recipe.parse(Apply, words[2:], usual, prog=prog)
+    command = recipe.parse(Apply, _bare(words[2:], "--json"), usual, prog=prog)
     fields = _fields(command)
-    findings = api.apply(fields.pop("choices"), target, **fields)
-    print_table(findings.title, findings.columns, findings.rows)
+    as_json = fields.pop("json")
+    _print_findings(api.apply(fields.pop("choices"), target, **fields), as_json)
 
 
 def _prune(words: list[str]) -> None:
@@ -463,12 +482,20 @@ def _prune(words: list[str]) -> None:
     if _asks_for_help(flags):
         recipe.parse(Prune, ["--help"], usual, prog=prog)
     dataset = _positional(flags, "apply pruning DATASET", "give a data set, e.g. digits")
-    command = recipe.parse(Prune, flags[1:], usual, prog=prog)
+    command = recipe.parse(Prune, _bare(flags[1:], "--json"), usual, prog=prog)
     fields = _fields(command)
+    as_json = fields.pop("json")
     fields["out"] = command.out or Path("runs") / f"pruning-{datasets.name_of(dataset)}"
-    findings = api.prune(dataset, **fields)
-    print_table(findings.title, findings.columns, findings.rows)
-    _remark(f"{fields['out']}: apply-pruning.json, pruning.svg")
+    _print_findings(api.prune(dataset, **fields), as_json)
+    if not as_json:
+        _remark(f"{fields['out']}: apply-pruning.json, pruning.svg")
+
+
+def _print_findings(findings: Findings, as_json: bool) -> None:
+    if as_json:
+        _print_json(findings.content())
+    else:
+        print_table(findings.title, findings.columns, findings.rows)
 
 
 def _holds_experts(path: Path) -> bool:
@@ -519,6 +546,17 @@ def report(words: list[str]) -> None:
     say(str(api.report(folders, command.out, command.dataset, download=command.download)))
 
 
+def runs_(words: list[str]) -> None:
+    flags = _bare(words, "--json")
+    folder = flags.pop(0) if flags and not flags[0].startswith("-") else "runs"
+    command = recipe.parse(Runs, flags, Runs(), prog="condense runs [FOLDER]")
+    found = overview.find_runs(folder)
+    if command.json:
+        _print_json({"runs": overview.as_json(found)})
+    else:
+        print_table(None, overview.COLUMNS, map(overview.cells, found))
+
+
 def cache(words: list[str]) -> None:
     flags = _bare(_bare(words, "--prune"), "--json")
     command = recipe.parse(Cache, flags, Cache(), prog="condense cache")
@@ -528,7 +566,7 @@ def cache(words: list[str]) -> None:
     removed = prune(folder, command.days) if folder is not None and command.prune else []
     listed = entries(folder) if folder is not None else []
     if command.json:
-        print(json.dumps({"folder": str(folder), "entries": _rows(listed), "removed": _rows(removed)}, indent=1))
+        _print_json({"folder": str(folder), "entries": _rows(listed), "removed": _rows(removed)})
         return
     if command.prune:
         say(f"removed: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")
@@ -591,6 +629,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "list": list_,
     "relabel": relabel,
     "report": report,
+    "runs": runs_,
     "show": show,
 }
 
@@ -598,6 +637,10 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
 def say(text: str) -> None:
     """Print lines to standard output, with characters that are not printable escaped."""
     print("\n".join(map(printable, text.split("\n"))), file=sys.stdout, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
 
 
 def _remark(text: str) -> None:
