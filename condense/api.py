@@ -226,7 +226,7 @@ def evaluate(
         ValueError: the set does not belong to this data set; invalid network or protocol.
     """
     check_seed(seed)
-    target = expanded(out) if out is not None else _evaluation_file(syn)
+    target = expanded(out) if out is not None else evaluation_file(syn)
     if target is not None:
         check_new_file(target, "results")
         if target.exists():
@@ -623,7 +623,8 @@ def _option(name: str, value: Any) -> Any:
     return (value,) if name == "track" and isinstance(value, str) else value
 
 
-def _evaluation_file(syn: Readable) -> Path | None:
+def evaluation_file(syn: Readable) -> Path | None:
+    """Return the file of results of a run folder or a file; None for a set, which has none."""
     if isinstance(syn, SyntheticSet):
         return None
     path = expanded(syn)

@@ -30,6 +30,7 @@ Distil a data set into a few images per class, and evaluate them.
   evaluate  RUN|FILE ...       train new networks on a synthetic set and test them
   apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, ranking, transfer
   apply     pruning DATA ...   accuracy by the share of the real images that selections keep
+  compare   RUN|FILE...        evaluate sets alike: gain over random images, share of all training data
   report    RUN... [--out F]   compare runs in one HTML page
   runs      [FOLDER]           list the runs below a folder, finished or not
   show      RUN|FILE|BUFFER    summarise a run, a set or a buffer
@@ -56,8 +57,8 @@ SPINS = "10000"
 another process is busy, threads that wait for each other would take the processor from those that compute."""
 
 COMMANDS = (
-    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "frames", "import", "list", "relabel"),
-    *("report", "runs", "show"),
+    *("apply", "buffer", "cache", "compare", "demo", "distill", "evaluate", "export", "frames", "import", "list"),
+    *("relabel", "report", "runs", "show"),
 )
 
 

@@ -235,6 +235,31 @@ class ShowRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    networks: tuple[str, ...] = ("auto",)
+    """Networks to train, e.g. convnet mlp. auto is the ConvNet for the kind of data."""
+    num_seeds: int = 5
+    """Number of networks to train per architecture and set, each from a different seed."""
+    protocol: str = "canonical"
+    """Name of the training protocol of the networks; see `condense list protocols`."""
+    buffers: Path = artifacts.DEFAULT_ROOT
+    """Folder to search for the teacher of a set whose views are labelled, or the folder of its buffer."""
+    dataset: str | None = None
+    """Data set that the sets were distilled from. The default is the location recorded by each run, else the name in
+    the file."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    compute: Switch[Compute] = Compute()
+    """Numerical precision and speed."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the comparison as JSON; accuracies are fractions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runs:
     json: bool = False
     """Print the runs as JSON; accuracies are fractions."""
@@ -546,6 +571,18 @@ def report(words: list[str]) -> None:
     say(str(api.report(folders, command.out, command.dataset, download=command.download)))
 
 
+def compare(words: list[str], ranks: Ranks) -> None:
+    targets = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    flags = _bare(words[len(targets) :], "--json")
+    fields = _fields(recipe.parse(Compare, flags, Compare(), prog="condense compare RUN_OR_FILE..."))
+    as_json = fields.pop("json")
+    found = overview.compare(targets, **fields, ranks=ranks)
+    if as_json:
+        _print_json(overview.comparison_json(found))
+    else:
+        print_table(*overview.comparison_table(found))
+
+
 def runs_(words: list[str]) -> None:
     flags = _bare(words, "--json")
     folder = flags.pop(0) if flags and not flags[0].startswith("-") else "runs"
@@ -620,6 +657,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "apply": apply,
     "buffer": _distributed(buffer),
     "cache": cache,
+    "compare": _distributed(compare),
     "demo": demo,
     "distill": _distributed(distill),
     "evaluate": _distributed(evaluate),

@@ -130,6 +130,35 @@ class Evaluation:
         merge(path, self.results)
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Accuracies of sets that were distilled alike from several seeds, under one protocol and on one architecture."""
+
+    mean: float
+    """Mean over distillations of the mean over networks."""
+    between_networks: float | None
+    """Standard deviation of networks that are trained on the same set: the root of the mean variance over sets; None
+    for single networks."""
+    between_distillations: float | None
+    """Sample standard deviation of the means of the sets; None for a single set. It contains what the mean over
+    finitely many networks leaves of the deviation between networks."""
+    num_sets: int
+    n: int
+    """Networks of each set, at least."""
+
+
+def pool(rows: Sequence[Mapping[str, Any]]) -> Pooled:
+    """Pool the results of sets that differ in the seed of the distillation alone, one row for each set."""
+    means, deviations = [row["mean"] for row in rows], [row["std"] for row in rows if row["std"] is not None]
+    return Pooled(
+        mean=statistics.fmean(means),
+        between_networks=statistics.fmean(std**2 for std in deviations) ** 0.5 if deviations else None,
+        between_distillations=statistics.stdev(means) if len(means) > 1 else None,
+        num_sets=len(rows),
+        n=min(row["n"] for row in rows),
+    )
+
+
 _KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint")
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import condense
 from condense import overview, runs
 from condense.cli import main
+from condense.eval import results
 from condense.eval.protocol import PROTOCOLS
 from tests.conftest import TINY
 
@@ -104,3 +107,59 @@ def test_tables_are_printed_as_json(folder: Path, tiny_file: Path, capsys: pytes
     words = ["apply", "continual", run, "--num-groups", "3", "--num-seeds", "1", "--network", "mlp", "--baselines"]
     findings = shown(capsys, *words, "--device", "cpu", "--out", str(folder / "continual.json"))
     assert findings["table"] == json.loads((folder / "continual.json").read_text())["table"]
+
+
+def test_sets_are_compared_alike_and_seeds_are_pooled(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu", "ipc": 1}
+    for seed in (0, 1):
+        condense.distill("dm", out=tmp_path / f"dm{seed}", **common, num_steps=3, batch_real=4, seed=seed)
+    condense.distill("random", out=tmp_path / "random", **common)
+    np.savez(tmp_path / "set.npz", images=np.zeros((3, 1, 8, 8), np.float32), labels=np.arange(3))
+    paths = [str(tmp_path / name) for name in ("dm0", "random", "dm1", "set.npz")]
+    words = [*paths, "--dataset", str(tiny_file), "--networks", TINY, "mlp", "--num-seeds", "2", "--device", "cpu"]
+    found = shown(capsys, "compare", *words)
+    assert found["protocol"] == "canonical" and found["dataset"] == "tiny"
+    names = ["dm, ipc 1 (2 seeds)", "random, ipc 1", paths[3]]
+    assert [row["name"] for row in found["rows"]] == [name for name in names for _ in range(2)]
+    rows = {path: json.loads(Path(path, "evaluation.json").read_text())["results"] for path in paths[:3]}
+    means = {path: {(row["method"], row["network"]): row["mean"] for row in of} for path, of in rows.items()}
+    pooled = found["rows"][0]
+    expected = [means[path]["dm", TINY] for path in (paths[0], paths[2])]
+    assert pooled["accuracy"]["mean"] == pytest.approx(statistics.mean(expected))
+    assert pooled["accuracy"]["between_distillations"] == pytest.approx(statistics.stdev(expected))
+    assert pooled["gain"] == pytest.approx(statistics.mean(expected) - means[paths[0]]["random", TINY])
+    assert pooled["share"] == pytest.approx(statistics.mean(expected) / means[paths[0]]["full", TINY])
+    assert found["rows"][2]["gain"] == 0.0 and found["rows"][2]["accuracy"]["between_distillations"] is None
+    monkeypatch.setattr(overview.api, "evaluate", None)
+    main(["compare", *paths[:3], "--networks", TINY, "mlp", "--num-seeds", "2", "--device", "cpu"])
+    assert f"{100 * pooled['accuracy']['mean']:.1f} ±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(0.5, 0.1), (0.7, 0.3)], (0.6, 0.05**0.5, 0.02**0.5)),
+        ([(0.5, None), (0.7, None)], (0.6, None, 0.02**0.5)),
+        ([(0.5, 0.1)], (0.5, 0.1, None)),
+    ],
+)
+def test_deviations_between_networks_and_distillations_are_kept_apart(
+    rows: list[tuple[float, float | None]], expected: tuple[float, float | None, float | None]
+) -> None:
+    pooled = results.pool([{"mean": mean, "std": std, "n": 5} for mean, std in rows])
+    found = (pooled.mean, pooled.between_networks, pooled.between_distillations)
+    assert found == pytest.approx(expected)
+
+
+def test_what_cannot_be_compared_is_one_line(folder: Path, tmp_path: Path, tiny_file: Path) -> None:
+    one = str(folder / "random")
+    for targets in ([], [one], [one, one]):
+        with pytest.raises(ValueError, match="two or more different sets"):
+            overview.compare(targets)
+    with np.load(tiny_file) as arrays:
+        np.savez(tmp_path / "other.npz", **{**arrays, "x_train": arrays["x_train"] + 1})
+    condense.distill("random", dataset=tmp_path / "other.npz", network=TINY, ipc=1, out=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"random is of tiny .*, .*other of other .*; compare sets of one data set"):
+        overview.compare([one, tmp_path / "other"])

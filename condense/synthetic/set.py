@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from condense.data.layout import InputShape
 from condense.data.transform import Transform
+from condense.files import canonical_json
 from condense.schema import from_json
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
@@ -113,6 +114,13 @@ class Origin:
     def method(self) -> str:
         """The name of the method that made the set; empty if it is not recorded."""
         return self.recorded.method.name
+
+    @property
+    def distillation(self) -> str:
+        """Recipe without its seed, and artifacts, as JSON: equal for sets that were distilled alike from several seeds;
+        empty if no recipe is recorded."""
+        recipe = {name: value for name, value in self.recipe.items() if name != "seed"}
+        return canonical_json([recipe, list(self.artifacts), self.fingerprint]) if self.recipe_hash else ""
 
     @property
     def num_steps(self) -> int | None:
