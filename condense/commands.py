@@ -8,7 +8,8 @@ import inspect
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, artifacts, catalog, exchange, experiment, networks, overview, recipe, runs, sets
+from condense import api, artifacts, catalog, exchange, experiment, networks, overview, recipe, runs, sets, sweep
 from condense import show as glance
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
@@ -26,6 +27,7 @@ from condense.cache import Entry, cache_folder, entries, prune
 from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets, layout
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
+from condense.engine import Diverged
 from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Application, Findings
 from condense.eval.applications.pruning import Pruning
@@ -54,6 +56,14 @@ Flat = tyro.conf.arg(name="")
 class Distill:
     recipe: Annotated[Switch[Recipe], Flat]
     options: Annotated[RunOptions, Flat] = RunOptions()
+    seeds: str = ""
+    """Seeds of several distillations, e.g. 0-4 or 0,3,7, each in a run folder of its own. Finished ones are skipped
+    when the command is repeated."""
+    sweep: tuple[str, ...] = ()
+    """Fields and their values, e.g. method.optim.lr=1,10,100. Every combination is distilled, and the best is chosen by
+    the accuracy of its last set on the validation split. Finished ones are skipped when the command is repeated."""
+    json: bool = False
+    """With seeds or sweep: print the distillations as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,31 +292,118 @@ class Cache:
 def distill(words: list[str], ranks: Ranks) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
     flags = _bare(words[1:], "--resume")
-    source, budget = recipe.take(flags, "--dataset")[1], _budget(flags)
-    prog = f"condense distill {name}"
     if _asks_for_help(flags):
-        resolved = recipe.find(name, source, budget)
-        recipe.parse(Distill, flags, Distill(recipe=resolved.recipe), prog, _about(resolved))
-
-    def parsed(dataset: str | None) -> tuple[Distill, str]:
-        base, origin = experiment.find_recipe(name, dataset, budget)
-        return recipe.parse(Distill, flags, Distill(recipe=base), prog), origin
-
-    expected = None if source is None else datasets.name_of(source)
-    command, origin = parsed(expected)
-    plan = command.recipe if source is not None else runs.located(command.recipe, command.options)
-    with ranks.rank_zero_first():
-        experiment.check_run(plan, command.options, dataset=plan.dataset, ranks=ranks)
-        arrays = datasets.open_data(plan.dataset, command.options.download)
-    if source is not None and arrays.name != expected:  # the file holds a known data set
-        command, origin = parsed(arrays.name)
-        plan = command.recipe
+        resolved = recipe.find(name, recipe.take(flags, "--dataset")[1], _budget(flags))
+        recipe.parse(Distill, flags, Distill(recipe=resolved.recipe), f"condense distill {name}", _about(resolved))
+    given = recipe.take(flags, "--seeds")[1]
+    several, axes = _several(recipe.take(flags, "--seeds")[0], "--sweep")
+    if given is not None or axes:
+        _distill_several(name, several, sweep.grid(axes, () if given is None else sweep.seeds_of(given)), ranks)
+        return
+    (planned,), arrays = _planned(name, [flags], ranks)
+    plan, options, origin = planned
     _say_unknown(arrays)
     _remark(f"recipe: {origin}")
-    api.run(plan, command.options, arrays=arrays, ranks=ranks)
-    folder = runs.run_folder(plan, command.options.out, arrays.name)
+    api.run(plan, options, arrays=arrays, ranks=ranks)
+    folder = runs.run_folder(plan, options.out, arrays.name)
     following = "evaluate" if plan.method.has_classes else "apply transfer"
     _remark(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
+
+
+def _planned(
+    name: str, cells: Sequence[list[str]], ranks: Ranks, changes: Mapping[str, Any] | None = None
+) -> tuple[list[tuple[Recipe, RunOptions, str]], datasets.Arrays]:
+    """Return recipe, options and source of the recipe of each distillation, checked, and the data of all of them.
+
+    Args:
+        name: the method or recipe.
+        cells: the flags of each distillation.
+        ranks: the processes that are started.
+        changes: options that replace those of the flags.
+    """
+    source = recipe.take(cells[0], "--dataset")[1]
+
+    def planned(dataset: str | None) -> list[tuple[Recipe, RunOptions, str]]:
+        found = []
+        for flags in cells:
+            base, origin = experiment.find_recipe(name, dataset, _budget(flags))
+            command = recipe.parse(Distill, flags, Distill(recipe=base), f"condense distill {name}")
+            if command.json:
+                raise ValueError("--json prints the distillations of several; give --seeds or --sweep with it")
+            options = dataclasses.replace(command.options, **(changes or {}))
+            plan = command.recipe if source is not None else runs.located(command.recipe, options)
+            found.append((plan, options, origin))
+        return found
+
+    expected = None if source is None else datasets.name_of(source)
+    plans = planned(expected)
+    with ranks.rank_zero_first():
+        for plan, options, _ in plans:
+            experiment.check_run(plan, options, dataset=plan.dataset, ranks=ranks)
+        arrays = datasets.open_data(plans[0][0].dataset, plans[0][1].download)
+    if source is not None and arrays.name != expected:  # the file holds a known data set
+        plans = planned(arrays.name)
+    return plans, arrays
+
+
+def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], ranks: Ranks) -> None:
+    """Distil the cells of a sweep, which the processes of torchrun share, and choose the best one.
+
+    Each cell is distilled by one process. A cell whose run is finished is skipped; one that was stopped is resumed.
+    """
+    swept = [field for field, _ in cells[0].values] + ([] if cells[0].seed is None else ["seed"])
+    for field in swept:
+        if any(word.partition("=")[0].replace("_", "-") == f"--{field}" for word in flags):
+            raise ValueError(f"--{field} is given once and swept; leave one of them out")
+    as_json = "--json" in flags
+    flags, out = recipe.take([word for word in flags if word != "--json"], "--out")
+    plans, arrays = _planned(name, [[*flags, *cell.flags] for cell in cells], ranks, {"resume": True})
+    chooses, first = bool(cells[0].values), runs.run_folder(plans[0][0], None, arrays.name)
+    sweep_folder = first.with_name(f"{first.name.rpartition('-seed')[0]}-sweep")
+    for k, (plan, options, origin) in enumerate(plans):
+        if chooses and not plan.split.resolved(selects=True).val_fraction:
+            raise ValueError(
+                "--sweep chooses by the accuracy on the validation split, but the recipe has none; "
+                "give --split.val-fraction 0.1"
+            )
+        eval_every = options.eval_every or (sweep.LAST_STEP if chooses else 0)
+        folder = runs.run_folder(plan, None, arrays.name)
+        if out is not None:
+            folder = expanded(out) / cells[k].name
+        elif chooses:
+            folder = sweep_folder / cells[k].name
+        plans[k] = plan, dataclasses.replace(options, out=folder, eval_every=eval_every), origin
+        experiment.check(plan, validates=eval_every > 0)
+    note = (lambda text: None) if as_json else _remark
+    if not as_json:
+        _say_unknown(arrays)
+    diverged: list[int] = []
+    for k in ranks.shard(range(len(cells))):
+        plan, options, origin = plans[k]
+        assert options.out is not None
+        if experiment.is_finished(plan, options, arrays, options.out):
+            note(f"{options.out}: finished")
+            continue
+        note(f"{options.out}: recipe {origin}")
+        try:
+            api.run(plan, options, arrays=arrays, ranks=Ranks(restarted=ranks.restarted))
+        except Diverged as error:
+            warnings.warn(f"{options.out}: {error}", stacklevel=2)
+            diverged.append(k)
+    lost = set(itertools.chain(*ranks.gather_objects(diverged)))
+    folders = [options.out for _, options, _ in plans if options.out is not None]
+    found = [None if k in lost else overview.summary(folder) for k, folder in enumerate(folders)]
+    points = sweep.points(cells, folders, found)
+    chosen = sweep.best(points) if chooses else None
+    if as_json:
+        _print_json(sweep.as_json(points, chosen))
+        return
+    print_table(None, *sweep.table(points, chosen))
+    if chosen is not None:
+        pairs = ", ".join(f"{field}={value}" for field, value in chosen.values.items())
+        _remark(f"best on the validation split: {pairs}; next: condense evaluate {chosen.folders[0]}")
+    elif len(folders) > 1 and not lost:
+        _remark(f"next: condense compare {' '.join(map(str, folders))}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:

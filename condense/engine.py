@@ -276,10 +276,14 @@ def steps_per_read(before: int, steps: int, seconds: float) -> int:
     return max(1, min(2 * before, int(READ_SECONDS * steps / max(seconds, 1e-9))))
 
 
-def _diverged(step: int, error: FloatingPointError, checkpoint: Path | None) -> ValueError:
+class Diverged(ValueError):
+    """A loss or a gradient is not finite."""
+
+
+def _diverged(step: int, error: FloatingPointError, checkpoint: Path | None) -> Diverged:
     exists = checkpoint is not None and checkpoint.exists()
     saved = f"the last good checkpoint is {checkpoint}" if exists else "there is no checkpoint yet"
-    return ValueError(
+    return Diverged(
         f"step {step} is not finite ({error}): the distillation diverged ({saved}); "
         f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
     )

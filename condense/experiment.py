@@ -175,6 +175,21 @@ def check_run(
     return prepare_device(options.device)
 
 
+def is_finished(plan: Recipe, options: RunOptions, arrays: Arrays, folder: Path) -> bool:
+    """Return whether a folder holds the finished run of a recipe.
+
+    Raises:
+        ValueError: it holds a run of another recipe.
+    """
+    written = runs.written_recipe(folder)
+    if written is None or not (folder / "synthetic.safetensors").exists():
+        return False
+    device = prepare_device(options.device)
+    resolved = resolve(plan, arrays, device=device, validates=options.eval_every > 0, earlier=written)
+    runs.claim(folder, resolved.plan, written)
+    return True
+
+
 def check_names(network: str | Factory, transform: str, augment: str = "none") -> None:
     """Raise ValueError for an unknown network, transform or augmentation."""
     if isinstance(network, str):
