@@ -275,7 +275,7 @@ def evaluate(
     ranks.barrier()
     if journal is not None and ranks.first:
         journal.remove()
-    return Evaluation(tuple(results))
+    return Evaluation(tuple(results), tuple(arrays.classes))
 
 
 def _labelled(
@@ -518,17 +518,24 @@ def import_set(
     *,
     transform: str = "channel",
     decode: Decode | str = Pixels(),
+    name: str | None = None,
     download: bool = False,
 ) -> SyntheticSet:
     """Read a published set (see ``condense.exchange.published``). Its data and transform are recorded as given.
 
+    ``name`` is that of its method in tables, after ``imported:``; by default it is the layout of the file.
+
     Raises:
-        ValueError: the set cannot be read or does not fit the data.
+        ValueError: the set cannot be read or does not fit the data, or the name is empty or too long.
     """
     chosen = recipe.choice("decode", decode)
     check_transform(transform)
+    if name is not None and not (name.isprintable() and 0 < len(name) <= 60):
+        raise ValueError(
+            f"{spelt('name', name)} is no name of 1 to 60 printable characters; give {spelt('name', 'mtt')}"
+        )
     external = exchange.read(expanded(path))
-    return sets.adopted(external, open_data(dataset, download), transform, chosen)
+    return sets.adopted(external, open_data(dataset, download), transform, chosen, name)
 
 
 @checked

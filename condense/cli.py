@@ -40,6 +40,7 @@ Distil a data set into a few images per class, and evaluate them.
   import    SRC DST ...        import published sets, expert buffers or weights
   export    RUN|FILE DST ...   export a set as .npz, image folder or Hugging Face data set
   frames    CLIPS DST.npz      write the middle frame of every clip as a data set of images
+  completion bash|zsh|fish     print a script that completes commands and flags in a shell
 
 `condense COMMAND --help` lists the flags of a command. Commands that print a table take --json.
 Every command takes --quiet (no progress, no remarks), --verbose (details of a run, progress every second) and --debug
@@ -57,8 +58,8 @@ SPINS = "10000"
 another process is busy, threads that wait for each other would take the processor from those that compute."""
 
 COMMANDS = (
-    *("apply", "buffer", "cache", "compare", "demo", "distill", "evaluate", "export", "frames", "import", "list"),
-    *("relabel", "report", "runs", "show"),
+    *("apply", "buffer", "cache", "compare", "completion", "demo", "distill", "evaluate", "export", "frames"),
+    *("import", "list", "relabel", "report", "runs", "show"),
 )
 
 

@@ -18,7 +18,20 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, artifacts, catalog, exchange, experiment, networks, overview, recipe, runs, sets, sweep
+from condense import (
+    api,
+    artifacts,
+    catalog,
+    completion,
+    exchange,
+    experiment,
+    networks,
+    overview,
+    recipe,
+    runs,
+    sets,
+    sweep,
+)
 from condense import show as glance
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
@@ -131,6 +144,8 @@ class Import:
     """Transform of the training images. Published MTT buffers and sets used zca unless their folder says NO_ZCA."""
     decode: Decode = Pixels()
     """Decoder of the imported set: factor where one stored image holds several images (IDC)."""
+    name: str | None = None
+    """Name of the method of the imported set in tables, after "imported:". The default is the layout of the file."""
     split: Split = Split(val_fraction=0.0)
     """Validation split that the networks were trained with."""
     download: Switch[bool] = False
@@ -491,6 +506,10 @@ def _show_recipe(name: str, flags: list[str]) -> None:
     glance.show_recipe(resolved, command.recipe, flags, command.json)
 
 
+KINDS = (*("methods", "decoders", "labels", "adjoints", "objectives", "datasets", "networks", "recipes", "protocols"),)
+"""What can be listed."""
+
+
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
         say("usage: condense list KIND [--json]")
@@ -559,6 +578,8 @@ def import_(words: list[str]) -> None:
         raise ValueError(
             f"{words[0]} looks like a set; give the file to write, e.g. condense import {words[0]} set.safetensors"
         )
+    if command.name is not None:
+        raise ValueError("--name names a set, and SRC holds networks; leave it out, or give DST as set.safetensors")
     experiment.check_names(command.network, command.transform)
     check_new_folder(target)
     arrays = datasets.open_data(command.dataset, command.download)
@@ -629,7 +650,12 @@ def _import_set(source: Path, target: Path, command: Import) -> None:
         raise ValueError(f"{target} already exists; move it or give another name")
     check_new_file(target, "set")
     syn = api.import_set(
-        source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
+        source,
+        command.dataset,
+        transform=command.transform,
+        decode=command.decode,
+        name=command.name,
+        download=command.download,
     )
     save(syn, target)
     cost, kind = syn.cost(), layout.kind(syn.origin.input_shape)
@@ -734,6 +760,44 @@ def demo(words: list[str]) -> None:
     job.main(words)
 
 
+def completion_(words: list[str]) -> None:
+    if _asks_for_help(words):
+        say("usage: condense completion bash|zsh|fish")
+        say("bash: condense completion bash > ~/.local/share/bash-completion/completions/condense")
+        say("zsh:  condense completion zsh > DIR/_condense, for a folder DIR in $fpath")
+        say("fish: condense completion fish > ~/.config/fish/completions/condense.fish")
+        return
+    if len(words) != 1:
+        raise ValueError("completion needs one shell, bash, zsh or fish; e.g. condense completion bash")
+    print(completion.script(words[0], _completed()))
+
+
+def _completed() -> completion.Completed:
+    """Return what is completed after each command."""
+    done, protocols = completion.Completed, {"protocol": (*PROTOCOLS.usable(), "own")}
+    recipes = {name: Recipe(method=method()) for name, method in METHODS.usable().items()}
+    applied = {name: done(Apply(choices=APPLICATIONS[name]())) for name in APPLICATIONS}
+    commands = {
+        "apply": done(words={**applied, "pruning": done(Prune(plan=Pruning()))}),
+        "buffer": done(Buffer()),
+        "cache": done(Cache()),
+        "compare": done(Compare(), protocols),
+        "completion": done(words={shell: done() for shell in completion.SHELLS}),
+        "demo": done(),
+        "distill": done(words={name: done(Distill(recipe=each)) for name, each in recipes.items()}),
+        "evaluate": done(Evaluate(), protocols),
+        "export": done(Export()),
+        "frames": done(Frames()),
+        "import": done(Import()),
+        "list": done(words={kind: done() for kind in KINDS}),
+        "relabel": done(Relabel(teacher=artifacts.DEFAULT_ROOT)),
+        "report": done(Report()),
+        "runs": done(Runs()),
+        "show": done(Show()),
+    }
+    return done(words=commands)
+
+
 def _distributed(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]], None]:
     """Wrap a command so that the processes of torchrun share its work and only rank 0 prints."""
 
@@ -755,6 +819,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "buffer": _distributed(buffer),
     "cache": cache,
     "compare": _distributed(compare),
+    "completion": completion_,
     "demo": demo,
     "distill": _distributed(distill),
     "evaluate": _distributed(evaluate),

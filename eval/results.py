@@ -8,8 +8,9 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import scipy.stats
 
@@ -17,8 +18,11 @@ from condense.eval.metrics import Scores
 from condense.files import locked, read_json, write_text
 from condense.schema import brief, from_json
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """The scores of networks of one architecture that were trained on one set under one protocol, with their
     provenance."""
@@ -82,6 +86,15 @@ class Result:
                 "stored_bytes are 0"
             )
 
+    def __repr__(self) -> str:
+        return f"Result({self.method or 'set'} on {self.network}, {self.protocol}: {self.percent})"
+
+    @property
+    def percent(self) -> str:
+        """Mean accuracy in percent with its standard deviation, and n, as text."""
+        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:.1f}{spread} %, n = {self.n}"
+
     @property
     def n(self) -> int:
         return len(self.accuracies)
@@ -119,11 +132,49 @@ class Result:
         return {**head, **fields, "compression": self.compression}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """The results of one call of ``evaluate``, in the order of the networks."""
 
     results: tuple[Result, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of ``metrics["per_class"]``."""
+
+    def __repr__(self) -> str:
+        """Return one line per result."""
+        return "\n".join(map(repr, self.results)) or "Evaluation()"
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook."""
+        rows = [(result.method or "set", result.network, result.protocol, result.percent) for result in self.results]
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><tr><th>set</th><th>network</th><th>protocol</th><th>test accuracy</th></tr>{body}</table>"
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a table with one row for each trained network, and its accuracies and other metrics as fractions.
+
+        ``number`` counts the networks of one architecture. The accuracy within each class is in a column named
+        ``accuracy of CLASS``.
+
+        Raises:
+            ValueError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ValueError("a table needs pandas, which is not installed; run: pip install pandas") from error
+        rows = []
+        for result in self.results:
+            about = {name: getattr(result, name) for name in ("method", "network", "protocol", "dataset", "num_images")}
+            for k, accuracy in enumerate(result.accuracies):
+                row = {**about, "seed": result.seed, "number": k, "accuracy": accuracy}
+                row |= {name: of[k] for name, of in result.metrics.items() if name not in ("per_class", "reliability")}
+                row |= {
+                    f"accuracy of {name}": of_class
+                    for name, of_class in zip(self.classes, result.metrics["per_class"][k], strict=False)
+                }
+                rows.append(row)
+        return pandas.DataFrame(rows)
 
     def write(self, path: Path) -> None:
         """Add the results to the file at ``path``; see ``merge``."""
