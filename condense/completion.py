@@ -58,10 +58,8 @@ def script(shell: str, commands: Completed) -> str:
         complaint = str(error)
     if complaint:
         raise ValueError(f"the installed tyro has no completion for {shell}; run: pip install --upgrade tyro")
-    files = (
-        "complete -o default -F _tyro_condense condense\n" if shell == "bash" else ""
-    )  # paths, where nothing else fits
-    return written.getvalue() + files
+    paths = "complete -o default -F _tyro_condense condense\n"  # where nothing else fits
+    return written.getvalue() + (paths if shell == "bash" else "")
 
 
 def _type_of(name: str, completed: Completed) -> Any:
