@@ -72,7 +72,7 @@ def _type_of(name: str, completed: Completed) -> Any:
         )
         fields.append(("word", Annotated[functools.reduce(operator.or_, options), tyro.conf.arg(name="")]))
     flags = {} if completed.flags is None else dict(_flags(completed.flags))
-    flags |= {flag: Literal[names] for flag, names in completed.choices.items()}  # type: ignore[valid-type]
+    flags |= {flag: Literal[names] for flag, names in completed.choices.items()}
     for number, (flag, kind) in enumerate(sorted(flags.items())):
         fields.append((f"flag{number}", Annotated[kind, tyro.conf.arg(name=flag, help="")]))
     return dataclasses.make_dataclass("".join(c if c.isalnum() else "_" for c in name), fields)
@@ -86,7 +86,7 @@ def _flags(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         hint = hints[field.name]
         plain, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         if plain in CHOICES:
-            yield flag, Literal[tuple(CHOICES[plain].usable())]  # type: ignore[misc]
+            yield flag, Literal[tuple(CHOICES[plain].usable())]
         if dataclasses.is_dataclass(current):
             is_flat = any(getattr(mark, "name", None) == "" for mark in marks)
             yield from _flags(current, prefix if is_flat else f"{flag}.")
