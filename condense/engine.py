@@ -43,6 +43,9 @@ MANY_STEPS = 1000
 LONG_SECONDS = 3600.0
 """A run of at least so many steps that takes longer than this on a CPU gets a warning."""
 
+LOGGED_SECONDS = 60.0
+"""Least estimate of the time left that is written to the log."""
+
 SCRATCH = "scratch"
 """Folder in a run folder for what the method stores between steps (``Context.scratch``)."""
 
@@ -138,7 +141,8 @@ def run(
                 on_step(step, record)
             if not is_estimated and (left := pace.left(step)) is not None:
                 is_estimated = True
-                log.write({"event": "estimate", "step": step, "seconds_left": round(left)})
+                if left >= LOGGED_SECONDS:
+                    log.write({"event": "estimate", "step": step, "seconds_left": round(left)})
                 if ctx.task.device.type == "cpu" and total >= MANY_STEPS and left > LONG_SECONDS:
                     warnings.warn(_takes_long(total - step, left), stacklevel=2)
 
