@@ -9,39 +9,54 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from condense.api import RunOptions as RunOptions
+    from condense.api import apply as apply
     from condense.api import distill as distill
     from condense.api import evaluate as evaluate
+    from condense.api import export_set as export
+    from condense.api import import_set as import_set
     from condense.api import load as load
     from condense.api import make_buffer as make_buffer
     from condense.api import prepare as prepare
     from condense.api import relabel as relabel
+    from condense.api import report as report
+    from condense.overview import compare as compare
     from condense.recipe import Recipe as Recipe
     from condense.synthetic.files import save as save
     from condense.synthetic.set import SyntheticSet as SyntheticSet
 
 _HOMES = {
-    "RunOptions": "condense.api",
-    "distill": "condense.api",
-    "evaluate": "condense.api",
-    "load": "condense.api",
-    "make_buffer": "condense.api",
-    "prepare": "condense.api",
-    "relabel": "condense.api",
-    "Recipe": "condense.recipe",
-    "save": "condense.synthetic.files",
-    "SyntheticSet": "condense.synthetic.set",
+    "Recipe": "condense.recipe:Recipe",
+    "RunOptions": "condense.api:RunOptions",
+    "SyntheticSet": "condense.synthetic.set:SyntheticSet",
+    "apply": "condense.api:apply",
+    "compare": "condense.overview:compare",
+    "distill": "condense.api:distill",
+    "evaluate": "condense.api:evaluate",
+    "export": "condense.api:export_set",
+    "import_set": "condense.api:import_set",
+    "load": "condense.api:load",
+    "make_buffer": "condense.api:make_buffer",
+    "prepare": "condense.api:prepare",
+    "relabel": "condense.api:relabel",
+    "report": "condense.api:report",
+    "save": "condense.synthetic.files:save",
 }
 
 __all__ = [
     "Recipe",
     "RunOptions",
     "SyntheticSet",
+    "apply",
+    "compare",
     "distill",
     "evaluate",
+    "export",
+    "import_set",
     "load",
     "make_buffer",
     "prepare",
     "relabel",
+    "report",
     "save",
 ]
 
@@ -54,7 +69,8 @@ except PackageNotFoundError:  # a checkout that is not installed
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'condense' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

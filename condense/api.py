@@ -231,7 +231,7 @@ def evaluate(
         ValueError: the set does not belong to this data set; invalid network or protocol.
     """
     check_seed(seed)
-    target = expanded(out) if out is not None else _evaluation_file(syn)
+    target = expanded(out) if out is not None else evaluation_file(syn)
     if target is not None:
         check_new_file(target, "results")
         if target.exists():
@@ -280,7 +280,7 @@ def evaluate(
     ranks.barrier()
     if journal is not None and ranks.first:
         journal.remove()
-    return Evaluation(tuple(results))
+    return Evaluation(tuple(results), tuple(arrays.classes))
 
 
 def _labelled(
@@ -523,17 +523,24 @@ def import_set(
     *,
     transform: str = "channel",
     decode: Decode | str = Pixels(),
+    name: str | None = None,
     download: bool = False,
 ) -> SyntheticSet:
     """Read a published set (see ``condense.exchange.published``). Its data and transform are recorded as given.
 
+    ``name`` is that of its method in tables, after ``imported:``; by default it is the layout of the file.
+
     Raises:
-        ValueError: the set cannot be read or does not fit the data.
+        ValueError: the set cannot be read or does not fit the data, or the name is empty or too long.
     """
     chosen = recipe.choice("decode", decode)
     check_transform(transform)
+    if name is not None and not (name.isprintable() and 0 < len(name) <= 60):
+        raise ValueError(
+            f"{spelt('name', name)} is no name of 1 to 60 printable characters; give {spelt('name', 'mtt')}"
+        )
     external = exchange.read(expanded(path))
-    return sets.adopted(external, open_data(dataset, download), transform, chosen)
+    return sets.adopted(external, open_data(dataset, download), transform, chosen, name)
 
 
 @checked
@@ -662,7 +669,8 @@ def _option(name: str, value: Any) -> Any:
     return (value,) if name == "track" and isinstance(value, str) else value
 
 
-def _evaluation_file(syn: Readable) -> Path | None:
+def evaluation_file(syn: Readable) -> Path | None:
+    """Return the file of results of a run folder or a file; None for a set, which has none."""
     if isinstance(syn, SyntheticSet):
         return None
     path = expanded(syn)

@@ -10,10 +10,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from condense.distributed import rank_of_environment
 from condense.names import excerpt, flags, suggest
+
+if TYPE_CHECKING:
+    from condense.tracking import Volume
 
 USAGE = """\
 usage: condense COMMAND ...
@@ -28,7 +31,9 @@ Distil a data set into a few images per class, and evaluate them.
   evaluate  RUN|FILE ...       train new networks on a synthetic set and test them
   apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, probe, ranking, transfer
   apply     pruning DATA ...   accuracy by the share of the real images that selections keep
+  compare   RUN|FILE...        evaluate sets alike: gain over random images, share of all training data
   report    RUN... [--out F]   compare runs in one HTML page
+  runs      [FOLDER]           list the runs below a folder, finished or not
   show      RUN|FILE|BUFFER    summarise a run, a set or a buffer
   show      METHOD|RECIPE ...  print the recipe for a data set and budget as YAML
   list      methods|decoders|labels|adjoints|objectives|datasets|networks|recipes|protocols
@@ -36,9 +41,15 @@ Distil a data set into a few images per class, and evaluate them.
   import    SRC DST ...        import published sets, expert buffers or weights
   export    RUN|FILE DST ...   export a set as .npz, image folder or Hugging Face data set
   frames    CLIPS DST.npz      write the middle frame of every clip as a data set of images
+  completion bash|zsh|fish     print a script that completes commands and flags in a shell
 
-`condense COMMAND --help` lists the flags of a command; --debug shows tracebacks.
+`condense COMMAND --help` lists the flags of a command. Commands that print a table take --json.
+Every command takes --quiet (no progress, no remarks), --verbose (details of a run, progress every second) and --debug
+(tracebacks). NO_COLOR=1 turns colours off.
 """
+
+SWITCHES = ("--debug", "--quiet", "--verbose")
+"""Flags of every command."""
 
 LONGEST_MESSAGE = 2000
 """Maximum number of characters shown of an error or a warning."""
@@ -48,16 +59,16 @@ SPINS = "10000"
 another process is busy, threads that wait for each other would take the processor from those that compute."""
 
 COMMANDS = (
-    *("apply", "buffer", "cache", "demo", "distill", "evaluate", "export", "frames", "import", "list", "prepare"),
-    *("relabel", "report", "show"),
+    *("apply", "buffer", "cache", "compare", "completion", "demo", "distill", "evaluate", "export", "frames"),
+    *("import", "list", "prepare", "relabel", "report", "runs", "show"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. For invalid input, print one line to standard error and exit with status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    debug, quiet, verbose = (switch in words for switch in SWITCHES)
+    given, words = words, [word for word in words if word not in SWITCHES]
     if words in (["--version"], ["-V"]):
         from condense import __version__
 
@@ -69,13 +80,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if words[0] not in COMMANDS:
             raise ValueError(f"unknown command {words[0]!r}: {suggest(words[0], COMMANDS)}")
+        if quiet and verbose:
+            raise ValueError("--quiet and --verbose contradict each other; give one of them")
+        if os.environ.get("NO_COLOR"):
+            os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "0")
         if "RANK" in os.environ:  # this package reports a lost process itself, in one line
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
             os.environ["GOMP_SPINCOUNT"] = SPINS
         from condense import commands
+        from condense.tracking import volume
 
-        with flags(), warnings.catch_warnings(), _stopped_by_sigterm():
+        level: Volume = "quiet" if quiet else "verbose" if verbose else "normal"
+        with flags(), volume(level), warnings.catch_warnings(), _stopped_by_sigterm():
             warnings.showwarning = _say_warning
             commands.TABLE[words[0]](words[1:])
     except BrokenPipeError:  # whatever read the output has ended, as in `condense list methods | head`
@@ -87,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"condense: {_rank()}{excerpt(error, LONGEST_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        print(f"condense: {_rank()}stopped; to continue: {_again(words)}", file=sys.stderr)
+        notes = "".join(f"{note}; " for note in getattr(stop, "__notes__", ()))
+        print(f"condense: {_rank()}stopped; {notes}to continue: {_again(given)}", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 

@@ -8,7 +8,8 @@ import inspect
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,20 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff as Switch
 
-from condense import api, artifacts, catalog, exchange, experiment, networks, recipe, runs, sets
+from condense import (
+    api,
+    artifacts,
+    catalog,
+    completion,
+    exchange,
+    experiment,
+    networks,
+    overview,
+    recipe,
+    runs,
+    sets,
+    sweep,
+)
 from condense import show as glance
 from condense.artifacts import open_buffer
 from condense.buffers.imported import import_replay_buffers, import_weights
@@ -27,8 +41,9 @@ from condense.compute import Compute, choose_compiled_folder
 from condense.data import datasets, layout
 from condense.data.photos import Preparation
 from condense.distributed import AnotherFailed, Ranks, init_distributed, size_of_environment
+from condense.engine import Diverged
 from condense.eval import protocol
-from condense.eval.applications import APPLICATIONS, Application
+from condense.eval.applications import APPLICATIONS, Application, Findings
 from condense.eval.applications.pruning import Pruning
 from condense.eval.protocol import PROTOCOLS, Protocol
 from condense.files import check_new_file, check_new_folder, expanded
@@ -46,7 +61,7 @@ from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import StoredProjector
 from condense.table import print_table
 from condense.task import Split
-from condense.tracking import progress
+from condense.tracking import is_quiet, progress
 
 Flat = tyro.conf.arg(name="")
 
@@ -55,6 +70,14 @@ Flat = tyro.conf.arg(name="")
 class Distill:
     recipe: Annotated[Switch[Recipe], Flat]
     options: Annotated[RunOptions, Flat] = RunOptions()
+    seeds: str = ""
+    """Seeds of several distillations, e.g. 0-4 or 0,3,7, each in a run folder of its own. Finished ones are skipped
+    when the command is repeated."""
+    sweep: tuple[str, ...] = ()
+    """Fields and their values, e.g. method.optim.lr=1,10,100. Every combination is distilled, and the best is chosen by
+    the accuracy of its last set on the validation split. Finished ones are skipped when the command is repeated."""
+    json: bool = False
+    """With seeds or sweep: print the distillations as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +131,8 @@ class Evaluate:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the results as JSON, as in evaluation.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +145,8 @@ class Import:
     """Transform of the training images. Published MTT buffers and sets used zca unless their folder says NO_ZCA."""
     decode: Decode = Pixels()
     """Decoder of the imported set: factor where one stored image holds several images (IDC)."""
+    name: str | None = None
+    """Name of the method of the imported set in tables, after "imported:". The default is the layout of the file."""
     split: Split = Split(val_fraction=0.0)
     """Validation split that the networks were trained with."""
     features_only: Switch[bool] = False
@@ -147,6 +174,8 @@ class Apply:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the findings as JSON, as in the file of results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +193,8 @@ class Prune:
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the findings as JSON, as in the file of results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +259,8 @@ class Show:
     dataset: str | None = None
     """Data set that a ZCA-whitened set was distilled from, needed to draw its images. The default is the location
     recorded by the run."""
+    json: bool = False
+    """Print the summary as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +268,37 @@ class ShowRecipe:
     recipe: Annotated[Switch[Recipe], Flat]
     json: bool = False
     """Print the name, the source and the fields of the recipe as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    networks: tuple[str, ...] = ("auto",)
+    """Networks to train, e.g. convnet mlp. auto is the ConvNet for the kind of data."""
+    num_seeds: int = 5
+    """Number of networks to train per architecture and set, each from a different seed."""
+    protocol: str = "canonical"
+    """Name of the training protocol of the networks; see `condense list protocols`."""
+    buffers: Path = artifacts.DEFAULT_ROOT
+    """Folder to search for the teacher of a set whose views are labelled, or the folder of its buffer."""
+    dataset: str | None = None
+    """Data set that the sets were distilled from. The default is the location recorded by each run, else the name in
+    the file."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    compute: Switch[Compute] = Compute()
+    """Numerical precision and speed."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
+    download: Switch[bool] = False
+    """Let torchvision download a missing data set."""
+    json: bool = False
+    """Print the comparison as JSON; accuracies are fractions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    json: bool = False
+    """Print the runs as JSON; accuracies are fractions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,31 +318,118 @@ class Cache:
 def distill(words: list[str], ranks: Ranks) -> None:
     name = _positional(words, "distill METHOD_OR_RECIPE", "`condense list methods` shows the methods")
     flags = _bare(words[1:], "--resume")
-    source, budget = recipe.take(flags, "--dataset")[1], _budget(flags)
-    prog = f"condense distill {name}"
     if _asks_for_help(flags):
-        resolved = recipe.find(name, source, budget)
-        recipe.parse(Distill, flags, Distill(recipe=resolved.recipe), prog, _about(resolved))
+        resolved = recipe.find(name, recipe.take(flags, "--dataset")[1], _budget(flags))
+        recipe.parse(Distill, flags, Distill(recipe=resolved.recipe), f"condense distill {name}", _about(resolved))
+    given = recipe.take(flags, "--seeds")[1]
+    several, axes = _several(recipe.take(flags, "--seeds")[0], "--sweep")
+    if given is not None or axes:
+        _distill_several(name, several, sweep.grid(axes, () if given is None else sweep.seeds_of(given)), ranks)
+        return
+    (planned,), arrays = _planned(name, [flags], ranks)
+    plan, options, origin = planned
+    _say_unknown(arrays)
+    _remark(f"recipe: {origin}")
+    api.run(plan, options, arrays=arrays, ranks=ranks)
+    folder = runs.run_folder(plan, options.out, arrays.name)
+    following = "evaluate" if plan.method.has_classes else "apply transfer"
+    _remark(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
 
-    def parsed(dataset: str | None) -> tuple[Distill, str]:
-        base, origin = experiment.find_recipe(name, dataset, budget)
-        return recipe.parse(Distill, flags, Distill(recipe=base), prog), origin
+
+def _planned(
+    name: str, cells: Sequence[list[str]], ranks: Ranks, changes: Mapping[str, Any] | None = None
+) -> tuple[list[tuple[Recipe, RunOptions, str]], datasets.Arrays]:
+    """Return recipe, options and source of the recipe of each distillation, checked, and the data of all of them.
+
+    Args:
+        name: the method or recipe.
+        cells: the flags of each distillation.
+        ranks: the processes that are started.
+        changes: options that replace those of the flags.
+    """
+    source = recipe.take(cells[0], "--dataset")[1]
+
+    def planned(dataset: str | None) -> list[tuple[Recipe, RunOptions, str]]:
+        found = []
+        for flags in cells:
+            base, origin = experiment.find_recipe(name, dataset, _budget(flags))
+            command = recipe.parse(Distill, flags, Distill(recipe=base), f"condense distill {name}")
+            if command.json:
+                raise ValueError("--json prints the distillations of several; give --seeds or --sweep with it")
+            options = dataclasses.replace(command.options, **(changes or {}))
+            plan = command.recipe if source is not None else runs.located(command.recipe, options)
+            found.append((plan, options, origin))
+        return found
 
     expected = None if source is None else datasets.name_of(source)
-    command, origin = parsed(expected)
-    plan = command.recipe if source is not None else runs.located(command.recipe, command.options)
+    plans = planned(expected)
     with ranks.rank_zero_first():
-        experiment.check_run(plan, command.options, dataset=plan.dataset, ranks=ranks)
-        arrays = datasets.open_data(plan.dataset, command.options.download)
+        for plan, options, _ in plans:
+            experiment.check_run(plan, options, dataset=plan.dataset, ranks=ranks)
+        arrays = datasets.open_data(plans[0][0].dataset, plans[0][1].download)
     if source is not None and arrays.name != expected:  # the file holds a known data set
-        command, origin = parsed(arrays.name)
-        plan = command.recipe
-    _say_unknown(arrays)
-    say(f"recipe: {origin}")
-    api.run(plan, command.options, arrays=arrays, ranks=ranks)
-    folder = runs.run_folder(plan, command.options.out, arrays.name)
-    following = "evaluate" if plan.method.has_classes else "apply transfer"
-    say(f"{folder}: synthetic.safetensors, synthetic.png, log.jsonl; next: condense {following} {folder}")
+        plans = planned(arrays.name)
+    return plans, arrays
+
+
+def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], ranks: Ranks) -> None:
+    """Distil the cells of a sweep, which the processes of torchrun share, and choose the best one.
+
+    Each cell is distilled by one process. A cell whose run is finished is skipped; one that was stopped is resumed.
+    """
+    swept = [field for field, _ in cells[0].values] + ([] if cells[0].seed is None else ["seed"])
+    for field in swept:
+        if any(word.partition("=")[0].replace("_", "-") == f"--{field}" for word in flags):
+            raise ValueError(f"--{field} is given once and swept; leave one of them out")
+    as_json = "--json" in flags
+    flags, out = recipe.take([word for word in flags if word != "--json"], "--out")
+    plans, arrays = _planned(name, [[*flags, *cell.flags] for cell in cells], ranks, {"resume": True})
+    chooses, first = bool(cells[0].values), runs.run_folder(plans[0][0], None, arrays.name)
+    sweep_folder = first.with_name(f"{first.name.rpartition('-seed')[0]}-sweep")
+    for k, (plan, options, origin) in enumerate(plans):
+        if chooses and not plan.split.resolved(selects=True).val_fraction:
+            raise ValueError(
+                "--sweep chooses by the accuracy on the validation split, but the recipe has none; "
+                "give --split.val-fraction 0.1"
+            )
+        eval_every = options.eval_every or (sweep.LAST_STEP if chooses else 0)
+        folder = runs.run_folder(plan, None, arrays.name)
+        if out is not None:
+            folder = expanded(out) / cells[k].name
+        elif chooses:
+            folder = sweep_folder / cells[k].name
+        plans[k] = plan, dataclasses.replace(options, out=folder, eval_every=eval_every), origin
+        experiment.check(plan, validates=eval_every > 0)
+    note = (lambda text: None) if as_json else _remark
+    if not as_json:
+        _say_unknown(arrays)
+    diverged: list[int] = []
+    for k in ranks.shard(range(len(cells))):
+        plan, options, origin = plans[k]
+        assert options.out is not None
+        if experiment.is_finished(plan, options, arrays, options.out):
+            note(f"{options.out}: finished")
+            continue
+        note(f"{options.out}: recipe {origin}")
+        try:
+            api.run(plan, options, arrays=arrays, ranks=Ranks(restarted=ranks.restarted))
+        except Diverged as error:
+            warnings.warn(f"{options.out}: {error}", stacklevel=2)
+            diverged.append(k)
+    lost = set(itertools.chain(*ranks.gather_objects(diverged)))
+    folders = [options.out for _, options, _ in plans if options.out is not None]
+    found = [None if k in lost else overview.summary(folder) for k, folder in enumerate(folders)]
+    points = sweep.points(cells, folders, found)
+    chosen = sweep.best(points) if chooses else None
+    if as_json:
+        _print_json(sweep.as_json(points, chosen))
+        return
+    print_table(None, *sweep.table(points, chosen))
+    if chosen is not None:
+        pairs = ", ".join(f"{field}={value}" for field, value in chosen.values.items())
+        _remark(f"best on the validation split: {pairs}; next: condense evaluate {chosen.folders[0]}")
+    elif len(folders) > 1 and not lost:
+        _remark(f"next: condense compare {' '.join(map(str, folders))}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:
@@ -291,7 +442,7 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     if _asks_for_help(words):
         recipe.parse(Evaluate, ["--help"], Evaluate(), prog="condense evaluate RUN_OR_FILE")
     target = _positional(words, "evaluate RUN_OR_FILE", "give a run folder or a synthetic.safetensors")
-    flags, names = _several(words[1:], "--protocol")
+    flags, names = _several(_bare(words[1:], "--json"), "--protocol")
     given, _ = sets.read_set(target, recipe.take(flags, "--dataset")[1])
     syn = given if isinstance(given, SyntheticSet) else None
     plan, *others = [protocol.named(name, syn) for name in names or ["canonical"]]
@@ -301,11 +452,16 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     if "--networks" in flags and not command.networks:
         raise ValueError("--networks names no network; give e.g. --networks convnet mlp, or leave it out")
     chosen = command.networks or api.default_networks(syn, command.protocol)
-    if not command.networks and command.protocol.name == "own":
-        say(f"network: {chosen[0]}, which is stored in the set")
+    if not command.networks and command.protocol.name == "own" and not command.json:
+        _remark(f"network: {chosen[0]}, which is stored in the set")
     fields = _fields(command) | {"networks": chosen, "protocol": [command.protocol, *others]}
+    del fields["json"]
     result = api.evaluate(target, **fields, ranks=ranks)
-    print_results([row.row() for row in result.results], together=bool(others))
+    rows = [row.row() for row in result.results]
+    if command.json:
+        _print_json({"results": rows})
+    else:
+        print_results(rows, together=bool(others))
 
 
 def relabel(words: list[str]) -> None:
@@ -323,9 +479,9 @@ def relabel(words: list[str]) -> None:
     sizes = f"images {cost.images}, labels {cost.labels} bytes"
     if isinstance(provider, StoredProjector):
         sizes += f", of which {provider.encoder.nbytes} are the encoder"
-    say(f"{file}: {kind.name} labels by {kind.teacher}; {sizes}")
+    _remark(f"{file}: {kind.name} labels by {kind.teacher}; {sizes}")
     if remark := cost.remark():
-        say(remark)
+        _remark(remark)
 
 
 def show(words: list[str]) -> None:
@@ -336,8 +492,8 @@ def show(words: list[str]) -> None:
         _show_recipe(target, words[1:])
         return
     if path.exists():
-        command = recipe.parse(Show, words[1:], Show(), prog=f"condense {usage}")
-        glance.show(path, command.png, command.dataset)
+        command = recipe.parse(Show, _bare(words[1:], "--json"), Show(), prog=f"condense {usage}")
+        glance.show(path, command.png, command.dataset, as_json=command.json)
         return
     names = [*METHODS, *catalog.recipes()]
     if target not in names:
@@ -359,6 +515,10 @@ def _show_recipe(name: str, flags: list[str]) -> None:
     if source is not None and source not in (resolved.recipe.dataset, *datasets.names()):
         resolved, command = resolve(api.open_data(source).name)  # the file may hold a known data set
     glance.show_recipe(resolved, command.recipe, flags, command.json)
+
+
+KINDS = (*("methods", "decoders", "labels", "adjoints", "objectives", "datasets", "networks", "recipes", "protocols"),)
+"""What can be listed."""
 
 
 def list_(words: list[str]) -> None:
@@ -388,7 +548,7 @@ def list_(words: list[str]) -> None:
         raise ValueError(f"{asked}: there are {', '.join(tables)}; e.g. condense list methods")
     rows = tables[kinds[0]]()
     if as_json:
-        print(json.dumps(rows, indent=1))
+        _print_json(rows)
         return
     if kinds[0] != "methods":
         print_table(None, (kinds[0], ""), rows.items())
@@ -429,6 +589,8 @@ def import_(words: list[str]) -> None:
         raise ValueError(
             f"{words[0]} looks like a set; give the file to write, e.g. condense import {words[0]} set.safetensors"
         )
+    if command.name is not None:
+        raise ValueError("--name names a set, and SRC holds networks; leave it out, or give DST as set.safetensors")
     experiment.check_names(command.network, command.transform)
     check_new_folder(target)
     arrays = datasets.open_data(command.dataset, command.download)
@@ -443,7 +605,7 @@ def import_(words: list[str]) -> None:
         }
         for name, what in accuracies.items():
             if name in record:
-                say(f"{what}: {100 * record[name][-1]:.1f} %")
+                _remark(f"{what}: {100 * record[name][-1]:.1f} %")
         say(str(folder))
         return
     with progress("import", 100) as bar:
@@ -467,10 +629,10 @@ def apply(words: list[str]) -> None:
     if _asks_for_help(words):
         recipe.parse(Apply, ["--help"], usual, prog=prog)
     target = _positional(words[1:], usage, "give a run folder or a synthetic.safetensors")
-    command = recipe.parse(Apply, words[2:], usual, prog=prog)
+    command = recipe.parse(Apply, _bare(words[2:], "--json"), usual, prog=prog)
     fields = _fields(command)
-    findings = api.apply(fields.pop("choices"), target, **fields)
-    print_table(findings.title, findings.columns, findings.rows)
+    as_json = fields.pop("json")
+    _print_findings(api.apply(fields.pop("choices"), target, **fields), as_json)
 
 
 def _prune(words: list[str]) -> None:
@@ -479,12 +641,20 @@ def _prune(words: list[str]) -> None:
     if _asks_for_help(flags):
         recipe.parse(Prune, ["--help"], usual, prog=prog)
     dataset = _positional(flags, "apply pruning DATASET", "give a data set, e.g. digits")
-    command = recipe.parse(Prune, flags[1:], usual, prog=prog)
+    command = recipe.parse(Prune, _bare(flags[1:], "--json"), usual, prog=prog)
     fields = _fields(command)
+    as_json = fields.pop("json")
     fields["out"] = command.out or Path("runs") / f"pruning-{datasets.name_of(dataset)}"
-    findings = api.prune(dataset, **fields)
-    print_table(findings.title, findings.columns, findings.rows)
-    say(f"{fields['out']}: apply-pruning.json, pruning.svg")
+    _print_findings(api.prune(dataset, **fields), as_json)
+    if not as_json:
+        _remark(f"{fields['out']}: apply-pruning.json, pruning.svg")
+
+
+def _print_findings(findings: Findings, as_json: bool) -> None:
+    if as_json:
+        _print_json(findings.content())
+    else:
+        print_table(findings.title, findings.columns, findings.rows)
 
 
 def _holds_experts(path: Path) -> bool:
@@ -496,12 +666,17 @@ def _import_set(source: Path, target: Path, command: Import) -> None:
         raise ValueError(f"{target} already exists; move it or give another name")
     check_new_file(target, "set")
     syn = api.import_set(
-        source, command.dataset, transform=command.transform, decode=command.decode, download=command.download
+        source,
+        command.dataset,
+        transform=command.transform,
+        decode=command.decode,
+        name=command.name,
+        download=command.download,
     )
     save(syn, target)
     cost, kind = syn.cost(), layout.kind(syn.origin.input_shape)
-    say(f"{target}: {len(syn)} {kind} ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
-    say(
+    _remark(f"{target}: {len(syn)} {kind} ({syn.label_kind.name} labels, {cost.images + cost.labels} bytes)")
+    _remark(
         f"the data set {command.dataset} and the transform {command.transform} are recorded as given; "
         "Condense cannot verify them"
     )
@@ -516,7 +691,7 @@ def export(words: list[str]) -> None:
     target = expanded(words[1])
     kind = command.format or ("npz" if target.suffix == ".npz" else "folder")
     api.export_set(words[0], target, kind, command.dataset)
-    say(f"{target}: {kind}")
+    _remark(f"{target}: {kind}")
 
 
 def frames(words: list[str]) -> None:
@@ -526,7 +701,7 @@ def frames(words: list[str]) -> None:
         raise ValueError("frames needs a data set of clips and the file to write; e.g. condense frames c.npz f.npz")
     command = recipe.parse(Frames, words[2:], Frames(), prog="condense frames CLIPS DST.npz")
     target = api.frames(words[0], words[1], download=command.download)
-    say(f"{target}: the middle frame of every clip; next: condense distill dc --dataset {target}")
+    _remark(f"{target}: the middle frame of every clip; next: condense distill dc --dataset {target}")
 
 
 def prepare(words: list[str]) -> None:
@@ -541,10 +716,10 @@ def prepare(words: list[str]) -> None:
     command = recipe.parse(Prepare, words[2:], Prepare(), prog=prog)
     done = api.prepare(words[0], words[1], command.plan, download=command.download)
     for remark in done.remarks:
-        say(remark)
+        _remark(remark)
     shape = "x".join(map(str, done.input_shape[1:]))
     colour = "gray" if done.input_shape[0] == 1 else "RGB"
-    say(
+    _remark(
         f"{done.path}: {done.num_train} training and {done.num_test} test images, {shape} {colour}, of "
         f"{len(done.classes)} classes; next: condense distill dm --dataset {done.path} --ipc 1"
     )
@@ -556,6 +731,29 @@ def report(words: list[str]) -> None:
     say(str(api.report(folders, command.out, command.dataset, download=command.download)))
 
 
+def compare(words: list[str], ranks: Ranks) -> None:
+    targets = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    flags = _bare(words[len(targets) :], "--json")
+    fields = _fields(recipe.parse(Compare, flags, Compare(), prog="condense compare RUN_OR_FILE..."))
+    as_json = fields.pop("json")
+    found = overview.compare(targets, **fields, ranks=ranks)
+    if as_json:
+        _print_json(overview.comparison_json(found))
+    else:
+        print_table(*overview.comparison_table(found))
+
+
+def runs_(words: list[str]) -> None:
+    flags = _bare(words, "--json")
+    folder = flags.pop(0) if flags and not flags[0].startswith("-") else "runs"
+    command = recipe.parse(Runs, flags, Runs(), prog="condense runs [FOLDER]")
+    found = overview.find_runs(folder)
+    if command.json:
+        _print_json({"runs": overview.as_json(found)})
+    else:
+        print_table(None, overview.COLUMNS, map(overview.cells, found))
+
+
 def cache(words: list[str]) -> None:
     flags = _bare(_bare(words, "--prune"), "--json")
     command = recipe.parse(Cache, flags, Cache(), prog="condense cache")
@@ -565,7 +763,7 @@ def cache(words: list[str]) -> None:
     removed = prune(folder, command.days) if folder is not None and command.prune else []
     listed = entries(folder) if folder is not None else []
     if command.json:
-        print(json.dumps({"folder": str(folder), "entries": _rows(listed), "removed": _rows(removed)}, indent=1))
+        _print_json({"folder": str(folder), "entries": _rows(listed), "removed": _rows(removed)})
         return
     if command.prune:
         say(f"removed: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")
@@ -599,6 +797,44 @@ def demo(words: list[str]) -> None:
     job.main(words)
 
 
+def completion_(words: list[str]) -> None:
+    if _asks_for_help(words):
+        say("usage: condense completion bash|zsh|fish")
+        say("bash: condense completion bash > ~/.local/share/bash-completion/completions/condense")
+        say("zsh:  condense completion zsh > DIR/_condense, for a folder DIR in $fpath")
+        say("fish: condense completion fish > ~/.config/fish/completions/condense.fish")
+        return
+    if len(words) != 1:
+        raise ValueError("completion needs one shell, bash, zsh or fish; e.g. condense completion bash")
+    print(completion.script(words[0], _completed()))
+
+
+def _completed() -> completion.Completed:
+    """Return what is completed after each command."""
+    done, protocols = completion.Completed, {"protocol": (*PROTOCOLS.usable(), "own")}
+    recipes = {name: Recipe(method=method()) for name, method in METHODS.usable().items()}
+    applied = {name: done(Apply(choices=APPLICATIONS[name]())) for name in APPLICATIONS}
+    commands = {
+        "apply": done(words={**applied, "pruning": done(Prune(plan=Pruning()))}),
+        "buffer": done(Buffer()),
+        "cache": done(Cache()),
+        "compare": done(Compare(), protocols),
+        "completion": done(words={shell: done() for shell in completion.SHELLS}),
+        "demo": done(),
+        "distill": done(words={name: done(Distill(recipe=each)) for name, each in recipes.items()}),
+        "evaluate": done(Evaluate(), protocols),
+        "export": done(Export()),
+        "frames": done(Frames()),
+        "import": done(Import()),
+        "list": done(words={kind: done() for kind in KINDS}),
+        "relabel": done(Relabel(teacher=artifacts.DEFAULT_ROOT)),
+        "report": done(Report()),
+        "runs": done(Runs()),
+        "show": done(Show()),
+    }
+    return done(words=commands)
+
+
 def _distributed(command: Callable[[list[str], Ranks], None]) -> Callable[[list[str]], None]:
     """Wrap a command so that the processes of torchrun share its work and only rank 0 prints."""
 
@@ -619,6 +855,8 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "apply": apply,
     "buffer": _distributed(buffer),
     "cache": cache,
+    "compare": _distributed(compare),
+    "completion": completion_,
     "demo": demo,
     "distill": _distributed(distill),
     "evaluate": _distributed(evaluate),
@@ -629,6 +867,7 @@ TABLE: dict[str, Callable[[list[str]], None]] = {
     "prepare": prepare,
     "relabel": relabel,
     "report": report,
+    "runs": runs_,
     "show": show,
 }
 
@@ -638,9 +877,19 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), file=sys.stdout, flush=True)
 
 
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _remark(text: str) -> None:
+    """Print lines that are no result, unless the user asked for quiet."""
+    if not is_quiet():
+        say(text)
+
+
 def _say_unknown(arrays: datasets.Arrays) -> None:
     if arrays.known is None and layout.kind(arrays.input_shape) != "graphs":
-        say(f"{arrays.name}: not a known data set, so its mean and std are computed and DSA does not flip images")
+        _remark(f"{arrays.name}: not a known data set, so its mean and std are computed and DSA does not flip images")
 
 
 def _fields(command: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from condense.rng import VERSION
 from condense.schema import brief, from_json
 from condense.synthetic.files import save
 from condense.synthetic.set import SyntheticSet
-from condense.tracking import Log, Sink, cut_back
+from condense.tracking import Log, Pace, Sink, cut_back, duration
 
 NUM_SNAPSHOTS = 10
 CHECKPOINT_SECONDS = 10.0
@@ -38,6 +38,13 @@ READ_STEPS: int | None = None
 """The numbers of this many steps are read from the device together, because reading waits for it. None: of each step on
 a CPU and with several processes, which wait for one another in every step; else of as many as take ``READ_SECONDS``.
 The result does not depend on it."""
+
+MANY_STEPS = 1000
+LONG_SECONDS = 3600.0
+"""A run of at least so many steps that takes longer than this on a CPU gets a warning."""
+
+LOGGED_SECONDS = 60.0
+"""Least estimate of the time left that is written to the log."""
 
 SCRATCH = "scratch"
 """Folder in a run folder for what the method stores between steps (``Context.scratch``)."""
@@ -114,6 +121,7 @@ def run(
         if log is not None and done:
             log.write({"event": "resume", "step": done})
         saved_at, saved_time = done, time.monotonic()
+        pace, is_estimated = Pace(total), False
 
         def checkpoint_due() -> bool:
             late = time.monotonic() - saved_time >= CHECKPOINT_SECONDS
@@ -123,6 +131,7 @@ def run(
             return bool(eval_every and validate) and (step % eval_every == 0 or step == total)
 
         def report(step: int, record: Mapping[str, float]) -> None:
+            nonlocal is_estimated
             if log is None:
                 return
             if validate is not None and validates(step):  # the state is of this step
@@ -130,9 +139,16 @@ def run(
             log.step(step, record)
             if on_step is not None:
                 on_step(step, record)
+            if not is_estimated and (left := pace.left(step)) is not None:
+                is_estimated = True
+                if left >= LOGGED_SECONDS:
+                    log.write({"event": "estimate", "step": step, "seconds_left": round(left)})
+                if ctx.task.device.type == "cpu" and total >= MANY_STEPS and left > LONG_SECONDS:
+                    warnings.warn(_takes_long(total - step, left), stacklevel=2)
 
         steps = _Steps(method, ctx, state, checkpoint, report)
 
+        logs.enter_context(_noting(lambda: saved_at, total, checkpoint))
         while done < total:
             if shares is not None:  # before the step, so that no checkpoint is ahead of this log
                 shares.write({"step": done + 1, "parts": list(ranks.shard(parts))})
@@ -156,6 +172,24 @@ def run(
         if log is not None:
             save(syn, folder / "synthetic.safetensors")
         return syn
+
+
+@contextlib.contextmanager
+def _noting(saved_at: Callable[[], int], total: int, checkpoint: Path) -> Iterator[None]:
+    """Add to a KeyboardInterrupt a note of the step that is on disk."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        done = saved_at()
+        stop.add_note(f"step {done} of {total} is kept in {checkpoint}" if done else "there is no checkpoint yet")
+        raise
+
+
+def _takes_long(num_steps: int, seconds: float) -> str:
+    return (
+        f"{num_steps} steps on a CPU take {duration(seconds)} on this machine; run them on a GPU, or give fewer, "
+        f"e.g. {spelt('method.num_steps', MANY_STEPS // 10)}, which changes the recipe"
+    )
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -246,10 +280,14 @@ def steps_per_read(before: int, steps: int, seconds: float) -> int:
     return max(1, min(2 * before, int(READ_SECONDS * steps / max(seconds, 1e-9))))
 
 
-def _diverged(step: int, error: FloatingPointError, checkpoint: Path | None) -> ValueError:
+class Diverged(ValueError):
+    """A loss or a gradient is not finite."""
+
+
+def _diverged(step: int, error: FloatingPointError, checkpoint: Path | None) -> Diverged:
     exists = checkpoint is not None and checkpoint.exists()
     saved = f"the last good checkpoint is {checkpoint}" if exists else "there is no checkpoint yet"
-    return ValueError(
+    return Diverged(
         f"step {step} is not finite ({error}): the distillation diverged ({saved}); "
         f"lower the learning rate, e.g. {spelt('method.optim.lr')}"
     )

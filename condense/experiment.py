@@ -22,7 +22,7 @@ from condense import __version__, artifacts, engine, picture, recipe, registry, 
 from condense.artifacts import Artifact
 from condense.augment import Augment
 from condense.cache import cache_folder
-from condense.compute import Compute, forget_peak, prepare_device
+from condense.compute import Compute, device_name, forget_peak, prepare_device
 from condense.data.datasets import Arrays, Data, name_of, names
 from condense.data.layout import kind, require_kind
 from condense.data.transform import check_transform
@@ -39,7 +39,7 @@ from condense.schema import replaced
 from condense.synthetic.decode import Graphs, Pixels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
-from condense.tracking import Sink, check_sinks, open_sinks, progress
+from condense.tracking import Sink, check_sinks, detail, open_sinks, progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,21 @@ def check_run(
     if ranks.first and (options.out is not None or isinstance(dataset, Arrays) or dataset in names()):
         runs.check_folder(runs.run_folder(plan, options.out, name_of(dataset)), options.resume or ranks.restarted)
     return prepare_device(options.device)
+
+
+def is_finished(plan: Recipe, options: RunOptions, arrays: Arrays, folder: Path) -> bool:
+    """Return whether a folder holds the finished run of a recipe.
+
+    Raises:
+        ValueError: it holds a run of another recipe.
+    """
+    written = runs.written_recipe(folder)
+    if written is None or not (folder / "synthetic.safetensors").exists():
+        return False
+    device = prepare_device(options.device)
+    resolved = resolve(plan, arrays, device=device, validates=options.eval_every > 0, earlier=written)
+    runs.claim(folder, resolved.plan, written)
+    return True
 
 
 def check_names(network: str | Factory, transform: str, augment: str = "none") -> None:
@@ -365,6 +380,7 @@ def run(
             runs.write_source(folder, experiment.source)
         begun = time.monotonic()
         forget_peak(device)
+        detail(f"{folder}, {device_name(device)}, {torch.get_num_threads()} threads\n{recipe.to_yaml(plan)}")
         with progress(title, plan.method.total_steps(ctx)) as bar:
             syn = engine.run(
                 plan.method,

@@ -159,6 +159,15 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
                 os.unlink(lock)
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether another process on this machine holds the lock of ``locked(path)``; False where there are no
+    locks."""
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        return try_lock(lock, stack, shared=True) is False
+    return False
+
+
 def content(folder: Path) -> list[Path]:
     """List a folder without the lock files and temporary files of this package."""
     return [path for path in folder.iterdir() if not _LOCK.fullmatch(path.name) and not _TEMPORARY.fullmatch(path.name)]

@@ -87,10 +87,16 @@ def grid(rows: Sequence[Tensor]) -> Tensor:
 
 def draw(syn: SyntheticSet, transform: Transform, path: Path, *, columns: int = 10) -> None:
     """Write the grid as a PNG, enlarged so that small pictures are visible."""
+    image = drawn(syn, transform, columns=columns)
+    with replacing(path) as fresh:
+        image.save(fresh, format="PNG")
+
+
+def drawn(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> Image.Image:
+    """Return the grid, enlarged so that small pictures are visible."""
     image = _image(grid(by_class(syn, transform, columns=columns)))
     scale = max(1, round(700 / max(image.size)))
-    with replacing(path) as fresh:
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(fresh, format="PNG")
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def strip(images: Tensor) -> bytes:

@@ -66,15 +66,19 @@ def with_data(read: SyntheticSet | exchange.External, arrays: Arrays) -> tuple[S
 
 
 def adopted(
-    external: exchange.External, arrays: Arrays, transform: str = "channel", decode: Decode = Pixels()
+    external: exchange.External,
+    arrays: Arrays,
+    transform: str = "channel",
+    decode: Decode = Pixels(),
+    name: str | None = None,
 ) -> SyntheticSet:
-    """Convert external images to a set of these data with this transform.
+    """Convert external images to a set of these data with this transform, of a method with this name.
 
     Raises:
         ValueError: see ``condense.exchange.as_set``.
     """
     task = plain_task(arrays, "mlp", transform, Split(val_fraction=0.0))
-    return exchange.as_set(external, arrays, task.transform, transform, decode=decode)
+    return exchange.as_set(external, arrays, task.transform, transform, decode=decode, name=name)
 
 
 def transform_of(syn: SyntheticSet, arrays: Arrays, cache: Path | None) -> Transform:

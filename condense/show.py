@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from condense.synthetic.teaching import StoredProjector, ViewLabels
 from condense.table import print_table
 
 
-def show(target: Path, png: Path | None = None, dataset: str | None = None) -> None:
+def show(target: Path, png: Path | None = None, dataset: str | None = None, *, as_json: bool = False) -> None:
     """Print a summary of a run, a file or a buffer.
 
     Args:
         target: the run folder, file or buffer folder.
         png: file to draw the images of a set to.
         dataset: the data of a whitened set, to draw its images.
+        as_json: print a JSON object, with the results of a run as in ``evaluation.json``.
 
     Raises:
         ValueError: there is no Condense file; the file is damaged; the picture cannot be written.
@@ -41,13 +44,43 @@ def show(target: Path, png: Path | None = None, dataset: str | None = None) -> N
             raise ValueError(f"{target} holds no images to draw; give a finished run or a set, or leave out --png")
         api.draw(file, png, dataset)
     if target.is_dir() and (target / "manifest.json").exists():
-        _buffer(target)
+        summary = _buffer(target)
     elif is_run:
-        _run(target)
+        summary = _run(target)
     elif target.is_file():
-        _file(target)
+        summary = Summary({str(target): _file(target)})
     else:
         raise ValueError(f"{target} is neither a run, a buffer nor a Condense file; give one of these")
+    if as_json:
+        print(json.dumps(dataclasses.asdict(summary), indent=1))
+    else:
+        _print(summary)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``show`` prints."""
+
+    facts: Mapping[str, Mapping[str, Any]]
+    """Facts by name, in groups with a title."""
+    remark: str = ""
+    results: Sequence[Mapping[str, Any]] = ()
+    """Rows of ``evaluation.json``."""
+    uses: Sequence[Mapping[str, Any]] = ()
+    """Tables of applications."""
+
+
+def _print(summary: Summary) -> None:
+    for title, facts in summary.facts.items():
+        shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in facts.items()}
+        print_table(None, (title, ""), shown.items())
+    if summary.remark:
+        print(printable(summary.remark))
+    if summary.results:
+        print_results(summary.results)
+        _calibration(summary.results)
+    for use in summary.uses:
+        print_table(use["title"], use["columns"], use["rows"])
 
 
 def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json: bool) -> None:
@@ -128,37 +161,33 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return f"{100 * row['mean']:.1f}{spread}{beside}"
 
 
-def _file(path: Path) -> None:
+def _file(path: Path) -> dict[str, Any]:
     header = read_header(path)
     if header.get("kind") != "synthetic set":
-        _facts(str(path), {k: v for k, v in header.items() if not isinstance(v, dict | list)})
-        return
-    _set(str(path), api.load(path))
+        return {k: v for k, v in header.items() if not isinstance(v, dict | list)}
+    return _set(api.load(path))
 
 
-def _set(title: str, syn: SyntheticSet) -> None:
+def _set(syn: SyntheticSet) -> dict[str, Any]:
     origin, cost = syn.origin, syn.cost()
     images, _ = syn()
     rate, shape = syn.lr, origin.input_shape
-    _facts(
-        title,
-        {
-            "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
-            kind(shape): f"{len(images)} of {'x'.join(map(str, shape))}, "
-            + (f"{origin.num_classes} classes" if origin.num_classes else f"targets of {origin.target_width} values"),
-            "method": origin.method or "unknown",
-            "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
-            "transform": origin.transform.get("kind"),
-            "learned lr": "none" if rate is None else f"{rate.detach().mean().item():.5g}",
-            "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder} "
-            f"(together {readable_bytes(sum(cost))})",
-            **({"labels": cost.remark()} if cost.remark() else {}),
-            **({"teacher": _teacher(syn, syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
-            **({"privacy": origin.guarantee} if origin.privacy else {}),
-            "recipe": origin.recipe_hash[:12],
-            "code": origin.code,
-        },
-    )
+    return {
+        "data set": f"{origin.dataset['name']} ({origin.dataset['fingerprint'][:12]})",
+        kind(shape): f"{len(images)} of {'x'.join(map(str, shape))}, "
+        + (f"{origin.num_classes} classes" if origin.num_classes else f"targets of {origin.target_width} values"),
+        "method": origin.method or "unknown",
+        "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
+        "transform": origin.transform.get("kind"),
+        "learned lr": "none" if rate is None else f"{rate.detach().mean().item():.5g}",
+        "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder} "
+        f"(together {readable_bytes(sum(cost))})",
+        **({"labels": cost.remark()} if cost.remark() else {}),
+        **({"teacher": _teacher(syn, syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
+        **({"privacy": origin.guarantee} if origin.privacy else {}),
+        "recipe": origin.recipe_hash[:12],
+        "code": origin.code,
+    }
 
 
 def _teacher(syn: SyntheticSet, kind: ViewLabels) -> str:
@@ -168,11 +197,12 @@ def _teacher(syn: SyntheticSet, kind: ViewLabels) -> str:
     return f"a projector of the encoder {name}" + ("" if kind.is_named else f", {syn.provider.encoder.nbytes} bytes")
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path) -> Summary:
+    groups, remark = dict[str, Mapping[str, Any]](), ""
     if (folder / "synthetic.safetensors").exists():
-        _set(str(folder), api.load(folder))
+        groups[str(folder)] = _set(api.load(folder))
     else:
-        print(printable(f"{folder}: not finished; run its command again with --resume to continue"))
+        remark = f"{folder}: not finished; run its command again with --resume to continue"
     log, record = steps_of(folder), runs.read_record(folder)
     facts: dict[str, Any] = {}
     if "seconds" in record:
@@ -191,12 +221,7 @@ def _run(folder: Path) -> None:
     rows = read_complete(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
     if rows:
         facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
-    _facts("run", facts)
-    if rows:
-        print_results(rows)
-        _calibration(rows)
-    for use in uses_of(folder):
-        print_table(use["title"], use["columns"], use["rows"])
+    return Summary(groups | {"run": facts}, remark, rows, uses_of(folder))
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -218,17 +243,12 @@ def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:
     print_table("of the same networks", columns, lines)
 
 
-def _buffer(folder: Path) -> None:
+def _buffer(folder: Path) -> Summary:
     buffer = artifacts.open_buffer(folder)
     identity = buffer.manifest["identity"]
-    _facts(str(folder), {k: json.dumps(v) if isinstance(v, dict) else v for k, v in identity.items()})
     origin = printable(identity.get("origin", "trained"), 60)
     extent = " x ".join(f"{value} {name.removeprefix('num_')}" for name, value in buffer.extent().items())
-    print(f"{extent}, {origin}")
-
-
-def _facts(title: str, facts: Mapping[str, Any]) -> None:
-    print_table(None, (title, ""), facts.items())
+    return Summary({str(folder): identity}, f"{extent}, {origin}")
 
 
 def _sparkline(values: Sequence[float], width: int = 20) -> str:

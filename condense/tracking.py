@@ -1,4 +1,4 @@
-"""Logging of runs: always to ``log.jsonl``, on request to other trackers, and progress bars on a terminal."""
+"""Logging of runs: always to ``log.jsonl``, on request to other trackers, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from html import escape
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +23,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from condense.distributed import rank_of_environment
@@ -215,6 +218,67 @@ class _TensorBoard:
 _SINKS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
 
 
+Volume = Literal["quiet", "normal", "verbose"]
+
+_volume: ContextVar[Volume] = ContextVar("volume", default="normal")
+
+
+@contextlib.contextmanager
+def volume(level: Volume) -> Iterator[None]:
+    """Set how much is printed inside the context: ``quiet`` shows no progress and no remarks, ``verbose`` also shows
+    what a run was resolved to, and progress every second. Warnings and errors are shown in any case."""
+    token = _volume.set(level)
+    try:
+        yield
+    finally:
+        _volume.reset(token)
+
+
+def is_quiet() -> bool:
+    """Return whether remarks are left out."""
+    return _volume.get() == "quiet"
+
+
+def detail(text: str) -> None:
+    """Print lines to standard error where the user asked for details, in the first process of torchrun."""
+    if _volume.get() == "verbose" and not rank_of_environment():
+        print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
+
+
+SETTLED = 3.0
+"""Seconds after the first step before which no time left is estimated."""
+
+LINE_SECONDS: dict[Volume, float] = {"normal": 30.0, "verbose": 1.0}
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+class Pace:
+    """Estimates the time left from the items that were done since the first update, which may be long to prepare."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._first: tuple[float, int] | None = None
+
+    def left(self, done: int) -> float | None:
+        """Return the seconds left after ``done`` items, or None where it is too early to tell."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        seconds, items = now - self._first[0], done - self._first[1]
+        return (self._total - done) * seconds / items if items > 0 and seconds >= SETTLED else None
+
+
+def duration(seconds: float) -> str:
+    """Return a number of seconds in words: ``about 40 s``, ``about 15 h``."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            count = seconds / size
+            return (
+                f"about {count:.0f} {unit}" if count >= 9.95 else f"about {count:.1f}".removesuffix(".0") + f" {unit}"
+            )
+    return f"about {seconds:.0f} s"
+
+
 class Bar(Protocol):
     """A progress bar, updated by the number of items that are done and a note on the last one."""
 
@@ -222,28 +286,76 @@ class Bar(Protocol):
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, *, show: bool | None = None) -> Iterator[Bar]:
-    """Show a progress bar with the remaining time on standard error.
+def progress(title: str, total: int) -> Iterator[Bar]:
+    """Show progress with an estimate of the time left: a bar on a terminal (standard error) and in a notebook, and
+    elsewhere a line on standard error every 30 seconds.
 
-    By default it is shown only on a terminal, and only by the first process of torchrun; ``show`` overrides this.
+    Only the first process of torchrun shows it. ``volume`` changes how much is shown.
     """
+    title, pace = printable(title), Pace(total)
+    with contextlib.ExitStack() as stack:
+        bar = _bar(title, total, stack)
+
+        def update(done: int, note: str = "") -> None:
+            left = pace.left(done)
+            time_left = f"{duration(left)} left on this machine" if left and done < total else ""
+            bar(done, ", ".join(filter(None, (printable(note), time_left))))
+
+        yield update
+
+
+def _bar(title: str, total: int, stack: contextlib.ExitStack) -> Bar:
+    """Return the function that shows progress here; ``stack`` closes what it opens."""
     console = Console(stderr=True)
+    if is_quiet() or rank_of_environment():
+        return lambda done, note="": None
+    if console.is_jupyter:
+        return _in_notebook(title, total)
+    if not console.is_terminal:
+        return _in_lines(title, total)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    visible = console.is_terminal and not rank_of_environment() if show is None else show
-    with Progress(*columns, console=console, disable=not visible, transient=False) as bars:
-        task = bars.add_task(printable(title), total=total, note="")
+    bars = stack.enter_context(Progress(*columns, console=console, transient=False))
+    task = bars.add_task(title, total=total, note="")
+    return lambda done, note="": bars.update(task, completed=done, note=note)
 
-        def update(done: int, note: str = "") -> None:
-            bars.update(task, completed=done, note=printable(note))
 
-        yield update
+def _in_lines(title: str, total: int) -> Bar:
+    """Return a bar that prints a line every 30 seconds."""
+    interval, shown = LINE_SECONDS[_volume.get()], time.monotonic()
+
+    def update(done: int, note: str = "") -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= interval:
+            shown = time.monotonic()
+            line = f"{title}: {done} of {total}" + (f", {note}" if note else "")
+            print(line, file=sys.stderr, flush=True)
+
+    return update
+
+
+def _in_notebook(title: str, total: int) -> Bar:
+    """Return a bar in the output of a notebook's cell, which needs no widgets."""
+    from IPython.display import display
+
+    def content(done: int, note: str) -> dict[str, str]:
+        text = f"{title}: {done} of {total}" + (f", {note}" if note else "")
+        return {"text/plain": text, "text/html": f'<progress value="{done}" max="{total}"></progress> {escape(text)}'}
+
+    handle, shown = display(content(0, ""), raw=True, display_id=True), time.monotonic()
+
+    def update(done: int, note: str = "") -> None:
+        nonlocal shown
+        if done == total or time.monotonic() - shown >= 0.2:
+            shown = time.monotonic()
+            handle.update(content(done, note), raw=True)
+
+    return update
 
 
 def counted(title: str, items: Sequence[T]) -> Iterator[T]:

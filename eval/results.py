@@ -8,8 +8,9 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import scipy.stats
 
@@ -17,8 +18,11 @@ from condense.eval.metrics import Scores
 from condense.files import locked, read_json, write_text
 from condense.schema import brief, from_json
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """The scores of networks of one architecture that were trained on one set under one protocol, with their
     provenance."""
@@ -82,6 +86,15 @@ class Result:
                 "stored_bytes are 0"
             )
 
+    def __repr__(self) -> str:
+        return f"Result({self.method or 'set'} on {self.network}, {self.protocol}: {self.percent})"
+
+    @property
+    def percent(self) -> str:
+        """Mean accuracy in percent with its standard deviation, and n, as text."""
+        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:.1f}{spread} %, n = {self.n}"
+
     @property
     def n(self) -> int:
         return len(self.accuracies)
@@ -119,15 +132,82 @@ class Result:
         return {**head, **fields, "compression": self.compression}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """The results of one call of ``evaluate``, in the order of the networks."""
 
     results: tuple[Result, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of ``metrics["per_class"]``."""
+
+    def __repr__(self) -> str:
+        """Return one line per result."""
+        return "\n".join(map(repr, self.results)) or "Evaluation()"
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook."""
+        rows = [(result.method or "set", result.network, result.protocol, result.percent) for result in self.results]
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><tr><th>set</th><th>network</th><th>protocol</th><th>test accuracy</th></tr>{body}</table>"
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a table with one row for each trained network, and its accuracies and other metrics as fractions.
+
+        ``number`` counts the networks of one architecture. The accuracy within each class is in a column named
+        ``accuracy of CLASS``.
+
+        Raises:
+            ValueError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ValueError("a table needs pandas, which is not installed; run: pip install pandas") from error
+        rows = []
+        for result in self.results:
+            about = {name: getattr(result, name) for name in ("method", "network", "protocol", "dataset", "num_images")}
+            for k, accuracy in enumerate(result.accuracies):
+                row = {**about, "seed": result.seed, "number": k, "accuracy": accuracy}
+                row |= {name: of[k] for name, of in result.metrics.items() if name not in ("per_class", "reliability")}
+                row |= {
+                    f"accuracy of {name}": of_class
+                    for name, of_class in zip(self.classes, result.metrics["per_class"][k], strict=False)
+                }
+                rows.append(row)
+        return pandas.DataFrame(rows)
 
     def write(self, path: Path) -> None:
         """Add the results to the file at ``path``; see ``merge``."""
         merge(path, self.results)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Accuracies of sets that were distilled alike from several seeds, under one protocol and on one architecture."""
+
+    mean: float
+    """Mean over distillations of the mean over networks."""
+    between_networks: float | None
+    """Standard deviation of networks that are trained on the same set: the root of the mean variance over sets; None
+    for single networks."""
+    between_distillations: float | None
+    """Sample standard deviation of the means of the sets; None for a single set. It contains what the mean over
+    finitely many networks leaves of the deviation between networks."""
+    num_sets: int
+    n: int
+    """Networks of each set, at least."""
+
+
+def pool(rows: Sequence[Mapping[str, Any]]) -> Pooled:
+    """Pool the results of sets that differ in the seed of the distillation alone, one row for each set."""
+    means, deviations = [row["mean"] for row in rows], [row["std"] for row in rows if row["std"] is not None]
+    return Pooled(
+        mean=statistics.fmean(means),
+        between_networks=statistics.fmean(std**2 for std in deviations) ** 0.5 if deviations else None,
+        between_distillations=statistics.stdev(means) if len(means) > 1 else None,
+        num_sets=len(rows),
+        n=min(row["n"] for row in rows),
+    )
 
 
 _KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint")

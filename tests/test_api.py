@@ -1,9 +1,12 @@
+import base64
 import dataclasses
+import io
 import json
 import math
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +27,7 @@ from condense.augment import Augment
 from condense.data.datasets import Arrays, load
 from condense.eval.evaluate import SetScorer
 from condense.eval.protocol import PROTOCOLS, named
+from condense.eval.results import Evaluation
 from condense.files import checksum
 from condense.inner import Truncated
 from condense.method import Method, Optim
@@ -304,9 +309,51 @@ def test_a_baseline_of_equal_bytes_has_more_images_where_the_set_has_a_decoder(t
 
 def test_the_public_names_are_there() -> None:
     assert set(condense.__all__) <= set(dir(condense))
-    assert condense.load is api.load
+    assert condense.load is api.load and condense.export is api.export_set and condense.report is api.report
+    for name in condense.__all__:
+        assert callable(getattr(condense, name)), name
     with pytest.raises(AttributeError, match="nothing"):
         condense.nothing  # noqa: B018
+
+
+def test_sets_and_results_are_short_and_shown_in_notebooks(tiny: Arrays, tmp_path: Path) -> None:
+    syn = condense.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
+    said = "random of tiny, 6 images 1x8x8 of 3 classes, ipc 2, hard labels, 1584 bytes"
+    assert repr(syn) == f"SyntheticSet({said})"
+    assert syn.class_names == tiny.classes
+    picture = syn.plot(columns=1)
+    assert picture.height > 2 * picture.width, "three rows of one image"
+    page = syn._repr_html_()
+    assert "<td>random of tiny</td>" in page
+    shown = Image.open(io.BytesIO(base64.b64decode(page.partition("base64,")[2].partition('"')[0])))
+    assert shown.size == syn.plot().size
+    found = condense.evaluate(syn, tiny, networks=[TINY, "mlp"], num_seeds=2, protocol=SHORT, device="cpu")
+    line = f"Result(random on {TINY}, canonical*: {100 * found.results[0].mean:.1f} ± "
+    assert repr(found).splitlines()[0].startswith(line) and len(repr(found)) < 200
+    assert found._repr_html_().count("<tr>") == 3 and "<td>canonical*</td>" in found._repr_html_()
+    assert found.classes == tiny.classes
+    table = found.to_pandas()
+    assert list(table["network"]) == [TINY, TINY, "mlp", "mlp"] and list(table["number"]) == [0, 1, 0, 1]
+    assert tuple(table["accuracy"]) == found.results[0].accuracies + found.results[1].accuracies
+    assert table[f"accuracy of {tiny.classes[2]}"][3] == found.results[1].metrics["per_class"][1][2]
+    assert {"ece", "nll", "macro_f1"} <= set(table.columns)
+
+
+def test_a_whitened_set_is_shown_without_its_data_and_drawn_with_them(
+    tiny: Arrays, tiny_file: Path, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"network": TINY, "ipc": 1, "transform": "zca", "device": "cpu"}
+    syn = condense.distill("random", dataset=tiny, out=tmp_path / "run", **fields)
+    assert "<img" not in syn._repr_html_()
+    with pytest.raises(ValueError, match="tiny"):
+        syn.plot()
+    assert syn.plot(tiny_file).width > 0
+
+
+def test_a_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match="pip install pandas"):
+        Evaluation(()).to_pandas()
 
 
 def test_a_file_that_holds_no_results_is_seen_before_anything_is_trained(tmp_path: Path) -> None:

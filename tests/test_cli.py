@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -426,3 +427,23 @@ def test_a_reader_that_ends_early_gets_no_complaint(
             main(["list", "recipes"])
         assert caught.value.code == 1
     assert capsys.readouterr().err == ""
+
+
+def test_quiet_and_verbose(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = random_words(tiny_file, tmp_path / "one")
+    main([*words, "--quiet"])
+    assert capsys.readouterr() == ("", "")
+    main(["--verbose", *random_words(tiny_file, tmp_path / "two")])
+    said = capsys.readouterr()
+    assert "next: condense evaluate" in said.out and "network: convnet:depth=1,width=4" in said.err
+    assert "contradict" in fails(capsys, "list", "decoders", "--quiet", "--verbose")
+
+
+def test_no_color_is_honoured_by_help_and_tables() -> None:
+    for words in (["list", "decoders"], ["distill", "random", "--help"]):
+        for colours, expected in (("", True), ("1", False)):
+            code = f"import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'condense', *{words!r}]))"
+            environment = {**os.environ, "NO_COLOR": colours, "TERM": "xterm-256color", "COLUMNS": "80"}
+            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+            coloured = re.search(rb"\x1b\[(\d+;)*3\d", done.stdout) is not None
+            assert coloured is (expected and words[0] == "distill"), words

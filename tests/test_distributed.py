@@ -309,6 +309,22 @@ def test_the_command_line(tiny_file: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "one") == rows(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_the_cells_of_a_sweep_are_shared(tiny_file: Path, tmp_path: Path) -> None:
+    words = ["distill", "random", "--dataset", str(tiny_file), "--network", TINY, "--ipc", "1", "--device", "cpu"]
+    words += ["--seeds", "0-2", "--sweep", "transform=none,channel", "--json"]
+    shared = torchrun(2, "-m", "condense", *words, "--out", str(tmp_path / "shared"))
+    assert shared.returncode == 0, shared.stderr
+    found = json.loads(shared.stdout)
+    assert [len(point["val_accuracies"]) for point in found["points"]] == [3, 3] and found["best"]
+    cli.main([*words, "--out", str(tmp_path / "alone")])
+    folders = [Path(folder) for point in found["points"] for folder in point["folders"]]
+    assert len(folders) == 6
+    for folder in folders:
+        alone = tmp_path / "alone" / folder.name / "synthetic.safetensors"
+        assert alone.read_bytes() == (folder / "synthetic.safetensors").read_bytes()
+
+
 WAITING = """
 import os, signal, sys, time
 from pathlib import Path

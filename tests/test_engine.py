@@ -19,6 +19,7 @@ from condense.networks import Functional
 from condense.rng import VERSION, Rng
 from condense.synthetic import Hard, Origin, Pixels, SyntheticSet
 from condense.task import Split, make_task
+from condense.tracking import read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,3 +457,26 @@ def test_a_layer_without_the_derivative_that_is_needed_is_refused(ctx: Context, 
 def test_a_new_set_of_another_number_or_order_is_refused(change: Any, message: str, ctx: Context) -> None:
     with pytest.raises(ValueError, match=rf"{message}[^\n]*: [^\n]+; [^\n]+$"):
         ctx.new_set(*change(*ctx.initial("real")))
+
+
+def test_a_long_run_on_a_cpu_is_warned_of_and_its_time_is_logged(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+
+    def on_step(done: int, record: Any) -> None:
+        now[0] += 10.0
+        if done == 3:
+            raise KeyboardInterrupt
+
+    method = Shrink(num_steps=5000)
+    with (
+        pytest.warns(UserWarning, match=r"^4998 steps on a CPU take about 14 h on this machine") as warned,
+        pytest.raises(KeyboardInterrupt) as stop,
+    ):
+        run(method, ctx, tmp_path, on_step=on_step)
+    assert len(warned) == 1 and "num_steps=100" in str(warned[0].message)
+    assert {"event": "estimate", "step": 2, "seconds_left": 49980} in read_log(tmp_path / "log.jsonl")
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    assert stop.value.__notes__ == [f"step 2 of 5000 is kept in {checkpoint}"]

@@ -55,6 +55,15 @@ class TestIn:
         assert syn()[1].tolist() == labels.tolist() and syn.lr is None
         assert syn.origin.recipe["method"]["name"] == "imported:res"
 
+    def test_a_set_may_get_a_name(self, real: tuple[Tensor, Tensor], channel: Transform, tmp_path: Path) -> None:
+        source = published.res(tmp_path, channel(real[0]), real[1])
+        target = tmp_path / "named.safetensors"
+        cli.main(["import", str(source), str(target), "--dataset", "digits", "--name", "DC, authors' file"])
+        assert load(target).origin.method == "imported:DC, authors' file"
+        for name in ("", "a\nb", "x" * 61):
+            with pytest.raises(ValueError, match="1 to 60 printable characters; give name='mtt'"):
+                api.import_set(source, "digits", name=name)
+
     def test_mtt_with_whitening_and_a_learned_rate(self, real: tuple[Tensor, Tensor], tmp_path: Path) -> None:
         images, labels = real
         whitened = api.plain_task(DIGITS, "mlp", "zca", api.Split(val_fraction=0.0)).transform(images)

@@ -326,7 +326,9 @@ def test_bad_lines_of_a_log_are_kept_apart_with_a_warning(tmp_path: Path, monkey
 EVIL = "\x1b[31m[red]\u202e:smile:\r"
 
 
-def test_text_from_files_is_shown_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_from_files_is_shown_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(OLD / "run", tmp_path / "run")
     path = changed(tmp_path, "decode-pixels", lambda header: header["origin"]["dataset"].update(name=EVIL))
     path.replace(tmp_path / "run" / "synthetic.safetensors")
@@ -343,7 +345,9 @@ def test_text_from_files_is_shown_escaped(tmp_path: Path, capsys: pytest.Capture
     assert r"\x1b[31m[red]\u202e:smile:\r" in shown
     with pytest.raises(SystemExit):
         cli.main(["show", f"{EVIL}/none"])
-    with progress(EVIL, 1, show=True) as bar:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress(EVIL, 1) as bar:
         bar(1, "[bold]half")
     error = capsys.readouterr().err
     assert r"\x1b[31m[red]\u202e" in error.splitlines()[0] and "[bold]half" in error and "\u202e" not in error

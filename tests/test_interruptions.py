@@ -208,8 +208,11 @@ def test_the_command_line_says_how_to_go_on(
     process.join(30)
     assert process.exitcode == 128 + signal.SIGTERM
     (line,) = said.read_text().splitlines()
-    assert line.startswith("condense: stopped; to continue: ")
-    again = shlex.split(line.split(": ", 2)[2])
+    checkpoint = out / "checkpoint.safetensors"
+    done = read_header(checkpoint)["step"] if checkpoint.exists() else 0
+    kept = f"step {done} of 100000 is kept in {checkpoint}" if done else "there is no checkpoint yet"
+    assert line.startswith(f"condense: stopped; {kept}; to continue: ")
+    again = shlex.split(line.rsplit(": ", 1)[1])
     assert again == ["condense", *words, "--resume"]
     going_on = []
 
@@ -220,8 +223,7 @@ def test_the_command_line_says_how_to_go_on(
     monkeypatch.setattr(engine, "_step", step)
     with pytest.raises(SystemExit):
         cli.main(again[1:])
-    checkpoint = out / "checkpoint.safetensors"
-    assert going_on == [read_header(checkpoint)["step"] if checkpoint.exists() else 0]
+    assert going_on == [done]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,7 @@ def test_the_command_line_says_how_to_go_on(
         (["evaluate", "a run"], "condense evaluate 'a run'"),
         (["distill", "dm", "--resume"], "condense distill dm --resume"),
         (["distill", "dm", "--out", "~/x"], "condense distill dm --out '~/x' --resume"),
+        (["distill", "dm", "--quiet"], "condense distill dm --quiet --resume"),
     ],
 )
 def test_ctrl_c(

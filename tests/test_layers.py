@@ -7,7 +7,17 @@ from condense.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("methods", "buffers", "eval")
-FRONT = {"cli.py", "commands.py", "api.py", "demo.py", "show.py", "testing.py", "__main__.py", "__init__.py"}
+FRONT = {
+    "cli.py",
+    "commands.py",
+    "api.py",
+    "demo.py",
+    "overview.py",
+    "show.py",
+    "testing.py",
+    "__main__.py",
+    "__init__.py",
+}
 
 
 def imports(file: Path) -> set[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def test_sets_of_one_name_keep_their_own_rows(tiny_file: Path, tmp_path: Path) -
     assert "random, ipc 1 (run) (1)" in table and "random, ipc 1 (run) (2)" in table
     points = text[text.index('id="h-bytes"') : text.index('id="h-cost"')]
     assert points.count("<title>measured: ") == len(means)
+
+
+def test_seeds_of_one_recipe_are_pooled(tiny_file: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "ipc": 1, "device": "cpu"}
+    folders, rows = [tmp_path / f"seed{seed}" for seed in range(3)], []
+    for seed, folder in enumerate(folders):
+        condense.distill("random", **common, out=folder, seed=seed)
+        rows += [result.row() for result in condense.evaluate(folder, networks=TINY, num_seeds=2).results]
+    page = api.report(folders, tmp_path / "report.html").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if "<td>canonical</td><td>3</td><td>2</td>" in line]
+    means = [100 * row["mean"] for row in rows]
+    within = statistics.fmean((100 * row["std"]) ** 2 for row in rows) ** 0.5
+    numbers = [statistics.fmean(means), within, statistics.stdev(means)]
+    assert line.endswith("".join(f"<td>{number:.1f}</td>" for number in numbers) + "</tr>")
+    assert "Several seeds" not in api.report(folders[:1], tmp_path / "one.html").read_text(encoding="utf-8")
 
 
 def test_the_point_of_a_set_is_that_of_the_network_it_is_meant_for(tiny_file: Path, tmp_path: Path) -> None:

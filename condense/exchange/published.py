@@ -130,7 +130,13 @@ def read(path: Path) -> External:
 
 
 def as_set(
-    external: External, arrays: Arrays, transform: Transform, spec: str, *, decode: Decode = Pixels()
+    external: External,
+    arrays: Arrays,
+    transform: Transform,
+    spec: str,
+    *,
+    decode: Decode = Pixels(),
+    name: str | None = None,
 ) -> SyntheticSet:
     """Make a synthetic set from a published set.
 
@@ -141,6 +147,7 @@ def as_set(
             are already in its space.
         spec: the name of the transform.
         decode: pixels, or factor if the stored images hold several images.
+        name: the name of its method, after ``imported:``; the layout of the file if it is None.
 
     Raises:
         ValueError: the samples have another shape than the data set, or classes that it does not have.
@@ -177,7 +184,7 @@ def as_set(
         },
         transform=transform.describe(),
         recipe={
-            "method": {"name": f"imported:{external.layout}"},
+            "method": {"name": f"imported:{name or external.layout}"},
             "transform": spec,
             "split": {"val_fraction": 0.0, "seed": 0},
             "ipc": max(len(labels) // num, 1),

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from condense.data.layout import InputShape
+from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
+from condense.files import canonical_json
+from condense.names import printable
 from condense.schema import from_json
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
 from condense.task import IpcPolicy, Split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from condense.data.datasets import Data
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,13 @@ class Origin:
     def method(self) -> str:
         """The name of the method that made the set; empty if it is not recorded."""
         return self.recorded.method.name
+
+    @property
+    def distillation(self) -> str:
+        """Recipe without its seed, and artifacts, as JSON: equal for sets that were distilled alike from several seeds;
+        empty if no recipe is recorded."""
+        recipe = {name: value for name, value in self.recipe.items() if name != "seed"}
+        return canonical_json([recipe, list(self.artifacts), self.fingerprint]) if self.recipe_hash else ""
 
     @property
     def num_steps(self) -> int | None:
@@ -241,6 +258,52 @@ class SyntheticSet(nn.Module):
     def __len__(self) -> int:
         """Return the number of latents N. The number of images is N times the decoder's expansion."""
         return len(self.latents)
+
+    def __repr__(self) -> str:
+        """Return one line: method and data, size, labels, bytes."""
+        return printable(f"SyntheticSet({', '.join(self._facts().values())})")
+
+    def _repr_html_(self) -> str:
+        """Return the facts and the images for a notebook. Whitened images, which need their data, are left out, and so
+        are those of more than 100 classes."""
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(fact)}</td></tr>" for name, fact in self._facts().items())
+        drawn = ""
+        if self.origin.transform.get("kind") in ("channel", "none") and self.origin.num_classes <= 100:
+            file = io.BytesIO()
+            self.plot().save(file, format="PNG")
+            drawn = f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+        return f"<table>{rows}</table>{drawn}"
+
+    def plot(self, dataset: Data | None = None, *, columns: int = 10) -> Image:
+        """Return a picture of at most ``columns`` samples of each class, one row per class, which notebooks show.
+
+        Args:
+            dataset: for a ZCA-whitened set, the data that it was distilled from; by default the name in the set.
+            columns: largest number of samples in a row.
+
+        Raises:
+            ValueError: the data of a whitened set cannot be read.
+        """
+        from condense import picture, sets  # both import this module
+
+        return picture.drawn(*sets.with_transform(self, dataset), columns=columns)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers in ``classes``; empty for a set without classes."""
+        return tuple(map(str, self.origin.dataset.get("classes", ()))) if self.origin.num_classes else ()
+
+    def _facts(self) -> dict[str, str]:
+        origin, size = self.origin, "x".join(map(str, self.origin.input_shape))
+        of = f"{origin.num_classes} classes" if origin.num_classes else f"targets of {origin.target_width} values"
+        budget = f"ipc {self.ipc}" if origin.fraction is None else f"fraction {origin.fraction:g}"
+        return {
+            "set": f"{origin.method or 'unknown method'} of {origin.dataset_name}",
+            "samples": f"{len(self) * self.decode.expansion} {kind(origin.input_shape)} {size} of {of}",
+            "budget": budget,
+            "labels": f"{self.label_kind.name} labels",
+            "size": f"{sum(self.cost())} bytes",
+        }
 
     @property
     def ipc(self) -> int:

@@ -24,7 +24,7 @@ from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
-from condense.eval.results import balanced, by_protocol, by_set
+from condense.eval.results import balanced, by_protocol, by_set, pool
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import ViewLabels
 
@@ -65,6 +65,7 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
         ],
         validation=_validation(runs, names),
         tables=_tables(rows),
+        pooled=_pooled(runs),
         budgets=[
             _budget(name, [run for run in runs if run.dataset == name], [row for row in rows if row["dataset"] == name])
             for name in datasets
@@ -292,6 +293,42 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return tables
+
+
+def _pooled(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row for each network and protocol of runs that differ in the seed of their distillation alone."""
+    groups: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        if run.syn.origin.distillation:
+            groups.setdefault(run.syn.origin.distillation, {})[run.sha256] = run
+    rows = []
+    for group in groups.values():
+        cells: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
+        for sha256, run in group.items():
+            for row in sorted(run.own_results, key=lambda row: int(row["n"])):
+                training = "" if row["protocol"] == "own" else row["protocol_hash"]
+                cells.setdefault((row["network"], row["protocol"], training), {})[sha256] = row
+        first = next(iter(group.values()))
+        for (network, protocol, _), of_sets in cells.items():
+            if len(of_sets) > 1:
+                found = pool(list(of_sets.values()))
+                rows.append(
+                    {
+                        "name": f"{first.dataset}, {first.method}, {first.budget}",
+                        "network": network,
+                        "protocol": protocol,
+                        "num_sets": found.num_sets,
+                        "n": found.n,
+                        "mean": percent(found.mean, None),
+                        "networks": _points(found.between_networks),
+                        "distillations": _points(found.between_distillations),
+                    }
+                )
+    return rows
+
+
+def _points(deviation: float | None) -> str:
+    return "-" if deviation is None else f"{100 * deviation:.1f}"
 
 
 def _cell(row: Mapping[str, Any] | None, low: float, high: float) -> dict[str, Any] | None:

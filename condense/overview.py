@@ -1,0 +1,359 @@
+"""``condense runs`` and ``condense compare``: tables of the runs below a folder, and of sets under one protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from condense import api, artifacts, runs, sets
+from condense.compute import Compute
+from condense.data.datasets import Data
+from condense.distributed import Ranks
+from condense.eval.baselines import FULL
+from condense.eval.protocol import named
+from condense.eval.report import steps_of
+from condense.eval.results import Pooled, pool, read_complete
+from condense.files import checksum, expanded, is_locked, read_header
+from condense.names import spelt
+from condense.networks import resolve
+from condense.schema import checked, from_json
+from condense.synthetic.set import Origin, RecipeRecord, SyntheticSet
+
+State = Literal["finished", "running", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What the files of one run folder say about it."""
+
+    folder: str
+    method: str
+    dataset: str
+    budget: str
+    """The budget in words: ``ipc 10`` or ``fraction 0.3``."""
+    seed: int
+    state: State
+    """``stopped`` for an unfinished run that no process on this machine is working on."""
+    steps: int
+    """Number of steps done."""
+    num_steps: int | None
+    """Number of steps of the recipe, as far as it is recorded."""
+    best_val_accuracy: float | None
+    """Highest accuracy on the validation split during the run, as a fraction; None if it was not measured."""
+    last_val_accuracy: float | None
+    """The same of the last set."""
+    accuracy: float | None
+    """Mean accuracy on the test split of networks trained on the set, as a fraction; None before an evaluation. Of
+    several results it is the one on the network of the run, else the one of most networks."""
+    std: float | None
+    """Standard deviation over networks; None for a single network."""
+    evaluated: str
+    """Network, protocol and number of networks of that accuracy; empty without an accuracy."""
+    minutes: float | None
+    """Minutes that the distillation took; None for an unfinished run."""
+
+
+@checked
+def find_runs(folder: Path | str = "runs") -> list[RunSummary]:
+    """Return the runs in a folder and all folders below it, by path. A run with damaged files is left out with a
+    warning.
+
+    Raises:
+        ValueError: there is no such folder, or no run in it.
+    """
+    root = expanded(folder)
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}; give the folder that holds the runs, e.g. condense runs runs")
+    found = []
+    for file in sorted(root.rglob("recipe.yaml")):
+        try:
+            found.append(summary(file.parent))
+        except ValueError as error:
+            warnings.warn(f"{file.parent} is left out: {error}", stacklevel=2)
+    if not found:
+        raise ValueError(f"{root} holds no run that can be read; `condense distill METHOD` writes one")
+    return found
+
+
+def summary(folder: Path) -> RunSummary:
+    """Summarise one run folder.
+
+    Raises:
+        ValueError: it holds no run, or a file is damaged.
+    """
+    written = runs.written_recipe(folder)
+    if written is None:
+        raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote")
+    where = f"{folder / 'recipe.yaml'}"
+    plan, seed = from_json(RecipeRecord, written, where), from_json(_Seed, written, where)
+    finished = folder / "synthetic.safetensors"
+    sha256 = read_header(finished).get("sha256") if finished.exists() else None
+    log, record = steps_of(folder), runs.read_record(folder)
+    validated = [line["val_accuracy"] for line in log if "val_accuracy" in line]
+    row = headline(folder / "evaluation.json", sha256, plan.network) if sha256 else None
+    seconds = record.get("seconds") if sha256 else None
+    return RunSummary(
+        folder=str(folder),
+        method=plan.method.name,
+        dataset=seed.dataset,
+        budget=f"ipc {plan.ipc}" if plan.fraction is None else f"fraction {plan.fraction:g}",
+        seed=seed.seed,
+        state="finished" if sha256 else "running" if is_locked(folder / runs.RECORD) else "stopped",
+        steps=max((line["step"] for line in log), default=0),
+        num_steps=plan.method.num_steps,
+        best_val_accuracy=max(validated, default=None),
+        last_val_accuracy=validated[-1] if validated else None,
+        accuracy=None if row is None else row["mean"],
+        std=None if row is None else row["std"],
+        evaluated="" if row is None else f"{row['network']}, {row['protocol']}, n = {row['n']}",
+        minutes=None if seconds is None else seconds / 60,
+    )
+
+
+def headline(file: Path, sha256: str, network: str | None) -> Mapping[str, Any] | None:
+    """Return the row of a file of results for the set with this checksum, preferably on ``network``; else None."""
+    rows = read_complete(file) if file.exists() else []
+    own = [row for row in rows if row["synthetic_sha256"] == sha256]
+    return max(own, key=lambda row: (row["network"] == network, row["n"]), default=None)
+
+
+COLUMNS = ("run", "method", "data", "budget", "seed", "steps", "best val. %", "accuracy %", "minutes", "state")
+
+
+def cells(run: RunSummary) -> tuple[str, ...]:
+    """Return the entries of a run below ``COLUMNS``."""
+    total = run.num_steps
+    return (
+        run.folder,
+        run.method,
+        run.dataset,
+        run.budget,
+        str(run.seed),
+        str(run.steps) if run.state == "finished" or total is None else f"{run.steps} of {total}",
+        percent(run.best_val_accuracy),
+        percent(run.accuracy, run.std),
+        "-" if run.minutes is None else f"{run.minutes:.1f}",
+        run.state,
+    )
+
+
+def percent(mean: float | None, std: float | None = None) -> str:
+    """Return a fraction in percent with its standard deviation, for a table."""
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def as_json(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(run) for run in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One set on one architecture, or sets that differ in the seed of their distillation alone."""
+
+    name: str
+    sets: tuple[str, ...]
+    """The sets as they were given."""
+    network: str
+    images: int
+    """Number of training images, after decoding."""
+    accuracy: Pooled
+    """Accuracies on the test split, as fractions."""
+    random: float
+    """Mean accuracy of networks trained on as many real images of each class, drawn at random."""
+    full: float
+    """Mean accuracy of networks trained on all training data."""
+
+    @property
+    def gain(self) -> float:
+        """Accuracy above ``random``, as a fraction."""
+        return self.accuracy.mean - self.random
+
+    @property
+    def share(self) -> float:
+        """Accuracy divided by ``full``."""
+        return self.accuracy.mean / self.full if self.full else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Sets of one data set under one protocol, on the same networks."""
+
+    dataset: str
+    protocol: str
+    num_seeds: int
+    rows: tuple[Compared, ...]
+
+
+@checked
+def compare(
+    targets: Sequence[Path | str],
+    dataset: Data | None = None,
+    *,
+    networks: str | Sequence[str] = "auto",
+    num_seeds: int = 5,
+    protocol: str = "canonical",
+    buffers: Path | str = artifacts.DEFAULT_ROOT,
+    compute: Compute = Compute(),
+    seed: int = 0,
+    device: str = "auto",
+    download: bool = False,
+    ranks: Ranks = Ranks(),
+) -> Comparison:
+    """Evaluate sets of one data set under one protocol on the same networks, and compare them with random real images
+    of the same budget and with all training data.
+
+    Results that the file of results of a set holds are used, and all others are added to it (see ``evaluate``). Sets
+    that differ in the seed of their distillation alone are pooled.
+
+    Args:
+        targets: run folders, files of sets (also imported ones) or labelled images.
+        dataset: the data set, by default the location that each run recorded, else the name in its file.
+        networks: architectures; ``auto`` is the ConvNet for the kind of data.
+        num_seeds: networks of each architecture.
+        protocol: name of a protocol, or ``own``.
+        buffers, compute, seed, device, download, ranks: see ``evaluate``.
+
+    Raises:
+        ValueError: fewer than two sets; sets of different data; see also ``evaluate``.
+    """
+    paths = [str(target) for target in targets]
+    if len(paths) < 2 or len(set(paths)) < len(paths):
+        raise ValueError("compare needs two or more different sets; e.g. condense compare runs/dm runs/mtt")
+    architectures = [networks] if isinstance(networks, str) else list(networks)
+    if not architectures:
+        raise ValueError(f"compare needs a network; give {spelt('networks', 'convnet')}")
+    known = {path: syn for path in paths if isinstance(syn := sets.read_set(path, dataset)[0], SyntheticSet)}
+    _check_data({path: syn.origin for path, syn in known.items()})
+    fields: dict[str, Any] = {"networks": architectures, "num_seeds": num_seeds, "protocol": protocol, "seed": seed}
+    where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}
+    results = {}
+    for path in paths:
+        rows = _measured(path, known[path], fields) if path in known else None
+        if rows is None:
+            evaluation = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
+            rows = [result.row() for result in evaluation.results]
+        results[path] = rows
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault((known[path].origin.distillation if path in known else "") or path, []).append(path)
+    names = _names({group[0]: known.get(group[0]) for group in groups.values()})
+    count, first = len(architectures), results[paths[0]][0]
+    return Comparison(
+        dataset=first["dataset"],
+        protocol=first["protocol"],
+        num_seeds=num_seeds,
+        rows=tuple(
+            Compared(
+                name=names[group[0]] + (f" ({len(group)} seeds)" if len(group) > 1 else ""),
+                sets=tuple(group),
+                network=results[group[0]][k]["network"],
+                images=results[group[0]][k]["num_images"],
+                accuracy=pool([results[path][k] for path in group]),
+                random=statistics.fmean(results[path][count + k]["mean"] for path in group),
+                full=statistics.fmean(results[path][2 * count + k]["mean"] for path in group),
+            )
+            for group in groups.values()
+            for k in range(count)
+        ),
+    )
+
+
+_REFERENCES = ("random", FULL)
+"""The baselines of every comparison."""
+
+
+def _check_data(origins: Mapping[str, Origin]) -> None:
+    """Raise ValueError if sets were distilled from different data."""
+    for (one, first), (other, origin) in itertools.pairwise(origins.items()):
+        if first.fingerprint != origin.fingerprint:
+            raise ValueError(
+                f"{one} is of {first.dataset_name} ({first.fingerprint[:12]}), {other} of {origin.dataset_name} "
+                f"({origin.fingerprint[:12]}); compare sets of one data set"
+            )
+
+
+def _measured(path: str, syn: SyntheticSet, fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the results of a set and of its baselines, in the order of ``evaluate``, from its file of results; None if
+    one of them is missing."""
+    file, plan = api.evaluation_file(path), named(fields["protocol"], syn)
+    rows = read_complete(file) if file is not None and file.exists() else []
+    rows = [row for row in rows if row["n"] == fields["num_seeds"] and row["seed"] == fields["seed"]]
+    shape, own = syn.origin.input_shape, checksum(syn.state_dict())
+    names = [str(resolve(network, shape)) for network in fields["networks"]]
+
+    def is_set(row: Mapping[str, Any]) -> bool:
+        return row["synthetic_sha256"] == own and row["protocol_hash"] == plan.hash
+
+    def is_random(row: Mapping[str, Any]) -> bool:
+        return row["method"] == "random" and row["protocol"] == plan.name and row["synthetic_sha256"] is not None
+
+    def is_full(row: Mapping[str, Any]) -> bool:
+        return row["method"] == FULL and row["synthetic_sha256"] is None
+
+    wanted = [(name, test) for test in (is_set, is_random, is_full) for name in names]
+    found = [next((row for row in rows if row["network"] == name and test(row)), None) for name, test in wanted]
+    return [row for row in found if row is not None] if None not in found else None
+
+
+def _names(sets_by_path: Mapping[str, SyntheticSet | None]) -> dict[str, str]:
+    """Return a name of each set: its method and budget, with the path where that does not tell sets apart."""
+    names = {path: _name(path, syn) for path, syn in sets_by_path.items()}
+    counts = Counter(names.values())
+    return {path: f"{name} ({path})" if counts[name] > 1 else name for path, name in names.items()}
+
+
+def _name(path: str, syn: SyntheticSet | None) -> str:
+    if syn is None or not syn.origin.method:
+        return path
+    fraction = syn.origin.fraction
+    return f"{syn.origin.method}, " + (f"ipc {syn.ipc}" if fraction is None else f"fraction {fraction:g}")
+
+
+def comparison_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Return title, columns and rows of a comparison, in percent."""
+    title = (
+        f"{comparison.dataset}, test accuracy, %: {comparison.protocol}, n = {comparison.num_seeds} networks per set; "
+        "± between networks, and between distillations of several seeds"
+    )
+    columns = ("set", "network", "images", "accuracy", "distillations", "random", "gain", "full", "% of full")
+    rows: list[tuple[str, ...]] = [
+        (
+            row.name,
+            row.network,
+            str(row.images),
+            percent(row.accuracy.mean, row.accuracy.between_networks),
+            "-" if row.accuracy.between_distillations is None else f"± {100 * row.accuracy.between_distillations:.1f}",
+            percent(row.random),
+            f"{100 * row.gain:+.1f}",
+            percent(row.full),
+            f"{100 * row.share:.0f}",
+        )
+        for row in comparison.rows
+    ]
+    return title, columns, rows
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    content = dataclasses.asdict(comparison)
+    content["rows"] = [
+        fields | {"gain": row.gain, "share": row.share}
+        for fields, row in zip(content["rows"], comparison.rows, strict=True)
+    ]
+    return content
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """Further fields of a recipe that are shown."""
+
+    dataset: str
+    seed: int = 0

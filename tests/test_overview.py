@@ -1,0 +1,165 @@
+"""Runs side by side in the terminal."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import condense
+from condense import overview, runs
+from condense.cli import main
+from condense.eval import results
+from condense.eval.protocol import PROTOCOLS
+from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """The protocol that is used where none is named has fewer epochs."""
+    canonical = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROTOCOLS.own, "canonical", canonical)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs that were evaluated, of which one has a validation split, and one that was stopped."""
+    root = tmp_path_factory.mktemp("runs")
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu"}
+    condense.distill("dm", out=root / "a" / "dm", **common, ipc=2, num_steps=4, eval_every=2, batch_real=4)
+    condense.distill("random", out=root / "random", **common, ipc=1, seed=3)
+    condense.evaluate(root / "a" / "dm", networks=TINY, num_seeds=2, device="cpu")
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("condense.engine.snapshot_steps", lambda total: {2})
+        patch.setattr("condense.engine.save", stop)
+        condense.distill("dm", out=root / "stopped", **common, ipc=1, num_steps=5, batch_real=4)
+    return root
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """Run a command with --json and return what it prints."""
+    capsys.readouterr()
+    main([*words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_runs_are_listed_with_what_was_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dm, random, stopped = shown(capsys, "runs", str(folder))["runs"]
+    assert dm["folder"] == str(folder / "a" / "dm") and dm["method"] == "dm" and dm["dataset"] == "tiny"
+    (row,) = json.loads((folder / "a" / "dm" / "evaluation.json").read_text())["results"]
+    assert (dm["accuracy"], dm["std"], dm["budget"], dm["steps"]) == (row["mean"], row["std"], "ipc 2", 4)
+    log = [json.loads(line) for line in (folder / "a" / "dm" / "log.jsonl").read_text().splitlines()]
+    validated = [line["val_accuracy"] for line in log if "val_accuracy" in line]
+    assert len(validated) == 2
+    assert (dm["best_val_accuracy"], dm["last_val_accuracy"]) == (max(validated), validated[-1])
+    assert (random["state"], random["seed"], random["accuracy"], random["steps"]) == ("finished", 3, None, 1)
+    assert random["minutes"] >= 0
+    assert (stopped["state"], stopped["steps"], stopped["num_steps"]) == ("stopped", 2, 5)
+    assert stopped["minutes"] is None
+    main(["runs", str(folder)])
+    text = capsys.readouterr().out
+    assert "2 of 5" in text and "stopped" in text and f"{100 * row['mean']:.1f} ±" in text
+
+
+def test_a_run_that_is_running_shows_as_such(folder: Path) -> None:
+    with runs.held(folder / "stopped"):
+        assert overview.summary(folder / "stopped").state == "running"
+    assert overview.summary(folder / "stopped").state == "stopped"
+
+
+def test_a_damaged_run_is_left_out_with_a_warning(folder: Path) -> None:
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    (damaged / "recipe.yaml").write_text("method: {name: dm}\ndataset: 3\n")
+    try:
+        with pytest.warns(UserWarning, match=r"damaged is left out: .*3 is not text"):
+            assert len(overview.find_runs(folder)) == 3
+    finally:
+        (damaged / "recipe.yaml").unlink()
+        damaged.rmdir()
+
+
+def test_where_there_are_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        overview.find_runs(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        overview.find_runs(tmp_path / "none")
+
+
+def test_tables_are_printed_as_json(folder: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(folder / "a" / "dm")
+    summary = shown(capsys, "show", run)
+    assert summary["facts"][run]["method"] == "dm"
+    assert summary["results"] == json.loads(Path(run, "evaluation.json").read_text())["results"]
+    words = ["evaluate", run, "--networks", TINY, "--num-seeds", "1", "--device", "cpu", "--protocol", "own"]
+    (row,) = shown(capsys, *words, "--out", str(folder / "other.json"))["results"]
+    assert row["protocol"] == "own" and row["n"] == 1
+    words = ["apply", "continual", run, "--num-groups", "3", "--num-seeds", "1", "--network", "mlp", "--baselines"]
+    findings = shown(capsys, *words, "--device", "cpu", "--out", str(folder / "continual.json"))
+    assert findings["table"] == json.loads((folder / "continual.json").read_text())["table"]
+
+
+def test_sets_are_compared_alike_and_seeds_are_pooled(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu", "ipc": 1}
+    for seed in (0, 1):
+        condense.distill("dm", out=tmp_path / f"dm{seed}", **common, num_steps=3, batch_real=4, seed=seed)
+    condense.distill("random", out=tmp_path / "random", **common)
+    np.savez(tmp_path / "set.npz", images=np.zeros((3, 1, 8, 8), np.float32), labels=np.arange(3))
+    paths = [str(tmp_path / name) for name in ("dm0", "random", "dm1", "set.npz")]
+    words = [*paths, "--dataset", str(tiny_file), "--networks", TINY, "mlp", "--num-seeds", "2", "--device", "cpu"]
+    found = shown(capsys, "compare", *words)
+    assert found["protocol"] == "canonical" and found["dataset"] == "tiny"
+    names = ["dm, ipc 1 (2 seeds)", "random, ipc 1", paths[3]]
+    assert [row["name"] for row in found["rows"]] == [name for name in names for _ in range(2)]
+    rows = {path: json.loads(Path(path, "evaluation.json").read_text())["results"] for path in paths[:3]}
+    means = {path: {(row["method"], row["network"]): row["mean"] for row in of} for path, of in rows.items()}
+    pooled = found["rows"][0]
+    expected = [means[path]["dm", TINY] for path in (paths[0], paths[2])]
+    assert pooled["accuracy"]["mean"] == pytest.approx(statistics.mean(expected))
+    assert pooled["accuracy"]["between_distillations"] == pytest.approx(statistics.stdev(expected))
+    assert pooled["gain"] == pytest.approx(statistics.mean(expected) - means[paths[0]]["random", TINY])
+    assert pooled["share"] == pytest.approx(statistics.mean(expected) / means[paths[0]]["full", TINY])
+    assert found["rows"][2]["gain"] == 0.0 and found["rows"][2]["accuracy"]["between_distillations"] is None
+    monkeypatch.setattr(overview.api, "evaluate", None)
+    main(["compare", *paths[:3], "--networks", TINY, "mlp", "--num-seeds", "2", "--device", "cpu"])
+    assert f"{100 * pooled['accuracy']['mean']:.1f} ±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(0.5, 0.1), (0.7, 0.3)], (0.6, 0.05**0.5, 0.02**0.5)),
+        ([(0.5, None), (0.7, None)], (0.6, None, 0.02**0.5)),
+        ([(0.5, 0.1)], (0.5, 0.1, None)),
+    ],
+)
+def test_deviations_between_networks_and_distillations_are_kept_apart(
+    rows: list[tuple[float, float | None]], expected: tuple[float, float | None, float | None]
+) -> None:
+    pooled = results.pool([{"mean": mean, "std": std, "n": 5} for mean, std in rows])
+    found = (pooled.mean, pooled.between_networks, pooled.between_distillations)
+    assert found == pytest.approx(expected)
+
+
+def test_what_cannot_be_compared_is_one_line(folder: Path, tmp_path: Path, tiny_file: Path) -> None:
+    one = str(folder / "random")
+    for targets in ([], [one], [one, one]):
+        with pytest.raises(ValueError, match="two or more different sets"):
+            overview.compare(targets)
+    with np.load(tiny_file) as arrays:
+        np.savez(tmp_path / "other.npz", **{**arrays, "x_train": arrays["x_train"] + 1})
+    condense.distill("random", dataset=tmp_path / "other.npz", network=TINY, ipc=1, out=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"random is of tiny .*, .*other of other .*; compare sets of one data set"):
+        overview.compare([one, tmp_path / "other"])
