@@ -827,6 +827,7 @@ def _completed() -> completion.Completed:
         "frames": done(Frames()),
         "import": done(Import()),
         "list": done(words={kind: done() for kind in KINDS}),
+        "prepare": done(Prepare()),
         "relabel": done(Relabel(teacher=artifacts.DEFAULT_ROOT)),
         "report": done(Report()),
         "runs": done(Runs()),

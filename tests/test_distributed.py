@@ -329,7 +329,7 @@ WAITING = """
 import os, signal, sys, time
 from pathlib import Path
 from condense import cli, commands, distributed
-distributed.SAID_AFTER, distributed.HEARD_WITHIN = 1.0, 2.0
+distributed.SAID_AFTER, distributed.HEARD_WITHIN = 4.0, 6.0
 stopped, place, *words = sys.argv[1:]
 
 def rank_zero_first(self):
@@ -370,18 +370,18 @@ def test_a_process_that_hangs_is_named_and_given_up(size: int, stopped: int, tin
     """Where it is the first one, nobody can be asked who else has arrived, and each of the others speaks."""
     words = distill_words(tiny_file, tmp_path / "run")
     begun = time.monotonic()
-    processes = side_by_side(size, "-c", WAITING, str(stopped), str(tmp_path), *words, CONDENSE_PATIENCE="6")
+    processes = side_by_side(size, "-c", WAITING, str(stopped), str(tmp_path), *words, CONDENSE_PATIENCE="20")
     others = [process for rank, process in enumerate(processes) if rank != stopped]
-    said = [process.communicate(timeout=100)[1].splitlines() for process in others]
+    said = [process.communicate(timeout=300)[1].splitlines() for process in others]
     processes[stopped].kill()
     processes[stopped].communicate()
     assert all(process.returncode == 2 for process in others), said
-    assert time.monotonic() - begun < 100
+    assert time.monotonic() - begun < 300
     first = 0 if stopped else 1
-    warning = rf"condense: warning: process {first} has waited [124] s for process {stopped}; "
-    assert any(re.fullmatch(warning + "this run gives up after 6 s", line) for line in said[0]), said
+    warning = rf"condense: warning: process {first} has waited (4|8|16) s for process {stopped}; "
+    assert any(re.fullmatch(warning + "this run gives up after 20 s", line) for line in said[0]), said
     ends = [line for lines in said for line in lines if line.startswith("condense: ") and "warning" not in line]
-    assert all(f"waited 6 s for process {stopped}; end all of them" in line for line in ends), said
+    assert all(f"waited 20 s for process {stopped}; end all of them" in line for line in ends), said
     assert len(ends) == (1 if stopped else 2) and all("CONDENSE_PATIENCE=SECONDS" in line for line in ends)
 
 
