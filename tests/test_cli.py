@@ -65,7 +65,12 @@ def test_warnings_of_torchs_library_are_left_out_where_processes_work_together(m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "'10000'"), ({"GOMP_SPINCOUNT": "7"}, "'7'"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "'0'")]
+    ("given", "expected"),
+    [
+        ({}, "'10000'"),
+        pytest.param({"GOMP_SPINCOUNT": "7"}, "'7'", marks=pytest.mark.slow),
+        pytest.param({"OMP_WAIT_POLICY": "PASSIVE"}, "'0'", marks=pytest.mark.slow),
+    ],
 )
 def test_threads_that_wait_soon_sleep(given: dict[str, str], expected: str) -> None:
     """The library reads the variable when torch is imported, and says what it read."""
@@ -439,11 +444,9 @@ def test_quiet_and_verbose(tiny_file: Path, tmp_path: Path, capsys: pytest.Captu
     assert "contradict" in fails(capsys, "list", "decoders", "--quiet", "--verbose")
 
 
-def test_no_color_is_honoured_by_help_and_tables() -> None:
-    for words in (["list", "decoders"], ["distill", "random", "--help"]):
-        for colours, expected in (("", True), ("1", False)):
-            code = f"import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'condense', *{words!r}]))"
-            environment = {**os.environ, "NO_COLOR": colours, "TERM": "xterm-256color", "COLUMNS": "80"}
-            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
-            coloured = re.search(rb"\x1b\[(\d+;)*3\d", done.stdout) is not None
-            assert coloured is (expected and words[0] == "distill"), words
+def test_no_color_is_honoured_by_help() -> None:
+    code = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'condense', 'distill', 'random', '--help']))"
+    for value, expected in (("", True), ("1", False)):
+        environment = {**os.environ, "NO_COLOR": value, "TERM": "xterm-256color", "COLUMNS": "80"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        assert (re.search(rb"\x1b\[(\d+;)*3\d", done.stdout) is not None) is expected

@@ -196,7 +196,8 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.usefixtures("one_thread")
 def test_the_number_of_processes_does_not_decide_the_result(
     size: int, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

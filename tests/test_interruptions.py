@@ -299,7 +299,7 @@ def test_compiled_code_goes_to_a_temporary_folder_where_its_place_cannot_be_used
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
 
 
-@pytest.mark.parametrize("size", ["1", "2"])
+@pytest.mark.parametrize("size", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_command(size: str, tmp_path: Path) -> None:
     """Of two processes the other one never comes, which is noticed after the compiler was imported."""
     words = [sys.executable, "-m", "condense", "distill", "random", "--ipc", "1", "--network", "mlp"]
