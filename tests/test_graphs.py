@@ -20,7 +20,10 @@ from condense.methods.mirage import Mirage
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.sources import Examples
+from condense.synthetic.decode import Graphs
 from condense.synthetic.files import load as load_set
+from condense.synthetic.files import save
+from condense.synthetic.set import Origin, SyntheticSet
 from condense.trees import Trees
 
 pytest.importorskip("torch_geometric")
@@ -182,6 +185,20 @@ def test_patterns_are_the_frequent_sets_of_trees(patterns: str, shapes: Path, tm
             found[frozenset(numbers)] = float(weight)
         total = sum(expected.values())
         assert found == pytest.approx({s: 0.5 * share / total for s, share in expected.items()})
+
+
+def test_graphs_of_any_size_are_stored(tmp_path: Path) -> None:
+    rows = encode([Graph(torch.arange(2), torch.tensor([[0, 1]]))] * 2, 20_000)
+    dataset = {"name": "mine", "fingerprint": "f", "classes": ["a", "b"], "input_shape": [20_000]}
+    origin = Origin(dataset=dataset, transform={"kind": "none"})
+    save(SyntheticSet(rows.to(torch.int16), torch.arange(2), origin, decode=Graphs()), tmp_path / "set.safetensors")
+    assert torch.equal(load_set(tmp_path / "set.safetensors")()[0], rows)
+
+
+def test_numbers_that_are_too_large_are_refused() -> None:
+    rows = encode([Graph(torch.tensor([40_000, 0]), torch.tensor([[0, 1]]))])
+    with pytest.raises(ValueError, match="more than 32767 nodes, edges or labels"):
+        Graphs().encode(rows, torch.zeros(1), torch.nn.Identity(), torch.Generator())
 
 
 def test_networks_are_trained_on_a_set_of_frequent_trees(shapes: Path, tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ class Graphs(Decode):
         return _ToFloat()
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        if images.numel() and images.max() > (most := torch.iinfo(torch.int16).max):
+            raise ValueError(
+                f"a graph has more than {most} nodes, edges or labels, which 16-bit numbers cannot hold; leave it out"
+            )
         return images.to(torch.int16)
 
 
