@@ -18,7 +18,7 @@ PAGES = {
         "tests/parity/README.md": "parity.md",
     }.items()
 }
-LINK = re.compile(r"(\[[^\]]*\]\()([^):#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([^):#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -28,15 +28,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point every relative link at its page of the site. What has no page keeps the text of its link."""
+    """Point every relative link at its page of the site, whose title replaces a path as the text of the link. A link to
+    what has no page becomes its text."""
     source = Path(page.file.abs_src_path or DOCS / page.file.src_uri)
     shown = PAGES.get(source, source)
 
     def pointed(link: re.Match[str]) -> str:
-        target = (source.parent / link[2]).resolve()
-        target = PAGES.get(target, target)
+        text, path, anchor = link[1], link[2], link[3] or ""
+        file = (source.parent / path).resolve()
+        target = PAGES.get(file, file)
         if not target.is_relative_to(DOCS):
-            return link[1][1:-2]
-        return f"{link[1]}{os.path.relpath(target, shown.parent)}{link[3] or ''})"
+            return text
+        if text == path and (title := re.search(r"^# (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)):
+            text = title[1]
+        return f"[{text}]({os.path.relpath(target, shown.parent)}{anchor})"
 
     return LINK.sub(pointed, markdown)
