@@ -11,6 +11,7 @@ import yaml
 
 import condense
 from condense import cli
+from tests.types_seen import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -50,7 +51,7 @@ def entries(nav: object) -> list[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     named = entries(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"])
     made = {"index.md", "changelog.md", "contributing.md", "parity.md"}  # of the files outside of docs/
-    written = {path.relative_to(DOCS).as_posix() for path in [*PAGES, *DOCS.rglob("*.ipynb")]}
+    written = {path.relative_to(DOCS).as_posix() for path in PAGES}
     assert sorted(named) == sorted(written | made)
 
 
@@ -65,6 +66,14 @@ def test_every_relative_link_and_anchor_resolves(page: Path) -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     assert set(re.findall(r"^::: condense\.(\w+)$", text, re.MULTILINE)) == {*condense.__all__, "testing"}
+
+
+def test_the_container_is_given_what_the_package_is_built_of() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", *FOLDERS}
+    shown = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert copied == {line[1:] for line in shown if line.startswith("!")}
 
 
 @pytest.mark.slow
