@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix torture check lint format types bench bench-growth clean
+.PHONY: help demo test test-slow test-matrix torture check lint format types docs bench bench-growth clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -57,6 +57,13 @@ types: .venv/dev ## type-check the built wheel, which is what a user installs
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/source
 	MYPYPATH=build/types/site $(BIN)/mypy -p condense --linecount-report build/types/report --cache-dir build/types/cache
 	$(BIN)/python tests/types_seen.py build/types/report/linecount.txt
+
+.venv/docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@ .venv/user
+
+docs: .venv/docs ## build the documentation site in build/site; a link that leads nowhere is an error
+	$(BIN)/python -m mkdocs build
 
 bench: .venv/user ## compare the engine with a textbook implementation (under 20 minutes on two cores)
 	$(BIN)/python -m benchmarks

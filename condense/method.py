@@ -523,7 +523,8 @@ class Method(Checked, ABC):
         return ()
 
     @abstractmethod
-    def init(self, ctx: Context) -> State: ...
+    def init(self, ctx: Context) -> State:
+        """Return the state before the first step: the set with its initial images, and what the steps change."""
 
     @abstractmethod
     def step(self, ctx: Context, state: Any, step: int) -> Mapping[str, Value]:

@@ -1,0 +1,108 @@
+"""The pages of documentation lead somewhere: links, anchors, navigation, the site built of them, the tutorials."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import condense
+from condense import cli
+from tests.types_seen import FOLDERS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ELSEWHERE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/parity/README.md")]
+
+
+class Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml without the Python objects in it."""
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
+def prose(page: Path) -> str:
+    """The text of a page without blocks of code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(?<=\n\n)(    .*\n|\n)+", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(anchor if anchor not in found else f"{anchor}-1")
+    return found
+
+
+def entries(nav: object) -> list[str]:
+    """The files named in the navigation, in its order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [file for part in (nav.values() if isinstance(nav, dict) else nav) for file in entries(part)]  # type: ignore
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    named = entries(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"])
+    made = {"index.md", "changelog.md", "contributing.md", "parity.md"}  # of the files outside of docs/
+    written = {path.relative_to(DOCS).as_posix() for path in PAGES}
+    assert sorted(named) == sorted(written | made)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ELSEWHERE], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_and_anchor_resolves(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\(([^):#\s]*)(?:#([^)\s]*))?\)", prose(page)):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    assert set(re.findall(r"^::: condense\.(\w+)$", text, re.MULTILINE)) == {*condense.__all__, "testing"}
+
+
+def test_the_container_is_given_what_the_package_is_built_of() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", *FOLDERS}
+    shown = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert copied == {line[1:] for line in shown if line.startswith("!")}
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the last epoch" in (tmp_path / "api" / "functions.html").read_text(encoding="utf-8")
+    assert "docs/" not in re.findall(r'href="([^"]*)"', (tmp_path / "index.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_on_published_sets_works_as_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer steps, networks and epochs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    page = (DOCS / "tutorials" / "reviewing.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    dm, herding = 'distill("dm", ', 'distill("herding", '
+    assert dm in program and herding in program
+    exec(program.replace(dm, dm + "num_steps=2, ").replace(herding, herding + "num_epochs=1, "), {"__name__": "page"})
+    first, *rest = re.findall(r"^    condense (.*)$", page, re.MULTILINE)
+    cli.main(shlex.split(first))
+    assert capsys.readouterr().out in page
+    shorter = {"convnet:depth=2,width=32 mlp": "mlp", "--num-seeds 5": "--num-seeds 1"}
+    for command in rest[:2]:
+        for long, short in shorter.items():
+            command = command.replace(long, short)
+        cli.main(shlex.split(command))
+    assert "imported" in capsys.readouterr().out and len(rest) == 3
