@@ -65,6 +65,62 @@ def test_the_page_holds_what_was_measured(file: Path, folders: list[Path]) -> No
     assert json.loads((folders[0] / "apply-continual.json").read_text())["table"]["title"] in text
 
 
+def test_the_summary_answers_first(file: Path, folders: list[Path]) -> None:
+    text = file.read_text(encoding="utf-8")
+    summary = text[text.index('id="summary"') : text.index('id="images"')]
+    headings = re.findall(r'<th scope="col">([^<]+)</th>', summary)
+    assert headings[:4] == ["run", "accuracy, %", "gain over random", "share of full data"]
+    rows = json.loads((folders[0] / "evaluation.json").read_text())["results"]
+    own, random, full = (next(row for row in rows if row["method"] == name) for name in ("dm", "random", "full"))
+    assert f">{100 * (own['mean'] - random['mean']):+.1f}</td>" in summary
+    assert f">{100 * own['mean'] / full['mean']:.0f} %</td>" in summary
+    assert "★" not in summary, "no two runs share a budget and were evaluated"
+
+
+def test_the_best_run_of_a_budget_is_marked(tiny_file: Path, tmp_path: Path) -> None:
+    means = {}
+    for seed in range(2):
+        run = tmp_path / f"seed{seed}"
+        condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=run, seed=seed, device="cpu")
+        means[run.name] = condense.evaluate(run, networks="mlp", num_seeds=5).results[0].mean
+    assert len(set(means.values())) == 2
+    text = api.report([tmp_path / name for name in means]).read_text(encoding="utf-8")
+    (marked,) = re.findall(r'class="best">\s*<th scope="row">random, ipc 1 \((seed\d)\)', text)
+    assert marked == max(means, key=lambda name: means[name])
+
+
+def test_the_part_of_the_training_images_is_named(file: Path) -> None:
+    """dm validates during the run and kip does not."""
+    text = file.read_text(encoding="utf-8")
+    assert "90 % of the training images (the rest, drawn by seed 0, is held out for validation)" in text
+    assert "<dd>all training images</dd>" in text
+
+
+def test_tables_of_a_data_set_have_one_scale_and_end_with_all_data(tiny_file: Path, tmp_path: Path) -> None:
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    for epochs in (1, 20):
+        plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=epochs)
+        condense.evaluate(
+            tmp_path / "run", networks=["mlp"], num_seeds=1, baselines=["full"], protocol=plan, device="cpu"
+        )
+    text = api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    part = text[text.index('id="h-architectures"') : text.index('id="h-calibration"')]
+    found = re.findall(r'--share: ([\d.]+)" data-value="([\d.]+)"', part)
+    assert part.count("<tfoot>") == 2 and len(found) == 4
+    rows = sorted(json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"], key=lambda r: r["mean"])
+    low, high = rows[0]["mean"], rows[-1]["mean"]
+    assert high > low
+    for share, value in found:
+        assert float(share) == pytest.approx((float(value) - low) / (high - low), abs=1e-3)
+
+
+def test_nouns_agree_with_their_numbers() -> None:
+    from condense.eval.report.page import counted
+
+    cases = (1, "run"), (2, "run"), ("1, 2", "network"), (2, "process"), (2, "class")
+    assert [counted(*case) for case in cases] == ["1 run", "2 runs", "1, 2 networks", "2 processes", "2 classes"]
+
+
 def test_nothing_is_asked_of_a_network_and_no_path_is_given_away(file: Path, folders: list[Path]) -> None:
     text = file.read_text(encoding="utf-8")
     for found in re.findall(r'(?:\s(?:src|href)="|url\()([^")]+)', text):
@@ -358,6 +414,18 @@ class TestInABrowser:
             tab.emulate_media(color_scheme=scheme)
             colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert colours[0] != colours[1]
+
+    def test_no_table_loses_a_column(self, tab: Any) -> None:
+        """On a phone the answers are visible at once and the rest scrolls; on paper (A4 without margins) all is."""
+        tab.set_viewport_size({"width": 390, "height": 800})
+        right = "cells => cells.slice(0, 4).map(cell => cell.getBoundingClientRect().right)"
+        assert max(tab.eval_on_selector_all("#summary thead th", right)) <= 390
+        boxes = "all => all.filter(t => !t.closest('.scroll')).length"
+        assert tab.eval_on_selector_all("table", boxes) == 0
+        tab.set_viewport_size({"width": 680, "height": 900})
+        tab.emulate_media(media="print")
+        wide = "all => all.filter(t => t.getBoundingClientRect().right > 680).map(t => t.textContent.slice(0, 60))"
+        assert tab.eval_on_selector_all("table", wide) == []
 
     def test_everything_has_a_name_for_a_screen_reader(self, tab: Any) -> None:
         unnamed = "all => all.filter(e => !(e.alt || e.ariaLabel || e.labels?.length || e.textContent.trim())).length"

@@ -54,15 +54,20 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["bytes"] = readable_bytes
+    environment.filters["counted"] = counted
+    pages = [
+        _run(run, name, f"run{k}", back, runs)
+        for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
+    ]
     return environment.get_template("page.html").render(
         title=", ".join(datasets),
         version=__version__,
         style=Markup(_resource("page.css")),
         script=Markup(_resource("page.js")),
-        runs=[
-            _run(run, name, f"run{k}", back)
-            for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
-        ],
+        runs=pages,
+        best=_best(runs, pages),
+        scored=_common([page["scored"] for page in pages]),
+        common=_common([page["facts"] for page in pages]) if len(runs) > 1 else {},
         validation=_validation(runs, names),
         tables=_tables(rows),
         pooled=_pooled(runs),
@@ -91,7 +96,73 @@ def _disambiguated(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     return [f"{name} ({more})" if names.count(name) > 1 else name for name, more in zip(names, suffixes, strict=True)]
 
 
-def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str, Any]:
+def counted(number: int | str, noun: str) -> str:
+    """Return a number with its noun: ``1 run``, ``2 runs``, ``2, 3 networks``."""
+    return f"{number} {noun}" if str(number) == "1" else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def _common(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the facts, by name, that all of these have."""
+    first, *others = facts
+    return {name: fact for name, fact in first.items() if all(other.get(name) == fact for other in others)}
+
+
+def _best(runs: Sequence[Run], pages: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys of the runs with the highest accuracy among those of one data set, budget, network and
+    protocol."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for run, page in zip(runs, pages, strict=True):
+        if page["headline"] is not None:
+            training = "" if page["headline"]["protocol"] == "own" else page["headline"]["protocol_hash"]
+            key = (run.syn.origin.fingerprint, run.budget, page["headline"]["network"], training)
+            groups.setdefault(key, []).append(page)
+    return {max(group, key=lambda page: page["headline"]["mean"])["key"] for group in groups.values() if len(group) > 1}
+
+
+def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the gain over random images of the same budget and the share of the accuracy on all training data, both
+    measured on the network of ``headline``; None where the page has no such result."""
+    alike = [other for other in runs if other.syn.origin.fingerprint == run.syn.origin.fingerprint]
+    where = ("network", "test_fingerprint")
+    rows = [
+        (other.budget, row)
+        for other in alike
+        for row in other.results
+        if all(row[name] == headline[name] for name in where)
+    ]
+    full = max((row for _, row in rows if row["synthetic_sha256"] is None), key=lambda row: int(row["n"]), default=None)
+    training = ("protocol",) if headline["protocol"] == "own" else ("protocol", "protocol_hash")
+    random = {
+        row["synthetic_sha256"]: row
+        for budget, row in rows
+        if row["method"] == "random" and budget == run.budget and all(row[name] == headline[name] for name in training)
+    }
+    nearest = min((abs(row["num_images"] - len(run.syn)) for row in random.values()), default=0)
+    drawn = [row for row in random.values() if abs(row["num_images"] - len(run.syn)) == nearest]
+    chance = statistics.fmean(row["mean"] for row in drawn) if drawn else None
+    return {
+        "gain": None if chance is None or run.method == "random" else headline["mean"] - chance,
+        "gain_says": ""
+        if chance is None
+        else f"{counted(drawn[0]['num_images'], 'random image')}: {100 * chance:.1f} %, "
+        f"{counted(sum(row['n'] for row in drawn), 'network')}",
+        "share": headline["mean"] / full["mean"] if full and full["mean"] else None,
+        "share_says": "" if full is None else f"all training data: {percent(full['mean'], full['std'])} %",
+    }
+
+
+def _seen(run: Run) -> str:
+    """Return in words the part of the training images that the set was made from."""
+    split = run.syn.origin.split
+    if not run.syn.origin.recipe:
+        return "not recorded"
+    if not split.val_fraction:
+        return "all training images"
+    rest = f"the rest, drawn by seed {split.seed}, is held out for validation"
+    return f"{100 * (1 - split.val_fraction):g} % of the training images ({rest})"
+
+
+def _run(run: Run, name: str, key: str, transform: Transform | None, runs: Sequence[Run]) -> dict[str, Any]:
     origin, record, cost = run.syn.origin, run.record, run.syn.cost()
     loss, headline = run.curve("loss"), _headline(run)
     return {
@@ -100,6 +171,13 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "dataset": run.dataset,
         "network": run.network,
         "headline": headline,
+        **({"gain": None, "share": None} if headline is None else _references(run, headline, runs)),
+        "scored": {
+            "data": run.dataset,
+            "training images seen": _seen(run).split(" of the ")[0].removesuffix(" training images"),
+            **({} if headline is None else {name: headline[name] for name in ("network", "protocol")}),
+            **({} if headline is None else {"networks": str(headline["n"])}),
+        },
         "balanced": None if headline is None else balanced(headline),
         "bytes": cost._asdict(),
         "total_bytes": sum(cost),
@@ -115,12 +193,13 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False),
         "facts": {
             "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}",
+            "made from": _seen(run),
             "recipe": origin.recipe_hash or "not recorded",
             "set": run.sha256,
             **({"privacy": origin.guarantee} if origin.privacy else {}),
             "code": f"condense {origin.code}, torch {record.get('torch', '?')}, Python {record.get('python', '?')}",
             "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
-            f"{record.get('threads', '?')} threads, {record.get('processes', 1)} processes",
+            f"{counted(record.get('threads', '?'), 'thread')}, {counted(record.get('processes', 1), 'process')}",
             "finished": str(record.get("finished", "?")),
             "artifacts used": ", ".join(f"{used.get('kind')} {used.get('name', '')}" for used in origin.artifacts)
             or "none",
@@ -273,23 +352,37 @@ def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, 
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a heat map per data set and protocol, with sets as rows and architectures as columns."""
+    """Return a heat map per data set and protocol, with sets as rows and architectures as columns.
+
+    All heat maps of a data set have one scale. The results on all training data have a protocol of their own and are
+    the last row of each.
+    """
     tables = []
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        for protocol, of_protocol in by_protocol([row for row in rows if row["dataset"] == dataset]).items():
-            networks = list(dict.fromkeys(row["network"] for row in of_protocol))
-            sets = by_set(of_protocol, "set")
-            shown = [row for cells in sets.values() for row in cells.values()]
-            low, high = min(row["mean"] for row in shown), max(row["mean"] for row in shown)
-            cells = {name: [_cell(of.get(network), low, high) for network in networks] for name, of in sets.items()}
+        of_dataset = [row for row in rows if row["dataset"] == dataset]
+        groups = by_protocol([row for row in of_dataset if row["synthetic_sha256"] is not None])
+        (full,) = by_set([row for row in of_dataset if row["synthetic_sha256"] is None], "set").values() or ({},)
+        sets = {protocol: by_set(of_protocol, "set") for protocol, of_protocol in (groups or {"": []}).items()}
+        shown = [row for of in sets.values() for cells in of.values() for row in cells.values()] + list(full.values())
+        low, high = min(row["mean"] for row in shown), max(row["mean"] for row in shown)
+        for protocol, of in sets.items():
+            measured = [row for cells in of.values() for row in cells.values()]
+            networks = list(dict.fromkeys([row["network"] for row in groups.get(protocol, ())] or full))
+            last = [full.get(network) for network in networks]
+            counts = sorted({row["n"] for row in (*measured, *filter(None, last))})
             tables.append(
                 {
                     "dataset": dataset,
                     "protocol": protocol,
-                    "changed": changes(of_protocol[0]),
+                    "changed": changes(measured[0]) if measured else "",
                     "networks": networks,
-                    "rows": list(cells.items()),
-                    "n": ", ".join(map(str, sorted({row["n"] for row in shown}))),
+                    "rows": [
+                        (name, [_cell(cells.get(network), low, high) for network in networks])
+                        for name, cells in of.items()
+                    ],
+                    "full": [_cell(row, low, high) for row in last] if any(last) else None,
+                    "full_protocol": next((row["protocol"] for row in last if row), ""),
+                    "n": counted(", ".join(map(str, counts)), "network"),
                 }
             )
     return tables
