@@ -79,14 +79,13 @@ def test_the_summary_answers_first(file: Path, folders: list[Path]) -> None:
 
 def test_the_best_run_of_a_budget_is_marked(tiny_file: Path, tmp_path: Path) -> None:
     means = {}
-    for seed in range(2):
+    for seed in range(4):
         run = tmp_path / f"seed{seed}"
-        condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=run, seed=seed, device="cpu")
-        means[run.name] = condense.evaluate(run, networks="mlp", num_seeds=5).results[0].mean
-    assert len(set(means.values())) == 2
+        condense.distill("random", dataset=tiny_file, network=TINY, ipc=1, out=run, seed=seed, device="cpu")
+        means[run.name] = condense.evaluate(run, networks=TINY, num_seeds=1).results[0].mean
     text = api.report([tmp_path / name for name in means]).read_text(encoding="utf-8")
     (marked,) = re.findall(r'class="best">\s*<th scope="row">random, ipc 1 \((seed\d)\)', text)
-    assert marked == max(means, key=lambda name: means[name])
+    assert means[marked] == max(means.values()) > min(means.values())
 
 
 def test_the_part_of_the_training_images_is_named(file: Path) -> None:
