@@ -308,18 +308,50 @@ def test_bad_input_is_one_line(
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_published_points_are_marked_and_apart_from_measured_ones() -> None:
-    measured = [Point(label="ours", num_bytes=1000, accuracy=0.5, std=0.01)]
-    published = [Point(label="theirs", num_bytes=1000, accuracy=0.6, std=None)]
-    svg = figures.accuracy_against_bytes("name", measured, published, ("ceiling", 0.9))
+def point(label: str, num_bytes: int, accuracy: float, **fields: Any) -> Point:
+    return Point(
+        **{"method": label, "budget": "ipc 1", "std": None} | fields,
+        label=label,
+        num_bytes=num_bytes,
+        accuracy=accuracy,
+    )
+
+
+@pytest.mark.parametrize("other", [1000, 2000], ids=["dots", "scatter"])
+def test_published_points_are_marked_and_apart_from_measured_ones(other: int) -> None:
+    points = [point("ours", 1000, 0.5, std=0.01), point("theirs", other, 0.6, published=True)]
+    svg = figures.accuracy_against_bytes("name", points, ("ceiling", 0.9))
     assert "<title>measured: ours, 1,000 bytes, 50.0 ± 1.0 %</title>" in svg
-    assert "<title>published: theirs, 1,000 bytes, 60.0 %</title>" in svg
+    assert f"<title>published: theirs, {other:,} bytes, 60.0 %</title>" in svg
+    assert re.search(r">\s*theirs[^<]*</text>", svg) and "ceiling</text>" in svg
+
+
+def test_where_all_bytes_of_a_budget_are_equal_accuracy_has_the_axis() -> None:
+    equal = [point("dm", 1000, 0.5), point("dm", 9000, 0.6, budget="ipc 10"), point("mtt", 1000, 0.7)]
+    assert "bytes stored" not in figures.accuracy_against_bytes("name", equal, None)
+    assert "bytes stored" in figures.accuracy_against_bytes("name", [*equal, point("idc", 999, 0.7)], None)
+
+
+@pytest.mark.parametrize("extra", [0, 1], ids=["dots", "scatter"])
+def test_a_method_has_one_colour_and_random_images_a_line(extra: int) -> None:
+    points = [
+        point("dm", 1000, 0.5),
+        point("dm", 9000 + extra, 0.6, budget="ipc 10"),
+        point("mtt", 1000 + extra, 0.7),
+        point("random", 1000, 0.3),
+    ]
+    svg = figures.accuracy_against_bytes("name", points, None)
+    drawn = re.findall(r"<title>measured: (\w+),.*?fill: (var\(--series-\d\)|currentColor)", svg, re.DOTALL)
+    assert len({colour for method, colour in drawn if method == "dm"}) == 1
+    assert len(set(drawn)) == 3 and ("random", "currentColor") in drawn
+    assert "stroke-dasharray" in svg and "random images</text>" in svg
 
 
 def test_names_of_equally_large_sets_do_not_crowd_the_figure_out() -> None:
-    measured = [Point(label=f"set {k}", num_bytes=1000, accuracy=0.94 + k / 1000, std=0.001) for k in range(9)]
-    svg = figures.accuracy_against_bytes("name", measured, [], None)
-    assert all(f"set {k}</text>" in svg for k in range(9))
+    points = [point(f"set {k}", 1000, 0.94 + k / 1000, std=0.001) for k in range(9)]
+    for more in ([], [point("other", 900, 0.9)]):
+        svg = figures.accuracy_against_bytes("name", [*points, *more], None)
+        assert all(f"set {k}</text>" in svg for k in range(9))
 
 
 def test_the_published_rows_are_fractions_of_a_hundred_and_say_their_source() -> None:
@@ -413,6 +445,21 @@ class TestInABrowser:
             tab.emulate_media(color_scheme=scheme)
             colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert colours[0] != colours[1]
+
+    @pytest.mark.parametrize("other", [1000, 2000], ids=["dots", "scatter"])
+    def test_no_word_of_a_figure_is_cut(self, browser: Any, tmp_path: Path, other: int) -> None:
+        names = [f"a method with a very long name, ipc 1 (folder {k})" for k in range(12)]
+        points = [point(name, 1000, 0.9 + k / 1000, published=k % 2 == 0) for k, name in enumerate(names)]
+        svg = figures.accuracy_against_bytes("name", [*points, point("other", other, 0.8)], ("all training data", 0.99))
+        (tmp_path / "figure.svg").write_text(figures.standalone(svg), encoding="utf-8")
+        tab = browser.new_page()
+        tab.goto((tmp_path / "figure.svg").as_uri())
+        cut = """all => all.filter(text => {
+            const [box, of] = [text.getBoundingClientRect(), text.ownerSVGElement.getBoundingClientRect()];
+            return Math.min(box.left - of.left, of.right - box.right, box.top - of.top, of.bottom - box.bottom) < -1;
+        }).map(text => text.textContent)"""
+        assert tab.locator("text").count() > 12 and tab.eval_on_selector_all("text", cut) == []
+        tab.close()
 
     def test_no_table_loses_a_column(self, tab: Any) -> None:
         """On a phone the answers are visible at once and the rest scrolls; on paper (A4 without margins) all is."""

@@ -31,10 +31,6 @@ from condense.synthetic.teaching import ViewLabels
 MAX_IMAGES = 200
 """Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
 
-NAMED = ("random", "herding")
-"""Published baselines that are always labelled in the figure. Other published rows are labelled only if a run has the
-same method."""
-
 
 def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
     """Render the report; each data set has its own comparison with published accuracies.
@@ -335,19 +331,21 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return the results of all runs. ``set`` names what was trained on, ``meant_for`` the network that the set of the
-    run was made for."""
+    """Return the results of all runs. ``set`` names what was trained on, ``budget`` its budget in words, and
+    ``meant_for`` the network that the set of the run was made for."""
     rows: list[Mapping[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
         for row in run.results:
+            budget = f"ipc {row['num_images'] // run.syn.origin.num_classes}"
             if row["synthetic_sha256"] == run.sha256:
-                label = name
+                label, budget = name, run.budget
             elif row["synthetic_sha256"] is None:
                 label = "full data"
             else:
-                label = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+                label = f"{row['method']}, {budget}"
             label += ", teacher not stored" if row["teacher"] else ""
-            rows.append({**row, "set": label, "meant_for": run.syn.origin.training.get("network", run.network)})
+            meant_for = run.syn.origin.training.get("network", run.network)
+            rows.append({**row, "set": label, "budget": budget, "meant_for": meant_for})
     return rows
 
 
@@ -444,48 +442,62 @@ def percent(mean: float, std: float | None) -> str:
 
 def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return accuracy against bytes, measured and published."""
-    own_network = [row for row in rows if row["synthetic_sha256"] is not None and row["network"] == row["meant_for"]]
-    groups, measured = by_protocol(own_network), []
+    meant = [row for row in rows if row["network"] == row["meant_for"]]
+    groups, measured = by_protocol([row for row in meant if row["synthetic_sha256"] is not None]), list[Point]()
     for protocol, of_protocol in groups.items():
         for name, cells in by_set(of_protocol, "set").items():
             for row in cells.values():
-                label = name + (f", {protocol}" if len(groups) > 1 else "")
-                total = sum(row["stored_bytes"].values())
-                measured.append(Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"]))
-    origin, published, lines = runs[0].syn.origin, [], []
+                training = f", {protocol}" if len(groups) > 1 else ""
+                measured.append(
+                    Point(
+                        label=name + training,
+                        method=(row["method"] or "set") + training,
+                        budget=row["budget"],
+                        num_bytes=sum(row["stored_bytes"].values()),
+                        accuracy=row["mean"],
+                        std=row["std"],
+                    )
+                )
+    origin, published, sources = runs[0].syn.origin, list[Point](), list[str]()
     known = is_known(dataset, origin.dataset["fingerprint"])
     table = json.loads(_resource("published.json")).get(dataset) if known else None
     budgets = {str(run.ipc) for run in runs}
-    labelled = {run.method for run in runs} | set(NAMED)
     for row in table["rows"] if table else []:
         for ipc, (mean, std) in row["accuracy"].items():
             if ipc in budgets:
-                label = f"{row['method']}, ipc {ipc}"
-                total = _published_bytes(origin.input_shape, origin.num_classes, int(ipc), row["labels"])
-                point = Point(
-                    label=row["method"] + ("" if row["verified"] else " (unverified)"),
-                    num_bytes=total,
-                    accuracy=mean / 100,
-                    std=None if std is None else std / 100,
-                    named=row["method"] in labelled,
+                method = row["method"] + ("" if row["verified"] else " (unverified)")
+                published.append(
+                    Point(
+                        label=f"{method}, ipc {ipc}",
+                        method=method,
+                        budget=f"ipc {ipc}",
+                        num_bytes=_published_bytes(origin.input_shape, origin.num_classes, int(ipc), row["labels"]),
+                        accuracy=mean / 100,
+                        std=None if std is None else std / 100,
+                        published=True,
+                    )
                 )
-                published.append(point)
-                source = row["source"] + ("" if row["verified"] else "; from memory, not verified")
-                lines.append(("published", label, total, mean / 100, percent(point.accuracy, point.std), source))
-    ceiling = (
-        (f"all training data, published: {table['full']['accuracy']} %", table["full"]["accuracy"] / 100)
-        if table
-        else None
-    )
-    own = [
-        ("measured", point.label, point.num_bytes, point.accuracy, percent(point.accuracy, point.std), "this report")
-        for point in measured
-    ]
-    svg = ""
-    if measured or published:
-        name = figures.fingerprint("bytes", dataset)
-        svg = figures.accuracy_against_bytes(name, measured, published, ceiling)
-    return {"dataset": dataset, "svg": Markup(svg), "rows": own + lines, "published": bool(published)}
+                sources.append(row["source"] + ("" if row["verified"] else "; from memory, not verified"))
+    full = max((row for row in meant if row["synthetic_sha256"] is None), key=lambda row: int(row["n"]), default=None)
+    line = None if full is None else ("all training data", full["mean"])
+    if line is None and table:
+        line = ("all training data, published", table["full"]["accuracy"] / 100)
+    points = measured + published
+    return {
+        "dataset": dataset,
+        "svg": Markup(
+            figures.accuracy_against_bytes(figures.fingerprint("bytes", dataset), points, line) if points else ""
+        ),
+        "rows": list(
+            zip(
+                points,
+                [percent(point.accuracy, point.std) for point in points],
+                ["this report"] * len(measured) + sources,
+                strict=True,
+            )
+        ),
+        "published": bool(published),
+    }
 
 
 def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels: str) -> int:
