@@ -1,8 +1,10 @@
 """The page that shows runs side by side: what it says, and how it behaves in a browser."""
 
 import dataclasses
+import html
 import json
 import re
+import shlex
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -111,6 +113,38 @@ def test_tables_of_a_data_set_have_one_scale_and_end_with_all_data(tiny_file: Pa
     assert high > low
     for share, value in found:
         assert float(share) == pytest.approx((float(value) - low) / (high - low), abs=1e-3)
+
+
+def test_the_commands_of_a_page_repeat_its_results(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, plan = tmp_path / "run", dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2, lr=0.02)
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=2, out=run, device="cpu")
+    fields: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "protocol": plan, "device": "cpu", "seed": 3}
+    condense.evaluate(run, baselines=["herding", "full"], **fields)
+    text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
+    (line,) = re.findall("condense (evaluate .*)", text[text.index('class="commands"') :].split("</pre>")[0])
+
+    def found() -> set[tuple[Any, ...]]:
+        rows = json.loads((run / "evaluation.json").read_text())["results"]
+        return {(row["method"], row["protocol_hash"], row["synthetic_sha256"], row["mean"]) for row in rows}
+
+    before = found()
+    (run / "evaluation.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    cli.main([*shlex.split(line), "--device", "cpu"])
+    assert found() == before and len(before) == 3
+    capsys.readouterr()
+
+
+def test_the_commands_of_a_page_start_with_the_buffer(file: Path, folders: list[Path], tiny_buffer: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    (command,) = re.findall("condense buffer .*", text)
+    (used,) = condense.load(folders[2]).origin.artifacts
+    assert f"--network {TINY} " in command and command.endswith(
+        f"--num-experts {used['num_experts']} --num-epochs {used['num_epochs']}"
+    )
+    assert used["name"] in text
 
 
 def test_nouns_agree_with_their_numbers() -> None:
@@ -460,6 +494,14 @@ class TestInABrowser:
         }).map(text => text.textContent)"""
         assert tab.locator("text").count() > 12 and tab.eval_on_selector_all("text", cut) == []
         tab.close()
+
+    def test_commands_are_copied(self, tab: Any) -> None:
+        tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        box = tab.locator(".commands").first
+        box.locator("button").focus()
+        tab.keyboard.press("Enter")
+        box.get_by_text("Copied").wait_for()
+        assert tab.evaluate("navigator.clipboard.readText()") == box.locator("pre").text_content()
 
     def test_no_table_loses_a_column(self, tab: Any) -> None:
         """On a phone the answers are visible at once and the rest scrolls; on paper (A4 without margins) all is."""

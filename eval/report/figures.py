@@ -331,7 +331,7 @@ def _legend(axes: Axes, points: Sequence[Point], full: tuple[str, float] | None,
         entries.append(Line2D([], [], color=INK, linewidth=0.8, linestyle="--", label="random images"))
     if full is not None:
         entries.append(Line2D([], [], color=INK, linewidth=0.8, label=full[0]))
-    axes.legend(handles=entries, loc="upper center", bbox_to_anchor=(0.5, -0.45 / axes.figure.get_figheight()), ncols=3)
+    axes.figure.legend(handles=entries, loc="outside lower center", ncols=4)
 
 
 def _spread(points: Sequence[Point], gap: float) -> list[tuple[Point, float]]:
