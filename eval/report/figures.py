@@ -272,8 +272,9 @@ def _scatter(
         axes.set_ylim(low - gap, high + gap)
         for point in points:
             if point.std:
-                ends = [100 * (point.accuracy - point.std), 100 * (point.accuracy + point.std)]
-                axes.vlines(point.num_bytes, *ends, color=FAINT if point.published else _colour(point, colours), lw=1)
+                bottom, top = 100 * (point.accuracy - point.std), 100 * (point.accuracy + point.std)
+                colour = FAINT if point.published else _colour(point, colours)
+                axes.vlines(point.num_bytes, bottom, top, color=colour, linewidth=1)
             _mark(canvas, point, (point.num_bytes, 100 * point.accuracy), colours, markers)
         for published in (False, True):
             for point, height in _spread([point for point in points if point.published == published], gap):
