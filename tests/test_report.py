@@ -1,8 +1,10 @@
 """The page that shows runs side by side: what it says, and how it behaves in a browser."""
 
 import dataclasses
+import html
 import json
 import re
+import shlex
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -63,6 +65,93 @@ def test_the_page_holds_what_was_measured(file: Path, folders: list[Path]) -> No
     assert "Learned learning rate" in text
     assert "full data" in text and "random, ipc 2" in text and "kip, ipc 1" in text
     assert json.loads((folders[0] / "apply-continual.json").read_text())["table"]["title"] in text
+
+
+def test_the_summary_answers_first(file: Path, folders: list[Path]) -> None:
+    text = file.read_text(encoding="utf-8")
+    summary = text[text.index('id="summary"') : text.index('id="images"')]
+    headings = re.findall(r'<th scope="col">([^<]+)</th>', summary)
+    assert headings[:4] == ["run", "accuracy, %", "gain over random", "share of full data"]
+    rows = json.loads((folders[0] / "evaluation.json").read_text())["results"]
+    own, random, full = (next(row for row in rows if row["method"] == name) for name in ("dm", "random", "full"))
+    assert f">{100 * (own['mean'] - random['mean']):+.1f}</td>" in summary
+    assert f">{100 * own['mean'] / full['mean']:.0f} %</td>" in summary
+    assert "★" not in summary, "no two runs share a budget and were evaluated"
+
+
+def test_the_best_run_of_a_budget_is_marked(tiny_file: Path, tmp_path: Path) -> None:
+    means = {}
+    for seed in range(4):
+        run = tmp_path / f"seed{seed}"
+        condense.distill("random", dataset=tiny_file, network=TINY, ipc=1, out=run, seed=seed, device="cpu")
+        means[run.name] = condense.evaluate(run, networks=TINY, num_seeds=1).results[0].mean
+    text = api.report([tmp_path / name for name in means]).read_text(encoding="utf-8")
+    (marked,) = re.findall(r'class="best">\s*<th scope="row">random, ipc 1 \((seed\d)\)', text)
+    assert means[marked] == max(means.values()) > min(means.values())
+
+
+def test_the_part_of_the_training_images_is_named(file: Path) -> None:
+    """dm validates during the run and kip does not."""
+    text = file.read_text(encoding="utf-8")
+    assert "90 % of the training images (the rest, drawn by seed 0, is held out for validation)" in text
+    assert "<dd>all training images</dd>" in text
+
+
+def test_tables_of_a_data_set_have_one_scale_and_end_with_all_data(tiny_file: Path, tmp_path: Path) -> None:
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    for epochs in (1, 20):
+        plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=epochs)
+        condense.evaluate(
+            tmp_path / "run", networks=["mlp"], num_seeds=1, baselines=["full"], protocol=plan, device="cpu"
+        )
+    text = api.report([tmp_path / "run"]).read_text(encoding="utf-8")
+    part = text[text.index('id="h-architectures"') : text.index('id="h-calibration"')]
+    found = re.findall(r'--share: ([\d.]+)" data-value="([\d.]+)"', part)
+    assert part.count("<tfoot>") == 2 and len(found) == 4
+    rows = sorted(json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"], key=lambda r: r["mean"])
+    low, high = rows[0]["mean"], rows[-1]["mean"]
+    assert high > low
+    for share, value in found:
+        assert float(share) == pytest.approx((float(value) - low) / (high - low), abs=1e-3)
+
+
+def test_the_commands_of_a_page_repeat_its_results(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, plan = tmp_path / "run", dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2, lr=0.02)
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=2, out=run, device="cpu")
+    fields: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "protocol": plan, "device": "cpu", "seed": 3}
+    condense.evaluate(run, baselines=["herding", "full"], **fields)
+    text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
+    (line,) = re.findall("condense (evaluate .*)", text[text.index('class="commands"') :].split("</pre>")[0])
+
+    def found() -> set[tuple[Any, ...]]:
+        rows = json.loads((run / "evaluation.json").read_text())["results"]
+        return {(row["method"], row["protocol_hash"], row["synthetic_sha256"], row["mean"]) for row in rows}
+
+    before = found()
+    (run / "evaluation.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    cli.main([*shlex.split(line), "--device", "cpu"])
+    assert found() == before and len(before) == 3
+    capsys.readouterr()
+
+
+def test_the_commands_of_a_page_start_with_the_buffer(file: Path, folders: list[Path], tiny_buffer: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    (command,) = re.findall("condense buffer .*", text)
+    (used,) = condense.load(folders[2]).origin.artifacts
+    assert f"--network {TINY} " in command and command.endswith(
+        f"--num-experts {used['num_experts']} --num-epochs {used['num_epochs']}"
+    )
+    assert used["name"] in text
+
+
+def test_nouns_agree_with_their_numbers() -> None:
+    from condense.eval.report.page import counted
+
+    cases = (1, "run"), (2, "run"), ("1, 2", "network"), (2, "process"), (2, "class")
+    assert [counted(*case) for case in cases] == ["1 run", "2 runs", "1, 2 networks", "2 processes", "2 classes"]
 
 
 def test_nothing_is_asked_of_a_network_and_no_path_is_given_away(file: Path, folders: list[Path]) -> None:
@@ -253,18 +342,50 @@ def test_bad_input_is_one_line(
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_published_points_are_marked_and_apart_from_measured_ones() -> None:
-    measured = [Point(label="ours", num_bytes=1000, accuracy=0.5, std=0.01)]
-    published = [Point(label="theirs", num_bytes=1000, accuracy=0.6, std=None)]
-    svg = figures.accuracy_against_bytes("name", measured, published, ("ceiling", 0.9))
+def point(label: str, num_bytes: int, accuracy: float, **fields: Any) -> Point:
+    return Point(
+        **{"method": label, "budget": "ipc 1", "std": None} | fields,
+        label=label,
+        num_bytes=num_bytes,
+        accuracy=accuracy,
+    )
+
+
+@pytest.mark.parametrize("other", [1000, 2000], ids=["dots", "scatter"])
+def test_published_points_are_marked_and_apart_from_measured_ones(other: int) -> None:
+    points = [point("ours", 1000, 0.5, std=0.01), point("theirs", other, 0.6, published=True)]
+    svg = figures.accuracy_against_bytes("name", points, ("ceiling", 0.9))
     assert "<title>measured: ours, 1,000 bytes, 50.0 ± 1.0 %</title>" in svg
-    assert "<title>published: theirs, 1,000 bytes, 60.0 %</title>" in svg
+    assert f"<title>published: theirs, {other:,} bytes, 60.0 %</title>" in svg
+    assert re.search(r">\s*theirs[^<]*</text>", svg) and "ceiling</text>" in svg
+
+
+def test_where_all_bytes_of_a_budget_are_equal_accuracy_has_the_axis() -> None:
+    equal = [point("dm", 1000, 0.5), point("dm", 9000, 0.6, budget="ipc 10"), point("mtt", 1000, 0.7)]
+    assert "bytes stored" not in figures.accuracy_against_bytes("name", equal, None)
+    assert "bytes stored" in figures.accuracy_against_bytes("name", [*equal, point("idc", 999, 0.7)], None)
+
+
+@pytest.mark.parametrize("extra", [0, 1], ids=["dots", "scatter"])
+def test_a_method_has_one_colour_and_random_images_a_line(extra: int) -> None:
+    points = [
+        point("dm", 1000, 0.5),
+        point("dm", 9000 + extra, 0.6, budget="ipc 10"),
+        point("mtt", 1000 + extra, 0.7),
+        point("random", 1000, 0.3),
+    ]
+    svg = figures.accuracy_against_bytes("name", points, None)
+    drawn = re.findall(r"<title>measured: (\w+),.*?fill: (var\(--series-\d\)|currentColor)", svg, re.DOTALL)
+    assert len({colour for method, colour in drawn if method == "dm"}) == 1
+    assert len(set(drawn)) == 3 and ("random", "currentColor") in drawn
+    assert "stroke-dasharray" in svg and "random images</text>" in svg
 
 
 def test_names_of_equally_large_sets_do_not_crowd_the_figure_out() -> None:
-    measured = [Point(label=f"set {k}", num_bytes=1000, accuracy=0.94 + k / 1000, std=0.001) for k in range(9)]
-    svg = figures.accuracy_against_bytes("name", measured, [], None)
-    assert all(f"set {k}</text>" in svg for k in range(9))
+    points = [point(f"set {k}", 1000, 0.94 + k / 1000, std=0.001) for k in range(9)]
+    for more in ([], [point("other", 900, 0.9)]):
+        svg = figures.accuracy_against_bytes("name", [*points, *more], None)
+        assert all(f"set {k}</text>" in svg for k in range(9))
 
 
 def test_the_published_rows_are_fractions_of_a_hundred_and_say_their_source() -> None:
@@ -358,6 +479,41 @@ class TestInABrowser:
             tab.emulate_media(color_scheme=scheme)
             colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert colours[0] != colours[1]
+
+    @pytest.mark.parametrize("other", [1000, 2000], ids=["dots", "scatter"])
+    def test_no_word_of_a_figure_is_cut(self, browser: Any, tmp_path: Path, other: int) -> None:
+        names = [f"a method with a very long name, ipc 1 (folder {k})" for k in range(12)]
+        points = [point(name, 1000, 0.9 + k / 1000, published=k % 2 == 0) for k, name in enumerate(names)]
+        svg = figures.accuracy_against_bytes("name", [*points, point("other", other, 0.8)], ("all training data", 0.99))
+        (tmp_path / "figure.svg").write_text(figures.standalone(svg), encoding="utf-8")
+        tab = browser.new_page()
+        tab.goto((tmp_path / "figure.svg").as_uri())
+        cut = """all => all.filter(text => {
+            const [box, of] = [text.getBoundingClientRect(), text.ownerSVGElement.getBoundingClientRect()];
+            return Math.min(box.left - of.left, of.right - box.right, box.top - of.top, of.bottom - box.bottom) < -1;
+        }).map(text => text.textContent)"""
+        assert tab.locator("text").count() > 12 and tab.eval_on_selector_all("text", cut) == []
+        tab.close()
+
+    def test_commands_are_copied(self, tab: Any) -> None:
+        tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        box = tab.locator(".commands").first
+        box.locator("button").focus()
+        tab.keyboard.press("Enter")
+        box.get_by_text("Copied").wait_for()
+        assert tab.evaluate("navigator.clipboard.readText()") == box.locator("pre").text_content()
+
+    def test_no_table_loses_a_column(self, tab: Any) -> None:
+        """On a phone the answers are visible at once and the rest scrolls; on paper (A4 without margins) all is."""
+        tab.set_viewport_size({"width": 390, "height": 800})
+        right = "cells => cells.slice(0, 4).map(cell => cell.getBoundingClientRect().right)"
+        assert max(tab.eval_on_selector_all("#summary thead th", right)) <= 390
+        boxes = "all => all.filter(t => !t.closest('.scroll')).length"
+        assert tab.eval_on_selector_all("table", boxes) == 0
+        tab.set_viewport_size({"width": 680, "height": 900})
+        tab.emulate_media(media="print")
+        wide = "all => all.filter(t => t.getBoundingClientRect().right > 680).map(t => t.textContent.slice(0, 60))"
+        assert tab.eval_on_selector_all("table", wide) == []
 
     def test_everything_has_a_name_for_a_screen_reader(self, tab: Any) -> None:
         unnamed = "all => all.filter(e => !(e.alt || e.ariaLabel || e.labels?.length || e.textContent.trim())).length"

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, FAINT = "#010203", "#010204"
@@ -180,85 +181,158 @@ def standalone(svg: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """The accuracy of a set and its number of bytes."""
+    """The accuracy of a set and its number of bytes. Accuracies are fractions."""
 
     label: str
+    method: str
+    budget: str
+    """The budget in words, such as ``ipc 10``."""
     num_bytes: int
     accuracy: float
     std: float | None
-    named: bool = True
-    """Whether the label is written beside the point; the tooltip always shows it."""
+    published: bool = False
+
+    @property
+    def says(self) -> str:
+        kind = "published" if self.published else "measured"
+        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{kind}: {self.label}, {self.num_bytes:,} bytes, {100 * self.accuracy:.1f}{spread} %"
 
 
-def accuracy_against_bytes(
-    name: str, measured: Sequence[Point], published: Sequence[Point], ceiling: tuple[str, float] | None
+RANDOM = "random"
+"""The method whose points are drawn as lines, too."""
+
+
+def accuracy_against_bytes(name: str, points: Sequence[Point], full: tuple[str, float] | None) -> str:
+    """Draw accuracy against bytes: measured points filled, published ones hollow, random images and ``full`` as lines.
+
+    A method has one colour and a budget one marker. If all sets of a budget have the same number of bytes, the bytes
+    tell nothing more than the budget; then each method has a row of dots.
+    """
+    sizes: dict[str, set[int]] = {}
+    for point in points:
+        sizes.setdefault(point.budget, set()).add(point.num_bytes)
+    draw = _dots if all(len(of_budget) == 1 for of_budget in sizes.values()) else _scatter
+    methods = dict.fromkeys(point.method for point in points if not point.published and point.method != RANDOM)
+    colours = {method: SERIES[k % len(SERIES)] for k, method in enumerate(methods)}
+    markers = {budget: MARKERS[k % len(MARKERS)] for k, budget in enumerate(sizes)}
+    return draw(name, points, full, colours, markers)
+
+
+def _dots(
+    name: str,
+    points: Sequence[Point],
+    full: tuple[str, float] | None,
+    colours: Mapping[str, str],
+    markers: Mapping[str, str],
 ) -> str:
-    """Draw accuracy against bytes: measured points filled, published ones hollow. Accuracies are fractions."""
-    with drawing(name, "bytes stored", "test accuracy, %", (7.2, 4.2)) as canvas:
+    """Draw one row for each method, with the accuracies from left to right."""
+    best: dict[tuple[bool, str], float] = {}
+    for point in points:
+        row = (point.published, point.method)
+        best[row] = max(best.get(row, 0.0), point.accuracy)
+    rows = sorted(best, key=lambda row: (not row[0], best[row]))
+    with drawing(name, "test accuracy, %", "", (7.2, 1.5 + 0.26 * len(rows))) as canvas:
+        axes = canvas.axes
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
+        for point in points:
+            height = rows.index((point.published, point.method))
+            if point.std:
+                ends = (100 * (point.accuracy - point.std), 100 * (point.accuracy + point.std))
+                axes.hlines(height, *ends, color=_colour(point, colours), linewidth=1)
+            _mark(canvas, point, (100 * point.accuracy, height), colours, markers)
+        for budget in markers:
+            drawn = [p.accuracy for p in points if p.method == RANDOM and p.budget == budget and not p.published]
+            if drawn:
+                axes.axvline(100 * sum(drawn) / len(drawn), color=INK, linewidth=0.8, linestyle="--")
+        if full is not None:
+            axes.axvline(100 * full[1], color=INK, linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [method + (", published" if published else "") for published, method in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        _legend(axes, points, full, markers)
+    return canvas.svg
+
+
+def _scatter(
+    name: str,
+    points: Sequence[Point],
+    full: tuple[str, float] | None,
+    colours: Mapping[str, str],
+    markers: Mapping[str, str],
+) -> str:
+    with drawing(name, "bytes stored", "test accuracy, %", (7.2, 4.6)) as canvas:
         axes = canvas.axes
         axes.set_xscale("log")
-        sizes = [point.num_bytes for point in (*measured, *published)]
-        axes.set_xlim(min(sizes) / 4, max(sizes) * 4)  # space for the labels
-        ends = [100 * (p.accuracy + side * (p.std or 0)) for p in (*measured, *published) for side in (-1, 1)]
-        low, high = min(ends), max([*ends, *([100 * ceiling[1]] if ceiling else [])])
-        gap = max(high - low, 1.0) / 18
-        axes.set_ylim(low - gap, high + 2 * gap)
-        for kind, points in (("published", published), ("measured", measured)):
-            own = kind == "measured"
-            colour, label = (SERIES[0], kind) if own else (INK, kind)
-            for point in points:
-                if point.std:
-                    axes.vlines(
-                        point.num_bytes,
-                        100 * (point.accuracy - point.std),
-                        100 * (point.accuracy + point.std),
-                        color=colour if own else FAINT,
-                        linewidth=1,
-                    )
-                dot = axes.scatter(
-                    [point.num_bytes],
-                    [100 * point.accuracy],
-                    marker="o" if own else "D",
-                    s=42 if own else 22,
-                    facecolors=colour if own else "none",
-                    edgecolors=colour,
-                    linewidths=0 if own else 0.8,
-                    label=label,
-                    zorder=3 if own else 2,
-                )
-                label = ""
-                spread = "" if point.std is None else f" ± {100 * point.std:.1f}"
-                canvas.explain(
-                    dot, f"{kind}: {point.label}, {point.num_bytes:,} bytes, {100 * point.accuracy:.1f}{spread} %"
-                )
-            for point, height in _spread([point for point in points if point.named], gap):
-                side = 1 if own else -1
+        sizes = [point.num_bytes for point in points]
+        axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
+        ends = [100 * (p.accuracy + side * (p.std or 0)) for p in points for side in (-1, 1)]
+        low, high = min(ends), max([*ends, *([100 * full[1]] if full else [])])
+        gap = max(high - low, 1.0) / 20
+        axes.set_ylim(low - gap, high + gap)
+        for point in points:
+            if point.std:
+                bottom, top = 100 * (point.accuracy - point.std), 100 * (point.accuracy + point.std)
+                colour = FAINT if point.published else _colour(point, colours)
+                axes.vlines(point.num_bytes, bottom, top, color=colour, linewidth=1)
+            _mark(canvas, point, (point.num_bytes, 100 * point.accuracy), colours, markers)
+        for published in (False, True):
+            for point, height in _spread([point for point in points if point.published == published], gap):
                 axes.annotate(
                     point.label,
                     (point.num_bytes, 100 * point.accuracy),
-                    (side * 14, height),
+                    (-14 if published else 14, height),
                     textcoords=("offset points", "data"),
                     fontsize=7.5,
-                    color=colour,
-                    ha="left" if own else "right",
+                    color=_colour(point, colours),
+                    ha="right" if published else "left",
                     va="center",
                     arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
-                ).set_in_layout(False)
-        if ceiling is not None:
-            axes.axhline(100 * ceiling[1], color=INK, linewidth=0.8, linestyle="--")
-            axes.annotate(
-                ceiling[0],
-                (0.01, 100 * ceiling[1]),
-                (0, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=7.5,
-            )
+                )
+        random = sorted((p.num_bytes, 100 * p.accuracy) for p in points if p.method == RANDOM and not p.published)
+        if random:
+            axes.plot(*zip(*random, strict=True), color=INK, linewidth=0.8, linestyle="--")
+        if full is not None:
+            axes.axhline(100 * full[1], color=INK, linewidth=0.8)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable_bytes(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(loc="lower right")
+        _legend(axes, points, full, markers)
     return canvas.svg
+
+
+def _colour(point: Point, colours: Mapping[str, str]) -> str:
+    return colours.get(point.method, INK)
+
+
+def _mark(
+    canvas: Canvas, point: Point, place: tuple[float, float], colours: Mapping[str, str], markers: Mapping[str, str]
+) -> None:
+    colour = _colour(point, colours)
+    dot = canvas.axes.scatter(
+        [place[0]],
+        [place[1]],
+        marker=markers[point.budget],
+        s=24 if point.published else 36,
+        facecolors="none" if point.published else colour,
+        edgecolors=colour,
+        linewidths=0.9 if point.published else 0,
+        zorder=2 if point.published else 3,
+    )
+    canvas.explain(dot, point.says)
+
+
+def _legend(axes: Axes, points: Sequence[Point], full: tuple[str, float] | None, markers: Mapping[str, str]) -> None:
+    """Name budgets and lines below the axes."""
+    plain: dict[str, Any] = {"color": INK, "linestyle": "none", "markersize": 5}
+    entries = [Line2D([], [], marker=marker, label=budget, **plain) for budget, marker in markers.items()]
+    if any(point.published for point in points):
+        entries.append(Line2D([], [], marker="o", markerfacecolor="none", label="hollow: published", **plain))
+    if any(point.method == RANDOM and not point.published for point in points):
+        entries.append(Line2D([], [], color=INK, linewidth=0.8, linestyle="--", label="random images"))
+    if full is not None:
+        entries.append(Line2D([], [], color=INK, linewidth=0.8, label=full[0]))
+    axes.figure.legend(handles=entries, loc="outside lower center", ncols=4)
 
 
 def _spread(points: Sequence[Point], gap: float) -> list[tuple[Point, float]]:

@@ -57,3 +57,19 @@ for (const table of document.querySelectorAll("table.sortable")) {
     heading.append(button);
   });
 }
+
+async function copy(block, button) {
+  try {
+    await navigator.clipboard.writeText(block.textContent);
+  } catch {
+    getSelection().selectAllChildren(block);
+    document.execCommand("copy");
+  }
+  button.textContent = "Copied";
+}
+
+for (const box of document.querySelectorAll(".commands")) {
+  const button = box.querySelector("button");
+  button.hidden = false;
+  button.addEventListener("click", () => copy(box.querySelector("pre"), button));
+}

@@ -20,7 +20,7 @@ from condense import __version__, picture
 from condense.data.datasets import is_known
 from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
-from condense.eval.protocol import changes
+from condense.eval.protocol import PROTOCOLS, changes
 from condense.eval.report import figures
 from condense.eval.report.collect import Run
 from condense.eval.report.figures import Point, readable_bytes
@@ -30,10 +30,6 @@ from condense.synthetic.teaching import ViewLabels
 
 MAX_IMAGES = 200
 """Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
-
-NAMED = ("random", "herding")
-"""Published baselines that are always labelled in the figure. Other published rows are labelled only if a run has the
-same method."""
 
 
 def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
@@ -54,15 +50,20 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["bytes"] = readable_bytes
+    environment.filters["counted"] = counted
+    pages = [
+        _run(run, name, f"run{k}", back, runs)
+        for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
+    ]
     return environment.get_template("page.html").render(
         title=", ".join(datasets),
         version=__version__,
         style=Markup(_resource("page.css")),
         script=Markup(_resource("page.js")),
-        runs=[
-            _run(run, name, f"run{k}", back)
-            for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
-        ],
+        runs=pages,
+        best=_best(runs, pages),
+        scored=_common([page["scored"] for page in pages]),
+        common=_common([page["facts"] for page in pages]) if len(runs) > 1 else {},
         validation=_validation(runs, names),
         tables=_tables(rows),
         pooled=_pooled(runs),
@@ -91,7 +92,73 @@ def _disambiguated(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     return [f"{name} ({more})" if names.count(name) > 1 else name for name, more in zip(names, suffixes, strict=True)]
 
 
-def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str, Any]:
+def counted(number: int | str, noun: str) -> str:
+    """Return a number with its noun: ``1 run``, ``2 runs``, ``2, 3 networks``."""
+    return f"{number} {noun}" if str(number) == "1" else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def _common(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the facts, by name, that all of these have."""
+    first, *others = facts
+    return {name: fact for name, fact in first.items() if all(other.get(name) == fact for other in others)}
+
+
+def _best(runs: Sequence[Run], pages: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys of the runs with the highest accuracy among those of one data set, budget, network and
+    protocol."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for run, page in zip(runs, pages, strict=True):
+        if page["headline"] is not None:
+            training = "" if page["headline"]["protocol"] == "own" else page["headline"]["protocol_hash"]
+            key = (run.syn.origin.fingerprint, run.budget, page["headline"]["network"], training)
+            groups.setdefault(key, []).append(page)
+    return {max(group, key=lambda page: page["headline"]["mean"])["key"] for group in groups.values() if len(group) > 1}
+
+
+def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the gain over random images of the same budget and the share of the accuracy on all training data, both
+    measured on the network of ``headline``; None where the page has no such result."""
+    alike = [other for other in runs if other.syn.origin.fingerprint == run.syn.origin.fingerprint]
+    where = ("network", "test_fingerprint")
+    rows = [
+        (other.budget, row)
+        for other in alike
+        for row in other.results
+        if all(row[name] == headline[name] for name in where)
+    ]
+    full = max((row for _, row in rows if row["synthetic_sha256"] is None), key=lambda row: int(row["n"]), default=None)
+    training = ("protocol",) if headline["protocol"] == "own" else ("protocol", "protocol_hash")
+    random = {
+        row["synthetic_sha256"]: row
+        for budget, row in rows
+        if row["method"] == "random" and budget == run.budget and all(row[name] == headline[name] for name in training)
+    }
+    nearest = min((abs(row["num_images"] - len(run.syn)) for row in random.values()), default=0)
+    drawn = [row for row in random.values() if abs(row["num_images"] - len(run.syn)) == nearest]
+    chance = statistics.fmean(row["mean"] for row in drawn) if drawn else None
+    return {
+        "gain": None if chance is None or run.method == "random" else headline["mean"] - chance,
+        "gain_says": ""
+        if chance is None
+        else f"{counted(drawn[0]['num_images'], 'random image')}: {100 * chance:.1f} %, "
+        f"{counted(sum(row['n'] for row in drawn), 'network')}",
+        "share": headline["mean"] / full["mean"] if full and full["mean"] else None,
+        "share_says": "" if full is None else f"all training data: {percent(full['mean'], full['std'])} %",
+    }
+
+
+def _seen(run: Run) -> str:
+    """Return in words the part of the training images that the set was made from."""
+    split = run.syn.origin.split
+    if not run.syn.origin.recipe:
+        return "not recorded"
+    if not split.val_fraction:
+        return "all training images"
+    rest = f"the rest, drawn by seed {split.seed}, is held out for validation"
+    return f"{100 * (1 - split.val_fraction):g} % of the training images ({rest})"
+
+
+def _run(run: Run, name: str, key: str, transform: Transform | None, runs: Sequence[Run]) -> dict[str, Any]:
     origin, record, cost = run.syn.origin, run.record, run.syn.cost()
     loss, headline = run.curve("loss"), _headline(run)
     return {
@@ -100,6 +167,13 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "dataset": run.dataset,
         "network": run.network,
         "headline": headline,
+        **({"gain": None, "share": None} if headline is None else _references(run, headline, runs)),
+        "scored": {
+            "data": run.dataset,
+            "training images seen": _seen(run).split(" of the ")[0].removesuffix(" training images"),
+            **({} if headline is None else {name: headline[name] for name in ("network", "protocol")}),
+            **({} if headline is None else {"networks": str(headline["n"])}),
+        },
         "balanced": None if headline is None else balanced(headline),
         "bytes": cost._asdict(),
         "total_bytes": sum(cost),
@@ -112,15 +186,17 @@ def _run(run: Run, name: str, key: str, transform: Transform | None) -> dict[str
         "per_class": None if headline is None else _per_class(run, headline),
         "uses": run.uses,
         "commands": _commands(run),
+        "artifacts": [str(used["name"]) for used in origin.artifacts if "name" in used],
         "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False),
         "facts": {
             "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}",
+            "made from": _seen(run),
             "recipe": origin.recipe_hash or "not recorded",
             "set": run.sha256,
             **({"privacy": origin.guarantee} if origin.privacy else {}),
             "code": f"condense {origin.code}, torch {record.get('torch', '?')}, Python {record.get('python', '?')}",
             "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
-            f"{record.get('threads', '?')} threads, {record.get('processes', 1)} processes",
+            f"{counted(record.get('threads', '?'), 'thread')}, {counted(record.get('processes', 1), 'process')}",
             "finished": str(record.get("finished", "?")),
             "artifacts used": ", ".join(f"{used.get('kind')} {used.get('name', '')}" for used in origin.artifacts)
             or "none",
@@ -256,40 +332,56 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return the results of all runs. ``set`` names what was trained on, ``meant_for`` the network that the set of the
-    run was made for."""
+    """Return the results of all runs. ``set`` names what was trained on, ``budget`` its budget in words, and
+    ``meant_for`` the network that the set of the run was made for."""
     rows: list[Mapping[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
         for row in run.results:
+            budget = f"ipc {row['num_images'] // run.syn.origin.num_classes}"
             if row["synthetic_sha256"] == run.sha256:
-                label = name
+                label, budget = name, run.budget
             elif row["synthetic_sha256"] is None:
                 label = "full data"
             else:
-                label = f"{row['method']}, ipc {row['num_images'] // run.syn.origin.num_classes}"
+                label = f"{row['method']}, {budget}"
             label += ", teacher not stored" if row["teacher"] else ""
-            rows.append({**row, "set": label, "meant_for": run.syn.origin.training.get("network", run.network)})
+            meant_for = run.syn.origin.training.get("network", run.network)
+            rows.append({**row, "set": label, "budget": budget, "meant_for": meant_for})
     return rows
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a heat map per data set and protocol, with sets as rows and architectures as columns."""
+    """Return a heat map per data set and protocol, with sets as rows and architectures as columns.
+
+    All heat maps of a data set have one scale. The results on all training data have a protocol of their own and are
+    the last row of each.
+    """
     tables = []
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        for protocol, of_protocol in by_protocol([row for row in rows if row["dataset"] == dataset]).items():
-            networks = list(dict.fromkeys(row["network"] for row in of_protocol))
-            sets = by_set(of_protocol, "set")
-            shown = [row for cells in sets.values() for row in cells.values()]
-            low, high = min(row["mean"] for row in shown), max(row["mean"] for row in shown)
-            cells = {name: [_cell(of.get(network), low, high) for network in networks] for name, of in sets.items()}
+        of_dataset = [row for row in rows if row["dataset"] == dataset]
+        groups = by_protocol([row for row in of_dataset if row["synthetic_sha256"] is not None])
+        (full,) = by_set([row for row in of_dataset if row["synthetic_sha256"] is None], "set").values() or ({},)
+        sets = {protocol: by_set(of_protocol, "set") for protocol, of_protocol in (groups or {"": []}).items()}
+        shown = [row for of in sets.values() for cells in of.values() for row in cells.values()] + list(full.values())
+        low, high = min(row["mean"] for row in shown), max(row["mean"] for row in shown)
+        for protocol, of in sets.items():
+            measured = [row for cells in of.values() for row in cells.values()]
+            networks = list(dict.fromkeys([row["network"] for row in groups.get(protocol, ())] or full))
+            last = [full.get(network) for network in networks]
+            counts = sorted({row["n"] for row in (*measured, *filter(None, last))})
             tables.append(
                 {
                     "dataset": dataset,
                     "protocol": protocol,
-                    "changed": changes(of_protocol[0]),
+                    "changed": changes(measured[0]) if measured else "",
                     "networks": networks,
-                    "rows": list(cells.items()),
-                    "n": ", ".join(map(str, sorted({row["n"] for row in shown}))),
+                    "rows": [
+                        (name, [_cell(cells.get(network), low, high) for network in networks])
+                        for name, cells in of.items()
+                    ],
+                    "full": [_cell(row, low, high) for row in last] if any(last) else None,
+                    "full_protocol": next((row["protocol"] for row in last if row), ""),
+                    "n": counted(", ".join(map(str, counts)), "network"),
                 }
             )
     return tables
@@ -351,48 +443,62 @@ def percent(mean: float, std: float | None) -> str:
 
 def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return accuracy against bytes, measured and published."""
-    own_network = [row for row in rows if row["synthetic_sha256"] is not None and row["network"] == row["meant_for"]]
-    groups, measured = by_protocol(own_network), []
+    meant = [row for row in rows if row["network"] == row["meant_for"]]
+    groups, measured = by_protocol([row for row in meant if row["synthetic_sha256"] is not None]), list[Point]()
     for protocol, of_protocol in groups.items():
         for name, cells in by_set(of_protocol, "set").items():
             for row in cells.values():
-                label = name + (f", {protocol}" if len(groups) > 1 else "")
-                total = sum(row["stored_bytes"].values())
-                measured.append(Point(label=label, num_bytes=total, accuracy=row["mean"], std=row["std"]))
-    origin, published, lines = runs[0].syn.origin, [], []
+                training = f", {protocol}" if len(groups) > 1 else ""
+                measured.append(
+                    Point(
+                        label=name + training,
+                        method=(row["method"] or "set") + training,
+                        budget=row["budget"],
+                        num_bytes=sum(row["stored_bytes"].values()),
+                        accuracy=row["mean"],
+                        std=row["std"],
+                    )
+                )
+    origin, published, sources = runs[0].syn.origin, list[Point](), list[str]()
     known = is_known(dataset, origin.dataset["fingerprint"])
     table = json.loads(_resource("published.json")).get(dataset) if known else None
     budgets = {str(run.ipc) for run in runs}
-    labelled = {run.method for run in runs} | set(NAMED)
     for row in table["rows"] if table else []:
         for ipc, (mean, std) in row["accuracy"].items():
             if ipc in budgets:
-                label = f"{row['method']}, ipc {ipc}"
-                total = _published_bytes(origin.input_shape, origin.num_classes, int(ipc), row["labels"])
-                point = Point(
-                    label=row["method"] + ("" if row["verified"] else " (unverified)"),
-                    num_bytes=total,
-                    accuracy=mean / 100,
-                    std=None if std is None else std / 100,
-                    named=row["method"] in labelled,
+                method = row["method"] + ("" if row["verified"] else " (unverified)")
+                published.append(
+                    Point(
+                        label=f"{method}, ipc {ipc}",
+                        method=method,
+                        budget=f"ipc {ipc}",
+                        num_bytes=_published_bytes(origin.input_shape, origin.num_classes, int(ipc), row["labels"]),
+                        accuracy=mean / 100,
+                        std=None if std is None else std / 100,
+                        published=True,
+                    )
                 )
-                published.append(point)
-                source = row["source"] + ("" if row["verified"] else "; from memory, not verified")
-                lines.append(("published", label, total, mean / 100, percent(point.accuracy, point.std), source))
-    ceiling = (
-        (f"all training data, published: {table['full']['accuracy']} %", table["full"]["accuracy"] / 100)
-        if table
-        else None
-    )
-    own = [
-        ("measured", point.label, point.num_bytes, point.accuracy, percent(point.accuracy, point.std), "this report")
-        for point in measured
-    ]
-    svg = ""
-    if measured or published:
-        name = figures.fingerprint("bytes", dataset)
-        svg = figures.accuracy_against_bytes(name, measured, published, ceiling)
-    return {"dataset": dataset, "svg": Markup(svg), "rows": own + lines, "published": bool(published)}
+                sources.append(row["source"] + ("" if row["verified"] else "; from memory, not verified"))
+    full = max((row for row in meant if row["synthetic_sha256"] is None), key=lambda row: int(row["n"]), default=None)
+    line = None if full is None else ("all training data", full["mean"])
+    if line is None and table:
+        line = ("all training data, published", table["full"]["accuracy"] / 100)
+    points = measured + published
+    return {
+        "dataset": dataset,
+        "svg": Markup(
+            figures.accuracy_against_bytes(figures.fingerprint("bytes", dataset), points, line) if points else ""
+        ),
+        "rows": list(
+            zip(
+                points,
+                [percent(point.accuracy, point.std) for point in points],
+                ["this report"] * len(measured) + sources,
+                strict=True,
+            )
+        ),
+        "published": bool(published),
+    }
 
 
 def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels: str) -> int:
@@ -401,15 +507,63 @@ def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels
 
 
 def _commands(run: Run) -> list[str]:
-    """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results."""
+    """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results: buffers, the distillation,
+    and the evaluations with their baselines."""
     data, folder = str(run.record.get("dataset", run.dataset)), run.folder.resolve().name
     data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
-    commands = [["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder]]
-    asked: dict[tuple[Any, ...], list[str]] = {}
+    commands = [command for used in run.syn.origin.artifacts for command in _buffer(run, data, used)]
+    commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder])
+    asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in run.own_results:
-        if not row["protocol"].endswith("*"):
-            asked.setdefault((row["protocol"], row["n"], row["seed"]), []).append(row["network"])
-    for (protocol, n, seed), networks in asked.items():
-        options = ["--num-seeds", str(n), "--protocol", protocol, "--seed", str(seed)]
-        commands.append(["condense", "evaluate", folder, "--networks", *networks, *options])
+        asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
+    baselines = [row for row in run.results if row["synthetic_sha256"] != run.sha256]
+    for (protocol, protocol_hash, n, seed), rows in asked.items():
+        networks = [row["network"] for row in rows]
+        name = protocol.removesuffix("*")
+        options = ["--num-seeds", str(n), "--protocol", name, "--seed", str(seed)]
+        if name in PROTOCOLS and name != protocol:
+            original = json.loads(json.dumps(PROTOCOLS[name].content()))
+            options += _flags("--protocol", original, rows[0]["protocol_fields"])
+        beside = [
+            row
+            for row in baselines
+            if (row["n"], row["seed"]) == (n, seed)
+            and row["network"] in networks
+            and (row["synthetic_sha256"] is None or protocol in ("own", row["protocol"]))
+            and (row["synthetic_sha256"] is None or protocol == "own" or row["protocol_hash"] == protocol_hash)
+        ]
+        by_budget: dict[str, dict[str, None]] = {"images": {}}
+        for row in beside:
+            same = row["synthetic_sha256"] is None or row["num_images"] == run.ipc * run.syn.origin.num_classes
+            by_budget.setdefault("images" if same or run.syn.origin.fraction else "bytes", {})[row["method"]] = None
+        for budget, methods in by_budget.items():
+            words = ["--baselines", *methods] if methods else []
+            words += ["--budget", budget] if budget != "images" else []
+            commands.append(["condense", "evaluate", folder, "--networks", *networks, *options, *words])
     return [shlex.join(command) for command in commands]
+
+
+def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
+    """Return the command that builds a buffer of the recorded extent; nothing for other artifacts."""
+    if used.get("kind") not in ("trajectories", "networks"):
+        return []
+    origin = run.syn.origin
+    words = ["condense", "buffer", "--dataset", data, "--network", run.network]
+    words += ["--transform", origin.transform_name] if origin.transform_name != "channel" else []
+    if origin.split.val_fraction:
+        words += ["--split.val-fraction", str(origin.split.val_fraction), "--split.seed", str(origin.split.seed)]
+    words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
+    words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
+    return [words + (["--keep", "last"] if used["kind"] == "networks" else [])]
+
+
+def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Return the flags that set the fields that differ from the original ones."""
+    words = []
+    for name, value in fields.items():
+        flag, before = f"{prefix}.{name.replace('_', '-')}", original.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            words += _flags(flag, before, value)
+        elif value != before:
+            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
