@@ -39,6 +39,9 @@ SAID_AFTER = 30.0
 """Seconds of waiting after which a warning names the missing processes; repeated each time the wait has doubled."""
 HEARD_WITHIN = 10.0
 """Seconds for which a failing process waits until the others know about the failure."""
+YIELDED = 1.0
+"""Seconds for which a process whose connection broke lets others report first: one that gave up waiting breaks the
+connections of all others, and knows the reason."""
 
 
 class AnotherFailed(ValueError):
@@ -439,6 +442,8 @@ def _collective(tensor: Tensor | None = None) -> Iterator[None]:
         if watch is None:
             raise ValueError(_ENDED) from error
         missing, late = watch.missing(), time.monotonic() - begun >= watch.patience
+        if not late:
+            time.sleep(YIELDED)
         if not watch.may_report():
             raise watch.another_failed() from error
         raise ValueError(_reason(watch, missing, late, error)) from error
