@@ -269,49 +269,49 @@ class Streamed(_Viewed):
         return {**super().identity(), "num_shards": len(self.shards)}
 
 
-class Embedded(Source):
+class _Derived(Source):
+    """The batches of another source, in which a subclass replaces images or targets."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.on_device = source, source.on_device
+        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
+
+    def begin(self, epoch: int) -> None:
+        self.source.begin(epoch)
+
+    def identity(self) -> dict[str, Any]:
+        return self.source.identity()
+
+
+class Embedded(_Derived):
     """The features (n, 1, F) of the views of another source, and its targets."""
 
     def __init__(self, source: Source, embed: Callable[[Tensor], Tensor]) -> None:
         """``embed`` maps images (n, *input_shape) to features (n, F), which get no gradient."""
-        self.source, self.embed = source, embed
-        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
-        self.on_device = source.on_device
-
-    def begin(self, epoch: int) -> None:
-        self.source.begin(epoch)
+        super().__init__(source)
+        self.embed = embed
 
     @torch.no_grad()
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         images, targets = self.source.batch(epoch, index)
         return Batch(self.embed(images)[:, None], targets)
 
-    def identity(self) -> dict[str, Any]:
-        return self.source.identity()
 
-
-class Relabelled(Source):
+class Relabelled(_Derived):
     """The images of another source, with targets from a teacher that gets the same views as the network."""
 
     def __init__(self, source: Source, teacher: Teacher, objective: Objective) -> None:
         """Targets are ``objective.taught`` of the teacher's logits."""
-        self.source, self.teacher, self.objective = source, teacher, objective
-        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
-        self.on_device = source.on_device
-
-    def begin(self, epoch: int) -> None:
-        self.source.begin(epoch)
+        super().__init__(source)
+        self.teacher, self.objective = teacher, objective
 
     @torch.no_grad()
     def batch(self, epoch: int | Tensor, index: int | Tensor) -> Batch:
         images, targets = self.source.batch(epoch, index)
         return Batch(images, self.objective.taught(self.teacher(images), targets))
 
-    def identity(self) -> dict[str, Any]:
-        return self.source.identity()
 
-
-class StoredLabels(Source):
+class StoredLabels(_Derived):
     """The images of another source, with targets from the stored logits of a teacher.
 
     The logits of all views of K epochs are stored. Epoch e has the views and the labels of stored epoch e mod K.
@@ -325,9 +325,9 @@ class StoredLabels(Source):
             epochs: for each stored epoch, the epoch of ``source`` that has its views.
             objective: targets are ``objective.taught`` of the logits.
         """
-        self.source, self.logits, self.epochs, self.objective = source, logits, epochs, objective
-        self.rng, self.num_batches, self.batch_size = source.rng, source.num_batches, source.batch_size
-        self.on_device, self._table = source.on_device, torch.tensor(epochs)
+        super().__init__(source)
+        self.logits, self.epochs, self.objective = logits, epochs, objective
+        self._table = torch.tensor(epochs)
 
     def begin(self, epoch: int) -> None:
         self.source.begin(self.epochs[epoch % len(self.epochs)])
@@ -344,4 +344,4 @@ class StoredLabels(Source):
         return Batch(images, self.objective.taught(self.logits(stored, positions), targets))
 
     def identity(self) -> dict[str, Any]:
-        return {**self.source.identity(), "epochs": list(self.epochs)}
+        return {**super().identity(), "epochs": list(self.epochs)}

@@ -1,17 +1,23 @@
 """Fixtures that several test files share."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from condense import api, privacy
+from condense.artifacts import TrainedNetworks
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load
+from condense.eval.protocol import PROTOCOLS
 from condense.methods import rcig
+from condense.networks import Functional, Weights
+from condense.teachers import Teacher
 
 TINY = "convnet:depth=1,width=4"
 """A network that is small enough to be trained many times."""
@@ -51,6 +57,31 @@ def seeded() -> None:
 def known_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give private methods the same noise in every run."""
     monkeypatch.setattr(privacy, "secret_key", lambda: 0)
+
+
+@pytest.fixture
+def double_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers and their features are in float64."""
+    weights = TrainedNetworks.weights
+
+    def of_double(self: TrainedNetworks, index: int, network: Functional) -> Weights:
+        params, buffers = weights(self, index, network)
+        return Weights(*({name: t.double() for name, t in part.items()} for part in (params, buffers)))
+
+    def embedder(self: Teacher, compute: Compute) -> Any:
+        return lambda x: self.network.features(*self.weights, x, train=False)
+
+    monkeypatch.setattr(TrainedNetworks, "weights", of_double)
+    monkeypatch.setattr(Teacher, "embedder", embedder)
+
+
+@pytest.fixture(scope="module")
+def short_protocol() -> Iterator[None]:
+    """The protocol that is used where none is named has fewer epochs."""
+    canonical = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROTOCOLS.own, "canonical", canonical)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

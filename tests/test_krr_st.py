@@ -12,21 +12,20 @@ from torch import Tensor, nn
 
 import condense
 from condense import api, experiment, show
-from condense.artifacts import TrainedNetworks, open_buffer
+from condense.artifacts import open_buffer
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.method import Context, Optim
 from condense.methods import pool
 from condense.methods.krr_st import KRRST
-from condense.networks import Functional, Weights, build
+from condense.networks import Functional, build
 from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Hard, Origin, Pixels, Targets
 from condense.synthetic import load as read
 from condense.task import Labelled, Split, make_task
-from condense.teachers import Teacher
 from tests.reference import krr_st as twin
 
 NETWORK = "convnet:depth=1,width=8,norm=batch"
@@ -61,23 +60,7 @@ def context(teachers: Path, tiny: Arrays, augment: str = "none", ipc: int = 1) -
     return Context(task, Rng(0), ipc, Pixels(), Targets(), Compute(), origin, opened)
 
 
-@pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The teacher and its features are in float64, too."""
-    weights = TrainedNetworks.weights
-
-    def of_double(self: TrainedNetworks, index: int, network: Functional) -> Weights:
-        params, buffers = weights(self, index, network)
-        return Weights(*({name: t.double() for name, t in part.items()} for part in (params, buffers)))
-
-    def embedder(self: Teacher, compute: Compute) -> Any:
-        return lambda x: self.network.features(*self.weights, x, train=False)
-
-    monkeypatch.setattr(TrainedNetworks, "weights", of_double)
-    monkeypatch.setattr(Teacher, "embedder", embedder)
-
-
-@pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("double_teachers")
 @pytest.mark.parametrize("augment", ["none", "crop_flip:mode=M"])
 def test_it_follows_its_twin_through_the_ages_of_the_pool(augment: str, teachers: Path, tiny: Arrays) -> None:
     ctx, method = context(teachers, tiny, augment), TINY

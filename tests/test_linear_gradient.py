@@ -18,12 +18,11 @@ from condense.data.datasets import Arrays
 from condense.eval.protocol import PROTOCOLS
 from condense.method import Context, Optim
 from condense.methods.linear_gradient import LinearGradient
-from condense.networks import Functional, Weights, build
+from condense.networks import Functional, build
 from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.synthetic import Decode, Hard, Origin, Pixels, Pixels8Bit, load
 from condense.task import Labelled, Split, make_task
-from condense.teachers import Teacher
 from tests.reference import linear_gradient as twin
 
 BACKBONE = "convnet:depth=2,width=4,norm=batch"
@@ -55,23 +54,7 @@ def context(backbones: Path, tiny: Arrays, augment: str = "none", ipc: int = 2) 
     return Context(task, Rng(0), ipc, Pixels(), Hard(), Compute(), origin, opened)
 
 
-@pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backbone and its features are in float64, too."""
-    weights = TrainedNetworks.weights
-
-    def of_double(self: TrainedNetworks, index: int, network: Functional) -> Weights:
-        params, buffers = weights(self, index, network)
-        return Weights(*({name: t.double() for name, t in part.items()} for part in (params, buffers)))
-
-    def embedder(self: Teacher, compute: Compute) -> Any:
-        return lambda x: self.network.features(*self.weights, x, train=False)
-
-    monkeypatch.setattr(TrainedNetworks, "weights", of_double)
-    monkeypatch.setattr(Teacher, "embedder", embedder)
-
-
-@pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("double_teachers")
 @pytest.mark.parametrize("augment", ["none", "resized-crop_flip:mode=M"])
 def test_it_follows_its_twin_through_the_levels_of_the_pyramid(augment: str, backbones: Path, tiny: Arrays) -> None:
     ctx = context(backbones, tiny, augment)

@@ -1,9 +1,7 @@
 """Runs side by side in the terminal."""
 
-import dataclasses
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,9 @@ import condense
 from condense import overview, runs
 from condense.cli import main
 from condense.eval import results
-from condense.eval.protocol import PROTOCOLS
 from tests.conftest import TINY
 
-
-@pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
-    """The protocol that is used where none is named has fewer epochs."""
-    canonical = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROTOCOLS.own, "canonical", canonical)
-        yield
+pytestmark = pytest.mark.usefixtures("short_protocol")
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,9 @@ from condense.eval.protocol import PROTOCOLS
 from condense.eval.report import figures
 from condense.eval.report.figures import Point
 from condense.task import Split
+from tests.conftest import TINY
 
-TINY = "convnet:depth=1,width=4"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
-    """The protocol that is used where none is named has fewer epochs."""
-    canonical = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROTOCOLS.own, "canonical", canonical)
-        yield
+pytestmark = pytest.mark.usefixtures("short_protocol")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,16 @@ class Application(Checked, ABC):
             setting: the set with its data.
             baselines: sets of the same budget by other methods, by name.
         """
+
+
+def numbers_of(accuracies: Sequence[float]) -> dict[str, Any]:
+    """Return the accuracies of several networks, as fractions, for the file of results."""
+    return {
+        "mean": statistics.fmean(accuracies),
+        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "n": len(accuracies),
+        "accuracies": list(accuracies),
+    }
 
 
 def mean_and_spread(values: Tensor) -> str:

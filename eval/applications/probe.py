@@ -8,7 +8,6 @@ of the class and, if asked for, with all real images.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from condense.artifacts import MANIFEST
 from condense.augment import Augment
 from condense.data.images import Images
-from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
+from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread, numbers_of
 from condense.eval.evaluate import resolved
 from condense.eval.protocol import own
 from condense.eval.subject import Subject
@@ -90,18 +89,7 @@ class Probe(Application):
             (name, *(mean_and_spread(torch.tensor(values)) for values in of.values()))
             for name, of in accuracies.items()
         ]
-        numbers = {
-            name: {
-                key: {
-                    "mean": statistics.fmean(values),
-                    "std": statistics.stdev(values) if len(values) > 1 else None,
-                    "n": len(values),
-                    "accuracies": values,
-                }
-                for key, values in of.items()
-            }
-            for name, of in accuracies.items()
-        }
+        numbers = {name: {key: numbers_of(values) for key, values in of.items()} for name, of in accuracies.items()}
         return Findings(
             ("trained on", *(one.network for one in opened)),
             cells,

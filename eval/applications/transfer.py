@@ -12,7 +12,6 @@ Deviation: the linear probe is a ridge regression on standardised features (``co
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from condense.artifacts import MANIFEST, open_buffer
 from condense.augment import Augment
 from condense.data.datasets import Arrays, open_data
 from condense.data.images import Images
-from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
+from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread, numbers_of
 from condense.eval.evaluate import resolved
 from condense.eval.protocol import own, own_network
 from condense.eval.subject import Subject, decoded, load_test
@@ -111,15 +110,7 @@ class Transfer(Application):
                 of_target["tuned"].append(self._tuned(setting, weights, target, setting.rng(f"transfer/{name}", seed)))
         numbers = {
             start: {
-                name: {
-                    use: {
-                        "mean": statistics.fmean(values),
-                        "std": statistics.stdev(values) if len(values) > 1 else None,
-                        "n": len(values),
-                        "accuracies": values,
-                    }
-                    for use, values in of_target.items()
-                }
+                name: {use: numbers_of(values) for use, values in of_target.items()}
                 for name, of_target in of_start.items()
             }
             for start, of_start in accuracies.items()
