@@ -293,8 +293,11 @@ def _measured(path: str, syn: SyntheticSet, fields: Mapping[str, Any]) -> list[d
     def is_set(row: Mapping[str, Any]) -> bool:
         return row["synthetic_sha256"] == own and row["protocol_hash"] == plan.hash
 
+    sizes = {row["num_images"] for row in rows if is_set(row)}
+
     def is_random(row: Mapping[str, Any]) -> bool:
-        return row["method"] == "random" and row["protocol"] == plan.name and row["synthetic_sha256"] is not None
+        is_measured = row["protocol"] == plan.name and row["synthetic_sha256"] is not None
+        return row["method"] == "random" and is_measured and row["num_images"] in sizes
 
     def is_full(row: Mapping[str, Any]) -> bool:
         return row["method"] == FULL and row["synthetic_sha256"] is None

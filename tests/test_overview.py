@@ -125,6 +125,12 @@ def test_sets_are_compared_alike_and_seeds_are_pooled(
     monkeypatch.setattr(overview.api, "evaluate", None)
     main(["compare", *paths[:3], "--networks", TINY, "mlp", "--num-seeds", "2", "--device", "cpu"])
     assert f"{100 * pooled['accuracy']['mean']:.1f} ±" in capsys.readouterr().out
+    content = json.loads(Path(paths[0], "evaluation.json").read_text())
+    for row in content["results"]:
+        row["num_images"] += row["method"] == "random"
+    Path(paths[0], "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(TypeError):  # random images of another budget do not serve: they are evaluated
+        overview.compare(paths[:3], networks=[TINY, "mlp"], num_seeds=2, device="cpu")
 
 
 @pytest.mark.parametrize(
