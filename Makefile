@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix torture check lint format types docs bench bench-growth clean
+.PHONY: help demo test test-slow test-matrix torture check lint format types docs bench results bench-growth clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -67,6 +67,10 @@ docs: .venv/docs ## build the documentation site in build/site; a link that lead
 
 bench: .venv/user ## compare the engine with a textbook implementation (under 20 minutes on two cores)
 	$(BIN)/python -m benchmarks
+
+DEVICE ?= cpu
+results: .venv/user ## measure the open rows of results/table.yaml with the files in DATA, and make docs/results.md (LIMIT minutes)
+	$(BIN)/python -m benchmarks.results $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT)) --device $(DEVICE)
 
 bench-growth: .venv/dev ## measure how time and memory grow with images, classes, steps and experts (under 10 minutes)
 	$(BIN)/python -m benchmarks.growth

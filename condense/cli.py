@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if quiet and verbose:
             raise ValueError("--quiet and --verbose contradict each other; give one of them")
         if os.environ.get("NO_COLOR"):
-            os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "0")
+            os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
         if "RANK" in os.environ:  # this package reports a lost process itself, in one line
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():

@@ -84,6 +84,7 @@ def run(
     validate: Validate | None = None,
     sinks: tuple[Sink, ...] = (),
     on_step: OnStep | None = None,
+    on_save: Callable[[], None] = lambda: None,
 ) -> SyntheticSet:
     """Distil, starting from ``state`` as ``method.init`` returned it.
 
@@ -92,6 +93,8 @@ def run(
     A run that is interrupted at any moment and continued with ``resume`` gives the same bytes as an uninterrupted run.
     With several processes (``ctx.ranks``) the first one writes these files and the others read the checkpoint, so all
     must share the folder. Process k logs the parts of each step that it computes in ``log.rank<k>.jsonl``.
+
+    The first process calls ``on_save`` after each checkpoint.
 
     Raises:
         ValueError: the checkpoint belongs to another recipe or is damaged; the disk is full; a loss or gradient is not
@@ -168,6 +171,7 @@ def run(
                 log.sync()
                 _checkpoint(state, ctx, done, checkpoint, keep)
                 saved_at, saved_time, keep = done, time.monotonic(), previous
+                on_save()
         syn = method.finalize(ctx, state, done)
         if log is not None:
             save(syn, folder / "synthetic.safetensors")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +367,7 @@ def run(
     plan, ranks, device = experiment.plan, ctx.ranks, experiment.network.device
     title = f"{registry.name_of(plan.method)} {ctx.task.name} {plan.budget}"
     ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
+    stopwatch = runs.Stopwatch(folder)
     with plan.compute.arithmetic():
         state = plan.method.init(ctx)
         with reporting(folder):
@@ -378,7 +378,6 @@ def run(
                 write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
             sinks = open_sinks(options.track, folder, ctx.origin.recipe)
             runs.write_source(folder, experiment.source)
-        begun = time.monotonic()
         forget_peak(device)
         detail(f"{folder}, {device_name(device)}, {torch.get_num_threads()} threads\n{recipe.to_yaml(plan)}")
         with progress(title, plan.method.total_steps(ctx)) as bar:
@@ -392,10 +391,12 @@ def run(
                 validate=validate,
                 sinks=sinks,
                 on_step=lambda done, record: bar(done, f"loss {record['loss']:.4g}" if "loss" in record else ""),
+                on_save=stopwatch.save,
             )
     if ranks.first:
         picture.draw(syn, ctx.task.transform, folder / "synthetic.png")
-        runs.write_record(folder, device, time.monotonic() - begun, ranks.size)
+        stopwatch.save()
+        runs.write_record(folder, device, ranks.size)
     ranks.barrier()
     return syn
 

@@ -189,12 +189,36 @@ def write_source(folder: Path, dataset: str) -> None:
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def write_record(folder: Path, device: torch.device, seconds: float, processes: int) -> None:
-    """Complete ``run.json`` at the end of a run. ``seconds`` are added to those of earlier sessions of the run."""
+class Stopwatch:
+    """Adds the time of a session of a run to ``run.json``, from the moment that it is made.
+
+    Steps that an interrupted session took after its last checkpoint are taken again by the next one, so a run that
+    calls ``save`` after each checkpoint counts every step once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read = self._now()
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+
+    def save(self) -> None:
+        """Add the time since the last call. ``cpu_seconds`` is that of all threads of this process."""
+        record, now = read_record(self.folder), self._now()
+        for name, value in now.items():
+            record[name] = round(float(record.get(name, 0.0)) + value - self._read[name], 2)
+        self._read = now
+        write_text(self.folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def write_record(folder: Path, device: torch.device, processes: int) -> None:
+    """Complete ``run.json`` at the end of a run."""
     earlier = read_record(folder)
     record = {
         "dataset": earlier.get("dataset", ""),
-        "seconds": round(float(earlier.get("seconds", 0.0)) + seconds, 2),
+        **{name: earlier[name] for name in ("seconds", "cpu_seconds") if name in earlier},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "machine": platform.machine(),
@@ -223,7 +247,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_of_record(name: str, value: Any) -> bool:
-    kind = {"seconds": float, "peak_memory_bytes": int, "processes": int, "threads": int}.get(name, str)
+    kind = {"seconds": float, "cpu_seconds": float, "peak_memory_bytes": int, "processes": int, "threads": int}.get(
+        name, str
+    )
     return mismatch(value, kind) is None and (kind is str or 0 <= value < 2**63)
 
 

@@ -15,6 +15,9 @@ regression approximates the rest of its training.
     x_i, y_i    ``batch_real`` real images of any class, and their classes as one-hot vectors less 1/C
     lambda      ``ridge`` times the mean of the diagonal of K_ss
 
+The error of the predictions can also be the cross-entropy of RFAD and RCIG (``objective``), whose factor exp(tau) of
+the predictions is learned: ``state.learned["temperature"]`` is tau.
+
 Deviations: see docs/methods/frepo.md.
 """
 
@@ -24,7 +27,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from condense.augment import Augment, mild
 from condense.cudagraph import from_host
@@ -58,6 +62,8 @@ class FRePo(GradientMethod):
     """Number of real images per step, of any class; all of them if there are fewer."""
     ridge: float = 1e-6
     """Ridge of the regression, relative to the mean of the kernel's diagonal."""
+    objective: Literal["mse", "platt"] = "mse"
+    """Loss of the predictions: mse (half the squared error) or platt (cross-entropy, learned temperature)."""
     pool_size: int = 10
     """Number of networks in the pool."""
     max_age: int = 100
@@ -74,12 +80,17 @@ class FRePo(GradientMethod):
     """Optimiser of learned labels."""
     optim_decoder: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
     """Optimiser of a decoder with parameters."""
+    optim_temperature: Optim = Optim(kind="adam", lr=0.01, momentum=0.9)
+    """Optimiser of the logarithm of the temperature of Platt scaling."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "batch_real", "pool_size", "batch_pool", "training_epochs")
         self.require_at_least(0, "max_age")
         self.require_positive("ridge", "lr_pool")
+
+    def optims(self) -> dict[str, Optim]:
+        return super().optims() | {"temperature": self.optim_temperature}
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         num_synthetic = num_classes * images_per_class
@@ -106,9 +117,11 @@ class FRePo(GradientMethod):
         return Augment(mild(task.input_shape))
 
     def init(self, ctx: Context) -> PoolState:
-        syn = ctx.new_set(*ctx.initial(self.start))
+        syn, learned = ctx.new_set(*ctx.initial(self.start)), nn.ParameterDict()
+        if self.objective == "platt":
+            learned["temperature"] = nn.Parameter(torch.zeros((), device=ctx.task.device))
         members = [pool.fresh(ctx, 0, slot, slot * self.max_age // self.pool_size) for slot in range(self.pool_size)]
-        return PoolState(syn=syn, optimisers=self.optimisers(syn), pool=members)
+        return PoolState(syn=syn, optimisers=self.optimisers(syn, learned), learned=learned, pool=members)
 
     def graphs(self, ctx: Context) -> bool:
         return True
@@ -125,8 +138,11 @@ class FRePo(GradientMethod):
         images, values = ctx.task.augment.mirrored(images, labels)
         phi_s = features(params, buffers, images)
         k_ss, k_ts = feature_kernel(phi_s, phi_s), feature_kernel(phi_t, phi_s)
-        wanted = centred(classes, ctx.task.num_classes, real.dtype)
-        error = half_squared_error(regression(k_ts, k_ss, values, self.ridge), wanted)
+        predicted = regression(k_ts, k_ss, values, self.ridge)
+        if self.objective == "platt":
+            error = F.cross_entropy(state.learned["temperature"].exp() * predicted, classes)
+        else:
+            error = half_squared_error(predicted, centred(classes, ctx.task.num_classes, real.dtype))
         if not ctx.labels.learned:
             return error
         margin = margin_loss(labels)

@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import condense
-from condense import api, engine, plugins
+from condense import api, engine, plugins, runs
 from condense.api import find_recipe
 from condense.augment import Augment
 from condense.data.datasets import Arrays, load
@@ -532,6 +533,27 @@ def test_a_run_that_was_stopped_finds_its_data(
             condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", **job)
     del job["network"], job["ipc"], job["batch_real"]
     condense.distill(tmp_path / "run" / "recipe.yaml", out=tmp_path / "run", resume=True, **job)
+
+
+def test_the_time_of_a_run_that_was_stopped_counts(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, now, saved = runs.Stopwatch.save, itertools.count(), itertools.count(1)
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
+    monkeypatch.setattr(runs.Stopwatch, "_now", lambda self: {"seconds": 1.0 * next(now), "cpu_seconds": 0.5})
+
+    def save_twice(watch: runs.Stopwatch) -> None:
+        save(watch)
+        if next(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Stopwatch, "save", save_twice)
+    job: dict[str, Any] = {"network": TINY, "ipc": 1, "batch_real": 4, "num_steps": 4, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", **job)
+    assert runs.read_record(tmp_path / "run")["seconds"] == 2.0
+    condense.distill("dm", dataset=tiny_file, out=tmp_path / "run", resume=True, **job)
+    assert runs.read_record(tmp_path / "run")["seconds"] == 5.0  # two more steps, and the end
 
 
 def test_a_run_of_version_0_1_0_is_resumed(tiny_file: Path, tmp_path: Path) -> None:

@@ -450,3 +450,4 @@ def test_no_color_is_honoured_by_help() -> None:
         environment = {**os.environ, "NO_COLOR": value, "TERM": "xterm-256color", "COLUMNS": "80"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
         assert (re.search(rb"\x1b\[(\d+;)*3\d", done.stdout) is not None) is expected
+        assert b"--dataset" in done.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -53,9 +53,10 @@ def begin(method: FRePo, ctx: Context) -> PoolState:
     return state
 
 
+@pytest.mark.parametrize("objective", ["mse", "platt"])
 @pytest.mark.parametrize("augment", ["none", "none:flips=true"])
-def test_it_follows_its_twin_through_the_ages_of_the_pool(augment: str) -> None:
-    ctx, method = context(augment), TINY
+def test_it_follows_its_twin_through_the_ages_of_the_pool(augment: str, objective: Literal["mse", "platt"]) -> None:
+    ctx, method = context(augment), dataclasses.replace(TINY, objective=objective)
     state = begin(method, ctx)
 
     def network(step: int, slot: int) -> nn.Module:
@@ -83,6 +84,7 @@ def test_it_follows_its_twin_through_the_ages_of_the_pool(augment: str) -> None:
         cosine_to=0.1,
         lr_pool=method.lr_pool,
         flips=ctx.task.augment.flips,
+        lr_temperature=0.01 if objective == "platt" else None,
     )
     for step, (loss, images, labels) in enumerate(expected):
         record = method.step(ctx, state, step)

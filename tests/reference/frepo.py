@@ -18,11 +18,17 @@ def predictions(phi_t: Tensor, phi_s: Tensor, y: Tensor, ridge: float) -> Tensor
     return k_ts @ torch.linalg.solve(k_ss + ridge * scale * torch.eye(len(k_ss), dtype=k_ss.dtype), y)
 
 
-def loss(phi_t: Tensor, phi_s: Tensor, y_s: Tensor, y_t: Tensor, ridge: float, copies: int) -> Tensor:
-    """Return the regression loss minus the margin. ``phi_s`` and ``y_s`` are repeated for mirrored images; the margin
-    counts each label once."""
-    error = predictions(phi_t, phi_s, y_s.repeat(copies, 1), ridge) - y_t
-    regression = sum((row * row).sum() / 2 for row in error) / len(error)
+def loss(
+    phi_t: Tensor, phi_s: Tensor, y_s: Tensor, y_t: Tensor, ridge: float, copies: int, tau: Tensor | None
+) -> Tensor:
+    """Return the loss of the predictions minus the margin. ``phi_s`` and ``y_s`` are repeated for mirrored images; the
+    margin counts each label once. With ``tau``, the loss is the cross-entropy of exp(tau) times the predictions."""
+    predicted = predictions(phi_t, phi_s, y_s.repeat(copies, 1), ridge)
+    if tau is None:
+        regression = sum((row * row).sum() / 2 for row in predicted - y_t) / len(y_t)
+    else:
+        shares = [(tau.exp() * row).exp() / (tau.exp() * row).exp().sum() for row in predicted]
+        regression = -sum(share[wanted.argmax()].log() for share, wanted in zip(shares, y_t, strict=True)) / len(y_t)
     margin = torch.zeros((), dtype=y_s.dtype)
     for label in y_s:
         first, second = label.sort(descending=True).values[:2]
@@ -46,6 +52,7 @@ def frepo(
     cosine_to: float,
     lr_pool: float,
     flips: bool,
+    lr_temperature: float | None = None,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Yield the loss, the images and the labels after each step.
 
@@ -58,6 +65,8 @@ def frepo(
     members = [network(0, slot) for slot in range(pool_size)]
     adams: list[Any] = [torch.optim.Adam(member.parameters(), lr=lr_pool) for member in members]
     memory: list[optim.Memory] = [{}, {}]
+    tau = None if lr_temperature is None else torch.zeros((), dtype=images.dtype, requires_grad=True)
+    adam_tau = None if tau is None else torch.optim.Adam([tau], lr=lr_temperature)
     for step in range(num_steps):
         slot = used(step)
         member = members[slot].eval()
@@ -65,9 +74,13 @@ def frepo(
         real_images, real_labels = real(step)
         mirrored = torch.cat([x, x.flip(3)]) if flips else x
         value = loss(
-            member.embed(real_images).detach(), member.embed(mirrored), y, real_labels, ridge, 2 if flips else 1
+            member.embed(real_images).detach(), member.embed(mirrored), y, real_labels, ridge, 2 if flips else 1, tau
         )
-        grads = torch.autograd.grad(value, (x, y))
+        grads = torch.autograd.grad(value, (x, y), retain_graph=True)
+        if adam_tau is not None:
+            adam_tau.zero_grad()
+            value.backward()
+            adam_tau.step()
         rate = lr * (cosine_to + (1 - cosine_to) * (1 + math.cos(math.pi * step / num_steps)) / 2)
         images, labels = (
             optim.lamb(w.detach(), g, remembered, step + 1, rate, momentum)

@@ -1,0 +1,107 @@
+"""Fill the table of results and make its pages.
+
+    python -m benchmarks.results [--data FOLDER] [--work build/results] [--device cpu] [--limit MINUTES] [--threads 2]
+                                 [--only NAME ...] [--commit HASH]
+
+Rows that have a record are skipped, unless their settings in the table have changed. Without a folder of data, or
+without the file of a data set there, its rows stay open. Every row is written as soon as it is complete, then the pages
+are made from the records alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.results import page, queue, record, table
+from benchmarks.results.table import Row
+from condense.files import locked
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the .npz files")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "results", help="folder of runs and buffers")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which the queue is stopped")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of a process")
+    parser.add_argument("--only", nargs="+", help="rows to measure; their names may end with *")
+    parser.add_argument("--commit", help="commit of the code, where there is no repository")
+    chosen = parser.parse_args()
+    deadline = time.monotonic() + 60 * chosen.limit
+    rows = table.read(RESULTS / "table.yaml")
+    done = measured(rows)
+    files = queue.files(rows.data, chosen.data) if chosen.data else {}
+    due = [
+        row
+        for row in queue.order(rows.rows)
+        if row.device == chosen.device and row.name not in done and row.dataset in files and _asked(row, chosen.only)
+    ]
+    failed = False
+    if due:
+        chosen.work.mkdir(parents=True, exist_ok=True)
+        with locked(chosen.work / "queue", wait=False):
+            work = queue.Queue(
+                data=files,
+                work=chosen.work.resolve(),
+                rows=RESULTS / "rows",
+                threads=chosen.threads,
+                commit=chosen.commit or commit(),
+                deadline=deadline,
+            )
+            failed = measure(work, due)
+    page.write(rows, measured(rows), ROOT)
+    print(f"{len(measured(rows))} of {len(rows.rows)} rows are measured; docs/results.md is made from them", flush=True)
+    return int(failed)
+
+
+def measure(work: queue.Queue, due: list[Row]) -> bool:
+    """Measure rows until they are done or the time is over; return whether one failed."""
+    failed = False
+    for position, row in enumerate(due):
+        print(f"{row.name} ({position + 1} of {len(due)}) ...", flush=True)
+        try:
+            found = work.measure(row)
+        except queue.Stopped:
+            print(f"the time is over: {row.name} and what follows stay open; the next queue goes on here", flush=True)
+            break
+        except queue.Failed as error:
+            print(f"{row.name} failed: {error}", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        scores = {name: record.mean_and_std(found.accuracies(name)) for name in found.protocols}
+        print(f"{row.name}: {scores}, {page.minutes(found):.1f} minutes", flush=True)
+    return failed
+
+
+def measured(rows: table.Table) -> dict[str, record.Record]:
+    """The records whose settings are those of the table."""
+    wanted = {row.name: row for row in rows.rows}
+    found = record.read_all(RESULTS / "rows")
+    return {name: found[name] for name in wanted if name in found and found[name].row == wanted[name]}
+
+
+def commit() -> str:
+    """The commit of the repository, with a plus sign if files of the code differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    code = ["condense", "methods", "buffers", "eval", "benchmarks"]
+    changed = subprocess.run([*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True)
+    return head.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def _asked(row: Row, only: list[str] | None) -> bool:
+    return only is None or any(
+        row.name == name or (name.endswith("*") and row.name.startswith(name[:-1])) for name in only
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The page of results, its figures and the table of the README, made from the table of rows and their records."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.results.published import published
+from benchmarks.results.record import Record, mean_and_std
+from benchmarks.results.table import Row, Section, Table
+from condense.eval.report.figures import Point, accuracy_against_bytes, standalone
+
+START, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
+
+HEAD = """# Results
+
+Test accuracy in percent after the last epoch, as mean ± standard deviation over all networks of all distillations. In
+the column n, the first number counts distillations and the second the networks trained on each. The test split was
+used once, for these numbers. Where several configurations were tried, the one in the table was chosen on images held
+out from the training split, and their number stands in the row.
+
+The protocol `canonical` trains on one class per image, whatever labels a set has; `own` is the training of the
+method, with its labels. A set with *soft* labels stores a vector of values per image. The minutes are the mean time
+of a distillation: on a CPU the time of the processors divided by the number of threads, on a GPU wall time. Published
+numbers are those of the papers, at other budgets than ours; we did not measure them. *Unverified* ones were read
+elsewhere.
+
+`make results` makes this page from `results/table.yaml` and the JSON files in `results/rows`, which hold every
+accuracy, command, commit and device. Earlier measurements are on [another page](measurements.md).
+"""
+
+
+def page(table: Table, records: Mapping[str, Record]) -> str:
+    """The Markdown text of the page."""
+    parts = [HEAD, *(section(part, records) for part in table.sections), commands(table, records)]
+    return "\n".join(parts)
+
+
+def section(part: Section, records: Mapping[str, Record]) -> str:
+    rows = [records[row.name] for row in part.rows if row.name in records]
+    open_rows = [row.name for row in part.rows if row.name not in records]
+    lines = [f"## {part.title}", ""]
+    if part.text:
+        lines += [part.text.strip(), ""]
+    if rows:
+        lines += [*markdown(rows), "", *full_data(rows)]
+        lines += [f"![Accuracy of the rows of this table]({figure_path(part)})", ""]
+    if open_rows:
+        lines += [f"Not measured yet: {', '.join(f'`{name}`' for name in open_rows)}.", ""]
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Record]) -> list[str]:
+    """A table, the best row of the first protocol first; the best entry of each protocol is bold."""
+    protocols = sorted({name for row in rows for name in row.protocols}, key=lambda name: (name != "own", name))
+    best = {name: max((_mean(row, name) for row in rows), default=0.0) for name in protocols}
+    titles = ["row", "labels", "steps", "minutes", *(f"`{name}`" for name in protocols), "n", "tried", "published"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in sorted(rows, key=lambda row: -max(_mean(row, name) for name in row.protocols)):
+        cells = [
+            f"`{row.row.name}`",
+            "hard" if row.labels == "hard" else f"soft ({row.labels})",
+            "—" if row.num_steps is None else f"{row.num_steps:,}",
+            f"{minutes(row):.1f}",
+            *(_cell(row, name, best[name]) for name in protocols),
+            f"{len(row.distillations)} x {len(row.distillations[0].scores[0].accuracies)}",
+            str(row.row.tried),
+            str(published(row.row.method, row.row.dataset, row.row.ipc) or "—"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def full_data(rows: Sequence[Record]) -> list[str]:
+    """Lines on the networks that were trained on all training data."""
+    lines = []
+    for protocol in dict.fromkeys(name for row in rows for name in row.protocols):
+        for row in rows:
+            found = row.accuracies(protocol, method="full")
+            if found:
+                lines.append(f"All training data under `{protocol}`: {mean_and_std(found)} (n = {len(found)}).")
+                break
+    return [*lines, ""] if lines else []
+
+
+def commands(table: Table, records: Mapping[str, Record]) -> str:
+    """What was run for each row, with its provenance."""
+    lines = ["## Commands", "", "Data sets are named; `RUN` is the folder of the run.", ""]
+    for row in table.rows:
+        if row.name not in records:
+            continue
+        record = records[row.name]
+        lines += [f"`{row.name}`: commit {record.commit}, {record.date}, {record.device}, {record.threads} threads,"]
+        lines += [f"torch {record.torch}, seeds 0 to {len(record.distillations) - 1}{_choice(record.row)}", ""]
+        if record.buffer:
+            lines.append(f"    {record.buffer}  # {record.buffer_minutes:.1f} minutes of wall time")
+        lines += [f"    {record.distillations[0].command}", f"    {record.evaluation}", ""]
+    return "\n".join(lines)
+
+
+def figures(table: Table, records: Mapping[str, Record]) -> dict[str, str]:
+    """The text of each figure by its path relative to ``docs``."""
+    found = {}
+    for part in table.sections:
+        rows = [records[row.name] for row in part.rows if row.name in records]
+        if not rows:
+            continue
+        points = [point for row in rows for point in _points(row)]
+        full = [statistics.fmean(a) for row in rows if (a := row.accuracies(row.protocols[0], method="full"))]
+        ceiling = ("all training data", full[0]) if full else None
+        path = figure_path(part)
+        found[path] = standalone(accuracy_against_bytes(path, points, ceiling))
+    return found
+
+
+def figure_path(part: Section) -> str:
+    return f"images/results-{re.sub('[^a-z0-9]+', '-', part.title.lower()).strip('-')}.svg"
+
+
+def best_rows(table: Table, records: Mapping[str, Record]) -> str:
+    """The table of the README: the best row of every data set and budget beside random images and published numbers."""
+    lines = [
+        "| data set | images per class | best row | `own` | `canonical` | minutes | random, `canonical` | published |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    budgets = dict.fromkeys((row.dataset, row.ipc) for row in table.rows)
+    for dataset, ipc in budgets:
+        rows = [r for r in records.values() if (r.row.dataset, r.row.ipc) == (dataset, ipc)]
+        learned = [row for row in rows if row.row.method != "random"]
+        random = [a for row in rows if row.row.method == "random" for a in row.accuracies("canonical")]
+        if not learned:
+            continue
+        best = max(learned, key=lambda row: max(_mean(row, name) for name in row.protocols))
+        lines.append(
+            f"| {dataset} | {ipc} | `{best.row.method}` | {_plain(best, 'own')} | {_plain(best, 'canonical')} "
+            f"| {minutes(best):.1f} | {mean_and_std(random) if random else '—'} "
+            f"| {published(best.row.method, dataset, ipc) or '—'} |"
+        )
+    return "\n".join(lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with ``table`` between its two marks. Raises ValueError if a mark is missing."""
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"README.md lacks the lines {START} and {END}")
+    return f"{before}{START}\n{table}\n{END}{after}"
+
+
+def write(table: Table, records: Mapping[str, Record], root: Path) -> None:
+    """Write page, figures and the table of the README below the root of the repository."""
+    for path, text in figures(table, records).items():
+        (root / "docs" / path).write_text(text, encoding="utf-8")
+    (root / "docs" / "results.md").write_text(page(table, records), encoding="utf-8")
+    readme = root / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), best_rows(table, records)), encoding="utf-8")
+
+
+def minutes(row: Record) -> float:
+    return statistics.fmean(d.minutes if row.row.device == "cuda" else d.cpu_minutes for d in row.distillations)
+
+
+def _points(row: Record) -> list[Point]:
+    protocol = row.protocols[0]
+    found = row.accuracies(protocol)
+    budget, method = f"ipc {row.row.ipc}", row.row.method
+    shared = {"method": method, "budget": budget, "num_bytes": row.bytes}
+    std = statistics.stdev(found) if len(found) > 1 else None
+    points = [Point(label=row.row.name, accuracy=statistics.fmean(found), std=std, **shared)]
+    theirs = published(method, row.row.dataset, row.row.ipc)
+    if theirs is not None:
+        spread = None if theirs.std is None else theirs.std / 100
+        points.append(Point(label=method, accuracy=theirs.mean / 100, std=spread, published=True, **shared))
+    return points
+
+
+def _mean(row: Record, protocol: str) -> float:
+    found = row.accuracies(protocol)
+    return statistics.fmean(found) if found else 0.0
+
+
+def _plain(row: Record, protocol: str) -> str:
+    found = row.accuracies(protocol)
+    return mean_and_std(found) if found else "—"
+
+
+def _cell(row: Record, protocol: str, best: float) -> str:
+    text = _plain(row, protocol)
+    return f"**{text}**" if text != "—" and _mean(row, protocol) == best else text
+
+
+def _choice(row: Row) -> str:
+    return f"; {row.tried} configurations were tried: {row.chosen}" if row.tried > 1 else ""

@@ -1,0 +1,96 @@
+"""The record of a measured row: one JSON file in ``results/rows``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.results.table import Row
+from condense.files import read_json, write_text
+from condense.schema import from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Networks of one architecture, trained on one set under one protocol. Accuracies are fractions of the test split
+    after the last epoch."""
+
+    method: str
+    """Method of the set; ``full`` for all training data."""
+    network: str
+    protocol: str
+    accuracies: tuple[float, ...]
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    seed: int
+    command: str
+    minutes: float
+    """Wall time."""
+    cpu_minutes: float
+    """Time of the processors divided by the number of threads."""
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    row: Row
+    """The row as it was in the table."""
+    labels: str
+    """``hard``, or the kind of the soft labels."""
+    decode: str
+    num_images: int
+    """Number of images, after decoding."""
+    bytes: int
+    """Bytes of the set as stored: images, labels, decoder."""
+    num_steps: int | None
+    distillations: tuple[Distillation, ...]
+    evaluation: str
+    """The command that scored the sets."""
+    commit: str
+    """Commit of the code, with a plus sign if files differed from it."""
+    date: str
+    device: str
+    threads: int
+    torch: str
+    buffer: str = ""
+    """The command that trained networks for the method; empty if it needs none."""
+    buffer_minutes: float = 0.0
+    """Its wall time."""
+    networks: dict[str, int] = field(default_factory=dict)
+    """Number of parameters by architecture."""
+
+    def accuracies(self, protocol: str, network: str = "", method: str = "") -> list[float]:
+        """The accuracies of all networks under a protocol, by default of the first architecture on the row's sets."""
+        wanted = method or self.row.method
+        scores = [s for d in self.distillations for s in d.scores if s.protocol == protocol and s.method == wanted]
+        network = network or (scores[0].network if scores else "")
+        return [accuracy for score in scores if score.network == network for accuracy in score.accuracies]
+
+    @property
+    def protocols(self) -> list[str]:
+        return list(dict.fromkeys(score.protocol for d in self.distillations for score in d.scores))
+
+
+def mean_and_std(accuracies: Sequence[float]) -> str:
+    """Mean and standard deviation of fractions, in percent."""
+    spread = f" ± {100 * statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    return f"{100 * statistics.fmean(accuracies):.1f}{spread}"
+
+
+def read_all(folder: Path) -> dict[str, Record]:
+    """Return the records in a folder by the name of their row. Raises ValueError if a file is damaged."""
+    paths = sorted(folder.glob("*.json"))
+    return {path.stem: from_json(Record, read_json(path, fix="delete it"), str(path)) for path in paths}
+
+
+def write(record: Record, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{record.row.name}.json", json.dumps(dataclasses.asdict(record), indent=1) + "\n")

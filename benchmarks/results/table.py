@@ -1,0 +1,120 @@
+"""The table of rows: which data, method, settings and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from condense.files import read_yaml
+from condense.names import suggest
+from condense.schema import from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One set of settings at one budget. ``flags``, ``buffer`` and ``scoring`` are words of a command line."""
+
+    name: str
+    """Name of the row and of its file."""
+    dataset: str
+    """Name of the data set."""
+    ipc: int
+    """Budget in images per class."""
+    method: str
+    minutes: float
+    """Budget of one distillation. On a CPU: the time of its processors divided by the number of threads, which does not
+    depend on other work of the machine. On a GPU: wall time."""
+    flags: str = ""
+    """Further flags of ``condense distill``. Without ``--method.num-steps``, a method on a CPU gets the number of steps
+    that fits the budget, and at most that of its recipe."""
+    buffer: str = ""
+    """Flags of ``condense buffer`` for methods that need trained networks, whose time is counted apart."""
+    scoring: str = "--protocol own canonical --num-seeds 3"
+    """Flags of ``condense evaluate``."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    distillations: int = 2
+    """Number of distillations, with the seeds 0, 1, ..."""
+    tried: int = 1
+    """Number of configurations that were tried."""
+    chosen: str = ""
+    """How the configuration was chosen, if more than one was tried."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
+            raise ValueError(f"the name {self.name!r} has characters other than a-z, 0-9, - and .")
+        if min(self.ipc, self.distillations, self.tried) < 1 or self.minutes <= 0:
+            raise ValueError("ipc, distillations, tried and minutes must be positive")
+        if self.tried > 1 and not self.chosen:
+            raise ValueError(f"{self.tried} configurations were tried: say in chosen how this one was chosen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Rows that are compared with one another."""
+
+    title: str
+    rows: tuple[Row, ...]
+    text: str = ""
+    """What the page says below the title."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    data: Mapping[str, str]
+    """The name of the ``.npz`` file of each data set, in the folder that the user gives."""
+    sections: tuple[Section, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for section in self.sections for row in section.rows]
+
+
+def read(path: Path) -> Table:
+    """Read a table.
+
+    A row has the fields in ``common`` of its section, then those of the ``settings`` that it names with ``use``, then
+    its own. Its name is that of the section followed by its ``label``, or else its ``use`` or its method.
+
+    Raises:
+        ValueError: the file cannot be read; a field is unknown, missing or wrong; two rows have one name.
+    """
+    content = _known(read_yaml(path, fix="mend it"), ("data", "settings", "sections"), str(path))
+    data, settings = content.get("data", {}), content.get("settings", {})
+    sections = [_section(entry, settings, str(path)) for entry in content.get("sections", [])]
+    table = Table(data=data, sections=tuple(sections))
+    names = [row.name for row in table.rows]
+    for row in table.rows:
+        if names.count(row.name) > 1:
+            raise ValueError(f"{path}: two rows are named {row.name}; give one a label")
+        if row.dataset not in data:
+            raise ValueError(f"{path}: {row.name} has the data set {row.dataset}, for which data names no file")
+    return table
+
+
+def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
+    _known(entry, ("name", "title", "text", "common", "rows"), where)
+    fields = [field.name for field in dataclasses.fields(Row) if field.name != "name"]
+    place, rows = f"{where}, {entry['name']}", []
+    for given in entry["rows"]:
+        used = given.get("use")
+        if used is not None and used not in settings:
+            raise ValueError(f"{place}: there are no settings {used!r}; {suggest(used, settings)}")
+        merged = {**entry.get("common", {}), **settings.get(used, {}), **given}
+        _known(merged, (*fields, "label", "use"), place)
+        label = merged.pop("label", None) or merged.pop("use", None) or merged.get("method")
+        name = f"{entry['name']}-{label}"
+        rows.append(from_json(Row, {"name": name, **merged}, f"{where}, {name}"))
+    return Section(title=entry["title"], text=entry.get("text", ""), rows=tuple(rows))
+
+
+def _known(entry: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: {entry!r} is not a mapping")
+    for name in entry:
+        if name not in names:
+            raise ValueError(f"{where}: there is no field {name!r}; {suggest(str(name), names)}")
+    return dict(entry)

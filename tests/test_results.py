@@ -1,0 +1,203 @@
+"""The queue that measures results, its records, and the pages made from them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.results import __main__ as results
+from benchmarks.results import page, queue, record, table
+from benchmarks.results.published import published
+from benchmarks.results.queue import STEPS, Failed, Queue, Stopped
+from benchmarks.results.table import Row
+from condense import cli
+
+ROOT = Path(__file__).parents[1]
+TINY = "convnet:depth=1,width=4"
+ROW = Row(
+    name="toy-dm",
+    dataset="toy",
+    ipc=1,
+    method="dm",
+    minutes=1.0,
+    flags=f"--network {TINY} --method.num-steps 2 --method.batch-real 4",
+    scoring=f"--protocol canonical --networks {TINY} --num-seeds 2 --protocol.num-epochs 2",
+)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Queue:
+    generator = np.random.default_rng(0)
+    data = {f"x_{part}": generator.random((12, 8, 8, 1), dtype=np.float32) for part in ("train", "test")}
+    data |= {f"y_{part}": np.arange(12) % 3 for part in ("train", "test")}
+    np.savez(tmp_path / "toy.npz", **data)
+    return Queue(
+        data={"toy": tmp_path / "toy.npz"}, work=tmp_path / "work", rows=tmp_path / "rows", threads=1, commit="abc"
+    )
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands run in this process; returns the list of those that were run."""
+    done: list[list[str]] = []
+
+    def run(self: Queue, words: Sequence[str], row: Row) -> str:
+        done.append([*words])
+        if time.monotonic() > self.deadline:
+            raise Stopped
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert cli.main([str(self.data["toy"]) if word == "toy" else word for word in words]) in (0, None)
+        return out.getvalue()
+
+    monkeypatch.setattr(Queue, "run", run)
+    return done
+
+
+def test_a_row_is_measured_once_and_written(work: Queue, here: list[list[str]]) -> None:
+    measured = work.measure(ROW)
+    assert record.read_all(work.rows) == {"toy-dm": measured}
+    assert measured.protocols == ["canonical*"]  # the star says that a field was changed
+    assert len(measured.accuracies("canonical*")) == 4  # two distillations with two networks each
+    assert (measured.num_images, measured.labels, measured.num_steps) == (3, "hard", 2)
+    assert [d.seed for d in measured.distillations] == [0, 1]
+    assert measured.distillations[1].command.startswith("condense distill dm --dataset toy --ipc 1 --seed 1")
+    assert all(d.minutes > 0 and d.cpu_minutes > 0 for d in measured.distillations)
+    here.clear()
+    assert work.measure(ROW).distillations == measured.distillations
+    assert here == []
+
+
+def test_other_settings_do_not_read_the_run_of_the_old_ones(work: Queue, here: list[list[str]]) -> None:
+    other = dataclasses.replace(ROW, ipc=2)
+    assert work.folder(other) != work.folder(ROW)
+
+
+def test_rows_with_the_same_buffer_share_it(work: Queue, here: list[list[str]]) -> None:
+    flags = f"--network {TINY} --num-experts 1 --num-epochs 2"
+    steps = "--method.num-steps 1 --method.syn-steps 1 --method.expert-epochs 1 --method.max-start-epoch 1"
+    row = dataclasses.replace(
+        ROW, name="toy-mtt", method="mtt", buffer=flags, flags=f"--network {TINY} {steps}", distillations=1
+    )
+    first = work.measure(row)
+    work.measure(dataclasses.replace(row, name="toy-mtt-too"))
+    assert [words[0] for words in here].count("buffer") == 1
+    assert first.buffer == f"condense buffer --dataset toy {flags}" and first.buffer_minutes > 0
+
+
+def test_the_number_of_steps_fits_the_budget(work: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four seconds to begin with and a fifth of a second a step fill a minute with 280 steps."""
+
+    def run(self: Queue, words: Sequence[str], row: Row) -> str:
+        out, steps = Path(words[words.index("--out") + 1]), int(words[words.index(STEPS) + 1])
+        out.mkdir(parents=True)
+        (out / "run.json").write_text(json.dumps({"cpu_seconds": 4.0 + 0.2 * steps}))
+        return ""
+
+    monkeypatch.setattr(Queue, "run", run)
+    row = dataclasses.replace(ROW, flags=f"--network {TINY}")
+    assert work.words(row, 0, work.work)[-2:] == [STEPS, "280"]
+    assert work.trial(row, ["distill"], work.work, most=100) == 100
+    assert STEPS not in work.words(dataclasses.replace(row, method="random"), 0, work.work)
+    assert STEPS not in work.words(dataclasses.replace(row, device="cuda"), 0, work.work)
+    shutil.rmtree(work.work)
+    assert work.words(dataclasses.replace(row, minutes=0.05), 0, work.work)[-2:] == [STEPS, "1"]
+
+
+def test_a_queue_whose_time_is_over_leaves_the_row_open(work: Queue, here: list[list[str]]) -> None:
+    with pytest.raises(Stopped):
+        dataclasses.replace(work, deadline=0.0).measure(ROW)
+    assert record.read_all(work.rows) == {}
+
+
+def test_a_running_command_is_stopped_at_the_deadline_and_an_error_is_one_line(work: Queue) -> None:
+    with pytest.raises(Failed, match=r"^condense distill dn: condense: unknown method or recipe 'dn'"):
+        work.run(["distill", "dn"], ROW)
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        dataclasses.replace(work, deadline=began + 0.1).run(["distill", "dm"], ROW)
+    assert time.monotonic() - began < 30
+
+
+def test_rows_of_a_gpu_begin_with_the_largest_gain_per_minute() -> None:
+    row = dataclasses.replace(ROW, dataset="cifar10", ipc=10, device="cuda")
+    slow, quick, unknown = (
+        dataclasses.replace(row, name=name, method=method, minutes=minutes)
+        for name, method, minutes in [("a", "rcig", 9.0), ("b", "dm", 2.0), ("c", "dd", 1.0)]
+    )
+    assert [r.name for r in queue.order([unknown, slow, quick])] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("rows: [{method: dm, ipc: 0}]", "ipc, distillations, tried and minutes must be positive"),
+        ("rows: [{method: dm, steps: 3}]", "there is no field 'steps'"),
+        ("rows: [{method: dm}, {method: dm}]", "two rows are named s-dm; give one a label"),
+        ("rows: [{method: dm, dataset: b}]", "s-dm has the data set b, for which data names no file"),
+        ("rows: [{use: pool}]", "there are no settings 'pool'"),
+        ("rows: [{method: dm, tried: 3}]", "say in chosen how this one was chosen"),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path: Path, line: str, says: str) -> None:
+    file = tmp_path / "table.yaml"
+    common = "common: {dataset: a, ipc: 1, minutes: 1}"
+    file.write_text(f"data: {{a: a.npz}}\nsections:\n- {{name: s, title: t, {common}, {line}}}\n")
+    with pytest.raises(ValueError, match=says):
+        table.read(file)
+
+
+def made(row: Row, labels: str = "hard", **accuracies: Sequence[float]) -> record.Record:
+    scores = tuple(
+        record.Score(method=row.method, network=TINY, protocol=name, accuracies=tuple(values), seed=0, seconds=1.0)
+        for name, values in accuracies.items()
+    )
+    distillation = record.Distillation(seed=0, command="condense distill", minutes=3.0, cpu_minutes=2.0, scores=scores)
+    facts: dict[str, Any] = {"decode": "pixels", "num_images": 10, "bytes": 100, "num_steps": 5, "threads": 2}
+    facts |= {"commit": "abc", "date": "2026-01-01", "device": "cpu", "torch": "2", "evaluation": "condense evaluate"}
+    return record.Record(row=row, labels=labels, distillations=(distillation,), **facts)
+
+
+def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
+    rows = [
+        dataclasses.replace(ROW, name=f"fm-{method}", method=method, dataset="fashion-mnist", ipc=10)
+        for method in ("random", "frepo", "dm", "mtt")
+    ]
+    section = table.Section(title="Ten images", rows=tuple(rows))
+    whole = table.Table(data={"fashion-mnist": "x"}, sections=(section,))
+    records = {
+        "fm-random": made(rows[0], canonical=[0.7, 0.72]),
+        "fm-frepo": made(rows[1], "targets", own=[0.86, 0.88], canonical=[0.5, 0.5]),
+        "fm-dm": made(rows[2], own=[0.80, 0.80], canonical=[0.81, 0.83]),
+    }
+    text = page.page(whole, records)
+    assert "| `fm-frepo` | soft (targets) | 5 | 2.0 | **87.0 ± 1.4** | 50.0 ± 0.0 |" in text
+    assert "**82.0 ± 1.4**" in text and "Not measured yet: `fm-mtt`." in text
+    assert text.index("`fm-frepo` |") < text.index("`fm-dm` |") < text.index("`fm-random` |")
+    assert "86.2 ± 0.2 (unverified)" in text and str(published("random", "fashion-mnist", 10)) == "73.8 ± 0.7"
+    best = page.best_rows(whole, records)
+    assert "| fashion-mnist | 10 | `frepo` | 87.0 ± 1.4 | 50.0 ± 0.0 | 2.0 | 71.0 ± 1.4 | 86.2 ± 0.2" in best
+    (figure,) = page.figures(whole, records).values()
+    assert figure.startswith("<?xml") and "fm-frepo" in figure
+
+
+def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
+    rows = table.read(results.RESULTS / "table.yaml")
+    records = results.measured(rows)
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page.page(rows, records)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page.with_table(readme, page.best_rows(rows, records)) == readme
+    for path in page.figures(rows, records):
+        assert (ROOT / "docs" / path).exists()
+    with pytest.raises(ValueError, match=r"README\.md lacks the lines"):
+        page.with_table("no marks", "")
