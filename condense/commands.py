@@ -245,7 +245,7 @@ class Prepare:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     out: Path | None = None
-    """HTML file to write. The default is report.html in the first run folder."""
+    """HTML file to write. The default is report.html in the first run folder, or FILE.report.html."""
     dataset: str | None = None
     """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
     download: Switch[bool] = False
@@ -726,9 +726,9 @@ def prepare(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    command = recipe.parse(Report, words[len(folders) :], Report(), prog="condense report RUN...")
-    say(str(api.report(folders, command.out, command.dataset, download=command.download)))
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    command = recipe.parse(Report, words[len(given) :], Report(), prog="condense report RUN_OR_FILE...")
+    say(str(api.report(given, command.out, command.dataset, download=command.download)))
 
 
 def compare(words: list[str], ranks: Ranks) -> None:

@@ -100,7 +100,7 @@ def drawn(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> Imag
 
 
 def strip(images: Tensor) -> bytes:
-    """Return a PNG with pictures (n, C, h, w), of one or three channels, in a row; the gaps are transparent."""
+    """Return a PNG with pictures (n, C, h, w), n > 0, of one or three channels, in a row; the gaps are transparent."""
     file = io.BytesIO()
     _row(images).save(file, format="PNG", optimize=True)
     return file.getvalue()

@@ -11,17 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import condense
 from condense import api, cli
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, load
 from condense.eval import report
 from condense.eval.protocol import PROTOCOLS
 from condense.eval.report import figures
 from condense.eval.report.figures import Point
 from condense.task import Split
 from tests.conftest import TINY
+from tests.reference import published
 
 pytestmark = pytest.mark.usefixtures("short_protocol")
 
@@ -297,6 +300,55 @@ def test_a_run_that_was_not_evaluated_has_a_page(tiny_file: Path, tmp_path: Path
     assert "not evaluated" in target.read_text(encoding="utf-8")
 
 
+class TestImportedSets:
+    @pytest.fixture
+    def imported(self, folders: list[Path], tmp_path: Path) -> Path:
+        """The set of the first run as another's file, imported without a word on how it was made."""
+        condense.export(folders[0], tmp_path / "others.npz", "npz")
+        data = json.loads((folders[0] / "run.json").read_text())["dataset"]
+        cli.main(["import", str(tmp_path / "others.npz"), str(tmp_path / "dc.safetensors"), "--dataset", data])
+        return tmp_path / "dc.safetensors"
+
+    def test_they_stand_beside_runs(self, folders: list[Path], tiny_file: Path, imported: Path) -> None:
+        result = condense.evaluate(imported, tiny_file, networks=["mlp", TINY], num_seeds=2, device="cpu").results[1]
+        text = api.report([*folders, imported], imported.with_name("page.html")).read_text(encoding="utf-8")
+        (mean, *_) = re.findall(r'<th scope="row">imported:npz, ipc 2</th>\s*<td data-value="([\d.]+)"', text)
+        assert float(mean) == result.mean, "the network of the runs is preferred"
+        assert f"<title>measured: imported:npz, ipc 2 on {TINY}" in text
+        assert text.count('alt="0, step 8"') == 1 and text.count('<img src="data:image/png') == 3 * 4
+
+    def test_nothing_of_them_is_guessed(self, imported: Path) -> None:
+        target = api.report(imported)
+        text = html.unescape(target.read_text(encoding="utf-8"))
+        assert target == imported.with_name("dc.report.html")
+        facts = dict(re.findall(r"<dt>([^<]+)</dt><dd>([^<]*)</dd>", text))
+        unknown = ("made from", "recipe", "ran on", "finished", "artifacts used")
+        assert {facts[name] for name in unknown} == {"not recorded"} and facts["code"].startswith("not recorded")
+        assert text.count('<td data-value="-1">not recorded</td>') == 3, "minutes twice, and memory"
+        assert 'type="range"' not in text and "no earlier steps" in text and "All the training images" not in text
+        (line,) = re.findall("condense import PUBLISHED dc.safetensors .*", text)
+        assert "--transform channel --decode pixels --name npz" in line
+
+    @pytest.mark.filterwarnings("ignore:the set has no image of 1 of 10 classes")
+    def test_a_class_without_images_is_said_to_have_none(self, tmp_path: Path) -> None:
+        digits = load("digits")
+        kept = digits.y_train[:50] != 3
+        np.savez(tmp_path / "a.npz", images=digits.x_train[:50][kept], labels=digits.y_train[:50][kept])
+        cli.main(["import", str(tmp_path / "a.npz"), str(tmp_path / "a.safetensors"), "--dataset", "digits"])
+        text = api.report(tmp_path / "a.safetensors").read_text(encoding="utf-8")
+        assert text.count("<dd>no image</dd>") == 1
+
+    def test_a_learned_rate_and_a_decoder_are_shown(self, tmp_path: Path) -> None:
+        digits = load("digits")
+        rows = np.concatenate([np.flatnonzero(digits.y_train == c)[:1] for c in range(10)])
+        images = torch.from_numpy(digits.x_train[rows]) - 0.5
+        source = published.mtt(tmp_path, images, torch.from_numpy(digits.y_train[rows]), 0.02)
+        cli.main(["import", str(source), str(tmp_path / "a.safetensors"), "--dataset", "digits", "--decode", "factor"])
+        text = api.report(tmp_path / "a.safetensors").read_text(encoding="utf-8")
+        assert "The learned learning rate of the set is 0.02." in text
+        assert "--decode factor --decode.factor 2" in text
+
+
 def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.npz"
     shutil.copy(tiny_file, data)
@@ -312,6 +364,8 @@ def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_pa
     ("words", "message"),
     [
         ([], "a report needs at least one run"),
+        (["{dm}/run.json"], "run.json"),
+        (["{foreign}"], "first run `condense import"),
         (["nothing"], "no run folder"),
         (["{empty}"], "no run folder"),
         (["{dm}", "--out", "no/such/folder.html"], "there is no folder"),
@@ -324,6 +378,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     places = {name: tmp_path / name for name in ("empty", "unfinished", "damaged")}
     places["empty"].mkdir()
+    places["foreign"] = tmp_path / "others.npz"
+    condense.export(folders[0], places["foreign"], "npz")
     for name in ("unfinished", "damaged"):
         shutil.copytree(folders[0], places[name])
     (places["unfinished"] / "synthetic.safetensors").unlink()

@@ -12,8 +12,8 @@ function show(film, index) {
   film.slider.value = index;
   film.slider.setAttribute("aria-valuetext", `step ${step}`);
   film.output.textContent = step;
-  film.pictures.forEach((picture, k) => {
-    picture.src = film.frames[index][k];
+  film.pictures.forEach((picture) => {
+    picture.src = film.frames[index][picture.dataset.row];
     picture.alt = `${picture.dataset.class}, step ${step}`;
   });
 }
