@@ -549,6 +549,7 @@ def report(
     out: Path | str | None = None,
     dataset: Data | None = None,
     *,
+    unverified: bool = False,
     download: bool = False,
 ) -> Path:
     """Write a self-contained HTML file that compares runs and sets.
@@ -557,6 +558,7 @@ def report(
         folders: run folders; also files of sets, such as imported ones, which have no run folder.
         out: the file to write; by default ``report.html`` in the first run folder, or ``FILE.report.html``.
         dataset: the data set of ZCA-whitened sets, by default at the location that their runs recorded.
+        unverified: whether to show published accuracies that nobody has compared with their source, too.
         download: let torchvision download missing data.
 
     Raises:
@@ -581,7 +583,7 @@ def report(
         except ValueError as error:
             warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
             transforms.append(None)
-    write_text(target, report.render(collected, transforms))
+    write_text(target, report.render(collected, transforms, unverified=unverified))
     return target
 
 

@@ -248,6 +248,8 @@ class Report:
     """HTML file to write. The default is report.html in the first run folder, or FILE.report.html."""
     dataset: str | None = None
     """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
+    unverified: bool = False
+    """Show published accuracies that nobody has compared with their source, too."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
 
@@ -727,8 +729,9 @@ def prepare(words: list[str]) -> None:
 
 def report(words: list[str]) -> None:
     given = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    command = recipe.parse(Report, words[len(given) :], Report(), prog="condense report RUN_OR_FILE...")
-    say(str(api.report(given, command.out, command.dataset, download=command.download)))
+    flags = _bare(words[len(given) :], "--unverified")
+    fields = _fields(recipe.parse(Report, flags, Report(), prog="condense report RUN_OR_FILE..."))
+    say(str(api.report(given, **fields)))
 
 
 def compare(words: list[str], ranks: Ranks) -> None:

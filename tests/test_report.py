@@ -242,6 +242,27 @@ def test_data_of_a_known_name_and_other_content_have_no_published_companions(tin
     assert "published: " not in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
 
 
+def test_unverified_published_numbers_are_shown_on_demand(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data of the runs take the name and the place of MNIST."""
+    from condense.eval.report import page
+
+    resource = page._resource
+    monkeypatch.setattr(page, "is_known", lambda *_: True)
+    monkeypatch.setattr(page, "_resource", lambda name: resource(name).replace('"mnist"', '"tiny"'))
+    rows = json.loads(resource("published.json"))["mnist"]["rows"]
+    unverified = {row["method"] for row in rows if not row["verified"]}
+    text = api.report(folders[2], tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = re.findall("<title>published: (.+?), ipc 1, ", text)
+    assert len(shown) == len(rows) - len(unverified) and not unverified & set(shown)
+    assert f"{len(unverified)} published numbers of tiny are hidden" in text
+    cli.main(["report", str(folders[2]), "--out", str(tmp_path / "page.html"), "--unverified"])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(re.findall("<title>published: ", text)) == len(rows) and "are hidden" not in text
+    assert len(re.findall("<title>published: [^,]+ \\(unverified\\), ", text)) == len(unverified)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -440,6 +461,7 @@ def test_the_published_rows_are_fractions_of_a_hundred_and_say_their_source() ->
     folder = Path(report.__file__).parent
     for name, table in json.loads((folder / "published.json").read_text(encoding="utf-8")).items():
         assert 0 < table["full"]["accuracy"] <= 100, name
+        assert table["full"]["source"] in {row["source"] for row in table["rows"] if row["verified"]}
         for row in table["rows"]:
             assert row["source"] and row["labels"] in ("hard", "soft") and isinstance(row["verified"], bool)
             assert all(0 < mean <= 100 and (std is None or std < 10) for mean, std in row["accuracy"].values())

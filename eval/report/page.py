@@ -32,12 +32,13 @@ MAX_IMAGES = 200
 """Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
 
 
-def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
+def render(runs: Sequence[Run], pixels: Sequence[Transform | None], *, unverified: bool = False) -> str:
     """Render the report; each data set has its own comparison with published accuracies.
 
     Args:
         runs: the runs to compare.
         pixels: for each run, the transform that is inverted to show pixels; None if it is not available.
+        unverified: whether to show published accuracies that nobody compared with their source.
     """
     names = _names(runs)
     datasets = list(dict.fromkeys(run.dataset for run in runs))
@@ -68,7 +69,12 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
         tables=_tables(rows),
         pooled=_pooled(runs),
         budgets=[
-            _budget(name, [run for run in runs if run.dataset == name], [row for row in rows if row["dataset"] == name])
+            _budget(
+                name,
+                [run for run in runs if run.dataset == name],
+                [row for row in rows if row["dataset"] == name],
+                unverified,
+            )
             for name in datasets
         ],
     )
@@ -475,8 +481,8 @@ def percent(mean: float, std: float | None) -> str:
     return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
-def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return accuracy against bytes, measured and published."""
+def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], unverified: bool) -> dict[str, Any]:
+    """Return accuracy against bytes, measured and published, and the number of published accuracies left out."""
     meant = [row for row in rows if row["network"] == row["meant_for"]]
     groups, measured = by_protocol([row for row in meant if row["synthetic_sha256"] is not None]), list[Point]()
     for protocol, of_protocol in groups.items():
@@ -496,10 +502,12 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
     origin, published, sources = runs[0].syn.origin, list[Point](), list[str]()
     known = is_known(dataset, origin.dataset["fingerprint"])
     table = json.loads(_resource("published.json")).get(dataset) if known else None
-    budgets = {str(run.ipc) for run in runs}
+    budgets, hidden = {str(run.ipc) for run in runs}, 0
     for row in table["rows"] if table else []:
         for ipc, (mean, std) in row["accuracy"].items():
-            if ipc in budgets:
+            if ipc in budgets and not row["verified"] and not unverified:
+                hidden += 1
+            elif ipc in budgets:
                 method = row["method"] + ("" if row["verified"] else " (unverified)")
                 published.append(
                     Point(
@@ -532,6 +540,7 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
             )
         ),
         "published": bool(published),
+        "hidden": hidden,
     }
 
 
