@@ -557,7 +557,8 @@ def report(
     Args:
         folders: run folders; also files of sets, such as imported ones, which have no run folder.
         out: the file to write; by default ``report.html`` in the first run folder, or ``FILE.report.html``.
-        dataset: the data set of ZCA-whitened sets, by default at the location that their runs recorded.
+        dataset: the data set of the sets, by default at the location that their runs recorded. The pictures of
+            ZCA-whitened sets and the nearest training images need it.
         unverified: whether to show published accuracies that nobody has compared with their source, too.
         download: let torchvision download missing data.
 
@@ -583,7 +584,8 @@ def report(
         except ValueError as error:
             warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
             transforms.append(None)
-    write_text(target, report.render(collected, transforms, unverified=unverified))
+    training = [sets.training_samples(path, dataset, download=download) for path in paths]
+    write_text(target, report.render(collected, transforms, training, unverified=unverified))
     return target
 
 

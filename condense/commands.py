@@ -247,7 +247,8 @@ class Report:
     out: Path | None = None
     """HTML file to write. The default is report.html in the first run folder, or FILE.report.html."""
     dataset: str | None = None
-    """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
+    """Data set that the sets were distilled from, needed for the pictures of ZCA-whitened sets and the nearest training
+    images. The default is the location recorded by each run."""
     unverified: bool = False
     """Show published accuracies that nobody has compared with their source, too."""
     download: Switch[bool] = False

@@ -18,9 +18,10 @@ import torch
 import condense
 from condense import api, cli
 from condense.data.datasets import Arrays, load
+from condense.data.images import Images
 from condense.eval import report
 from condense.eval.protocol import PROTOCOLS
-from condense.eval.report import figures
+from condense.eval.report import figures, nearest
 from condense.eval.report.figures import Point
 from condense.task import Split
 from tests.conftest import TINY
@@ -337,6 +338,7 @@ class TestImportedSets:
         assert float(mean) == result.mean, "the network of the runs is preferred"
         assert f"<title>measured: imported:npz, ipc 2 on {TINY}" in text
         assert text.count('alt="0, step 8"') == 1 and text.count('<img src="data:image/png') == 3 * 4
+        assert "not shown, because the data set is not at hand" in text, "the imported set has no path of its data"
 
     def test_nothing_of_them_is_guessed(self, imported: Path) -> None:
         target = api.report(imported)
@@ -368,6 +370,29 @@ class TestImportedSets:
         text = api.report(tmp_path / "a.safetensors").read_text(encoding="utf-8")
         assert "The learned learning rate of the set is 0.02." in text
         assert "--decode factor --decode.factor 2" in text
+
+
+@pytest.mark.parametrize("transform", ["channel", "zca"])
+def test_the_nearest_training_images_are_found(transform: str, tiny: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among chunks of five, compared with all distances at once; a copy has distance 0."""
+    monkeypatch.setattr(nearest, "_CHUNK_VALUES", 5 * 64)
+    space = api.plain_task(tiny, "mlp", transform, Split(val_fraction=0.0)).transform
+    images = Images.of(tiny.x_train, torch.device("cpu")).subset(torch.arange(3, len(tiny.x_train)))
+    real = space(images[:])
+    rows = [real[[7, 2]], real[:0], real[[9]] + 0.3 * torch.randn(1, 1, 8, 8)]
+    found = nearest.nearest(rows, images, space)
+    assert [len(row) for row in found.samples] == [2, 0, 1]
+    assert found.distances[0] == [0, 0] and torch.equal(found.samples[0], images[torch.tensor([7, 2])])
+    apart = torch.cdist(rows[2].flatten(1), real.flatten(1))[0]
+    assert found.distances[2] == pytest.approx([apart.min().item()], rel=1e-4)
+    assert torch.equal(found.samples[2][0], images[apart.argmin()[None]][0])
+
+
+def test_only_images_that_the_run_saw_are_shown_as_the_nearest(file: Path, folders: list[Path], tiny: Arrays) -> None:
+    text = file.read_text(encoding="utf-8")
+    held_out = len(condense.load(folders[0]).origin.split.indices(torch.from_numpy(tiny.y_train))[1])
+    assert held_out and f"the nearest of {len(tiny.x_train) - held_out} training images of the run" in text
+    assert text.count('class="nearest"') == 3 * 3 and '["0 (start)", "1", ' in text
 
 
 def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_path: Path) -> None:
@@ -507,7 +532,7 @@ class TestInABrowser:
 
     def test_it_loads_with_every_picture(self, tab: Any) -> None:
         widths = tab.eval_on_selector_all("img", "pictures => pictures.map(picture => picture.naturalWidth)")
-        assert len(widths) == 9 and min(widths) >= 8
+        assert len(widths) == 18 and min(widths) >= 8
 
     def test_the_slider_changes_the_picture_by_keyboard(self, tab: Any) -> None:
         slider, picture = tab.locator("input[type=range]").first, tab.locator(".film img").first
@@ -516,7 +541,8 @@ class TestInABrowser:
         slider.focus()
         tab.keyboard.press("Home")
         assert picture.get_attribute("src") != last
-        assert picture.get_attribute("alt") == "0, step 1" and slider.get_attribute("aria-valuetext") == "step 1"
+        start = "step 0 (start)"
+        assert picture.get_attribute("alt") == f"0, {start}" and slider.get_attribute("aria-valuetext") == start
         tab.keyboard.press("End")
         assert picture.get_attribute("src") == last
 
@@ -529,6 +555,28 @@ class TestInABrowser:
         first.focus()
         tab.keyboard.press("End")
         assert second.input_value() == "0" and first.input_value() != "0"
+
+    @pytest.mark.parametrize("width", [390, 1200])
+    def test_a_row_is_enlarged_by_keyboard_and_by_mouse(self, tab: Any, width: int) -> None:
+        """The nearest training images stand beside those of the last step, and of no other."""
+        tab.set_viewport_size({"width": width, "height": 800})
+        row, dialog = tab.locator(".picture").first, tab.locator("dialog")
+        assert not dialog.is_visible()
+        row.focus()
+        tab.keyboard.press("Enter")
+        assert dialog.is_visible() and dialog.locator("canvas").count() == 2 * 2
+        assert all(text.startswith("distance ") for text in dialog.locator("figcaption").all_text_contents())
+        assert dialog.evaluate("dialog => dialog.scrollWidth <= dialog.clientWidth")
+        drawn = "all => all.map(c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
+        assert min(dialog.locator("canvas").evaluate_all(drawn)) > 2, "no canvas is empty"
+        tab.keyboard.press("Escape")
+        assert not dialog.is_visible() and row.evaluate("row => row === document.activeElement")
+        tab.locator("input[type=range]").first.focus()
+        tab.keyboard.press("Home")
+        row.click()
+        assert dialog.locator("canvas").count() == 2 and "step 0 (start)" in dialog.locator("h2").text_content()
+        dialog.get_by_text("Close").click()
+        assert not dialog.is_visible()
 
     def test_the_tables_sort_by_their_headings(self, tab: Any) -> None:
         table = tab.locator("#architectures table").first

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from condense import __version__, picture
 from condense.data.datasets import is_known
+from condense.data.images import Images
 from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
 from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import NOT_RECORDED, Run
 from condense.eval.report.figures import Point, readable_bytes
+from condense.eval.report.nearest import nearest
 from condense.eval.report.reproduce import PUBLISHED, commands
 from condense.eval.results import balanced, by_protocol, by_set, pool
 from condense.synthetic.set import SyntheticSet
@@ -32,12 +34,19 @@ MAX_IMAGES = 200
 """Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
 
 
-def render(runs: Sequence[Run], pixels: Sequence[Transform | None], *, unverified: bool = False) -> str:
+def render(
+    runs: Sequence[Run],
+    pixels: Sequence[Transform | None],
+    training: Sequence[Images | None],
+    *,
+    unverified: bool = False,
+) -> str:
     """Render the report; each data set has its own comparison with published accuracies.
 
     Args:
         runs: the runs to compare.
         pixels: for each run, the transform that is inverted to show pixels; None if it is not available.
+        training: for each run, the training samples in the space of the data; None if they are not at hand.
         unverified: whether to show published accuracies that nobody compared with their source.
     """
     names = _names(runs)
@@ -53,8 +62,8 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None], *, unverifie
     environment.filters["bytes"] = readable_bytes
     environment.filters["counted"] = counted
     pages = [
-        _run(run, name, f"run{k}", back, runs)
-        for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
+        _run(run, name, f"run{k}", None if back is None else _film(run, back, real), runs)
+        for k, (run, name, back, real) in enumerate(zip(runs, names, pixels, training, strict=True))
     ]
     return environment.get_template("page.html").render(
         title=", ".join(datasets),
@@ -164,7 +173,7 @@ def _seen(run: Run) -> str:
     return f"{100 * (1 - split.val_fraction):g} % of the training images ({rest})"
 
 
-def _run(run: Run, name: str, key: str, transform: Transform | None, runs: Sequence[Run]) -> dict[str, Any]:
+def _run(run: Run, name: str, key: str, film: Mapping[str, Any] | None, runs: Sequence[Run]) -> dict[str, Any]:
     origin, record, cost = run.syn.origin, run.record, run.syn.cost()
     loss, headline = run.curve("loss"), _headline(run, _network(run, runs))
     facts = ("machine", "torch", "python", "finished", "device")
@@ -188,7 +197,7 @@ def _run(run: Run, name: str, key: str, transform: Transform | None, runs: Seque
         "minutes": record["seconds"] / 60 if "seconds" in record else None,
         "peak": record.get("peak_memory_bytes"),
         "device": known["device"],
-        "film": None if transform is None else _film(run, transform),
+        "film": film,
         "loss": _figure("loss", key, {"loss": loss}, "step", "loss", log=True) if loss[0] else None,
         "labels": _labels(run.syn),
         "lr": _learned_lr(run, key),
@@ -240,9 +249,9 @@ def _headline(run: Run, network: str) -> Mapping[str, Any] | None:
     return max(run.own_results, key=lambda row: (row["network"] == network, row["n"]), default=None)
 
 
-def _film(run: Run, transform: Transform) -> dict[str, Any]:
-    """Return the images of each class at each snapshot and, of clips, animations of the last one; a set without classes
-    has one row."""
+def _film(run: Run, transform: Transform, real: Images | None) -> dict[str, Any]:
+    """Return the images of each class at each snapshot, the nearest training images of the last one and, of clips, its
+    animations; a set without classes has one row."""
     origin = run.syn.origin
     classes = origin.dataset["classes"] if origin.num_classes else [kind(origin.input_shape)]
     columns = max(1, min(10, MAX_IMAGES // len(classes)))
@@ -250,17 +259,43 @@ def _film(run: Run, transform: Transform) -> dict[str, Any]:
         [_strip(images) for images in picture.by_class(syn, transform, columns=columns)]
         for syn in run.snapshots.values() or (run.syn,)
     ]
-    steps, shown = list(run.snapshots), min(len(classes), MAX_IMAGES)
+    steps, shown = ["0 (start)" if step == 0 else str(step) for step in run.snapshots], min(len(classes), MAX_IMAGES)
     clips = kind(run.syn.origin.input_shape) == "clips"
     played = picture.played(run.syn, transform, columns=columns)[:shown] if clips else []
+    rows = picture.samples_by_class(run.syn, columns)[:shown]
+    copies, says = _nearest(run, rows, transform, real)
     return {
+        "nearest": copies,
+        "nearest_says": says,
         "played": [_data_uri(png) for png in played],
         "steps": steps,
         "classes": classes[:shown],
         "left_out": len(classes) - shown,
         "last": frames[-1][:shown],
+        "counts": [len(row) for row in rows],
         "json": Markup(json.dumps({"steps": steps, "frames": [frame[:shown] for frame in frames]})),
     }
+
+
+def _nearest(
+    run: Run, rows: Sequence[Tensor], transform: Transform, real: Images | None
+) -> tuple[list[tuple[str, str]], str]:
+    """Return for each row the strip of the nearest training images and their distances, and a sentence about them."""
+    if kind(run.syn.origin.input_shape) == "graphs":
+        return [], "Graphs have no distance by which nearest training graphs could be shown."
+    if real is None:
+        return [], "The nearest training images are not shown, because the data set is not at hand."
+    found = nearest(rows, real, transform)
+    strips = [_strip(row) for row in picture.pictures(list(found.samples))]
+    every = [distance for row in found.distances for distance in row]
+    seen = "training images of the run" if run.is_recorded else "training images"
+    says = (
+        f"Below each row of the finished set are the nearest of {len(real)} {seen}, by the Euclidean distance between "
+        f"the pixels after the transform {run.syn.origin.transform_name}: {min(every):.3g} to {max(every):.3g}, median "
+        f"{statistics.median(every):.3g}. A distance of 0 is a copy."
+    )
+    distances = [" ".join(f"{distance:.3g}" for distance in row) for row in found.distances]
+    return list(zip(strips, distances, strict=True)), says
 
 
 def _strip(images: Tensor) -> str:
