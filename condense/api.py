@@ -549,21 +549,31 @@ def report(
     out: Path | str | None = None,
     dataset: Data | None = None,
     *,
+    unverified: bool = False,
     download: bool = False,
 ) -> Path:
-    """Write a self-contained HTML file that compares runs, by default ``report.html`` in the first run folder.
+    """Write a self-contained HTML file that compares runs and sets.
 
-    ``dataset`` is the data set of ZCA-whitened sets, by default at the location that their runs recorded.
+    Args:
+        folders: run folders; also files of sets, such as imported ones, which have no run folder.
+        out: the file to write; by default ``report.html`` in the first run folder, or ``FILE.report.html``.
+        dataset: the data set of the sets, by default at the location that their runs recorded. The pictures of
+            ZCA-whitened sets and the nearest training images need it.
+        unverified: whether to show published accuracies that nobody has compared with their source, too.
+        download: let torchvision download missing data.
 
     Raises:
-        ValueError: a folder holds no finished run; the file cannot be written, or it exists and is no report.
+        ValueError: a folder holds no finished run, or a file no set; the report cannot be written, or its file exists
+            and is no report.
     """
     from condense.eval import report
 
-    paths = [expanded(folder) for folder in ((folders,) if isinstance(folders, Path | str) else folders)]
+    paths = [expanded(path) for path in ((folders,) if isinstance(folders, Path | str) else folders)]
     if not paths:
         raise ValueError("a report needs at least one run; give folders that `condense distill` wrote")
-    target = expanded(out) if out is not None else paths[0] / "report.html"
+    first = paths[0]
+    usual = first / "report.html" if first.is_dir() else first.with_suffix(".report.html")
+    target = usual if out is None else expanded(out)
     collected = [report.collect(path) for path in paths]
     check_new_file(target, "report")
     check_replaceable(target, "report", b"<!doctype html>")
@@ -574,7 +584,8 @@ def report(
         except ValueError as error:
             warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
             transforms.append(None)
-    write_text(target, report.render(collected, transforms))
+    training = [sets.training_samples(path, dataset, download=download) for path in paths]
+    write_text(target, report.render(collected, transforms, training, unverified=unverified))
     return target
 
 

@@ -32,7 +32,7 @@ Distil a data set into a few images per class, and evaluate them.
   apply     NAME RUN|FILE ...  test a set in an application: continual, nas, privacy, probe, ranking, transfer
   apply     pruning DATA ...   accuracy by the share of the real images that selections keep
   compare   RUN|FILE...        evaluate sets alike: gain over random images, share of all training data
-  report    RUN... [--out F]   compare runs in one HTML page
+  report    RUN|FILE...        compare runs and imported sets in one HTML page
   runs      [FOLDER]           list the runs below a folder, finished or not
   show      RUN|FILE|BUFFER    summarise a run, a set or a buffer
   show      METHOD|RECIPE ...  print the recipe for a data set and budget as YAML

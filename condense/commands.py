@@ -245,9 +245,12 @@ class Prepare:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     out: Path | None = None
-    """HTML file to write. The default is report.html in the first run folder."""
+    """HTML file to write. The default is report.html in the first run folder, or FILE.report.html."""
     dataset: str | None = None
-    """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
+    """Data set that the sets were distilled from, needed for the pictures of ZCA-whitened sets and the nearest training
+    images. The default is the location recorded by each run."""
+    unverified: bool = False
+    """Show published accuracies that nobody has compared with their source, too."""
     download: Switch[bool] = False
     """Let torchvision download a missing data set."""
 
@@ -726,9 +729,10 @@ def prepare(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    command = recipe.parse(Report, words[len(folders) :], Report(), prog="condense report RUN...")
-    say(str(api.report(folders, command.out, command.dataset, download=command.download)))
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    flags = _bare(words[len(given) :], "--unverified")
+    fields = _fields(recipe.parse(Report, flags, Report(), prog="condense report RUN_OR_FILE..."))
+    say(str(api.report(given, **fields)))
 
 
 def compare(words: list[str], ranks: Ranks) -> None:

@@ -149,8 +149,16 @@ def run(
                 if ctx.task.device.type == "cpu" and total >= MANY_STEPS and left > LONG_SECONDS:
                     warnings.warn(_takes_long(total - step, left), stacklevel=2)
 
+        def keep_snapshot() -> None:
+            snapshot = folder / "snapshots" / f"step_{done:07d}.safetensors"
+            with reporting(snapshot):
+                snapshot.parent.mkdir(exist_ok=True)
+            save(method.finalize(ctx, state, done), snapshot)
+
         steps = _Steps(method, ctx, state, checkpoint, report)
 
+        if log is not None and not done and method.learns:
+            keep_snapshot()
         logs.enter_context(_noting(lambda: saved_at, total, checkpoint))
         while done < total:
             if shares is not None:  # before the step, so that no checkpoint is ahead of this log
@@ -163,10 +171,7 @@ def run(
             if log is None:
                 continue
             if done in marks:
-                snapshot = folder / "snapshots" / f"step_{done:07d}.safetensors"
-                with reporting(snapshot):
-                    snapshot.parent.mkdir(exist_ok=True)
-                save(method.finalize(ctx, state, done), snapshot)
+                keep_snapshot()
             if checkpoint_due():
                 log.sync()
                 _checkpoint(state, ctx, done, checkpoint, keep)

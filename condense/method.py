@@ -532,7 +532,7 @@ class Method(Checked, ABC):
         tensors, and ends the run if one is not finite."""
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
-        """Return the set to store after ``steps`` steps. The state must not change."""
+        """Return the set to store after ``steps`` steps, 0 for the start. The state must not change."""
         return cast(SyntheticSet, state.syn)
 
 
@@ -707,7 +707,7 @@ class GradientMethod(Method):
         record |= self.after(ctx, state, step) or {}
 
     def finalize(self, ctx: Context, state: Any, steps: int) -> SyntheticSet:
-        if self.ema is None:
+        if self.ema is None or not steps:
             return cast(SyntheticSet, state.syn)
         averaged: SyntheticSet = copy.deepcopy(state.syn)
         weight = 1 - self.ema**steps

@@ -48,8 +48,13 @@ def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> l
 
     A set without classes has one row.
     """
-    rows = _samples_by_class(syn, transform, columns)
-    match kind(syn.origin.input_shape):
+    return pictures([transform.to_data(row) for row in samples_by_class(syn, columns)])
+
+
+@torch.no_grad()
+def pictures(rows: list[Tensor]) -> list[Tensor]:
+    """Return pictures (n, C, h, w) in [0, 1] of rows of samples (n, *input_shape) in the space of the data."""
+    match kind(rows[0].shape[1:]):
         case "images":
             return rows
         case "clips":
@@ -64,13 +69,14 @@ def by_class(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> l
 @torch.no_grad()
 def played(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> list[bytes]:
     """Return one animation (PNG) per class of a set of clips, which plays at most ``columns`` clips in a row."""
-    return [_animation(row) for row in _samples_by_class(syn, transform, columns)]
+    return [_animation(transform.to_data(row)) for row in samples_by_class(syn, columns)]
 
 
-def _samples_by_class(syn: SyntheticSet, transform: Transform, columns: int) -> list[Tensor]:
-    """Return at most ``columns`` samples of each class, (n, *input_shape), in the space of the data."""
+@torch.no_grad()
+def samples_by_class(syn: SyntheticSet, columns: int) -> list[Tensor]:
+    """Return at most ``columns`` samples of each class, (n, *input_shape), in the transformed space, on the CPU."""
     indices = ((syn.classes == c).nonzero()[:columns, 0] for c in range(syn.origin.num_classes or 1))
-    return [transform.to_data(syn(index)[0])[:columns].cpu() for index in indices]
+    return [syn(index)[0][:columns].cpu() for index in indices]
 
 
 def grid(rows: Sequence[Tensor]) -> Tensor:
@@ -100,7 +106,7 @@ def drawn(syn: SyntheticSet, transform: Transform, *, columns: int = 10) -> Imag
 
 
 def strip(images: Tensor) -> bytes:
-    """Return a PNG with pictures (n, C, h, w), of one or three channels, in a row; the gaps are transparent."""
+    """Return a PNG with pictures (n, C, h, w), n > 0, of one or three channels, in a row; the gaps are transparent."""
     file = io.BytesIO()
     _row(images).save(file, format="PNG", optimize=True)
     return file.getvalue()

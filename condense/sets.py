@@ -107,3 +107,16 @@ def with_transform(
         return result, Transform.from_description(result.origin.transform)
     _, arrays = open_set(syn, dataset, download=download)
     return result, transform_of(result, arrays, cache_folder())
+
+
+def training_samples(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> Images | None:
+    """Return the samples that a set was distilled from, in the space of the data; all training samples if the set does
+    not record a split, and None if its data cannot be read."""
+    try:
+        result, arrays = open_set(syn, dataset, download=download)
+    except ValueError:
+        return None
+    if arrays.fingerprint["train"] != result.origin.fingerprint:
+        return None
+    train_index, _ = result.origin.split.indices(torch.from_numpy(arrays.y_train))
+    return Images.of(arrays.x_train, torch.device("cpu")).subset(train_index)

@@ -147,12 +147,13 @@ class TrajectoryMatching(Unrolled):
         return self.masked(ctx, batches, step, part)
 
     def finalize(self, ctx: Context, state: GradientState, steps: int) -> SyntheticSet:
-        """Return the set to store. Its ``teacher`` labels are the softmax of the target snapshot of the last step."""
+        """Return the set to store. Its ``teacher`` labels are the softmax of the target snapshot of the last step,
+        and before any step of the first."""
         syn = super().finalize(ctx, state, steps)
         if ctx.labels.name != "teacher":
             return syn
         labelled = copy.deepcopy(syn)
-        expert, epoch = self.sample_segment(ctx, steps - 1, self.num_trajectories - 1)
+        expert, epoch = self.sample_segment(ctx, max(steps - 1, 0), self.num_trajectories - 1)
         with torch.no_grad():
             images, _ = labelled()
             labels = expert_logits(ctx, expert, epoch + self.expert_epochs, images).softmax(1)

@@ -88,6 +88,7 @@ def test_it_learns_or_is_refused_with_the_reason(
     api.run(plan, options, arrays=tiny)
     syn = load(tmp_path / "run")
     first = load(tmp_path / "run" / "snapshots" / "step_0000001.safetensors")
+    load(tmp_path / "run" / "snapshots" / "step_0000000.safetensors")  # refused if a value is not finite
     images, targets = syn()
     assert images.shape[1:] == (1, 8, 8) and images.isfinite().all()
     assert len(targets) == len(images) and targets.isfinite().all()
@@ -106,6 +107,7 @@ def test_mirrored_pairs_average_and_bounded_pixels_go_with_every_method(
     method = dataclasses.replace(plan.method, ema=average, clamp=not isinstance(plan.method, LinearGradient))
     plan = dataclasses.replace(plan, method=method, augment="crop_flip:flips=true")
     syn = api.run(plan, api.RunOptions(out=tmp_path / "run", buffers=tiny_buffers, device="cpu"), arrays=tiny)
+    load(tmp_path / "run" / "snapshots" / "step_0000000.safetensors")  # refused if a value is not finite
     pixels = syn.to_dataset("pixels").tensors[0]  # type: ignore[attr-defined]
     assert pixels.isfinite().all()
     assert ("flips" in syn.origin.training["augment"]) == (name == "rcig"), "its networks train on mirror images, too"

@@ -17,7 +17,7 @@ from condense.files import read_tensors, write_tensors
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional
 from condense.rng import VERSION, Rng
-from condense.synthetic import Hard, Origin, Pixels, SyntheticSet
+from condense.synthetic import Hard, Origin, Pixels, SyntheticSet, load
 from condense.task import Split, make_task
 from condense.tracking import read_log
 
@@ -71,7 +71,10 @@ def test_every_step_is_logged_and_ten_snapshots_are_kept(ctx: Context, tmp_path:
     assert {"loss", "grad_latents", "lr_latents", "image_mean", "image_std"} <= set(records[0])
     assert records[-1]["loss"] < records[0]["loss"]
     steps = sorted(int(file.stem[-7:]) for file in (tmp_path / "snapshots").iterdir())
-    assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 300
+    assert len(steps) == 11 and steps[:2] == [0, 1] and steps[-1] == 300
+    assert torch.equal(
+        load(tmp_path / "snapshots" / "step_0000000.safetensors").latents, Shrink().init(ctx).syn.latents
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
@@ -128,7 +131,7 @@ def test_what_is_written_does_not_depend_on_how_many_steps_are_read_together(
     monkeypatch.setattr(engine, "READ_STEPS", 7)
     assert most_late(seven) == 6
     files = [file.relative_to(seven) for file in seven.rglob("*.*")]
-    assert len(files) == 14, "log, set, two checkpoints, ten snapshots"
+    assert len(files) == 15, "log, set, two checkpoints, ten snapshots and the start"
     for file in files:
         assert (seven / file).read_bytes() == (one / file).read_bytes(), file
     last = json.loads((seven / "log.jsonl").read_text().splitlines()[-1])

@@ -11,17 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import condense
 from condense import api, cli
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, load
+from condense.data.images import Images
 from condense.eval import report
 from condense.eval.protocol import PROTOCOLS
-from condense.eval.report import figures
+from condense.eval.report import figures, nearest
 from condense.eval.report.figures import Point
 from condense.task import Split
 from tests.conftest import TINY
+from tests.reference import published
 
 pytestmark = pytest.mark.usefixtures("short_protocol")
 
@@ -239,6 +243,27 @@ def test_data_of_a_known_name_and_other_content_have_no_published_companions(tin
     assert "published: " not in api.report([tmp_path / "run"]).read_text(encoding="utf-8")
 
 
+def test_unverified_published_numbers_are_shown_on_demand(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data of the runs take the name and the place of MNIST."""
+    from condense.eval.report import page
+
+    resource = page._resource
+    monkeypatch.setattr(page, "is_known", lambda *_: True)
+    monkeypatch.setattr(page, "_resource", lambda name: resource(name).replace('"mnist"', '"tiny"'))
+    rows = json.loads(resource("published.json"))["mnist"]["rows"]
+    unverified = {row["method"] for row in rows if not row["verified"]}
+    text = api.report(folders[2], tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = re.findall("<title>published: (.+?), ipc 1, ", text)
+    assert len(shown) == len(rows) - len(unverified) and not unverified & set(shown)
+    assert f"{len(unverified)} published numbers of tiny are hidden" in text
+    cli.main(["report", str(folders[2]), "--out", str(tmp_path / "page.html"), "--unverified"])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(re.findall("<title>published: ", text)) == len(rows) and "are hidden" not in text
+    assert len(re.findall("<title>published: [^,]+ \\(unverified\\), ", text)) == len(unverified)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -297,6 +322,79 @@ def test_a_run_that_was_not_evaluated_has_a_page(tiny_file: Path, tmp_path: Path
     assert "not evaluated" in target.read_text(encoding="utf-8")
 
 
+class TestImportedSets:
+    @pytest.fixture
+    def imported(self, folders: list[Path], tmp_path: Path) -> Path:
+        """The set of the first run as another's file, imported without a word on how it was made."""
+        condense.export(folders[0], tmp_path / "others.npz", "npz")
+        data = json.loads((folders[0] / "run.json").read_text())["dataset"]
+        cli.main(["import", str(tmp_path / "others.npz"), str(tmp_path / "dc.safetensors"), "--dataset", data])
+        return tmp_path / "dc.safetensors"
+
+    def test_they_stand_beside_runs(self, folders: list[Path], tiny_file: Path, imported: Path) -> None:
+        result = condense.evaluate(imported, tiny_file, networks=["mlp", TINY], num_seeds=2, device="cpu").results[1]
+        text = api.report([*folders, imported], imported.with_name("page.html")).read_text(encoding="utf-8")
+        (mean, *_) = re.findall(r'<th scope="row">imported:npz, ipc 2</th>\s*<td data-value="([\d.]+)"', text)
+        assert float(mean) == result.mean, "the network of the runs is preferred"
+        assert f"<title>measured: imported:npz, ipc 2 on {TINY}" in text
+        assert text.count('alt="0, step 8"') == 1 and text.count('<img src="data:image/png') == 3 * 4
+        assert "not shown, because the data set is not at hand" in text, "the imported set has no path of its data"
+
+    def test_nothing_of_them_is_guessed(self, imported: Path) -> None:
+        target = api.report(imported)
+        text = html.unescape(target.read_text(encoding="utf-8"))
+        assert target == imported.with_name("dc.report.html")
+        facts = dict(re.findall(r"<dt>([^<]+)</dt><dd>([^<]*)</dd>", text))
+        unknown = ("made from", "recipe", "ran on", "finished", "artifacts used")
+        assert {facts[name] for name in unknown} == {"not recorded"} and facts["code"].startswith("not recorded")
+        assert text.count('<td data-value="-1">not recorded</td>') == 3, "minutes twice, and memory"
+        assert 'type="range"' not in text and "no earlier steps" in text and "All the training images" not in text
+        (line,) = re.findall("condense import PUBLISHED dc.safetensors .*", text)
+        assert "--transform channel --decode pixels --name npz" in line
+
+    @pytest.mark.filterwarnings("ignore:the set has no image of 1 of 10 classes")
+    def test_a_class_without_images_is_said_to_have_none(self, tmp_path: Path) -> None:
+        digits = load("digits")
+        kept = digits.y_train[:50] != 3
+        np.savez(tmp_path / "a.npz", images=digits.x_train[:50][kept], labels=digits.y_train[:50][kept])
+        cli.main(["import", str(tmp_path / "a.npz"), str(tmp_path / "a.safetensors"), "--dataset", "digits"])
+        text = api.report(tmp_path / "a.safetensors").read_text(encoding="utf-8")
+        assert text.count("<dd>no image</dd>") == 1
+
+    def test_a_learned_rate_and_a_decoder_are_shown(self, tmp_path: Path) -> None:
+        digits = load("digits")
+        rows = np.concatenate([np.flatnonzero(digits.y_train == c)[:1] for c in range(10)])
+        images = torch.from_numpy(digits.x_train[rows]) - 0.5
+        source = published.mtt(tmp_path, images, torch.from_numpy(digits.y_train[rows]), 0.02)
+        cli.main(["import", str(source), str(tmp_path / "a.safetensors"), "--dataset", "digits", "--decode", "factor"])
+        text = api.report(tmp_path / "a.safetensors").read_text(encoding="utf-8")
+        assert "The learned learning rate of the set is 0.02." in text
+        assert "--decode factor --decode.factor 2" in text
+
+
+@pytest.mark.parametrize("transform", ["channel", "zca"])
+def test_the_nearest_training_images_are_found(transform: str, tiny: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among chunks of five, compared with all distances at once; a copy has distance 0."""
+    monkeypatch.setattr(nearest, "_CHUNK_VALUES", 5 * 64)
+    space = api.plain_task(tiny, "mlp", transform, Split(val_fraction=0.0)).transform
+    images = Images.of(tiny.x_train, torch.device("cpu")).subset(torch.arange(3, len(tiny.x_train)))
+    real = space(images[:])
+    rows = [real[[7, 2]], real[:0], real[[9]] + 0.3 * torch.randn(1, 1, 8, 8)]
+    found = nearest.nearest(rows, images, space)
+    assert [len(row) for row in found.samples] == [2, 0, 1]
+    assert found.distances[0] == [0, 0] and torch.equal(found.samples[0], images[torch.tensor([7, 2])])
+    apart = torch.cdist(rows[2].flatten(1), real.flatten(1))[0]
+    assert found.distances[2] == pytest.approx([apart.min().item()], rel=1e-4)
+    assert torch.equal(found.samples[2][0], images[apart.argmin()[None]][0])
+
+
+def test_only_images_that_the_run_saw_are_shown_as_the_nearest(file: Path, folders: list[Path], tiny: Arrays) -> None:
+    text = file.read_text(encoding="utf-8")
+    held_out = len(condense.load(folders[0]).origin.split.indices(torch.from_numpy(tiny.y_train))[1])
+    assert held_out and f"the nearest of {len(tiny.x_train) - held_out} training images of the run" in text
+    assert text.count('class="nearest"') == 3 * 3 and '["0 (start)", "1", ' in text
+
+
 def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.npz"
     shutil.copy(tiny_file, data)
@@ -312,6 +410,8 @@ def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_pa
     ("words", "message"),
     [
         ([], "a report needs at least one run"),
+        (["{dm}/run.json"], "run.json"),
+        (["{foreign}"], "first run `condense import"),
         (["nothing"], "no run folder"),
         (["{empty}"], "no run folder"),
         (["{dm}", "--out", "no/such/folder.html"], "there is no folder"),
@@ -324,6 +424,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     places = {name: tmp_path / name for name in ("empty", "unfinished", "damaged")}
     places["empty"].mkdir()
+    places["foreign"] = tmp_path / "others.npz"
+    condense.export(folders[0], places["foreign"], "npz")
     for name in ("unfinished", "damaged"):
         shutil.copytree(folders[0], places[name])
     (places["unfinished"] / "synthetic.safetensors").unlink()
@@ -384,6 +486,7 @@ def test_the_published_rows_are_fractions_of_a_hundred_and_say_their_source() ->
     folder = Path(report.__file__).parent
     for name, table in json.loads((folder / "published.json").read_text(encoding="utf-8")).items():
         assert 0 < table["full"]["accuracy"] <= 100, name
+        assert table["full"]["source"] in {row["source"] for row in table["rows"] if row["verified"]}
         for row in table["rows"]:
             assert row["source"] and row["labels"] in ("hard", "soft") and isinstance(row["verified"], bool)
             assert all(0 < mean <= 100 and (std is None or std < 10) for mean, std in row["accuracy"].values())
@@ -429,7 +532,7 @@ class TestInABrowser:
 
     def test_it_loads_with_every_picture(self, tab: Any) -> None:
         widths = tab.eval_on_selector_all("img", "pictures => pictures.map(picture => picture.naturalWidth)")
-        assert len(widths) == 9 and min(widths) >= 8
+        assert len(widths) == 18 and min(widths) >= 8
 
     def test_the_slider_changes_the_picture_by_keyboard(self, tab: Any) -> None:
         slider, picture = tab.locator("input[type=range]").first, tab.locator(".film img").first
@@ -438,7 +541,8 @@ class TestInABrowser:
         slider.focus()
         tab.keyboard.press("Home")
         assert picture.get_attribute("src") != last
-        assert picture.get_attribute("alt") == "0, step 1" and slider.get_attribute("aria-valuetext") == "step 1"
+        start = "step 0 (start)"
+        assert picture.get_attribute("alt") == f"0, {start}" and slider.get_attribute("aria-valuetext") == start
         tab.keyboard.press("End")
         assert picture.get_attribute("src") == last
 
@@ -451,6 +555,28 @@ class TestInABrowser:
         first.focus()
         tab.keyboard.press("End")
         assert second.input_value() == "0" and first.input_value() != "0"
+
+    @pytest.mark.parametrize("width", [390, 1200])
+    def test_a_row_is_enlarged_by_keyboard_and_by_mouse(self, tab: Any, width: int) -> None:
+        """The nearest training images stand beside those of the last step, and of no other."""
+        tab.set_viewport_size({"width": width, "height": 800})
+        row, dialog = tab.locator(".picture").first, tab.locator("dialog")
+        assert not dialog.is_visible()
+        row.focus()
+        tab.keyboard.press("Enter")
+        assert dialog.is_visible() and dialog.locator("canvas").count() == 2 * 2
+        assert all(text.startswith("distance ") for text in dialog.locator("figcaption").all_text_contents())
+        assert dialog.evaluate("dialog => dialog.scrollWidth <= dialog.clientWidth")
+        drawn = "all => all.map(c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
+        assert min(dialog.locator("canvas").evaluate_all(drawn)) > 2, "no canvas is empty"
+        tab.keyboard.press("Escape")
+        assert not dialog.is_visible() and row.evaluate("row => row === document.activeElement")
+        tab.locator("input[type=range]").first.focus()
+        tab.keyboard.press("Home")
+        row.click()
+        assert dialog.locator("canvas").count() == 2 and "step 0 (start)" in dialog.locator("h2").text_content()
+        dialog.get_by_text("Close").click()
+        assert not dialog.is_visible()
 
     def test_the_tables_sort_by_their_headings(self, tab: Any) -> None:
         table = tab.locator("#architectures table").first

@@ -1,4 +1,4 @@
-"""Read and check the files of a run folder."""
+"""Read and check the files of a run folder, or the file of a set that has none."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from condense import runs
 from condense.eval.results import read_complete
+from condense.exchange import is_foreign
 from condense.files import checksum, read_json
 from condense.names import spelt
 from condense.schema import from_json, mismatch
@@ -19,15 +20,18 @@ from condense.synthetic.files import load
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import read_log
 
+NOT_RECORDED = "not recorded"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished distillation with its log and its results."""
+    """A finished distillation with its log and its results, or a set of which less is known."""
 
-    folder: Path
+    path: Path
+    """The run folder, or the file of a set without one."""
     syn: SyntheticSet
     snapshots: Mapping[int, SyntheticSet]
-    """Snapshots by number of steps done, in order; the last one is the set itself."""
+    """Snapshots by number of steps done, in order; the last one is the set itself. Empty for the file of a set."""
     log: Sequence[Mapping[str, Any]]
     """The logged numbers of each step."""
     results: Sequence[Mapping[str, Any]]
@@ -57,7 +61,12 @@ class Run:
 
     @property
     def network(self) -> str:
-        return self.syn.origin.network or "unknown"
+        return self.syn.origin.network or NOT_RECORDED
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the set records how it was made; sets that were imported, or made in Python, do not."""
+        return bool(self.syn.origin.recipe_hash)
 
     @cached_property
     def sha256(self) -> str:
@@ -75,24 +84,49 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
 
-def collect(folder: Path) -> Run:
-    """Read a run folder.
+def collect(path: Path) -> Run:
+    """Read a run folder, or the file of a set with the results beside it.
 
     Raises:
-        ValueError: the folder holds no finished run, or one of its files is damaged.
+        ValueError: the folder holds no finished run, the file is no set, or a file is damaged.
     """
+    is_run = (path / "recipe.yaml").exists()
+    if path.exists() and is_foreign(path) and not is_run:
+        raise ValueError(
+            f"{path} does not say which data it was made from; first run `condense import {path} set.safetensors "
+            "--dataset NAME`"
+        )
+    if not path.is_file() and not is_run:
+        raise ValueError(
+            f"{path} is no run folder and no set; give a folder that `condense distill` wrote, or a file that "
+            "`condense import` wrote"
+        )
+    evaluation = path / "evaluation.json" if is_run else path.with_suffix(".evaluation.json")
+    results = read_complete(evaluation) if evaluation.exists() else []
+    run = _of_folder(path, results) if is_run else _of_file(path, results)
+    if any(len(row["metrics"]["per_class"][0]) != run.syn.origin.num_classes for row in run.own_results):
+        raise ValueError(
+            f"{evaluation} has accuracies for another number of classes than the set; move it away and evaluate again"
+        )
+    return run
+
+
+def _of_file(file: Path, results: Sequence[Mapping[str, Any]]) -> Run:
+    syn = load(file)
+    record = {"dataset": runs.source_of(file, syn.origin.dataset_name)}
+    return Run(path=file, syn=syn, snapshots={}, log=[], results=results, uses=[], record=record)
+
+
+def _of_folder(folder: Path, results: Sequence[Mapping[str, Any]]) -> Run:
     finished = folder / "synthetic.safetensors"
-    if not folder.is_dir() or not (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote")
     if not finished.exists():
         raise ValueError(f"{folder} is not finished; repeat the command that started it with {spelt('resume', True)}")
-    syn, evaluation = load(finished), folder / "evaluation.json"
+    syn = load(finished)
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
-    results = read_complete(evaluation) if evaluation.exists() else []
     log = steps_of(folder)
     num_steps = len(log) if syn.origin.num_steps is None else syn.origin.num_steps
-    run = Run(
-        folder=folder,
+    return Run(
+        path=folder,
         syn=syn,
         snapshots={**{step: snapshot for step, snapshot in snapshots.items() if step < num_steps}, num_steps: syn},
         log=log,
@@ -100,11 +134,6 @@ def collect(folder: Path) -> Run:
         uses=uses_of(folder),
         record=runs.read_record(folder),
     )
-    if any(len(row["metrics"]["per_class"][0]) != syn.origin.num_classes for row in run.own_results):
-        raise ValueError(
-            f"{evaluation} has accuracies for another number of classes than the set; move it away and evaluate again"
-        )
-    return run
 
 
 def steps_of(folder: Path) -> list[Mapping[str, Any]]:

@@ -4,6 +4,7 @@ const films = [...document.querySelectorAll(".film")].filter((film) => film.quer
   slider: film.querySelector("input"),
   output: film.querySelector("output"),
   pictures: [...film.querySelectorAll("img[data-class]")],
+  nearest: [...film.querySelectorAll(".nearest")],
   ...JSON.parse(film.querySelector("script").textContent),
 }));
 
@@ -12,11 +13,48 @@ function show(film, index) {
   film.slider.value = index;
   film.slider.setAttribute("aria-valuetext", `step ${step}`);
   film.output.textContent = step;
-  film.pictures.forEach((picture, k) => {
-    picture.src = film.frames[index][k];
+  film.pictures.forEach((picture) => {
+    picture.src = film.frames[index][picture.dataset.row];
     picture.alt = `${picture.dataset.class}, step ${step}`;
   });
+  film.nearest.forEach((picture) => picture.classList.toggle("away", index !== film.steps.length - 1));
 }
+
+const dialog = document.getElementById("enlarged");
+
+function tile(strip, k, count) {
+  const canvas = document.createElement("canvas");
+  canvas.width = (strip.naturalWidth + 2) / count - 2;
+  canvas.height = strip.naturalHeight;
+  canvas.style.width = `max(${count === 1 ? 16 : 8}rem, ${canvas.width}px)`;
+  canvas.getContext("2d").drawImage(strip, -k * (canvas.width + 2), 0);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${strip.alt}, ${k + 1} of ${count}`);
+  return canvas;
+}
+
+function enlarge(button) {
+  const count = Number(button.dataset.count);
+  const [made, ...nearest] = [...button.querySelectorAll("img:not(.away)")];
+  const name = button.closest("article").querySelector("h3").textContent;
+  dialog.querySelector("h2").textContent = `${name}: ${made.alt}`;
+  dialog.querySelector("p").hidden = !nearest.length;
+  const figures = Array.from({ length: count }, (_, k) => {
+    const figure = document.createElement("figure");
+    figure.append(...[made, ...nearest].map((strip) => tile(strip, k, count)));
+    if (nearest.length) {
+      const caption = document.createElement("figcaption");
+      caption.textContent = `distance ${nearest[0].dataset.distances.split(" ")[k]}`;
+      figure.append(caption);
+    }
+    return figure;
+  });
+  dialog.querySelector("div").replaceChildren(...figures);
+  dialog.showModal();
+}
+
+document.querySelectorAll(".picture").forEach((button) => button.addEventListener("click", () => enlarge(button)));
+dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 
 for (const film of films) {
   film.slider.addEventListener("input", () => {

@@ -5,25 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
+from torch import Tensor
 
 from condense import __version__, picture
 from condense.data.datasets import is_known
+from condense.data.images import Images
 from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
-from condense.eval.protocol import PROTOCOLS, changes
+from condense.eval.protocol import changes
 from condense.eval.report import figures
-from condense.eval.report.collect import Run
+from condense.eval.report.collect import NOT_RECORDED, Run
 from condense.eval.report.figures import Point, readable_bytes
+from condense.eval.report.nearest import nearest
+from condense.eval.report.reproduce import PUBLISHED, commands
 from condense.eval.results import balanced, by_protocol, by_set, pool
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import ViewLabels
@@ -32,12 +34,20 @@ MAX_IMAGES = 200
 """Largest number of images shown of a run at one step; data sets with more classes get fewer columns."""
 
 
-def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
+def render(
+    runs: Sequence[Run],
+    pixels: Sequence[Transform | None],
+    training: Sequence[Images | None],
+    *,
+    unverified: bool = False,
+) -> str:
     """Render the report; each data set has its own comparison with published accuracies.
 
     Args:
         runs: the runs to compare.
         pixels: for each run, the transform that is inverted to show pixels; None if it is not available.
+        training: for each run, the training samples in the space of the data; None if they are not at hand.
+        unverified: whether to show published accuracies that nobody compared with their source.
     """
     names = _names(runs)
     datasets = list(dict.fromkeys(run.dataset for run in runs))
@@ -52,8 +62,8 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
     environment.filters["bytes"] = readable_bytes
     environment.filters["counted"] = counted
     pages = [
-        _run(run, name, f"run{k}", back, runs)
-        for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
+        _run(run, name, f"run{k}", None if back is None else _film(run, back, real), runs)
+        for k, (run, name, back, real) in enumerate(zip(runs, names, pixels, training, strict=True))
     ]
     return environment.get_template("page.html").render(
         title=", ".join(datasets),
@@ -68,7 +78,12 @@ def render(runs: Sequence[Run], pixels: Sequence[Transform | None]) -> str:
         tables=_tables(rows),
         pooled=_pooled(runs),
         budgets=[
-            _budget(name, [run for run in runs if run.dataset == name], [row for row in rows if row["dataset"] == name])
+            _budget(
+                name,
+                [run for run in runs if run.dataset == name],
+                [row for row in rows if row["dataset"] == name],
+                unverified,
+            )
             for name in datasets
         ],
     )
@@ -81,10 +96,10 @@ def _resource(name: str) -> str:
 def _names(runs: Sequence[Run]) -> list[str]:
     """Return names such as ``dm, ipc 10``, extended where needed so that no two runs have the same name."""
     names = [f"{run.method}, {run.budget}" for run in runs]
-    for what in ("dataset", "network"):
-        if len({getattr(run, what) for run in runs}) > 1:
-            names = [f"{name}, {getattr(run, what)}" for name, run in zip(names, runs, strict=True)]
-    names = _disambiguated(names, [run.folder.resolve().name for run in runs])
+    for of_each in ([run.dataset for run in runs], [run.syn.origin.network for run in runs]):
+        if len({value for value in of_each if value}) > 1:
+            names = [f"{name}, {value}" if value else name for name, value in zip(names, of_each, strict=True)]
+    names = _disambiguated(names, [run.path.resolve().name for run in runs])
     return _disambiguated(names, [str(k + 1) for k in range(len(runs))])
 
 
@@ -150,22 +165,24 @@ def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> d
 def _seen(run: Run) -> str:
     """Return in words the part of the training images that the set was made from."""
     split = run.syn.origin.split
-    if not run.syn.origin.recipe:
-        return "not recorded"
+    if not run.is_recorded:
+        return NOT_RECORDED
     if not split.val_fraction:
         return "all training images"
     rest = f"the rest, drawn by seed {split.seed}, is held out for validation"
     return f"{100 * (1 - split.val_fraction):g} % of the training images ({rest})"
 
 
-def _run(run: Run, name: str, key: str, transform: Transform | None, runs: Sequence[Run]) -> dict[str, Any]:
+def _run(run: Run, name: str, key: str, film: Mapping[str, Any] | None, runs: Sequence[Run]) -> dict[str, Any]:
     origin, record, cost = run.syn.origin, run.record, run.syn.cost()
-    loss, headline = run.curve("loss"), _headline(run)
+    loss, headline = run.curve("loss"), _headline(run, _network(run, runs))
+    facts = ("machine", "torch", "python", "finished", "device")
+    known = {fact: str(record.get(fact, NOT_RECORDED)) for fact in facts}
     return {
         "key": key,
         "name": name,
         "dataset": run.dataset,
-        "network": run.network,
+        "is_recorded": run.is_recorded,
         "headline": headline,
         **({"gain": None, "share": None} if headline is None else _references(run, headline, runs)),
         "scored": {
@@ -177,59 +194,113 @@ def _run(run: Run, name: str, key: str, transform: Transform | None, runs: Seque
         "balanced": None if headline is None else balanced(headline),
         "bytes": cost._asdict(),
         "total_bytes": sum(cost),
-        "record": record,
-        "film": None if transform is None else _film(run, transform),
+        "minutes": record["seconds"] / 60 if "seconds" in record else None,
+        "peak": record.get("peak_memory_bytes"),
+        "device": known["device"],
+        "film": film,
         "loss": _figure("loss", key, {"loss": loss}, "step", "loss", log=True) if loss[0] else None,
         "labels": _labels(run.syn),
         "lr": _learned_lr(run, key),
+        "lr_says": "The set has no learned learning rate."
+        if run.syn.lr is None
+        else f"The learned learning rate of the set is {run.syn.lr.detach().mean():.4g}.",
         "reliability": None if headline is None else _reliability(headline, key),
         "per_class": None if headline is None else _per_class(run, headline),
         "uses": run.uses,
-        "commands": _commands(run),
+        "commands": commands(run),
+        "published": PUBLISHED if run.method.startswith("imported:") else "",
         "artifacts": [str(used["name"]) for used in origin.artifacts if "name" in used],
-        "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False),
+        "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False)
+        if run.is_recorded
+        else "",
         "facts": {
-            "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}",
+            "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}"
+            + ("" if run.is_recorded else ", as given by whoever made the file"),
             "made from": _seen(run),
-            "recipe": origin.recipe_hash or "not recorded",
+            "recipe": origin.recipe_hash or NOT_RECORDED,
             "set": run.sha256,
             **({"privacy": origin.guarantee} if origin.privacy else {}),
-            "code": f"condense {origin.code}, torch {record.get('torch', '?')}, Python {record.get('python', '?')}",
-            "ran on": f"{record.get('device', '?')}, {record.get('machine', '?')}, "
-            f"{counted(record.get('threads', '?'), 'thread')}, {counted(record.get('processes', 1), 'process')}",
-            "finished": str(record.get("finished", "?")),
+            "code": f"condense {origin.code}, torch {known['torch']}, Python {known['python']}"
+            if run.is_recorded
+            else f"{NOT_RECORDED}; the file was written by condense {origin.code}",
+            "ran on": f"{known['device']}, {known['machine']}, {counted(record['threads'], 'thread')}, "
+            f"{counted(record.get('processes', 1), 'process')}"
+            if "threads" in record
+            else NOT_RECORDED,
+            "finished": known["finished"],
             "artifacts used": ", ".join(f"{used.get('kind')} {used.get('name', '')}" for used in origin.artifacts)
-            or "none",
+            or ("none" if run.is_recorded else NOT_RECORDED),
         },
     }
 
 
-def _headline(run: Run) -> Mapping[str, Any] | None:
-    """Return the result for the summary, preferably one on the network of the distillation; None if there is none."""
-    return max(run.own_results, key=lambda row: (row["network"] == run.network, row["n"]), default=None)
+def _network(run: Run, runs: Sequence[Run]) -> str:
+    """Return the network of the distillation. If a set does not record it, it is one that the set was evaluated on,
+    preferably the network of another run on the page."""
+    if run.syn.origin.network:
+        return run.syn.origin.network
+    others = {other.network for other in runs if other.syn.origin.fingerprint == run.syn.origin.fingerprint}
+    best = max(run.own_results, key=lambda row: (row["network"] in others, row["n"]), default=None)
+    return NOT_RECORDED if best is None else str(best["network"])
 
 
-def _film(run: Run, transform: Transform) -> dict[str, Any]:
-    """Return the images of each class at each snapshot and, of clips, animations of the last one; a set without classes
-    has one row."""
+def _headline(run: Run, network: str) -> Mapping[str, Any] | None:
+    """Return the result for the summary, preferably one on this network; None if there is none."""
+    return max(run.own_results, key=lambda row: (row["network"] == network, row["n"]), default=None)
+
+
+def _film(run: Run, transform: Transform, real: Images | None) -> dict[str, Any]:
+    """Return the images of each class at each snapshot, the nearest training images of the last one and, of clips, its
+    animations; a set without classes has one row."""
     origin = run.syn.origin
     classes = origin.dataset["classes"] if origin.num_classes else [kind(origin.input_shape)]
     columns = max(1, min(10, MAX_IMAGES // len(classes)))
     frames = [
-        [_data_uri(picture.strip(images)) for images in picture.by_class(syn, transform, columns=columns)]
-        for syn in run.snapshots.values()
+        [_strip(images) for images in picture.by_class(syn, transform, columns=columns)]
+        for syn in run.snapshots.values() or (run.syn,)
     ]
-    steps, shown = list(run.snapshots), min(len(classes), MAX_IMAGES)
+    steps, shown = ["0 (start)" if step == 0 else str(step) for step in run.snapshots], min(len(classes), MAX_IMAGES)
     clips = kind(run.syn.origin.input_shape) == "clips"
     played = picture.played(run.syn, transform, columns=columns)[:shown] if clips else []
+    rows = picture.samples_by_class(run.syn, columns)[:shown]
+    copies, says = _nearest(run, rows, transform, real)
     return {
+        "nearest": copies,
+        "nearest_says": says,
         "played": [_data_uri(png) for png in played],
         "steps": steps,
         "classes": classes[:shown],
         "left_out": len(classes) - shown,
         "last": frames[-1][:shown],
+        "counts": [len(row) for row in rows],
         "json": Markup(json.dumps({"steps": steps, "frames": [frame[:shown] for frame in frames]})),
     }
+
+
+def _nearest(
+    run: Run, rows: Sequence[Tensor], transform: Transform, real: Images | None
+) -> tuple[list[tuple[str, str]], str]:
+    """Return for each row the strip of the nearest training images and their distances, and a sentence about them."""
+    if kind(run.syn.origin.input_shape) == "graphs":
+        return [], "Graphs have no distance by which nearest training graphs could be shown."
+    if real is None:
+        return [], "The nearest training images are not shown, because the data set is not at hand."
+    found = nearest(rows, real, transform)
+    strips = [_strip(row) for row in picture.pictures(list(found.samples))]
+    every = [distance for row in found.distances for distance in row]
+    seen = "training images of the run" if run.is_recorded else "training images"
+    says = (
+        f"Below each row of the finished set are the nearest of {len(real)} {seen}, by the Euclidean distance between "
+        f"the pixels after the transform {run.syn.origin.transform_name}: {min(every):.3g} to {max(every):.3g}, median "
+        f"{statistics.median(every):.3g}. A distance of 0 is a copy."
+    )
+    distances = [" ".join(f"{distance:.3g}" for distance in row) for row in found.distances]
+    return list(zip(strips, distances, strict=True)), says
+
+
+def _strip(images: Tensor) -> str:
+    """Return pictures (n, C, h, w) in a row as the address of an image; empty if there are none."""
+    return _data_uri(picture.strip(images)) if len(images) else ""
 
 
 def _data_uri(png: bytes) -> str:
@@ -303,6 +374,8 @@ def _learned_lr(run: Run, key: str) -> dict[str, Any] | None:
         return _figure("rates", key, {"": (range(len(lr)), lr.tolist())}, "inner step", "learned learning rate")
     rates = {step: syn.lr for step, syn in run.snapshots.items()}
     points = {step: float(rate.detach()) for step, rate in rates.items() if rate is not None}
+    if not points:
+        return None
     return _figure("rate", key, {"": (list(points), list(points.values()))}, "step", "learned learning rate")
 
 
@@ -332,8 +405,8 @@ def _per_class(run: Run, row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return the results of all runs. ``set`` names what was trained on, ``budget`` its budget in words, and
-    ``meant_for`` the network that the set of the run was made for."""
+    """Return the results of all runs. ``set`` names what was trained on, ``budget`` its budget in words, ``meant_for``
+    the network that the set of the run was made for, and ``chosen`` that network if the set does not record it."""
     rows: list[Mapping[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
         for row in run.results:
@@ -345,8 +418,10 @@ def _named_rows(runs: Sequence[Run], names: Sequence[str]) -> list[Mapping[str, 
             else:
                 label = f"{row['method']}, {budget}"
             label += ", teacher not stored" if row["teacher"] else ""
-            meant_for = run.syn.origin.training.get("network", run.network)
-            rows.append({**row, "set": label, "budget": budget, "meant_for": meant_for})
+            meant_for = run.syn.origin.training.get("network", _network(run, runs))
+            own = row["synthetic_sha256"] == run.sha256
+            chosen = f" on {meant_for}" if own and run.network == NOT_RECORDED else ""
+            rows.append({**row, "set": label, "budget": budget, "meant_for": meant_for, "chosen": chosen})
     return rows
 
 
@@ -441,14 +516,14 @@ def percent(mean: float, std: float | None) -> str:
     return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
-def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return accuracy against bytes, measured and published."""
+def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], unverified: bool) -> dict[str, Any]:
+    """Return accuracy against bytes, measured and published, and the number of published accuracies left out."""
     meant = [row for row in rows if row["network"] == row["meant_for"]]
     groups, measured = by_protocol([row for row in meant if row["synthetic_sha256"] is not None]), list[Point]()
     for protocol, of_protocol in groups.items():
         for name, cells in by_set(of_protocol, "set").items():
             for row in cells.values():
-                training = f", {protocol}" if len(groups) > 1 else ""
+                training = row["chosen"] + (f", {protocol}" if len(groups) > 1 else "")
                 measured.append(
                     Point(
                         label=name + training,
@@ -462,10 +537,12 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
     origin, published, sources = runs[0].syn.origin, list[Point](), list[str]()
     known = is_known(dataset, origin.dataset["fingerprint"])
     table = json.loads(_resource("published.json")).get(dataset) if known else None
-    budgets = {str(run.ipc) for run in runs}
+    budgets, hidden = {str(run.ipc) for run in runs}, 0
     for row in table["rows"] if table else []:
         for ipc, (mean, std) in row["accuracy"].items():
-            if ipc in budgets:
+            if ipc in budgets and not row["verified"] and not unverified:
+                hidden += 1
+            elif ipc in budgets:
                 method = row["method"] + ("" if row["verified"] else " (unverified)")
                 published.append(
                     Point(
@@ -498,72 +575,10 @@ def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]
             )
         ),
         "published": bool(published),
+        "hidden": hidden,
     }
 
 
 def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels: str) -> int:
     """Return the bytes that our files would need: float32 pixels, and eight bytes per class or float32 targets."""
     return ipc * num_classes * (4 * math.prod(input_shape) + (8 if labels == "hard" else 4 * num_classes))
-
-
-def _commands(run: Run) -> list[str]:
-    """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results: buffers, the distillation,
-    and the evaluations with their baselines."""
-    data, folder = str(run.record.get("dataset", run.dataset)), run.folder.resolve().name
-    data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
-    commands = [command for used in run.syn.origin.artifacts for command in _buffer(run, data, used)]
-    commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder])
-    asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in run.own_results:
-        asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
-    baselines = [row for row in run.results if row["synthetic_sha256"] != run.sha256]
-    for (protocol, protocol_hash, n, seed), rows in asked.items():
-        networks = [row["network"] for row in rows]
-        name = protocol.removesuffix("*")
-        options = ["--num-seeds", str(n), "--protocol", name, "--seed", str(seed)]
-        if name in PROTOCOLS and name != protocol:
-            original = json.loads(json.dumps(PROTOCOLS[name].content()))
-            options += _flags("--protocol", original, rows[0]["protocol_fields"])
-        beside = [
-            row
-            for row in baselines
-            if (row["n"], row["seed"]) == (n, seed)
-            and row["network"] in networks
-            and (row["synthetic_sha256"] is None or protocol in ("own", row["protocol"]))
-            and (row["synthetic_sha256"] is None or protocol == "own" or row["protocol_hash"] == protocol_hash)
-        ]
-        by_budget: dict[str, dict[str, None]] = {"images": {}}
-        for row in beside:
-            same = row["synthetic_sha256"] is None or row["num_images"] == run.ipc * run.syn.origin.num_classes
-            by_budget.setdefault("images" if same or run.syn.origin.fraction else "bytes", {})[row["method"]] = None
-        for budget, methods in by_budget.items():
-            words = ["--baselines", *methods] if methods else []
-            words += ["--budget", budget] if budget != "images" else []
-            commands.append(["condense", "evaluate", folder, "--networks", *networks, *options, *words])
-    return [shlex.join(command) for command in commands]
-
-
-def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
-    """Return the command that builds a buffer of the recorded extent; nothing for other artifacts."""
-    if used.get("kind") not in ("trajectories", "networks"):
-        return []
-    origin = run.syn.origin
-    words = ["condense", "buffer", "--dataset", data, "--network", run.network]
-    words += ["--transform", origin.transform_name] if origin.transform_name != "channel" else []
-    if origin.split.val_fraction:
-        words += ["--split.val-fraction", str(origin.split.val_fraction), "--split.seed", str(origin.split.seed)]
-    words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
-    words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
-    return [words + (["--keep", "last"] if used["kind"] == "networks" else [])]
-
-
-def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Return the flags that set the fields that differ from the original ones."""
-    words = []
-    for name, value in fields.items():
-        flag, before = f"{prefix}.{name.replace('_', '-')}", original.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            words += _flags(flag, before, value)
-        elif value != before:
-            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words

@@ -1,0 +1,91 @@
+"""The commands that repeat a run and its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from condense.eval.protocol import PROTOCOLS
+from condense.eval.report.collect import Run
+
+
+def commands(run: Run) -> list[str]:
+    """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results: buffers, the distillation,
+    and the evaluations with their baselines."""
+    data, shown = str(run.record.get("dataset", run.dataset)), run.path.resolve().name
+    data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
+    commands = [command for used in run.syn.origin.artifacts for command in _buffer(run, data, used)]
+    if run.is_recorded:
+        shown = shown.removesuffix(".safetensors")
+        commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", shown])
+    elif run.method.startswith("imported:"):
+        commands.append(_import(run, data, shown))
+    asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in run.own_results:
+        asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
+    baselines = [row for row in run.results if row["synthetic_sha256"] != run.sha256]
+    for (protocol, protocol_hash, n, seed), rows in asked.items():
+        networks = [row["network"] for row in rows]
+        name = protocol.removesuffix("*")
+        options = ["--num-seeds", str(n), "--protocol", name, "--seed", str(seed)]
+        if name in PROTOCOLS and name != protocol:
+            original = json.loads(json.dumps(PROTOCOLS[name].content()))
+            options += _flags("--protocol", original, rows[0]["protocol_fields"])
+        beside = [
+            row
+            for row in baselines
+            if (row["n"], row["seed"]) == (n, seed)
+            and row["network"] in networks
+            and (row["synthetic_sha256"] is None or protocol in ("own", row["protocol"]))
+            and (row["synthetic_sha256"] is None or protocol == "own" or row["protocol_hash"] == protocol_hash)
+        ]
+        by_budget: dict[str, dict[str, None]] = {"images": {}}
+        for row in beside:
+            same = row["synthetic_sha256"] is None or row["num_images"] == run.ipc * run.syn.origin.num_classes
+            by_budget.setdefault("images" if same or run.syn.origin.fraction else "bytes", {})[row["method"]] = None
+        for budget, methods in by_budget.items():
+            words = ["--baselines", *methods] if methods else []
+            words += ["--budget", budget] if budget != "images" else []
+            commands.append(["condense", "evaluate", shown, "--networks", *networks, *options, *words])
+    return [shlex.join(command) for command in commands]
+
+
+PUBLISHED = "PUBLISHED"
+"""Stands for the published file of an imported set, whose name is not recorded."""
+
+
+def _import(run: Run, data: str, target: str) -> list[str]:
+    origin, decode = run.syn.origin, run.syn.decode
+    words = ["condense", "import", PUBLISHED, target, "--dataset", data, "--transform", origin.transform_name]
+    words += ["--decode", decode.name, *_flags("--decode", {}, dataclasses.asdict(decode))]
+    return [*words, "--name", run.method.removeprefix("imported:")]
+
+
+def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
+    """Return the command that builds a buffer of the recorded extent; nothing for other artifacts."""
+    if used.get("kind") not in ("trajectories", "networks"):
+        return []
+    origin = run.syn.origin
+    words = ["condense", "buffer", "--dataset", data, "--network", run.network]
+    words += ["--transform", origin.transform_name] if origin.transform_name != "channel" else []
+    if origin.split.val_fraction:
+        words += ["--split.val-fraction", str(origin.split.val_fraction), "--split.seed", str(origin.split.seed)]
+    words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
+    words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
+    return [words + (["--keep", "last"] if used["kind"] == "networks" else [])]
+
+
+def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Return the flags that set the fields that differ from the original ones."""
+    words = []
+    for name, value in fields.items():
+        flag, before = f"{prefix}.{name.replace('_', '-')}", original.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            words += _flags(flag, before, value)
+        elif value != before:
+            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
