@@ -418,6 +418,9 @@ class Method(Checked, ABC):
     fills_budget: ClassVar[bool] = True
     """Whether the set has exactly the budgeted number of samples of each class; else it may have fewer."""
 
+    added_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that earlier versions did not have. At their defaults they are absent from recipes, sets and hashes."""
+
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""
 
