@@ -467,6 +467,15 @@ def test_recipes_of_datm_hold_the_published_values() -> None:
         )
 
 
+def test_recipes_of_pad_are_those_of_datm_with_a_trimmed_loss() -> None:
+    recipes, budgets = published("pad"), {1: 0.0, 10: 0.5, 50: 0.25, 500: 0.5, 1000: 0.5}
+    assert recipes.keys() == {"pad"} | {f"pad-cifar10-ipc{ipc}" for ipc in budgets}
+    assert recipes["pad"].method == recipes["pad-cifar10-ipc10"].method
+    for ipc, trim in budgets.items():
+        plan, datm = recipes[f"pad-cifar10-ipc{ipc}"], named(f"datm-cifar10-ipc{ipc}")
+        assert plan == dataclasses.replace(datm, method=dataclasses.replace(datm.method, trim=trim))  # type: ignore
+
+
 def test_recipes_of_tesla_hold_the_published_values() -> None:
     """Half the published rate of the images: the published code halves their gradients."""
     recipes = published("tesla")
