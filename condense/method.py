@@ -571,6 +571,10 @@ class GradientMethod(Method):
     learns: ClassVar[bool] = True
     learns_labels: ClassVar[bool] = True
 
+    terms: ClassVar[tuple[str, ...]] = ()
+    """Names of all terms of the loss. Needed only if ``update`` reads terms, since a process without parts has no other
+    way to know the names."""
+
     optim: Optim = Optim()
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(lr=1.0, momentum=0.9)
@@ -730,8 +734,8 @@ class _Gradients:
         for param in self.params:
             param.grad = torch.zeros_like(param)
         self.total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
-        self.names = [str(number) for number in range(MAX_TERMS)]
-        """Names of the terms; placeholders in a process without parts."""
+        self.names = [*sorted(method.terms), *map(str, range(len(method.terms), MAX_TERMS))]
+        """Names of the terms; in a process without parts those of ``method.terms``, and placeholders."""
         graph = ctx.compute.graph and method.graphs(ctx)
         self._run: Callable[[Any], None] = ctx.graphed_step("gradients", self._compute) if graph else self._compute
 
