@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -98,8 +98,15 @@ class ATBPTT(WindowedBPTT):
 
     def init(self, ctx: Context) -> ATState:
         rat = super().init(ctx)
-        start = {"stage": 1, "stalled": 0, "accuracy": 0.0, "first": 0, "length": self.window}
-        state = ATState(**vars(rat), **start, total=torch.zeros_like(rat.norm))
+        state = ATState(
+            **vars(rat),
+            stage=1,
+            stalled=0,
+            accuracy=0.0,
+            total=torch.zeros_like(rat.norm),
+            first=0,
+            length=self.window,
+        )
         self.place(ctx, state, 0)
         return state
 
@@ -114,7 +121,7 @@ class ATBPTT(WindowedBPTT):
         accuracy = (logits.argmax(1) == labels).to(logits.dtype).mean()
         return ctx.objective.loss(logits, labels), {"accuracy": accuracy}
 
-    def update(self, state: ATState, record: dict[str, Value]) -> None:
+    def update(self, state: Any, record: dict[str, Value]) -> None:
         super().update(state, record)
         state.total += record["loss_accuracy"]
 

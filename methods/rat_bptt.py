@@ -131,7 +131,7 @@ class WindowedBPTT(Bilevel):
         """Draw the augmentation parameters of ``num`` images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
-    def update(self, state: RaTState, record: dict[str, Value]) -> None:
+    def update(self, state: Any, record: dict[str, Value]) -> None:
         """Clip the gradient and step the optimisers. As published, the running mean includes the norm it bounds."""
         norm = record["grad_latents"]
         mean = self.clip_decay * state.norm + (1 - self.clip_decay) * norm
