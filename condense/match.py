@@ -78,12 +78,23 @@ def named_distance(name: str) -> Distance:
     return DISTANCES[name]
 
 
-def trajectory_distance(theta: Tensors, target: Tensors, start: Tensors) -> Tensor:
-    """Return |theta - target|^2 / |start - target|^2 over all weights.
+def trajectory_distance(theta: Tensors, target: Tensors, start: Tensors, trim: float = 0.0) -> Tensor:
+    """Return |theta - target|^2 / |start - target|^2 over all weights, or over those that ``trim`` leaves.
 
     Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022.
+
+    Args:
+        trim: fraction of the individual weights, rounded down to a whole number of them, that are left out of both
+            sums: those with the smallest (theta - target)^2. Of equal ones the first are left out, in the order of the
+            parameters and of their entries. The choice is a constant for the gradient. Li et al., "Prioritize Alignment
+            in Dataset Distillation", 2024.
     """
-    return mse_sum(theta, target) / mse_sum(start, target)
+    if not trim:
+        return mse_sum(theta, target) / mse_sum(start, target)
+    error, scale = (torch.cat([(x - y).square().flatten() for x, y in _pairs(side, target)]) for side in (theta, start))
+    smallest = error.detach().argsort(stable=True)[: int(trim * len(error))]
+    kept = torch.ones_like(error, requires_grad=False).scatter(0, smallest, 0.0)
+    return (error * kept).sum() / (scale * kept).sum()
 
 
 def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor:

@@ -418,6 +418,9 @@ class Method(Checked, ABC):
     fills_budget: ClassVar[bool] = True
     """Whether the set has exactly the budgeted number of samples of each class; else it may have fewer."""
 
+    added_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that earlier versions did not have. At their defaults they are absent from recipes, sets and hashes."""
+
     family: ClassVar[str] = "other"
     """Heading under which ``condense list methods`` shows the method."""
 
@@ -567,6 +570,10 @@ class GradientMethod(Method):
 
     learns: ClassVar[bool] = True
     learns_labels: ClassVar[bool] = True
+
+    terms: ClassVar[tuple[str, ...]] = ()
+    """Names of all terms of the loss. Needed only if ``update`` reads terms, since a process without parts has no other
+    way to know the names."""
 
     optim: Optim = Optim()
     """Optimiser of the images (latents)."""
@@ -727,8 +734,8 @@ class _Gradients:
         for param in self.params:
             param.grad = torch.zeros_like(param)
         self.total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
-        self.names = [str(number) for number in range(MAX_TERMS)]
-        """Names of the terms; placeholders in a process without parts."""
+        self.names = [*sorted(method.terms), *map(str, range(len(method.terms), MAX_TERMS))]
+        """Names of the terms; in a process without parts those of ``method.terms``, and placeholders."""
         graph = ctx.compute.graph and method.graphs(ctx)
         self._run: Callable[[Any], None] = ctx.graphed_step("gradients", self._compute) if graph else self._compute
 

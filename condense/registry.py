@@ -29,6 +29,7 @@ METHODS: Registry[type[Method]] = Registry(
         "dq": "condense.methods.graph_cut:DQ",
         "dd": "condense.methods.dd:DD",
         "rat-bptt": "condense.methods.rat_bptt:RaTBPTT",
+        "at-bptt": "condense.methods.at_bptt:ATBPTT",
         "rtp": "condense.methods.rtp:RTP",
         "dc": "condense.methods.dc:DC",
         "dsa": "condense.methods.dc:DSA",

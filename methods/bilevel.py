@@ -1,4 +1,5 @@
-"""Base class of the methods that train a network on the set and minimise its loss on real images (DD, RaT-BPTT, RTP):
+"""Base class of the methods that train a network on the set and minimise its loss on real images (DD, RaT-BPTT,
+AT-BPTT, RTP):
 
 min_S  E_theta_0  l(R; theta_N(S)),    theta_{n+1} = rule(theta_n, grad l(b_n; theta_n)),   b_n a minibatch of S.
 
@@ -45,10 +46,14 @@ class Bilevel(Unrolled):
             )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss on real images (N, C, H, W) in evaluation mode. A network with BatchNorm is in training mode
+        """The loss on real images (N, C, H, W), see ``real_logits``."""
+        return ctx.objective.loss(self.real_logits(ctx, theta, buffers, images), labels)
+
+    def real_logits(self, ctx: Context, theta: Params, buffers: Params, images: Tensor) -> Tensor:
+        """The logits of real images (N, C, H, W) in evaluation mode. A network with BatchNorm is in training mode
         and uses the statistics of these images, because the inner steps do not update its running statistics."""
         network = ctx.task.network
-        return ctx.objective.loss(network.logits(theta, buffers, images, train=has_batch_norm(network)), labels)
+        return network.logits(theta, buffers, images, train=has_batch_norm(network))
 
 
 def class_members(ctx: Context, state: GradientState) -> list[Tensor]:

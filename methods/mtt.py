@@ -14,6 +14,7 @@ Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022, equation 2 and algorithm 
     N        ``syn_steps``
     b_n      ``batch_syn`` images; see ``minibatches``
     A        ``task.augment``, drawn for every image of every inner step
+    trim     the fraction of the weights with the smallest squared error that both norms leave out (PAD, EDF)
 
 Deviations: see docs/methods/mtt.md.
 """
@@ -50,6 +51,7 @@ class TrajectoryMatching(Unrolled):
 
     family: ClassVar[str] = "trajectory matching"
     has_teacher: ClassVar[bool] = True
+    added_fields: ClassVar[tuple[str, ...]] = ("trim",)
 
     num_steps: int = 5000
     """Number of updates of the images."""
@@ -74,6 +76,9 @@ class TrajectoryMatching(Unrolled):
     learning rate itself, divide it by the square of ``lr``."""
     experts: Literal["any", "sgd", "gsam"] = "any"
     """How the experts of the buffer must have been trained: by SGD, or sharpness-aware by GSAM as in FTD."""
+    trim: float = 0.0
+    """Fraction of the student's weights that the loss leaves out: those that are nearest to the target. PAD and EDF use
+    0.25 to 0.5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +88,10 @@ class TrajectoryMatching(Unrolled):
                 raise ValueError(f"method.{name} must be at least 1, got {value}; leave it at its default")
         if not self.lr > 0:
             raise ValueError(f"method.lr must be positive, got {self.lr}: its logarithm is learned; try 0.01")
+        if not 0 <= self.trim < 1:
+            raise ValueError(
+                f"method.trim must lie in [0, 1), got {self.trim}: it is a fraction; a usual value is 0.25"
+            )
 
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
         last_epoch = self.max_start_epoch - 1 + self.expert_epochs
@@ -114,7 +123,7 @@ class TrajectoryMatching(Unrolled):
         batches = self.batches(ctx, images, targets, step, part)
         adjoint = self.adjoint.resolve(ctx.rng("adjoint", step, part))
         theta = self.train(ctx, start, batches, rule=SGD(), lr=cast(Tensor, state.syn.lr), adjoint=adjoint)
-        return trajectory_distance(theta, target, start) / self.num_trajectories
+        return trajectory_distance(theta, target, start, self.trim) / self.num_trajectories
 
     def snapshots(self, ctx: Context, step: int, part: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weights that the student starts from and the weights that it is to reach."""

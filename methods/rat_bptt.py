@@ -17,6 +17,7 @@ Deviations: see docs/methods/rat-bptt.md.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -42,17 +43,15 @@ class RaTState(GradientState):
     """Running mean of the gradient norm of the images; 0 before the first update."""
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class RaTBPTT(Bilevel):
-    """Back-propagates through a window of training steps at a random position."""
+class WindowedBPTT(Bilevel):
+    """Base class of RaT-BPTT and AT-BPTT: a fresh network is trained on the set without a graph, and then for a window
+    of steps through which its loss on real images is back-propagated."""
 
     num_steps: int = 600000
     """Number of updates of the images."""
-    adjoint: Adjoint = RandomTruncated()
-    """How to differentiate through the training steps of the network."""
     inner_steps: int = 200
-    """Number of training steps of the network, if the adjoint does not determine it."""
+    """Number of training steps of the network."""
     same_burn_in: int = 10
     """Number of updates for which the position of the window stays the same."""
     lr: float = 1e-3
@@ -93,35 +92,27 @@ class RaTBPTT(Bilevel):
         norm = torch.zeros((), dtype=dtype_of_numbers(ctx.task.device), device=ctx.task.device)
         return RaTState(syn=syn, optimisers=self.optimisers(syn), norm=norm)
 
-    def graphs(self, ctx: Context) -> bool:
-        return not self.mask
+    @abstractmethod
+    def burn_in(self, ctx: Context, state: Any, step: int) -> int:
+        """The number of training steps before those that are differentiated."""
 
-    def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:
+    @abstractmethod
+    def differentiated(self, ctx: Context, state: Any, step: int) -> tuple[int, Adjoint]:
+        """The number of training steps that are differentiated, and how."""
+
+    def outcome(self, ctx: Context, state: RaTState, step: int) -> tuple[Tensor, Tensor]:
+        """The logits (N, C) that the trained network gives to real images, and their classes (N,)."""
         task, burn_in = ctx.task, ctx.kept("burn-in", state, lambda: BurnIn(self, ctx, state))
-        start = from_host(step, "start", lambda step: burn_in(step, self.burn_in(ctx, step)))
+        start = from_host(step, "start", lambda step: burn_in(step, self.burn_in(ctx, state, step)))
         first, theta, adam, buffers = start
-        window, adjoint = self.window(ctx, step)
-        batches = self.batches(ctx, state, step, window, self.burn_in(ctx, step) if isinstance(step, int) else first)
+        if isinstance(step, int):
+            first = self.burn_in(ctx, state, step)
+        window, adjoint = self.differentiated(ctx, state, step)
+        batches = self.batches(ctx, state, step, window, first)
         theta = self.train(ctx, theta, batches, rule=Adam(), lr=self.lr, adjoint=adjoint, state=adam)
         images, labels = task.train.sample(self.batch_real, ctx.rng("real", step))
         drawn = self.drawn(ctx, len(images), step, "real")
-        return self.real_loss(ctx, theta, buffers, task.augment.apply(images, drawn), labels)
-
-    def burn_in(self, ctx: Context, step: int) -> int:
-        """The number of training steps before those that are differentiated."""
-        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
-        if not isinstance(adjoint, Truncated):
-            return 0
-        return max(self.inner_steps - adjoint.window, 0) if adjoint.burn_in is None else adjoint.burn_in
-
-    def window(self, ctx: Context, step: int) -> tuple[int, Adjoint]:
-        """The number of training steps that are differentiated, and how."""
-        match self.adjoint:
-            case Truncated(burn_in=None):
-                return min(self.adjoint.window, self.inner_steps), Exact()
-            case Truncated() | RandomTruncated():
-                return self.adjoint.window, Exact()
-        return self.inner_steps, self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
+        return self.real_logits(ctx, theta, buffers, task.augment.apply(images, drawn)), labels
 
     def batches(self, ctx: Context, state: RaTState, step: int, num_steps: int, first: int = 0) -> list[Minibatch]:
         """The minibatches of ``num_steps`` training steps of the network, from the step ``first`` on."""
@@ -140,7 +131,7 @@ class RaTBPTT(Bilevel):
         """Draw the augmentation parameters of ``num`` images."""
         return ctx.task.augment.sample(ctx.rng("augment", step, unit), num, ctx.task.input_shape, siamese=False)
 
-    def update(self, state: RaTState, record: dict[str, Value]) -> None:
+    def update(self, state: Any, record: dict[str, Value]) -> None:
         """Clip the gradient and step the optimisers. As published, the running mean includes the norm it bounds."""
         norm = record["grad_latents"]
         mean = self.clip_decay * state.norm + (1 - self.clip_decay) * norm
@@ -151,11 +142,42 @@ class RaTBPTT(Bilevel):
             optimiser.step()
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class RaTBPTT(WindowedBPTT):
+    """Back-propagates through a window of training steps at a random position."""
+
+    adjoint: Adjoint = RandomTruncated()
+    """How to differentiate through the training steps of the network."""
+    inner_steps: int = 200
+    """Number of training steps of the network, if the adjoint does not determine it."""
+
+    def graphs(self, ctx: Context) -> bool:
+        return not self.mask
+
+    def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:
+        return ctx.objective.loss(*self.outcome(ctx, state, step))
+
+    def burn_in(self, ctx: Context, state: RaTState, step: int) -> int:
+        adjoint = self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
+        if not isinstance(adjoint, Truncated):
+            return 0
+        return max(self.inner_steps - adjoint.window, 0) if adjoint.burn_in is None else adjoint.burn_in
+
+    def differentiated(self, ctx: Context, state: RaTState, step: int) -> tuple[int, Adjoint]:
+        match self.adjoint:
+            case Truncated(burn_in=None):
+                return min(self.adjoint.window, self.inner_steps), Exact()
+            case Truncated() | RandomTruncated():
+                return self.adjoint.window, Exact()
+        return self.inner_steps, self.adjoint.resolve(ctx.rng("adjoint", step // self.same_burn_in))
+
+
 class BurnIn:
     """Trains a fresh network on the set without a graph, on tensors that stay in place, so that its step can be
     captured."""
 
-    def __init__(self, method: RaTBPTT, ctx: Context, state: RaTState) -> None:
+    def __init__(self, method: WindowedBPTT, ctx: Context, state: RaTState) -> None:
         self._method, self._ctx, self._state = method, ctx, state
         self._step: Any = 0
         self._data, self._point, self._buffers = self._fresh(0)

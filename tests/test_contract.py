@@ -59,6 +59,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "dd": {"inner_epochs": 2, "batch_real": 12, "num_networks": 2},
     "rat-bptt": {"adjoint": RandomTruncated(0, 2, 2), "batch_real": 12, "batch_per_class": 1, "same_burn_in": 2},
+    "at-bptt": {"inner_steps": 4, "window": 2, "spread": 1, "batch_real": 12, "batch_per_class": 1, "same_burn_in": 2},
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
     "tesla": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4},
     "datm": {"syn_steps": 2, "first_max_epoch": 1, "max_start_epoch": 2, "expansion_steps": 3, "batch_syn": 4},

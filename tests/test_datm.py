@@ -84,11 +84,11 @@ def advance(method: TrajectoryMatching, ctx: Context, state: GradientState) -> l
 
 
 @pytest.mark.parametrize("augment", ["none", "color_crop"])
-@pytest.mark.parametrize("threshold", [100.0, 1.05])
+@pytest.mark.parametrize(("threshold", "trim"), [(100.0, 0.0), (1.05, 0.0), (100.0, 0.5)])
 def test_datm_follows_its_twin_step_by_step(
-    augment: str, threshold: float, make_context: Callable[..., Context]
+    augment: str, threshold: float, trim: float, make_context: Callable[..., Context]
 ) -> None:
-    method, ctx = dataclasses.replace(METHOD, threshold=threshold), make_context(augment)
+    method, ctx = dataclasses.replace(METHOD, threshold=threshold, trim=trim), make_context(augment)
     state = method.init(ctx)
     start = {name: p.detach().clone() for name, p in state.syn.named_parameters()}
 
@@ -108,6 +108,7 @@ def test_datm_follows_its_twin_step_by_step(
         lr_labels=method.optim_labels.lr,
         lr_log_lr=method.optim_lr.lr,
         threshold=threshold,
+        trim=trim,
     )
     for step, (loss, images, logits, lr) in enumerate(expected):
         record = method.step(ctx, state, step)
@@ -221,10 +222,14 @@ class TestTesla:
         error = (grads["tesla"] - grads["exact"]).norm() / grads["exact"].norm()
         assert error > 1e-3
 
+    @pytest.mark.parametrize("trim", [0.0, 0.5])
     @pytest.mark.parametrize("augment", ["none", "color_crop"])
-    def test_it_follows_its_twin_step_by_step(self, augment: str, make_context: Callable[..., Context]) -> None:
+    def test_it_follows_its_twin_step_by_step(
+        self, augment: str, trim: float, make_context: Callable[..., Context]
+    ) -> None:
         ctx = make_context(augment, labels=Hard())
-        method = TESLA(num_steps=4, syn_steps=4, batch_syn=4, max_start_epoch=2, lr=0.05, optim=Optim(lr=10.0))
+        fields: dict[str, Any] = {"num_steps": 4, "syn_steps": 4, "batch_syn": 4, "max_start_epoch": 2, "lr": 0.05}
+        method = TESLA(optim=Optim(lr=10.0), trim=trim, **fields)
         state = method.init(ctx)
         images, labels = (t.detach().clone() for t in state.syn())
 
@@ -242,6 +247,7 @@ class TestTesla:
             lr=method.lr,
             lr_images=method.optim.lr,
             lr_log_lr=method.optim_lr.lr,
+            trim=trim,
         )
         for step, (loss, found, lr) in enumerate(expected):
             before = state.syn.latents.detach().clone()
@@ -459,6 +465,15 @@ def test_recipes_of_datm_hold_the_published_values() -> None:
             optim_lr=Optim(lr=float(f"{lr_lr / 0.01**2:.6g}"), momentum=0.5),
             threshold=threshold,
         )
+
+
+def test_recipes_of_pad_are_those_of_datm_with_a_trimmed_loss() -> None:
+    recipes, budgets = published("pad"), {1: 0.0, 10: 0.5, 50: 0.25, 500: 0.5, 1000: 0.5}
+    assert recipes.keys() == {"pad"} | {f"pad-cifar10-ipc{ipc}" for ipc in budgets}
+    assert recipes["pad"].method == recipes["pad-cifar10-ipc10"].method
+    for ipc, trim in budgets.items():
+        plan, datm = recipes[f"pad-cifar10-ipc{ipc}"], named(f"datm-cifar10-ipc{ipc}")
+        assert plan == dataclasses.replace(datm, method=dataclasses.replace(datm.method, trim=trim))  # type: ignore
 
 
 def test_recipes_of_tesla_hold_the_published_values() -> None:

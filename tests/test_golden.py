@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "dd": {"inner_epochs": 2, "batch_real": 200},
     "rat-bptt": {"adjoint": RandomTruncated(0, 3, 3), "batch_real": 200},
+    "at-bptt": {"inner_steps": 6, "window": 3, "spread": 1, "batch_real": 200, "same_burn_in": 5},
     "rtp": {"inner_steps": 5, "batch_real": 16},
     "tesla": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
     # at 100, its default, twenty steps magnify rounding by 1e5

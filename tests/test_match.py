@@ -134,6 +134,33 @@ def test_trajectory_distance() -> None:
     assert match.trajectory_distance(halfway, target, start).item() == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("trim", [0.1, 0.5, 0.99])
+def test_a_trimmed_trajectory_distance_leaves_out_the_weights_nearest_to_the_target(trim: float) -> None:
+    theta, target, start = ({name: w.requires_grad_() for name, w in weights(seed).items()} for seed in range(3))
+    value = match.trajectory_distance(theta, target, start, trim)
+    expected = distances.trajectory_distance(*(arrays(weights(seed)) for seed in range(3)), trim)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    value.backward()
+    errors = torch.cat([(theta[name] - target[name]).abs().flatten() for name in theta])
+    moved = torch.cat([w.grad.flatten() for w in theta.values() if w.grad is not None]) != 0
+    assert moved.sum() == len(errors) - int(trim * len(errors))
+    assert errors[moved].min() > errors[~moved].max()
+
+
+def test_of_equal_errors_the_first_are_trimmed() -> None:
+    zero = {"a": torch.zeros(2, 2), "b": torch.zeros(3)}
+    theta = {"a": torch.tensor([[2.0, 1.0], [1.0, 1.0]]), "b": torch.tensor([1.0, 1.0, 1.0])}
+    start = {"a": torch.arange(4.0).view(2, 2), "b": torch.arange(4.0, 7.0)}
+    value = match.trajectory_distance(theta, zero, start, 0.5)  # three of seven: the second to the fourth of a
+    assert value.item() == pytest.approx((2**2 + 1 + 1 + 1) / (0 + 4**2 + 5**2 + 6**2))
+
+
+def test_nothing_trimmed_is_the_distance_to_the_bit() -> None:
+    theta, target, start = weights(0), weights(1), weights(2)
+    plain = match.mse_sum(theta, target) / match.mse_sum(start, target)
+    assert torch.equal(match.trajectory_distance(theta, target, start, 0.0), plain)
+
+
 def test_feature_mean_distance() -> None:
     gen = torch.Generator().manual_seed(0)
     real, syn = (torch.randn(n, 5, generator=gen, dtype=torch.float64) for n in (7, 3))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense import catalog
+from condense import catalog, recipe
 from condense.artifacts import BufferWriter, find, pack
 from condense.augment import Augment
 from condense.compute import Compute
@@ -23,7 +23,7 @@ from condense.method import Context, GradientState, Optim
 from condense.methods.mtt import MTT, minibatches
 from condense.methods.unrolled import prepared
 from condense.networks import Functional, build
-from condense.recipe import named
+from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.synthetic import Decode, Factor, Hard, Labels, Logits, Origin, Pixels
 from condense.task import Labelled, Split, Task, make_task
@@ -160,16 +160,19 @@ def twin(method: MTT, ctx: Context) -> Iterator[tuple[float, Tensor, float]]:
         lr_images=method.optim.lr,
         lr_log_lr=method.optim_lr.lr,
         momentum=method.optim.momentum,
+        trim=method.trim,
     )
 
 
 @pytest.mark.parametrize("augment", ["none", STRATEGY])
-@pytest.mark.parametrize(("batch_syn", "num_trajectories"), [(None, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("batch_syn", "num_trajectories", "trim"), [(None, 1, 0.0), (4, 2, 0.0), (None, 1, 0.3), (4, 2, 0.5)]
+)
 def test_agrees_with_the_slow_twin_step_by_step(
-    make_context: Callable[..., Context], batch_syn: int | None, num_trajectories: int, augment: str
+    make_context: Callable[..., Context], batch_syn: int | None, num_trajectories: int, trim: float, augment: str
 ) -> None:
     ctx = make_context(augment, dtype=torch.float64)
-    method = dataclasses.replace(TINY, batch_syn=batch_syn, num_trajectories=num_trajectories)
+    method = dataclasses.replace(TINY, batch_syn=batch_syn, num_trajectories=num_trajectories, trim=trim)
     previous, previous_lr = begin(method, ctx).syn()[0], method.lr
     for (record, images), (loss, expected, lr) in zip(run(method, ctx), twin(method, ctx), strict=True):
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
@@ -314,6 +317,19 @@ def test_every_image_of_every_inner_step_has_a_mask_of_its_own(make_context: Cal
     assert torch.equal(found, masks(1, 0))
     for other in (masks(2, 0), masks(1, 1), masks(1, 0, seed=1)):
         assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("trim", [-0.1, 1.0])
+def test_a_loss_needs_some_weights(trim: float) -> None:
+    with pytest.raises(ValueError, match=r"method.trim must lie in \[0, 1\), got .*; a usual value is 0.25"):
+        MTT(trim=trim)
+
+
+def test_a_recipe_that_trims_nothing_is_that_of_earlier_versions() -> None:
+    plain, trimmed = (Recipe(method=MTT(trim=trim)) for trim in (0.0, 0.5))
+    assert "trim" not in recipe.to_mapping(plain)["method"] and recipe.to_mapping(trimmed)["method"]["trim"] == 0.5
+    assert plain.hash("f") != trimmed.hash("f")
+    assert recipe.from_mapping(recipe.to_mapping(trimmed), "test") == trimmed
 
 
 def test_a_zero_learning_rate_leaves_images_and_learned_rate_alone(

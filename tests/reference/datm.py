@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.reference.mtt import Params, squared_distance
+from tests.reference.mtt import Params, trimmed_ratio
 
 
 def soft_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -33,6 +33,7 @@ def datm(
     lr_labels: float,
     lr_log_lr: float,
     threshold: float,
+    trim: float = 0.0,
 ) -> Iterator[tuple[float, Tensor, Tensor, float]]:
     """Yield the loss, the images, the logits and the learning rate of the student after each update."""
     leaves = [images.clone(), labels.clone(), torch.tensor(math.log(lr), dtype=images.dtype)]
@@ -46,7 +47,7 @@ def datm(
             loss = soft_cross_entropy(functional_call(network, theta, batch), torch.stack([y[i] for i in index]))
             grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
             theta = {name: p - log_lr.exp() * g for (name, p), g in zip(theta.items(), grads, strict=True)}
-        total = squared_distance(theta, target) / squared_distance(first, target)
+        total = trimmed_ratio(theta, first, target, trim)
         if total.item() <= threshold:
             grads = torch.autograd.grad(total, (x, y, log_lr))
             for k, (rate, momentum) in enumerate([(lr_images, 0.5), (lr_labels, 0.9), (lr_log_lr, 0.5)]):

@@ -45,9 +45,15 @@ def global_cosine(grads_a: dict[str, np.ndarray], grads_b: dict[str, np.ndarray]
 
 
 def trajectory_distance(
-    theta: dict[str, np.ndarray], target: dict[str, np.ndarray], start: dict[str, np.ndarray]
+    theta: dict[str, np.ndarray], target: dict[str, np.ndarray], start: dict[str, np.ndarray], trim: float = 0.0
 ) -> float:
-    return mse_sum(theta, target) / mse_sum(start, target)
+    errors, scales = [], []
+    for name in theta:
+        for x, y, z in zip(theta[name].ravel(), target[name].ravel(), start[name].ravel(), strict=True):
+            errors.append((x - y) ** 2)
+            scales.append((z - y) ** 2)
+    kept = sorted(range(len(errors)), key=lambda i: errors[i])[math.floor(trim * len(errors)) :]
+    return sum(errors[i] for i in kept) / sum(scales[i] for i in kept)
 
 
 def feature_mean_distance(real: np.ndarray, syn: np.ndarray) -> float:

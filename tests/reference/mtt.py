@@ -25,6 +25,7 @@ def trajectory_matching(
     lr_images: float,
     lr_log_lr: float,
     momentum: float,
+    trim: float = 0.0,
 ) -> Iterator[tuple[float, Tensor, float]]:
     """Yield the loss, the images and the learning rate of the student after each step.
 
@@ -48,7 +49,7 @@ def trajectory_matching(
                 loss = F.cross_entropy(functional_call(network, theta, treat(batch)), classes)
                 grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
                 theta = {name: p - log_lr.exp() * g for (name, p), g in zip(theta.items(), grads, strict=True)}
-            losses.append(squared_distance(theta, target) / squared_distance(first, target))
+            losses.append(trimmed_ratio(theta, first, target, trim))
         total = sum(losses) / torch.tensor(len(losses))
         image_grad, lr_grad = torch.autograd.grad(total, (images, log_lr))
         image_velocity = momentum * image_velocity + image_grad
@@ -60,3 +61,18 @@ def trajectory_matching(
 
 def squared_distance(a: Params, b: Params) -> Tensor:
     return sum((((a[name] - b[name]) ** 2).sum() for name in a), torch.zeros(()))
+
+
+def left_by(trim: float, theta: Params, target: Params) -> dict[str, list[int]]:
+    """Return the entries of each parameter that a loss keeps without the fraction ``trim`` of smallest errors."""
+    places = [(name, i) for name in theta for i in range(theta[name].numel())]
+    errors = {name: ((theta[name] - target[name]) ** 2).flatten().tolist() for name in theta}
+    ranked = sorted(places, key=lambda place: errors[place[0]][place[1]])
+    kept = ranked[math.floor(trim * len(ranked)) :]
+    return {name: [i for other, i in kept if other == name] for name in theta}
+
+
+def trimmed_ratio(theta: Params, first: Params, target: Params, trim: float) -> Tensor:
+    kept = left_by(trim, theta, target)
+    theta, first, target = ({name: p.flatten()[kept[name]] for name, p in x.items()} for x in (theta, first, target))
+    return squared_distance(theta, target) / squared_distance(first, target)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.reference.mtt import Params, squared_distance
+from tests.reference.mtt import Params, left_by
 
 
 def tesla(
@@ -25,6 +25,7 @@ def tesla(
     lr_images: float,
     lr_log_lr: float,
     momentum: float = 0.5,
+    trim: float = 0.0,
 ) -> Iterator[tuple[float, Tensor, float]]:
     """Yield the loss, the images and the learning rate of the student after each update; arguments as for MTT."""
     log_lr = math.log(lr)
@@ -50,18 +51,24 @@ def tesla(
             total = {name: total[name] + grads[name] for name in total}
             theta = {name: p - alpha * grads[name] for name, p in theta.items()}
         end = {name: first[name] - alpha * total[name] for name in first}
-        scale = squared_distance(first, target)
-        loss = squared_distance(end, target) / scale
+        kept = left_by(trim, end, target)
+        chosen = {
+            name: torch.tensor([float(i in kept[name]) for i in range(p.numel())]).view_as(p) for name, p in end.items()
+        }
+        offset = {name: chosen[name] * (end[name] - target[name]) for name in end}
+        scale = sum((chosen[name] * (first[name] - target[name]) ** 2).sum() for name in end)
+        loss = sum((offset[name] ** 2).sum() for name in end) / scale
 
         # second pass: differentiate |theta_0 - alpha sum g - theta*|^2 through one g at a time, with constant weights
         image_grad = torch.zeros_like(images)
-        direction = {name: alpha * (target[name] - first[name]) + alpha**2 * total[name] for name in first}
+        direction = {
+            name: chosen[name] * (alpha * (target[name] - first[name]) + alpha**2 * total[name]) for name in first
+        }
         for number, theta in enumerate(visited):
             x = images.clone().requires_grad_()
             grads = gradients(theta, x, number, create_graph=True)
             product = torch.stack([(grads[name] * direction[name]).sum() for name in grads]).sum()
             image_grad += 2 / scale * torch.autograd.grad(product, x)[0]
-        offset = {name: end[name] - target[name] for name in end}
         into_alpha = -2 / scale * torch.stack([(offset[name] * total[name]).sum() for name in total]).sum()
 
         image_velocity = momentum * image_velocity + image_grad
