@@ -170,6 +170,24 @@ def feature_matching_loss(
     return differentiated(value, (torch.cat(gradients),), (images,))
 
 
+def summed_in_chunks(fn: Callable[..., Tensor], inputs: Sequence[Tensor], micro_batch: int | None) -> Tensor:
+    """Return the sum of ``fn(*chunks)`` over chunks of at most ``micro_batch`` rows of the inputs (N, ...).
+
+    The result is a scalar that is differentiable once, in the first input only. Only one chunk at a time has a graph.
+    ``fn`` may not draw random numbers.
+    """
+    if micro_batch is None or len(inputs[0]) <= micro_batch:
+        return fn(*inputs)
+    values, gradients = [], []
+    for first, *others in zip(*(x.detach().split(micro_batch) for x in inputs), strict=True):
+        chunk = first.clone().requires_grad_()
+        with torch.enable_grad():
+            value = fn(chunk, *others)
+        gradients += torch.autograd.grad(value, chunk)
+        values.append(value.detach())
+    return differentiated(torch.stack(values).sum(), (torch.cat(gradients),), (inputs[0],))
+
+
 def differentiated(value: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """Return ``value`` as a once differentiable function of ``inputs`` with the given gradients."""
     output: Tensor = _Differentiated.apply(value, tuple(gradients), *inputs)
