@@ -40,6 +40,7 @@ METHODS: Registry[type[Method]] = Registry(
         "dm": "condense.methods.dm:DM",
         "datadam": "condense.methods.datadam:DataDAM",
         "tgdd": "condense.methods.tgdd:TGDD",
+        "ncfm": "condense.methods.ncfm:NCFM",
         "cafe": "condense.methods.cafe:CAFE",
         "dpdm": "condense.methods.dpdm:DPDM",
         "kip": "condense.methods.kip:KIP",

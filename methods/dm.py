@@ -101,10 +101,16 @@ class DistributionMatching(GradientMethod):
     def losses(self, ctx: Context, state: DMState, step: int, parts: Sequence[int]) -> Tensor:
         classes = range(ctx.task.num_classes) if has_batch_norm(ctx.task.network) else parts
         real, syn = pairs(ctx, self.augment(ctx), state.syn, step, classes, self.batch_real)
-        return self.distance(ctx, state, classes, real, syn)
+        return self.distance(ctx, state, step, classes, real, syn)
 
     def distance(
-        self, ctx: Context, state: DMState, classes: Sequence[int], real: Sequence[Tensor], syn: Sequence[Tensor]
+        self,
+        ctx: Context,
+        state: DMState,
+        step: int,
+        classes: Sequence[int],
+        real: Sequence[Tensor],
+        syn: Sequence[Tensor],
     ) -> Tensor:
         """Return the sum over classes of the distance between augmented real and synthetic images (n, C, H, W)."""
         mixed = has_batch_norm(ctx.task.network)

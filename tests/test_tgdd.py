@@ -17,7 +17,7 @@ from condense.compute import Compute
 from condense.method import Context, Optim
 from condense.methods.dm import DM
 from condense.methods.mtt import experts_of
-from condense.methods.tgdd import TGDD, TGDDState
+from condense.methods.tgdd import TGDD, ExpertState
 from condense.networks import Network, Weights, build
 from condense.recipe import named
 from condense.rng import Rng
@@ -131,7 +131,7 @@ def test_both_checkpoints_are_of_one_expert_and_cover_their_ranges(make_context:
     }
     drawn = set()
     for step in range(300):
-        first, later = (known[w.params["classifier.bias"].sum().item()] for w in method.checkpoints(ctx, step))
+        first, later = (known[w.params["classifier.bias"].sum().item()] for w in method.networks(ctx, step))
         assert first[0] == later[0]
         drawn.add((*first, later[1]))
     assert drawn == {(m, s, e) for m in range(2) for s in range(5) for e in range(s, min(s + 3, 5))}
@@ -141,13 +141,13 @@ def test_each_step_has_the_checkpoints_of_its_number(make_context: MakeContext) 
     ctx, method = make_context(), small()
     state = method.init(ctx)
     for step in range(3):
-        for mine, drawn in zip(held(state), method.checkpoints(ctx, step), strict=True):
+        for mine, drawn in zip(held(state), method.networks(ctx, step), strict=True):
             assert all(torch.equal(mine.params[name], p) for name, p in drawn.params.items())
         method.step(ctx, state, step)
 
 
-def held(state: TGDDState) -> tuple[Weights, Weights]:
-    return Weights(state.params, state.buffers), Weights(state.later_params, state.later_buffers)
+def held(state: ExpertState) -> tuple[Weights, Weights]:
+    return Weights(state.params, state.buffers), Weights(state.classifier_params, state.classifier_buffers)
 
 
 def test_without_the_cross_entropy_it_is_dm_under_a_checkpoint(make_context: MakeContext) -> None:
@@ -163,7 +163,7 @@ def test_images_that_are_wrongly_classified_cost_more(make_context: MakeContext)
     state = method.init(ctx)
     losses = []
     for shift in (0.0, 5.0):
-        state.later_params["classifier.bias"][0] = shift
+        state.classifier_params["classifier.bias"][0] = shift
         losses.append([method.loss(ctx, state, 0, c).item() for c in range(3)])
     assert losses[1][0] < losses[0][0] and all(losses[1][c] > losses[0][c] for c in (1, 2))
 
