@@ -25,6 +25,7 @@ LABELS_THAT_FIT = {
     "dm": {"hard"},
     "datadam": {"hard"},
     "tgdd": {"hard", "teacher"},
+    "ncfm": {"hard", "teacher"},
     "cafe": {"hard"},
     "dpdm": {"hard"},
     "cim": {"hard", "teacher"},

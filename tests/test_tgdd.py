@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,32 +40,33 @@ def small(**fields: Any) -> TGDD:
     return TGDD(**usual | fields)
 
 
+def context_of(
+    folder: Path,
+    augment: str = STRATEGY,
+    decode: Decode | None = None,
+    labels: Labels | None = None,
+    compute: Compute | None = None,
+) -> Context:
+    """A context of three classes with a buffer of two experts of five epochs in ``folder``."""
+    task = make_task_of_three(augment, torch.float32)
+    if not any(folder.iterdir()):
+        write_buffer(folder, task)
+    (spec,) = small().needs(task).values()
+    return Context(
+        task,
+        Rng(0),
+        1,
+        decode or Factor(factor=2),
+        labels or Hard(),
+        compute or Compute(),
+        Origin(dataset=task.dataset(), transform=task.transform.describe()),
+        {"experts": spec.open(find(folder, spec, task.name))},
+    )
+
+
 @pytest.fixture
 def make_context(tmp_path: Path) -> MakeContext:
-    """A context of three classes with a buffer of two experts of five epochs."""
-
-    def make(
-        augment: str = STRATEGY,
-        decode: Decode | None = None,
-        labels: Labels | None = None,
-        compute: Compute | None = None,
-    ) -> Context:
-        task = make_task_of_three(augment, torch.float32)
-        if not any(tmp_path.iterdir()):
-            write_buffer(tmp_path, task)
-        (spec,) = small().needs(task).values()
-        return Context(
-            task,
-            Rng(0),
-            1,
-            decode or Factor(factor=2),
-            labels or Hard(),
-            compute or Compute(),
-            Origin(dataset=task.dataset(), transform=task.transform.describe()),
-            {"experts": spec.open(find(tmp_path, spec, task.name))},
-        )
-
-    return make
+    return functools.partial(context_of, tmp_path)
 
 
 def run(method: TGDD, ctx: Context) -> Iterator[tuple[dict[str, Any], Tensor]]:
