@@ -58,9 +58,8 @@ class NCFM(ExpertMatching):
 
     num_steps: int = 40000
     """Number of updates of the images. With calibration, every second one is a calibration step."""
-    optim: Optim = Optim(kind="adam", lr=0.157, momentum=0.35, beta2=0.99)
-    """Optimiser of the images (latents). The default corresponds to the published learning rate 0.01 for CIFAR-10; see
-    docs/methods/ncfm.md."""
+    optim: Optim = Optim(kind="adam", lr=0.157, momentum=0.35)
+    """Optimiser of the images (latents). The recipes also set beta2; see docs/methods/ncfm.md."""
     batch_real: int = 1024
     """Real images per class in each step; all of them if a class has fewer."""
     initial_share: float = 1.0

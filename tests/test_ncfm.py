@@ -206,7 +206,18 @@ def test_networks_are_trained_as_published(make_context: MakeContext) -> None:
 
 def test_recipes_hold_the_published_values() -> None:
     recipes = {name: named(name) for name in catalog.recipes() if name.split("-")[0] == "ncfm"}
-    published = NCFM(num_steps=40000, batch_real=1024, last_epoch=60, num_frequencies=4096, amplitude=0.5, phase=0.5)
+    optim = Optim(kind="adam", lr=0.157, momentum=0.35, beta2=0.99)
+    published = NCFM(optim=optim)
+    assert published == NCFM(
+        num_steps=40000,
+        batch_real=1024,
+        last_epoch=60,
+        num_frequencies=4096,
+        amplitude=0.5,
+        phase=0.5,
+        calibration=1.0,
+        optim=optim,
+    )
     for name in ("ncfm", *(f"ncfm-cifar10-ipc{ipc}" for ipc in (1, 10, 50))):
         plan = recipes.pop(name)
         assert (plan.method, plan.decode, plan.augment) == (published, Factor(factor=2), "dsa:mode=D")
