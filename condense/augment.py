@@ -50,7 +50,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -227,6 +227,10 @@ class Augment(Checked):
                     f"{what}: an image of {height} x {width} pixels is no mosaic of {factor} x {factor} equal tiles; "
                     f"give {view}= a factor that divides both sides"
                 )
+
+    def only(self, ops: Sequence[str]) -> Augment:
+        """Return this strategy with those of its operations that are among ``ops``."""
+        return replace(self, ops=tuple(op for op in self.ops if op in ops))
 
     @property
     def views(self) -> dict[str, int]:

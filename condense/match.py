@@ -105,6 +105,24 @@ def feature_mean_distance(real_features: Tensor, syn_features: Tensor) -> Tensor
     return (real_features.mean(0) - syn_features.mean(0)).square().sum()
 
 
+def characteristic_distance(
+    real_features: Tensor, syn_features: Tensor, frequencies: Tensor, amplitude: float, phase: float
+) -> Tensor:
+    """Return the distance between the empirical characteristic functions of features (N, F) and (M, F).
+
+    At a frequency t, a row of ``frequencies`` (K, F), the characteristic function is the mean of exp(i t.f) over the
+    features f. The distance is the mean over t of the root of ``amplitude`` times the squared difference of the two
+    absolute values a and b, plus ``phase`` times 2ab (1 - cos of the angle between the two), which is at least 1e-12
+    because a root has no slope at 0.
+
+    Wang et al., "Dataset Distillation with Neural Characteristic Function: A Minmax Perspective", CVPR 2025.
+    """
+    (real_x, real_y), (syn_x, syn_y) = (_characteristic(f @ frequencies.T) for f in (real_features, syn_features))
+    real_size, syn_size = torch.hypot(real_x, real_y), torch.hypot(syn_x, syn_y)
+    angles = 2 * (real_size * syn_size - real_x * syn_x - real_y * syn_y)
+    return (amplitude * (real_size - syn_size).square() + phase * angles.clamp(min=1e-12)).sqrt().mean()
+
+
 def attention_map(maps: Tensor, power: float) -> Tensor:
     """Return the attention of feature maps (N, C, ...), flattened to (N, positions).
 
@@ -179,6 +197,24 @@ def feature_matching_loss(
         gradients += torch.autograd.grad(product, chunk)
     value = (real_mean - mean).square().sum()
     return differentiated(value, (torch.cat(gradients),), (images,))
+
+
+def summed_in_chunks(fn: Callable[..., Tensor], inputs: Sequence[Tensor], micro_batch: int | None) -> Tensor:
+    """Return the sum of ``fn(*chunks)`` over chunks of at most ``micro_batch`` rows of the inputs (N, ...).
+
+    The result is a scalar that is differentiable once, in the first input only. Only one chunk at a time has a graph.
+    ``fn`` may not draw random numbers.
+    """
+    if micro_batch is None or len(inputs[0]) <= micro_batch:
+        return fn(*inputs)
+    values, gradients = [], []
+    for first, *others in zip(*(x.detach().split(micro_batch) for x in inputs), strict=True):
+        chunk = first.clone().requires_grad_()
+        with torch.enable_grad():
+            value = fn(chunk, *others)
+        gradients += torch.autograd.grad(value, chunk)
+        values.append(value.detach())
+    return differentiated(torch.stack(values).sum(), (torch.cat(gradients),), (inputs[0],))
 
 
 def differentiated(value: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
@@ -301,6 +337,11 @@ class _Differentiated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(grad * gradient for gradient in ctx.saved_tensors)
+
+
+def _characteristic(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return real and imaginary part (K,) of the mean of exp(i angle) over the rows of ``angles`` (N, K)."""
+    return angles.cos().mean(0), angles.sin().mean(0)
 
 
 def _pairs(a: Tensors, b: Tensors) -> list[tuple[Tensor, Tensor]]:

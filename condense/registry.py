@@ -40,6 +40,8 @@ METHODS: Registry[type[Method]] = Registry(
         "datm": "condense.methods.datm:DATM",
         "dm": "condense.methods.dm:DM",
         "datadam": "condense.methods.datadam:DataDAM",
+        "tgdd": "condense.methods.tgdd:TGDD",
+        "ncfm": "condense.methods.ncfm:NCFM",
         "cafe": "condense.methods.cafe:CAFE",
         "dpdm": "condense.methods.dpdm:DPDM",
         "kip": "condense.methods.kip:KIP",

@@ -118,7 +118,7 @@ class CAFE(GradientMethod):
         return CAFEState(syn=syn, optimisers=self.optimisers(syn), params=params, buffers=buffers)
 
     def loss(self, ctx: Context, state: CAFEState, step: int, part: int) -> Loss:
-        real, syn = pairs(ctx, state.syn, step, range(ctx.task.num_classes), self.batch_real)
+        real, syn = pairs(ctx, ctx.task.augment, state.syn, step, range(ctx.task.num_classes), self.batch_real)
         levels = partial(_levels, ctx, state)
         with torch.no_grad():
             if has_batch_norm(ctx.task.network):

@@ -128,8 +128,7 @@ class CIM(GradientMethod):
 
     def augment(self, ctx: Context) -> Augment:
         """The augmentation of the matched images."""
-        ops = tuple(op for op in ctx.task.augment.ops if op in self.matched)
-        return replace(ctx.task.augment, ops=ops)
+        return ctx.task.augment.only(self.matched)
 
     def features(self, ctx: Context, state: CIMState) -> list[Callable[[Tensor], Tensor]]:
         """Return for each teacher z: maps images (N, C, H, W) to its features (N, ...)."""

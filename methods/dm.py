@@ -9,7 +9,7 @@ psi has fresh random weights theta at every step. No network is trained and no s
     B_c     ``batch_real`` real images of class c, drawn at every step
     psi     ``ctx.features``: the input of the network's classifier, in training mode
     theta   ``state.params`` and ``state.buffers``, drawn for the step
-    A       ``task.augment``; its parameters omega are drawn once for both batches of a class
+    A       ``augment``; its parameters omega are drawn once for both batches of a class
 
 Deviations: see docs/methods/dm.md.
 """
@@ -26,6 +26,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from condense.augment import Augment
 from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Functional, Weights
@@ -47,7 +48,7 @@ class DMState(GradientState):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching(GradientMethod):
-    """Base class of DM and DataDAM, which differ by the features whose class means they match."""
+    """Base class of methods that match the features of real and synthetic images of each class under one network."""
 
     family: ClassVar[str] = "distribution and attention matching"
 
@@ -72,6 +73,10 @@ class DistributionMatching(GradientMethod):
     def features(self, ctx: Context, state: DMState) -> Features:
         """psi of the step: maps images (N, C, H, W) to the features (N, F) whose class means are compared."""
 
+    def augment(self, ctx: Context) -> Augment:
+        """The augmentation of the matched images."""
+        return ctx.task.augment
+
     def graphs(self, ctx: Context) -> bool:
         return True
 
@@ -94,13 +99,25 @@ class DistributionMatching(GradientMethod):
         return self.losses(ctx, state, step, (part,))
 
     def losses(self, ctx: Context, state: DMState, step: int, parts: Sequence[int]) -> Tensor:
+        classes = range(ctx.task.num_classes) if has_batch_norm(ctx.task.network) else parts
+        real, syn = pairs(ctx, self.augment(ctx), state.syn, step, classes, self.batch_real)
+        return self.distance(ctx, state, step, classes, real, syn)
+
+    def distance(
+        self,
+        ctx: Context,
+        state: DMState,
+        step: int,
+        classes: Sequence[int],
+        real: Sequence[Tensor],
+        syn: Sequence[Tensor],
+    ) -> Tensor:
+        """Return the sum over classes of the distance between augmented real and synthetic images (n, C, H, W)."""
         mixed = has_batch_norm(ctx.task.network)
-        classes = range(ctx.task.num_classes) if mixed else parts
-        real, syn = pairs(ctx, state.syn, step, classes, self.batch_real)
         features, most = self.features(ctx, state), ctx.compute.micro_batch
         with torch.no_grad():
             wanted = _groups_features(features, real) if mixed else _means(features, real, most)
-        if most is not None and not mixed and len(parts) == 1 and len(syn[0]) > most:
+        if most is not None and not mixed and len(syn) == 1 and len(syn[0]) > most:
             return feature_matching_loss(features, wanted[0].mean(0), syn[0], most)
         both = zip(wanted, _groups_features(features, syn), strict=True)
         return torch.stack([feature_mean_distance(r, s) for r, s in both]).sum()
@@ -123,10 +140,10 @@ class DM(DistributionMatching):
 
 
 def pairs(
-    ctx: Context, syn: SyntheticSet, step: int, classes: Sequence[int], batch_real: int
+    ctx: Context, augment: Augment, syn: SyntheticSet, step: int, classes: Sequence[int], batch_real: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Real and synthetic images (n, C, H, W) of each class, both under the same augmentation."""
-    augment, augmented = ctx.task.augment, []
+    augmented = []
     for c in classes:
         drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.input_shape, siamese=True)
         real = ctx.task.train.draw(c, batch_real, ctx.rng("real", step, c))

@@ -99,7 +99,7 @@ class IDCBase(GradientMatching):
         )
 
     def training_augment(self, task: Task) -> Augment:
-        return _beside_cutmix(super().training_augment(task), self.cutmix)
+        return beside_cutmix(super().training_augment(task), self.cutmix)
 
     def weight(self, ctx: Context) -> float:
         """The weight of the objective. The paper scales the learning rate by it, which is equivalent under SGD. For a
@@ -116,7 +116,7 @@ class IDCBase(GradientMatching):
         return self.weight(ctx) * super().losses(ctx, state, step, parts)
 
     def augment(self, ctx: Context) -> Augment:
-        return _only(ctx.task.augment, self.matched)
+        return ctx.task.augment.only(self.matched)
 
     def synthetic(self, ctx: Context, state: StudentState, step: int, part: int) -> tuple[Tensor, Tensor]:
         images, targets = super().synthetic(ctx, state, step, part)
@@ -138,7 +138,7 @@ class IDCBase(GradientMatching):
             schedule=Schedule(),
             cutmix=self.cutmix_student,
         )
-        augment = _beside_cutmix(replace(self.augment(ctx), flips=False), self.cutmix_student)
+        augment = beside_cutmix(replace(self.augment(ctx), flips=False), self.cutmix_student)
         trainer = student_trainer(task.network, training, ctx.compute)
         images, classes = task.train.sample(self.num_student, ctx.rng("student images", step))
         source = trainer.source(images, classes, ctx.rng.child("training", step), augment)
@@ -158,10 +158,6 @@ class IDCI(IDCBase):
     """IDC without multi-formation: each stored image is one image."""
 
 
-def _beside_cutmix(augment: Augment, cutmix: float) -> Augment:
+def beside_cutmix(augment: Augment, cutmix: float) -> Augment:
     """Return the augmentation without cutout if the probability of CutMix is above 0, else unchanged."""
-    return _only(augment, [op for op in augment.ops if op != "cutout"]) if cutmix else augment
-
-
-def _only(augment: Augment, ops: Sequence[str]) -> Augment:
-    return replace(augment, ops=tuple(op for op in augment.ops if op in ops))
+    return augment.only([op for op in augment.ops if op != "cutout"]) if cutmix else augment

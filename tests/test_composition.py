@@ -24,6 +24,8 @@ NUM_STEPS = 3
 LABELS_THAT_FIT = {
     "dm": {"hard"},
     "datadam": {"hard"},
+    "tgdd": {"hard", "teacher"},
+    "ncfm": {"hard", "teacher"},
     "cafe": {"hard"},
     "dpdm": {"hard"},
     "cim": {"hard", "teacher"},

@@ -33,6 +33,8 @@ NUM_STEPS = 4
 SMALL: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 6},
     "datadam": {"batch_real": 6},
+    "tgdd": {"batch_real": 6, "last_epoch": 4, "interval": 2},
+    "ncfm": {"batch_real": 6, "last_epoch": 4, "num_frequencies": 16, "optim": Optim(lr=0.01)},
     "cim": {"optim": Optim(lr=0.1)},
     "dpdm": {"num_networks": 3, "rate": 0.8, "optim": Optim(lr=1e-3)},
     "cafe": {"batch_real": 6, "batch_probe": 6, "max_epochs": 2, "max_updates": 3},

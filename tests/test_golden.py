@@ -37,6 +37,8 @@ TOLERANCE = 2e-3
 METHODS: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 32},
     "datadam": {"batch_real": 32},
+    "tgdd": {"batch_real": 32, "last_epoch": 1, "interval": 2, "weight": 0.5, "optim": Optim(lr=1.0)},
+    "ncfm": {"batch_real": 32, "last_epoch": 1, "num_frequencies": 64, "optim": Optim(lr=0.01)},
     "cim": {"num_candidates": 50, "optim": Optim(lr=1.0)},
     "dpdm": {"num_networks": 5},
     "cafe": {"batch_real": 32, "batch_probe": 32, "max_epochs": 1, "max_updates": 5},
