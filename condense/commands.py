@@ -100,7 +100,7 @@ class Buffer:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class Evaluate:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the results as JSON, as in evaluation.json."""
 
@@ -153,7 +153,7 @@ class Import:
     """Ignore the classifier of the file, which may be absent or of other classes. Such networks serve methods that use
     features alone."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class Apply:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the findings as JSON, as in the file of results."""
 
@@ -192,7 +192,7 @@ class Prune:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the findings as JSON, as in the file of results."""
 
@@ -217,7 +217,7 @@ class Relabel:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class Export:
 @dataclass(frozen=True, kw_only=True)
 class Frames:
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +249,7 @@ class Report:
     dataset: str | None = None
     """Data set that ZCA-whitened sets were distilled from. The default is the location recorded by each run."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +290,7 @@ class Compare:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the comparison as JSON; accuracies are fractions."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from condense.data.pixels import Array
 from condense.files import check_expansion
-from condense.names import reason
+from condense.names import installing, reason
 
 SOFT_LABELS = "soft_labels.parquet"
 
@@ -24,7 +24,7 @@ def arrow():  # type: ignore[no-untyped-def]
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("Parquet tables need pyarrow; run: pip install 'condense-dd[export]'") from error
+        raise ValueError(f"Parquet tables need pyarrow; run: {installing('export')}") from error
     return pyarrow, pyarrow.parquet
 
 
