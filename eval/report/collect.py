@@ -89,8 +89,8 @@ def collect(folder: Path) -> Run:
     syn, evaluation = load(finished), folder / "evaluation.json"
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
     results = read_complete(evaluation) if evaluation.exists() else []
-    log = steps_of(folder)
-    num_steps = len(log) if syn.origin.num_steps is None else syn.origin.num_steps
+    log, record = steps_of(folder), runs.read_record(folder)
+    num_steps = record.get("steps", len(log) if syn.origin.num_steps is None else syn.origin.num_steps)
     run = Run(
         folder=folder,
         syn=syn,
@@ -98,7 +98,7 @@ def collect(folder: Path) -> Run:
         log=log,
         results=results,
         uses=uses_of(folder),
-        record=runs.read_record(folder),
+        record=record,
     )
     if any(len(row["metrics"]["per_class"][0]) != syn.origin.num_classes for row in run.own_results):
         raise ValueError(
