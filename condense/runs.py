@@ -193,7 +193,7 @@ def write_start(folder: Path, dataset: str, steps: int) -> None:
 def write_record(folder: Path, device: torch.device, seconds: float, processes: int) -> None:
     """Complete ``run.json`` at the end of a run. ``seconds`` are added to those of earlier sessions of the run."""
     earlier = read_record(folder)
-    record = {
+    record: dict[str, Any] = {
         **{name: earlier[name] for name in ("dataset", "steps") if name in earlier},
         "seconds": round(float(earlier.get("seconds", 0.0)) + seconds, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
