@@ -205,6 +205,7 @@ def _card(exported: _Exported) -> str:
         privacy = "The images are synthetic but may resemble training images: they give no privacy guarantee."
     assert clipped is not None
     name = origin.dataset["name"]
+    count = f"{len(exported.pixels)} {'real' if selected else 'synthetic'}"
     made = f"{'selected' if selected else 'made'} by `{origin.method or 'unknown'}` with condense {origin.code}"
     return f"""---
 configs:
@@ -220,7 +221,7 @@ tags:
 
 # {name}, distilled
 
-{len(exported.pixels)} {"real" if selected else "synthetic"} images of {origin.num_classes} classes, {made} from the training images of
+{count} images of {origin.num_classes} classes, {made} from the training images of
 {name}{fingerprint}.
 
 ![Up to ten images of each class, one class in each row](set.png)
