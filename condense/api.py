@@ -554,6 +554,7 @@ def report(
 ) -> Path:
     """Write a self-contained HTML file that compares runs, by default ``report.html`` in the first run folder.
 
+    Files of sets, such as imported ones, are compared alike; beside a file the default is ``NAME.report.html``.
     ``dataset`` is the data set of ZCA-whitened sets, by default at the location that their runs recorded.
 
     Raises:
@@ -564,7 +565,8 @@ def report(
     paths = [expanded(folder) for folder in ((folders,) if isinstance(folders, Path | str) else folders)]
     if not paths:
         raise ValueError("a report needs at least one run; give folders that `condense distill` wrote")
-    target = expanded(out) if out is not None else paths[0] / "report.html"
+    beside = paths[0].with_suffix(".report.html") if paths[0].is_file() else paths[0] / "report.html"
+    target = beside if out is None else expanded(out)
     collected = [report.collect(path) for path in paths]
     check_new_file(target, "report")
     check_replaceable(target, "report", b"<!doctype html>")

@@ -22,16 +22,18 @@ from condense.tracking import read_log
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished distillation with its log and its results."""
+    """A finished distillation with its log and its results, or a file of a set, such as an imported one, with its
+    results alone."""
 
     folder: Path
+    """The run folder, or the file."""
     syn: SyntheticSet
     snapshots: Mapping[int, SyntheticSet]
     """Snapshots by number of steps done, in order; the last one is the set itself."""
     log: Sequence[Mapping[str, Any]]
     """The logged numbers of each step."""
     results: Sequence[Mapping[str, Any]]
-    """Rows of ``evaluation.json``."""
+    """Rows of the file of results."""
     uses: Sequence[Mapping[str, Any]]
     """Tables of applications; see ``uses_of``."""
     record: Mapping[str, Any]
@@ -76,14 +78,19 @@ class Run:
 
 
 def collect(folder: Path) -> Run:
-    """Read a run folder.
+    """Read a run folder or the file of a set.
 
     Raises:
         ValueError: the folder holds no finished run, or one of its files is damaged.
     """
+    if folder.is_file():
+        alone, results = load(folder), folder.with_suffix(".evaluation.json")
+        rows = read_complete(results) if results.exists() else []
+        run = Run(folder=folder, syn=alone, snapshots={0: alone}, log=[], results=rows, uses=[], record={})
+        return _checked(run, results)
     finished = folder / "synthetic.safetensors"
     if not folder.is_dir() or not (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote")
+        raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote, or a file of a set")
     if not finished.exists():
         raise ValueError(f"{folder} is not finished; repeat the command that started it with {spelt('resume', True)}")
     syn, evaluation = load(finished), folder / "evaluation.json"
@@ -100,7 +107,12 @@ def collect(folder: Path) -> Run:
         uses=uses_of(folder),
         record=record,
     )
-    if any(len(row["metrics"]["per_class"][0]) != syn.origin.num_classes for row in run.own_results):
+    return _checked(run, evaluation)
+
+
+def _checked(run: Run, evaluation: Path) -> Run:
+    """Return a run whose results are for the classes of its set."""
+    if any(len(row["metrics"]["per_class"][0]) != run.syn.origin.num_classes for row in run.own_results):
         raise ValueError(
             f"{evaluation} has accuracies for another number of classes than the set; move it away and evaluate again"
         )

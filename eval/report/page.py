@@ -508,11 +508,12 @@ def _published_bytes(input_shape: InputShape, num_classes: int, ipc: int, labels
 
 def _commands(run: Run) -> list[str]:
     """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results: buffers, the distillation,
-    and the evaluations with their baselines."""
+    and the evaluations with their baselines. A file of a set is evaluated only."""
     data, folder = str(run.record.get("dataset", run.dataset)), run.folder.resolve().name
     data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
     commands = [command for used in run.syn.origin.artifacts for command in _buffer(run, data, used)]
-    commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder])
+    if run.folder.is_dir():
+        commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", folder])
     asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in run.own_results:
         asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
