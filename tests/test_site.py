@@ -14,6 +14,7 @@ from tests.types_seen import FOLDERS
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 ELSEWHERE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/parity/README.md")]
 
 
@@ -49,6 +50,7 @@ def entries(nav: object) -> list[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     named = entries(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"])
     made = {"index.md", "changelog.md", "contributing.md", "parity.md"}  # of the files outside of docs/
+    made |= {path.with_suffix(".md").relative_to(DOCS).as_posix() for path in NOTEBOOKS}
     written = {path.relative_to(DOCS).as_posix() for path in PAGES}
     assert sorted(named) == sorted(written | made)
 
