@@ -39,7 +39,7 @@ from condense.eval.applications.pruning import PRUNING, Pruning
 from condense.eval.baselines import FULL, compare
 from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named, own_network
-from condense.eval.results import Evaluation, Result, merge, read
+from condense.eval.results import Evaluation, Result, merge, read, read_complete
 from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
@@ -47,6 +47,7 @@ from condense.files import (
     check_new_file,
     check_new_folder,
     check_replaceable,
+    checksum,
     expanded,
     read_header,
     replacing,
@@ -665,14 +666,23 @@ def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
 
 
 @checked
-def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None = None) -> None:
-    """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``.
+def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None = None) -> float | None:
+    """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``. The card of a Hugging
+    Face data set lists the results beside the run or the file.
+
+    Returns:
+        The share of pixel values that were clipped to [0, 1]; None for series.
 
     Raises:
-        ValueError: unknown format; ``out`` exists or cannot be written.
+        ValueError: unknown format; ``out`` exists or cannot be written; a file of results is damaged.
     """
     exchange.check_export(expanded(out), kind)
-    exchange.export(*sets.with_transform(syn, dataset), expanded(out), kind)
+    given, transform = sets.with_transform(syn, dataset)
+    file = evaluation_file(syn) if kind == "huggingface" else None
+    rows = read_complete(file) if file is not None and file.exists() else []
+    own = checksum(given.state_dict())
+    rows = [row for row in rows if row["synthetic_sha256"] == own or row["method"] != given.origin.method]
+    return exchange.export(given, transform, expanded(out), kind, rows)
 
 
 def _option(name: str, value: Any) -> Any:

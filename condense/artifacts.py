@@ -323,6 +323,8 @@ class TrainedNetworkSpec(_BufferSpec):
         extent = ["--num-experts", str(self.num_networks)]
         if self.num_epochs > 1:  # the default of the command is more
             extent += ["--num-epochs", str(self.num_epochs)]
+        if self.features_only and "objective" not in self.identity.get("training", {}):
+            extent += ["--objective", "barlow-twins"]  # any network serves, but such features are what is asked for
         return shlex.join([*self._command(dataset), *extent, "--keep", "last"])
 
     def misfits(self, manifest: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import json
 import sys
@@ -52,7 +51,7 @@ from condense.names import printable, suggest
 from condense.objective import OBJECTIVES
 from condense.plugins import summaries
 from condense.recipe import Recipe
-from condense.registry import METHODS
+from condense.registry import METHODS, citation
 from condense.runs import RunOptions
 from condense.show import print_results
 from condense.synthetic import DECODERS, LABELS, Decode, Labels, Stored, ViewLabels, save
@@ -100,7 +99,7 @@ class Buffer:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,7 @@ class Evaluate:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the results as JSON, as in evaluation.json."""
 
@@ -153,7 +152,7 @@ class Import:
     """Ignore the classifier of the file, which may be absent or of other classes. Such networks serve methods that use
     features alone."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ class Apply:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the findings as JSON, as in the file of results."""
 
@@ -192,7 +191,7 @@ class Prune:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the findings as JSON, as in the file of results."""
 
@@ -217,7 +216,7 @@ class Relabel:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +231,7 @@ class Export:
 @dataclass(frozen=True, kw_only=True)
 class Frames:
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +251,7 @@ class Report:
     unverified: bool = False
     """Show published accuracies that nobody has compared with their source, too."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +292,7 @@ class Compare:
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     download: Switch[bool] = False
-    """Let torchvision download a missing data set."""
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the comparison as JSON; accuracies are fractions."""
 
@@ -693,8 +692,8 @@ def export(words: list[str]) -> None:
     command = recipe.parse(Export, words[2:], Export(), prog="condense export RUN_OR_FILE DST")
     target = expanded(words[1])
     kind = command.format or ("npz" if target.suffix == ".npz" else "folder")
-    api.export_set(words[0], target, kind, command.dataset)
-    _remark(f"{target}: {kind}")
+    clipped = api.export_set(words[0], target, kind, command.dataset)
+    _remark(f"{target}: {kind}" + ("" if clipped is None else f"; {exchange.clipping(clipped)}"))
 
 
 def frames(words: list[str]) -> None:
@@ -949,9 +948,7 @@ def _budget(flags: list[str]) -> int | None:
 def _about(resolved: recipe.Resolved) -> str:
     """Return the help text above the flags: the method's docstrings up to the equations, and the recipe's source."""
     cls = type(resolved.recipe.method)
-    paragraphs = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")
-    citation = itertools.takewhile(lambda text: not text.startswith(" ") and not text.endswith(":"), paragraphs)
-    about = [_summary(cls), *citation, f"Recipe: {resolved.name}. {resolved.source}".strip()]
+    about = [_summary(cls), citation(cls), f"Recipe: {resolved.name}. {resolved.source}".strip()]
     rows = [entry.dataset for entry in catalog.recipes().values() if entry.stem == resolved.name and entry.dataset]
     if rows:
         about.append(f"There are recipes for {', '.join(dict.fromkeys(rows))}; give --dataset and --ipc to see one.")

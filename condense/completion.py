@@ -58,8 +58,19 @@ def script(shell: str, commands: Completed) -> str:
         complaint = str(error)
     if complaint:
         raise ValueError(f"the installed tyro has no completion for {shell}; run: pip install --upgrade tyro")
-    paths = "complete -o default -F _tyro_condense condense\n"  # where nothing else fits
-    return written.getvalue() + (paths if shell == "bash" else "")
+    return _completing_paths(shell, written.getvalue())
+
+
+def _completing_paths(shell: str, script: str) -> str:
+    """Return a script of tyro that completes paths where nothing else fits."""
+    if shell == "bash":
+        return script + "complete -o default -F _tyro_condense condense\n"
+    if shell == "zsh":
+        return script + "(( compstate[nmatches] )) || _files\n"
+    argument, piped = '($python_cmd -c "$pycode" ', '(printf %s "$pycode" | $python_cmd - '  # Linux limits arguments
+    word = '"^"(string escape --style=regex -- (commandline -ct))'
+    files, none_too = 'if test "$results" =', f'if not string match -qr -- {word} $results; or test "$results" ='
+    return script.replace(argument, piped).replace(files, none_too)
 
 
 def _type_of(name: str, completed: Completed) -> Any:
@@ -74,7 +85,7 @@ def _type_of(name: str, completed: Completed) -> Any:
     flags = {} if completed.flags is None else dict(_flags(completed.flags))
     flags |= {flag: Literal[names] for flag, names in completed.choices.items()}
     for number, (flag, kind) in enumerate(sorted(flags.items())):
-        fields.append((f"flag{number}", Annotated[kind, tyro.conf.arg(name=flag, help="")]))
+        fields.append((f"flag{number}", Annotated[kind, tyro.conf.arg(name=flag, help="", help_behavior_hint="")]))
     return dataclasses.make_dataclass("".join(c if c.isalnum() else "_" for c in name), fields)
 
 

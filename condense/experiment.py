@@ -369,7 +369,7 @@ def run(
     ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
     stopwatch = runs.Stopwatch(folder)
     with plan.compute.arithmetic():
-        state = plan.method.init(ctx)
+        state, total = plan.method.init(ctx), plan.method.total_steps(ctx)
         with reporting(folder):
             folder.mkdir(parents=True, exist_ok=True)  # on every machine
         sinks: tuple[Sink, ...] = ()
@@ -377,10 +377,10 @@ def run(
             if not (resume and engine.has_checkpoint(folder)):
                 write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
             sinks = open_sinks(options.track, folder, ctx.origin.recipe)
-            runs.write_source(folder, experiment.source)
+            runs.write_start(folder, experiment.source, total)
         forget_peak(device)
         detail(f"{folder}, {device_name(device)}, {torch.get_num_threads()} threads\n{recipe.to_yaml(plan)}")
-        with progress(title, plan.method.total_steps(ctx)) as bar:
+        with progress(title, total) as bar:
             syn = engine.run(
                 plan.method,
                 ctx,

@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import shlex
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from importlib import metadata
 
 _as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
 
@@ -33,6 +35,17 @@ def suggest(name: str, known: Iterable[str], listing: str | None = None) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     rest = f"{listing} lists them" if listing else "there are " + ", ".join(known)
     return (f"did you mean {near[0]!r}? " if near else "") + rest
+
+
+def installing(extra: str) -> str:
+    """Return the command that installs the packages of an optional part. It names the packages and not Condense, which
+    may be a checkout or a wheel and is in no index."""
+    try:
+        lines = metadata.requires("condense-dd") or []
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        lines = []
+    packages = [line.split(";")[0].strip() for line in lines if f'extra == "{extra}"' in line.replace("'", '"')]
+    return shlex.join(["pip", "install", *packages]) if packages else f"pip install '.[{extra}]' in the checkout"
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ class RunSummary:
     steps: int
     """Number of steps done."""
     num_steps: int | None
-    """Number of steps of the recipe, as far as it is recorded."""
+    """Number of steps of the whole run, as far as it is recorded: those of the recipe, which some methods repeat for
+    parts of the set."""
     best_val_accuracy: float | None
     """Highest accuracy on the validation split during the run, as a fraction; None if it was not measured."""
     last_val_accuracy: float | None
@@ -107,7 +108,7 @@ def summary(folder: Path) -> RunSummary:
         seed=seed.seed,
         state="finished" if sha256 else "running" if is_locked(folder / runs.RECORD) else "stopped",
         steps=max((line["step"] for line in log), default=0),
-        num_steps=plan.method.num_steps,
+        num_steps=record.get("steps", plan.method.num_steps),
         best_val_accuracy=max(validated, default=None),
         last_val_accuracy=validated[-1] if validated else None,
         accuracy=None if row is None else row["mean"],

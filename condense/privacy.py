@@ -12,7 +12,7 @@ import functools
 import secrets
 import warnings
 
-from condense.names import spelt
+from condense.names import installing, spelt
 
 _ORDERS = [1 + k / 10 for k in range(1, 100)] + [*range(11, 64), 72, 96, 128, 192, 256, 384, 512, 768, 1024]
 """Orders of the Renyi divergence, of which the accountant takes the best."""
@@ -38,8 +38,7 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int) -
         from opacus.accountants.utils import get_noise_multiplier
     except ImportError as error:
         raise ValueError(
-            "the noise for an epsilon is computed by Opacus, which is not installed; run: pip install "
-            "'condense-dd[private]'"
+            f"the noise for an epsilon is computed by Opacus, which is not installed; run: {installing('private')}"
         ) from error
     try:
         with warnings.catch_warnings():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +107,14 @@ def name_of(method: Method) -> str:
     """Return the registered name of a method, or the import path of its class if it is not registered."""
     cls = type(method)
     return METHODS.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
+
+
+def citation(cls: type[Method]) -> str:
+    """Return the docstring of the module of a method up to its equations, which names the paper."""
+    paragraphs = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")
+    return "\n\n".join(
+        itertools.takewhile(lambda text: not text.startswith(" ") and not text.endswith(":"), paragraphs)
+    )
 
 
 @contextmanager

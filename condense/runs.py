@@ -175,8 +175,8 @@ def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | No
     return None if old == new else (path, old, new)
 
 
-def write_source(folder: Path, dataset: str) -> None:
-    """Write the location of the data to ``run.json`` at the start of a run.
+def write_start(folder: Path, dataset: str, steps: int) -> None:
+    """Write the location of the data and the total number of steps to ``run.json`` at the start of a run.
 
     Data that were passed in Python have a name but no location. For these an earlier record is retained, else the name
     is written.
@@ -186,6 +186,7 @@ def write_source(folder: Path, dataset: str) -> None:
         record["dataset"] = str(path.resolve())
     elif dataset in datasets.names() or "dataset" not in record:
         record["dataset"] = dataset
+    record["steps"] = steps
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
@@ -216,9 +217,8 @@ class Stopwatch:
 def write_record(folder: Path, device: torch.device, processes: int) -> None:
     """Complete ``run.json`` at the end of a run."""
     earlier = read_record(folder)
-    record = {
-        "dataset": earlier.get("dataset", ""),
-        **{name: earlier[name] for name in ("seconds", "cpu_seconds") if name in earlier},
+    record: dict[str, Any] = {
+        **{name: earlier[name] for name in ("dataset", "steps", "seconds", "cpu_seconds") if name in earlier},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "machine": platform.machine(),
@@ -247,9 +247,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_of_record(name: str, value: Any) -> bool:
-    kind = {"seconds": float, "cpu_seconds": float, "peak_memory_bytes": int, "processes": int, "threads": int}.get(
-        name, str
-    )
+    numbers = {"seconds": float, "cpu_seconds": float, "peak_memory_bytes": int}
+    kind = (numbers | {"processes": int, "threads": int, "steps": int}).get(name, str)
     return mismatch(value, kind) is None and (kind is str or 0 <= value < 2**63)
 
 

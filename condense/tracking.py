@@ -27,7 +27,7 @@ from rich.progress import (
 
 from condense.distributed import rank_of_environment
 from condense.files import parse_json, replacing, reporting, require_file
-from condense.names import printable, reason, suggest
+from condense.names import installing, printable, reason, suggest
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def check_sinks(names: tuple[str, ...]) -> None:
         if name not in _SINKS:
             raise ValueError(f"unknown tracker {name!r}: {suggest(name, _SINKS)}")
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"tracker {name!r} is not installed; run: pip install 'condense-dd[{name}]'")
+            raise ValueError(f"tracker {name!r} is not installed; run: {installing(name)}")
 
 
 def open_sinks(names: tuple[str, ...], folder: Path, recipe: Mapping[str, Any]) -> tuple[Sink, ...]:

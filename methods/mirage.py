@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from condense.data.graphs import HEADER, INSTALL, decode, encode
+from condense.data.graphs import HEADER, decode, encode
 from condense.data.layout import Kind
 from condense.method import Context, Method, State
-from condense.names import spelt
+from condense.names import installing, spelt
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
 from condense.train import Training
@@ -170,7 +170,7 @@ class Mirage(Method):
         try:
             from mlxtend.frequent_patterns import fpgrowth, fpmax
         except ImportError as error:
-            raise ValueError(f"mirage needs mlxtend, which mines frequent sets: {INSTALL}") from error
+            raise ValueError(f"mirage needs mlxtend, which mines frequent sets; run: {installing('graphs')}") from error
         table, items = _table(transactions, support)
         if not items:
             return []

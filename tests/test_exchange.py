@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 import warnings
 import zipfile
@@ -26,6 +27,7 @@ from condense.synthetic import Factor, Hard, Labels, Logits, Origin, SyntheticSe
 from tests.mutations import mutate_bytes
 from tests.reference import published
 
+ROOT = Path(__file__).resolve().parents[1]
 N, C = 20, 10
 DIGITS = load_data("digits")
 
@@ -331,13 +333,17 @@ class TestValues:
         with pytest.raises(ValueError, match=r"a.pt takes 4 MiB in memory"):
             read(tmp_path / "a.pt")
 
-    @pytest.mark.parametrize("layout", ["npz", "pair", "folder"])
+    @pytest.mark.parametrize("layout", ["npz", "pair", "folder", "hub"])
     def test_a_damaged_file_is_read_or_refused_in_one_line(
         self, layout: str, real: tuple[Tensor, Tensor], tmp_path: Path
     ) -> None:
         if layout == "folder":
             source = published.jpegs(tmp_path, *real, [str(c) for c in range(C)])
             file = source / "0" / "class000_id000.jpg"
+        elif layout == "hub":
+            syn = api.distill("random", dataset="digits", network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+            source, file = tmp_path / "hub", tmp_path / "hub" / "data" / "train.parquet"
+            api.export_set(syn, source, "huggingface")
         else:
             source = file = self.write(tmp_path / ("a.npz" if layout == "npz" else "a.pt"), real[0][:2], real[1][:2])
         refused, content = 0, file.read_bytes()
@@ -449,6 +455,9 @@ class TestOut:
             torch.testing.assert_close(torch.tensor(found["soft_label"]), syn()[1].detach())
         card = (tmp_path / "hub" / "README.md").read_text()
         assert "dataset-distillation" in card and DIGITS.fingerprint["train"] in card
+        assert "No accuracy was measured" in card and "20 synthetic images" in card and "(set.png)" in card
+        with Image.open(tmp_path / "hub" / "set.png") as shown:
+            assert shown.height > 100
 
     @pytest.mark.parametrize("kind", FORMATS)
     def test_nothing_is_overwritten(self, kind: str, syn: SyntheticSet, tmp_path: Path) -> None:
@@ -458,7 +467,7 @@ class TestOut:
         assert (tmp_path / "there").read_text() == "mine"
 
 
-@pytest.mark.parametrize("kind", ["npz", "folder"])
+@pytest.mark.parametrize("kind", ["npz", "folder", "hub"])
 @pytest.mark.parametrize("labels", [Hard(), Logits(), Targets(), Teacher()], ids=lambda labels: labels.name)
 def test_out_and_in_again_keeps_the_targets(
     kind: str, labels: Labels, real: tuple[Tensor, Tensor], channel: Transform, tmp_path: Path
@@ -468,13 +477,80 @@ def test_out_and_in_again_keeps_the_targets(
     origin = Origin(dataset=dataset, transform=channel.describe())
     scores = 3 * torch.eye(C)[classes] + torch.rand(N, C)
     syn = SyntheticSet(channel(images), scores, origin, label_kind=labels)
-    api.export_set(syn, tmp_path / f"a.{kind}", kind)
+    api.export_set(syn, tmp_path / f"a.{kind}", {"hub": "huggingface"}.get(kind, kind))
     again = api.import_set(tmp_path / f"a.{kind}", "digits")
     assert again.label_kind.space == labels.space
     torch.testing.assert_close(again()[1], syn()[1].detach())
     torch.testing.assert_close(pixels_of(again), images, atol=1e-6 if kind == "npz" else 0.5 / 255 + 1e-6, rtol=0)
     save(again, tmp_path / "set.safetensors")
     torch.testing.assert_close(load(tmp_path / "set.safetensors")()[1], again()[1])
+
+
+NAMES = ("T-shirt/top", 'Größe  "XL"', "it's, well; both", "CON", "../up", "a\\b", "犬", "a b", "a-b", "7")
+
+
+@pytest.mark.filterwarnings("default")
+def test_names_of_classes_go_out_as_they_are_and_come_in_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    labels = np.arange(40) % len(NAMES)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels, classes=NAMES)
+    data = str(tmp_path / "d.npz")
+    syn = api.distill("random", dataset=data, network="mlp", ipc=1, out=tmp_path / "run", device="cpu")
+    for name, kind in (("a.npz", "npz"), ("folder", "folder"), ("hub", "huggingface")):
+        api.export_set(syn, tmp_path / name, kind)
+        torch.testing.assert_close(api.import_set(tmp_path / name, data)()[1], syn()[1])
+    with np.load(tmp_path / "a.npz") as file:
+        assert tuple(file["classes"]) == NAMES
+    with open(tmp_path / "folder" / "labels.csv", newline="", encoding="utf-8") as file:
+        assert tuple(row["class"] for row in csv.DictReader(file)) == NAMES
+    found = datasets.load_dataset(str(tmp_path / "hub"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert tuple(found.features["label"].names) == NAMES
+    assert len(list(tmp_path.glob("folder/*/*.png"))) == len(NAMES)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_clipped_pixels_are_counted(
+    kind: str, real: tuple[Tensor, Tensor], channel: Transform, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, classes = real
+    dataset = {"name": "digits", "fingerprint": "", "classes": list(DIGITS.classes), "input_shape": [1, 8, 8]}
+    origin = Origin(dataset=dataset, transform=channel.describe())
+    inside, beside = images.clone(), images.clone()
+    beside[:2, 0, 0] = torch.tensor([[1.2, -0.1], [1.0001, 0.0]]).repeat(1, 4)  # 8 of 1280 values, and rounding errors
+    for name, pixels, said in (
+        ("in", inside, "no pixel value was clipped"),
+        ("out", beside, "0.62 % of the pixel val"),
+    ):
+        save(SyntheticSet(channel(pixels), classes, origin), tmp_path / f"{name}.safetensors")
+        cli.main(["export", str(tmp_path / f"{name}.safetensors"), str(tmp_path / name), "--format", kind])
+        assert said in capsys.readouterr().out
+        if kind == "huggingface":
+            assert said in (tmp_path / name / "README.md").read_text()
+
+
+def test_the_card_has_results_use_and_citations(tmp_path: Path, short_protocol: None) -> None:
+    run = tmp_path / "run"
+    api.distill("herding", dataset="digits", network="mlp", ipc=1, num_epochs=1, out=run, device="cpu")
+    found = api.evaluate(run, networks="mlp", num_seeds=2, baselines="random", device="cpu")
+    stale = json.loads((run / "evaluation.json").read_text())
+    stale["results"].append(found.results[0].row() | {"synthetic_sha256": "0" * 64, "mean": 0.123})
+    (run / "evaluation.json").write_text(json.dumps(stale))
+    api.export_set(run, tmp_path / "hub", "huggingface")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for result in found.results:
+        accuracy = f"{100 * result.mean:.1f} ± {100 * (result.std or 0):.1f}"
+        assert f"| {result.method} | 10 | mlp | {result.protocol} | {accuracy} | 2 | 0 |" in card
+    assert "12.3" not in card and "iCaRL" in card and "10 real images of 10 classes" in card
+    title = re.search(r'^title: "(.*)"$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert title is not None and f"title = {{{title[1]}}}" in card
+    (command,) = re.findall(r"^    condense import FOLDER (.*)$", card, re.MULTILINE)
+    words = command.replace("DATA", "digits").replace("set.safetensors", str(tmp_path / "again.safetensors")).split()
+    cli.main(["import", str(tmp_path / "hub"), *words])
+    torch.testing.assert_close(pixels_of(load(tmp_path / "again.safetensors")), pixels_of(load(run)), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("damage", ["cut", "a file less"])

@@ -267,7 +267,7 @@ def test_a_missing_package_is_one_line_with_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_geometric.io", None)
     monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
-    with pytest.raises(ValueError, match=r"PyTorch Geometric is not installed; install it with pip install"):
+    with pytest.raises(ValueError, match=r"PyTorch Geometric is not installed; run: pip install "):
         load(shapes) if dataset == "graphs" else Functional("gin", (40,), 2)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,13 +98,18 @@ def test_a_name_needs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused("hf:owner/name", "hf:owner/name is read by the library datasets, .* pip install datasets")
 
-    def no_internet(name: str, download_config: Any) -> Any:
-        raise ConnectionError(f"{name} {download_config}")
+    def no_internet(name: str) -> Any:
+        raise ConnectionError(f"{name} {library.config.HF_HUB_OFFLINE} {hub.constants.HF_HUB_OFFLINE}")
 
-    library = SimpleNamespace(DownloadConfig=lambda local_files_only: local_files_only, load_dataset=no_internet)
+    hub = SimpleNamespace(constants=SimpleNamespace(HF_HUB_OFFLINE=False))
+    library = SimpleNamespace(config=SimpleNamespace(HF_HUB_OFFLINE=False), load_dataset=no_internet)
     monkeypatch.setitem(sys.modules, "datasets", library)
-    refused("hf:owner/name", "cannot read hf:owner/name: owner/name True; add download=True")
-    library.load_dataset = lambda name, download_config: standing_in()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    refused("hf:owner/name", "cannot read hf:owner/name: owner/name True True; add download=True")
+    assert library.config.HF_HUB_OFFLINE is hub.constants.HF_HUB_OFFLINE is False
+    with pytest.raises(ValueError, match="owner/name False False; check the name and the internet connection"):
+        load("hf:owner/name", download=True)
+    library.load_dataset = lambda name: standing_in()
     assert load("hf:owner/name").name == "name"
 
 
@@ -126,6 +133,26 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
     return datasets
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_download_the_internet_is_not_asked(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    for settings in (library.config, constants):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def connect(self: socket.socket, address: Any) -> None:
+        asked.append(address)
+        raise OSError("no internet")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: connect(None, address))  # type: ignore[arg-type]
+    start = time.monotonic()
+    refused("hf:owner/name", "cannot read hf:owner/name: .*; add download=True")
+    assert not asked and time.monotonic() - start < 5
+    assert not library.config.HF_HUB_OFFLINE and not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -169,7 +169,11 @@ def test_its_backbone_is_one_that_was_trained_without_labels(
     other = dataclasses.replace(TINY, teachers=("convnet:depth=1,width=4",))
     with pytest.raises(ValueError, match=r"objective is null, not \"barlow-twins\".* --objective barlow-twins"):
         api.run(Recipe(**PLAN | {"method": other}), options, arrays=tiny)
-    api.run(Recipe(**PLAN | {"method": dataclasses.replace(other, trained_by="any")}), options, arrays=tiny)
+    anyhow = dataclasses.replace(other, trained_by="any")
+    api.run(Recipe(**PLAN | {"method": anyhow}), options, arrays=tiny)
+    absent = dataclasses.replace(options, buffers=tmp_path / "none", out=tmp_path / "again")
+    with pytest.raises(ValueError, match=r"condense buffer .* --objective barlow-twins --keep last"):
+        api.run(Recipe(**PLAN | {"method": anyhow}), absent, arrays=tiny)
 
 
 @pytest.mark.parametrize(

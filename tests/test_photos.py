@@ -383,31 +383,3 @@ def test_a_folder_that_is_no_data_set_is_refused_with_the_command_that_makes_one
         ValueError, match=r"the images before it are 8x8: .* condense.prepare\('.*split', 'split.npz', s"
     ):
         load(tmp_path / "split")
-
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "photos.md"
-
-
-def test_the_page_works_as_it_stands(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With fewer steps, epochs and networks, which are narrow."""
-    monkeypatch.chdir(tmp_path)
-    page = PAGE.read_text(encoding="utf-8").partition("## Classes of unequal size")[0]
-    photos, call, _ = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    exec(compile(photos, str(PAGE), "exec"), {"__name__": "photos"})
-    commands = re.findall(r"^    condense (.*)$", page, re.MULTILINE)
-    cli.main(shlex.split(commands[0]))
-    assert capsys.readouterr().out in page
-    values: dict[str, Any] = {}
-    code, _, claim = call.strip().rpartition("\n")
-    exec(code, values)
-    shown, _, expected = claim.partition("  # ")
-    assert eval(shown, values) == eval(expected)
-    assert (tmp_path / "shapes.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
-    shorter = {"num-steps 100": "num-steps 2", "--num-seeds 3": "--num-seeds 1 --protocol.num-epochs 2", "=32": "=4"}
-    for command in commands[1:]:
-        for long, short in shorter.items():
-            command = command.replace(long, short)
-        cli.main(shlex.split(command))
-    assert len(commands) == 4 and len(list((tmp_path / "shapes-distilled").glob("*/*.png"))) == 3

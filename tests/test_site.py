@@ -1,7 +1,6 @@
 """The pages of documentation lead somewhere: links, anchors, navigation, the site built of them, the tutorials."""
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,12 @@ import pytest
 import yaml
 
 import condense
-from condense import cli
 from tests.types_seen import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 ELSEWHERE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/parity/README.md")]
 
 
@@ -51,6 +50,7 @@ def entries(nav: object) -> list[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     named = entries(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"])
     made = {"index.md", "changelog.md", "contributing.md", "parity.md"}  # of the files outside of docs/
+    made |= {path.with_suffix(".md").relative_to(DOCS).as_posix() for path in NOTEBOOKS}
     written = {path.relative_to(DOCS).as_posix() for path in PAGES}
     assert sorted(named) == sorted(written | made)
 
@@ -85,25 +85,3 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert "its last epoch" in (tmp_path / "api" / "functions.html").read_text(encoding="utf-8")
     links = re.findall(r'href="([^"]*)"', (tmp_path / "index.html").read_text(encoding="utf-8"))
     assert "methods/mtt.html" in links and not any(link.startswith("docs/") for link in links)
-
-
-def test_the_page_on_published_sets_works_as_it_stands(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With fewer steps, networks and epochs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
-    page = (DOCS / "tutorials" / "reviewing.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    dm, herding = 'distill("dm", ', 'distill("herding", '
-    assert dm in program and herding in program
-    exec(program.replace(dm, dm + "num_steps=2, ").replace(herding, herding + "num_epochs=1, "), {"__name__": "page"})
-    first, *rest = re.findall(r"^    condense (.*)$", page, re.MULTILINE)
-    cli.main(shlex.split(first))
-    assert capsys.readouterr().out in page
-    shorter = {"convnet:depth=2,width=32 mlp": "mlp", "--num-seeds 5": "--num-seeds 1"}
-    for command in rest[:2]:
-        for long, short in shorter.items():
-            command = command.replace(long, short)
-        cli.main(shlex.split(command))
-    assert "imported" in capsys.readouterr().out and len(rest) == 3

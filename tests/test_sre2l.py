@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condense import api, catalog, engine, files
+from condense import api, catalog, engine, files, overview
 from condense.artifacts import BufferWriter, find, pack
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load
+from condense.eval.report import collect
 from condense.method import Context, GradientState, Optim
 from condense.methods import recovery
 from condense.methods.recovery import by_class, by_image, rounded
@@ -331,6 +332,17 @@ def test_a_resumed_run_needs_no_chunk_that_is_not_finished(interrupted: Any, tin
     plan, options = interrupted
     (options.out / "scratch" / "chunk_000001.safetensors").write_bytes(b"half of a fi")
     assert len(api.run(plan, options, arrays=tiny)) == 6
+
+
+def test_steps_are_those_of_all_chunks(interrupted: Any, tiny: Arrays) -> None:
+    """In the list of runs, and in the report, whose snapshots of later chunks are older than the set."""
+    plan, options = interrupted
+    stopped = overview.summary(options.out)
+    assert (stopped.state, stopped.steps, stopped.num_steps) == ("stopped", 5, 12)
+    api.run(plan, options, arrays=tiny)
+    finished = overview.summary(options.out)
+    assert (finished.state, finished.steps, finished.num_steps) == ("finished", 12, 12)
+    assert list(collect(options.out).snapshots)[-1] == 12
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "other"])

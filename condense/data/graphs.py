@@ -31,15 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.data.pixels import Array
-from condense.names import excerpt, reason
+from condense.names import excerpt, installing, reason
 
 HEADER = 2
 """Numbers of a row before the codes of the nodes."""
 
 ROOM = 4
 """Length of the rows of a data set, as a multiple of the row of its longest graph."""
-
-INSTALL = "install it with pip install 'condense-dd[graphs]'"
 
 
 class Graph(NamedTuple):
@@ -122,7 +120,7 @@ def geometric(module: str, why: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(f"torch_geometric.{module}")
     except ImportError as error:
-        raise ValueError(f"{why}: PyTorch Geometric is not installed; {INSTALL}") from error
+        raise ValueError(f"{why}: PyTorch Geometric is not installed; run: {installing('graphs')}") from error
 
 
 def is_tu_folder(path: Path) -> bool:

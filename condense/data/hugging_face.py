@@ -6,6 +6,7 @@ Splits are found by name: ``train``, and ``test`` or else ``validation``. The co
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,19 +62,32 @@ def named(name: str, download: bool) -> HuggingFace:
         ValueError: the library is not installed, or it cannot read the data set.
     """
     try:
-        from datasets import DownloadConfig, load_dataset
+        from datasets import config, load_dataset
+        from huggingface_hub import constants
     except ImportError as error:
         raise ValueError(
             f"{excerpt(name)} is read by the library datasets, which is not installed; pip install datasets, or give "
             f"{spelt('dataset', 'PATH.npz')}"
         ) from error
     try:
-        loaded = load_dataset(name.removeprefix(PREFIX), download_config=DownloadConfig(local_files_only=not download))
+        with contextlib.nullcontext() if download else _offline(config, constants):
+            loaded = load_dataset(name.removeprefix(PREFIX))
     except Exception as error:  # a library that runs code of others can raise any exception
         fix = "check the name and the internet connection" if download else f"add {spelt('download', True)}"
         raise ValueError(f"cannot read {excerpt(name)}: {reason(error)}; {fix}") from error
     assert isinstance(loaded, HuggingFace)
     return loaded
+
+
+@contextlib.contextmanager
+def _offline(*settings: Any) -> Iterator[None]:
+    """Keep the library and its client of the hub from the internet, as ``HF_HUB_OFFLINE=1`` in the environment would if
+    it had been set before they were imported. ``DownloadConfig(local_files_only=True)`` does not reach the client."""
+    with contextlib.ExitStack() as restoring:
+        for module in settings:
+            restoring.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
+            module.HF_HUB_OFFLINE = True
+        yield
 
 
 def parts(source: HuggingFace) -> list[Rows]:

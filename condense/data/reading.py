@@ -10,9 +10,9 @@ import math
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -107,34 +107,55 @@ def text_of(what: str, array: Array) -> str:
 
 
 def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, Array]]:
-    """Yield each file with its picture, uint8: HW if it is gray, HWC in RGB if it has colour.
+    """Yield each file with its picture, as ``decoded`` does.
+
+    Raises:
+        ValueError: a file is not a regular one; see ``decoded``.
+    """
+
+    def opened() -> Iterator[tuple[Path, int]]:
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"cannot read {file}: it is not a regular file; move it out of the folder of images")
+            paths.append(file)
+            yield file, file.stat().st_size
+
+    paths: list[Path] = []
+    for picture in decoded(opened(), lambda index: f"{paths[index]}"):
+        yield paths[-1], picture
+
+
+def decoded(sources: Iterable[tuple[Path | BinaryIO, int]], name: Callable[[int], str]) -> Iterator[Array]:
+    """Yield pictures, uint8: HW if they are gray, HWC in RGB if they have colour.
 
     Pictures are rotated according to their EXIF orientation. An alpha channel is dropped, and only the first of several
     frames is read.
 
+    Args:
+        sources: files, and their sizes in bytes.
+        name: the name of the file of this index, for errors.
+
     Raises:
-        ValueError: a file is not a regular one, has an unknown format, more than 8 bits per value or too many pixels,
-            or is damaged.
+        ValueError: a file has an unknown format, more than 8 bits per value or too many pixels, or is damaged.
     """
     from PIL import Image
 
-    decoded = stored = 0
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"cannot read {file}: it is not a regular file; move it out of the folder of images")
+    size = stored = 0
+    for index, (source, num_bytes) in enumerate(sources):
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+            with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as image:
                 num_pixels = math.prod(image.size)
                 if num_pixels > MOST_PIXELS:
                     raise ValueError(f"it declares {image.width}x{image.height} pixels; the limit is {MOST_PIXELS:,}")
-                decoded, stored = decoded + num_pixels * len(image.getbands()), stored + file.stat().st_size
-                check_expansion("this picture with those before it", decoded, stored, "give an .npz if it is right")
+                size, stored = size + num_pixels * len(image.getbands()), stored + num_bytes
+                check_expansion("this picture with those before it", size, stored, "give an .npz if it is right")
                 picture = pixels_of(image)
         except Exception as error:  # a damaged picture can raise almost any exception
             raise ValueError(
-                f"cannot read {file}: {reason(error)}; replace it by an 8-bit image, or move it out of the folder"
+                f"cannot read {name(index)}: {reason(error)}; replace it by an 8-bit image, or move it out of the "
+                "folder"
             ) from error
-        yield file, picture
+        yield picture
 
 
 def pixels_of(image: Image.Image) -> Array:

@@ -2,6 +2,7 @@
 
 from condense.exchange.export import FORMATS as FORMATS
 from condense.exchange.export import check_export as check_export
+from condense.exchange.export import clipping as clipping
 from condense.exchange.export import export as export
 from condense.exchange.published import LAYOUTS as LAYOUTS
 from condense.exchange.published import External as External

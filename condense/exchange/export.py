@@ -9,8 +9,8 @@ import contextlib
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from condense import __version__, picture, registry
 from condense.data import layout
 from condense.data.samples import STANDARD
 from condense.data.transform import Transform
@@ -26,8 +27,24 @@ from condense.exchange import tables
 from condense.files import canonical_json, check_new_folder, replacing, reporting, temporary
 from condense.synthetic.set import Origin, SyntheticSet
 
+Rows = Sequence[Mapping[str, Any]]
+"""Rows of a file of results."""
 
-def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> None:
+
+@dataclass(frozen=True)
+class _Exported:
+    """What a format writes."""
+
+    syn: SyntheticSet
+    transform: Transform
+    pixels: Tensor
+    """The decoded samples with the values of the data, (N, *input_shape)."""
+    targets: Tensor
+    clipped: float | None
+    results: Rows
+
+
+def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str, results: Rows = ()) -> float | None:
     """Write the decoded samples, with the values of the original data, and their labels.
 
     Args:
@@ -35,6 +52,11 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
         transform: the transform of the set; its inverse gives the values of the data.
         path: a file for ``npz``, else a folder; it must not exist.
         kind: one of ``FORMATS``.
+        results: results of the set and of its baselines, for the card of ``huggingface``.
+
+    Returns:
+        The share of the pixel values that lay outside [0, 1] by more than half a level of 8 bits and were clipped; None
+        for series, which are not clipped.
 
     Raises:
         ValueError: ``path`` exists or cannot be written; a library for this format is missing; the format is for
@@ -50,12 +72,22 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str) -> No
         syn.require_classes(f"the format {kind}")
     with torch.no_grad():
         images, targets = syn()
-        pixels = transform.to_data(images).cpu()
-    targets = targets.cpu()
+        pixels, clipped = transform.to_data(images), None
+        if samples != "series":
+            clipped = float(((transform.inverse(images) - pixels).abs() > 0.5 / 255).double().mean())
+    exported = _Exported(syn, transform, pixels.cpu(), targets.cpu(), clipped, results)
     with reporting(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) if kind == "npz" else _making(path) as staged:
-            FORMATS[kind](syn, pixels, targets, staged)
+            FORMATS[kind](exported, staged)
+    return clipped
+
+
+def clipping(share: float) -> str:
+    """Return the share of clipped pixel values in words."""
+    if not share:
+        return "no pixel value was clipped"
+    return f"{100 * share:.2g} % of the pixel values lay outside [0, 1] and were clipped"
 
 
 def check_export(path: Path, kind: str) -> None:
@@ -75,13 +107,14 @@ def _making(folder: Path) -> Iterator[Path]:
         staged.rename(folder)
 
 
-def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
+def _npz(exported: _Exported, path: Path) -> None:
     """Write arrays: ``images`` or ``clips``, float32 in [0, 1], or ``series``, float32; ``layout``, the names of their
     axes; ``labels`` (N,), ``classes``, ``soft_labels`` (N, classes) if the labels are soft; ``origin``, the JSON of the
     origin of the set. A set without classes has ``targets`` (N, D) instead of labels and classes."""
+    syn, targets = exported.syn, exported.targets
     samples = layout.kind(syn.origin.input_shape)
     arrays: dict[str, Any] = {
-        samples: pixels.numpy(),
+        samples: exported.pixels.numpy(),
         "layout": np.array(STANDARD[samples]),
         "origin": np.array(_origin(syn)),
     }
@@ -95,10 +128,10 @@ def _npz(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None
         np.savez(file, **arrays)
 
 
-def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
+def _folder(exported: _Exported, path: Path) -> None:
     """Write ``CLASS/NNNNN.png``, ``labels.csv`` (file, label, class), ``origin.json`` and, if the labels are soft,
     ``soft_labels.parquet``."""
-    names = _write_images(syn, pixels, targets, path)
+    syn, targets, names = exported.syn, exported.targets, _write_images(exported, path)
     with open(path / "labels.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "label", "class"])
@@ -113,11 +146,11 @@ def _folder(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> N
     (path / "origin.json").write_text(_origin(syn) + "\n", encoding="utf-8")
 
 
-def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path) -> None:
+def _huggingface(exported: _Exported, path: Path) -> None:
     """Write a folder for ``datasets.load_dataset``: ``data/train.parquet`` with PNG images, labels and soft labels, if
-    there are any, and a data set card."""
+    there are any; ``set.png``, a picture of the set; ``origin.json``; and ``README.md``, the data set card."""
     arrow, parquet = tables.arrow()
-    names = _write_images(syn, pixels, targets, path / "images")
+    syn, targets, names = exported.syn, exported.targets, _write_images(exported, path / "images")
     rows = [{"bytes": (path / "images" / name).read_bytes(), "path": name} for name in names]
     shutil.rmtree(path / "images")
     classes = list(syn.origin.dataset["classes"])
@@ -127,12 +160,14 @@ def _huggingface(syn: SyntheticSet, pixels: Tensor, targets: Tensor, path: Path)
         columns["soft_label"] = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
         features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
     table = arrow.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    (path / "data").mkdir()
-    parquet.write_table(table, path / "data" / "train.parquet")
-    (path / "README.md").write_text(_card(syn, len(names)), encoding="utf-8")
+    (path / tables.HUB).parent.mkdir()
+    parquet.write_table(table, path / tables.HUB)
+    picture.draw(syn, exported.transform, path / "set.png")
+    (path / "origin.json").write_text(_origin(syn) + "\n", encoding="utf-8")
+    (path / "README.md").write_text(_card(exported), encoding="utf-8")
 
 
-FORMATS: dict[str, Callable[[SyntheticSet, Tensor, Tensor, Path], None]] = {
+FORMATS: dict[str, Callable[[_Exported, Path], None]] = {
     "npz": _npz,
     "folder": _folder,
     "huggingface": _huggingface,
@@ -144,10 +179,11 @@ def class_folder(label: int, name: str) -> str:
     return f"{label:03d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
-def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Path) -> list[str]:
+def _write_images(exported: _Exported, folder: Path) -> list[str]:
     """Write PNG files, in one subfolder per class, and return their names relative to ``folder``."""
-    classes, names = syn.origin.dataset["classes"], []
-    for i, (image, label) in enumerate(zip((pixels * 255).round().byte(), _classes(targets).tolist(), strict=True)):
+    classes, names = exported.syn.origin.dataset["classes"], []
+    pixels, labels = (exported.pixels * 255).round().byte(), _classes(exported.targets).tolist()
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         name = f"{class_folder(label, classes[label])}/{i:05d}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         array = image.permute(1, 2, 0).numpy()
@@ -156,43 +192,113 @@ def _write_images(syn: SyntheticSet, pixels: Tensor, targets: Tensor, folder: Pa
     return names
 
 
-def _card(syn: SyntheticSet, num_images: int) -> str:
+def _card(exported: _Exported) -> str:
+    syn, clipped = exported.syn, exported.clipped
     origin = _published(syn.origin)
-    method = origin.method or "unknown"
     fingerprint = f" (fingerprint `{origin.fingerprint}`)" if "fingerprint" in origin.dataset else ""
-    privacy = (
-        f"The images are differentially private: {origin.guarantee}."
-        if origin.privacy
-        else "The images are synthetic but may resemble training images: they give no privacy guarantee."
-    )
+    selected = origin.method in registry.METHODS and registry.load(origin.method).selects
+    if origin.privacy:
+        privacy = f"The images are differentially private: {origin.guarantee}."
+    elif selected:
+        privacy = "The images are real training images: they give no privacy."
+    else:
+        privacy = "The images are synthetic but may resemble training images: they give no privacy guarantee."
+    assert clipped is not None
+    name = origin.dataset["name"]
+    count = f"{len(exported.pixels)} {'real' if selected else 'synthetic'}"
+    made = f"{'selected' if selected else 'made'} by `{origin.method or 'unknown'}` with condense {origin.code}"
     return f"""---
 configs:
 - config_name: default
   data_files:
   - split: train
-    path: data/train.parquet
+    path: {tables.HUB}
 task_categories:
 - image-classification
 tags:
 - dataset-distillation
 ---
 
-# {origin.dataset["name"]}, distilled
+# {name}, distilled
 
-{num_images} synthetic images of {origin.num_classes} classes, made by `{method}` with condense {origin.code} from the
-training images of {origin.dataset["name"]}{fingerprint}.
-Labels: {syn.label_kind.name}. Pixels are 8-bit. Apply the transform `{canonical_json(dict(origin.transform))}`
-before training a network on them.
+{count} images of {origin.num_classes} classes, {made} from the training images of
+{name}{fingerprint}.
+
+![Up to ten images of each class, one class in each row](set.png)
+
+Labels: {syn.label_kind.name}. Pixels are 8-bit; {clipping(clipped)}. Before a network is trained on them, the
+transform `{canonical_json(dict(origin.transform))}` is applied.
 
 {privacy} The licence is that of the
 original data.
 
-Recipe (hash `{origin.recipe_hash or "none"}`):
+## Accuracy
+
+{_accuracies(exported.results)}
+
+## Use
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("FOLDER", split="train")  # or the name of its repository
+rows[0]["image"], rows.features["label"].int2str(rows[0]["label"])
+```
+
+With Condense, which needs the original data set DATA to evaluate the images:
+
+    condense import FOLDER set.safetensors --dataset DATA --transform {_spec(origin)}
+    condense evaluate set.safetensors
+
+## Citation
+
+{_citation(origin.method)}
+
+Condense:
+
+```bibtex
+@software{{condense,
+  title = {{Condense: a dataset-distillation engine}},
+  author = {{{{The Condense developers}}}},
+  version = {{{__version__}}}
+}}
+```
+
+## Recipe
+
+Hash `{origin.recipe_hash or "none"}`.
 
 ```json
 {json.dumps(dict(origin.recipe), indent=1)}
 ```
 """
+
+
+def _accuracies(results: Rows) -> str:
+    """Return a table of test accuracies in percent, or a line that says that there are none."""
+    if not results:
+        return "No accuracy was measured before the export."
+    lines = ["| set | images | network | protocol | accuracy, % | n | seed |", "|---|---|---|---|---|---|---|"]
+    for row in results:
+        deviation = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
+        head = f"| {row['method'] or 'set'} | {row['num_images']} | {row['network']} | {row['protocol']} |"
+        lines.append(f"{head} {100 * row['mean']:.1f}{deviation} | {row['n']} | {row['seed']} |")
+    return "\n".join(lines) + (
+        "\n\nTest accuracy, mean ± standard deviation over n networks. They were trained on the set before its pixels "
+        "were\nrounded to 8 bits."
+    )
+
+
+def _spec(origin: Origin) -> str:
+    """Return the name of the transform for the command line."""
+    return str(origin.recipe.get("transform", origin.transform["kind"]))
+
+
+def _citation(method: str) -> str:
+    """Return what a method says of its paper."""
+    if method in registry.METHODS:
+        return registry.citation(registry.load(method))
+    return f"The images were made by `{method or 'unknown'}`, whose paper Condense does not know."
 
 
 def _origin(syn: SyntheticSet) -> str:

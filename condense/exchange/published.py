@@ -5,6 +5,7 @@
              the axes as in a data set; without it four axes are NCHW or NHWC
              and five NTCHW or NTHWC
     folder   CLASS/*.jpg, *.png: SRe2L, CDA, RDED and others                   0..255
+    hub      a folder that ``condense export --format huggingface`` wrote      0..255
     pair     a ``.pt`` with the list [images, labels]: IDC                     [0, 1]
     res      ``res_*.pt`` of DC, DSA and DM: {"data": [[images, labels], ..]}  transformed
     images   ``images_*.pt`` beside ``labels_*.pt`` and, for a learned         transformed
@@ -27,6 +28,7 @@ all folders share (``new007``).
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import unicodedata
@@ -44,11 +46,11 @@ from condense import __version__
 from condense.data.datasets import Arrays, to_float
 from condense.data.layout import kind
 from condense.data.pixels import Array, check_pixels, check_series, numpy_of
-from condense.data.reading import as_rgb, entries, read_images, read_npz, text_of
+from condense.data.reading import as_rgb, decoded, entries, read_images, read_npz, text_of
 from condense.data.samples import IN_FILE, check_samples
 from condense.data.transform import Transform
 from condense.exchange.export import class_folder
-from condense.exchange.tables import read_soft_labels
+from condense.exchange.tables import HUB, read_hub, read_soft_labels
 from condense.files import check_expansion, parse_json, read_foreign
 from condense.names import excerpt, spelt
 from condense.synthetic.decode import Decode, Pixels
@@ -58,7 +60,7 @@ from condense.synthetic.set import Origin, SyntheticSet
 Space = Literal["pixels", "transformed"]
 Meaning = Literal["classes", "logits", "probabilities", "values"]
 
-LAYOUTS = ("npz", "folder", "pair", "res", "images")
+LAYOUTS = ("npz", "folder", "hub", "pair", "res", "images")
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 _SAMPLE_KEYS = ("images", "clips", "series", "x", "x_train", "data", "image")
@@ -94,7 +96,7 @@ class External:
 def is_foreign(path: Path) -> bool:
     """Whether a path looks like a published set and not like one of ours."""
     if path.is_dir():
-        return bool(_image_folders(path))
+        return (path / HUB).is_file() or bool(_image_folders(path))
     return path.suffix in (".npz", ".pt", ".pth")
 
 
@@ -105,7 +107,7 @@ def read(path: Path) -> External:
         ValueError: the path does not exist, has none of the layouts, or holds something else than labelled samples.
     """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_hub(path) if (path / HUB).is_file() else _read_folder(path)
     if not path.is_file():
         fault = f"{path} is neither a file nor a folder" if path.exists() else f"there is no file or folder {path}"
         raise ValueError(f"{fault}; check the path")
@@ -371,17 +373,33 @@ def _read_folder(path: Path) -> External:
         if image.shape[:2] != images[0].shape[:2]:
             sizes = ["x".join(map(str, shape[1::-1])) for shape in (image.shape, images[0].shape)]
             raise ValueError(f"{file} is {sizes[0]}, the images before it are {sizes[1]}; give images of one size")
-    stacked = np.stack(as_rgb(images))
+    labels, soft = np.array([label for _, label in files]), read_soft_labels(path, [file for file, _ in files])
+    return _of_pictures(images, labels, soft, tuple(folder.name for folder in folders), path, "folder")
+
+
+def _read_hub(path: Path) -> External:
+    files, labels, soft, classes = read_hub(path)
+    sources = [(io.BytesIO(file), len(file)) for file in files]
+    images = list(decoded(sources, lambda index: f"row {index} of {path / HUB}"))
+    if len({image.shape[:2] for image in images}) > 1:
+        raise ValueError(f"{path / HUB} has images of several sizes; give images of one size")
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(
+            f"{path / HUB} has labels from {labels.min()} to {labels.max()} and {len(classes)} classes; download it "
+            "again"
+        )
+    return _of_pictures(images, labels, soft, classes, path, "hub")
+
+
+def _of_pictures(
+    images: list[Array], labels: Array, soft: Array | None, classes: tuple[str, ...], path: Path, layout: str
+) -> External:
+    """Return pictures of one size, and their classes or soft labels, whose meaning ``origin.json`` may state."""
+    stacked, meaning, origin = np.stack(as_rgb(images)), None, path / "origin.json"
     stacked = stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)
-    soft = read_soft_labels(path, [file for file, _ in files])
-    if soft is None:
-        labels, meaning = np.array([label for _, label in files]), None
-    else:
-        origin = path / "origin.json"
+    if soft is not None:
         labels, meaning = soft, _meaning_of(origin.read_bytes() if origin.is_file() else b"")
-    return _checked(
-        stacked, labels, path, "folder", "pixels", meaning=meaning, classes=tuple(folder.name for folder in folders)
-    )
+    return _checked(stacked, labels, path, layout, "pixels", meaning=meaning, classes=classes)
 
 
 def _image_folders(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from condense.data.layout import InputShape
-from condense.names import suggest
+from condense.names import installing, suggest
 from condense.networks.base import LayerNorm, Network, too_small
 
 Factory = Callable[[InputShape, int], nn.Module]
@@ -145,7 +145,7 @@ def _timm(name: str) -> ModuleType:
         import timm
     except ImportError as error:
         raise ValueError(
-            f"network 'timm:{name}' cannot be built: timm is not installed; run: pip install 'condense-dd[timm]'"
+            f"network 'timm:{name}' cannot be built: timm is not installed; run: {installing('timm')}"
         ) from error
     return timm
 

@@ -1,5 +1,6 @@
-"""Pages of the site that are files outside of docs/, and links to such files."""
+"""Pages of the site that are files outside of docs/ or notebooks, and links to such files."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -24,7 +25,25 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^):#\s]+)(#[^)\s]*)?\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page.name, abs_src_path=str(source)))
+    for notebook in sorted(DOCS.glob("notebooks/*.ipynb")):
+        name = notebook.with_suffix(".md").relative_to(DOCS).as_posix()
+        files.append(File.generated(config, name, content=page_of(notebook)))
     return files
+
+
+def page_of(notebook: Path) -> str:
+    """Return a notebook as Markdown: its text, its code, and what the code gave."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "image/png" in output["data"]:
+                image = "".join(output["data"]["image/png"]).replace("\n", "")
+                parts.append(f'<img alt="the output" width="50" src="data:image/png;base64,{image}">')
+            else:
+                parts.append(f"```text\n{''.join(output['data']['text/plain'])}\n```")
+    return "\n\n".join([*parts, f"[The notebook]({notebook.name})", ""])
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

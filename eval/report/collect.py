@@ -35,7 +35,7 @@ class Run:
     log: Sequence[Mapping[str, Any]]
     """The logged numbers of each step."""
     results: Sequence[Mapping[str, Any]]
-    """Rows of ``evaluation.json``."""
+    """Rows of the file of results."""
     uses: Sequence[Mapping[str, Any]]
     """Tables of applications; see ``uses_of``."""
     record: Mapping[str, Any]
@@ -123,8 +123,8 @@ def _of_folder(folder: Path, results: Sequence[Mapping[str, Any]]) -> Run:
         raise ValueError(f"{folder} is not finished; repeat the command that started it with {spelt('resume', True)}")
     syn = load(finished)
     snapshots = {int(file.stem.removeprefix("step_")): load(file) for file in _snapshots(folder)}
-    log = steps_of(folder)
-    num_steps = len(log) if syn.origin.num_steps is None else syn.origin.num_steps
+    log, record = steps_of(folder), runs.read_record(folder)
+    num_steps = record.get("steps", len(log) if syn.origin.num_steps is None else syn.origin.num_steps)
     return Run(
         path=folder,
         syn=syn,
@@ -132,7 +132,7 @@ def _of_folder(folder: Path, results: Sequence[Mapping[str, Any]]) -> Run:
         log=log,
         results=results,
         uses=uses_of(folder),
-        record=runs.read_record(folder),
+        record=record,
     )
 
 
