@@ -84,10 +84,11 @@ def collect(folder: Path) -> Run:
         ValueError: the folder holds no finished run, or one of its files is damaged.
     """
     if folder.is_file():
-        alone, results = load(folder), folder.with_suffix(".evaluation.json")
-        rows = read_complete(results) if results.exists() else []
-        run = Run(folder=folder, syn=alone, snapshots={0: alone}, log=[], results=rows, uses=[], record={})
-        return _checked(run, results)
+        alone, file = load(folder), folder.with_suffix(".evaluation.json")
+        rows = read_complete(file) if file.exists() else []
+        return _checked(
+            Run(folder=folder, syn=alone, snapshots={0: alone}, log=[], results=rows, uses=[], record={}), file
+        )
     finished = folder / "synthetic.safetensors"
     if not folder.is_dir() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} is no run folder; give one that `condense distill` wrote, or a file of a set")
