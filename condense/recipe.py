@@ -144,7 +144,11 @@ def to_mapping(value: Any) -> Any:
         added = ("graph", "tf32")  # absent from recipes, and hashes, of earlier versions
         fields = {name: entry for name, entry in fields.items() if entry is not None or name not in added}
     if isinstance(value, Method):
-        defaults = {name: type(value).__dataclass_fields__[name].default for name in value.added_fields}
+        for field in dataclasses.fields(value):
+            optim = getattr(value, field.name)
+            if isinstance(optim, Optim) and isinstance(field.default, Optim) and optim.beta2 != field.default.beta2:
+                fields[field.name]["beta2"] = optim.beta2  # what is absent is read as the default of the method
+        defaults = {name: to_mapping(type(value).__dataclass_fields__[name].default) for name in value.added_fields}
         fields = {key: entry for key, entry in fields.items() if key not in defaults or entry != defaults[key]}
         return {"name": registry.name_of(value), **fields}
     for base, options in CHOICES.items():

@@ -92,7 +92,8 @@ class Teacher(NamedTuple):
 
 
 def has_batch_norm(network: Functional) -> bool:
-    """Whether a network has a BatchNorm layer with running statistics."""
+    """Whether a network has a BatchNorm layer with running statistics, so that the images of a batch influence each
+    other."""
     return any(name.endswith("running_mean") for name in network.buffer_shapes)
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from condense.inner import Params, RandomTruncated
 from condense.method import Context, GradientState
-from condense.methods.dm import has_batch_norm
 from condense.methods.unrolled import Unrolled
 from condense.names import spelt
 from condense.objective import OBJECTIVES, ObjectiveName
 from condense.rng import Draws
+from condense.teachers import has_batch_norm
 
 
 @dataclass(frozen=True, kw_only=True)

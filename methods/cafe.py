@@ -35,10 +35,11 @@ from torch import Tensor
 
 from condense.compute import Compute
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
-from condense.methods.dm import has_batch_norm, pairs
+from condense.methods.dm import pairs
 from condense.networks import Functional, Weights
 from condense.schedule import Schedule
 from condense.task import Task
+from condense.teachers import has_batch_norm
 from condense.train import Scorer, Trainer, Training
 
 

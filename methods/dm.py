@@ -29,11 +29,11 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
-from condense.networks import Functional, Weights
+from condense.networks import Weights
 from condense.objective import OBJECTIVES, ObjectiveName
-from condense.rng import Rng
 from condense.synthetic import SyntheticSet
 from condense.task import Task
+from condense.teachers import has_batch_norm
 from condense.train import Training
 
 Features = Callable[[Tensor], Tensor]
@@ -153,11 +153,6 @@ def pairs(
 
 
 @functools.lru_cache(maxsize=1)
-def has_batch_norm(network: Functional) -> bool:
-    """Whether the network has running statistics, so that the images of a batch influence each other."""
-    return any(name.endswith("running_mean") for name in network.init(Rng(0), "structure").buffers)
-
-
 def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """Features (n_i, F) of groups of images (n_i, C, H, W), in one forward pass."""
     return features(torch.cat(list(groups))).split([len(x) for x in groups])

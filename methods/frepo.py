@@ -53,6 +53,7 @@ class FRePo(GradientMethod):
 
     family: ClassVar[str] = "kernel"
     regresses: ClassVar[bool] = True
+    added_fields: ClassVar[tuple[str, ...]] = ("objective", "optim_temperature")
 
     num_steps: int = 500_000
     """Number of updates of the set."""

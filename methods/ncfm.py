@@ -37,12 +37,13 @@ from torch.utils.checkpoint import checkpoint
 
 from condense.match import characteristic_distance
 from condense.method import Context, Optim, Value
-from condense.methods.dm import DMState, has_batch_norm
+from condense.methods.dm import DMState
 from condense.methods.mtt import experts_of
 from condense.methods.tgdd import ExpertMatching, ExpertState
 from condense.networks import Weights
 from condense.schedule import Schedule
 from condense.task import Task
+from condense.teachers import has_batch_norm
 from condense.train import Training
 
 SCALE = 300.0

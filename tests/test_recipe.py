@@ -277,3 +277,12 @@ def test_a_class_that_nobody_listed_is_found_by_its_import_path(
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=complaint):
             recipe.from_yaml(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+def test_the_beta2_of_an_optimiser_is_stored_where_the_method_has_another(beta2: float, tmp_path: Path) -> None:
+    method = registry.load("sre2l")()
+    plan = Recipe(method=dataclasses.replace(method, optim=dataclasses.replace(method.optim, beta2=beta2)))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(plan))
+    assert recipe.from_yaml(file) == plan
