@@ -18,6 +18,7 @@ the classifier at its initial values.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import warnings
@@ -219,7 +220,8 @@ def build(
     network, rng = task.network, Rng(seed)
     compute = resolved(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
-    writer = BufferWriter(root, task.name, identity(task, plan, seed, compute), layout, plan.keep)
+    asked = dataclasses.asdict(plan) | {"seed": seed, "compute": dataclasses.asdict(compute)}
+    writer = BufferWriter(root, task.name, identity(task, plan, seed, compute), layout, plan.keep, asked)
     writer.make_folder()
     num_experts = max(plan.num_experts, len(writer.complete))
     missing = [expert for expert in range(num_experts) if writer.epochs(expert) < plan.num_epochs]

@@ -65,6 +65,12 @@ class Artifact(ABC):
     def extent(self) -> dict[str, int]:
         """Return how much the artifact holds, by name; JSON-serialisable."""
 
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """The settings of the command that built the artifact, by field; empty if they are not recorded."""
+        plan = self.manifest.get("plan")
+        return plan if isinstance(plan, Mapping) else {}
+
     def describe(self) -> dict[str, Any]:
         """Return the record that results made with the artifact store: its kind, its name (which ends in the hash of
         its identity) and its extent."""
@@ -362,13 +368,20 @@ class BufferWriter:
         identity: everything that determined the snapshots; JSON-serialisable, with the key ``network``.
         weights: weights of the network, for names and shapes.
         keep: the epochs of an expert to store. If it is "last", ``identity`` has to include the number of epochs.
+        plan: the settings that the buffer was first asked for, by field, from which a command can repeat it.
 
     Raises:
         ValueError: the folder holds a damaged manifest or another buffer.
     """
 
     def __init__(
-        self, root: Path, dataset: str, identity: Mapping[str, Any], weights: Weights, keep: Keep = "all"
+        self,
+        root: Path,
+        dataset: str,
+        identity: Mapping[str, Any],
+        weights: Weights,
+        keep: Keep = "all",
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         self.identity = _plain(identity)
         self._key = _hash(self.identity)
@@ -381,6 +394,7 @@ class BufferWriter:
             "identity": self.identity,
             "params": [[name, list(t.shape)] for name, t in weights.params.items()],
             "buffers": [[name, list(t.shape)] for name, t in weights.buffers.items()],
+            **({} if plan is None else {"plan": _plain(plan)}),
         }
         self.experts: list[dict[str, Any] | None] = self._saved()
         """The manifest's record of each expert, or None if it is missing; ``num_epochs`` is its extent."""
@@ -463,7 +477,7 @@ class BufferWriter:
         if not (self.folder / MANIFEST).exists():
             return []
         manifest = read_manifest(self.folder, self._kind)
-        changes = _differences({k: v for k, v in self._fixed.items() if k != "dataset"}, manifest)
+        changes = _differences({k: v for k, v in self._fixed.items() if k not in ("dataset", "plan")}, manifest)
         if changes:
             raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another {spelt('out')}")
         return list(manifest["experts"])

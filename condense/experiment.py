@@ -396,7 +396,8 @@ def run(
     if ranks.first:
         picture.draw(syn, ctx.task.transform, folder / "synthetic.png")
         stopwatch.save()
-        runs.write_record(folder, device, ranks.size)
+        plans = {artifact.folder.resolve().name: artifact.plan for artifact in ctx.artifacts.values()}
+        runs.write_record(folder, device, ranks.size, {name: plan for name, plan in plans.items() if plan})
     ranks.barrier()
     return syn
 

@@ -214,11 +214,12 @@ class Stopwatch:
         write_text(self.folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def write_record(folder: Path, device: torch.device, processes: int) -> None:
-    """Complete ``run.json`` at the end of a run."""
+def write_record(folder: Path, device: torch.device, processes: int, buffers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Complete ``run.json`` at the end of a run. ``buffers`` has the settings of the buffers it used, by their name."""
     earlier = read_record(folder)
     record: dict[str, Any] = {
         **{name: earlier[name] for name in ("dataset", "steps", "seconds", "cpu_seconds") if name in earlier},
+        "buffers": {name: dict(plan) for name, plan in buffers.items()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "machine": platform.machine(),
@@ -248,8 +249,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _is_of_record(name: str, value: Any) -> bool:
     numbers = {"seconds": float, "cpu_seconds": float, "peak_memory_bytes": int}
-    kind = (numbers | {"processes": int, "threads": int, "steps": int}).get(name, str)
-    return mismatch(value, kind) is None and (kind is str or 0 <= value < 2**63)
+    counts = {"processes": int, "threads": int, "steps": int}
+    kind = ({"buffers": Mapping[str, Mapping[str, Any]]} | numbers | counts).get(name, str)
+    return mismatch(value, kind) is None and (kind not in (int, float) or 0 <= value < 2**63)
 
 
 def source_of(path: Path | None, name: str) -> str:

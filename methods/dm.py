@@ -152,7 +152,6 @@ def pairs(
     return [real for real, _ in augmented], [images for _, images in augmented]
 
 
-@functools.lru_cache(maxsize=1)
 def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """Features (n_i, F) of groups of images (n_i, C, H, W), in one forward pass."""
     return features(torch.cat(list(groups))).split([len(x) for x in groups])

@@ -17,12 +17,14 @@ import torch
 
 import condense
 from condense import api, cli
+from condense.buffers.trajectories import Experts
 from condense.data.datasets import Arrays, load
 from condense.data.images import Images
 from condense.eval import report
 from condense.eval.protocol import PROTOCOLS
 from condense.eval.report import figures, nearest
 from condense.eval.report.figures import Point
+from condense.schedule import Schedule
 from condense.task import Split
 from tests.conftest import TINY
 from tests.reference import published
@@ -133,13 +135,38 @@ def test_the_commands_of_a_page_repeat_its_results(
     capsys.readouterr()
 
 
+def test_the_commands_of_a_page_repeat_a_run_in_an_empty_folder(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Buffers with other settings than the usual ones, too."""
+    experts = Experts(
+        num_experts=2, num_epochs=3, lr=0.02, momentum=0.5, batch_size=5, schedule=Schedule(drop_at=(0.5,))
+    )
+    buffers, run = tmp_path / "artifacts", tmp_path / "run"
+    api.make_buffer(tiny_file, TINY, experts=experts, out=buffers, seed=4, device="cpu")
+    job: dict[str, Any] = {"num_steps": 1, "syn_steps": 1, "expert_epochs": 1, "max_start_epoch": 1, "device": "cpu"}
+    made = condense.distill("mtt", dataset=tiny_file, network=TINY, ipc=1, out=run, buffers=buffers, **job)
+    text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
+    script = re.findall('<pre tabindex="0">(cat > recipe.yaml .*?)</pre>', text, flags=re.DOTALL)[0]
+    recipe, commands = script.removeprefix("cat > recipe.yaml << 'END'\n").split("END\n")
+    there = tmp_path / "there"
+    there.mkdir()
+    shutil.copy(tiny_file, there)
+    monkeypatch.chdir(there)
+    Path("recipe.yaml").write_text(recipe)
+    for line in commands.splitlines():
+        cli.main([*shlex.split(line)[1:], "--device", "cpu"])
+    assert (there / "run" / "synthetic.safetensors").read_bytes() == (run / "synthetic.safetensors").read_bytes()
+    assert made.origin.artifacts[0]["name"] in text
+    capsys.readouterr()
+
+
 def test_the_commands_of_a_page_start_with_the_buffer(file: Path, folders: list[Path], tiny_buffer: Path) -> None:
     text = file.read_text(encoding="utf-8")
     (command,) = re.findall("condense buffer .*", text)
     (used,) = condense.load(folders[2]).origin.artifacts
-    assert f"--network {TINY} " in command and command.endswith(
-        f"--num-experts {used['num_experts']} --num-epochs {used['num_epochs']}"
-    )
+    assert f"--network {TINY} " in command
+    assert f"--num-experts {used['num_experts']} --num-epochs {used['num_epochs']}" in command
     assert used["name"] in text
 
 

@@ -11,7 +11,6 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 from torch import Tensor
 
@@ -210,9 +209,6 @@ def _run(run: Run, name: str, key: str, film: Mapping[str, Any] | None, runs: Se
         "commands": commands(run),
         "published": PUBLISHED if run.method.startswith("imported:") else "",
         "artifacts": [str(used["name"]) for used in origin.artifacts if "name" in used],
-        "recipe": yaml.safe_dump(json.loads(json.dumps(dict(origin.recipe))), sort_keys=False)
-        if run.is_recorded
-        else "",
         "facts": {
             "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}"
             + ("" if run.is_recorded else ", as given by whoever made the file"),

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from condense.buffers.trajectories import Experts
+from condense.compute import Compute
 from condense.eval.protocol import PROTOCOLS
 from condense.eval.report.collect import Run
 
 
 def commands(run: Run) -> list[str]:
-    """Return the commands that reproduce the run, from its ``recipe.yaml``, and its results: buffers, the distillation,
-    and the evaluations with their baselines."""
+    """Return the commands that reproduce the run and its results in an empty folder: its recipe, buffers, the
+    distillation, and the evaluations with their baselines."""
     data, shown = str(run.record.get("dataset", run.dataset)), run.path.resolve().name
     data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
     commands = [command for used in run.syn.origin.artifacts for command in _buffer(run, data, used)]
@@ -34,7 +38,7 @@ def commands(run: Run) -> list[str]:
         options = ["--num-seeds", str(n), "--protocol", name, "--seed", str(seed)]
         if name in PROTOCOLS and name != protocol:
             original = json.loads(json.dumps(PROTOCOLS[name].content()))
-            options += _flags("--protocol", original, rows[0]["protocol_fields"])
+            options += _flags("--protocol.", original, rows[0]["protocol_fields"])
         beside = [
             row
             for row in baselines
@@ -51,7 +55,13 @@ def commands(run: Run) -> list[str]:
             words = ["--baselines", *methods] if methods else []
             words += ["--budget", budget] if budget != "images" else []
             commands.append(["condense", "evaluate", shown, "--networks", *networks, *options, *words])
-    return [shlex.join(command) for command in commands]
+    recipe = [f"cat > recipe.yaml << 'END'\n{recipe_text(run)}END"] if run.is_recorded else []
+    return [*recipe, *(shlex.join(command) for command in commands)]
+
+
+def recipe_text(run: Run) -> str:
+    """Return the recipe of a run as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(dict(run.syn.origin.recipe))), sort_keys=False)
 
 
 PUBLISHED = "PUBLISHED"
@@ -61,31 +71,38 @@ PUBLISHED = "PUBLISHED"
 def _import(run: Run, data: str, target: str) -> list[str]:
     origin, decode = run.syn.origin, run.syn.decode
     words = ["condense", "import", PUBLISHED, target, "--dataset", data, "--transform", origin.transform_name]
-    words += ["--decode", decode.name, *_flags("--decode", {}, dataclasses.asdict(decode))]
+    words += ["--decode", decode.name, *_flags("--decode.", {}, dataclasses.asdict(decode))]
     return [*words, "--name", run.method.removeprefix("imported:")]
 
 
 def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
-    """Return the command that builds a buffer of the recorded extent; nothing for other artifacts."""
+    """Return the command that builds a buffer of the recorded extent with the recorded settings; nothing for other
+    artifacts."""
     if used.get("kind") not in ("trajectories", "networks"):
         return []
-    origin = run.syn.origin
+    origin, plan = run.syn.origin, dict(run.record.get("buffers", {}).get(used["name"], {}))
     words = ["condense", "buffer", "--dataset", data, "--network", run.network]
     words += ["--transform", origin.transform_name] if origin.transform_name != "channel" else []
     if origin.split.val_fraction:
         words += ["--split.val-fraction", str(origin.split.val_fraction), "--split.seed", str(origin.split.seed)]
     words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
-    words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
-    return [words + (["--keep", "last"] if used["kind"] == "networks" else [])]
+    num_epochs = used.get("num_epochs", plan.get("num_epochs"))
+    words += [] if num_epochs is None else ["--num-epochs", str(num_epochs)]
+    words += ["--keep", "last"] if used["kind"] == "networks" else []
+    asked = {name: value for name, value in plan.items() if name not in ("num_experts", "num_epochs", "keep")}
+    usual = json.loads(
+        json.dumps(dataclasses.asdict(Experts()) | {"seed": 0, "compute": dataclasses.asdict(Compute())})
+    )
+    return [words + _flags("--", usual, asked)]
 
 
 def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
     """Return the flags that set the fields that differ from the original ones."""
     words = []
     for name, value in fields.items():
-        flag, before = f"{prefix}.{name.replace('_', '-')}", original.get(name)
+        flag, before = f"{prefix}{name.replace('_', '-')}", original.get(name)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            words += _flags(flag, before, value)
+            words += _flags(f"{flag}.", before, value)
         elif value != before:
             words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
