@@ -26,8 +26,9 @@ def folder(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     condense.distill("random", out=root / "random", **common, ipc=1, seed=3)
     condense.evaluate(root / "a" / "dm", networks=TINY, num_seeds=2, device="cpu")
 
-    def stop(*args: object) -> None:
-        raise KeyboardInterrupt
+    def stop(_: object, file: Path) -> None:
+        if file.stem == "step_0000002":
+            raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("condense.engine.snapshot_steps", lambda total: {2})
