@@ -183,6 +183,18 @@ def identity(task: Task, plan: Experts, seed: int, compute: Compute) -> dict[str
     }
 
 
+def _changed(fields: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that differ from the usual ones."""
+    changed: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            inner = _changed(value, usual[name])
+            changed |= {name: inner} if inner else {}
+        elif value != usual[name]:
+            changed[name] = value
+    return changed
+
+
 USUAL_EPOCHS = 200
 """The epochs of a typical buffer: ten experts of twenty epochs. The compute policy is resolved for this amount of work,
 whatever was requested, because the policy belongs to the identity of a buffer and its extent does not."""
@@ -220,7 +232,10 @@ def build(
     network, rng = task.network, Rng(seed)
     compute = resolved(task, plan, root, seed, compute)
     layout = network.init(rng, "layout")
-    asked = dataclasses.asdict(plan) | {"seed": seed, "compute": dataclasses.asdict(compute)}
+    usual = dataclasses.asdict(Experts()) | {"seed": 0, "compute": dataclasses.asdict(Compute())}
+    asked = _changed(dataclasses.asdict(plan) | {"seed": seed, "compute": dataclasses.asdict(compute)}, usual)
+    for extent in ("num_experts", "keep", *(("num_epochs",) if plan.keep == "all" else ())):
+        asked.pop(extent, None)
     writer = BufferWriter(root, task.name, identity(task, plan, seed, compute), layout, plan.keep, asked)
     writer.make_folder()
     num_experts = max(plan.num_experts, len(writer.complete))

@@ -67,7 +67,8 @@ class Artifact(ABC):
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """The settings of the command that built the artifact, by field; empty if they are not recorded."""
+        """The settings that the artifact was built with and that differ from the defaults, by field; empty if they are
+        not recorded."""
         plan = self.manifest.get("plan")
         return plan if isinstance(plan, Mapping) else {}
 
@@ -368,7 +369,7 @@ class BufferWriter:
         identity: everything that determined the snapshots; JSON-serialisable, with the key ``network``.
         weights: weights of the network, for names and shapes.
         keep: the epochs of an expert to store. If it is "last", ``identity`` has to include the number of epochs.
-        plan: the settings that the buffer was first asked for, by field, from which a command can repeat it.
+        plan: the settings of the buffer that differ from the defaults, by field, from which a command can repeat it.
 
     Raises:
         ValueError: the folder holds a damaged manifest or another buffer.

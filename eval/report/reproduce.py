@@ -11,8 +11,6 @@ from typing import Any
 
 import yaml
 
-from condense.buffers.trajectories import Experts
-from condense.compute import Compute
 from condense.eval.protocol import PROTOCOLS
 from condense.eval.report.collect import Run
 
@@ -80,20 +78,15 @@ def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
     artifacts."""
     if used.get("kind") not in ("trajectories", "networks"):
         return []
-    origin, plan = run.syn.origin, dict(run.record.get("buffers", {}).get(used["name"], {}))
+    origin, plan = run.syn.origin, run.record.get("buffers", {}).get(used["name"], {})
     words = ["condense", "buffer", "--dataset", data, "--network", run.network]
     words += ["--transform", origin.transform_name] if origin.transform_name != "channel" else []
     if origin.split.val_fraction:
         words += ["--split.val-fraction", str(origin.split.val_fraction), "--split.seed", str(origin.split.seed)]
     words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
-    num_epochs = used.get("num_epochs", plan.get("num_epochs"))
-    words += [] if num_epochs is None else ["--num-epochs", str(num_epochs)]
+    words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
     words += ["--keep", "last"] if used["kind"] == "networks" else []
-    asked = {name: value for name, value in plan.items() if name not in ("num_experts", "num_epochs", "keep")}
-    usual = json.loads(
-        json.dumps(dataclasses.asdict(Experts()) | {"seed": 0, "compute": dataclasses.asdict(Compute())})
-    )
-    return [words + _flags("--", usual, asked)]
+    return [words + _flags("--", {}, plan)]
 
 
 def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
@@ -101,8 +94,8 @@ def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) 
     words = []
     for name, value in fields.items():
         flag, before = f"{prefix}{name.replace('_', '-')}", original.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            words += _flags(f"{flag}.", before, value)
+        if isinstance(value, Mapping):
+            words += _flags(f"{flag}.", before if isinstance(before, Mapping) else {}, value)
         elif value != before:
             words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
