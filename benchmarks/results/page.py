@@ -120,11 +120,15 @@ def figure_path(part: Section) -> str:
 
 
 def best_rows(table: Table, records: Mapping[str, Record]) -> str:
-    """The table of the README: the best row of every data set and budget beside random images and published numbers."""
+    """The text of the README: the best row of every data set and budget beside random images and published numbers;
+    empty if no learning row is measured."""
     lines = [
+        "The best rows of [docs/results.md](docs/results.md), which `make results` measures within stated budgets:",
+        "",
         "| data set | images per class | best row | `own` | `canonical` | minutes | random, `canonical` | published |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    heading = len(lines)
     budgets = dict.fromkeys((row.dataset, row.ipc) for row in table.rows)
     for dataset, ipc in budgets:
         rows = [r for r in records.values() if (r.row.dataset, r.row.ipc) == (dataset, ipc)]
@@ -138,7 +142,7 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
             f"| {minutes(best):.1f} | {mean_and_std(random) if random else '—'} "
             f"| {published(best.row.method, dataset, ipc) or '—'} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > heading else ""
 
 
 def with_table(readme: str, table: str) -> str:
@@ -147,7 +151,7 @@ def with_table(readme: str, table: str) -> str:
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"README.md lacks the lines {START} and {END}")
-    return f"{before}{START}\n{table}\n{END}{after}"
+    return "\n".join([before + START, *([table] if table else []), END + after])
 
 
 def write(table: Table, records: Mapping[str, Record], root: Path) -> None:
