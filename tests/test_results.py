@@ -123,10 +123,9 @@ def test_a_queue_whose_time_is_over_leaves_the_row_open(work: Queue, here: list[
 def test_a_running_command_is_stopped_at_the_deadline_and_an_error_is_one_line(work: Queue) -> None:
     with pytest.raises(Failed, match=r"^condense distill dn: condense: unknown method or recipe 'dn'"):
         work.run(["distill", "dn"], ROW)
-    began = time.monotonic()
-    with pytest.raises(Stopped):
-        dataclasses.replace(work, deadline=began + 0.1).run(["distill", "dm"], ROW)
-    assert time.monotonic() - began < 30
+    words = ["distill", "dm", "--dataset", "digits", "--out", str(work.work)]
+    with pytest.raises(Stopped):  # the thousands of steps that are the default would take hours
+        dataclasses.replace(work, deadline=time.monotonic() + 0.1).run(words, ROW)
 
 
 def test_rows_of_a_gpu_begin_with_the_largest_gain_per_minute() -> None:
