@@ -156,6 +156,22 @@ def test_a_wrong_table_is_refused(tmp_path: Path, line: str, says: str) -> None:
         table.read(file)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data", "nowhere"], "results: there is no folder nowhere; give --data the folder of the .npz files"),
+        (["--only", "fm-1-pol"], "results: no row is named fm-1-pol: did you mean 'fm-1-pool'?"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["results", *words])
+    assert results.main() == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(says) and said.err.count("\n") == 1 and not said.out
+
+
 def made(row: Row, labels: str = "hard", **accuracies: Sequence[float]) -> record.Record:
     scores = tuple(
         record.Score(method=row.method, network=TINY, protocol=name, accuracies=tuple(values), seed=0, seconds=1.0)

@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.results import page, queue, record, table
 from benchmarks.results.table import Row
 from condense.files import locked
+from condense.names import suggest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -35,9 +36,23 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="rows to measure; their names may end with *")
     parser.add_argument("--commit", help="commit of the code, where there is no repository")
     chosen = parser.parse_args()
+    try:
+        return run(chosen)
+    except (ValueError, OSError) as error:
+        print(f"results: {error}", file=sys.stderr)
+        return 2
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Measure what is open and was asked for, and make the pages; return the exit status."""
     deadline = time.monotonic() + 60 * chosen.limit
     rows = table.read(RESULTS / "table.yaml")
     done = measured(rows)
+    if chosen.data and not chosen.data.is_dir():
+        raise ValueError(f"there is no folder {chosen.data}; give --data the folder of the .npz files")
+    for name in chosen.only or ():
+        if not any(_asked(row, [name]) for row in rows.rows):
+            raise ValueError(f"no row is named {name}: {suggest(name, [row.name for row in rows.rows])}")
     files = queue.files(rows.data, chosen.data) if chosen.data else {}
     due = [
         row
