@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
@@ -69,9 +68,9 @@ class DistributionMatching(GradientMethod):
         if self.batch_real < 1:
             raise ValueError(f"method.batch_real must be at least 1, got {self.batch_real}; the published value is 256")
 
-    @abstractmethod
     def features(self, ctx: Context, state: DMState) -> Features:
         """psi of the step: maps images (N, C, H, W) to the features (N, F) whose class means are compared."""
+        return functools.partial(ctx.features, state.params, state.buffers)
 
     def augment(self, ctx: Context) -> Augment:
         """The augmentation of the matched images."""
@@ -131,9 +130,6 @@ class DistributionMatching(GradientMethod):
 @dataclass(frozen=True, kw_only=True)
 class DM(DistributionMatching):
     """Matches the mean features of real and synthetic images of each class under random networks."""
-
-    def features(self, ctx: Context, state: DMState) -> Features:
-        return functools.partial(ctx.features, state.params, state.buffers)
 
     def training(self, task: Task) -> Training:
         return Training(num_epochs=1000)

@@ -22,7 +22,6 @@ Deviations: see docs/methods/tgdd.md.
 from __future__ import annotations
 
 import copy
-import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from condense.artifacts import ArtifactSpec, TrajectorySpec
 from condense.augment import Augment
 from condense.match import summed_in_chunks
 from condense.method import Context, Optim
-from condense.methods.dm import DistributionMatching, DMState, Features
+from condense.methods.dm import DistributionMatching, DMState
 from condense.methods.idc import beside_cutmix
 from condense.methods.mtt import experts_of
 from condense.networks import Weights
@@ -95,9 +94,6 @@ class ExpertMatching(DistributionMatching):
             classifier_params=classifier.params,
             classifier_buffers=classifier.buffers,
         )
-
-    def features(self, ctx: Context, state: DMState) -> Features:
-        return functools.partial(ctx.features, state.params, state.buffers)
 
     def cross_entropy(self, ctx: Context, state: DMState, classes: Sequence[int], syn: Sequence[Tensor]) -> Tensor:
         """Return the sum over classes of the classifier's mean cross-entropy on images (n, C, H, W) of the class."""
