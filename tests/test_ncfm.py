@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from condense import catalog
-from condense.augment import Augment
 from condense.compute import Compute
 from condense.match import characteristic_distance
 from condense.method import Context, Optim
@@ -25,7 +24,7 @@ from condense.synthetic import Decode, Factor, Pixels
 from condense.testing import every_leaf_learns, resumes_to_the_byte
 from condense.train import Training
 from tests.reference import ncfm as reference
-from tests.test_tgdd import MATCHED, STRATEGY, MakeContext, context_of
+from tests.test_tgdd import STRATEGY, MakeContext, context_of, run, siamese
 
 
 def small(**fields: Any) -> NCFM:
@@ -40,16 +39,8 @@ def make_context(tmp_path: Path) -> MakeContext:
     return functools.partial(context_of, tmp_path)
 
 
-def run(method: NCFM, ctx: Context) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """The record and the latents after each step."""
-    state = method.init(ctx)
-    for step in range(method.num_steps):
-        record = method.step(ctx, state, step)
-        yield record, state.syn.latents.detach().clone()
-
-
 def twin(method: NCFM, ctx: Context) -> Iterator[tuple[float, list[Tensor]]]:
-    task, draws, matched = ctx.task, ctx.rng, Augment.parse(MATCHED if ctx.task.augment.ops else "none")
+    task, draws = ctx.task, ctx.rng
     width = task.network.num_features
 
     def networks(iteration: int) -> tuple[Network, Network]:
@@ -63,10 +54,6 @@ def twin(method: NCFM, ctx: Context) -> Iterator[tuple[float, list[Tensor]]]:
             both.append(network.eval())
         return both[0], both[1]
 
-    def augment(step: int, c: int, x: Tensor) -> Tensor:
-        drawn = matched.sample(draws("siamese", step, c), 1, task.input_shape, siamese=True)
-        return matched.apply(x, drawn)
-
     state = method.init(ctx)
     psi = None
     if method.adversarial:
@@ -77,7 +64,7 @@ def twin(method: NCFM, ctx: Context) -> Iterator[tuple[float, list[Tensor]]]:
         factor=getattr(ctx.decode, "factor", 1),
         networks=networks,
         real=lambda step, c: task.train.draw(c, method.batch_real, draws("real", step, c)),
-        augment=augment,
+        augment=siamese(ctx),
         noise=lambda step: draws("frequencies", step).normal(8, width),
         psi=psi,
         amplitude=method.amplitude,

@@ -15,7 +15,7 @@ from condense import catalog
 from condense.artifacts import find
 from condense.augment import Augment
 from condense.compute import Compute
-from condense.method import Context, Optim
+from condense.method import Context, GradientMethod, Optim
 from condense.methods.dm import DM
 from condense.methods.mtt import experts_of
 from condense.methods.tgdd import TGDD, ExpertState
@@ -69,7 +69,7 @@ def make_context(tmp_path: Path) -> MakeContext:
     return functools.partial(context_of, tmp_path)
 
 
-def run(method: TGDD, ctx: Context) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def run(method: GradientMethod, ctx: Context) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """The record and the latents after each step."""
     state = method.init(ctx)
     for step in range(method.num_steps):
@@ -77,8 +77,19 @@ def run(method: TGDD, ctx: Context) -> Iterator[tuple[dict[str, Any], Tensor]]:
         yield record, state.syn.latents.detach().clone()
 
 
+def siamese(ctx: Context) -> Callable[[int, int, Tensor], Tensor]:
+    """The augmentation that real and synthetic images of a step and class share."""
+    matched = Augment.parse(MATCHED if ctx.task.augment.ops else "none")
+
+    def augment(step: int, c: int, x: Tensor) -> Tensor:
+        drawn = matched.sample(ctx.rng("siamese", step, c), 1, ctx.task.input_shape, siamese=True)
+        return matched.apply(x, drawn)
+
+    return augment
+
+
 def twin(method: TGDD, ctx: Context, lr: float, momentum: float) -> Iterator[tuple[float, list[Tensor]]]:
-    task, draws, matched = ctx.task, ctx.rng, Augment.parse(MATCHED if ctx.task.augment.ops else "none")
+    task, draws = ctx.task, ctx.rng
 
     def loaded(expert: int, epoch: int) -> Network:
         network = build(task.network.name, task.input_shape, task.num_classes)
@@ -90,17 +101,13 @@ def twin(method: TGDD, ctx: Context, lr: float, momentum: float) -> Iterator[tup
         expert, start = drawn.integer(0, 2), drawn.integer(0, 5)
         return loaded(expert, start), loaded(expert, drawn.integer(start, min(start + 2, 5)))
 
-    def augment(step: int, c: int, x: Tensor) -> Tensor:
-        drawn = matched.sample(draws("siamese", step, c), 1, task.input_shape, siamese=True)
-        return matched.apply(x, drawn)
-
     return tgdd(
         list(method.init(ctx).syn.latents.detach().split(1)),
         method.num_steps,
         factor=getattr(ctx.decode, "factor", 1),
         checkpoints=checkpoints,
         real=lambda step, c: task.train.draw(c, method.batch_real, draws("real", step, c)),
-        augment=augment,
+        augment=siamese(ctx),
         weight=method.weight,
         lr=lr,
         momentum=momentum,
