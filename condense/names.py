@@ -19,6 +19,13 @@ def printable(text: str, longest: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def percent(mean: float | None, std: float | None = None) -> str:
+    """Return a mean and a standard deviation, given as fractions, in percent; a dash for no mean."""
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
 def excerpt(value: object, longest: int = 200) -> str:
     """Return ``str(value)`` for a message: one line, printable, at most ``longest`` characters."""
     return printable(" ".join(str(value).split()), longest)

@@ -21,7 +21,7 @@ from condense.eval.protocol import named
 from condense.eval.report import steps_of
 from condense.eval.results import Pooled, pool, read_complete
 from condense.files import checksum, expanded, is_locked, read_header
-from condense.names import spelt
+from condense.names import percent, spelt
 from condense.networks import resolve
 from condense.schema import checked, from_json
 from condense.synthetic.set import Origin, RecipeRecord, SyntheticSet
@@ -143,13 +143,6 @@ def cells(run: RunSummary) -> tuple[str, ...]:
         "-" if run.minutes is None else f"{run.minutes:.1f}",
         run.state,
     )
-
-
-def percent(mean: float | None, std: float | None = None) -> str:
-    """Return a fraction in percent with its standard deviation, for a table."""
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def as_json(found: Sequence[RunSummary]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from condense.data.layout import kind
 from condense.eval.report import readable_bytes, steps_of, uses_of
 from condense.eval.results import balanced, by_protocol, by_set, read_complete
 from condense.files import read_header
-from condense.names import printable
+from condense.names import percent, printable
 from condense.recipe import Recipe, Resolved, to_mapping, to_yaml
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import StoredProjector, ViewLabels
@@ -155,10 +155,9 @@ def _bytes(cells: Mapping[str, Mapping[str, Any]]) -> str:
 def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
-    spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
     of_classes = balanced(row)
     beside = "" if of_classes is None else f" ({100 * of_classes:.1f})"
-    return f"{100 * row['mean']:.1f}{spread}{beside}"
+    return percent(row["mean"], row["std"]) + beside
 
 
 def _file(path: Path) -> dict[str, Any]:

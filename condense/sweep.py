@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from condense.overview import RunSummary, percent
+from condense.names import percent
+from condense.overview import RunSummary
 from condense.rng import check_seed
 
 MOST_CELLS = 10_000

@@ -16,6 +16,7 @@ import scipy.stats
 
 from condense.eval.metrics import Scores
 from condense.files import locked, read_json, write_text
+from condense.names import percent
 from condense.schema import brief, from_json
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ class Result:
     @property
     def percent(self) -> str:
         """Mean accuracy in percent with its standard deviation, and n, as text."""
-        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
-        return f"{100 * self.mean:.1f}{spread} %, n = {self.n}"
+        return f"{percent(self.mean, self.std)} %, n = {self.n}"
 
     @property
     def n(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.results.table import Row
 from condense.files import read_json, write_text
+from condense.names import percent
 from condense.schema import from_json
 
 
@@ -81,8 +82,7 @@ class Record:
 
 def mean_and_std(accuracies: Sequence[float]) -> str:
     """Mean and standard deviation of fractions, in percent."""
-    spread = f" ± {100 * statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
-    return f"{100 * statistics.fmean(accuracies):.1f}{spread}"
+    return percent(statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else None)
 
 
 def read_all(folder: Path) -> dict[str, Record]:

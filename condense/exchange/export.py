@@ -25,6 +25,7 @@ from condense.data.samples import STANDARD
 from condense.data.transform import Transform
 from condense.exchange import tables
 from condense.files import canonical_json, check_new_folder, replacing, reporting, temporary
+from condense.names import percent
 from condense.synthetic.set import Origin, SyntheticSet
 
 Rows = Sequence[Mapping[str, Any]]
@@ -280,9 +281,8 @@ def _accuracies(results: Rows) -> str:
         return "No accuracy was measured before the export."
     lines = ["| set | images | network | protocol | accuracy, % | n | seed |", "|---|---|---|---|---|---|---|"]
     for row in results:
-        deviation = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
         head = f"| {row['method'] or 'set'} | {row['num_images']} | {row['network']} | {row['protocol']} |"
-        lines.append(f"{head} {100 * row['mean']:.1f}{deviation} | {row['n']} | {row['seed']} |")
+        lines.append(f"{head} {percent(row['mean'], row['std'])} | {row['n']} | {row['seed']} |")
     return "\n".join(lines) + (
         "\n\nTest accuracy, mean ± standard deviation over n networks. They were trained on the set before its pixels "
         "were\nrounded to 8 bits."

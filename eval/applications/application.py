@@ -15,7 +15,7 @@ from condense.data.layout import Kind, kind
 from condense.eval.evaluate import SetScorer, resolved
 from condense.eval.protocol import Protocol
 from condense.eval.subject import Subject
-from condense.names import spelt
+from condense.names import percent, spelt
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.schema import Checked
@@ -111,5 +111,4 @@ def numbers_of(accuracies: Sequence[float]) -> dict[str, Any]:
 
 def mean_and_spread(values: Tensor) -> str:
     """Format the mean and the standard deviation of fractions as percentages."""
-    spread = f" ± {100 * values.std().item():.1f}" if len(values) > 1 else ""
-    return f"{100 * values.mean().item():.1f}{spread}"
+    return percent(values.mean().item(), values.std().item() if len(values) > 1 else None)

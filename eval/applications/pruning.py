@@ -34,7 +34,7 @@ from condense.eval.protocol import PROTOCOLS, Protocol, recorded_name
 from condense.eval.results import Result
 from condense.eval.subject import load_test
 from condense.files import checksum
-from condense.names import spelt
+from condense.names import percent, spelt
 from condense.networks import parse
 from condense.schema import Checked
 from condense.sources import Relabelled, Source
@@ -190,7 +190,7 @@ def _record(method: str, fraction: float, taught: bool, result: Result) -> dict[
 
 
 def _cell(result: Result) -> str:
-    return f"{100 * result.mean:.1f}" + ("" if result.std is None else f" ± {100 * result.std:.1f}")
+    return percent(result.mean, result.std)
 
 
 @dataclass(frozen=True)

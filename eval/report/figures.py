@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from condense.names import percent
+
 INK, FAINT = "#010203", "#010204"
 SERIES = tuple(f"#0a0b{k:02x}" for k in range(8))
 """Placeholders that are replaced by colours of the style sheet."""
@@ -195,8 +197,7 @@ class Point:
     @property
     def says(self) -> str:
         kind = "published" if self.published else "measured"
-        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
-        return f"{kind}: {self.label}, {self.num_bytes:,} bytes, {100 * self.accuracy:.1f}{spread} %"
+        return f"{kind}: {self.label}, {self.num_bytes:,} bytes, {percent(self.accuracy, self.std)} %"
 
 
 RANDOM = "random"

@@ -26,6 +26,7 @@ from condense.eval.report.figures import Point, readable_bytes
 from condense.eval.report.nearest import nearest
 from condense.eval.report.reproduce import PUBLISHED, commands
 from condense.eval.results import balanced, by_protocol, by_set, pool
+from condense.names import percent
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import ViewLabels
 
@@ -505,11 +506,6 @@ def _cell(row: Mapping[str, Any] | None, low: float, high: float) -> dict[str, A
         "share": _share(row["mean"], low, high),
         "says": f"n = {row['n']}{within}",
     }
-
-
-def percent(mean: float, std: float | None) -> str:
-    """Format a mean and a standard deviation, given as fractions, as percentages."""
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def _budget(dataset: str, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], unverified: bool) -> dict[str, Any]:
