@@ -14,7 +14,7 @@ COPY buffers /source/buffers
 COPY eval /source/eval
 RUN pip install --no-cache-dir /source
 
-ENV CONDENSE_CACHE=/work/.cache
-WORKDIR /work
+ENV CONDENSE_CACHE=/data/.cache
+WORKDIR /data
 ENTRYPOINT ["condense"]
 CMD ["--help"]
