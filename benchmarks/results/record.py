@@ -68,12 +68,12 @@ class Record:
     networks: dict[str, int] = field(default_factory=dict)
     """Number of parameters by architecture."""
 
-    def accuracies(self, protocol: str, network: str = "", method: str = "") -> list[float]:
-        """The accuracies of all networks under a protocol, by default of the first architecture on the row's sets."""
+    def accuracies(self, protocol: str, method: str = "") -> list[float]:
+        """The accuracies under a protocol of all networks of the first architecture, on the row's sets or on those of
+        another method that was scored beside them."""
         wanted = method or self.row.method
         scores = [s for d in self.distillations for s in d.scores if s.protocol == protocol and s.method == wanted]
-        network = network or (scores[0].network if scores else "")
-        return [accuracy for score in scores if score.network == network for accuracy in score.accuracies]
+        return [accuracy for s in scores if s.network == scores[0].network for accuracy in s.accuracies]
 
     @property
     def protocols(self) -> list[str]:
