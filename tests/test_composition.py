@@ -38,6 +38,7 @@ LABELS_THAT_FIT = {
     "mtt": {"hard", "logits", "teacher"},
     "tesla": {"hard", "logits", "teacher"},
     "datm": {"hard", "logits", "teacher"},
+    "selmatch": {"hard", "logits", "teacher"},
     "sre2l": {"hard", "teacher"},
     "fadrm": {"hard", "teacher"},
     "cudd": {"hard", "teacher"},
@@ -55,8 +56,10 @@ for the others."""
 
 
 def takes(name: str, decode: str) -> bool:
-    """Methods that recover images from trained networks round them at the end, as does one that renders a pyramid; all
-    others learn them to the end."""
+    """Methods that recover images from trained networks round them at the end, as does one that renders a pyramid; one
+    keeps real images as they are. All others learn them to the end."""
+    if name == "selmatch":
+        return decode == "pixels"
     if issubclass(registry.load(name), Recovery | LinearGradient):
         return decode in ("pixels", "pixels-8bit")
     return decode != "pixels-8bit"

@@ -65,6 +65,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
     "tesla": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4},
     "datm": {"syn_steps": 2, "first_max_epoch": 1, "max_start_epoch": 2, "expansion_steps": 3, "batch_syn": 4},
+    "selmatch": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4, "num_epochs": 2},
     "mtt": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4},
     "kip": {"batch_real": 12},
     "rfad": {"num_networks": 2, "num_batches": 2, "batch_real": 12},

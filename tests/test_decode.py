@@ -18,7 +18,7 @@ from condense import api, recipe
 from condense.data.datasets import Arrays
 from condense.data.layout import InputShape, kind
 from condense.data.transform import ChannelNorm
-from condense.recipe import Recipe
+from condense.recipe import Recipe, named
 from condense.registry import load as method
 from condense.synthetic import (
     DCT,
@@ -457,10 +457,14 @@ def test_a_siren_is_fitted_to_each_image_by_itself_and_has_no_size(depth: int, m
 
 
 def test_sirens_are_as_many_as_their_weights_allow() -> None:
-    """With the published widths for CIFAR-10 at 1, 10 and 50 images per class."""
-    budgets = {1: 6, 10: 6, 50: 20}
-    each = [Siren(width=width).latents_per_class(ipc, (3, 32, 32), 10) for ipc, width in budgets.items()]
-    assert each == [3072 // 81, 30720 // 81, 153600 // 543]
+    """With the published widths at 1, 10 and 50 images per class."""
+    weights = {"cifar10": {1: 81, 10: 81, 50: 543}, "cifar100": {1: 173, 10: 333, 50: 1113}}
+    for matched in ("dm", "mtt"):
+        for dataset, budgets in weights.items():
+            for ipc, each in budgets.items():
+                decode = named(f"{matched}-siren-{dataset}-ipc{ipc}").decode
+                assert isinstance(decode, Siren) and (decode.depth, decode.frequency) == (2, 10.0)
+                assert decode.latents_per_class(ipc, (3, 32, 32), 10) == ipc * 3072 // each
     line = r"has 67 weights, more than the 64 numbers of ipc=1; give ipc=2, or decode=Siren\(width=5\)$"
     with pytest.raises(ValueError, match=line):
         Siren().latents_per_class(1, (1, 8, 8), 10)
