@@ -101,8 +101,8 @@ class SelMatch(TrajectoryMatching):
     def learned(self, ctx: Context) -> Tensor:
         """Return which images of the set are learned, (N,), the last ones of each class."""
         num = ctx.images_per_class
-        position = torch.arange(len(ctx.classes), device=ctx.task.device) % num
-        return position >= num - self.num_learned(num)
+        of_a_class = torch.arange(num, device=ctx.task.device) >= num - self.num_learned(num)
+        return of_a_class.repeat(ctx.task.num_classes)
 
     def init(self, ctx: Context) -> GradientState:
         images = self.selected(ctx)
