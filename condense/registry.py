@@ -40,6 +40,7 @@ METHODS: Registry[type[Method]] = Registry(
         "mtt": "condense.methods.mtt:MTT",
         "tesla": "condense.methods.tesla:TESLA",
         "datm": "condense.methods.datm:DATM",
+        "selmatch": "condense.methods.selmatch:SelMatch",
         "dm": "condense.methods.dm:DM",
         "datadam": "condense.methods.datadam:DataDAM",
         "tgdd": "condense.methods.tgdd:TGDD",

@@ -96,7 +96,8 @@ def test_words_choose_recipes() -> None:
     def names(*words: str) -> list[str]:
         return [entry.name for entry in catalog.search(words)]
 
-    assert names("mtt", "cifar10") == ["mtt-cifar10-ipc1", "mtt-cifar10-ipc10", "mtt-cifar10-ipc50"]
+    budgets = ("ipc1", "ipc10", "ipc50")
+    assert names("mtt", "cifar10") == [f"{stem}-cifar10-{ipc}" for stem in ("mtt-siren", "mtt") for ipc in budgets]
     assert names("IPC1", "digits", "Our", "dsa") == ["dsa-digits-ipc1"]
     assert len(names()) == len(catalog.recipes())
     with pytest.raises(ValueError, match="no recipe has the words"):

@@ -21,7 +21,7 @@ from condense.methods.unrolled import Unrolled
 from condense.networks import InputShape
 from condense.recipe import Recipe
 from condense.synthetic import DECODERS, LABELS, Factor, Hard, Logits, Pixels, Pixels8Bit, SyntheticSet
-from condense.synthetic.decode import DCT, Bases, Hallucinator, Pyramid
+from condense.synthetic.decode import DCT, Bases, Hallucinator, Pyramid, Siren
 from condense.synthetic.labels import Targets, Teacher
 from condense.testing import CHECKS, resumes_to_the_byte
 from tests.conftest import BATCH, TINY
@@ -65,6 +65,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rtp": {"inner_steps": 3, "batch_per_class": 1, "batch_real": 4},
     "tesla": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4},
     "datm": {"syn_steps": 2, "first_max_epoch": 1, "max_start_epoch": 2, "expansion_steps": 3, "batch_syn": 4},
+    "selmatch": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4, "num_epochs": 2},
     "mtt": {"syn_steps": 2, "max_start_epoch": 2, "expert_epochs": 2, "batch_syn": 4},
     "kip": {"batch_real": 12},
     "rfad": {"num_networks": 2, "num_batches": 2, "batch_real": 12},
@@ -143,6 +144,7 @@ RESUMED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("dd", {"labels": Logits(), "method": {"adjoint": Higher(), "optim_labels": Optim(kind="adabelief"), "ema": 0.9}}),
     ("dm", {"decode": Pyramid()}),
+    ("dm", {"decode": Siren(fit_steps=5)}),
     ("kip", {"decode": Bases(num_bases=8), "labels": Targets()}),
     ("sre2l", {"decode": Pixels8Bit(), "labels": Teacher(), "network": BATCH, "method": {"per_class": True}}),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from condense import api, recipe
 from condense.data.datasets import Arrays
 from condense.data.layout import InputShape, kind
 from condense.data.transform import ChannelNorm
-from condense.recipe import Recipe
+from condense.recipe import Recipe, named
 from condense.registry import load as method
 from condense.synthetic import (
     DCT,
@@ -30,11 +31,13 @@ from condense.synthetic import (
     Pixels,
     Pixels8Bit,
     Pyramid,
+    Siren,
     StaticDynamic,
     SyntheticSet,
     load,
     save,
 )
+from condense.synthetic import decode as decode_module
 from condense.synthetic.decode import Graphs, dct, inverse_dct
 from tests.conftest import TINY
 
@@ -50,6 +53,7 @@ EVERY = [
     Hallucinator(num_styles=3),
     Pyramid(),
     Pyramid(coarsest=2, finest=4, decorrelated=False),
+    Siren(width=4, fit_steps=5),
     StaticDynamic(statics=1, dynamics=1),
 ]
 SERIES, CLIPS = (3, 16), (3, 2, 8, 7)
@@ -133,7 +137,7 @@ def test_the_generator_alone_decides(decode: Decode) -> None:
     assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
     same = all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
     assert same == (
-        not isinstance(decode, Hallucinator | StaticDynamic) and getattr(decode, "start", "images") == "images"
+        not isinstance(decode, Hallucinator | Siren | StaticDynamic) and getattr(decode, "start", "images") == "images"
     )
 
 
@@ -158,7 +162,7 @@ def test_the_recipe_holds_it(decode: Decode) -> None:
 
 @pytest.mark.parametrize("name", [name for name, decode in DECODERS.items() if "images" in decode.takes])
 def test_a_method_makes_such_a_set(name: str, tiny: Arrays, tmp_path: Path) -> None:
-    decode = {"dct": DCT(coefficients=24)}.get(name, DECODERS[name]())
+    decode = {"dct": DCT(coefficients=24), "siren": Siren(fit_steps=5)}.get(name, DECODERS[name]())
     syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, decode=decode, out=tmp_path / "run")
     each = decode.latents_per_class(2, (1, 8, 8), 3) * decode.expansion
     assert torch.equal(syn()[1].bincount(), torch.full((3,), each))
@@ -393,6 +397,79 @@ def test_a_pyramid_is_refused_where_it_cannot_be(tiny: Arrays, tmp_path: Path) -
         Pyramid(coarsest=4, finest=2)
 
 
+def siren(decode: Siren, latent: Tensor, channels: int) -> nn.Sequential:
+    """The twin of a network: layers of torch with the weights of a latent (P,)."""
+
+    class Sine(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(self.factor * x)
+
+    layers: list[nn.Module] = [nn.Linear(2, decode.width), Sine(decode.first_frequency)]
+    for _ in range(decode.depth - 1):
+        layers += [nn.Linear(decode.width, decode.width), Sine(decode.frequency)]
+    layers.append(nn.Linear(decode.width, channels))
+    numbers = iter(latent.tolist())
+    with torch.no_grad():
+        for layer in layers:
+            for row in range(layer.out_features if isinstance(layer, nn.Linear) else 0):  # type: ignore[arg-type]
+                layer.weight[row] = torch.tensor([next(numbers) for _ in range(layer.in_features)])  # type: ignore
+                layer.bias[row] = next(numbers)  # type: ignore[index,operator]
+    assert next(numbers, None) is None
+    return nn.Sequential(*layers)
+
+
+def seen(network: nn.Module, height: int, width: int) -> Tensor:
+    """The image of the twin, from -1 at the first pixel of an axis to 1 at the last: the (H W, C) colours."""
+    rows, columns = (2 * np.arange(side) / (side - 1) - 1 for side in (height, width))
+    return network(torch.tensor([[row, column] for row in rows for column in columns], dtype=torch.float32))  # type: ignore
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_siren_is_fitted_to_each_image_by_itself_and_has_no_size(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: one network after the other, by Adam; and the images that they have at twice the size."""
+    monkeypatch.setattr(decode_module, "_FITTED_AT_ONCE", 2 * 5 * 7 * 9)
+    shape, classes = (3, 7, 9), torch.zeros(3)
+    images = torch.randn(3, *shape, generator=generator())
+    decode = Siren(width=5, depth=depth, frequency=3.0, fit_steps=4, fit_lr=0.01)
+    start, latents = (
+        each.encode(images, classes, each.build(shape, 1), generator())
+        for each in (dataclasses.replace(decode, fit_steps=0), decode)
+    )
+    large = decode.build((3, 14, 18), 1)(latents, classes)
+    for i, image in enumerate(images):
+        network = siren(decode, start[i], 3)
+        for layer in network[::2]:
+            bound = 1 / 2 if layer is network[0] else math.sqrt(6 / 5) / 3
+            weights = torch.cat([layer.weight.flatten(), layer.bias])  # type: ignore[union-attr,operator]
+            assert 0.7 * bound < weights.abs().max() <= bound
+        optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+        for _ in range(4):
+            optimiser.zero_grad()
+            F.mse_loss(seen(network, 7, 9), image.flatten(1).T).backward()
+            optimiser.step()
+        torch.testing.assert_close(large[i].flatten(1).T, seen(network, 14, 18), rtol=1e-4, atol=1e-4)
+    nested = decode.build((3, 13, 17), 1)(latents, classes)[:, :, ::2, ::2]
+    torch.testing.assert_close(decode.build(shape, 1)(latents, classes), nested, rtol=1e-4, atol=1e-4)
+
+
+def test_sirens_are_as_many_as_their_weights_allow() -> None:
+    """With the published widths at 1, 10 and 50 images per class."""
+    weights = {"cifar10": {1: 81, 10: 81, 50: 543}, "cifar100": {1: 173, 10: 333, 50: 1113}}
+    for matched in ("dm", "mtt"):
+        for dataset, budgets in weights.items():
+            for ipc, each in budgets.items():
+                decode = named(f"{matched}-siren-{dataset}-ipc{ipc}").decode
+                assert isinstance(decode, Siren) and (decode.depth, decode.frequency) == (2, 10.0)
+                assert decode.latents_per_class(ipc, (3, 32, 32), 10) == ipc * 3072 // each
+    line = r"has 67 weights, more than the 64 numbers of ipc=1; give ipc=2, or decode=Siren\(width=5\)$"
+    with pytest.raises(ValueError, match=line):
+        Siren().latents_per_class(1, (1, 8, 8), 10)
+
+
 @pytest.mark.parametrize("transform", ["none", "channel"])
 def test_pixels_of_8_bits_decode_to_exactly_the_real_images(transform: str, tiny: Arrays, tmp_path: Path) -> None:
     """As they were transformed for the task, in a quarter of the bytes."""
@@ -455,6 +532,8 @@ def test_costs_are_told_apart() -> None:
     assert costs["dct"].decoder == NUM_CLASSES * 64 * 4
     assert costs["hallucinator"].decoder == 5 * 5568 * 4
     assert costs["bases"].decoder == 16 * pixels // 4 * 4 and costs["pyramid"].decoder == (3 + 3 + 9) * 4
+    siren = synthetic(Siren(width=20, fit_steps=0), (3, 32, 32), ipc).cost()
+    assert (siren.images, siren.decoder) == (NUM_CLASSES * 22 * 543 * 4, 0)
     assert images - NUM_CLASSES * 16 * 4 < costs["bases"].images + costs["bases"].decoder <= images
 
 
@@ -469,6 +548,8 @@ def test_costs_are_told_apart() -> None:
         ),
         (lambda: Bases(num_bases=0), "try 16"),
         (lambda: Hallucinator(num_styles=0), "the published value is 5"),
+        (lambda: Siren(width=0), "decode.width must be at least 1, got 0; the published value is 6"),
+        (lambda: Siren(fit_lr=0.0), "decode.fit_lr must be positive, got 0.0; the published value is 0.0005"),
         (lambda: Hallucinator().latents_per_class(1, (1, 2, 8), 10), "give decode='pixels'"),
     ],
 )

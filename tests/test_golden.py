@@ -65,6 +65,15 @@ METHODS: dict[str, dict[str, Any]] = {
     # at 100, its default, twenty steps magnify rounding by 1e5
     "datm": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1, "optim": Optim(lr=30.0)},
     "mtt": {"syn_steps": 3, "max_start_epoch": 1, "expert_epochs": 1},
+    "selmatch": {
+        "score": "el2n",
+        "num_epochs": 1,
+        "syn_steps": 3,
+        "max_start_epoch": 1,
+        "expert_epochs": 1,
+        "lr": 0.01,
+        "optim": Optim(lr=30.0),
+    },
     "sre2l": {"num_steps": 5, "chunk": 5, "optim": Optim(lr=0.05)},  # 4 chunks
     "fadrm": {"num_steps": 10, "stages": 2, "num_candidates": 20, "optim": Optim(lr=0.05)},  # 2 chunks
     "cudd": {"num_steps": 10, "stages": (1,), "student_epochs": 1, "optim": Optim(lr=0.05)},  # 2 chunks

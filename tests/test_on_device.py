@@ -30,7 +30,7 @@ from tests.test_contract import SMALL
 META = torch.device("meta")
 AUGMENT = Augment(("color", "crop", "cutout", "flip", "scale", "rotate"))
 GRAPHED = (
-    *("dm", "datadam", "tgdd", "cim", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm"),
+    *("dm", "datadam", "tgdd", "cim", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm", "selmatch"),
     *("frepo", "rfad", "rcig", "dd", "rtp", "rat-bptt"),
 )
 NETWORK = "convnet:depth=1,width=4"

@@ -9,6 +9,7 @@ from condense.synthetic.decode import Hallucinator as Hallucinator
 from condense.synthetic.decode import Pixels as Pixels
 from condense.synthetic.decode import Pixels8Bit as Pixels8Bit
 from condense.synthetic.decode import Pyramid as Pyramid
+from condense.synthetic.decode import Siren as Siren
 from condense.synthetic.decode import StaticDynamic as StaticDynamic
 from condense.synthetic.files import load as load
 from condense.synthetic.files import save as save

@@ -5,7 +5,9 @@ Deviations from the papers are listed in docs/composition.md.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -656,12 +658,120 @@ class PyramidDecoder(_FromPixels):
         return (torch.sigmoid(self.SLOPE * values) - self.mean) / self.std
 
 
+@dataclass(frozen=True, kw_only=True)
+class Siren(Decode):
+    """Each image is stored as the weights of a small network that maps a position to the colour there.
+
+    DDiF (Shin et al. 2025): the network is a SIREN (Sitzmann et al. 2020), layers with a sine and a linear one. It is
+    first fitted to its initial image. Its weights do not depend on the size of the image."""
+
+    name: ClassVar[str] = "siren"
+    width: int = 6
+    """Number of outputs of each layer with a sine."""
+    depth: int = 2
+    """Number of layers with a sine."""
+    first_frequency: float = 30.0
+    """Factor of the argument of the sine in the first layer."""
+    frequency: float = 10.0
+    """Factor of the argument of the sine in the other layers."""
+    fit_steps: int = 5000
+    """Number of steps of Adam that fit a network to its initial image."""
+    fit_lr: float = 5e-4
+    """Learning rate of Adam for this fit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"width": 1, "depth": 1, "fit_steps": 0}.items():
+            if (value := getattr(self, name)) < least:
+                usual = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"decode.{name} must be at least {least}, got {value}; the published value is {usual}")
+        for name in ("first_frequency", "frequency", "fit_lr"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                usual = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"decode.{name} must be positive, got {value}; the published value is {usual:g}")
+
+    def layers(self, channels: int) -> list[tuple[int, int, float | None]]:
+        """Return the number of inputs and outputs of each layer and the factor in its sine; the last layer has none."""
+        units = [2, *[self.width] * self.depth, channels]
+        factors = [self.first_frequency, *[self.frequency] * (self.depth - 1), None]
+        return [(*sizes, factor) for sizes, factor in zip(itertools.pairwise(units), factors, strict=True)]
+
+    def num_weights(self, channels: int) -> int:
+        """Return the number of weights and biases of the network of an image, P."""
+        return sum((inputs + 1) * outputs for inputs, outputs, _ in self.layers(channels))
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        channels, budget = input_shape[0], ipc * math.prod(input_shape)
+        if (latent := self.num_weights(channels)) > budget:
+            narrower = (dataclasses.replace(self, width=width) for width in range(self.width - 1, 0, -1))
+            fitting = next((each.width for each in narrower if each.num_weights(channels) <= budget), None)
+            raise ValueError(
+                f"a SIREN of width {self.width} and depth {self.depth} has {latent} weights, more than the {budget} "
+                f"numbers of {spelt('ipc', ipc)}; give {spelt('ipc', -(-latent // math.prod(input_shape)))}"
+                + (f", or {spelt('decode.width', fitting, 'Siren')}" if fitting else "")
+            )
+        return budget // latent
+
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
+        return _Siren(self, input_shape)
+
+    def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(decoder, _Siren)
+        bounds = []
+        for k, (inputs, outputs, _) in enumerate(self.layers(images.shape[1])):
+            bound = math.sqrt(6 / inputs) / self.frequency if k else 1 / inputs
+            bounds.append(torch.full(((inputs + 1) * outputs,), bound))
+        uniform = 2 * torch.rand(len(images), self.num_weights(images.shape[1]), generator=generator) - 1
+        start = (uniform * torch.cat(bounds)).to(images)
+        at_once = max(1, _FITTED_AT_ONCE // (self.width * math.prod(images.shape[2:])))
+        parts = zip(start.split(at_once), images.split(at_once), strict=True)
+        return torch.cat([self._fitted(latents, part, decoder) for latents, part in parts])
+
+    @torch.enable_grad()
+    def _fitted(self, latents: Tensor, images: Tensor, decoder: nn.Module) -> Tensor:
+        """Return the latents (n, P) after ``fit_steps`` steps on the mean squared error of each image."""
+        latents, classes = latents.clone().requires_grad_(), torch.zeros(len(latents))
+        optimiser = torch.optim.Adam([latents], lr=self.fit_lr)
+        for _ in range(self.fit_steps):
+            errors = (decoder(latents, classes) - images).square().flatten(1).mean(1)
+            (latents.grad,) = torch.autograd.grad(errors.sum(), latents)
+            optimiser.step()
+        return latents.detach()
+
+
+_FITTED_AT_ONCE = 2**24
+"""Largest number of outputs of a layer of all networks that are fitted together: 64 MiB."""
+
+
+class _Siren(nn.Module):
+    """Decodes latents (N, P) into images (N, C, H, W), all at once.
+
+    A latent holds the matrix (outputs, inputs + 1) of each layer, whose last column is the bias. The inputs of the
+    first layer are the row and the column, from -1 at the first pixel to 1 at the last."""
+
+    def __init__(self, decode: Siren, input_shape: InputShape) -> None:
+        super().__init__()
+        channels, *self.size = input_shape
+        self.layers = decode.layers(channels)
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        axes = (torch.linspace(-1, 1, side, dtype=latents.dtype, device=latents.device) for side in self.size)
+        x = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        parts = latents.split([(inputs + 1) * outputs for inputs, outputs, _ in self.layers], 1)
+        for part, (inputs, outputs, factor) in zip(parts, self.layers, strict=True):
+            matrix = part.unflatten(1, (outputs, inputs + 1))
+            x = matrix[:, :, :-1] @ x + matrix[:, :, -1:]
+            if factor is not None:
+                x = torch.sin(factor * x)
+        return x.unflatten(2, self.size)
+
+
 DECODERS: Registry[type[Decode]] = Registry(
     "decoder",
     "condense.decoders",
     {
         decode.name: decode
-        for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, Pyramid, StaticDynamic)
+        for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, Pyramid, Siren, StaticDynamic)
     },
     subclass_of(Decode),
 )
