@@ -74,8 +74,8 @@ class Recipe(Checked):
     """Budget of a selection as a fraction of the training images of each class, at least one of each; given in place of
     ipc."""
     budget: Unit = "floats"
-    """What the images of ipc count for: their number of floats, which the stored samples may have (floats), or the bits
-    of these images and their labels in 32-bit floats, which the whole set may have with labels and decoder (bits)."""
+    """Unit of the budget. floats: the stored samples have at most as many floats as ipc images of each class. bits: the
+    whole set, with labels and decoder, takes at most the bits of such images and their labels, at 32 bits a float."""
     ipc_policy: IpcPolicy = "refuse"
     """What happens where a class has fewer real images than ipc: refuse, all (a selection takes all it has, so that the
     set has fewer of it) or repeat (the images that a method starts from are repeated)."""
