@@ -132,7 +132,7 @@ def _cached(name: str, plan: Recipe, ctx: Context) -> SyntheticSet:
     cached = cache.read(key, load)
     if cached is not None:
         return cached.to(device)
-    title = f"{name} {ctx.task.name} {plan.budget}"
+    title = f"{name} {ctx.task.name} {plan.budget_in_words}"
     with plan.compute.arithmetic(), progress(title, plan.method.total_steps(ctx)) as bar:
         made = engine.compute(plan.method, ctx, lambda done, record: bar(done))
     cache.write(key, lambda folder: save(made, folder / "synthetic.safetensors"), about=title)
@@ -146,9 +146,10 @@ def _budget(syn: SyntheticSet, plan: Recipe, budget: Budget) -> dict[str, Any]:
     if syn.origin.ipc_policy != "refuse":
         policy = "all" if plan.method.selects else "repeat"
     if budget == "bytes":
-        return {"ipc": _affordable(syn, plan), "fraction": None, "ipc_policy": policy}
+        return {"ipc": _affordable(syn, plan), "fraction": None, "budget": "floats", "ipc_policy": policy}
     fraction = syn.origin.fraction
-    return {"ipc": syn.ipc if fraction is None else None, "fraction": fraction, "ipc_policy": policy}
+    ipc = syn.ipc if fraction is None else None
+    return {"ipc": ipc, "fraction": fraction, "budget": "floats", "ipc_policy": policy}
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:

@@ -35,6 +35,7 @@ from condense.recipe import Recipe
 from condense.rng import Rng
 from condense.runs import RunOptions
 from condense.schema import replaced
+from condense.synthetic.budget import latents_per_class
 from condense.synthetic.decode import Graphs, Pixels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
@@ -289,7 +290,15 @@ def _for_kind(plan: Recipe, arrays: Arrays) -> Recipe:
 def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier: Mapping[str, Any] | None) -> Compute:
     """Resolve ``compute`` from the estimated work of the run, or from ``earlier`` where it is given."""
     num_images, classes = len(arrays.x_train), arrays.num_classes
-    latents = plan.decode.latents_per_class(_ipc(plan, num_images, classes), arrays.input_shape, classes)
+    latents = latents_per_class(
+        plan.budget,
+        _ipc(plan, num_images, classes),
+        plan.decode,
+        plan.labels,
+        arrays.input_shape,
+        classes,
+        network.num_outputs,
+    )
     work = plan.method.estimated_work(num_images, classes, latents * plan.decode.expansion)
     return plan.compute.resolved(network.flops * work, network.device, earlier)
 
@@ -337,6 +346,7 @@ def prepare(
         ranks=ranks,
         objective=OBJECTIVES[plan.objective](),
         fraction=plan.fraction,
+        budget=plan.budget,
         ipc_policy=plan.ipc_policy,
         first_images=None if experiment.stills is None else stills.clips(experiment.stills, plan.decode, task),
     )
@@ -365,7 +375,7 @@ def run(
         ValueError: see ``condense.engine.run``.
     """
     plan, ranks, device = experiment.plan, ctx.ranks, experiment.network.device
-    title = f"{registry.name_of(plan.method)} {ctx.task.name} {plan.budget}"
+    title = f"{registry.name_of(plan.method)} {ctx.task.name} {plan.budget_in_words}"
     ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
     stopwatch = runs.Stopwatch(folder)
     with plan.compute.arithmetic():

@@ -30,6 +30,7 @@ from condense.objective import OBJECTIVES, CrossEntropy, Objective, ObjectiveNam
 from condense.rng import Rng
 from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked, brief
+from condense.synthetic.budget import Unit, latents_per_class
 from condense.synthetic.decode import Decode, StaticDynamic
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
@@ -141,6 +142,8 @@ class Context:
     """Training objective of the networks of the method."""
     fraction: float | None = None
     """Budget as a fraction of the real images of each class. If it is given, ``ipc`` is the mean over classes."""
+    budget: Unit = "floats"
+    """What the budget of ``ipc`` images per class counts."""
     ipc_policy: IpcPolicy = "refuse"
     """What happens to a class with fewer real images than ``ipc`` asks for: an error where real images are needed
     (refuse), fewer images in the set (all), or repeated real images (repeat)."""
@@ -164,10 +167,11 @@ class Context:
             self.scratch.mkdir(parents=True, exist_ok=True)
         return self.scratch
 
-    @property
+    @cached_property
     def latents_per_class(self) -> int:
         """Number of latents per class within the budget of ``ipc`` images."""
-        return self.decode.latents_per_class(self.ipc, self.task.input_shape, self.task.num_classes)
+        sizes = self.task.input_shape, self.task.num_classes, self.origin.target_width
+        return latents_per_class(self.budget, self.ipc, self.decode, self.labels, *sizes)
 
     @property
     def images_per_class(self) -> int:
@@ -216,6 +220,11 @@ class Context:
             decoder,
             self.rng.generator("decoder"),
         )
+        if self.budget == "bits" and latents.shape[1:] != (shape := self.decode.latent_shape(self.task.input_shape)):
+            raise ValueError(
+                f"decoder {self.decode.name} has latents of shape {tuple(latents.shape[1:])}, but its latent_shape is "
+                f"{shape}; correct this, since the bits of a set follow from it"
+            )
         if interleave:
             numbers = [torch.arange(num // copies, device=images.device) for num in self.images_of_class]
             order = torch.cat(numbers).argsort(stable=True)

@@ -24,6 +24,7 @@ from condense.files import checksum, expanded, is_locked, read_header
 from condense.names import percent, spelt
 from condense.networks import resolve
 from condense.schema import checked, from_json
+from condense.synthetic.budget import in_words
 from condense.synthetic.set import Origin, RecipeRecord, SyntheticSet
 
 State = Literal["finished", "running", "stopped"]
@@ -37,7 +38,7 @@ class RunSummary:
     method: str
     dataset: str
     budget: str
-    """The budget in words: ``ipc 10`` or ``fraction 0.3``."""
+    """The budget in words: ``ipc 10``, ``ipc 10 in bits`` or ``fraction 0.3``."""
     seed: int
     state: State
     """``stopped`` for an unfinished run that no process on this machine is working on."""
@@ -104,7 +105,7 @@ def summary(folder: Path) -> RunSummary:
         folder=str(folder),
         method=plan.method.name,
         dataset=seed.dataset,
-        budget=f"ipc {plan.ipc}" if plan.fraction is None else f"fraction {plan.fraction:g}",
+        budget=in_words(plan.ipc, plan.fraction, plan.budget),
         seed=seed.seed,
         state="finished" if sha256 else "running" if is_locked(folder / runs.RECORD) else "stopped",
         steps=max((line["step"] for line in log), default=0),
@@ -311,8 +312,7 @@ def _names(sets_by_path: Mapping[str, SyntheticSet | None]) -> dict[str, str]:
 def _name(path: str, syn: SyntheticSet | None) -> str:
     if syn is None or not syn.origin.method:
         return path
-    fraction = syn.origin.fraction
-    return f"{syn.origin.method}, " + (f"ipc {syn.ipc}" if fraction is None else f"fraction {fraction:g}")
+    return f"{syn.origin.method}, {syn.budget_in_words}"
 
 
 def comparison_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:

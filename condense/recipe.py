@@ -33,6 +33,7 @@ from condense.plugins import Registry
 from condense.rng import check_seed
 from condense.schedule import nested
 from condense.schema import Checked, mismatch
+from condense.synthetic.budget import Unit, in_words
 from condense.synthetic.decode import DECODERS, Decode, Pixels
 from condense.synthetic.labels import LABELS, Hard, Labels
 from condense.task import IpcPolicy, Split
@@ -72,6 +73,9 @@ class Recipe(Checked):
     fraction: float | None = None
     """Budget of a selection as a fraction of the training images of each class, at least one of each; given in place of
     ipc."""
+    budget: Unit = "floats"
+    """Unit of the budget. floats: the stored samples have at most as many floats as ipc images of each class. bits: the
+    whole set, with labels and decoder, takes at most the bits of such images and their labels, at 32 bits a float."""
     ipc_policy: IpcPolicy = "refuse"
     """What happens where a class has fewer real images than ipc: refuse, all (a selection takes all it has, so that the
     set has fewer of it) or repeat (the images that a method starts from are repeated)."""
@@ -96,6 +100,11 @@ class Recipe(Checked):
             raise ValueError(
                 f"{spelt('ipc', self.ipc)} and {spelt('fraction', self.fraction)} are two budgets; give one of them"
             )
+        if self.fraction is not None and self.budget != "floats":
+            raise ValueError(
+                f"{spelt('budget', self.budget)} is for a budget in images per class, and a fraction counts real "
+                "images; leave it out"
+            )
         if self.fraction is not None and self.ipc_policy != "refuse":
             raise ValueError(
                 f"{spelt('ipc_policy', self.ipc_policy)} is for a budget in images per class, and a fraction never "
@@ -112,9 +121,9 @@ class Recipe(Checked):
         check_seed(self.seed)
 
     @property
-    def budget(self) -> str:
-        """The budget in words: ``ipc 10`` or ``fraction 0.3``."""
-        return f"ipc {self.ipc}" if self.fraction is None else f"fraction {self.fraction:g}"
+    def budget_in_words(self) -> str:
+        """The budget in words: ``ipc 10``, ``ipc 10 in bits`` or ``fraction 0.3``."""
+        return in_words(self.ipc, self.fraction, self.budget)
 
     def hash(self, dataset: str, **inputs: Any) -> str:
         """Return the SHA-256 of all fields, with the fingerprint ``dataset`` in place of the name or path of the data.
@@ -138,8 +147,9 @@ def to_mapping(value: Any) -> Any:
         del fields["objective"]  # absent from recipes, and hashes, of earlier versions
     if isinstance(value, Recipe):
         del fields["fraction" if value.fraction is None else "ipc"]
-        if value.ipc_policy == "refuse":
-            del fields["ipc_policy"]  # absent from recipes, and hashes, of earlier versions
+        for name, default in (("budget", "floats"), ("ipc_policy", "refuse")):
+            if fields[name] == default:
+                del fields[name]  # absent from recipes, and hashes, of earlier versions
     if isinstance(value, Compute):
         added = ("graph", "tf32")  # absent from recipes, and hashes, of earlier versions
         fields = {name: entry for name, entry in fields.items() if entry is not None or name not in added}

@@ -56,7 +56,7 @@ class RunOptions(Checked):
 def run_folder(plan: Recipe, out: Path | None, dataset: str) -> Path:
     """Return ``out``, or the default run folder, which is named after method, data set, budget and seed."""
     method = registry.name_of(plan.method).replace(":", ".").replace("<locals>.", "")
-    return expanded(out or Path("runs") / f"{method}-{dataset}-{plan.budget.replace(' ', '')}-seed{plan.seed}")
+    return expanded(out or Path("runs") / f"{method}-{dataset}-{plan.budget_in_words.replace(' ', '')}-seed{plan.seed}")
 
 
 def located(plan: Recipe, options: RunOptions) -> Recipe:

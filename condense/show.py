@@ -176,11 +176,12 @@ def _set(syn: SyntheticSet) -> dict[str, Any]:
         kind(shape): f"{len(images)} of {'x'.join(map(str, shape))}, "
         + (f"{origin.num_classes} classes" if origin.num_classes else f"targets of {origin.target_width} values"),
         "method": origin.method or "unknown",
+        "budget": syn.budget_in_full,
         "decode, labels": f"{syn.decode.name}, {syn.label_kind.name}",
         "transform": origin.transform.get("kind"),
         "learned lr": "none" if rate is None else f"{rate.detach().mean().item():.5g}",
         "bytes": f"images {cost.images}, labels {cost.labels}, decoder {cost.decoder} "
-        f"(together {readable_bytes(sum(cost))})",
+        f"(together {readable_bytes(sum(cost))}; {syn.num_bits} bits)",
         **({"labels": cost.remark()} if cost.remark() else {}),
         **({"teacher": _teacher(syn, syn.label_kind)} if isinstance(syn.label_kind, ViewLabels) else {}),
         **({"privacy": origin.guarantee} if origin.privacy else {}),

@@ -18,6 +18,7 @@ from condense.data.transform import Transform
 from condense.files import checksum, expanded
 from condense.names import spelt
 from condense.recipe import Recipe
+from condense.synthetic.budget import latents_per_class
 from condense.synthetic.decode import Decode, StaticDynamic
 from condense.synthetic.files import load
 from condense.synthetic.set import SyntheticSet
@@ -66,7 +67,8 @@ def check(stills: SyntheticSet, plan: Recipe, input_shape: InputShape, classes: 
             f"{what} were distilled from frames of clips that are held out for validation here; distil them with "
             f"{spelt('split.val_fraction', split.val_fraction)} and {spelt('split.seed', split.seed)}"
         )
-    needed = plan.decode.statics * plan.decode.latents_per_class(plan.ipc, input_shape, len(classes))
+    sizes = input_shape, len(classes), len(classes)
+    needed = plan.decode.statics * latents_per_class(plan.budget, plan.ipc, plan.decode, plan.labels, *sizes)
     counts = stills.classes.bincount(minlength=len(classes)) * stills.decode.expansion
     if not (counts == needed).all():
         raise ValueError(

@@ -189,9 +189,10 @@ def measure(
         "code": __version__,
     }
     plan = protocol.resolved(len(images), None if syn is None else syn.lr, augment.copies)
-    cost = None if syn is None else syn.cost()
+    cost, num_bits = (None, None) if syn is None else (syn.cost(), syn.num_bits)
     if syn is not None and cost is not None and syn.label_kind.of_views and kind is None:
-        cost = cost._replace(labels=syn.classes.nbytes)  # networks are trained on the classes alone
+        classes_alone = cost._replace(labels=syn.classes.nbytes)  # networks are trained on the classes alone
+        cost, num_bits = classes_alone, syn.num_bits - 8 * (cost.labels - classes_alone.labels)
     fixed = {} if kind is None else kind.training()
     if fixed:
         plan = dataclasses.replace(plan, **fixed)
@@ -282,6 +283,7 @@ def measure(
             seconds=round(sum(cell.seconds for cell in row), 3),
             peak_memory_bytes=max(cell.peak_memory for cell in row),
             stored_bytes=real if cost is None else cost._asdict(),
+            stored_bits=num_bits,
             full_bytes=sum(real.values()),
             compute=policy.first_order_identity(),
             privacy={} if syn is None else syn.origin.privacy,

@@ -63,6 +63,8 @@ class Result:
     """Bytes of all training images and labels in memory."""
     code: str
     """Version of this package."""
+    stored_bits: int | None = None
+    """Bits of the set by the convention of docs/budgets.md; None for real images and in rows of earlier versions."""
     teacher: str = ""
     """Network that labelled the batches and is not stored in the set; empty if there is none."""
     privacy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -127,8 +129,9 @@ class Result:
         head = {"method": fields.pop("method"), "network": fields.pop("network")}
         head["accuracies"] = list(fields.pop("accuracies"))
         head |= {"mean": self.mean, "std": self.std, "interval": self.interval, "n": self.n}
-        if not self.privacy:  # as rows of earlier versions
-            del fields["privacy"]
+        for name in ("privacy", "stored_bits"):
+            if not fields[name]:  # as rows of earlier versions
+                del fields[name]
         return {**head, **fields, "compression": self.compression}
 
 

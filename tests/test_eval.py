@@ -406,6 +406,7 @@ class TestFile:
             "seconds": row["seconds"],
             "peak_memory_bytes": row["peak_memory_bytes"],
             "stored_bytes": {"images": 3 * 64 * 4, "labels": 3 * 8, "decoder": 0},
+            "stored_bits": 3 * (64 * 32 + 2),
             "full_bytes": arrays.x_train.nbytes + arrays.y_train.nbytes,
             "compression": (arrays.x_train.nbytes + arrays.y_train.nbytes) / (3 * 64 * 4 + 3 * 8),
             "code": row["code"],

@@ -79,8 +79,8 @@ def test_flags_are_the_fields() -> None:
 
 def test_one_budget_takes_the_place_of_the_other(tmp_path: Path) -> None:
     share, number = parse("--fraction", "0.3"), parse()
-    assert (share.ipc, share.fraction, share.budget) == (None, 0.3, "fraction 0.3")
-    assert (number.ipc, number.fraction, number.budget) == (10, None, "ipc 10")
+    assert (share.ipc, share.fraction, share.budget_in_words) == (None, 0.3, "fraction 0.3")
+    assert (number.ipc, number.fraction, number.budget_in_words) == (10, None, "ipc 10")
     assert recipe.parse(Distill, ["--ipc=3"], Distill(recipe=share)).recipe == dataclasses.replace(number, ipc=3)
     assert "ipc" not in recipe.to_mapping(share) and "fraction" not in recipe.to_mapping(number)
     (tmp_path / "mine.yaml").write_text(recipe.to_yaml(share))

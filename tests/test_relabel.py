@@ -258,6 +258,7 @@ def test_hard_and_soft_labels_in_one_evaluation(
     assert found[1].protocol_hash == SHORT["relabelled"].hash
     hard = condense.evaluate(syn, tiny, protocol=SHORT["canonical"], **kwargs).results[0]
     assert hard.accuracies == found[0].accuracies and hard.stored_bytes == found[0].stored_bytes
+    assert (hard.stored_bits, found[1].stored_bits) == (found[0].stored_bits, made.num_bits)
     monkeypatch.setenv("COLUMNS", "200")
     commands.print_results([r.row() for r in found], together=True)
     shown = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Synthetic sets: latents, decoders, labels and the file format."""
 
+from condense.synthetic.budget import Cost as Cost
 from condense.synthetic.decode import DCT as DCT
 from condense.synthetic.decode import DECODERS as DECODERS
 from condense.synthetic.decode import Bases as Bases
@@ -19,7 +20,6 @@ from condense.synthetic.labels import Labels as Labels
 from condense.synthetic.labels import Logits as Logits
 from condense.synthetic.labels import Targets as Targets
 from condense.synthetic.labels import Teacher as Teacher
-from condense.synthetic.set import Cost as Cost
 from condense.synthetic.set import Origin as Origin
 from condense.synthetic.set import SyntheticSet as SyntheticSet
 from condense.synthetic.teaching import Online as Online

@@ -55,13 +55,21 @@ class Decode(Checked, ABC):
         """The number of images decoded from one latent."""
         return 1
 
-    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
-        """Return the number of latents per class that take no more storage than ``ipc`` images.
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        """Return the shape of one latent, by default that of a sample.
 
         Raises:
-            ValueError: there is not enough storage for one.
+            ValueError: the samples are too small, or the size of a latent depends on its sample.
         """
-        return ipc
+        return input_shape
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        """Return the number of latents per class that have no more floats than ``ipc`` images.
+
+        Raises:
+            ValueError: there are not enough floats for one.
+        """
+        return ipc * math.prod(input_shape) // math.prod(self.latent_shape(input_shape))
 
     def size(self, latents: Tensor) -> int:
         """Return the number of bytes of the latents."""
@@ -116,6 +124,12 @@ class Graphs(Decode):
     takes: ClassVar[tuple[Kind, ...]] = ("graphs",)
     differentiable: ClassVar[bool] = False
     stored: ClassVar[torch.dtype] = torch.int16
+
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        raise ValueError(f"graphs differ in size, so that bits buy no fixed number; give {spelt('budget', 'floats')}")
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        return ipc
 
     def size(self, latents: Tensor) -> int:
         return int(used_length(latents).sum()) * latents.element_size()
@@ -272,8 +286,8 @@ class DCT(Decode):
             )
         return self.coefficients
 
-    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
-        return ipc * math.prod(input_shape[1:]) // self.num_coefficients(input_shape)
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        return input_shape[0], self.num_coefficients(input_shape)
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         return _Frequencies(input_shape[1:], num_classes, self.num_coefficients(input_shape))
@@ -350,6 +364,9 @@ class Bases(Decode):
         if self.num_bases < 1:
             raise ValueError(f"decode.num_bases must be at least 1, got {self.num_bases}; try 16")
 
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        return (self.num_bases,)
+
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
         basis, budget = math.prod(_halved(input_shape)), ipc * num_classes * math.prod(input_shape)
         rows = (budget - self.num_bases * basis) // (num_classes * self.num_bases)
@@ -425,10 +442,10 @@ class Hallucinator(Decode):
     def expansion(self) -> int:
         return self.num_styles
 
-    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
         if min(input_shape[1:]) < 3:
             raise ValueError(f"{self.name} needs images of at least 3 x 3 pixels; give {spelt('decode', 'pixels')}")
-        return ipc
+        return input_shape
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         return _Styles(self.num_styles, input_shape)
@@ -496,6 +513,9 @@ class StaticDynamic(Decode):
         """Return how many numbers of a latent belong to the stills and how many to the sequences."""
         frames, channels, *size = input_shape
         return self.statics * channels * math.prod(size), self.dynamics * frames * math.prod(size)
+
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        return (sum(self.sizes(input_shape)),)
 
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
         latent, budget = sum(self.sizes(input_shape)), ipc * math.prod(input_shape)
@@ -586,8 +606,11 @@ class Pyramid(Decode):
             sizes.insert(0, (-(-height // 2), -(-width // 2)))
         return sizes
 
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        return input_shape[0], sum(map(math.prod, self.levels(input_shape)))
+
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
-        latent, pixels = sum(map(math.prod, self.levels(input_shape))), math.prod(input_shape[1:])
+        (_, latent), pixels = self.latent_shape(input_shape), math.prod(input_shape[1:])
         if latent > ipc * pixels:
             half = -(-max(input_shape[1:]) // 2)
             smaller = f", or {spelt('decode.finest', half, 'Pyramid')}" if half >= self.coarsest else ""
@@ -699,6 +722,9 @@ class Siren(Decode):
     def num_weights(self, channels: int) -> int:
         """Return the number of weights and biases of the network of an image, P."""
         return sum((inputs + 1) * outputs for inputs, outputs, _ in self.layers(channels))
+
+    def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
+        return (self.num_weights(input_shape[0]),)
 
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
         channels, budget = input_shape[0], ipc * math.prod(input_shape)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from condense.data.transform import Transform
 from condense.files import canonical_json
 from condense.names import printable
 from condense.schema import from_json
+from condense.synthetic.budget import Cost, Unit, allowed_bits, bits, cost_of, in_words
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
 from condense.task import IpcPolicy, Split
@@ -54,6 +55,7 @@ class RecipeRecord:
     network: str | None = None
     ipc: int | None = None
     fraction: float | None = None
+    budget: Unit = "floats"
     ipc_policy: IpcPolicy = "refuse"
 
     def __post_init__(self) -> None:
@@ -148,6 +150,11 @@ class Origin:
         return self.recorded.fraction
 
     @property
+    def budget(self) -> Unit:
+        """What the budget in images per class counts."""
+        return self.recorded.budget
+
+    @property
     def ipc_policy(self) -> IpcPolicy:
         """What happened to classes with fewer real images than the budget."""
         return self.recorded.ipc_policy
@@ -178,20 +185,6 @@ class Origin:
     def input_shape(self) -> InputShape:
         """The shape of one sample: (C, L), (C, H, W) or (T, C, H, W)."""
         return tuple(self.dataset["input_shape"])
-
-
-class Cost(NamedTuple):
-    """The stored bytes of images (latents), labels with weights, and decoder."""
-
-    images: int
-    labels: int
-    decoder: int
-
-    def remark(self) -> str:
-        """Return text that says how much larger than the images the labels are; empty if they are not."""
-        if self.labels <= self.images:
-            return ""
-        return f"the labels take {self.labels / self.images:.3g} times the bytes of the images"
 
 
 class SyntheticSet(nn.Module):
@@ -296,19 +289,41 @@ class SyntheticSet(nn.Module):
     def _facts(self) -> dict[str, str]:
         origin, size = self.origin, "x".join(map(str, self.origin.input_shape))
         of = f"{origin.num_classes} classes" if origin.num_classes else f"targets of {origin.target_width} values"
-        budget = f"ipc {self.ipc}" if origin.fraction is None else f"fraction {origin.fraction:g}"
         return {
             "set": f"{origin.method or 'unknown method'} of {origin.dataset_name}",
             "samples": f"{len(self) * self.decode.expansion} {kind(origin.input_shape)} {size} of {of}",
-            "budget": budget,
+            "budget": self.budget_in_full,
             "labels": f"{self.label_kind.name} labels",
-            "size": f"{sum(self.cost())} bytes",
+            "size": f"{sum(self.cost())} bytes" if self.allowed_bits is None else f"{self.num_bits} bits",
         }
 
     @property
     def ipc(self) -> int:
         """The budget in images per class; if it is not recorded, the mean number of latents per class."""
         return self.origin.ipc or max(len(self) // (self.origin.num_classes or 1), 1)
+
+    @property
+    def budget_in_words(self) -> str:
+        """The budget in words: ``ipc 10``, ``ipc 10 in bits`` or ``fraction 0.3``."""
+        return in_words(self.ipc, self.origin.fraction, self.origin.budget)
+
+    @property
+    def budget_in_full(self) -> str:
+        """The budget in words, with the largest number of bits where it is in bits."""
+        return self.budget_in_words + ("" if self.allowed_bits is None else f", at most {self.allowed_bits} bits")
+
+    @property
+    def num_bits(self) -> int:
+        """The number of bits that the set takes by the convention of docs/budgets.md."""
+        return bits(self.cost(), self.provider, self.origin.num_classes)
+
+    @property
+    def allowed_bits(self) -> int | None:
+        """The largest number of bits within the budget; None if the budget is not in bits."""
+        origin, num_classes = self.origin, len(self.origin.dataset.get("classes", ()))
+        if origin.budget != "bits":
+            return None
+        return allowed_bits(self.ipc, self.label_kind, origin.input_shape, num_classes, origin.target_width)
 
     def forward(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return samples (n', *input_shape) and targets (n',) or (n', D) of the latents ``index`` (default: all)."""
@@ -350,11 +365,8 @@ class SyntheticSet(nn.Module):
     def cost(self) -> Cost:
         """Return the number of bytes that the set takes on disk."""
 
-        def stored(module: nn.Module) -> int:
-            return sum(t.nbytes for t in module.state_dict().values())
-
-        weights = 0 if self.weights is None else self.weights.nbytes
-        return Cost(self.decode.size(self.latents), stored(self.provider) + weights, stored(self.decoder))
+        cost = cost_of(self.decode, self.latents, self.provider, self.decoder)
+        return cost if self.weights is None else cost._replace(labels=cost.labels + self.weights.nbytes)
 
     @torch.no_grad()
     def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:

@@ -55,9 +55,8 @@ class Run:
 
     @property
     def budget(self) -> str:
-        """The budget in words: ``ipc 10`` or ``fraction 0.3``."""
-        fraction = self.syn.origin.fraction
-        return f"ipc {self.ipc}" if fraction is None else f"fraction {fraction:g}"
+        """The budget in words."""
+        return self.syn.budget_in_words
 
     @property
     def network(self) -> str:

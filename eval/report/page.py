@@ -193,6 +193,7 @@ def _run(run: Run, name: str, key: str, film: Mapping[str, Any] | None, runs: Se
         },
         "balanced": None if headline is None else balanced(headline),
         "bytes": cost._asdict(),
+        "bits": run.syn.num_bits,
         "total_bytes": sum(cost),
         "minutes": record["seconds"] / 60 if "seconds" in record else None,
         "peak": record.get("peak_memory_bytes"),
@@ -214,6 +215,7 @@ def _run(run: Run, name: str, key: str, film: Mapping[str, Any] | None, runs: Se
             "data": f"{run.dataset}, training split {origin.dataset['fingerprint']}"
             + ("" if run.is_recorded else ", as given by whoever made the file"),
             "made from": _seen(run),
+            "budget": run.syn.budget_in_full,
             "recipe": origin.recipe_hash or NOT_RECORDED,
             "set": run.sha256,
             **({"privacy": origin.guarantee} if origin.privacy else {}),
