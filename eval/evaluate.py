@@ -34,7 +34,7 @@ from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
-from condense.objective import Objective
+from condense.objective import Objective, ObjectiveName
 from condense.plugins import code_of
 from condense.rng import VERSION, Rng
 from condense.sources import Examples, Relabelled, Source
@@ -463,15 +463,23 @@ def check(
 
 
 def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet, int], dict[str, float]]:
-    """Return a function of a set and the number of steps done. It trains one network on the set under ``BRIEF`` and
-    returns its accuracy on the validation images of the task as ``val_accuracy``."""
+    """Return a function of a set and the number of steps done. It trains one network on the set under ``BRIEF``, with
+    the labels of the set, and returns its accuracy on the validation images of the task as ``val_accuracy``.
+
+    Labels that are regression targets are fitted by the squared error, soft labels by the cross-entropy.
+    """
     assert task.val is not None
-    val, scorer = task.val, SetScorer(task.network, BRIEF, compute)
+    val = task.val
+
+    @functools.cache
+    def scorer(loss: ObjectiveName) -> SetScorer:
+        return SetScorer(task.network, dataclasses.replace(BRIEF, loss=loss), compute)
 
     def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
-        images, labels = decoded(syn, soft=False)
+        images, targets = decoded(syn, soft=True)
+        chosen = scorer("mse" if syn.label_kind.space == "values" else BRIEF.loss)
         rng = Rng(seed).child("validation", step)
-        return {"val_accuracy": scorer.score(images, labels, val.images, val.labels, [rng])[0].accuracy}
+        return {"val_accuracy": chosen.score(images, targets, val.images, val.labels, [rng])[0].accuracy}
 
     return validate
 
