@@ -1309,4 +1309,4 @@ def test_grey_images_in_bfloat16_have_the_values_and_gradients_of_float32(compil
 
     for found, expected in zip(outcome(compute), outcome(Compute()), strict=True):
         assert found.shape == expected.shape
-        assert torch.linalg.vector_norm(found - expected) <= 0.1 * torch.linalg.vector_norm(expected) + 1e-4
+        assert torch.linalg.vector_norm(found - expected) <= 0.1 * torch.linalg.vector_norm(expected) + 2e-3

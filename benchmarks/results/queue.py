@@ -34,6 +34,8 @@ from condense.recipe import find
 from condense.runs import read_record
 
 STEPS = "--method.num-steps"
+CORES = 2
+"""Number of cores of the machine of which the table gives minutes, however many threads a process has."""
 TRIAL_SECONDS = 20.0
 """Time that the longest trial takes for steps alone."""
 
@@ -129,7 +131,7 @@ class Queue:
             seed=seed,
             command=shown(words),
             minutes=spent["seconds"] / 60,
-            cpu_minutes=spent["cpu_seconds"] / self.threads / 60,
+            cpu_minutes=spent["cpu_seconds"] / CORES / 60,
             scores=tuple(scores),
         )
 
@@ -167,7 +169,7 @@ class Queue:
             out = self.folder(row) / "trial"
             shutil.rmtree(out, ignore_errors=True)
             self.run([*words, STEPS, str(many), "--buffers", str(buffers), "--out", str(out)], row)
-            spent = read_record(out)["cpu_seconds"] / self.threads
+            spent = read_record(out)["cpu_seconds"] / CORES
             shutil.rmtree(out)
             if many == most:
                 return most

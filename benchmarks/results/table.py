@@ -26,8 +26,8 @@ class Row:
     """Budget in images per class."""
     method: str
     minutes: float
-    """Budget of one distillation. On a CPU: the time of its processors divided by the number of threads, which does not
-    depend on other work of the machine. On a GPU: wall time."""
+    """Budget of one distillation. On a CPU: minutes of a machine with two cores, that is half the time of the
+    processors, which does not depend on other work of the machine. On a GPU: wall time."""
     flags: str = ""
     """Further flags of ``condense distill``. Without ``--method.num-steps``, a method on a CPU gets the number of steps
     that fits the budget, and at most that of its recipe."""
