@@ -34,7 +34,7 @@ from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
-from condense.objective import Objective, ObjectiveName
+from condense.objective import Objective
 from condense.plugins import code_of
 from condense.rng import VERSION, Rng
 from condense.sources import Examples, Relabelled, Source
@@ -46,6 +46,8 @@ from condense.train import Scorer, Trainer, Training
 
 BRIEF = dataclasses.replace(PROTOCOLS["canonical"], name="brief", num_epochs=100)
 """Protocol of the evaluations on the validation split during distillation."""
+_BRIEF_REGRESSION = dataclasses.replace(BRIEF, loss="mse", optimiser="adam", lr=3e-4, weight_decay=0.0)
+"""The same for labels that are regression targets."""
 
 
 OnEpoch = Callable[[int, Weights], None]
@@ -466,19 +468,18 @@ def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet
     """Return a function of a set and the number of steps done. It trains one network on the set under ``BRIEF``, with
     the labels of the set, and returns its accuracy on the validation images of the task as ``val_accuracy``.
 
-    Labels that are regression targets are fitted by the squared error, soft labels by the cross-entropy.
+    Labels that are regression targets are fitted by Adam with the squared error, soft labels by the cross-entropy.
     """
     assert task.val is not None
     val = task.val
 
     @functools.cache
-    def scorer(loss: ObjectiveName) -> SetScorer:
-        return SetScorer(task.network, dataclasses.replace(BRIEF, loss=loss), compute)
+    def scorer(regresses: bool) -> SetScorer:
+        return SetScorer(task.network, _BRIEF_REGRESSION if regresses else BRIEF, compute)
 
     def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
         images, targets = decoded(syn, soft=True)
-        chosen = scorer("mse" if syn.label_kind.space == "values" else BRIEF.loss)
-        rng = Rng(seed).child("validation", step)
+        chosen, rng = scorer(syn.label_kind.space == "values"), Rng(seed).child("validation", step)
         return {"val_accuracy": chosen.score(images, targets, val.images, val.labels, [rng])[0].accuracy}
 
     return validate

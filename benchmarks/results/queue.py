@@ -226,9 +226,12 @@ def shown(words: Sequence[str]) -> str:
     return shlex.join(["condense", *words])
 
 
-def files(data: Mapping[str, str], folder: Path) -> dict[str, Path]:
-    """The file of each data set that is in a folder."""
-    return {name: folder / file for name, file in data.items() if (folder / file).exists()}
+def files(data: Mapping[str, str | None], folder: Path | None) -> dict[str, Path]:
+    """The file of each data set that is in a folder; embedded data are found by their name."""
+    places = {name: Path(name) if file is None else folder and folder / file for name, file in data.items()}
+    return {
+        name: place for name, place in places.items() if place is not None and (data[name] is None or place.exists())
+    }
 
 
 def _published_steps(row: Row) -> int | None:
