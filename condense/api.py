@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense import __version__, artifacts, exchange, experiment, picture, recipe, runs, sets
+from condense import __version__, artifacts, exchange, experiment, picture, recipe, runs, sets, zoo
 from condense.augment import Augment
 from condense.baselines import Budget as Budget
 from condense.baselines import check_baselines, prepare_baselines
@@ -383,8 +383,8 @@ def relabel(
 
 def relabelled_file(syn: Path | str, kind: ViewLabels) -> Path:
     """Return the file that ``relabel`` writes by default: ``synthetic-stored.safetensors`` in the run folder, or
-    ``FILE-stored.safetensors``."""
-    path = expanded(syn)
+    ``FILE-stored.safetensors``; a set of the zoo is written to the current folder."""
+    path = Path(str(syn).removeprefix(zoo.PREFIX).replace("/", "-")) if zoo.has_name(syn) else expanded(syn)
     path = path / "synthetic.safetensors" if path.is_dir() else path
     return path.with_name(f"{path.stem}-{kind.name}.safetensors")
 
@@ -691,8 +691,8 @@ def _option(name: str, value: Any) -> Any:
 
 
 def evaluation_file(syn: Readable) -> Path | None:
-    """Return the file of results of a run folder or a file; None for a set, which has none."""
-    if isinstance(syn, SyntheticSet):
+    """Return the file of results of a run folder or a file; None for a set and a set of the zoo, which have none."""
+    if isinstance(syn, SyntheticSet) or zoo.has_name(syn):
         return None
     path = expanded(syn)
     return path / "evaluation.json" if path.is_dir() else path.with_suffix(".evaluation.json")

@@ -30,6 +30,7 @@ from condense import (
     runs,
     sets,
     sweep,
+    zoo,
 )
 from condense import show as glance
 from condense.artifacts import open_buffer
@@ -519,14 +520,17 @@ def _show_recipe(name: str, flags: list[str]) -> None:
     glance.show_recipe(resolved, command.recipe, flags, command.json)
 
 
-KINDS = (*("methods", "decoders", "labels", "adjoints", "objectives", "datasets", "networks", "recipes", "protocols"),)
+KINDS = (
+    *("methods", "decoders", "labels", "adjoints", "objectives", "datasets", "networks", "recipes", "protocols"),
+    "zoo",
+)
 """What can be listed."""
 
 
 def list_(words: list[str]) -> None:
     if _asks_for_help(words):
         say("usage: condense list KIND [--json]")
-        say("KIND is methods, decoders, labels, adjoints, objectives, datasets, networks, recipes or protocols")
+        say("KIND is methods, decoders, labels, adjoints, objectives, datasets, networks, recipes, protocols or zoo")
         say("condense list recipes WORD... lists recipes with all the words, e.g. condense list recipes mtt cifar10")
         return
     as_json = "--json" in words
@@ -544,6 +548,7 @@ def list_(words: list[str]) -> None:
             **summaries(PROTOCOLS, lambda name: PROTOCOLS[name].describe()),
             "own": "the training stored in the set: its network, its labels, its learned learning rate",
         },
+        "zoo": lambda: {f"{zoo.PREFIX}{name}": entry.describe() for name, entry in zoo.entries().items()},
     }
     if not kinds or kinds[0] not in tables or (kinds[1:] and kinds[0] != "recipes"):
         asked = f"cannot list {' '.join(kinds)}" if kinds else "list needs a kind"

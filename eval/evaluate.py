@@ -46,6 +46,8 @@ from condense.train import Scorer, Trainer, Training
 
 BRIEF = dataclasses.replace(PROTOCOLS["canonical"], name="brief", num_epochs=100)
 """Protocol of the evaluations on the validation split during distillation."""
+_BRIEF_REGRESSION = dataclasses.replace(BRIEF, loss="mse", optimiser="adam", lr=3e-4, weight_decay=0.0)
+"""The same for labels that are regression targets."""
 
 
 OnEpoch = Callable[[int, Weights], None]
@@ -465,15 +467,22 @@ def check(
 
 
 def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet, int], dict[str, float]]:
-    """Return a function of a set and the number of steps done. It trains one network on the set under ``BRIEF`` and
-    returns its accuracy on the validation images of the task as ``val_accuracy``."""
+    """Return a function of a set and the number of steps done. It trains one network on the set under ``BRIEF``, with
+    the labels of the set, and returns its accuracy on the validation images of the task as ``val_accuracy``.
+
+    Labels that are regression targets are fitted by Adam with the squared error, soft labels by the cross-entropy.
+    """
     assert task.val is not None
-    val, scorer = task.val, SetScorer(task.network, BRIEF, compute)
+    val = task.val
+
+    @functools.cache
+    def scorer(regresses: bool) -> SetScorer:
+        return SetScorer(task.network, _BRIEF_REGRESSION if regresses else BRIEF, compute)
 
     def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
-        images, labels = decoded(syn, soft=False)
-        rng = Rng(seed).child("validation", step)
-        return {"val_accuracy": scorer.score(images, labels, val.images, val.labels, [rng])[0].accuracy}
+        images, targets = decoded(syn, soft=True)
+        chosen, rng = scorer(syn.label_kind.space == "values"), Rng(seed).child("validation", step)
+        return {"val_accuracy": chosen.score(images, targets, val.images, val.labels, [rng])[0].accuracy}
 
     return validate
 

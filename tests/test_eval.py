@@ -22,7 +22,7 @@ from condense.data.datasets import Arrays, load, to_float
 from condense.data.images import Images
 from condense.data.transform import fit
 from condense.eval import baselines
-from condense.eval.evaluate import SetScorer, evaluate
+from condense.eval.evaluate import SetScorer, evaluate, validator
 from condense.eval.journal import CachedCells
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, Protocol, named, own, recorded_name
@@ -32,9 +32,9 @@ from condense.files import read_header
 from condense.networks import Functional
 from condense.rng import Rng
 from condense.schedule import Schedule
-from condense.synthetic import Factor, Logits, Origin, SyntheticSet, save
+from condense.synthetic import Factor, Logits, Origin, SyntheticSet, Targets, save
 from condense.synthetic import load as load_set
-from condense.task import Split
+from condense.task import Split, make_task
 from condense.train import Scorer, Training
 
 OLD = Path(__file__).parent / "fixtures" / "v0_1"
@@ -59,7 +59,9 @@ def arrays() -> Arrays:
     return load((*stripes(36, 0), *stripes(60, 1)))
 
 
-def make_set(arrays: Arrays, *, labels: Tensor | None = None, **options: Any) -> SyntheticSet:
+def make_set(
+    arrays: Arrays, *, images: Tensor | None = None, labels: Tensor | None = None, **options: Any
+) -> SyntheticSet:
     """One training image a class, or as many as there are ``labels``."""
     origin = Origin(
         dataset={
@@ -73,7 +75,8 @@ def make_set(arrays: Arrays, *, labels: Tensor | None = None, **options: Any) ->
         recipe=options.pop("recipe", {}),
     )
     labels = torch.from_numpy(arrays.y_train[:CLASSES]) if labels is None else labels
-    return SyntheticSet(to_float(arrays.x_train[: len(labels)]), labels, origin, **options)
+    images = to_float(arrays.x_train[: len(labels)]) if images is None else images
+    return SyntheticSet(images, labels, origin, **options)
 
 
 def run(syn: SyntheticSet, arrays: Arrays, **options: Any) -> Evaluation:
@@ -84,6 +87,19 @@ def run(syn: SyntheticSet, arrays: Arrays, **options: Any) -> Evaluation:
 
 def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", [Logits(), Targets()], ids=lambda kind: kind.name)
+def test_validation_trains_on_the_labels_of_the_set(arrays: Arrays, kind: Logits | Targets) -> None:
+    """Two of three copies of an image have another class, but hardly more of it than of the others."""
+    images, right = to_float(arrays.x_train[:CLASSES]).repeat(3, 1, 1, 1), torch.eye(CLASSES)
+    labels = torch.cat([10 * right, *2 * [0.01 * right.roll(1, 0)]])
+    syn = make_set(arrays, images=images, labels=labels, label_kind=kind)
+    split, network = Split(val_fraction=0.5), Functional("mlp", SHAPE, CLASSES)
+    task = make_task(arrays, transform="none", split=split, network=network, augment=Augment(), device=CPU)
+    assert validator(task, Compute(), 0)(syn, 1)["val_accuracy"] > 0.9
+    wrong = make_set(arrays, images=images, labels=labels.argmax(1))
+    assert validator(task, Compute(), 0)(wrong, 1)["val_accuracy"] < 0.1
 
 
 class TestProtocols:

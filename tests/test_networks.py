@@ -1290,3 +1290,23 @@ def test_on_the_gpu() -> None:
     expected = host.logits(*host.init(Rng(0), "network"), images(CIFAR))
     actual = device.logits(*weights, images(CIFAR).to("cuda"))
     torch.testing.assert_close(actual.cpu(), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grey_images_in_bfloat16_have_the_values_and_gradients_of_float32(compiled: bool) -> None:
+    network = Functional("convnet:depth=2,width=8", (1, 12, 12), 3)
+    params, buffers = network.init(Rng(0), "weights")
+    images = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    compute = Compute(autocast="bfloat16", compile=compiled)
+
+    def outcome(policy: Compute) -> list[Tensor]:
+        def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return network.logits(params, buffers, x).square().mean()
+
+        live, x = {name: p.clone().requires_grad_() for name, p in params.items()}, images.clone().requires_grad_()
+        value = policy.first_order(loss, network.device)(live, x)
+        return [value, *torch.autograd.grad(value, [*live.values(), x])]
+
+    for found, expected in zip(outcome(compute), outcome(Compute()), strict=True):
+        assert found.shape == expected.shape
+        assert torch.linalg.vector_norm(found - expected) <= 0.1 * torch.linalg.vector_norm(expected) + 2e-3

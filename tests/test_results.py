@@ -96,12 +96,12 @@ def test_rows_with_the_same_buffer_share_it(work: Queue, here: list[list[str]]) 
 
 
 def test_the_number_of_steps_fits_the_budget(work: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four seconds to begin with and a fifth of a second a step fill a minute with 280 steps."""
+    """Eight seconds of the processors to begin with and 0.4 a step fill a minute of two cores with 280 steps."""
 
     def run(self: Queue, words: Sequence[str], row: Row) -> str:
         out, steps = Path(words[words.index("--out") + 1]), int(words[words.index(STEPS) + 1])
         out.mkdir(parents=True)
-        (out / "run.json").write_text(json.dumps({"cpu_seconds": 4.0 + 0.2 * steps}))
+        (out / "run.json").write_text(json.dumps({"cpu_seconds": 8.0 + 0.4 * steps}))
         return ""
 
     monkeypatch.setattr(Queue, "run", run)

@@ -5,7 +5,7 @@
 
 Rows that have a record are skipped, unless their settings in the table have changed. Without a folder of data, or
 without the file of a data set there, its rows stay open. Every row is written as soon as it is complete, then the pages
-are made from the records alone.
+are made from the records alone. Sets that the table names are copied to the zoo of the package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.results import page, queue, record, table
+import condense.zoo
+from benchmarks.results import page, queue, record, table, zoo
 from benchmarks.results.table import Row
 from condense.files import locked
 from condense.names import suggest
@@ -53,26 +54,27 @@ def run(chosen: argparse.Namespace) -> int:
     for name in chosen.only or ():
         if not any(_asked(row, [name]) for row in rows.rows):
             raise ValueError(f"no row is named {name}: {suggest(name, [row.name for row in rows.rows])}")
-    files = queue.files(rows.data, chosen.data) if chosen.data else {}
+    files = queue.files(rows.data, chosen.data)
     due = [
         row
         for row in queue.order(rows.rows)
         if row.device == chosen.device and row.name not in done and row.dataset in files and _asked(row, chosen.only)
     ]
+    work = queue.Queue(
+        data=files,
+        work=chosen.work.resolve(),
+        rows=RESULTS / "rows",
+        threads=chosen.threads,
+        commit=chosen.commit or (commit() if due else ""),
+        deadline=deadline,
+    )
     failed = False
     if due:
         chosen.work.mkdir(parents=True, exist_ok=True)
         with locked(chosen.work / "queue", wait=False):
-            work = queue.Queue(
-                data=files,
-                work=chosen.work.resolve(),
-                rows=RESULTS / "rows",
-                threads=chosen.threads,
-                commit=chosen.commit or commit(),
-                deadline=deadline,
-            )
             failed = measure(work, due)
     page.write(rows, measured(rows), ROOT)
+    zoo.write(rows, measured(rows), {row.name: work.folder(row) for row in rows.rows}, condense.zoo.FOLDER)
     print(f"{len(measured(rows))} of {len(rows.rows)} rows are measured; docs/results.md is made from them", flush=True)
     return int(failed)
 

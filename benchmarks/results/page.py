@@ -23,9 +23,9 @@ out from the training split, and their number stands in the row.
 
 The protocol `canonical` trains on one class per image, whatever labels a set has; `own` is the training of the
 method, with its labels. A set with *soft* labels stores a vector of values per image. The minutes are the mean time
-of a distillation: on a CPU the time of the processors divided by the number of threads, on a GPU wall time. Published
-numbers are those of the papers, at other budgets than ours; we did not measure them. *Unverified* ones were read
-elsewhere.
+of a distillation: on a CPU half the time of the processors, as if two cores were busy all the time, on a GPU wall
+time. Published numbers are those of the papers, at other budgets than ours; we did not measure them. *Unverified* ones
+were read elsewhere.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results/rows`, which hold every
 accuracy, command, commit and device. Earlier measurements are on [another page](measurements.md).

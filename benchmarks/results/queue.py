@@ -34,6 +34,8 @@ from condense.recipe import find
 from condense.runs import read_record
 
 STEPS = "--method.num-steps"
+CORES = 2
+"""Number of cores of the machine of which the table gives minutes, however many threads a process has."""
 TRIAL_SECONDS = 20.0
 """Time that the longest trial takes for steps alone."""
 
@@ -129,7 +131,7 @@ class Queue:
             seed=seed,
             command=shown(words),
             minutes=spent["seconds"] / 60,
-            cpu_minutes=spent["cpu_seconds"] / self.threads / 60,
+            cpu_minutes=spent["cpu_seconds"] / CORES / 60,
             scores=tuple(scores),
         )
 
@@ -167,7 +169,7 @@ class Queue:
             out = self.folder(row) / "trial"
             shutil.rmtree(out, ignore_errors=True)
             self.run([*words, STEPS, str(many), "--buffers", str(buffers), "--out", str(out)], row)
-            spent = read_record(out)["cpu_seconds"] / self.threads
+            spent = read_record(out)["cpu_seconds"] / CORES
             shutil.rmtree(out)
             if many == most:
                 return most
@@ -224,9 +226,12 @@ def shown(words: Sequence[str]) -> str:
     return shlex.join(["condense", *words])
 
 
-def files(data: Mapping[str, str], folder: Path) -> dict[str, Path]:
-    """The file of each data set that is in a folder."""
-    return {name: folder / file for name, file in data.items() if (folder / file).exists()}
+def files(data: Mapping[str, str | None], folder: Path | None) -> dict[str, Path]:
+    """The file of each data set that is in a folder; embedded data are found by their name."""
+    places = {name: Path(name) if file is None else folder and folder / file for name, file in data.items()}
+    return {
+        name: place for name, place in places.items() if place is not None and (data[name] is None or place.exists())
+    }
 
 
 def _published_steps(row: Row) -> int | None:

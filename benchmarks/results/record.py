@@ -36,7 +36,7 @@ class Distillation:
     minutes: float
     """Wall time."""
     cpu_minutes: float
-    """Time of the processors divided by the number of threads."""
+    """Time of the processors divided by two: the time of a machine with two cores that are busy all the time."""
     scores: tuple[Score, ...]
 
 

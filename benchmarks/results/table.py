@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ class Row:
     """Budget in images per class."""
     method: str
     minutes: float
-    """Budget of one distillation. On a CPU: the time of its processors divided by the number of threads, which does not
-    depend on other work of the machine. On a GPU: wall time."""
+    """Budget of one distillation. On a CPU: minutes of a machine with two cores, that is half the time of the
+    processors, which does not depend on other work of the machine. On a GPU: wall time."""
     flags: str = ""
     """Further flags of ``condense distill``. Without ``--method.num-steps``, a method on a CPU gets the number of steps
     that fits the budget, and at most that of its recipe."""
@@ -64,9 +64,13 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    data: Mapping[str, str]
-    """The name of the ``.npz`` file of each data set, in the folder that the user gives."""
+    data: Mapping[str, str | None]
+    """The name of the ``.npz`` file of each data set, in the folder that the user gives; None for embedded data."""
     sections: tuple[Section, ...]
+    terms: Mapping[str, str] = field(default_factory=dict)
+    """Terms of data sets of which the zoo has images."""
+    zoo: Mapping[str, str] = field(default_factory=dict)
+    """The row from which each set of the zoo comes."""
 
     @property
     def rows(self) -> list[Row]:
@@ -82,16 +86,22 @@ def read(path: Path) -> Table:
     Raises:
         ValueError: the file cannot be read; a field is unknown, missing or wrong; two rows have one name.
     """
-    content = _known(read_yaml(path, fix="mend it"), ("data", "settings", "sections"), str(path))
+    content = _known(read_yaml(path, fix="mend it"), ("data", "terms", "zoo", "settings", "sections"), str(path))
     data, settings = content.get("data", {}), content.get("settings", {})
     sections = [_section(entry, settings, str(path)) for entry in content.get("sections", [])]
-    table = Table(data=data, sections=tuple(sections))
+    table = Table(data=data, sections=tuple(sections), terms=content.get("terms", {}), zoo=content.get("zoo", {}))
     names = [row.name for row in table.rows]
     for row in table.rows:
         if names.count(row.name) > 1:
             raise ValueError(f"{path}: two rows are named {row.name}; give one a label")
         if row.dataset not in data:
             raise ValueError(f"{path}: {row.name} has the data set {row.dataset}, for which data names no file")
+    for name, source in table.zoo.items():
+        if source not in names:
+            raise ValueError(f"{path}: the set {name} of the zoo comes from a row {source}; {suggest(source, names)}")
+        dataset = table.rows[names.index(source)].dataset
+        if dataset not in table.terms:
+            raise ValueError(f"{path}: the set {name} of the zoo has images of {dataset}, for which terms has no line")
     return table
 
 

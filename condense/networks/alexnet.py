@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from condense.data.layout import InputShape
-from condense.networks.base import Network, extra_padding, make_norm, too_small
+from condense.networks.base import Conv2d, Network, extra_padding, make_norm, too_small
 
 
 class AlexNet(Network):
@@ -36,7 +36,7 @@ class AlexNet(Network):
             (192, 3, 1, False),
             (192, 3, 1, True),
         ):
-            layers += [nn.Conv2d(channels, outputs, kernel, padding=padding)]
+            layers += [Conv2d(channels, outputs, kernel, padding=padding)]
             layers += [make_norm(norm, outputs), nn.ReLU()]
             if pool:
                 layers += [nn.MaxPool2d(2)]

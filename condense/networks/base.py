@@ -55,17 +55,23 @@ def extra_padding(input_shape: InputShape) -> int:
     return 2 if tuple(input_shape) == (1, 28, 28) else 0
 
 
+def _in_bfloat16_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` lies on a CPU and autocast computes in bfloat16 there."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
 class InstanceNorm(nn.GroupNorm):
     """Instance norm as a GroupNorm with one group per channel, for maps (N, C, ...).
 
-    Under ``torch.compile`` it is written out in basic operations, so that its derivatives of any order can be fused.
+    Under ``torch.compile`` it is written out in basic operations, so that its derivatives of any order can be fused. In
+    bfloat16 on a CPU, PyTorch's own operation is a fifth faster.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or _in_bfloat16_on_cpu(input):
             return super().forward(input)
         axes = tuple(range(2, input.dim()))
         var, mean = torch.var_mean(input, axes, correction=0, keepdim=True)
@@ -108,7 +114,19 @@ class LayerNorm(nn.LayerNorm):
         return output if self.bias is None else output + self.bias
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d``, which computes bfloat16 convolutions of grey images on a CPU with a second channel of zeros.
+
+    oneDNN takes up to twice as long for one channel as for two.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        if self.in_channels == 1 and _in_bfloat16_on_cpu(input):
+            input, weight = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (input, weight))  # noqa: A001
+        return super()._conv_forward(input, weight, bias)
+
+
+CONVOLUTIONS = (nn.Conv1d, Conv2d, nn.Conv3d)
 """Indexed by the number of spatial axes minus one, like the tables below."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 POOLINGS: dict[str, tuple[Callable[..., nn.Module], ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from condense.data.layout import InputShape
-from condense.networks.base import Network, extra_padding, too_small
+from condense.networks.base import Conv2d, Network, extra_padding, too_small
 
 
 class LeNet(Network):
@@ -30,8 +30,8 @@ class LeNet(Network):
         extra = extra_padding(input_shape)
         height, width = (((side + 2 * extra - 4) // 2 - 4) // 2 for side in sides)
         self.features = nn.Sequential(
-            *(nn.Conv2d(channels, 6, 5, padding=extra), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+            *(Conv2d(channels, 6, 5, padding=extra), nn.ReLU(), nn.MaxPool2d(2)),
+            *(Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
             *(nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
         )
         self.classifier = nn.Linear(84, num_outputs)

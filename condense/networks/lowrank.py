@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from condense.data.layout import InputShape
-from condense.networks.base import CONVOLUTIONS, Network
+from condense.networks.base import Network
 from condense.networks.functional import Functional
 
 HEAD = "classifier.parametrizations.weight.original"
@@ -63,7 +63,8 @@ class Adapted(Network):
         encoder.set_submodule("classifier", nn.Identity())
         self.encoder = encoder
         self.requires_grad_(False)
-        layers = [module for module in encoder.modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        layers = [module for module in encoder.modules() if isinstance(module, kinds)]
         for layer, most in (*((layer, rank) for layer in layers), (self.classifier, head_rank)):
             register_parametrization(layer, "weight", LowRank(layer.weight, most))
 

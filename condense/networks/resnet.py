@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from condense.data.layout import InputShape
-from condense.networks.base import Network, Norm, make_norm, too_small
+from condense.networks.base import Conv2d, Network, Norm, make_norm, too_small
 
 
 class ResNet18(Network):
@@ -46,7 +46,7 @@ class ResNet18(Network):
                 "its last maps have a single pixel, which instance norm makes constant",
                 "use larger images, or norm=batch",
             )
-        self.stem = nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), make_norm(norm, 64), nn.ReLU())
+        self.stem = nn.Sequential(Conv2d(channels, 64, 3, padding=1, bias=False), make_norm(norm, 64), nn.ReLU())
         blocks: list[nn.Module] = []
         channels = 64
         for stage, outputs in enumerate((64, 128, 256, 512)):
@@ -70,14 +70,14 @@ class _Block(nn.Module):
         stride = 2 if halve and not ap else 1
         pool = nn.AvgPool2d(2) if halve and ap else nn.Identity()
         self.main = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
             *(make_norm(norm, outputs), nn.ReLU(), pool),
-            *(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), make_norm(norm, outputs)),
+            *(Conv2d(outputs, outputs, 3, padding=1, bias=False), make_norm(norm, outputs)),
         )
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), pool, make_norm(norm, outputs)
+                Conv2d(inputs, outputs, 1, stride, bias=False), pool, make_norm(norm, outputs)
             )
         self.activation = nn.ReLU()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from condense.data.layout import InputShape
-from condense.networks.base import Network, Norm, extra_padding, make_norm, too_small
+from condense.networks.base import Conv2d, Network, Norm, extra_padding, make_norm, too_small
 
 # Simonyan and Zisserman (2015), table 1, column A: output channels of the convolutions between poolings.
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -40,7 +40,7 @@ class VGG11(Network):
         for stage in STAGES:
             for outputs in stage:
                 padding = 1 if layers else 1 + extra
-                layers += [nn.Conv2d(channels, outputs, 3, padding=padding)]
+                layers += [Conv2d(channels, outputs, 3, padding=padding)]
                 layers += [make_norm(norm, outputs), nn.ReLU()]
                 channels = outputs
             layers += [nn.MaxPool2d(2)]

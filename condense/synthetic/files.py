@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from condense import zoo
 from condense.data.layout import channel_axis, kind
 from condense.files import FORMAT, expanded, read_tensors, write_tensors
 from condense.plugins import Registry
@@ -53,7 +54,7 @@ def save(syn: SyntheticSet, path: Path | str) -> None:
 
 @checked
 def load(path: Path | str) -> SyntheticSet:
-    """Read a set written by ``save``, or the set of a run folder.
+    """Read a set written by ``save``, the set of a run folder, or a set of the zoo (``zoo:digits/ipc1``).
 
     Everything is checked before memory is allocated: the set takes as much as its file, and its decoded images take at
     most ``MOST_DECODED`` bytes or ``MOST_EXPANDED`` times the stored size, whichever is larger.
@@ -63,7 +64,7 @@ def load(path: Path | str) -> SyntheticSet:
             kind of labels is unknown; the tensors do not fit the header; the decoded images are too large; values are
             not finite.
     """
-    path = expanded(path)
+    path = zoo.file(str(path)) if zoo.has_name(path) else expanded(path)
     if path.is_dir():
         path = path / "synthetic.safetensors"
     tensors, header = read_tensors(path, "synthetic set")
