@@ -121,12 +121,13 @@ class Registry(Mapping[str, T]):
 def entry_points(group: str) -> Sequence[EntryPoint]:
     """Return the entry points of a group. The metadata of the installed packages are read once, and again after a
     package was installed or removed."""
-    return list(_installed(tuple((path, _changed(path)) for path in sys.path)).select(group=group))
+    return _installed(tuple((path, _changed(path)) for path in sys.path)).get(group, ())
 
 
 @functools.lru_cache(maxsize=1)
-def _installed(places: tuple[tuple[str, int], ...]) -> Any:
-    return metadata.entry_points()
+def _installed(places: tuple[tuple[str, int], ...]) -> dict[str, Sequence[EntryPoint]]:
+    found = metadata.entry_points()
+    return {group: tuple(found.select(group=group)) for group in found.groups}
 
 
 def _changed(folder: str) -> int:

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from condense import api, privacy
 from condense.artifacts import TrainedNetworks
@@ -52,6 +52,14 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Give a test the same numbers whatever ran before it, also where it draws from the global generator."""
     seed_globally(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Wait for no disk: what is written there matters after a loss of power alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
