@@ -565,8 +565,8 @@ def report(
         download: let torchvision download missing data.
 
     Raises:
-        ValueError: a folder holds no finished run, or a file no set; the report cannot be written, or its file exists
-            and is no report.
+        ValueError: a folder holds no finished run, or a file no set; ``dataset`` cannot be read; the report cannot be
+            written, or its file exists and is no report.
     """
     from condense.eval import report
 
