@@ -26,6 +26,7 @@ from condense.data import datasets
 from condense.data.datasets import Arrays, Data, name_of, open_data
 from condense.data.hugging_face import HuggingFace, is_name, list_rows
 from condense.data.hugging_face import named as named_rows
+from condense.data.images import Images
 from condense.data.layout import require_kind
 from condense.data.listing import list_photos
 from condense.data.photos import Preparation, Prepared
@@ -564,8 +565,8 @@ def report(
         download: let torchvision download missing data.
 
     Raises:
-        ValueError: a folder holds no finished run, or a file no set; the report cannot be written, or its file exists
-            and is no report.
+        ValueError: a folder holds no finished run, or a file no set; ``dataset`` cannot be read; the report cannot be
+            written, or its file exists and is no report.
     """
     from condense.eval import report
 
@@ -578,14 +579,21 @@ def report(
     collected = [report.collect(path) for path in paths]
     check_new_file(target, "report")
     check_replaceable(target, "report", b"<!doctype html>")
+    given = None if dataset is None else open_data(dataset, download)
+    opened = functools.cache(functools.partial(open_data, download=download))
     transforms: list[Transform | None] = []
-    for path in paths:
+    training: list[Images | None] = []
+    for path, run in zip(paths, collected, strict=True):
+        arrays = given
+        if given is None:
+            with contextlib.suppress(ValueError):  # the data are not at hand
+                arrays = opened(runs.source_of(path, run.dataset))
+        training.append(None if arrays is None else sets.training_samples(run.syn, arrays))
         try:
-            transforms.append(sets.with_transform(path, dataset, download=download)[1])
+            transforms.append(sets.with_transform(path, arrays, download=download)[1])
         except ValueError as error:
             warnings.warn(f"no pictures of {path}: {error}", stacklevel=2)
             transforms.append(None)
-    training = [sets.training_samples(path, dataset, download=download) for path in paths]
     write_text(target, report.render(collected, transforms, training, unverified=unverified))
     return target
 

@@ -21,12 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from condense.files import read_yaml
 from condense.names import reason
+from condense.plugins import entry_points
 
 BUILT_IN = "condense.methods.recipes"
 """Package that contains the recipe files of Condense."""

@@ -8,9 +8,11 @@ import functools
 import hashlib
 import importlib
 import operator
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +116,26 @@ class Registry(Mapping[str, T]):
             if entry.name not in self.own:
                 entries.setdefault(entry.name, []).append(entry)
         return entries
+
+
+def entry_points(group: str) -> Sequence[EntryPoint]:
+    """Return the entry points of a group. The metadata of the installed packages are read once, and again after a
+    package was installed or removed."""
+    return _installed(tuple((path, _changed(path)) for path in sys.path)).get(group, ())
+
+
+@functools.lru_cache(maxsize=1)
+def _installed(places: tuple[tuple[str, int], ...]) -> dict[str, Sequence[EntryPoint]]:
+    found = metadata.entry_points()
+    return {group: tuple(found.select(group=group)) for group in found.groups}
+
+
+def _changed(folder: str) -> int:
+    """Return when entries were last added to a folder or removed from it, in ns; 0 if it does not exist."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def summaries(names: Iterable[str], describe: Callable[[str], str]) -> dict[str, str]:

@@ -208,8 +208,17 @@ class Rng:
             return
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.key(name, step, unit))
+            seed_globally(self.key(name, step, unit))
             yield
+
+
+def seed_globally(seed: int) -> None:
+    """Seed the global generators of all devices. Without an accelerator ``torch.manual_seed`` would take milliseconds,
+    because it describes the stack for devices that are not there."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def check_seed(seed: int, field: str = "seed") -> None:

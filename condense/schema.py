@@ -38,6 +38,8 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     if origin is typing.Annotated:
         return mismatch(value, args[0])
     if origin in (Union, types.UnionType):
+        if type(value) in args and type(value) is not float:
+            return None  # before the value, which may be large, is described for the lines of the other options
         lines = [line for option in args if (line := mismatch(value, option)) is not None]
         if len(lines) < len(args):
             return None

@@ -109,14 +109,10 @@ def with_transform(
     return result, transform_of(result, arrays, cache_folder())
 
 
-def training_samples(syn: Readable, dataset: Data | None = None, *, download: bool = False) -> Images | None:
+def training_samples(syn: SyntheticSet, arrays: Arrays) -> Images | None:
     """Return the samples that a set was distilled from, in the space of the data; all training samples if the set does
-    not record a split, and None if its data cannot be read."""
-    try:
-        result, arrays = open_set(syn, dataset, download=download)
-    except ValueError:
+    not record a split, and None if it was made from other data."""
+    if arrays.fingerprint["train"] != syn.origin.fingerprint:
         return None
-    if arrays.fingerprint["train"] != result.origin.fingerprint:
-        return None
-    train_index, _ = result.origin.split.indices(torch.from_numpy(arrays.y_train))
+    train_index, _ = syn.origin.split.indices(torch.from_numpy(arrays.y_train))
     return Images.of(arrays.x_train, torch.device("cpu")).subset(train_index)

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from condense import api, privacy
 from condense.artifacts import TrainedNetworks
@@ -17,6 +17,7 @@ from condense.data.datasets import Arrays, load
 from condense.eval.protocol import PROTOCOLS
 from condense.methods import rcig
 from condense.networks import Functional, Weights
+from condense.rng import seed_globally
 from condense.teachers import Teacher
 
 TINY = "convnet:depth=1,width=4"
@@ -50,7 +51,15 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give a test the same numbers whatever ran before it, also where it draws from the global generator."""
-    torch.manual_seed(0)
+    seed_globally(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Wait for no disk: what is written there matters after a loss of power alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from condense import api, cli
 from condense.data.datasets import load as load_data
 from condense.data.transform import Transform
 from condense.exchange import FORMATS, is_foreign, read
+from condense.exchange.export import class_folders
 from condense.exchange.published import match
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, SyntheticSet, Targets, Teacher, load, save
 from tests.mutations import mutate_bytes
@@ -190,6 +191,13 @@ class TestFolders:
     def test_what_matches_nothing_is_named(self, folders: list[str], complaint: str) -> None:
         with pytest.raises(ValueError, match=complaint):
             match(folders, FASHION)
+
+    def test_many_classes_have_folders_in_their_order(self) -> None:
+        for count, first in ((3, "000-c"), (1000, "000-c"), (1001, "0000-c")):
+            folders = class_folders(["c"] * count)
+            assert (
+                folders[0] == first and folders == sorted(folders) and match(folders, ["c"] * count) == [*range(count)]
+            )
 
     def test_numbers_without_zeros_in_front(self, real: tuple[Tensor, Tensor], tmp_path: Path) -> None:
         """In the order of names 10 comes before 2."""

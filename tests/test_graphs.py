@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from condense import api
+from condense.data import datasets
 from condense.data.datasets import load
-from condense.data.graphs import Graph, batched, decode, encode, used_length
+from condense.data.graphs import Graph, batched, decode, encode, read_tu, used_length
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS
 from condense.methods.mirage import Mirage
@@ -100,6 +101,17 @@ def test_folders_of_the_tu_collection_are_read(tmp_path: Path) -> None:
     without = load(write_tu(tmp_path / "PLAIN", graphs, classes, labels=False))
     degrees = train[0].edges.flatten().bincount(minlength=len(train[0].codes))
     assert torch.equal(decode(torch.from_numpy(without.x_train))[0].codes, degrees)
+
+
+def test_what_an_earlier_reader_cached_is_read_again(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(datasets, "read_tu", lambda path: calls.append(path) or read_tu(path))
+    for version, num_calls in ((1, 1), (1, 1), (2, 2), (2, 2)):
+        monkeypatch.setattr(datasets, "READER_VERSION", version)
+        load(shapes, cache=tmp_path / "cache")
+        assert len(calls) == num_calls
 
 
 @pytest.mark.parametrize("damage", ["graph_labels", "A"])

@@ -119,9 +119,9 @@ def tiny_run(tiny: Arrays, out: Path, *, resume: bool = False) -> None:
 @pytest.mark.parametrize(
     ("how", "stride"),
     [
-        ("killed", 5),
-        ("interrupted", 7),
-        ("full", 4),
+        ("killed", 9),
+        ("interrupted", 13),
+        ("full", 8),
         *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("killed", "interrupted", "full")),
     ],
 )

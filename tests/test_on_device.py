@@ -79,7 +79,7 @@ def prepared(name: str) -> tuple[GradientMethod, Context, Any]:
     train = Labelled(torch.empty(task.train.images.shape, device=META), task.train.labels.to(META))
     train.__dict__["by_class"] = [index.to(META) for index in task.train.by_class]
     network = Functional(NETWORK, task.input_shape, task.num_classes, META)
-    task = dataclasses.replace(task, train=train, val=None, network=network, device=META, augment=AUGMENT)
+    task = dataclasses.replace(task, train=train, val=None, network=network, device=META, augment=Augment(("crop",)))
     return trial.method, dataclasses.replace(ctx, task=task, compute=Compute(graph=True)), state
 
 

@@ -256,6 +256,25 @@ def test_without_the_package_one_line_says_what_is_missing(name: str, refused: P
     assert status == 2 and line.count("\n") == 1 and WITHOUT[name][1] in line, line
 
 
+def test_a_package_that_is_installed_or_removed_meanwhile_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metadata of packages that do not change are read once."""
+    site, metadata = tmp_path / "site", tmp_path / "site" / "condense_late-0.1.dist-info"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    assert "late" not in DECODERS
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: condense-late\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text("[condense.decoders]\nlate = condense_late:Late\n")
+    assert "late" in DECODERS and DECODERS.package("late") == "condense-late"
+    searched = []
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda: searched.append(1))
+    assert "late" in DECODERS and not searched
+    monkeypatch.undo()
+    assert "late" not in DECODERS
+
+
 class Broken:
     """What a package may get wrong."""
 

@@ -22,7 +22,7 @@ from condense.data.datasets import Arrays, load
 from condense.data.images import Images
 from condense.eval import report
 from condense.eval.protocol import PROTOCOLS
-from condense.eval.report import figures, nearest
+from condense.eval.report import figures, nearest, page
 from condense.eval.report.figures import Point
 from condense.schedule import Schedule
 from condense.task import Split
@@ -407,8 +407,11 @@ def test_the_nearest_training_images_are_found(transform: str, tiny: Arrays, mon
     images = Images.of(tiny.x_train, torch.device("cpu")).subset(torch.arange(3, len(tiny.x_train)))
     real = space(images[:])
     rows = [real[[7, 2]], real[:0], real[[9]] + 0.3 * torch.randn(1, 1, 8, 8)]
-    found = nearest.nearest(rows, images, space)
-    assert [len(row) for row in found.samples] == [2, 0, 1]
+    found, others = nearest.nearest([rows, [real[[4]]]], images, space)
+    assert others.distances[0] == pytest.approx([0], abs=1e-5) and torch.equal(
+        others.samples[0], images[torch.tensor([4])]
+    )
+    assert found.num_images == len(images) and [len(row) for row in found.samples] == [2, 0, 1]
     assert found.distances[0] == [0, 0] and torch.equal(found.samples[0], images[torch.tensor([7, 2])])
     apart = torch.cdist(rows[2].flatten(1), real.flatten(1))[0]
     assert found.distances[2] == pytest.approx([apart.min().item()], rel=1e-4)
@@ -420,6 +423,21 @@ def test_only_images_that_the_run_saw_are_shown_as_the_nearest(file: Path, folde
     held_out = len(condense.load(folders[0]).origin.split.indices(torch.from_numpy(tiny.y_train))[1])
     assert held_out and f"the nearest of {len(tiny.x_train) - held_out} training images of the run" in text
     assert text.count('class="nearest"') == 3 * 3 and '["0 (start)", "1", ' in text
+
+
+def test_the_data_of_several_runs_are_read_once(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second and third run saw all training images, the first did not."""
+    opened, compared = [], []
+    open_data, find = api.open_data, nearest.nearest
+    monkeypatch.setattr(api, "open_data", lambda source, download: opened.append(source) or open_data(source, download))
+    monkeypatch.setattr(
+        page, "nearest", lambda sets, real, transform: compared.append(len(sets)) or find(sets, real, transform)
+    )
+    text = api.report(folders, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(opened) == 1 and sorted(compared) == [1, 2]
+    assert text.count('class="nearest"') == 3 * 3
 
 
 def test_a_whitened_set_without_its_data_has_no_pictures(tiny_file: Path, tmp_path: Path) -> None:
@@ -667,5 +685,6 @@ class TestInABrowser:
 
     def test_it_prints(self, tab: Any) -> None:
         tab.emulate_media(media="print")
-        assert not tab.locator("nav").is_visible() and tab.locator(".film img").first.is_visible()
+        assert not any(tab.locator(name).is_visible() for name in ("nav", ".hint"))
+        assert tab.locator(".film img").first.is_visible()
         assert tab.pdf(format="A4").startswith(b"%PDF")

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Subset
 
 from condense.cache import cache_folder
 from condense.data import hugging_face, store
-from condense.data.graphs import is_tu_folder, read_tu
+from condense.data.graphs import READER_VERSION, is_tu_folder, read_tu
 from condense.data.hugging_face import HuggingFace
 from condense.data.layout import InputShape, kind
 from condense.data.listing import is_listing
@@ -294,7 +294,8 @@ def _load_path(source: str | Path, root: str | Path | None, download: bool, cach
         if exists:
             _check_encoding(path)
         if path.is_dir() and is_tu_folder(path):
-            return _cached(cache, "graphs", path, lambda: path.glob("*.txt"), lambda: _load_graphs(path))
+            reader = f"graphs-{READER_VERSION}"
+            return _cached(cache, reader, path, lambda: path.glob("*.txt"), lambda: _load_graphs(path))
         if path.is_dir():
             return _cached(cache, "folder", path, lambda: _in_folder(path), lambda: _load_folder(path))
         if path.is_file() and is_listing(path):

@@ -38,6 +38,8 @@ HEADER = 2
 
 ROOM = 4
 """Length of the rows of a data set, as a multiple of the row of its longest graph."""
+READER_VERSION = 1
+"""Counts the changes of ``read_tu`` and of its rows: rows in the cache that another version read are read again."""
 
 
 class Graph(NamedTuple):

@@ -175,17 +175,20 @@ FORMATS: dict[str, Callable[[_Exported, Path], None]] = {
 }
 
 
-def class_folder(label: int, name: str) -> str:
-    """Return the name of the folder of a class: its number and its name, in characters that are valid in file names."""
-    return f"{label:03d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+def class_folders(classes: Sequence[str]) -> list[str]:
+    """Return the names of the folders of classes: their numbers, in equally many digits and at least three, so that the
+    folders sort as the classes do, and their names, in characters that are valid in file names."""
+    digits = max(3, len(str(len(classes) - 1)))
+    valid = ["".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in classes]
+    return [f"{label:0{digits}d}-{name}" for label, name in enumerate(valid)]
 
 
 def _write_images(exported: _Exported, folder: Path) -> list[str]:
     """Write PNG files, in one subfolder per class, and return their names relative to ``folder``."""
-    classes, names = exported.syn.origin.dataset["classes"], []
+    folders, names = class_folders(exported.syn.origin.dataset["classes"]), []
     pixels, labels = (exported.pixels * 255).round().byte(), _classes(exported.targets).tolist()
     for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        name = f"{class_folder(label, classes[label])}/{i:05d}.png"
+        name = f"{folders[label]}/{i:05d}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         array = image.permute(1, 2, 0).numpy()
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(folder / name)

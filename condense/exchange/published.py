@@ -49,7 +49,7 @@ from condense.data.pixels import Array, check_pixels, check_series, numpy_of
 from condense.data.reading import as_rgb, decoded, entries, read_images, read_npz, text_of
 from condense.data.samples import IN_FILE, check_samples
 from condense.data.transform import Transform
-from condense.exchange.export import class_folder
+from condense.exchange.export import class_folders
 from condense.exchange.tables import HUB, read_hub, read_soft_labels
 from condense.files import check_expansion, parse_json, read_foreign
 from condense.names import excerpt, spelt
@@ -234,7 +234,7 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _by_name(folders: Sequence[str], classes: Sequence[str]) -> list[int | None]:
-    exported = {class_folder(label, name): label for label, name in enumerate(classes)}
+    exported = {folder: label for label, folder in enumerate(class_folders(classes))}
     if exported.keys() >= set(folders):
         return [exported[folder] for folder in folders]
     exact = {name: label for label, name in enumerate(classes)}

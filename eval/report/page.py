@@ -23,9 +23,10 @@ from condense.eval.protocol import changes
 from condense.eval.report import figures
 from condense.eval.report.collect import NOT_RECORDED, Run
 from condense.eval.report.figures import Point, readable_bytes
-from condense.eval.report.nearest import nearest
+from condense.eval.report.nearest import Nearest, nearest
 from condense.eval.report.reproduce import PUBLISHED, commands
 from condense.eval.results import balanced, by_protocol, by_set, pool
+from condense.files import canonical_json
 from condense.names import percent
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import ViewLabels
@@ -61,9 +62,10 @@ def render(
     )
     environment.filters["bytes"] = readable_bytes
     environment.filters["counted"] = counted
+    copies = _copies(runs, pixels, training)
     pages = [
-        _run(run, name, f"run{k}", None if back is None else _film(run, back, real), runs)
-        for k, (run, name, back, real) in enumerate(zip(runs, names, pixels, training, strict=True))
+        _run(run, name, f"run{k}", None if back is None else _film(run, back, copies.get(k)), runs)
+        for k, (run, name, back) in enumerate(zip(runs, names, pixels, strict=True))
     ]
     return environment.get_template("page.html").render(
         title=", ".join(datasets),
@@ -248,12 +250,39 @@ def _headline(run: Run, network: str) -> Mapping[str, Any] | None:
     return max(run.own_results, key=lambda row: (row["network"] == network, row["n"]), default=None)
 
 
-def _film(run: Run, transform: Transform, real: Images | None) -> dict[str, Any]:
+def _copies(
+    runs: Sequence[Run], pixels: Sequence[Transform | None], training: Sequence[Images | None]
+) -> dict[int, Nearest]:
+    """Return the training images nearest to those shown, by the number of the run; runs that are not in it have none.
+    Runs that saw the same images with the same transform are compared with them together."""
+    alike: dict[Any, list[int]] = {}
+    for k, run in enumerate(runs):
+        origin = run.syn.origin
+        if kind(origin.input_shape) != "graphs" and pixels[k] is not None and training[k] is not None:
+            alike.setdefault((origin.fingerprint, origin.split, canonical_json(origin.transform)), []).append(k)
+    found: dict[int, Nearest] = {}
+    for members in alike.values():
+        transform, real = pixels[members[0]], training[members[0]]
+        assert transform is not None and real is not None
+        found |= zip(members, nearest([_shown(runs[k].syn) for k in members], real, transform), strict=True)
+    return found
+
+
+def _columns(syn: SyntheticSet) -> int:
+    return max(1, min(10, MAX_IMAGES // max(1, syn.origin.num_classes)))
+
+
+def _shown(syn: SyntheticSet) -> list[Tensor]:
+    """Return the samples of each class that the page shows, in the space of the transform."""
+    return picture.samples_by_class(syn, _columns(syn))[:MAX_IMAGES]
+
+
+def _film(run: Run, transform: Transform, copies: Nearest | None) -> dict[str, Any]:
     """Return the images of each class at each snapshot, the nearest training images of the last one and, of clips, its
     animations; a set without classes has one row."""
     origin = run.syn.origin
     classes = origin.dataset["classes"] if origin.num_classes else [kind(origin.input_shape)]
-    columns = max(1, min(10, MAX_IMAGES // len(classes)))
+    columns = _columns(run.syn)
     frames = [
         [_strip(images) for images in picture.by_class(syn, transform, columns=columns)]
         for syn in run.snapshots.values() or (run.syn,)
@@ -261,37 +290,33 @@ def _film(run: Run, transform: Transform, real: Images | None) -> dict[str, Any]
     steps, shown = ["0 (start)" if step == 0 else str(step) for step in run.snapshots], min(len(classes), MAX_IMAGES)
     clips = kind(run.syn.origin.input_shape) == "clips"
     played = picture.played(run.syn, transform, columns=columns)[:shown] if clips else []
-    rows = picture.samples_by_class(run.syn, columns)[:shown]
-    copies, says = _nearest(run, rows, transform, real)
+    strips, says = _nearest(run, copies)
     return {
-        "nearest": copies,
+        "nearest": strips,
         "nearest_says": says,
         "played": [_data_uri(png) for png in played],
         "steps": steps,
         "classes": classes[:shown],
         "left_out": len(classes) - shown,
         "last": frames[-1][:shown],
-        "counts": [len(row) for row in rows],
+        "counts": [len(row) for row in _shown(run.syn)],
         "json": Markup(json.dumps({"steps": steps, "frames": [frame[:shown] for frame in frames]})),
     }
 
 
-def _nearest(
-    run: Run, rows: Sequence[Tensor], transform: Transform, real: Images | None
-) -> tuple[list[tuple[str, str]], str]:
+def _nearest(run: Run, found: Nearest | None) -> tuple[list[tuple[str, str]], str]:
     """Return for each row the strip of the nearest training images and their distances, and a sentence about them."""
     if kind(run.syn.origin.input_shape) == "graphs":
         return [], "Graphs have no distance by which nearest training graphs could be shown."
-    if real is None:
+    if found is None:
         return [], "The nearest training images are not shown, because the data set is not at hand."
-    found = nearest(rows, real, transform)
     strips = [_strip(row) for row in picture.pictures(list(found.samples))]
     every = [distance for row in found.distances for distance in row]
     seen = "training images of the run" if run.is_recorded else "training images"
     says = (
-        f"Below each row of the finished set are the nearest of {len(real)} {seen}, by the Euclidean distance between "
-        f"the pixels after the transform {run.syn.origin.transform_name}: {min(every):.3g} to {max(every):.3g}, median "
-        f"{statistics.median(every):.3g}. A distance of 0 is a copy."
+        f"Below each row of the finished set are the nearest of {found.num_images} {seen}, by the Euclidean distance "
+        f"between the pixels after the transform {run.syn.origin.transform_name}: {min(every):.3g} to "
+        f"{max(every):.3g}, median {statistics.median(every):.3g}. A distance of 0 is a copy."
     )
     distances = [" ".join(f"{distance:.3g}" for distance in row) for row in found.distances]
     return list(zip(strips, distances, strict=True)), says
