@@ -385,7 +385,7 @@ def relabel(
 def relabelled_file(syn: Path | str, kind: ViewLabels) -> Path:
     """Return the file that ``relabel`` writes by default: ``synthetic-stored.safetensors`` in the run folder, or
     ``FILE-stored.safetensors``; a set of the zoo is written to the current folder."""
-    path = Path(str(syn).removeprefix(zoo.PREFIX).replace("/", "-")) if zoo.has_name(syn) else expanded(syn)
+    path = zoo.beside(syn)
     path = path / "synthetic.safetensors" if path.is_dir() else path
     return path.with_name(f"{path.stem}-{kind.name}.safetensors")
 
@@ -570,22 +570,22 @@ def report(
     """
     from condense.eval import report
 
-    paths = [expanded(path) for path in ((folders,) if isinstance(folders, Path | str) else folders)]
-    if not paths:
+    given = (folders,) if isinstance(folders, Path | str) else folders
+    if not given:
         raise ValueError("a report needs at least one run; give folders that `condense distill` wrote")
-    first = paths[0]
+    paths, first = [zoo.located(path) for path in given], zoo.beside(given[0])
     usual = first / "report.html" if first.is_dir() else first.with_suffix(".report.html")
     target = usual if out is None else expanded(out)
     collected = [report.collect(path) for path in paths]
     check_new_file(target, "report")
     check_replaceable(target, "report", b"<!doctype html>")
-    given = None if dataset is None else open_data(dataset, download)
+    data = None if dataset is None else open_data(dataset, download)
     opened = functools.cache(functools.partial(open_data, download=download))
     transforms: list[Transform | None] = []
     training: list[Images | None] = []
     for path, run in zip(paths, collected, strict=True):
-        arrays = given
-        if given is None:
+        arrays = data
+        if data is None:
             with contextlib.suppress(ValueError):  # the data are not at hand
                 arrays = opened(runs.source_of(path, run.dataset))
         training.append(None if arrays is None else sets.training_samples(run.syn, arrays))

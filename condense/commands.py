@@ -490,7 +490,7 @@ def relabel(words: list[str]) -> None:
 def show(words: list[str]) -> None:
     usage = "show RUN|FILE|BUFFER|METHOD|RECIPE"
     target = _positional(words, usage, "give what `condense distill` or `buffer` wrote, or the name of a recipe")
-    path = expanded(target)
+    path = zoo.located(target)
     if target.endswith((".yaml", ".yml")) or (":" in target and not path.exists()):
         _show_recipe(target, words[1:])
         return

@@ -64,7 +64,7 @@ class InstanceNorm(nn.GroupNorm):
     """Instance norm as a GroupNorm with one group per channel, for maps (N, C, ...).
 
     Under ``torch.compile`` it is written out in basic operations, so that its derivatives of any order can be fused. In
-    bfloat16 on a CPU, PyTorch's own operation is a fifth faster.
+    bfloat16 on a CPU, PyTorch's own operation is faster.
     """
 
     def __init__(self, channels: int) -> None:
@@ -117,7 +117,7 @@ class LayerNorm(nn.LayerNorm):
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d``, which computes bfloat16 convolutions of grey images on a CPU with a second channel of zeros.
 
-    oneDNN takes up to twice as long for one channel as for two.
+    oneDNN takes longer for one channel than for two.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002

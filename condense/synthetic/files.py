@@ -64,7 +64,7 @@ def load(path: Path | str) -> SyntheticSet:
             kind of labels is unknown; the tensors do not fit the header; the decoded images are too large; values are
             not finite.
     """
-    path = zoo.file(str(path)) if zoo.has_name(path) else expanded(path)
+    path = zoo.located(path)
     if path.is_dir():
         path = path / "synthetic.safetensors"
     tensors, header = read_tensors(path, "synthetic set")

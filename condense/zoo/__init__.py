@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from condense.files import read_json
+from condense.files import expanded, read_json
 from condense.names import percent, suggest
 from condense.schema import from_json
 
@@ -64,13 +64,20 @@ def has_name(path: Path | str) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def file(name: str) -> Path:
-    """Return the file of a set by its name with the prefix.
+def located(path: Path | str) -> Path:
+    """Return the file of a set of the zoo by its name with the prefix; other paths are only expanded.
 
     Raises:
-        ValueError: there is no such set.
+        ValueError: the zoo has no such set, or see ``expanded``.
     """
-    bare = name.removeprefix(PREFIX)
-    if bare not in entries():
-        raise ValueError(f"the zoo has no set {bare!r}: {suggest(bare, entries(), '`condense list zoo`')}")
-    return FOLDER / f"{bare}.safetensors"
+    if not has_name(path):
+        return expanded(path)
+    name = str(path).removeprefix(PREFIX)
+    if name not in entries():
+        raise ValueError(f"the zoo has no set {name!r}: {suggest(name, entries(), '`condense list zoo`')}")
+    return FOLDER / f"{name}.safetensors"
+
+
+def beside(path: Path | str) -> Path:
+    """Return the path beside which files about a set are written; for the zoo it lies in the current folder."""
+    return Path(str(path).removeprefix(PREFIX).replace("/", "-")) if has_name(path) else expanded(path)
