@@ -7,6 +7,9 @@ import dataclasses
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,3 +219,14 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
         assert (ROOT / "docs" / path).exists()
     with pytest.raises(ValueError, match=r"README\.md lacks the lines"):
         page.with_table("no marks", "")
+
+
+def test_a_process_that_misses_an_interrupt_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "INTERRUPT_AGAIN", 0.1)
+    deaf_once = (
+        "import signal, time\nsignal.signal(2, lambda *_: signal.signal(2, 0))\nprint(flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", deaf_once], text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "\n"
+    queue._interrupt(process)
+    assert process.returncode == -signal.SIGINT

@@ -38,6 +38,8 @@ CORES = 2
 """Number of cores of the machine of which the table gives minutes, however many threads a process has."""
 TRIAL_SECONDS = 20.0
 """Time that the longest trial takes for steps alone."""
+INTERRUPT_AGAIN = 20.0
+"""Seconds after which a process that does not end is interrupted again."""
 
 
 class Stopped(Exception):
@@ -200,12 +202,22 @@ class Queue:
         try:
             out, err = process.communicate(timeout=None if left == float("inf") else left)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            process.send_signal(signal.SIGINT)
-            process.communicate()
+            _interrupt(process)
             raise (Stopped if isinstance(stop, subprocess.TimeoutExpired) else stop) from None
         if process.returncode:
             raise Failed(f"{shown(words)}: {(err.strip() or out.strip()).splitlines()[-1]}")
         return out
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """Interrupt a process until it ends: while it imports its modules, an interrupt can be lost."""
+    while True:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.communicate(timeout=INTERRUPT_AGAIN)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def order(rows: Sequence[Row]) -> list[Row]:
