@@ -48,7 +48,7 @@ class Entry:
         accuracy = percent(statistics.fmean(self.accuracies), statistics.stdev(self.accuracies))
         return (
             f"{self.method}: {accuracy} % ({self.network}, {self.protocol}, "
-            f"n = {len(self.accuracies)}), {self.minutes:.0f} min on {self.device}; data: {self.terms}"
+            f"n = {len(self.accuracies)}), {self.minutes:.1f} min on {self.device}; data: {self.terms}"
         )
 
 
