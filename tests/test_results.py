@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,15 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
     assert "| fashion-mnist | 10 | `frepo` | 87.0 ± 1.4 | 50.0 ± 0.0 | 2.0 | 71.0 ± 1.4 | 86.2 ± 0.2" in best
     (figure,) = page.figures(whole, records).values()
     assert figure.startswith("<?xml") and "fm-frepo" in figure
+
+
+@pytest.mark.slow
+def test_the_flags_of_the_committed_rows_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are checked as far as that is possible without data."""
+    for row in table.read(results.RESULTS / "table.yaml").rows:
+        words = ["show", row.method, "--dataset", row.dataset, "--ipc", str(row.ipc), *shlex.split(row.flags)]
+        assert cli.main(words) in (0, None), row.name
+        assert f"name: {row.method}" in capsys.readouterr().out
 
 
 def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
