@@ -73,9 +73,10 @@ def run(chosen: argparse.Namespace) -> int:
         chosen.work.mkdir(parents=True, exist_ok=True)
         with locked(chosen.work / "queue", wait=False):
             failed = measure(work, due)
-    page.write(rows, measured(rows), ROOT)
-    zoo.write(rows, measured(rows), {row.name: work.folder(row) for row in rows.rows}, condense.zoo.FOLDER)
-    print(f"{len(measured(rows))} of {len(rows.rows)} rows are measured; docs/results.md is made from them", flush=True)
+        done = measured(rows)
+    page.write(rows, done, ROOT)
+    zoo.write(rows, done, {row.name: work.folder(row) for row in rows.rows}, condense.zoo.FOLDER)
+    print(f"{len(done)} of {len(rows.rows)} rows are measured; docs/results.md is made from them", flush=True)
     return int(failed)
 
 

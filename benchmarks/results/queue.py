@@ -240,10 +240,9 @@ def shown(words: Sequence[str]) -> str:
 
 def files(data: Mapping[str, str | None], folder: Path | None) -> dict[str, Path]:
     """The file of each data set that is in a folder; embedded data are found by their name."""
-    places = {name: Path(name) if file is None else folder and folder / file for name, file in data.items()}
-    return {
-        name: place for name, place in places.items() if place is not None and (data[name] is None or place.exists())
-    }
+    embedded = {name: Path(name) for name, file in data.items() if file is None}
+    given = {name: folder / file for name, file in data.items() if folder and file}
+    return embedded | {name: place for name, place in given.items() if place.exists()}
 
 
 def _published_steps(row: Row) -> int | None:
