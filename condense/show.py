@@ -104,10 +104,10 @@ def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json:
 def print_results(rows: Sequence[Mapping[str, Any]], *, together: bool = False) -> None:
     """Print the rows of ``evaluation.json`` as one table per protocol, one line per set and one column per network.
 
-    A cell is the mean test accuracy in percent with its standard deviation and, for unbalanced test classes, the
-    balanced accuracy in brackets. With ``together`` there is one table with
-    the columns of all protocols. A table has columns of bytes where it is of several protocols, where labels take more
-    than images, or where a teacher is not stored.
+    All rows were scored on one split. A cell is the mean accuracy in percent with its standard deviation and, for
+    unbalanced test classes, the balanced accuracy in brackets. With ``together`` there is one table with the columns of
+    all protocols. A table has columns of bytes where it is of several protocols, where labels take more than images, or
+    where a teacher is not stored.
     """
     groups = by_protocol(rows)
     for titles in [list(groups)] if together else [[title] for title in groups]:
@@ -132,7 +132,8 @@ def _print_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             line = [_cell(cells.get(network)) for network in networks] + ([_bytes(cells)] if sizes else [])
             lines.setdefault(name, []).extend(line)
     what = every[0]["network"] if len(groups) > 1 and is_one else ", ".join(groups)
-    heading = f"test accuracy, %: {what}, n = {', '.join(map(str, counts))} networks per cell"
+    scored = every[0].get("split", "test")
+    heading = f"{scored} accuracy, %: {what}, n = {', '.join(map(str, counts))} networks per cell"
     if any(balanced(row) is not None for row in every):
         heading += " (balanced accuracy)"
     print_table(heading, columns, [(name, *line) for name, line in lines.items()])

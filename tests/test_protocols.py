@@ -114,6 +114,26 @@ def test_no_choice_and_no_training_reads_test_data(arrays: Arrays, monkeypatch: 
     assert first.protocol_fields == second.protocol_fields and first.metrics != second.metrics
 
 
+def test_networks_are_scored_on_held_out_images_alone(arrays: Arrays) -> None:
+    syn = make_set(arrays)
+    without_test = dataclasses.replace(arrays, x_test=arrays.x_test[:0], y_test=arrays.y_test[:0])
+    given, on_test = run(syn, without_test, SHORT, split="validation"), run(syn, arrays, SHORT)
+    held_out = Subject(syn=syn, arrays=arrays, device=CPU).held_out
+    keys = [Rng(0).child("evaluate", "mlp").child("network", k) for k in range(2)]
+    scorer = SetScorer(Functional("mlp", (1, 8, 8), 3), SHORT, Compute())
+    scores = scorer.score(*decoded(syn, soft=False), held_out.images, held_out.labels, keys)
+    assert given.accuracies == tuple(one.accuracy for one in scores) != on_test.accuracies
+    assert (given.split, on_test.split) == ("validation", "test")
+
+
+def test_what_was_chosen_on_held_out_images_is_not_scored_on_them(arrays: Arrays) -> None:
+    for plan in (GRID, dataclasses.replace(SHORT, calibration="temperature")):
+        with pytest.raises(ValueError, match=r"makes a choice on the held-out images.* give split='test'"):
+            run(make_set(arrays), arrays, plan, split="validation")
+    with pytest.raises(ValueError, match="needs held-out real images"):
+        run(make_set(arrays, val_fraction=0.0), arrays, SHORT, split="validation")
+
+
 def test_without_held_out_images_a_choice_is_refused(arrays: Arrays) -> None:
     for plan in (GRID, dataclasses.replace(SHORT, calibration="temperature")):
         with pytest.raises(ValueError, match=r"held-out real images.+split=Split"):

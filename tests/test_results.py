@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import decoupled, labels, pruning
+from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
 from benchmarks.results.published import published
@@ -187,7 +189,7 @@ def made(row: Row, labels: str = "hard", **accuracies: Sequence[float]) -> recor
     return record.Record(row=row, labels=labels, distillations=(distillation,), **facts)
 
 
-def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
+def test_the_page_shows_rows_with_the_best_first_and_what_is_open(tmp_path: Path) -> None:
     rows = [
         dataclasses.replace(ROW, name=f"fm-{method}", method=method, dataset="fashion-mnist", ipc=10)
         for method in ("random", "frepo", "dm", "mtt")
@@ -199,8 +201,8 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
         "fm-frepo": made(rows[1], "targets", own=[0.86, 0.88], canonical=[0.5, 0.5]),
         "fm-dm": made(rows[2], own=[0.80, 0.80], canonical=[0.81, 0.83]),
     }
-    text = page.page(whole, records)
-    assert "| `fm-frepo` | soft (targets) | 5 | 2.0 | **87.0 ± 1.4** | 50.0 ± 0.0 |" in text
+    text = page.page(whole, records, tmp_path)
+    assert "| `fm-frepo` | soft (targets) | 5 | 2.0 | 100 | **87.0 ± 1.4** | 50.0 ± 0.0 |" in text
     assert "**82.0 ± 1.4**" in text and "Not measured yet: `fm-mtt`." in text
     assert text.index("`fm-frepo` |") < text.index("`fm-dm` |") < text.index("`fm-random` |")
     assert "86.2 ± 0.2 (unverified)" in text and str(published("random", "fashion-mnist", 10)) == "73.8 ± 0.7"
@@ -208,6 +210,65 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
     assert "| fashion-mnist | 10 | `frepo` | 87.0 ± 1.4 | 50.0 ± 0.0 | 2.0 | 71.0 ± 1.4 | 86.2 ± 0.2" in best
     (figure,) = page.figures(whole, records).values()
     assert figure.startswith("<?xml") and "fm-frepo" in figure
+
+
+def test_every_architecture_has_a_column_and_a_section_may_show_areas() -> None:
+    row = dataclasses.replace(ROW, name="graphs-mirage", method="mirage")
+    scored = record.Score(method="mirage", network="gin", protocol="graphs", accuracies=(0.5, 0.7), seed=0, seconds=1.0)
+    scores = (dataclasses.replace(scored, auc=(0.6, 0.8)), dataclasses.replace(scored, network="gat"))
+    whole = made(row)
+    measured = dataclasses.replace(whole, distillations=(dataclasses.replace(whole.distillations[0], scores=scores),))
+    header, _, line = page.markdown([measured], auc=True)
+    assert "| `graphs`, gin | `graphs`, gat |" in header
+    assert "| **60.0 ± 14.1** (AUC 70.0) | **60.0 ± 14.1** |" in line
+    assert "AUC" not in page.markdown([measured])[2]
+    assert page.best_rows(table.Table(data={}, sections=()), {row.name: measured}) == ""
+
+
+WHERE = Provenance(commit="abc", date="2026-01-01", device="cpu", threads=1, torch="2")
+
+
+def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"network": TINY, "num_seeds": 2, "dataset": "toy", "ipc": 1, "provenance": WHERE}
+    accuracies = {column: [0.5, 0.7] for column in decoupled.COLUMNS}
+    sizes = {column: [1000, 2000] for column in decoupled.COLUMNS}
+    rows = [
+        decoupled.Row(
+            fingerprint="0", method=method, accuracies=accuracies, bytes=sizes, seconds=3.0, minutes=1.0, **facts
+        )
+        for method in ("sre2l", "random")
+    ]
+    kinds = labels.Rows(
+        fingerprint="0",
+        images=7000,
+        rows=(labels.Row(labels="online", accuracies=(0.5, 0.7), bytes=1500, encoder=1000, minutes=1.0),),
+        **facts,
+    )
+    share: dict[str, Any] = {"method": "random", "accuracies": (0.5, 0.7), "network": TINY, "num_images": 3}
+    curves = pruning.Curves(
+        dataset="toy",
+        command="condense apply pruning toy.npz",
+        minutes=2.0,
+        provenance=WHERE,
+        accuracy_of_teacher=0.9,
+        accuracies=tuple(pruning.Accuracy(fraction=f, teacher=t, **share) for t in (False, True) for f in (0.3, 0.1)),
+    )
+    files = {
+        "decoupled/toy/sre2l-1": rows[0],
+        "decoupled/toy/random-1": rows[1],
+        "labels/toy": kinds,
+        "pruning/toy": curves,
+    }
+    for name, content in files.items():
+        (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(content)))
+    text = page.page(table.Table(data={}, sections=()), {}, tmp_path)
+    cells = "1 | 60.0 ± 14.1 | 60.0 ± 14.1 | 60.0 ± 14.1 | 1 | 2 | 2 | 2 | 3 | 1.0 |"
+    assert f"| `random` | {cells}\n| `sre2l` | {cells}" in text
+    assert "| online | 60.0 ± 14.1 | 1,500 | 1,000 | 1.0 |" in text
+    assert "| images kept by | teacher | 10 % | 30 % |" in text
+    assert "| `random` | yes | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
+    assert text.count("commit abc, cpu, threads 1, torch 2, 2026-01-01") == 3
 
 
 @pytest.mark.slow
@@ -222,7 +283,7 @@ def test_the_flags_of_the_committed_rows_are_accepted(capsys: pytest.CaptureFixt
 def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
     rows = table.read(results.RESULTS / "table.yaml")
     records = results.measured(rows)
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page.page(rows, records)
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page.page(rows, records, ROOT)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.with_table(readme, page.best_rows(rows, records)) == readme
     for path in page.figures(rows, records):

@@ -60,6 +60,8 @@ class Section:
     rows: tuple[Row, ...]
     text: str = ""
     """What the page says below the title."""
+    auc: bool = False
+    """Whether the page shows the mean area under the ROC curve as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ def read(path: Path) -> Table:
 
 
 def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
-    _known(entry, ("name", "title", "text", "common", "rows"), where)
+    _known(entry, ("name", "title", "text", "auc", "common", "rows"), where)
     fields = [field.name for field in dataclasses.fields(Row) if field.name != "name"]
     place, rows = f"{where}, {entry['name']}", []
     for given in entry["rows"]:
@@ -118,7 +120,7 @@ def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
         label = merged.pop("label", None) or merged.pop("use", None) or merged.get("method")
         name = f"{entry['name']}-{label}"
         rows.append(from_json(Row, {"name": name, **merged}, f"{where}, {name}"))
-    return Section(title=entry["title"], text=entry.get("text", ""), rows=tuple(rows))
+    return Section(title=entry["title"], text=entry.get("text", ""), auc=entry.get("auc", False), rows=tuple(rows))
 
 
 def _known(entry: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
