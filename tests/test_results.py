@@ -162,6 +162,13 @@ def test_a_wrong_table_is_refused(tmp_path: Path, line: str, says: str) -> None:
         table.read(file)
 
 
+@pytest.mark.parametrize("name", ["data", "settings", "terms", "zoo"])
+def test_parts_of_a_table_are_mappings(tmp_path: Path, name: str) -> None:
+    (tmp_path / "table.yaml").write_text(f"{name}: [3]\n")
+    with pytest.raises(ValueError, match=rf"table\.yaml, {name}: \[3\] is not a mapping"):
+        table.read(tmp_path / "table.yaml")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -218,10 +225,13 @@ def test_every_architecture_has_a_column_and_a_section_may_show_areas() -> None:
     scores = (dataclasses.replace(scored, auc=(0.6, 0.8)), dataclasses.replace(scored, network="gat"))
     whole = made(row)
     measured = dataclasses.replace(whole, distillations=(dataclasses.replace(whole.distillations[0], scores=scores),))
-    header, _, line = page.markdown([measured], auc=True)
+    header, _, line = page.tables([measured], auc=True)
     assert "| `graphs`, gin | `graphs`, gat |" in header
     assert "| **60.0 ± 14.1** (AUC 70.0) | **60.0 ± 14.1** |" in line
-    assert "AUC" not in page.markdown([measured])[2]
+    assert "AUC" not in page.tables([measured], auc=False)[2]
+    beside = made(dataclasses.replace(ROW, name="graphs-random", method="random"), own=[0.5, 0.7])
+    lines = page.tables([measured, beside], auc=False)
+    assert "| `graphs`, gat |" in lines[lines.index("Across architectures:") + 2] and "gat" not in lines[0]
     assert page.best_rows(table.Table(data={}, sections=()), {row.name: measured}) == ""
 
 

@@ -77,25 +77,36 @@ def section(part: Section, records: Mapping[str, Record]) -> str:
     if part.text:
         lines += [part.text.strip(), ""]
     if rows:
-        lines += [*markdown(rows, part.auc), "", *full_data(rows)]
+        lines += [*tables(rows, part.auc), "", *full_data(rows)]
         lines += [f"![Accuracy of the rows of this table]({figure_path(part)})", ""]
     if open_rows:
         lines += [f"Not measured yet: {', '.join(f'`{name}`' for name in open_rows)}.", ""]
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Record], auc: bool = False) -> list[str]:
+def tables(rows: Sequence[Record], auc: bool) -> list[str]:
+    """The table of a section. Where only some sets were scored on several architectures, these have a second one."""
+    alike = len({tuple(row.columns) for row in rows}) == 1
+    first = [(protocol, row.columns[0][1]) for row in rows for protocol in row.protocols]
+    lines = markdown(rows, rows[0].columns if alike else [*dict.fromkeys(first)], auc)
+    several = [row for row in rows if len({network for _, network in row.columns}) > 1]
+    if several and not alike:
+        every = [column for row in several for column in row.columns]
+        lines += ["", "Across architectures:", "", *markdown(several, [*dict.fromkeys(every)], auc)]
+    return lines
+
+
+def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bool = False) -> list[str]:
     """A table with a column for each protocol and architecture, the best row of the first one first; the best entry of
     each column is bold."""
-    given = dict.fromkeys(column for row in rows for column in row.columns)
-    columns = sorted(given, key=lambda column: (column[0] != "own", column[0]))
+    columns = sorted(columns, key=lambda column: (column[0] != "own", column[0]))
     several = len({network for _, network in columns}) > 1
     best = {column: max(_mean(row, *column) for row in rows) for column in columns}
     titles = ["row", "labels", "steps", "minutes", "bytes"]
     titles += [f"`{protocol}`{f', {network}' if several else ''}" for protocol, network in columns]
     titles += ["n", "tried", "published"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for row in sorted(rows, key=lambda row: -max(_mean(row, *column) for column in row.columns)):
+    for row in sorted(rows, key=lambda row: -max(_mean(row, *column) for column in columns)):
         cells = [
             f"`{row.row.name}`",
             "hard" if row.labels == "hard" else f"soft ({row.labels})",

@@ -89,9 +89,11 @@ def read(path: Path) -> Table:
         ValueError: the file cannot be read; a field is unknown, missing or wrong; two rows have one name.
     """
     content = _known(read_yaml(path, fix="mend it"), ("data", "terms", "zoo", "settings", "sections"), str(path))
-    data, settings = content.get("data", {}), content.get("settings", {})
+    data, settings, terms, zoo = (
+        _mapping(content.get(name, {}), f"{path}, {name}") for name in ("data", "settings", "terms", "zoo")
+    )
     sections = [_section(entry, settings, str(path)) for entry in content.get("sections", [])]
-    table = Table(data=data, sections=tuple(sections), terms=content.get("terms", {}), zoo=content.get("zoo", {}))
+    table = Table(data=data, sections=tuple(sections), terms=terms, zoo=zoo)
     names = [row.name for row in table.rows]
     for row in table.rows:
         if names.count(row.name) > 1:
@@ -124,9 +126,13 @@ def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
 
 
 def _known(entry: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: {entry!r} is not a mapping")
-    for name in entry:
+    for name in _mapping(entry, where):
         if name not in names:
             raise ValueError(f"{where}: there is no field {name!r}; {suggest(str(name), names)}")
     return dict(entry)
+
+
+def _mapping(entry: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: {entry!r} is not a mapping")
+    return entry
