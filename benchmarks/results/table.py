@@ -82,8 +82,9 @@ class Table:
 def read(path: Path) -> Table:
     """Read a table.
 
-    A row has the fields in ``common`` of its section, then those of the ``settings`` that it names with ``use``, then
-    its own. Its name is that of the section followed by its ``label``, or else its ``use`` or its method.
+    A row has the fields in ``common`` of its section, then those of the ``settings`` that it names with ``use``, one
+    or several, then its own. Its name is that of the section followed by its ``label``, or else its only ``use`` or its
+    method.
 
     Raises:
         ValueError: the file cannot be read; a field is unknown, missing or wrong; two rows have one name.
@@ -114,12 +115,15 @@ def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
     fields = [field.name for field in dataclasses.fields(Row) if field.name != "name"]
     place, rows = f"{where}, {entry['name']}", []
     for given in entry["rows"]:
-        used = given.get("use")
-        if used is not None and used not in settings:
-            raise ValueError(f"{place}: there are no settings {used!r}; {suggest(used, settings)}")
-        merged = {**entry.get("common", {}), **settings.get(used, {}), **given}
+        merged, used = dict(entry.get("common", {})), given.get("use", [])
+        for name in [used] if isinstance(used, str) else used:
+            if name not in settings:
+                raise ValueError(f"{place}: there are no settings {name!r}; {suggest(name, settings)}")
+            merged |= settings[name]
+        merged |= given
         _known(merged, (*fields, "label", "use"), place)
-        label = merged.pop("label", None) or merged.pop("use", None) or merged.get("method")
+        label, used = merged.pop("label", None), merged.pop("use", None)
+        label = label or (used if isinstance(used, str) else None) or merged.get("method")
         name = f"{entry['name']}-{label}"
         rows.append(from_json(Row, {"name": name, **merged}, f"{where}, {name}"))
     return Section(title=entry["title"], text=entry.get("text", ""), auc=entry.get("auc", False), rows=tuple(rows))
