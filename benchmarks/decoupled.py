@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,9 +198,7 @@ class Bench:
         }
 
     def distilled(self, method: str, ipc: int, seed: int) -> SyntheticSet:
-        """The set of one seed. A run that was stopped begins again."""
-        out = self.folder / f"{method}-{ipc}-{seed}"
-        shutil.rmtree(out, ignore_errors=True)
+        """The set of one seed. A run that was stopped goes on."""
         return api.distill(
             method,
             dataset=self.arrays,
@@ -211,7 +208,8 @@ class Bench:
             buffers=self.teacher,
             compute=self.compute,
             device=str(self.device),
-            out=out,
+            out=self.folder / f"{method}-{ipc}-{seed}",
+            resume=True,
             **SETTINGS.get(method, {}),
         )
 
