@@ -183,7 +183,7 @@ class Provenance:
         )
 
     def __str__(self) -> str:
-        return f"commit {self.commit}, {self.device}, threads {self.threads}, torch {self.torch}, {self.date}"
+        return f"Commit {self.commit}, {self.device}, threads {self.threads}, torch {self.torch}, {self.date}"
 
 
 def machine(device: torch.device) -> str:

@@ -86,7 +86,7 @@ def measure(data: str, flags: Sequence[str], rows: Path) -> Curves:
     fields = ("method", "fraction", "teacher", "accuracies", "network", "num_images")
     content = {
         "dataset": name,
-        "command": shlex.join(["condense", "apply", "pruning", f"{name}.npz", *flags]),
+        "command": shlex.join(["condense", "apply", "pruning", Path(data).name, *flags]),
         "minutes": (time.monotonic() - begun) / 60,
         "provenance": dataclasses.asdict(Provenance.now(resolve_device("auto"))),
         "accuracy_of_teacher": found["accuracy_of_teacher"],

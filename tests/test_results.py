@@ -278,7 +278,7 @@ def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:
     assert "| online | 60.0 ± 14.1 | 1,500 | 1,000 | 1.0 |" in text
     assert "| images kept by | teacher | 10 % | 30 % |" in text
     assert "| `random` | yes | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
-    assert text.count("commit abc, cpu, threads 1, torch 2, 2026-01-01") == 3
+    assert text.count("Commit abc, cpu, threads 1, torch 2, 2026-01-01") == 3
 
 
 @pytest.mark.slow
