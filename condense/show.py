@@ -66,6 +66,8 @@ class Summary:
     remark: str = ""
     results: Sequence[Mapping[str, Any]] = ()
     """Rows of ``evaluation.json``."""
+    validation: Sequence[Mapping[str, Any]] = ()
+    """Rows of ``validation.json``, scored on held-out training images."""
     uses: Sequence[Mapping[str, Any]] = ()
     """Tables of applications."""
 
@@ -79,6 +81,8 @@ def _print(summary: Summary) -> None:
     if summary.results:
         print_results(summary.results)
         _calibration(summary.results)
+    if summary.validation:
+        print_results(summary.validation)
     for use in summary.uses:
         print_table(use["title"], use["columns"], use["rows"])
 
@@ -219,10 +223,13 @@ def _run(folder: Path) -> Summary:
         facts["last step"] = ", ".join(f"{name} {value:.5g}" for name, value in log[-1].items())
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
-    rows = read_complete(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
+    rows, validation = (
+        read_complete(file) if (file := folder / name).exists() else []
+        for name in ("evaluation.json", "validation.json")
+    )
     if rows:
         facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
-    return Summary(groups | {"run": facts}, remark, rows, uses_of(folder))
+    return Summary(groups | {"run": facts}, remark, rows, validation, uses_of(folder))
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -418,6 +418,9 @@ def test_scores_on_held_out_images_have_a_file_of_their_own(
     main(["evaluate", run, *short])
     assert "test accuracy, %" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "run" / "validation.json").read_text())["results"]) == 2
+    main(["show", run])
+    said = capsys.readouterr().out
+    assert said.index("test accuracy, %") < said.index("validation accuracy, %")
     on_validation = ["evaluate", run, "--split", "validation", *short]
     mixed = fails(capsys, *on_validation, "--out", str(tmp_path / "run" / "evaluation.json"))
     assert "holds test accuracies; give --out" in mixed
