@@ -70,7 +70,7 @@ def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> Synt
         steps.advance(done)
         if steps.due or done + 1 == total:
             steps.read()
-    return method.finalize(ctx, state, total)
+    return method.finalize(ctx, state, total).finished()
 
 
 def run(
@@ -138,7 +138,7 @@ def run(
             if log is None:
                 return
             if validate is not None and validates(step):  # the state is of this step
-                record = {**record, **validate(method.finalize(ctx, state, step), step)}
+                record = {**record, **validate(method.finalize(ctx, state, step).finished(), step)}
             log.step(step, record)
             if on_step is not None:
                 on_step(step, record)
@@ -153,7 +153,7 @@ def run(
             snapshot = folder / "snapshots" / f"step_{done:07d}.safetensors"
             with reporting(snapshot):
                 snapshot.parent.mkdir(exist_ok=True)
-            save(method.finalize(ctx, state, done), snapshot)
+            save(method.finalize(ctx, state, done).finished(), snapshot)
 
         steps = _Steps(method, ctx, state, checkpoint, report)
 
@@ -177,9 +177,11 @@ def run(
                 _checkpoint(state, ctx, done, checkpoint, keep)
                 saved_at, saved_time, keep = done, time.monotonic(), previous
                 on_save()
-        syn = method.finalize(ctx, state, done)
+        syn = method.finalize(ctx, state, done).finished()
         if log is not None:
             save(syn, folder / "synthetic.safetensors")
+            if (line := syn.excess()) is not None:
+                warnings.warn(line, stacklevel=2)
         return syn
 
 

@@ -24,6 +24,7 @@ from condense.data.transform import Transform
 from condense.mosaic import enlarged, joined, tiles_of
 from condense.names import spelt
 from condense.plugins import Registry, subclass_of
+from condense.rng import Draws
 from condense.schema import Checked
 
 
@@ -75,6 +76,14 @@ class Decode(Checked, ABC):
         """Return the number of bytes of the latents."""
         return latents.nbytes
 
+    def num_bytes(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[int, int]:
+        """Return the number of bytes of the latents (N, ...) of these classes (N,), and of the decoder."""
+        return self.size(latents), sum(tensor.nbytes for tensor in decoder.state_dict().values())
+
+    def quantised(self, latents: Tensor) -> Tensor:
+        """Return what the decoder gets in place of latents that are being learned, with their gradient."""
+        return latents
+
     @abstractmethod
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Build the decoder, ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, *input_shape)``.
@@ -99,6 +108,49 @@ class Decode(Checked, ABC):
             decoder: the decoder that ``build`` returned.
             generator: a CPU generator.
         """
+
+
+class Coded(Decode):
+    """Base class of decoders whose latents are whole numbers in the end, and are stored in an entropy code.
+
+    The number of bits is learned: it is a penalty beside the loss of every ``GradientMethod``. The budget does not
+    decide how many latents there are. ``size`` is not used, since the bits depend on what the decoder predicts.
+    """
+
+    def quantised(self, latents: Tensor) -> Tensor:
+        """Return the rounded latents; their gradient is that of the latents themselves."""
+        return latents.detach().round() + (latents - latents.detach())
+
+    @abstractmethod
+    def relaxed(self, latents: Tensor, draws: Draws, progress: float | Tensor) -> Tensor:
+        """Return a differentiable function of the latents that the decoder gets in their place in a step.
+
+        Args:
+            latents: (N, ...).
+            draws: the random numbers of the step.
+            progress: the part of the run before the step, from 0 to less than 1. It may be a tensor on a device, which
+                must not be read.
+        """
+
+    @abstractmethod
+    def penalty(
+        self, latents: Tensor, classes: Tensor, decoder: nn.Module, progress: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is added to the loss of a step, and the mean rate of the classes in bits per pixel, for the log.
+
+        Args:
+            latents: what ``relaxed`` returned.
+            classes: their classes (N,).
+            decoder: the decoder.
+            progress: as in ``relaxed``.
+        """
+
+    @abstractmethod
+    def finished(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[Tensor, nn.Module]:
+        """Return the latents and the decoder as they are stored: rounded. The arguments do not change."""
+
+    @abstractmethod
+    def num_bytes(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -798,6 +850,7 @@ DECODERS: Registry[type[Decode]] = Registry(
     {
         decode.name: decode
         for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, Pyramid, Siren, StaticDynamic)
-    },
+    }
+    | {"codec": "condense.synthetic.codec:Codec"},  # that module imports this one
     subclass_of(Decode),
 )
