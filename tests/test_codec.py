@@ -404,6 +404,7 @@ def test_a_method_that_cannot_add_the_rate_is_refused(tiny: Arrays) -> None:
     ("fields", "line"),
     [
         ({"images": 0}, "decode.images must be at least 1, got 0; a published value is 64"),
+        ({"context": 257}, "decode.context must be at most 256, got 257; a published value is 32"),
         ({"levels": 0}, r"decode.levels must be at least 1, got 0; give decode=Codec\(levels=6\)"),
         ({"fit_lr": 0.0}, "decode.fit_lr must be positive, got 0.0; a published value is 0.01"),
         ({"rate_weight": ()}, r"decode.rate_weight must be numbers of at least 0, got \[\]; .* 0.001 and 0.015"),
@@ -415,6 +416,17 @@ def test_a_method_that_cannot_add_the_rate_is_refused(tiny: Arrays) -> None:
 def test_bad_fields_are_refused_with_the_mend(fields: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line) as error:
         Codec(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_a_finite_number_of_bits_is_refused(tmp_path: Path) -> None:
+    syn = a_set(dataclasses.replace(SMALL, context_layers=8)).finished()
+    with torch.no_grad():
+        for name in ("context_weight", "scale_weight"):  # nine factors of 1e38 are too much for float64
+            syn.decoder.get_parameter(name).fill_(1e38)
+    save(syn, tmp_path / "set.safetensors")
+    with pytest.raises(ValueError, match="its latents have no finite number of bits in its entropy model") as error:
+        load(tmp_path / "set.safetensors")
     assert "\n" not in str(error.value)
 
 

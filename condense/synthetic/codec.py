@@ -27,6 +27,8 @@ from condense.synthetic.decode import Coded
 GAIN = 16.0
 """Published factor of the latents before they are quantised. Here latents are in units of quantisation, so the factor
 stands in their initial range and learning rate."""
+MOST_NEIGHBOURS, MOST_CHANNELS = 256, 1024
+"""Largest ``context`` and ``width``, so that a file cannot ask for much more memory than it takes itself."""
 _START = 0.05 * GAIN
 """Bound of the uniform initial latents."""
 _MOST_LEVELS = 6
@@ -81,6 +83,9 @@ class Codec(Coded):
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ValueError(f"decode.{name} must be at least {bound}, got {value}; {self._published(name)}")
+        for name, bound in {"context": MOST_NEIGHBOURS, "width": MOST_CHANNELS}.items():
+            if (value := getattr(self, name)) > bound:
+                raise ValueError(f"decode.{name} must be at most {bound}, got {value}; {self._published(name)}")
         for name in ("fit_rate_weight", "weight_error"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"decode.{name} must be at least 0, got {value}; {self._published(name)}")
@@ -216,6 +221,8 @@ class Codec(Coded):
         assert isinstance(decoder, CodecDecoder)
         of_networks = torch.stack([golomb_bits(decoder.group(names)) for names in (*DRAWING, *PREDICTING)]).sum(0)
         of_latents = decoder.latent_bits(latents.round(), classes)
+        if not of_latents.isfinite().all():
+            raise ValueError("its latents have no finite number of bits in its entropy model")
         stored = (sum(math.ceil(bits / 8) for bits in each.tolist()) for each in (of_latents, of_networks))
         of_images, of_decoder = stored
         return of_images, of_decoder
