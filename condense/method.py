@@ -286,6 +286,12 @@ class Context:
         """Raise ValueError if a class has fewer real images than its part of ``images_of_class``. ``otherwise`` is the
         end of the message: what else mends it."""
         for c, (members, num) in enumerate(zip(self.task.train.by_class, self.images_of_class, strict=True)):
+            if len(members) < num and isinstance(self.decode, Coded):
+                given, enough = (spelt("decode.images", n, type(self.decode).__name__) for n in (num, len(members)))
+                raise ValueError(
+                    f"class {self.task.classes[c]!r} has {len(members)} training images, fewer than {given}; give "
+                    f"{enough} or less{otherwise}"
+                )
             if len(members) < num:
                 most = self.ipc * len(members) // num
                 raise ValueError(
@@ -776,9 +782,11 @@ class _Gradients:
             self._sum_over_parts(step)
         if not ctx.ranks.first:
             return relaxed.backward(decoded.grad)
-        penalty, mean_rate = syn.decode.penalty(relaxed, syn.classes, syn.decoder, progress)
-        torch.autograd.backward((relaxed, penalty), (decoded.grad, torch.ones_like(penalty)))
-        rate.copy_(mean_rate.detach())
+        rates = syn.decode.rates(relaxed, syn.classes, syn.decoder)
+        torch.autograd.backward(
+            (relaxed, rates), (decoded.grad, torch.ones_like(rates) * syn.decode.weight_at(progress))
+        )
+        rate.copy_(rates.detach().mean())
 
     def _sum_over_parts(self, step: int | Tensor) -> None:
         method, ctx, total = self._method, self._ctx, self.total

@@ -19,7 +19,7 @@ import condense
 from condense import testing
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.method import GradientMethod, Method, State, Value
+from condense.method import GradientMethod, GradientState, Method, State, Value
 from condense.rng import Rng
 from condense.synthetic import Codec, Origin, SyntheticSet, load, save
 from condense.synthetic import codec as codec_module
@@ -190,17 +190,15 @@ def test_noise_and_temperature_go_linearly_from_the_first_to_the_last_value() ->
             torch.testing.assert_close(decode.relaxed(latents, Rng(0)("quantisation", 3), given), expected)
 
 
-def test_the_penalty_is_the_weighted_sum_of_the_rates_of_the_classes() -> None:
-    """In bits per pixel of a class, with a weight for each third of the run."""
+def test_rates_are_means_over_a_class_and_their_weight_changes_during_the_run() -> None:
+    """In bits per pixel, with a weight for each third of the run."""
     decode = dataclasses.replace(SMALL, rate_weight=(0.5, 2.0, 8.0))
     decoder, latents, classes = made(decode)
     bits = decoder.bits(latents, classes)
-    rates = torch.stack([bits[classes == c].mean() / (7 * 9) for c in range(NUM_CLASSES)])
+    expected = torch.stack([bits[classes == c].mean() / (7 * 9) for c in range(NUM_CLASSES)])
+    torch.testing.assert_close(decode.rates(latents, classes, decoder), expected)
     for progress, weight in ((0.0, 0.5), (0.3, 0.5), (0.34, 2.0), (0.6, 2.0), (0.7, 8.0), (0.99, 8.0)):
-        for given in (progress, torch.tensor(progress)):
-            penalty, mean = decode.penalty(latents, classes, decoder, given)
-            torch.testing.assert_close(penalty, weight * rates.sum())
-            torch.testing.assert_close(mean, rates.mean())
+        assert decode.weight_at(progress) == weight == decode.weight_at(torch.tensor(progress))
 
 
 @pytest.mark.parametrize("name", ["dm", "dsa", "mtt"])
@@ -219,10 +217,12 @@ def test_gradients_of_a_step_are_those_of_loss_and_penalty_together(name: str) -
     relaxed = decode.relaxed(syn.latents, ctx.rng("quantisation", step), step / method.num_steps)
     with syn.decoding(relaxed):
         loss = torch.stack([_value(method.loss(ctx, state, step, part)) for part in method.parts(ctx)]).sum()
-    penalty, rate = decode.penalty(relaxed, syn.classes, syn.decoder, step / method.num_steps)
-    for gradient, other in zip(found, torch.autograd.grad(loss + penalty, params), strict=True):
+    rates = decode.rates(relaxed, syn.classes, syn.decoder)
+    for gradient, other in zip(found, torch.autograd.grad(loss + 0.5 * rates.sum(), params), strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
-    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5) and record["rate"] == pytest.approx(rate.item())
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5) and record["rate"] == pytest.approx(
+        rates.mean().item()
+    )
 
 
 def _value(loss: Any) -> Tensor:
@@ -247,6 +247,7 @@ def test_what_is_compiled_has_nearly_the_same_gradients(name: str) -> None:
     for compute in (Compute(exact=True), fast):
         ctx = _Trial(method, None, {"decode": SMALL, "network": TINY, "compute": compute}).context()
         state = method.init(ctx)
+        assert isinstance(state, GradientState)
         method._differentiate(ctx, state, 2)
         found.append([param.grad for params in state.leaves().values() for param in params])
     for exact, other in zip(*found, strict=True):
@@ -280,6 +281,7 @@ def test_weights_have_the_coarsest_step_that_the_error_allows() -> None:
         k = next(k for k in range(16) if torch.equal((kernel * 2**k).round(), kernel * 2**k))
         for tried in (k - 1, k):
             trial = a_set().decoder
+            assert isinstance(trial, CodecDecoder)
             with torch.no_grad():
                 trial.upsampling[label] = (syn.decoder.upsampling[label] * 2**tried).round() / 2**tried
             made = (trial(latents, syn.classes) - wanted).square().flatten(1).mean(1)
@@ -407,9 +409,9 @@ def test_a_method_that_cannot_add_the_rate_is_refused(tiny: Arrays) -> None:
         ({"context": 257}, "decode.context must be at most 256, got 257; a published value is 32"),
         ({"levels": 0}, r"decode.levels must be at least 1, got 0; give decode=Codec\(levels=6\)"),
         ({"fit_lr": 0.0}, "decode.fit_lr must be positive, got 0.0; a published value is 0.01"),
-        ({"rate_weight": ()}, r"decode.rate_weight must be numbers of at least 0, got \[\]; .* 0.001 and 0.015"),
+        ({"rate_weight": ()}, r"decode.rate_weight must be numbers of at least 0, got \[\]; .* are 0.001 and 0.015"),
         ({"noise": (-1.0, 0.0)}, "decode.noise must be at least 0, .*0.25 and 0.1"),
-        ({"temperature": (0.3, 0.0)}, "decode.temperature must be positive, .* a published value is 0.3 and 0.1"),
+        ({"temperature": (0.3, 0.0)}, "decode.temperature must be positive, .* published values are 0.3 and 0.1"),
         ({"weight_error": -1.0}, "decode.weight_error must be at least 0, got -1.0; a published value is 5e-05"),
     ],
 )
@@ -427,6 +429,13 @@ def test_a_file_without_a_finite_number_of_bits_is_refused(tmp_path: Path) -> No
     save(syn, tmp_path / "set.safetensors")
     with pytest.raises(ValueError, match="its latents have no finite number of bits in its entropy model") as error:
         load(tmp_path / "set.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_more_images_than_a_class_has_are_refused(tiny: Arrays) -> None:
+    line = r"^class .* has 12 training images, fewer than decode=Codec\(images=64\); give decode=Codec\(images=12\) or"
+    with pytest.raises(ValueError, match=line) as error:
+        condense.distill("dm", dataset=tiny, network=TINY, decode="codec")
     assert "\n" not in str(error.value)
 
 

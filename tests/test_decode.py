@@ -129,7 +129,7 @@ def test_gradient_reaches_every_latent_and_all_of_the_decoder(decode: Decode, sh
         return
     loss = (images * torch.randn(images.shape, generator=generator(1))).sum()
     if isinstance(decode, Coded):
-        loss = loss + decode.penalty(syn.latents, syn.classes, syn.decoder, 0.0)[0]
+        loss = loss + decode.rates(syn.latents, syn.classes, syn.decoder).sum()
     loss.backward()
     for leaf, params in syn.leaves().items():
         for param in params:

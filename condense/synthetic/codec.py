@@ -49,8 +49,6 @@ class Codec(Coded):
     latents."""
 
     name: ClassVar[str] = "codec"
-    images: int = 64
-    """Number of images per class. The budget does not change it."""
     levels: int | None = None
     """Number of grids of a latent, each half the size of the one before. Default: down to one pixel, at most 6."""
     context: int = 32
@@ -65,9 +63,6 @@ class Codec(Coded):
     """Learning rate of the networks in this fit; that of the latents is 16 times as high."""
     fit_rate_weight: float = 0.1
     """Weight of the rate, in bits per pixel, beside the mean squared error in this fit."""
-    rate_weight: tuple[float, ...] = (0.001, 0.015)
-    """Weights of the rate, in bits per pixel summed over the classes, beside the loss of the method. Each serves for an
-    equal part of the run."""
     noise: tuple[float, float] = (0.25, 0.1)
     """Standard deviation of the noise that stands for rounding, at the beginning and the end of the fit, and again of
     the run."""
@@ -79,7 +74,7 @@ class Codec(Coded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"images": 1, "levels": 1, "context": 1, "context_layers": 0, "width": 1, "fit_steps": 0}
+        least = {"levels": 1, "context": 1, "context_layers": 0, "width": 1, "fit_steps": 0}
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ValueError(f"decode.{name} must be at least {bound}, got {value}; {self._published(name)}")
@@ -91,11 +86,6 @@ class Codec(Coded):
                 raise ValueError(f"decode.{name} must be at least 0, got {value}; {self._published(name)}")
         if not 0 < self.fit_lr < math.inf:
             raise ValueError(f"decode.fit_lr must be positive, got {self.fit_lr}; {self._published('fit_lr')}")
-        if not self.rate_weight or not all(0 <= weight < math.inf for weight in self.rate_weight):
-            raise ValueError(
-                f"decode.rate_weight must be numbers of at least 0, got {list(self.rate_weight)}; "
-                f"{self._published('rate_weight')}"
-            )
         if not all(0 <= std < math.inf for std in self.noise):
             raise ValueError(f"decode.noise must be at least 0, got {list(self.noise)}; {self._published('noise')}")
         if not all(0 < value < math.inf for value in self.temperature):
@@ -107,7 +97,9 @@ class Codec(Coded):
         usual = type(self).__dataclass_fields__[name].default
         if usual is None:
             return f"give {spelt(f'decode.{name}', _MOST_LEVELS, 'Codec')}"
-        return f"a published value is {' and '.join(f'{x:g}' for x in usual) if isinstance(usual, tuple) else usual}"
+        if isinstance(usual, tuple):
+            return f"published values are {' and '.join(f'{value:g}' for value in usual)}"
+        return f"a published value is {usual:g}"
 
     def sizes(self, input_shape: InputShape) -> list[tuple[int, int]]:
         """Return the height and width of each grid for images of this shape, the finest first.
@@ -128,9 +120,6 @@ class Codec(Coded):
     def latent_shape(self, input_shape: InputShape) -> tuple[int, ...]:
         return (sum(map(math.prod, self.sizes(input_shape))),)
 
-    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
-        return self.images
-
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         return CodecDecoder(self, input_shape, num_classes)
 
@@ -141,16 +130,9 @@ class Codec(Coded):
         std, temperature = (first + (last - first) * progress for first, last in (self.noise, self.temperature))
         return soft_round(soft_round(latents, temperature) + std * noise, temperature)
 
-    def penalty(
-        self, latents: Tensor, classes: Tensor, decoder: nn.Module, progress: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def rates(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> Tensor:
         assert isinstance(decoder, CodecDecoder)
-        rates = decoder.per_class(decoder.bits(latents, classes), classes) / decoder.num_pixels
-        weight: float | Tensor = self.rate_weight[0]
-        parts = len(self.rate_weight)
-        for k in range(1, parts):
-            weight = weight + (self.rate_weight[k] - self.rate_weight[k - 1]) * (progress * parts >= k)
-        return weight * rates.sum(), rates.mean()
+        return decoder.per_class(decoder.bits(latents, classes), classes) / decoder.num_pixels
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, CodecDecoder)
@@ -176,14 +158,14 @@ class Codec(Coded):
         """Return the latents (n, K) after ``fit_steps`` steps on error and rate; the networks learn in place."""
         latents = latents.clone().requires_grad_()
         params = list(decoder.parameters())
-        rates = [{"params": [latents], "lr": GAIN * self.fit_lr}, {"params": params, "lr": self.fit_lr}]
-        optimiser = torch.optim.Adam(rates)
+        groups = [{"params": [latents], "lr": GAIN * self.fit_lr}, {"params": params, "lr": self.fit_lr}]
+        optimiser = torch.optim.Adam(groups)
         for step in range(self.fit_steps):
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             seen = self._softened(latents, noise, step / self.fit_steps)
             errors = (decoder(seen, classes) - images).square().flatten(1).mean(1)
-            bits = decoder.bits(seen, classes) / decoder.num_pixels
-            loss = decoder.per_class(errors + self.fit_rate_weight * bits, classes).sum()
+            rates = self.rates(seen, classes, decoder)
+            loss = (decoder.per_class(errors, classes) + self.fit_rate_weight * rates).sum()
             for param, grad in zip((latents, *params), torch.autograd.grad(loss, (latents, *params)), strict=True):
                 param.grad = grad
             optimiser.step()
@@ -198,12 +180,12 @@ class Codec(Coded):
         wanted = decoder.decoded(latents, classes)
         for number, names in enumerate(DRAWING, 1):
             exact, limit = decoder.group(names), self.weight_error * number / len(DRAWING)
-            open_ = torch.ones(len(exact), dtype=torch.bool, device=exact.device)
+            is_coarse = torch.ones(len(exact), dtype=torch.bool, device=exact.device)
             for k in range(_FINEST + 1):
-                decoder.set_group(names, torch.where(open_[:, None], _rounded(exact, k), decoder.group(names)))
+                decoder.set_group(names, torch.where(is_coarse[:, None], _rounded(exact, k), decoder.group(names)))
                 errors = (decoder.decoded(latents, classes) - wanted).square().flatten(1).mean(1)
-                open_ &= decoder.per_class(errors, classes) > limit
-                if not open_.any():
+                is_coarse &= decoder.per_class(errors, classes) > limit
+                if not is_coarse.any():
                     break
         for names in PREDICTING:
             exact = best = decoder.group(names)
@@ -223,9 +205,8 @@ class Codec(Coded):
         of_latents = decoder.latent_bits(latents.round(), classes)
         if not of_latents.isfinite().all():
             raise ValueError("its latents have no finite number of bits in its entropy model")
-        stored = (sum(math.ceil(bits / 8) for bits in each.tolist()) for each in (of_latents, of_networks))
-        of_images, of_decoder = stored
-        return of_images, of_decoder
+        of_images, of_decoder = ((bits / 8).ceil().sum().item() for bits in (of_latents, of_networks))
+        return int(of_images), int(of_decoder)
 
 
 DRAWING = (

@@ -110,12 +110,32 @@ class Decode(Checked, ABC):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
 class Coded(Decode):
     """Base class of decoders whose latents are whole numbers in the end, and are stored in an entropy code.
 
     The number of bits is learned: it is a penalty beside the loss of every ``GradientMethod``. The budget does not
     decide how many latents there are. ``size`` is not used, since the bits depend on what the decoder predicts.
     """
+
+    images: int = 64
+    """Number of images per class. The budget does not change it."""
+    rate_weight: tuple[float, ...] = (0.001, 0.015)
+    """Weights of the rate, in bits per pixel summed over the classes, beside the loss of the method. Each serves for an
+    equal part of the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise ValueError(f"decode.images must be at least 1, got {self.images}; a published value is 64")
+        if not self.rate_weight or not all(0 <= weight < math.inf for weight in self.rate_weight):
+            raise ValueError(
+                f"decode.rate_weight must be numbers of at least 0, got {list(self.rate_weight)}; published values are "
+                "0.001 and 0.015"
+            )
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        return self.images
 
     def quantised(self, latents: Tensor) -> Tensor:
         """Return the rounded latents; their gradient is that of the latents themselves."""
@@ -133,17 +153,21 @@ class Coded(Decode):
         """
 
     @abstractmethod
-    def penalty(
-        self, latents: Tensor, classes: Tensor, decoder: nn.Module, progress: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return what is added to the loss of a step, and the mean rate of the classes in bits per pixel, for the log.
+    def rates(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> Tensor:
+        """Return the rate (num_classes,) of each class in bits per pixel of its images, with its gradient.
 
         Args:
             latents: what ``relaxed`` returned.
             classes: their classes (N,).
             decoder: the decoder.
-            progress: as in ``relaxed``.
         """
+
+    def weight_at(self, progress: float | Tensor) -> float | Tensor:
+        """Return the weight of the rate when a part of the run is done, from 0 to less than 1."""
+        weight: float | Tensor = self.rate_weight[0]
+        for k, (before, after) in enumerate(itertools.pairwise(self.rate_weight), 1):
+            weight = weight + (after - before) * (progress * len(self.rate_weight) >= k)
+        return weight
 
     @abstractmethod
     def finished(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[Tensor, nn.Module]:
