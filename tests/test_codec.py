@@ -129,9 +129,12 @@ def test_probabilities_add_up_and_their_logarithm_does_not_underflow() -> None:
     for mean in (0.0, 0.37, -0.5):
         total = torch.exp2(-laplace_bits(values, torch.tensor(mean), scales)).sum(1)
         torch.testing.assert_close(total, torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-9)
-    far = laplace_bits(torch.tensor([1e4, -1e4]), torch.tensor(0.0), torch.tensor(0.01))
+    ends = torch.tensor([1e4, -1e4], requires_grad=True)
+    far = laplace_bits(ends, torch.tensor(0.0), torch.tensor(0.01))
     expected = (1e4 - 0.5) / 0.01 / math.log(2) + 1  # the interval has half of the mass beyond its near end
     torch.testing.assert_close(far, torch.tensor([expected, expected]))
+    (gradient,) = torch.autograd.grad(far.sum(), ends)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, -1.0]) / 0.01 / math.log(2))
 
 
 def test_the_gradient_of_the_rate_is_that_of_finite_differences() -> None:
@@ -354,6 +357,8 @@ def test_a_larger_weight_gives_fewer_bits_and_the_log_has_the_rate(tiny: Arrays,
     for out, syn in ((tmp_path / "cheap", cheap), (tmp_path / "dear", dear)):
         again = load(out)
         assert torch.equal(again()[0], syn()[0]) and again.num_bits == syn.num_bits
+        snapshot = load(out / "snapshots" / "step_0000030.safetensors")
+        assert torch.equal(snapshot.latents, syn.latents) and snapshot.num_bits == syn.num_bits
     records = [json.loads(line) for line in (tmp_path / "cheap" / "log.jsonl").read_text().splitlines()]
     rates = [record["rate"] for record in records if "rate" in record]
     assert len(rates) == 30 and rates[-1] < rates[0] / 2
