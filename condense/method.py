@@ -32,6 +32,7 @@ from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked, brief
 from condense.synthetic.budget import Unit, latents_per_class
 from condense.synthetic.decode import Coded, Decode, StaticDynamic
+from condense.synthetic.fits import encoded
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import IpcPolicy, Task
@@ -214,11 +215,12 @@ class Context:
         grouped = images.unflatten(0, (-1, copies))
         labels = labels.unflatten(0, (-1, copies))[:, 0]
         decoder = self.new_decoder()
-        latents = self.decode.encode(
+        latents = encoded(
+            self.decode,
             grouped.transpose(0, 1).flatten(0, 1),
             self.origin.classes_of(labels),
             decoder,
-            self.rng.generator("decoder"),
+            self.rng,
         )
         if self.budget == "bits" and latents.shape[1:] != (shape := self.decode.latent_shape(self.task.input_shape)):
             raise ValueError(

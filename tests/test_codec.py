@@ -21,7 +21,7 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.method import GradientMethod, GradientState, Method, State, Value
 from condense.rng import Rng
-from condense.synthetic import Codec, Origin, SyntheticSet, load, save
+from condense.synthetic import Codec, Decode, Origin, Siren, SyntheticSet, fits, load, save
 from condense.synthetic import codec as codec_module
 from condense.synthetic.codec import CodecDecoder, golomb_bits, laplace_bits, soft_round
 from condense.synthetic.decode import Coded
@@ -337,6 +337,39 @@ def test_the_fit_lowers_error_and_rate_of_every_class_by_itself(monkeypatch: pyt
 
     start, cheap, dear = after(0, 0.01), after(150, 0.01), after(150, 1.0)
     assert cheap[0] < start[0] / 2 and dear[1] < cheap[1] < start[1]
+
+
+@pytest.mark.parametrize("decode", [SMALL, Siren(width=4, fit_steps=5)], ids=["codec", "siren"])
+def test_a_long_fit_is_done_once(decode: Decode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its bits; another start, seed or field of the fit is another fit, and a damaged entry is made again."""
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(fits, "WORTH_SECONDS", 0.0)
+    images, classes, fitted = torch.randn(3, *SHAPE, generator=generator()), torch.arange(3), []
+    encode = type(decode).encode
+
+    def counted(self: Decode, *given: Any) -> Tensor:
+        fitted.append(self)
+        return encode(self, *given)
+
+    monkeypatch.setattr(type(decode), "encode", counted)
+
+    def made(decode: Decode = decode, images: Tensor = images, seed: int = 0) -> list[Tensor]:
+        decoder = decode.build(SHAPE, NUM_CLASSES)
+        return [fits.encoded(decode, images, classes, decoder, Rng(seed)), *decoder.state_dict().values()]
+
+    first = made()
+    assert all(torch.equal(a, b) for a, b in zip(first, made(), strict=True)) and len(fitted) == 1
+    same = dataclasses.replace(decode, rate_weight=(9.0,)) if isinstance(decode, Codec) else decode
+    made(same)
+    assert len(fitted) == 1
+    made(images=images + 1), made(seed=1), made(dataclasses.replace(decode, fit_steps=4))  # type: ignore[call-arg]
+    assert len(fitted) == 4
+    for file in tmp_path.rglob("fit.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert all(torch.equal(a, b) for a, b in zip(first, made(), strict=True)) and len(fitted) == 5
+    monkeypatch.setattr(fits, "WORTH_SECONDS", 1e9)
+    made(seed=2), made(seed=2)
+    assert len(fitted) == 7
 
 
 def distilled(tiny: Arrays, out: Path, **fields: Any) -> SyntheticSet:

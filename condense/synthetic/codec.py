@@ -49,6 +49,8 @@ class Codec(Coded):
     latents."""
 
     name: ClassVar[str] = "codec"
+    fits: ClassVar[bool] = True
+    used_later: ClassVar[tuple[str, ...]] = ("rate_weight", "weight_error")
     levels: int | None = None
     """Number of grids of a latent, each half the size of the one before. Default: down to one pixel, at most 6."""
     context: int = 32

@@ -41,6 +41,10 @@ class Decode(Checked, ABC):
     """Whether latents are floating-point numbers, so that a method can learn them; else they are whole numbers."""
     stored: ClassVar[torch.dtype] = torch.uint8
     """The type of latents that are whole numbers."""
+    fits: ClassVar[bool] = False
+    """Whether ``encode`` fits the latents to the images step by step, so that its result is cached."""
+    used_later: ClassVar[tuple[str, ...]] = ()
+    """Fields on which ``encode`` does not depend."""
     makes_pixels: ClassVar[bool] = False
     """Whether the decoder makes pixels in [0, 1], and the images from these by the transform, ``none`` or
     ``channel``."""
@@ -765,6 +769,7 @@ class Siren(Decode):
     first fitted to its initial image. Its weights do not depend on the size of the image."""
 
     name: ClassVar[str] = "siren"
+    fits: ClassVar[bool] = True
     width: int = 6
     """Number of outputs of each layer with a sine."""
     depth: int = 2
