@@ -163,6 +163,20 @@ def test_the_gradient_of_the_rate_is_that_of_finite_differences() -> None:
         torch.testing.assert_close((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-5)
 
 
+def test_many_latents_are_coded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same bits and gradients."""
+    decoder, latents, classes = made()
+    inputs = [latents.requires_grad_(), *decoder.parameters()]
+    results = []
+    for at_once in (2**24, 6 * latents.shape[1] * 2):
+        monkeypatch.setattr(codec_module, "_AT_ONCE", at_once)
+        bits = decoder.bits(latents, classes)
+        results.append([bits, *torch.autograd.grad(bits.sum(), inputs, materialize_grads=True)])
+        assert (type(bits.grad_fn).__name__ == "CatBackward0") == (at_once < 2**24)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class _Bits(nn.Module):
     def __init__(self, decoder: CodecDecoder) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from condense.data.layout import InputShape
 from condense.names import spelt
@@ -288,15 +289,24 @@ class CodecDecoder(nn.Module):
         return mean, torch.exp((raw - _SCALE_SHIFT).clamp(*_LOG_SCALES))
 
     def bits(self, latents: Tensor, classes: Tensor) -> Tensor:
-        """Return the bits (N,) of latents (N, K): minus the logarithm of the probabilities of their entries."""
+        """Return the bits (N,) of latents (N, K): minus the logarithm of the probabilities of their entries.
+
+        If there are many, the backward pass computes them again, one part after the other."""
+        at_once = max(1, _AT_ONCE // (self.context_weight.shape[-1] * latents.shape[1]))
+        if len(latents) <= at_once:
+            return self._bits(latents, classes)
+        parts = zip(latents.split(at_once), classes.split(at_once), strict=True)
+        return torch.cat(
+            [checkpoint(self._bits, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        )
+
+    def _bits(self, latents: Tensor, classes: Tensor) -> Tensor:
         return laplace_bits(latents, *self.predicted(latents, classes)).sum(1)
 
     def latent_bits(self, latents: Tensor, classes: Tensor) -> Tensor:
         """Return the bits (num_classes,) of the latents of each class, computed in float64."""
         precise = copy.deepcopy(self).double()
-        at_once = max(1, _AT_ONCE // (self.context_weight.shape[-1] * latents.shape[1]))
-        parts = zip(latents.double().split(at_once), classes.split(at_once), strict=True)
-        bits = torch.cat([precise.bits(some, of_class) for some, of_class in parts])
+        bits = precise.bits(latents.double(), classes)
         return self._members(classes, bits.dtype) @ bits
 
     def per_class(self, values: Tensor, classes: Tensor) -> Tensor:
