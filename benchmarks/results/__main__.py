@@ -98,7 +98,7 @@ def measure(work: queue.Queue, due: list[Row]) -> bool:
             failed = True
             continue
         scores = {name: record.mean_and_std(found.accuracies(name)) for name in found.protocols}
-        print(f"{row.name}: {scores}, {page.minutes(found):.1f} minutes", flush=True)
+        print(f"{row.name}: {scores}, {page.in_minutes(found)} minutes", flush=True)
     return failed
 
 

@@ -111,7 +111,7 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
             f"`{row.row.name}`",
             "hard" if row.labels == "hard" else f"soft ({row.labels})",
             "—" if row.num_steps is None else f"{row.num_steps:,}",
-            f"{minutes(row):.1f}",
+            in_minutes(row),
             f"{row.bytes:,}",
             *(_cell(row, column, best[column], auc) for column in columns),
             f"{len(row.distillations)} x {len(row.distillations[0].scores[0].accuracies)}",
@@ -182,7 +182,7 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
         best = max(learned, key=lambda row: max(_mean(row, name) for name in row.protocols))
         lines.append(
             f"| {dataset} | {ipc} | `{best.row.method}` | {_plain(best, 'own')} | {_plain(best, 'canonical')} "
-            f"| {minutes(best):.1f} | {mean_and_std(random) if random else '—'} "
+            f"| {in_minutes(best)} | {mean_and_std(random) if random else '—'} "
             f"| {published(best.row.method, dataset, ipc) or '—'} |"
         )
     return "\n".join([BEST, *lines]) if lines else ""
@@ -208,6 +208,12 @@ def write(table: Table, records: Mapping[str, Record], root: Path) -> None:
 
 def minutes(row: Record) -> float:
     return statistics.fmean(d.minutes if row.row.device == "cuda" else d.cpu_minutes for d in row.distillations)
+
+
+def in_minutes(row: Record) -> str:
+    """The mean time of a distillation as text."""
+    value = minutes(row)
+    return f"{value:.1f}" if value >= 0.05 else "< 0.1"
 
 
 def _points(row: Record) -> list[Point]:
