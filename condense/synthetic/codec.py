@@ -169,7 +169,8 @@ class Codec(Coded):
             errors = (decoder(seen, classes) - images).square().flatten(1).mean(1)
             rates = self.rates(seen, classes, decoder)
             loss = (decoder.per_class(errors, classes) + self.fit_rate_weight * rates).sum()
-            for param, grad in zip((latents, *params), torch.autograd.grad(loss, (latents, *params)), strict=True):
+            leaves = (latents, *params)  # some are unused where there is a single grid, or the entropy model has no layers
+            for param, grad in zip(leaves, torch.autograd.grad(loss, leaves, materialize_grads=True), strict=True):
                 param.grad = grad
             optimiser.step()
         for param in params:
@@ -190,6 +191,7 @@ class Codec(Coded):
                 is_coarse &= decoder.per_class(errors, classes) > limit
                 if not is_coarse.any():
                     break
+            decoder.set_group(names, torch.where(is_coarse[:, None], exact, decoder.group(names)))
         for names in PREDICTING:
             exact = best = decoder.group(names)
             fewest = torch.full((len(exact),), math.inf, dtype=torch.float64, device=exact.device)
