@@ -488,11 +488,12 @@ def test_a_method_that_cannot_add_the_rate_is_refused(tiny: Arrays) -> None:
         ({"images": 0}, "decode.images must be at least 1, got 0; a published value is 64"),
         ({"context": 257}, "decode.context must be at most 256, got 257; a published value is 32"),
         ({"levels": 0}, r"decode.levels must be at least 1, got 0; give decode=Codec\(levels=6\)"),
-        ({"fit_lr": 0.0}, "decode.fit_lr must be positive, got 0.0; a published value is 0.01"),
-        ({"rate_weight": ()}, r"decode.rate_weight must be numbers of at least 0, got \[\]; .* are 0.001 and 0.015"),
-        ({"noise": (-1.0, 0.0)}, "decode.noise must be at least 0, .*0.25 and 0.1"),
-        ({"temperature": (0.3, 0.0)}, "decode.temperature must be positive, .* published values are 0.3 and 0.1"),
-        ({"weight_error": -1.0}, "decode.weight_error must be at least 0, got -1.0; a published value is 5e-05"),
+        ({"fit_lr": 0.0}, "decode.fit_lr must be positive and less than 1e30, got 0.0; a published value is 0.01"),
+        ({"fit_lr": 1e38}, r"decode.fit_lr must be .* got 1e\+38; a published value is 0.01"),
+        ({"rate_weight": ()}, r"decode.rate_weight must be finite .* at least 0, got \[\]; .* are 0.001 and 0.015"),
+        ({"noise": (-1.0, 0.0)}, "decode.noise must be finite and at least 0, .*0.25 and 0.1"),
+        ({"temperature": (0.3, 0.0)}, "decode.temperature must be positive and finite, .* values are 0.3 and 0.1"),
+        ({"weight_error": -1.0}, "decode.weight_error must be finite and at least 0, got -1.0; .* is 5e-05"),
     ],
 )
 def test_bad_fields_are_refused_with_the_mend(fields: dict[str, Any], line: str) -> None:
