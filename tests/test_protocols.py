@@ -15,6 +15,7 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.eval import evaluate as evaluation
 from condense.eval.evaluate import SetScorer, evaluate
+from condense.eval.journal import CachedCells
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.eval.results import Result
 from condense.eval.subject import Subject, decoded
@@ -132,6 +133,24 @@ def test_what_was_chosen_on_held_out_images_is_not_scored_on_them(arrays: Arrays
             run(make_set(arrays), arrays, plan, split="validation")
     with pytest.raises(ValueError, match="needs held-out real images"):
         run(make_set(arrays, val_fraction=0.0), arrays, SHORT, split="validation")
+
+
+@pytest.mark.parametrize(("plan", "split"), [(SHORT, "validation"), (GRID, "test")])
+def test_a_fraction_that_holds_out_no_image_is_refused(arrays: Arrays, plan: Protocol, split: str) -> None:
+    line = r"split=Split\(val_fraction=0.01\) holds out no image, .*; distil the set with a larger fraction$"
+    with pytest.raises(ValueError, match=line) as error:
+        run(make_set(arrays, val_fraction=0.01), arrays, plan, split=split)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_on_other_held_out_images_are_not_taken_from_the_cache(arrays: Arrays, tmp_path: Path) -> None:
+    """Though the set has the same images."""
+    kept = CachedCells(tmp_path)
+    for fraction in (0.25, 0.5):
+        syn = make_set(arrays, val_fraction=fraction)
+        first, again = (run(syn, arrays, SHORT, split="validation", journal=kept) for _ in range(2))
+        fresh = run(syn, arrays, SHORT, split="validation")
+        assert first.metrics == again.metrics == fresh.metrics
 
 
 def test_without_held_out_images_a_choice_is_refused(arrays: Arrays) -> None:
