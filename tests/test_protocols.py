@@ -143,14 +143,15 @@ def test_a_fraction_that_holds_out_no_image_is_refused(arrays: Arrays, plan: Pro
     assert "\n" not in str(error.value)
 
 
-def test_scores_on_other_held_out_images_are_not_taken_from_the_cache(arrays: Arrays, tmp_path: Path) -> None:
-    """Though the set has the same images."""
+def test_scores_of_another_split_are_not_taken_from_the_cache(arrays: Arrays, tmp_path: Path) -> None:
+    """Though the set has the same images: networks are scored on others, or a teacher has learned from others."""
     kept = CachedCells(tmp_path)
     for fraction in (0.25, 0.5):
         syn = make_set(arrays, val_fraction=fraction)
-        first, again = (run(syn, arrays, SHORT, split="validation", journal=kept) for _ in range(2))
-        fresh = run(syn, arrays, SHORT, split="validation")
-        assert first.metrics == again.metrics == fresh.metrics
+        for options in ({"split": "validation"}, {"plan": dataclasses.replace(SHORT, teacher="mlp", labels="teacher")}):
+            first, again = (run(syn, arrays, **{"plan": SHORT, "journal": kept} | options) for _ in range(2))
+            fresh = run(syn, arrays, **{"plan": SHORT} | options)
+            assert first.metrics == again.metrics == fresh.metrics
 
 
 def test_without_held_out_images_a_choice_is_refused(arrays: Arrays) -> None:

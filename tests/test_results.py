@@ -154,6 +154,8 @@ def test_rows_of_a_gpu_begin_with_the_largest_gain_per_minute() -> None:
         ("rows: [{method: dm}, {method: dm}]", "two rows are named s-dm; give one a label"),
         ("rows: [{method: dm, dataset: b}]", "s-dm has the data set b, for which data names no file"),
         ("rows: [{use: pool}]", "there are no settings 'pool'"),
+        ("rows: [{use: 5}]", "use is 5; give the name of settings, or a list of names"),
+        ("rows: [{use: [5]}]", "there are no settings 5"),
         ("rows: [{method: dm, tried: 3}]", "say in chosen how this one was chosen"),
     ],
 )
