@@ -37,6 +37,7 @@ from condense.buffers.trajectories import Experts
 from condense.compute import Compute, has_bfloat16, prepare_device
 from condense.data.datasets import Arrays, open_data
 from condense.files import read_json, write_text
+from condense.runs import read_record
 from condense.schedule import Schedule
 from condense.schema import from_json
 from condense.synthetic.set import SyntheticSet
@@ -100,7 +101,7 @@ class Row:
     bytes: dict[str, list[int]]
     """By column: bytes of the images and of the labels."""
     seconds: float
-    """Time of the distillation, without the teacher."""
+    """Time of the distillation, without the teacher, as the run recorded it over all its interruptions."""
     minutes: float
     """Time of distillation, labelling, training and scoring."""
 
@@ -164,10 +165,10 @@ class Bench:
         return Compute(compile=False, autocast="bfloat16" if fast else "none", channels_last=fast)
 
     def row(self, method: str, ipc: int) -> Row:
-        begun = time.monotonic()
         draws = range(self.num_seeds) if method == RANDOM else range(1)
         sets = [self.distilled(method, ipc, seed) for seed in draws]
-        seconds = time.monotonic() - begun
+        seconds = sum(read_record(self.run(method, ipc, seed))["seconds"] for seed in draws)
+        begun = time.monotonic()
         num_seeds = 1 if method == RANDOM else self.num_seeds
         accuracies: dict[str, list[float]] = {}
         sizes: dict[str, list[int]] = {}
@@ -186,7 +187,7 @@ class Bench:
             accuracies=accuracies,
             bytes=sizes,
             seconds=seconds,
-            minutes=(time.monotonic() - begun) / 60,
+            minutes=(seconds + time.monotonic() - begun) / 60,
         )
 
     @property
@@ -208,10 +209,13 @@ class Bench:
             buffers=self.teacher,
             compute=self.compute,
             device=str(self.device),
-            out=self.folder / f"{method}-{ipc}-{seed}",
+            out=self.run(method, ipc, seed),
             resume=True,
             **SETTINGS.get(method, {}),
         )
+
+    def run(self, method: str, ipc: int, seed: int) -> Path:
+        return self.folder / f"{method}-{ipc}-{seed}"
 
     @functools.cached_property
     def teacher(self) -> Path:

@@ -6,7 +6,8 @@
 One expert of the given architecture is trained on the real training images. Its last weights are the teacher and the
 encoder of the projectors, and five of its epochs are their weak teachers. One set of random real images gets each kind
 of labels, and N fresh networks are trained on it under the protocol ``relabelled`` for 300 epochs. ``FILE`` (by default
-``labels.json`` in FOLDER) has one row per kind; rows that it has are not measured again.
+``labels.json`` in FOLDER) has one row per kind; rows that it has are not measured again, and rows of other settings or
+another code are not overwritten.
 """
 
 from __future__ import annotations
@@ -86,6 +87,22 @@ def read(file: Path) -> Rows:
     return from_json(Rows, read_json(file, fix="delete it"), str(file))
 
 
+def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows:
+    """Return the rows of a file that is to be continued, or none.
+
+    Raises:
+        ValueError: the file has rows of other settings or of another code, device or number of threads.
+    """
+    if not file.exists():
+        return Rows(**facts, provenance=now)
+    made = read(file)
+    found = {**dataclasses.asdict(made), **dataclasses.asdict(made.provenance)}
+    for name, value in {**facts, **dataclasses.asdict(now)}.items():
+        if name != "date" and found[name] != value:
+            raise ValueError(f"{file} has rows of {name} {found[name]}, not {value}; give another file with --rows")
+    return made
+
+
 def tables(folder: Path) -> list[str]:
     """The lines of a table for each file in ``folder``."""
     lines = []
@@ -124,14 +141,12 @@ def main() -> None:
         "images": syn.cost().images,
     }
     file = chosen.rows or chosen.out / "labels.json"
-    made = read(file) if file.exists() else None
-    if made is None or any(getattr(made, name) != value for name, value in facts.items()):
-        made = Rows(**facts, provenance=Provenance.now(device))
+    made = begun(file, facts, Provenance.now(device))
     print(HEADER, flush=True)
     for name, kind in KINDS.items():
         row = next((row for row in made.rows if row.labels == name), None)
         if row is None:
-            begun = time.monotonic()
+            start = time.monotonic()
             fields = {"batch_size": BATCH.get(chosen.ipc, 100)} if isinstance(kind, Stored) else {}
             given = api.relabel(syn, chosen.out / "experts", kind, dataset=arrays, **fields, **common)
             results = api.evaluate(
@@ -147,7 +162,7 @@ def main() -> None:
                 accuracies=results.results[0].accuracies,
                 bytes=given.cost().labels,
                 encoder=encoder_bytes(given),
-                minutes=(time.monotonic() - begun) / 60,
+                minutes=(time.monotonic() - start) / 60,
             )
             made = dataclasses.replace(made, rows=(*made.rows, row))
             file.parent.mkdir(parents=True, exist_ok=True)

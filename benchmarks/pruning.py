@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.harness import Provenance
 from benchmarks.inputs import percent
-from condense.compute import resolve_device
 from condense.files import read_json, write_text
 from condense.schema import from_json
 
@@ -71,7 +72,7 @@ def tables(folder: Path) -> list[str]:
             words = [f"`{curve[0]}`", "yes" if curve[1] else "no", *(cells[share] for share in shares)]
             lines.append(f"| {' | '.join(words)} |")
         n = len(made.accuracies[0].accuracies)
-        lines += ["", f"    {made.command}", "", f"{made.provenance}, seed 0, {made.minutes:.0f} minutes;"]
+        lines += ["", f"    {made.command}", "", f"{made.provenance}, {made.minutes:.0f} minutes;"]
         lines += [f"n = {n} networks on one selection.", ""]
     return lines
 
@@ -83,12 +84,13 @@ def measure(data: str, flags: Sequence[str], rows: Path) -> Curves:
     with tempfile.TemporaryDirectory() as out:
         subprocess.run([sys.executable, "-m", "condense", *words, "--out", out], check=True)
         found = read_json(Path(out) / "apply-pruning.json", fix="run it again")
+    first = found["accuracies"][0]
     fields = ("method", "fraction", "teacher", "accuracies", "network", "num_images")
     content = {
         "dataset": name,
         "command": shlex.join(["condense", "apply", "pruning", Path(data).name, *flags]),
         "minutes": (time.monotonic() - begun) / 60,
-        "provenance": dataclasses.asdict(Provenance.now(resolve_device("auto"))),
+        "provenance": {**dataclasses.asdict(Provenance.now(torch.device("cpu"))), "device": first["device"]},
         "accuracy_of_teacher": found["accuracy_of_teacher"],
         "accuracies": [{field: row[field] for field in fields} for row in found["accuracies"]],
     }

@@ -63,7 +63,7 @@ from condense.networks import Factory, Functional
 from condense.recipe import Recipe
 from condense.rng import check_seed
 from condense.runs import RunOptions as RunOptions
-from condense.schema import accepted, checked, replaced
+from condense.schema import accepted, brief, checked, replaced
 from condense.sets import Readable
 from condense.sets import open_set as open_set
 from condense.synthetic.decode import Decode, Pixels
@@ -243,9 +243,9 @@ def evaluate(
     target = expanded(out) if out is not None else evaluation_file(syn, split)
     if target is not None:
         check_new_file(target, "results")
-        others = {row.get("split", "test") for row in (read(target) if target.exists() else [])} - {split}
-        if others:
-            raise ValueError(f"{target} holds {others.pop()} accuracies; give {spelt('out')} with another file")
+        for row in read(target) if target.exists() else []:
+            if (other := row.get("split", "test")) != split:
+                raise ValueError(f"{target} holds {brief(other)} accuracies; give {spelt('out')} with another file")
     given, data = sets.read_set(syn, dataset)
     known = given if isinstance(given, SyntheticSet) else None
     several = [protocol] if isinstance(protocol, str | Protocol) else protocol

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from condense import api, artifacts, runs
 from condense.data.layout import kind
@@ -223,13 +223,15 @@ def _run(folder: Path) -> Summary:
         facts["last step"] = ", ".join(f"{name} {value:.5g}" for name, value in log[-1].items())
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
-    rows, validation = (
-        read_complete(file) if (file := folder / name).exists() else []
-        for name in ("evaluation.json", "validation.json")
-    )
+    rows, validation = (_scores(folder, split) for split in get_args(api.Scored))
     if rows:
         facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
     return Summary(groups | {"run": facts}, remark, rows, validation, uses_of(folder))
+
+
+def _scores(folder: Path, split: api.Scored) -> list[dict[str, Any]]:
+    file = api.evaluation_file(folder, split)
+    return read_complete(file, split) if file is not None and file.exists() else []
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -212,6 +212,7 @@ def measure(
     def label_of(network: Functional) -> Label | None:
         return None if labels is None else labels[network.name]
 
+    of_split = bool(split == "validation" or protocol.holds_out or protocol.teacher)  # and not of the set alone
     plans = [
         _with_best_rate(
             plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network), weights
@@ -233,7 +234,7 @@ def measure(
             "torch": torch.__version__,
             "num_classes": arrays.num_classes,
             **({} if kind is None else {"labels": dataclasses.asdict(kind)}),
-            **({} if split == "test" else {"split": split}),
+            **({} if syn is None or not of_split else {"split": [split, dataclasses.asdict(syn.origin.split)]}),
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
@@ -411,7 +412,7 @@ def evaluate(
             progress=progress,
             ranks=ranks,
             journal=journal,
-            held_out=subject.held_out if protocol.holds_out else None,
+            held_out=subject.scored("validation") if protocol.holds_out else None,
             labels=labels,
             split=split,
         ):

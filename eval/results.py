@@ -252,9 +252,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} holds no results: {error}; {_FIX}") from error
 
 
-def read_complete(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``read`` that have every field of ``Result`` without a default. Rows of earlier versions that
-    lack such fields are left out with a warning.
+def read_complete(path: Path, split: Scored = "test") -> list[dict[str, Any]]:
+    """Return the rows of ``read`` that were scored on ``split`` and have every field of ``Result`` without a default.
+    Rows of earlier versions that lack such fields are left out with a warning.
 
     Raises:
         ValueError: see ``read``; also if a field of a row has a wrong type or value.
@@ -278,7 +278,7 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
             "run condense evaluate again to replace them",
             stacklevel=2,
         )
-    return complete
+    return [row for row in complete if row["split"] == split]
 
 
 _FIX = "move it away and run condense evaluate again"

@@ -71,8 +71,20 @@ class Subject:
         return load_test(self.arrays, self.transform, self.device)
 
     def scored(self, split: Scored) -> Labelled:
-        """Return the images on which networks are scored."""
-        return self.held_out if split == "validation" else self.test
+        """Return the images on which networks are scored.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if split == "test":
+            return self.test
+        fraction = require_held_out(self.syn).val_fraction
+        if not len(self.held_out):
+            raise ValueError(
+                f"{spelt('split.val_fraction', fraction)} holds out no image, because the classes are small; "
+                "distil the set with a larger fraction"
+            )
+        return self.held_out
 
     @property
     def train(self) -> Labelled:

@@ -423,8 +423,11 @@ def test_scores_on_held_out_images_have_a_file_of_their_own(
     assert said.index("test accuracy, %") < said.index("validation accuracy, %")
     on_validation = ["evaluate", run, "--split", "validation", *short]
     mixed = fails(capsys, *on_validation, "--out", str(tmp_path / "run" / "evaluation.json"))
-    assert "holds test accuracies; give --out" in mixed
+    assert "holds 'test' accuracies; give --out" in mixed
     assert "full is trained on the held-out images too" in fails(capsys, *on_validation, "--baselines", "full")
+    file = tmp_path / "run" / "validation.json"
+    file.write_text('{"results": [{"split": ["x"]}]}')
+    assert "holds ['x'] accuracies; give --out" in fails(capsys, *on_validation)
     main([*make, str(tmp_path / "whole")])
     said = fails(capsys, "evaluate", str(tmp_path / "whole"), "--split", "validation", *short)
     assert "distil it with --split.val-fraction 0.1" in said

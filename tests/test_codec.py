@@ -307,6 +307,9 @@ def test_weights_have_the_coarsest_step_that_the_error_allows() -> None:
             errors[tried] = made[syn.classes == label].mean().item()
         assert errors[k] <= SMALL.weight_error / 3 < errors[k - 1]
 
+    small_error = a_set(dataclasses.replace(SMALL, weight_error=0.0)).finished()
+    assert torch.equal(small_error()[0], wanted), "no step is fine enough"
+
     def taken(weights: Tensor) -> Tensor:
         trial = a_set().decoder
         assert isinstance(trial, CodecDecoder)
@@ -353,6 +356,29 @@ def test_the_fit_lowers_error_and_rate_of_every_class_by_itself(monkeypatch: pyt
 
     start, cheap, dear = after(0, 0.01), after(150, 0.01), after(150, 1.0)
     assert cheap[0] < start[0] / 2 and dear[1] < cheap[1] < start[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields"), [((1, 1, 1), {}), ((3, 1, 9), {}), (SHAPE, {"levels": 1}), (SHAPE, {"context_layers": 0})]
+)
+def test_networks_without_upsampling_or_layers_are_fitted_too(
+    shape: tuple[int, int, int], fields: dict[str, Any]
+) -> None:
+    decode, classes = dataclasses.replace(SMALL, **fields), torch.arange(NUM_CLASSES)
+    decoder = decode.build(shape, NUM_CLASSES)
+    latents = decode.encode(torch.randn(3, *shape, generator=generator()), classes, decoder, generator(1))
+    syn = a_set(decode) if shape == SHAPE else None
+    assert decoder(latents, classes).shape == (3, *shape)
+    assert syn is None or syn.finished().num_bits > 0
+
+
+@pytest.mark.parametrize("decode", [SMALL, Siren(width=4)], ids=["codec", "siren"])
+def test_a_fit_that_diverges_is_refused(decode: Codec | Siren) -> None:
+    decode = dataclasses.replace(decode, fit_lr=1e20, fit_steps=30)
+    images, decoder = torch.randn(3, *SHAPE, generator=generator()), decode.build(SHAPE, NUM_CLASSES)
+    with pytest.raises(ValueError, match=r"^the fit of the decoder .* diverged; give a smaller decode=") as error:
+        fits.encoded(decode, images, torch.arange(3), decoder, Rng(0))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("decode", [SMALL, Siren(width=4, fit_steps=5)], ids=["codec", "siren"])
@@ -462,11 +488,12 @@ def test_a_method_that_cannot_add_the_rate_is_refused(tiny: Arrays) -> None:
         ({"images": 0}, "decode.images must be at least 1, got 0; a published value is 64"),
         ({"context": 257}, "decode.context must be at most 256, got 257; a published value is 32"),
         ({"levels": 0}, r"decode.levels must be at least 1, got 0; give decode=Codec\(levels=6\)"),
-        ({"fit_lr": 0.0}, "decode.fit_lr must be positive, got 0.0; a published value is 0.01"),
-        ({"rate_weight": ()}, r"decode.rate_weight must be numbers of at least 0, got \[\]; .* are 0.001 and 0.015"),
-        ({"noise": (-1.0, 0.0)}, "decode.noise must be at least 0, .*0.25 and 0.1"),
-        ({"temperature": (0.3, 0.0)}, "decode.temperature must be positive, .* published values are 0.3 and 0.1"),
-        ({"weight_error": -1.0}, "decode.weight_error must be at least 0, got -1.0; a published value is 5e-05"),
+        ({"fit_lr": 0.0}, "decode.fit_lr must be positive and less than 1e30, got 0.0; a published value is 0.01"),
+        ({"fit_lr": 1e38}, r"decode.fit_lr must be .* got 1e\+38; a published value is 0.01"),
+        ({"rate_weight": ()}, r"decode.rate_weight must be finite .* at least 0, got \[\]; .* are 0.001 and 0.015"),
+        ({"noise": (-1.0, 0.0)}, "decode.noise must be finite and at least 0, .*0.25 and 0.1"),
+        ({"temperature": (0.3, 0.0)}, "decode.temperature must be positive and finite, .* values are 0.3 and 0.1"),
+        ({"weight_error": -1.0}, "decode.weight_error must be finite and at least 0, got -1.0; .* is 5e-05"),
     ],
 )
 def test_bad_fields_are_refused_with_the_mend(fields: dict[str, Any], line: str) -> None:

@@ -15,6 +15,7 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.eval import evaluate as evaluation
 from condense.eval.evaluate import SetScorer, evaluate
+from condense.eval.journal import CachedCells
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.eval.results import Result
 from condense.eval.subject import Subject, decoded
@@ -132,6 +133,25 @@ def test_what_was_chosen_on_held_out_images_is_not_scored_on_them(arrays: Arrays
             run(make_set(arrays), arrays, plan, split="validation")
     with pytest.raises(ValueError, match="needs held-out real images"):
         run(make_set(arrays, val_fraction=0.0), arrays, SHORT, split="validation")
+
+
+@pytest.mark.parametrize(("plan", "split"), [(SHORT, "validation"), (GRID, "test")])
+def test_a_fraction_that_holds_out_no_image_is_refused(arrays: Arrays, plan: Protocol, split: str) -> None:
+    line = r"split=Split\(val_fraction=0.01\) holds out no image, .*; distil the set with a larger fraction$"
+    with pytest.raises(ValueError, match=line) as error:
+        run(make_set(arrays, val_fraction=0.01), arrays, plan, split=split)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_another_split_are_not_taken_from_the_cache(arrays: Arrays, tmp_path: Path) -> None:
+    """Though the set has the same images: networks are scored on others, or a teacher has learned from others."""
+    kept = CachedCells(tmp_path)
+    for fraction in (0.25, 0.5):
+        syn = make_set(arrays, val_fraction=fraction)
+        for options in ({"split": "validation"}, {"plan": dataclasses.replace(SHORT, teacher="mlp", labels="teacher")}):
+            first, again = (run(syn, arrays, **{"plan": SHORT, "journal": kept} | options) for _ in range(2))
+            fresh = run(syn, arrays, **{"plan": SHORT} | options)
+            assert first.metrics == again.metrics == fresh.metrics
 
 
 def test_without_held_out_images_a_choice_is_refused(arrays: Arrays) -> None:

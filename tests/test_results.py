@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import decoupled, labels, pruning
 from benchmarks.harness import Provenance
@@ -27,6 +29,7 @@ from benchmarks.results.published import published
 from benchmarks.results.queue import STEPS, Failed, Queue, Stopped
 from benchmarks.results.table import Row
 from condense import cli
+from condense.data.datasets import Arrays
 
 ROOT = Path(__file__).parents[1]
 TINY = "convnet:depth=1,width=4"
@@ -151,6 +154,8 @@ def test_rows_of_a_gpu_begin_with_the_largest_gain_per_minute() -> None:
         ("rows: [{method: dm}, {method: dm}]", "two rows are named s-dm; give one a label"),
         ("rows: [{method: dm, dataset: b}]", "s-dm has the data set b, for which data names no file"),
         ("rows: [{use: pool}]", "there are no settings 'pool'"),
+        ("rows: [{use: 5}]", "use is 5; give the name of settings, or a list of names"),
+        ("rows: [{use: [5]}]", "there are no settings 5"),
         ("rows: [{method: dm, tried: 3}]", "say in chosen how this one was chosen"),
     ],
 )
@@ -279,6 +284,65 @@ def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:
     assert "| images kept by | teacher | 10 % | 30 % |" in text
     assert "| `random` | yes | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
     assert text.count("Commit abc, cpu, threads 1, torch 2, 2026-01-01") == 3
+
+
+def test_the_time_of_a_distillation_is_that_of_its_run(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the row is measured after an interruption, when the set is there already."""
+    monkeypatch.setattr(decoupled.Bench, "teacher", tmp_path)
+    monkeypatch.setattr(decoupled.Bench, "labelled", lambda self, syn, kind: syn)
+    monkeypatch.setattr(decoupled.Bench, "score", lambda *_: (0.5,))
+    device = torch.device("cpu")
+    bench = decoupled.Bench(
+        arrays=tiny, network=TINY, num_seeds=2, device=device, folder=tmp_path, name="tiny", provenance=WHERE
+    )
+    first = bench.row("random", 1)
+    for seed in range(2):
+        file = tmp_path / f"random-1-{seed}" / "run.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 100.0}))
+    again = bench.row("random", 1)
+    assert 0 < first.seconds < 100 and again.seconds == pytest.approx(200, abs=9)
+    assert again.minutes >= again.seconds / 60
+
+
+def test_rows_of_labels_are_continued_by_the_same_code_alone(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {
+        "dataset": "toy",
+        "fingerprint": "0",
+        "network": TINY,
+        "ipc": 1,
+        "num_seeds": 2,
+        "images": 9,
+    }
+    file, later = tmp_path / "labels.json", dataclasses.replace(WHERE, date="2026-01-02")
+    row = labels.Row(labels="online", accuracies=(0.5, 0.7), bytes=1500, encoder=1000, minutes=1.0)
+    assert labels.begun(file, facts, WHERE) == labels.Rows(**facts, provenance=WHERE)
+    made = labels.Rows(**facts, provenance=WHERE, rows=(row,))
+    file.write_text(json.dumps(dataclasses.asdict(made)))
+    assert labels.begun(file, facts, later) == made
+    for given, now in ((facts, dataclasses.replace(WHERE, commit="abd")), ({**facts, "ipc": 10}, WHERE)):
+        with pytest.raises(ValueError, match=r"labels.json has rows of (commit abc|ipc 1), .*; give another file with"):
+            labels.begun(file, given, now)
+
+
+def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = {
+        "method": "random",
+        "accuracies": [0.5],
+        "network": TINY,
+        "num_images": 3,
+        "fraction": 0.1,
+        "teacher": True,
+    }
+
+    def run(words: list[str], check: bool) -> None:
+        content = {"accuracy_of_teacher": 0.9, "accuracies": [{**share, "device": "a GPU"}]}
+        (Path(words[-1]) / "apply-pruning.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(pruning, "subprocess", SimpleNamespace(run=run))
+    made = pruning.measure("folder/toy.npz", ["--device", "cuda"], tmp_path)
+    assert made.provenance.device == "a GPU" and made.command == "condense apply pruning toy.npz --device cuda"
 
 
 @pytest.mark.slow

@@ -116,9 +116,11 @@ def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
     place, rows = f"{where}, {entry['name']}", []
     for given in entry["rows"]:
         merged, used = dict(entry.get("common", {})), given.get("use", [])
+        if not isinstance(used, str | list):
+            raise ValueError(f"{place}: use is {used!r}; give the name of settings, or a list of names")
         for name in [used] if isinstance(used, str) else used:
-            if name not in settings:
-                raise ValueError(f"{place}: there are no settings {name!r}; {suggest(name, settings)}")
+            if not isinstance(name, str) or name not in settings:
+                raise ValueError(f"{place}: there are no settings {name!r}; {suggest(str(name), settings)}")
             merged |= settings[name]
         merged |= given
         _known(merged, (*fields, "label", "use"), place)

@@ -86,14 +86,19 @@ class Codec(Coded):
                 raise ValueError(f"decode.{name} must be at most {bound}, got {value}; {self._published(name)}")
         for name in ("fit_rate_weight", "weight_error"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"decode.{name} must be at least 0, got {value}; {self._published(name)}")
-        if not 0 < self.fit_lr < math.inf:
-            raise ValueError(f"decode.fit_lr must be positive, got {self.fit_lr}; {self._published('fit_lr')}")
+                raise ValueError(f"decode.{name} must be finite and at least 0, got {value}; {self._published(name)}")
+        if not 0 < self.fit_lr < 1e30:
+            raise ValueError(
+                f"decode.fit_lr must be positive and less than 1e30, got {self.fit_lr}; {self._published('fit_lr')}"
+            )
         if not all(0 <= std < math.inf for std in self.noise):
-            raise ValueError(f"decode.noise must be at least 0, got {list(self.noise)}; {self._published('noise')}")
+            raise ValueError(
+                f"decode.noise must be finite and at least 0, got {list(self.noise)}; {self._published('noise')}"
+            )
         if not all(0 < value < math.inf for value in self.temperature):
             raise ValueError(
-                f"decode.temperature must be positive, got {list(self.temperature)}; {self._published('temperature')}"
+                f"decode.temperature must be positive and finite, got {list(self.temperature)}; "
+                f"{self._published('temperature')}"
             )
 
     def _published(self, name: str) -> str:
@@ -169,7 +174,8 @@ class Codec(Coded):
             errors = (decoder(seen, classes) - images).square().flatten(1).mean(1)
             rates = self.rates(seen, classes, decoder)
             loss = (decoder.per_class(errors, classes) + self.fit_rate_weight * rates).sum()
-            for param, grad in zip((latents, *params), torch.autograd.grad(loss, (latents, *params)), strict=True):
+            leaves = (latents, *params)  # of which a single grid or an entropy model without layers uses not all
+            for param, grad in zip(leaves, torch.autograd.grad(loss, leaves, materialize_grads=True), strict=True):
                 param.grad = grad
             optimiser.step()
         for param in params:
@@ -190,6 +196,7 @@ class Codec(Coded):
                 is_coarse &= decoder.per_class(errors, classes) > limit
                 if not is_coarse.any():
                     break
+            decoder.set_group(names, torch.where(is_coarse[:, None], exact, decoder.group(names)))
         for names in PREDICTING:
             exact = best = decoder.group(names)
             fewest = torch.full((len(exact),), math.inf, dtype=torch.float64, device=exact.device)

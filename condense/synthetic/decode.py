@@ -134,8 +134,8 @@ class Coded(Decode):
             raise ValueError(f"decode.images must be at least 1, got {self.images}; a published value is 64")
         if not self.rate_weight or not all(0 <= weight < math.inf for weight in self.rate_weight):
             raise ValueError(
-                f"decode.rate_weight must be numbers of at least 0, got {list(self.rate_weight)}; published values are "
-                "0.001 and 0.015"
+                f"decode.rate_weight must be finite numbers of at least 0, got {list(self.rate_weight)}; "
+                "published values are 0.001 and 0.015"
             )
 
     def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
@@ -790,9 +790,11 @@ class Siren(Decode):
                 usual = type(self).__dataclass_fields__[name].default
                 raise ValueError(f"decode.{name} must be at least {least}, got {value}; the published value is {usual}")
         for name in ("first_frequency", "frequency", "fit_lr"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
+            if not 0 < (value := getattr(self, name)) < 1e30:
                 usual = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"decode.{name} must be positive, got {value}; the published value is {usual:g}")
+                raise ValueError(
+                    f"decode.{name} must be positive and less than 1e30, got {value}; the published value is {usual:g}"
+                )
 
     def layers(self, channels: int) -> list[tuple[int, int, float | None]]:
         """Return the number of inputs and outputs of each layer and the factor in its sine; the last layer has none."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from condense.cache import Cache, cache_folder
 from condense.compute import machine
 from condense.files import FORMAT, checksum, read_tensors, write_tensors
+from condense.names import spelt
 from condense.plugins import code_of
 from condense.rng import Rng
 from condense.synthetic.decode import Decode
@@ -30,6 +31,9 @@ def encoded(decode: Decode, images: Tensor, classes: Tensor, decoder: nn.Module,
     Args:
         decode, images, classes, decoder: as for ``Decode.encode``.
         rng: draws under the name ``decoder``.
+
+    Raises:
+        ValueError: the fit diverged.
     """
     cache = Cache(cache_folder() if decode.fits else None, "fits")
     fields = {name: value for name, value in dataclasses.asdict(decode).items() if name not in decode.used_later}
@@ -51,6 +55,11 @@ def encoded(decode: Decode, images: Tensor, classes: Tensor, decoder: nn.Module,
         return stored
     begun = time.perf_counter()
     latents = decode.encode(images, classes, decoder, rng.generator("decoder"))
+    if decode.fits and not all(tensor.isfinite().all() for tensor in (latents, *decoder.state_dict().values())):
+        raise ValueError(
+            f"the fit of the decoder {decode.name} to the initial images diverged; give a smaller "
+            f"{spelt('decode.fit_lr', kind=type(decode).__name__)}"
+        )
     if time.perf_counter() - begun >= WORTH_SECONDS:
         tensors = {"latents": latents, **{f"decoder.{name}": t for name, t in decoder.state_dict().items()}}
         header = {"kind": _KIND, "format": FORMAT}
