@@ -29,8 +29,11 @@ of a distillation: on a CPU half the time of the processors, as if two cores wer
 time. Published numbers are those of the papers, at other budgets than ours; we did not measure them. *Unverified* ones
 were read elsewhere.
 
-`make results` makes this page from `results/table.yaml` and the JSON files in `results/rows`, which hold every
-accuracy, command, commit and device. Earlier measurements are on [another page](measurements.md).
+`make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
+command, commit and device. Earlier measurements are on [another page](measurements.md), and these are on pages of
+their own: [series and clips](inputs.md), [transfer of sets without classes](methods/krr-st.md#measured), [linear
+classifiers on frozen networks](methods/linear-gradient.md#measured), [private sets of
+Fashion-MNIST](methods/dpdm.md#measured) and [sets in an entropy code](methods/codec.md#measured).
 """
 
 
@@ -66,7 +69,8 @@ def page(table: Table, records: Mapping[str, Record], root: Path) -> str:
     """The Markdown text of the page; ``root`` is the folder of the repository."""
     parts = [HEAD, *(section(part, records) for part in table.sections)]
     for title, bench in OTHERS.items():
-        parts += [title, *bench.tables(root / "results" / bench.__name__.rpartition(".")[2])]
+        made = bench.tables(root / "results" / bench.__name__.rpartition(".")[2])
+        parts += [title, *(made or [f"Not measured yet: `python -m {bench.__name__}`.", ""])]
     return "\n".join([*parts, commands(table, records)])
 
 
