@@ -17,7 +17,6 @@ import dataclasses
 import datetime
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import buffer_read, gpu, measure, startup
+from benchmarks import buffer_read, gpu, harness, measure, startup
 from benchmarks.harness import alone, cores, driver, machine, processes
 from benchmarks.jobs import GPU, JOBS, QUICK, Job, Scale, fast, matching_engine
 from benchmarks.report import DOCS, Report, replace_part
@@ -151,16 +150,13 @@ EXTRAS: dict[str, Callable[[Session], None]] = {
 
 
 def head(device: torch.device, commit: str | None) -> dict[str, Any]:
-    if commit is None:
-        command = ["git", "-C", str(DOCS), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "machine": machine(device),
         "driver": driver(device),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit or harness.commit() or "unknown",
         "date": str(datetime.date.today()),
         "limits": {},
     }

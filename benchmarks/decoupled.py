@@ -2,6 +2,7 @@
 
     python -m benchmarks.decoupled DATA.npz --network convnet:depth=4,width=32,norm=batch --out FOLDER
                                    [--only NAME ...] [--ipc 1 10] [--num-seeds 3] [--device auto] [--limit MINUTES]
+                                   [--rows FOLDER]
 
 One teacher of the given architecture is trained on the real training images. Each set is scored three times on the test
 split, by N fresh networks each time:
@@ -12,7 +13,8 @@ split, by N fresh networks each time:
 
 Networks are trained under the protocol ``relabelled`` in the latter two. The row ``random`` has N draws of random
 images with one network each. The settings below are the published ones with fewer steps; none was chosen by accuracy.
-FOLDER keeps the teacher, the sets and one JSON file per row; rows that it holds are not measured again.
+``--out`` keeps the teacher and the sets, ``--rows`` (by default the same folder) one JSON file per row; rows that it
+holds are not measured again. docs/results.md has the tables of the rows below ``results/decoupled``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import Provenance
 from benchmarks.inputs import percent
 from condense import api
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute, has_bfloat16, prepare_device
 from condense.data.datasets import Arrays, open_data
 from condense.files import read_json, write_text
+from condense.runs import read_record
 from condense.schedule import Schedule
 from condense.schema import from_json
 from condense.synthetic.set import SyntheticSet
@@ -68,6 +71,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BATCH = {1: 10, 10: 50}
 """Batch size of the labelled views, by images per class."""
 
+RANDOM = "random"
+
 COLUMNS = ("canonical", "fixed", "views")
 
 
@@ -86,15 +91,17 @@ class Row:
     """Of the training samples."""
     network: str
     num_seeds: int
-    device: str
+    dataset: str
+    """Name of the data set, or of the file without its ending."""
     method: str
     ipc: int
+    provenance: Provenance
     accuracies: dict[str, list[float]]
     """By column."""
     bytes: dict[str, list[int]]
     """By column: bytes of the images and of the labels."""
     seconds: float
-    """Time of the distillation, without the teacher."""
+    """Time of the distillation, without the teacher, as the run recorded it over all its interruptions."""
     minutes: float
     """Time of distillation, labelling, training and scoring."""
 
@@ -113,6 +120,32 @@ HEADER = (
 )
 
 
+def read(file: Path) -> Row:
+    return from_json(Row, read_json(file, fix="delete it"), str(file))
+
+
+def tables(folder: Path) -> list[str]:
+    """The lines of a table for each data set and budget of the rows in the folders below ``folder``."""
+    rows = [read(file) for file in sorted(folder.glob("*/*.json"))]
+    lines = []
+    for dataset, network, ipc in dict.fromkeys((row.dataset, row.network, row.ipc) for row in sorted(rows, key=_place)):
+        given = [row for row in rows if (row.dataset, row.network, row.ipc) == (dataset, network, ipc)]
+        command = f"python -m benchmarks.decoupled {dataset}.npz --network {network} --ipc {ipc}"
+        lines += [f"`{dataset}`, {images(ipc)}, `{network}`:", "", HEADER]
+        lines += [*map(Row.cells, sorted(given, key=_place)), ""]
+        lines += [f"    {command} --num-seeds {given[0].num_seeds} --out FOLDER", ""]
+        lines += [f"{'; '.join(dict.fromkeys(str(row.provenance) for row in given))}; seed 0.", ""]
+    return lines
+
+
+def images(ipc: int) -> str:
+    return f"{ipc} image{'' if ipc == 1 else 's'} per class"
+
+
+def _place(row: Row) -> tuple[str, int, int]:
+    return row.dataset, row.ipc, [RANDOM, *SETTINGS].index(row.method)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """What all rows share."""
@@ -122,6 +155,9 @@ class Bench:
     num_seeds: int
     device: torch.device
     folder: Path
+    name: str
+    """Of the data, in the rows."""
+    provenance: Provenance
 
     @property
     def compute(self) -> Compute:
@@ -129,11 +165,11 @@ class Bench:
         return Compute(compile=False, autocast="bfloat16" if fast else "none", channels_last=fast)
 
     def row(self, method: str, ipc: int) -> Row:
-        begun = time.monotonic()
-        draws = range(self.num_seeds) if method == "random" else range(1)
+        draws = range(self.num_seeds) if method == RANDOM else range(1)
         sets = [self.distilled(method, ipc, seed) for seed in draws]
-        seconds = time.monotonic() - begun
-        num_seeds = 1 if method == "random" else self.num_seeds
+        seconds = sum(read_record(self.run(method, ipc, seed))["seconds"] for seed in draws)
+        begun = time.monotonic()
+        num_seeds = 1 if method == RANDOM else self.num_seeds
         accuracies: dict[str, list[float]] = {}
         sizes: dict[str, list[int]] = {}
         for column in COLUMNS:
@@ -144,12 +180,14 @@ class Bench:
                 sizes[column] = [cost.images, cost.labels]
         return Row(
             **self.common,
+            dataset=self.name,
             method=method,
             ipc=ipc,
+            provenance=self.provenance,
             accuracies=accuracies,
             bytes=sizes,
             seconds=seconds,
-            minutes=(time.monotonic() - begun) / 60,
+            minutes=(seconds + time.monotonic() - begun) / 60,
         )
 
     @property
@@ -158,13 +196,10 @@ class Bench:
             "fingerprint": self.arrays.fingerprint["train"],
             "network": self.network,
             "num_seeds": self.num_seeds,
-            "device": self.device.type,
         }
 
     def distilled(self, method: str, ipc: int, seed: int) -> SyntheticSet:
-        """The set of one seed. A run that was stopped begins again."""
-        out = self.folder / f"{method}-{ipc}-{seed}"
-        shutil.rmtree(out, ignore_errors=True)
+        """The set of one seed. A run that was stopped goes on."""
         return api.distill(
             method,
             dataset=self.arrays,
@@ -174,9 +209,13 @@ class Bench:
             buffers=self.teacher,
             compute=self.compute,
             device=str(self.device),
-            out=out,
+            out=self.run(method, ipc, seed),
+            resume=True,
             **SETTINGS.get(method, {}),
         )
+
+    def run(self, method: str, ipc: int, seed: int) -> Path:
+        return self.folder / f"{method}-{ipc}-{seed}"
 
     @functools.cached_property
     def teacher(self) -> Path:
@@ -207,32 +246,37 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="file, or name of a data set")
-    parser.add_argument("--only", nargs="+", help="methods", default=["random", *SETTINGS])
+    parser.add_argument("--only", nargs="+", help="methods", default=[RANDOM, *SETTINGS])
     parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10])
     parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--network", required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no row is begun")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher, the sets and the rows")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher and the sets")
+    parser.add_argument("--rows", type=Path, help="folder of the rows (default: that of --out)")
     chosen = parser.parse_args()
-    begun = time.monotonic()
+    rows = chosen.rows or chosen.out
+    begun, device = time.monotonic(), prepare_device(chosen.device)
     bench = Bench(
         arrays=open_data(chosen.data),
         network=chosen.network,
         num_seeds=chosen.num_seeds,
-        device=prepare_device(chosen.device),
+        device=device,
         folder=chosen.out,
+        name=Path(chosen.data).stem,
+        provenance=Provenance.now(device),
     )
     print(HEADER, flush=True)
     for ipc in chosen.ipc:
         for method in chosen.only:
-            file = bench.folder / f"{method}-{ipc}.json"
-            row = from_json(Row, read_json(file, fix="delete it"), str(file)) if file.exists() else None
+            file = rows / f"{method}-{ipc}.json"
+            row = read(file) if file.exists() else None
             if row is None or any(getattr(row, name) != value for name, value in bench.common.items()):
                 if time.monotonic() - begun > 60 * chosen.limit:
                     print(f"stopped after {chosen.limit:g} minutes", flush=True)
                     return
                 row = bench.row(method, ipc)
+                rows.mkdir(parents=True, exist_ok=True)
                 write_text(file, json.dumps(dataclasses.asdict(row), indent=1) + "\n")
             print(row.cells(), flush=True)
 

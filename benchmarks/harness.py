@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import datetime
 import gc
 import os
 import platform
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,12 +147,55 @@ def driver(device: torch.device) -> str | None:
         return "unknown"
 
 
+def commit() -> str:
+    """Return the commit of the code, with a plus sign if its files differ from it; empty without a repository."""
+    code = ["condense", "methods", "buffers", "eval", "benchmarks"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", *code)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if changed else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where, when and with which code something was measured."""
+
+    commit: str
+    date: str
+    device: str
+    threads: int
+    torch: str
+
+    @classmethod
+    def now(cls, device: torch.device) -> Provenance:
+        return cls(
+            commit=commit(),
+            date=datetime.date.today().isoformat(),
+            device=device.type,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        )
+
+    def __str__(self) -> str:
+        return f"Commit {self.commit}, {self.device}, threads {self.threads}, torch {self.torch}, {self.date}"
+
+
 def machine(device: torch.device) -> str:
+    """Return the name of the processor; on Linux with its family and model, because different ones share a name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    facts = dict(reversed([[word.strip() for word in line.split(":", 1)] for line in lines if ":" in line]))
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
 
 
 def cores() -> int:

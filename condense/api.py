@@ -41,6 +41,7 @@ from condense.eval.baselines import FULL, compare
 from condense.eval.journal import Journal
 from condense.eval.protocol import Protocol, named, own_network
 from condense.eval.results import Evaluation, Result, merge, read, read_complete
+from condense.eval.results import Scored as Scored
 from condense.eval.subject import Subject
 from condense.experiment import find_recipe as find_recipe
 from condense.experiment import plain_task as plain_task
@@ -62,7 +63,7 @@ from condense.networks import Factory, Functional
 from condense.recipe import Recipe
 from condense.rng import check_seed
 from condense.runs import RunOptions as RunOptions
-from condense.schema import accepted, checked, replaced
+from condense.schema import accepted, brief, checked, replaced
 from condense.sets import Readable
 from condense.sets import open_set as open_set
 from condense.synthetic.decode import Decode, Pixels
@@ -210,6 +211,7 @@ def evaluate(
     protocol: str | Protocol | Sequence[str | Protocol] = "canonical",
     baselines: str | Sequence[str] = (),
     budget: Budget = "images",
+    split: Scored = "test",
     buffers: Path | str = artifacts.DEFAULT_ROOT,
     compute: Compute = Compute(),
     out: Path | str | None = None,
@@ -218,26 +220,32 @@ def evaluate(
     download: bool = False,
     ranks: Ranks = Ranks(),
 ) -> Evaluation:
-    """Train new networks on a set and test each once, after its last epoch, on the test split.
+    """Train new networks on a set and score each once, after its last epoch, on the test split.
 
-    ``syn`` is a set, its file or a run folder, to which ``evaluation.json`` is written. By default ``networks``
-    are those of ``default_networks``. ``protocol`` may be several protocols, one after the other. ``baselines`` are
-    methods or recipes that are run at the same ``budget`` (images per class or bytes), and ``full`` for all training
-    data. If a set has labels of its views (``relabel``) that a protocol uses, baselines are labelled in the same way,
-    by the same teacher. ``buffers`` is the folder in which a teacher that the set does not hold is found.
-    The processes of ``ranks`` (see ``condense.distributed.init_distributed``) share the networks.
+    With ``split`` ``"validation"``, networks are scored on the training images that the set was not made from, so that
+    choices can be made before the test split is used.
+
+    ``syn`` is a set, its file or a run folder, to which ``evaluation.json`` is written, or ``validation.json`` for
+    scores on held-out images. By default ``networks`` are those of ``default_networks``. ``protocol`` may be several
+    protocols, one after the other. ``baselines`` are methods or recipes that are run at the same ``budget`` (images per
+    class or bytes), and ``full`` for all training data. If a set has labels of its views (``relabel``) that a protocol
+    uses, baselines are labelled in the same way, by the same teacher. ``buffers`` is the folder in which a teacher that
+    the set does not hold is found. The processes of ``ranks`` (see ``condense.distributed.init_distributed``) share the
+    networks.
 
     An evaluation that was stopped continues with the missing networks. Baselines are cached.
 
     Raises:
-        ValueError: the set does not belong to this data set; invalid network or protocol.
+        ValueError: the set does not belong to this data set; invalid network or protocol; with ``split``
+            ``"validation"``, the set was made from all training images.
     """
     check_seed(seed)
-    target = expanded(out) if out is not None else evaluation_file(syn)
+    target = expanded(out) if out is not None else evaluation_file(syn, split)
     if target is not None:
         check_new_file(target, "results")
-        if target.exists():
-            read(target)
+        for row in read(target) if target.exists() else []:
+            if (other := row.get("split", "test")) != split:
+                raise ValueError(f"{target} holds {brief(other)} accuracies; give {spelt('out')} with another file")
     given, data = sets.read_set(syn, dataset)
     known = given if isinstance(given, SyntheticSet) else None
     several = [protocol] if isinstance(protocol, str | Protocol) else protocol
@@ -248,8 +256,12 @@ def evaluate(
     rivals = [name for name in baselines if name != FULL]
     networks = default_networks(known, plans[0]) if networks is None else networks
     networks = (networks,) if isinstance(networks, str) or callable(networks) else networks
+    if split == "validation" and FULL in baselines:
+        raise ValueError(
+            f"the baseline {FULL} is trained on the held-out images too; leave it out, or give {spelt('split', 'test')}"
+        )
     for plan in plans:
-        evaluation.check(known, networks, plan, num_seeds)
+        evaluation.check(known, networks, plan, num_seeds, split=split)
     check_baselines(rivals, given, networks[0], seed, budget)
     chosen = prepare_device(device)
     with ranks.rank_zero_first():
@@ -274,6 +286,7 @@ def evaluate(
         "compute": compute,
         "ranks": ranks,
         "on_result": record,
+        "split": split,
     }
     with compute.arithmetic():
         for plan in plans:
@@ -698,9 +711,10 @@ def _option(name: str, value: Any) -> Any:
     return (value,) if name == "track" and isinstance(value, str) else value
 
 
-def evaluation_file(syn: Readable) -> Path | None:
+def evaluation_file(syn: Readable, split: Scored = "test") -> Path | None:
     """Return the file of results of a run folder or a file; None for a set and a set of the zoo, which have none."""
+    name = "evaluation" if split == "test" else split
     if isinstance(syn, SyntheticSet) or zoo.has_name(syn):
         return None
     path = expanded(syn)
-    return path / "evaluation.json" if path.is_dir() else path.with_suffix(".evaluation.json")
+    return path / f"{name}.json" if path.is_dir() else path.with_suffix(f".{name}.json")

@@ -116,13 +116,17 @@ class Evaluate:
     """Methods or recipes to compare with at the same budget; `full` stands for all training data."""
     budget: api.Budget = "images"
     """Budget of the baselines: as many images per class as the set (images), or as many bytes (bytes)."""
+    split: api.Scored = "test"
+    """Images on which the networks are scored: test, or validation for the training images that the set was not made
+    from."""
     buffers: Path = artifacts.DEFAULT_ROOT
     """Folder to search for the teacher of a set whose views are labelled, or the folder of its buffer."""
     dataset: str | None = None
     """Data set that the set was distilled from. The default is the location recorded by the run, else the name in the
     file."""
     out: Path | None = None
-    """File for the results. The default is evaluation.json in the run folder, or FILE.evaluation.json."""
+    """File for the results. The default is evaluation.json in the run folder, or FILE.evaluation.json; with the split
+    validation, validation.json."""
     seed: int = 0
     """Seed of all random numbers."""
     compute: Switch[Compute] = Compute()

@@ -251,6 +251,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the bits of a result depend on besides its inputs, for the keys of caches."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
+
+
 def autocast(fn: Callable[..., Any], device: torch.device, dtype: str | None) -> Callable[..., Any]:
     """Return ``fn`` under autocast to bfloat16 if ``dtype`` says so, else ``fn``."""
     if dtype != "bfloat16":

@@ -70,7 +70,7 @@ def compute(method: Method, ctx: Context, on_step: OnStep | None = None) -> Synt
         steps.advance(done)
         if steps.due or done + 1 == total:
             steps.read()
-    return method.finalize(ctx, state, total)
+    return _stored(method, ctx, state, total)
 
 
 def run(
@@ -138,7 +138,7 @@ def run(
             if log is None:
                 return
             if validate is not None and validates(step):  # the state is of this step
-                record = {**record, **validate(method.finalize(ctx, state, step), step)}
+                record = {**record, **validate(_stored(method, ctx, state, step), step)}
             log.step(step, record)
             if on_step is not None:
                 on_step(step, record)
@@ -153,7 +153,7 @@ def run(
             snapshot = folder / "snapshots" / f"step_{done:07d}.safetensors"
             with reporting(snapshot):
                 snapshot.parent.mkdir(exist_ok=True)
-            save(method.finalize(ctx, state, done), snapshot)
+            save(_stored(method, ctx, state, done), snapshot)
 
         steps = _Steps(method, ctx, state, checkpoint, report)
 
@@ -177,10 +177,18 @@ def run(
                 _checkpoint(state, ctx, done, checkpoint, keep)
                 saved_at, saved_time, keep = done, time.monotonic(), previous
                 on_save()
-        syn = method.finalize(ctx, state, done)
+        syn = _stored(method, ctx, state, done)
         if log is not None:
             save(syn, folder / "synthetic.safetensors")
+            if (line := syn.excess()) is not None:
+                warnings.warn(line, stacklevel=2)
         return syn
+
+
+def _stored(method: Method, ctx: Context, state: State, steps: int) -> SyntheticSet:
+    """Return the set after some steps as it is stored; anything else that ``finalize`` returned as it is."""
+    syn = method.finalize(ctx, state, steps)
+    return syn.finished() if isinstance(syn, SyntheticSet) else syn
 
 
 @contextlib.contextmanager

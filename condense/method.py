@@ -31,7 +31,8 @@ from condense.rng import Rng
 from condense.schedule import CONSTANT, Schedule
 from condense.schema import Checked, brief
 from condense.synthetic.budget import Unit, latents_per_class
-from condense.synthetic.decode import Decode, StaticDynamic
+from condense.synthetic.decode import Coded, Decode, StaticDynamic
+from condense.synthetic.fits import encoded
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import IpcPolicy, Task
@@ -214,11 +215,12 @@ class Context:
         grouped = images.unflatten(0, (-1, copies))
         labels = labels.unflatten(0, (-1, copies))[:, 0]
         decoder = self.new_decoder()
-        latents = self.decode.encode(
+        latents = encoded(
+            self.decode,
             grouped.transpose(0, 1).flatten(0, 1),
             self.origin.classes_of(labels),
             decoder,
-            self.rng.generator("decoder"),
+            self.rng,
         )
         if self.budget == "bits" and latents.shape[1:] != (shape := self.decode.latent_shape(self.task.input_shape)):
             raise ValueError(
@@ -286,6 +288,12 @@ class Context:
         """Raise ValueError if a class has fewer real images than its part of ``images_of_class``. ``otherwise`` is the
         end of the message: what else mends it."""
         for c, (members, num) in enumerate(zip(self.task.train.by_class, self.images_of_class, strict=True)):
+            if len(members) < num and isinstance(self.decode, Coded):
+                given, enough = (spelt("decode.images", n, type(self.decode).__name__) for n in (num, len(members)))
+                raise ValueError(
+                    f"class {self.task.classes[c]!r} has {len(members)} training images, fewer than {given}; give "
+                    f"{enough} or less{otherwise}"
+                )
             if len(members) < num:
                 most = self.ipc * len(members) // num
                 raise ValueError(
@@ -520,6 +528,10 @@ class Method(Checked, ABC):
         if decode.makes_pixels and transform not in ("none", "channel"):
             fix = spelt("transform", "channel")
             return f"cannot whiten the pixels that {decode.name} makes by {transform}; give {fix}"
+        if isinstance(decode, Coded) and self.learns and not isinstance(self, GradientMethod):
+            return (
+                f"adds no rate to its loss, which decides the bits of {decode.name}; give {spelt('decode', 'pixels')}"
+            )
         if isinstance(decode, StaticDynamic) and decode.stills and not self.learns:
             fix = spelt("decode.stills", None, "StaticDynamic")
             return f"takes real clips and learns nothing, so that distilled stills would have no use; give {fix}"
@@ -696,8 +708,10 @@ class GradientMethod(Method):
         gradients = ctx.kept("gradients", state, lambda: _Gradients(self, ctx, state))
         gradients(step)
         total, names = gradients.total, gradients.names
-        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in gradients.params), total])
+        rates = [] if gradients.rate is None else [gradients.rate]
+        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in gradients.params), total, *rates])
         values = {"loss": total[0]} | {f"loss_{name}": value for name, value in zip(names, total[1:], strict=False)}
+        values |= dict(zip(["rate"], rates, strict=False))
         values |= {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         numbers = torch.stack(list(values.values())).to(dtype_of_numbers(ctx.task.device))
         return dict(zip(values, numbers.unbind(), strict=True))
@@ -734,7 +748,9 @@ class GradientMethod(Method):
 class _Gradients:
     """Computes the gradients of all leaves, and the loss with its terms, summed over the parts of this process.
 
-    All results stay in place: the gradients in ``grad`` of the parameters, the loss and its terms in ``total``.
+    All results stay in place: the gradients in ``grad`` of the parameters, the loss and its terms in ``total``. If the
+    decoder has an entropy code, the gradients include those of its penalty, and ``rate`` is the rate in bits per pixel;
+    in all processes but the first they do not, and it is 0.
     """
 
     def __init__(self, method: GradientMethod, ctx: Context, state: GradientState) -> None:
@@ -743,6 +759,8 @@ class _Gradients:
         for param in self.params:
             param.grad = torch.zeros_like(param)
         self.total = torch.zeros(1 + MAX_TERMS, device=ctx.task.device)
+        coded = isinstance(state.syn.decode, Coded)
+        self.rate = torch.zeros((), device=ctx.task.device) if coded else None
         self.names = [*sorted(method.terms), *map(str, range(len(method.terms), MAX_TERMS))]
         """Names of the terms; in a process without parts those of ``method.terms``, and placeholders."""
         graph = ctx.compute.graph and method.graphs(ctx)
@@ -752,9 +770,28 @@ class _Gradients:
         self._run(step)
 
     def _compute(self, step: int | Tensor) -> None:
-        method, ctx, total = self._method, self._ctx, self.total
-        for tensor in (total, *(cast(Tensor, param.grad) for param in self.params)):
+        for tensor in (self.total, *(cast(Tensor, param.grad) for param in self.params)):
             tensor.zero_()
+        syn, ctx = self._state.syn, self._ctx
+        if not isinstance(syn.decode, Coded):
+            return self._sum_over_parts(step)
+        num_steps, rate = self._method.num_steps, cast(Tensor, self.rate).zero_()
+        progress = step % num_steps / num_steps
+        relaxed = syn.decode.relaxed(syn.latents, ctx.rng("quantisation", step), progress)
+        decoded = relaxed.detach().requires_grad_()
+        decoded.grad = torch.zeros_like(decoded)
+        with syn.decoding(decoded):
+            self._sum_over_parts(step)
+        if not ctx.ranks.first:
+            return relaxed.backward(decoded.grad)
+        rates = syn.decode.rates(relaxed, syn.classes, syn.decoder)
+        torch.autograd.backward(
+            (relaxed, rates), (decoded.grad, torch.ones_like(rates) * syn.decode.weight_at(progress))
+        )
+        rate.copy_(rates.detach().mean())
+
+    def _sum_over_parts(self, step: int | Tensor) -> None:
+        method, ctx, total = self._method, self._ctx, self.total
         parts, at_once = ctx.ranks.shard(method.parts(ctx)), method.parts_at_once(ctx)
         for first in range(0, len(parts), at_once):
             with ctx.rng.forked("layers of a part", step, parts[first]):  # same dropout masks for any sharding

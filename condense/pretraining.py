@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from condense.artifacts import BufferWriter, Keep, Trajectories, folder_name, open_buffer, pack
 from condense.cache import Cache
-from condense.compute import Compute
+from condense.compute import Compute, machine
 from condense.files import checksum
 from condense.networks import Weights
 from condense.plugins import code_of
@@ -63,7 +62,7 @@ def pretrained(
         "initial": checksum({**initial.params, **initial.buffers}),
         **rng.identity(),
         "keep": keep,
-        "machine": _machine(task.device),
+        "machine": machine(task.device),
         "code": code_of(network.module),
     }
     cached = store.read(identity, lambda folder: _read(folder / folder_name(task.name, identity), task, training))
@@ -96,13 +95,6 @@ def pretrained(
 
         store.write(identity, write, about=f"{network.name}, {task.name}, {training.num_epochs} epochs")
     return weights
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """Return what the bits of a result depend on besides its inputs."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
 
 
 def _read(folder: Path, task: Task, training: Training) -> list[Weights]:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from condense import api, artifacts, runs
 from condense.data.layout import kind
@@ -66,6 +66,8 @@ class Summary:
     remark: str = ""
     results: Sequence[Mapping[str, Any]] = ()
     """Rows of ``evaluation.json``."""
+    validation: Sequence[Mapping[str, Any]] = ()
+    """Rows of ``validation.json``, scored on held-out training images."""
     uses: Sequence[Mapping[str, Any]] = ()
     """Tables of applications."""
 
@@ -79,6 +81,8 @@ def _print(summary: Summary) -> None:
     if summary.results:
         print_results(summary.results)
         _calibration(summary.results)
+    if summary.validation:
+        print_results(summary.validation)
     for use in summary.uses:
         print_table(use["title"], use["columns"], use["rows"])
 
@@ -104,10 +108,10 @@ def show_recipe(resolved: Resolved, plan: Recipe, flags: Sequence[str], as_json:
 def print_results(rows: Sequence[Mapping[str, Any]], *, together: bool = False) -> None:
     """Print the rows of ``evaluation.json`` as one table per protocol, one line per set and one column per network.
 
-    A cell is the mean test accuracy in percent with its standard deviation and, for unbalanced test classes, the
-    balanced accuracy in brackets. With ``together`` there is one table with
-    the columns of all protocols. A table has columns of bytes where it is of several protocols, where labels take more
-    than images, or where a teacher is not stored.
+    All rows were scored on one split. A cell is the mean accuracy in percent with its standard deviation and, for
+    unbalanced test classes, the balanced accuracy in brackets. With ``together`` there is one table with the columns of
+    all protocols. A table has columns of bytes where it is of several protocols, where labels take more than images, or
+    where a teacher is not stored.
     """
     groups = by_protocol(rows)
     for titles in [list(groups)] if together else [[title] for title in groups]:
@@ -132,7 +136,8 @@ def _print_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             line = [_cell(cells.get(network)) for network in networks] + ([_bytes(cells)] if sizes else [])
             lines.setdefault(name, []).extend(line)
     what = every[0]["network"] if len(groups) > 1 and is_one else ", ".join(groups)
-    heading = f"test accuracy, %: {what}, n = {', '.join(map(str, counts))} networks per cell"
+    scored = every[0].get("split", "test")
+    heading = f"{scored} accuracy, %: {what}, n = {', '.join(map(str, counts))} networks per cell"
     if any(balanced(row) is not None for row in every):
         heading += " (balanced accuracy)"
     print_table(heading, columns, [(name, *line) for name, line in lines.items()])
@@ -218,10 +223,15 @@ def _run(folder: Path) -> Summary:
         facts["last step"] = ", ".join(f"{name} {value:.5g}" for name, value in log[-1].items())
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
-    rows = read_complete(folder / "evaluation.json") if (folder / "evaluation.json").exists() else []
+    rows, validation = (_scores(folder, split) for split in get_args(api.Scored))
     if rows:
         facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
-    return Summary(groups | {"run": facts}, remark, rows, uses_of(folder))
+    return Summary(groups | {"run": facts}, remark, rows, validation, uses_of(folder))
+
+
+def _scores(folder: Path, split: api.Scored) -> list[dict[str, Any]]:
+    file = api.evaluation_file(folder, split)
+    return read_complete(file, split) if file is not None and file.exists() else []
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from condense.distributed import Ranks
 from condense.eval.evaluate import Progress, evaluate, measure, resolved
 from condense.eval.journal import CachedCells, CellStore
 from condense.eval.protocol import PROTOCOLS, Protocol, own
-from condense.eval.results import Result
+from condense.eval.results import Result, Scored
 from condense.eval.subject import Subject, load_test
 from condense.networks import Factory, Functional
 from condense.synthetic.set import SyntheticSet
@@ -40,6 +40,7 @@ def compare(
     compute: Compute,
     on_result: Callable[[Result], None],
     ranks: Ranks = Ranks(),
+    split: Scored = "test",
 ) -> None:
     """Evaluate baselines in the same way as a set. Results of networks that have a name are cached.
 
@@ -54,6 +55,7 @@ def compare(
         compute: compute policy.
         on_result: called with each result, whose method is the name of the baseline.
         ranks: processes that share the networks.
+        split: the images on which networks are scored; ``full`` is always scored on the test images.
 
     Raises:
         ValueError: see ``evaluate`` and ``full_data``.
@@ -92,6 +94,7 @@ def compare(
                 compute=compute,
                 ranks=ranks,
                 journal=journal,
+                split=split,
                 on_result=functools.partial(_named, name, on_result),
             )
 

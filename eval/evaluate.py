@@ -28,7 +28,7 @@ from condense.eval.calibration import Calibration, temperature
 from condense.eval.journal import Cell, CellStore
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, recorded_name
-from condense.eval.results import Evaluation, Result
+from condense.eval.results import Evaluation, Result, Scored
 from condense.eval.subject import Subject, decoded, require_held_out
 from condense.files import checksum
 from condense.kernels import centred
@@ -150,6 +150,7 @@ def measure(
     journal: CellStore | None = None,
     held_out: Labelled | None = None,
     labels: Mapping[str, Label] | None = None,
+    split: Scored = "test",
 ) -> list[Result]:
     """Train and score ``num_seeds`` networks of each architecture under a protocol; return a result per architecture.
 
@@ -159,7 +160,7 @@ def measure(
     Args:
         images: (N, C, H, W), decoded from ``syn``; real images if ``syn`` is None.
         targets: classes (N,) or soft targets (N, C).
-        test: the test images, on which each network is scored after its last epoch.
+        test: the images of ``split``, on which each network is scored after its last epoch.
         arrays: the data set.
         transform: the transform of the images; recorded only.
         syn: the set; None for real images.
@@ -173,6 +174,7 @@ def measure(
         journal: stores trained networks; networks that it already holds are not trained again.
         held_out: held-out real images, for the choice of a learning rate and for calibration.
         labels: by name of the evaluated architecture, the function that labels its batches.
+        split: which images ``test`` are; recorded only.
 
     Raises:
         ValueError: another process ended, or the journal cannot be written. Networks stored so far are not lost.
@@ -210,6 +212,7 @@ def measure(
     def label_of(network: Functional) -> Label | None:
         return None if labels is None else labels[network.name]
 
+    of_split = bool(split == "validation" or protocol.holds_out or protocol.teacher)  # and not of the set alone
     plans = [
         _with_best_rate(
             plan, network, policy, augment, images, targets, held_out, Rng(seed), label_of(network), weights
@@ -231,6 +234,7 @@ def measure(
             "torch": torch.__version__,
             "num_classes": arrays.num_classes,
             **({} if kind is None else {"labels": dataclasses.asdict(kind)}),
+            **({} if syn is None or not of_split else {"split": [split, dataclasses.asdict(syn.origin.split)]}),
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
@@ -289,6 +293,7 @@ def measure(
             full_bytes=sum(real.values()),
             compute=policy.first_order_identity(),
             privacy={} if syn is None else syn.origin.privacy,
+            split=split,
             teacher=protocol.teacher or (kind.teacher if kind is not None and kind.is_named else ""),
             **common,
         )
@@ -359,10 +364,11 @@ def evaluate(
     on_result: Callable[[Result], None] | None = None,
     ranks: Ranks = Ranks(),
     journal: CellStore | None = None,
+    split: Scored = "test",
 ) -> Evaluation:
     """Train ``num_seeds`` fresh networks per architecture on the set and score each once, after its last epoch.
 
-    Test images are used only to score trained networks.
+    The images of ``split`` are used only to score trained networks.
 
     Args:
         subject: the set and its data.
@@ -376,13 +382,14 @@ def evaluate(
             called after all architectures are done.
         ranks: processes that share the networks.
         journal: stores trained networks until the results are written.
+        split: the images on which networks are scored: the test images, or those that the set was not made from.
 
     Raises:
-        ValueError: there are no test images, or a network does not accept their shape; see also ``check``.
+        ValueError: there are no such images, or a network does not accept their shape; see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
-    check(syn, networks, protocol, num_seeds, subject.teachers)
-    test = subject.test
+    check(syn, networks, protocol, num_seeds, subject.teachers, split)
+    test = subject.scored(split)
     skeletons = [subject.network(network) for network in networks]
     images, targets = subject.decoded(soft=protocol.labels != "hard")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
@@ -405,8 +412,9 @@ def evaluate(
             progress=progress,
             ranks=ranks,
             journal=journal,
-            held_out=subject.held_out if protocol.holds_out else None,
+            held_out=subject.scored("validation") if protocol.holds_out else None,
             labels=labels,
+            split=split,
         ):
             results.append(result)
             if on_result is not None:
@@ -420,6 +428,7 @@ def check(
     protocol: Protocol,
     num_seeds: int,
     opened: Collection[str] = (),
+    split: Scored = "test",
 ) -> None:
     """Check an evaluation before any data are read.
 
@@ -429,11 +438,12 @@ def check(
         protocol: how networks are trained.
         num_seeds: networks of each architecture.
         opened: names of teachers that are open already.
+        split: the images on which networks are scored.
 
     Raises:
         ValueError: a network or augmentation is unknown or does not take the samples of the set, ``num_seeds`` is
-            below 1, the set has no classes, or the protocol needs held-out images or labels of views that the set does
-            not have.
+            below 1, the set has no classes, the protocol or ``split`` needs held-out images or labels of views that the
+            set does not have, or both need the held-out images.
     """
     if syn is not None:
         syn.require_classes("an accuracy")
@@ -456,7 +466,12 @@ def check(
         Augment.parse(protocol.augment)
     if syn is not None:
         protocol.augment_for(syn.origin.input_shape, "none").require_kind(syn.origin.input_shape, "protocol.augment")
-    if protocol.holds_out and syn is not None:
+    if protocol.holds_out and split == "validation":
+        raise ValueError(
+            f"the protocol {protocol.name} makes a choice on the held-out images, on which networks are scored with "
+            f"{spelt('split', 'validation')}; give {spelt('split', 'test')}, or another protocol"
+        )
+    if (protocol.holds_out or split == "validation") and syn is not None:
         require_held_out(syn)
     if protocol.labels == "teacher" and not protocol.teacher and (syn is None or not syn.label_kind.of_views):
         given = "hard" if syn is None else syn.label_kind.name

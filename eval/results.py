@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import scipy.stats
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import pandas
 
 
+Scored = Literal["test", "validation"]
+"""Images on which trained networks are scored: the test images, or the training images that a set was not made from."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """The scores of networks of one architecture that were trained on one set under one protocol, with their
@@ -33,7 +37,7 @@ class Result:
     network: str
     num_params: int
     accuracies: tuple[float, ...]
-    """Accuracies on the test split after the last epoch, one per seed, as fractions."""
+    """Accuracies on ``split`` after the last epoch, one per seed, as fractions."""
     metrics: Mapping[str, Sequence[Any]]
     """The other fields of ``condense.eval.metrics.Scores``, by name, one entry per seed."""
     protocol: str
@@ -67,6 +71,8 @@ class Result:
     """Bits of the set by the convention of docs/budgets.md; None for real images and in rows of earlier versions."""
     teacher: str = ""
     """Network that labelled the batches and is not stored in the set; empty if there is none."""
+    split: Scored = "test"
+    """The images on which networks were scored: the test images, or the held-out training images."""
     privacy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The differential privacy of the set; empty if it has none."""
 
@@ -213,13 +219,13 @@ def pool(rows: Sequence[Mapping[str, Any]]) -> Pooled:
     )
 
 
-_KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint")
+_KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint", "split")
 
 
 def merge(path: Path, results: Sequence[Result]) -> None:
     """Add results to a JSON file ``{"results": [row, ...]}``.
 
-    A row replaces an existing one with the same network, protocol, n, seed, set and test split. Processes that write
+    A row replaces an existing one with the same network, protocol, n, seed, set and scored images. Processes that write
     to the same file take turns.
 
     Raises:
@@ -229,7 +235,7 @@ def merge(path: Path, results: Sequence[Result]) -> None:
     asked = [[row[name] for name in _KEY] for row in rows]
     with locked(path):
         existing = read(path) if path.exists() else []
-        others = [row for row in existing if [row.get(name) for name in _KEY] not in asked]
+        others = [row for row in existing if [{"split": "test", **row}.get(name) for name in _KEY] not in asked]
         write_text(path, json.dumps({"results": others + rows}, indent=1) + "\n")
 
 
@@ -246,9 +252,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} holds no results: {error}; {_FIX}") from error
 
 
-def read_complete(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``read`` that have every field of ``Result`` without a default. Rows of earlier versions that
-    lack such fields are left out with a warning.
+def read_complete(path: Path, split: Scored = "test") -> list[dict[str, Any]]:
+    """Return the rows of ``read`` that were scored on ``split`` and have every field of ``Result`` without a default.
+    Rows of earlier versions that lack such fields are left out with a warning.
 
     Raises:
         ValueError: see ``read``; also if a field of a row has a wrong type or value.
@@ -272,7 +278,7 @@ def read_complete(path: Path) -> list[dict[str, Any]]:
             "run condense evaluate again to replace them",
             stacklevel=2,
         )
-    return complete
+    return [row for row in complete if row["split"] == split]
 
 
 _FIX = "move it away and run condense evaluate again"

@@ -13,6 +13,7 @@ from torch import Tensor
 from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
+from condense.eval.results import Scored
 from condense.names import spelt
 from condense.networks import Factory, Functional
 from condense.sets import transform_of
@@ -69,6 +70,22 @@ class Subject:
     def test(self) -> Labelled:
         return load_test(self.arrays, self.transform, self.device)
 
+    def scored(self, split: Scored) -> Labelled:
+        """Return the images on which networks are scored.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if split == "test":
+            return self.test
+        fraction = require_held_out(self.syn).val_fraction
+        if not len(self.held_out):
+            raise ValueError(
+                f"{spelt('split.val_fraction', fraction)} holds out no image, because the classes are small; "
+                "distil the set with a larger fraction"
+            )
+        return self.held_out
+
     @property
     def train(self) -> Labelled:
         """The real images that the set was made from."""
@@ -116,7 +133,7 @@ def require_held_out(syn: SyntheticSet) -> Split:
     split = syn.origin.split
     if not split.val_fraction:
         raise ValueError(
-            "this protocol needs held-out real images, and the set was made from all training images; distil it with "
+            "this evaluation needs held-out real images, and the set was made from all training images; distil it with "
             f"{spelt('split.val_fraction', 0.1)}"
         )
     return split

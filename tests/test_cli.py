@@ -405,6 +405,34 @@ def test_what_would_fail_in_the_end_fails_first(run_folder: Path, capsys: pytest
     assert not (run_folder / "evaluation.json").exists()
 
 
+def test_scores_on_held_out_images_have_a_file_of_their_own(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, short = str(tmp_path / "run"), ["--networks", "mlp", "--num-seeds", "1", "--protocol.num-epochs", "1"]
+    make = ["distill", "random", "--dataset", str(tiny_file), "--ipc", "1", "--network", "mlp", "--out"]
+    main([*make, run, "--split.val-fraction", "0.25"])
+    main(["evaluate", run, "--split", "validation", "--baselines", "random", "--seed", "1", *short])
+    assert "validation accuracy, %" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "run" / "validation.json").read_text())["results"]
+    assert [row["split"] for row in rows] == 2 * ["validation"] and not (tmp_path / "run" / "evaluation.json").exists()
+    main(["evaluate", run, *short])
+    assert "test accuracy, %" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "run" / "validation.json").read_text())["results"]) == 2
+    main(["show", run])
+    said = capsys.readouterr().out
+    assert said.index("test accuracy, %") < said.index("validation accuracy, %")
+    on_validation = ["evaluate", run, "--split", "validation", *short]
+    mixed = fails(capsys, *on_validation, "--out", str(tmp_path / "run" / "evaluation.json"))
+    assert "holds 'test' accuracies; give --out" in mixed
+    assert "full is trained on the held-out images too" in fails(capsys, *on_validation, "--baselines", "full")
+    file = tmp_path / "run" / "validation.json"
+    file.write_text('{"results": [{"split": ["x"]}]}')
+    assert "holds ['x'] accuracies; give --out" in fails(capsys, *on_validation)
+    main([*make, str(tmp_path / "whole")])
+    said = fails(capsys, "evaluate", str(tmp_path / "whole"), "--split", "validation", *short)
+    assert "distil it with --split.val-fraction 0.1" in said
+
+
 def test_help_is_fast_because_torch_is_not_imported() -> None:
     script = "import sys; from condense.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     begun = time.perf_counter()

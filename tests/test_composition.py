@@ -9,11 +9,11 @@ import torch
 
 from condense import api, registry
 from condense.data.datasets import Arrays
-from condense.method import GradientMethod
+from condense.method import GradientMethod, Optim
 from condense.methods.linear_gradient import LinearGradient
 from condense.methods.recovery import Recovery
 from condense.recipe import Recipe
-from condense.synthetic import DECODERS, LABELS, Decode, Hard, Labels, Pixels, load
+from condense.synthetic import DECODERS, LABELS, Codec, Coded, Decode, Hard, Labels, Pixels, load
 from condense.synthetic.decode import DCT, Siren
 from tests.conftest import TINY
 from tests.test_contract import EXACT, FIELDS, LEARNING, NETWORKS, TRANSFORMS, small
@@ -48,7 +48,7 @@ LABELS_THAT_FIT = {
 DECODED = [
     (name, labels)
     for name, decode in DECODERS.items()
-    for labels in (("hard",) if name == "siren" else LABELS)
+    for labels in (("hard",) if name in ("siren", "codec") else LABELS)
     if "images" in decode.takes
 ]
 """Decoders with kinds of labels. A decoder without parameters of its own goes with all or with none; of these, one does
@@ -67,13 +67,16 @@ def takes(name: str, decode: str) -> bool:
 
 def decoder(name: str) -> Decode:
     """One that does not make more images of the budget than there are real ones to start from, and begins soon."""
-    return {"dct": DCT(coefficients=16), "siren": Siren(fit_steps=5)}.get(name, DECODERS[name]())
+    quick = {"dct": DCT(coefficients=16), "siren": Siren(fit_steps=5), "codec": Codec(images=2, fit_steps=5)}
+    return quick.get(name, DECODERS[name]())
 
 
 def plan_of(name: str, decode: Decode, labels: Labels) -> Recipe:
     method = dataclasses.replace(small(name), num_steps=NUM_STEPS)
     if isinstance(method, GradientMethod) and not decode.stores_pixels:
         method = dataclasses.replace(method, clamp=False)
+    if isinstance(method, GradientMethod) and isinstance(decode, Coded):  # what moves by less than 1/2 is rounded away
+        method = dataclasses.replace(method, optim=Optim(kind="adam"), optim_decoder=Optim(kind="adam", lr=0.01))
     return Recipe(
         method=method,
         dataset="tiny",

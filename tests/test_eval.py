@@ -426,6 +426,7 @@ class TestFile:
             "full_bytes": arrays.x_train.nbytes + arrays.y_train.nbytes,
             "compression": (arrays.x_train.nbytes + arrays.y_train.nbytes) / (3 * 64 * 4 + 3 * 8),
             "code": row["code"],
+            "split": "test",
             "teacher": "",
         }
         assert len(set(row["accuracies"])) == 2 and max(row["accuracies"]) < 1

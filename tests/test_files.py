@@ -296,6 +296,7 @@ def test_rows_of_results_say_what_they_should(
             **written,
             "interval": tuple(written["interval"]),
             "teacher": "",
+            "split": "test",
         }
     change(content["results"][0])
     (tmp_path / "evaluation.json").write_text(json.dumps(content))

@@ -24,7 +24,7 @@ from condense.method import Context
 from condense.objective import KL
 from condense.rng import Rng
 from condense.sources import Examples
-from condense.synthetic import Online, Projector, Stored, SyntheticSet, ViewLabels, load, save
+from condense.synthetic import Codec, Online, Projector, Stored, SyntheticSet, ViewLabels, load, save
 from condense.synthetic.teaching import LiveTeacher
 from condense.tracking import cut_back, read_log
 from tests import mutations
@@ -106,6 +106,22 @@ def test_sets_whose_views_are_labelled(kind: ViewLabels, tmp_path: Path) -> None
         mutate = mutations.mutate_bytes if rng.random() < 0.2 else mutations.mutate_tensors
         target.write_bytes(mutate(good, rng))
         taken += taken_or_refused(lambda: (use(made := load(target)), train(made)), f"{kind.name}, {i}")
+    assert 0 < taken < TIMES
+
+
+def test_sets_in_an_entropy_code(tmp_path: Path) -> None:
+    taken, target = 0, tmp_path / "set.safetensors"
+    made, decode = load(SETS[0]), Codec(images=1, context=4, context_layers=1, width=3, fit_steps=2)
+    images, classes = made()[0].detach(), made.classes
+    decoder = decode.build(made.origin.input_shape, made.origin.num_classes)
+    latents = decode.encode(images, classes, decoder, torch.Generator())
+    save(SyntheticSet(latents, classes, made.origin, decode=decode, decoder=decoder).finished(), target)
+    good = target.read_bytes()
+    for i in range(TIMES):
+        rng = Random(i)
+        mutate = mutations.mutate_bytes if rng.random() < 0.2 else mutations.mutate_tensors
+        target.write_bytes(mutate(good, rng))
+        taken += taken_or_refused(lambda: use(load(target)), f"codec, {i}")
     assert 0 < taken < TIMES
 
 

@@ -22,6 +22,7 @@ from condense.methods.bilevel import class_members
 from condense.networks import Functional
 from condense.registry import load as method
 from condense.rng import Draws, Rng
+from condense.synthetic import Codec
 from condense.task import Labelled
 from condense.testing import _Trial
 from condense.train import Trainer, Training
@@ -70,9 +71,9 @@ def on_device(value: Any) -> Any:
         return copy.deepcopy(value)
 
 
-def prepared(name: str) -> tuple[GradientMethod, Context, Any]:
+def prepared(name: str, **fields: Any) -> tuple[GradientMethod, Context, Any]:
     """Return a method, and a context and a state on the meta device whose steps are captured."""
-    trial = _Trial(method(name)(num_steps=4, **SMALL.get(name, {})), None, {"network": NETWORK})
+    trial = _Trial(method(name)(num_steps=4, **SMALL.get(name, {})), None, {"network": NETWORK, **fields})
     ctx = trial.context()
     state, task = on_device(trial.method.init(ctx)), ctx.task
     state.syn._members = state.syn.classes._version, [torch.empty(2, dtype=torch.int64, device=META)] * 3
@@ -91,6 +92,15 @@ def test_gradients_are_computed_without_the_host(name: str) -> None:
     with no_draw_on_the_host():
         record = plan._differentiate(ctx, state, 0)
     assert {tensor.device for tensor in record.values()} == {META}
+
+
+@pytest.mark.parametrize("name", ["dm", "dsa", "mtt"])
+def test_the_rate_is_computed_without_the_host(name: str) -> None:
+    plan, ctx, state = prepared(name, decode=Codec(images=2, fit_steps=1, rate_weight=(0.1, 1.0)))
+    plan._differentiate(ctx, state, 0)
+    with no_draw_on_the_host():
+        record = plan._differentiate(ctx, state, 0)
+    assert record["rate"].device == META
 
 
 @pytest.mark.parametrize("name", ["dm", "datadam"])

@@ -12,6 +12,8 @@ import condense
 from condense import overview, runs
 from condense.cli import main
 from condense.eval import results
+from condense.eval.report import collect
+from condense.task import Split
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("short_protocol")
@@ -35,6 +37,21 @@ def folder(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("condense.engine.save", stop)
         condense.distill("dm", out=root / "stopped", **common, ipc=1, num_steps=5, batch_real=4)
     return root
+
+
+def test_scores_on_held_out_images_are_not_taken_for_test_accuracies(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the user has given them the name of the file of test accuracies."""
+    run, split = tmp_path / "run", Split(val_fraction=0.25)
+    condense.distill("random", dataset=tiny_file, network=TINY, ipc=1, split=split, out=run, device="cpu")
+    file = run / "evaluation.json"
+    condense.evaluate(run, networks=TINY, num_seeds=1, split="validation", out=file, device="cpu")
+    (listed,) = shown(capsys, "runs", str(run))["runs"]
+    assert listed["accuracy"] is None and results.read_complete(file) == [] != results.read_complete(file, "validation")
+    assert collect(run).results == [] == shown(capsys, "show", str(run))["results"]
+    file.rename(run / "validation.json")
+    assert len(shown(capsys, "show", str(run))["validation"]) == 1
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

@@ -15,6 +15,7 @@ from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
 from condense.eval import evaluate as evaluation
 from condense.eval.evaluate import SetScorer, evaluate
+from condense.eval.journal import CachedCells
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, named
 from condense.eval.results import Result
 from condense.eval.subject import Subject, decoded
@@ -112,6 +113,45 @@ def test_no_choice_and_no_training_reads_test_data(arrays: Arrays, monkeypatch: 
     for (what, a), (_, b) in zip(seen[:half], seen[half:], strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), what
     assert first.protocol_fields == second.protocol_fields and first.metrics != second.metrics
+
+
+def test_networks_are_scored_on_held_out_images_alone(arrays: Arrays) -> None:
+    syn = make_set(arrays)
+    without_test = dataclasses.replace(arrays, x_test=arrays.x_test[:0], y_test=arrays.y_test[:0])
+    given, on_test = run(syn, without_test, SHORT, split="validation"), run(syn, arrays, SHORT)
+    held_out = Subject(syn=syn, arrays=arrays, device=CPU).held_out
+    keys = [Rng(0).child("evaluate", "mlp").child("network", k) for k in range(2)]
+    scorer = SetScorer(Functional("mlp", (1, 8, 8), 3), SHORT, Compute())
+    scores = scorer.score(*decoded(syn, soft=False), held_out.images, held_out.labels, keys)
+    assert given.accuracies == tuple(one.accuracy for one in scores) != on_test.accuracies
+    assert (given.split, on_test.split) == ("validation", "test")
+
+
+def test_what_was_chosen_on_held_out_images_is_not_scored_on_them(arrays: Arrays) -> None:
+    for plan in (GRID, dataclasses.replace(SHORT, calibration="temperature")):
+        with pytest.raises(ValueError, match=r"makes a choice on the held-out images.* give split='test'"):
+            run(make_set(arrays), arrays, plan, split="validation")
+    with pytest.raises(ValueError, match="needs held-out real images"):
+        run(make_set(arrays, val_fraction=0.0), arrays, SHORT, split="validation")
+
+
+@pytest.mark.parametrize(("plan", "split"), [(SHORT, "validation"), (GRID, "test")])
+def test_a_fraction_that_holds_out_no_image_is_refused(arrays: Arrays, plan: Protocol, split: str) -> None:
+    line = r"split=Split\(val_fraction=0.01\) holds out no image, .*; distil the set with a larger fraction$"
+    with pytest.raises(ValueError, match=line) as error:
+        run(make_set(arrays, val_fraction=0.01), arrays, plan, split=split)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_another_split_are_not_taken_from_the_cache(arrays: Arrays, tmp_path: Path) -> None:
+    """Though the set has the same images: networks are scored on others, or a teacher has learned from others."""
+    kept = CachedCells(tmp_path)
+    for fraction in (0.25, 0.5):
+        syn = make_set(arrays, val_fraction=fraction)
+        for options in ({"split": "validation"}, {"plan": dataclasses.replace(SHORT, teacher="mlp", labels="teacher")}):
+            first, again = (run(syn, arrays, **{"plan": SHORT, "journal": kept} | options) for _ in range(2))
+            fresh = run(syn, arrays, **{"plan": SHORT} | options)
+            assert first.metrics == again.metrics == fresh.metrics
 
 
 def test_without_held_out_images_a_choice_is_refused(arrays: Arrays) -> None:

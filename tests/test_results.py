@@ -14,17 +14,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks import decoupled, labels, pruning
+from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
 from benchmarks.results.published import published
 from benchmarks.results.queue import STEPS, Failed, Queue, Stopped
 from benchmarks.results.table import Row
 from condense import cli
+from condense.data.datasets import Arrays
 
 ROOT = Path(__file__).parents[1]
 TINY = "convnet:depth=1,width=4"
@@ -149,6 +154,8 @@ def test_rows_of_a_gpu_begin_with_the_largest_gain_per_minute() -> None:
         ("rows: [{method: dm}, {method: dm}]", "two rows are named s-dm; give one a label"),
         ("rows: [{method: dm, dataset: b}]", "s-dm has the data set b, for which data names no file"),
         ("rows: [{use: pool}]", "there are no settings 'pool'"),
+        ("rows: [{use: 5}]", "use is 5; give the name of settings, or a list of names"),
+        ("rows: [{use: [5]}]", "there are no settings 5"),
         ("rows: [{method: dm, tried: 3}]", "say in chosen how this one was chosen"),
     ],
 )
@@ -158,6 +165,13 @@ def test_a_wrong_table_is_refused(tmp_path: Path, line: str, says: str) -> None:
     file.write_text(f"data: {{a: a.npz}}\nsections:\n- {{name: s, title: t, {common}, {line}}}\n")
     with pytest.raises(ValueError, match=says):
         table.read(file)
+
+
+@pytest.mark.parametrize("name", ["data", "settings", "terms", "zoo"])
+def test_parts_of_a_table_are_mappings(tmp_path: Path, name: str) -> None:
+    (tmp_path / "table.yaml").write_text(f"{name}: [3]\n")
+    with pytest.raises(ValueError, match=rf"table\.yaml, {name}: \[3\] is not a mapping"):
+        table.read(tmp_path / "table.yaml")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,7 @@ def made(row: Row, labels: str = "hard", **accuracies: Sequence[float]) -> recor
     return record.Record(row=row, labels=labels, distillations=(distillation,), **facts)
 
 
-def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
+def test_the_page_shows_rows_with_the_best_first_and_what_is_open(tmp_path: Path) -> None:
     rows = [
         dataclasses.replace(ROW, name=f"fm-{method}", method=method, dataset="fashion-mnist", ipc=10)
         for method in ("random", "frepo", "dm", "mtt")
@@ -199,8 +213,8 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
         "fm-frepo": made(rows[1], "targets", own=[0.86, 0.88], canonical=[0.5, 0.5]),
         "fm-dm": made(rows[2], own=[0.80, 0.80], canonical=[0.81, 0.83]),
     }
-    text = page.page(whole, records)
-    assert "| `fm-frepo` | soft (targets) | 5 | 2.0 | **87.0 ± 1.4** | 50.0 ± 0.0 |" in text
+    text = page.page(whole, records, tmp_path)
+    assert "| `fm-frepo` | soft (targets) | 5 | 2.0 | 100 | **87.0 ± 1.4** | 50.0 ± 0.0 |" in text
     assert "**82.0 ± 1.4**" in text and "Not measured yet: `fm-mtt`." in text
     assert text.index("`fm-frepo` |") < text.index("`fm-dm` |") < text.index("`fm-random` |")
     assert "86.2 ± 0.2 (unverified)" in text and str(published("random", "fashion-mnist", 10)) == "73.8 ± 0.7"
@@ -208,6 +222,127 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open() -> None:
     assert "| fashion-mnist | 10 | `frepo` | 87.0 ± 1.4 | 50.0 ± 0.0 | 2.0 | 71.0 ± 1.4 | 86.2 ± 0.2" in best
     (figure,) = page.figures(whole, records).values()
     assert figure.startswith("<?xml") and "fm-frepo" in figure
+
+
+def test_every_architecture_has_a_column_and_a_section_may_show_areas() -> None:
+    row = dataclasses.replace(ROW, name="graphs-mirage", method="mirage")
+    scored = record.Score(method="mirage", network="gin", protocol="graphs", accuracies=(0.5, 0.7), seed=0, seconds=1.0)
+    scores = (dataclasses.replace(scored, auc=(0.6, 0.8)), dataclasses.replace(scored, network="gat"))
+    whole = made(row)
+    measured = dataclasses.replace(whole, distillations=(dataclasses.replace(whole.distillations[0], scores=scores),))
+    header, _, line = page.tables([measured], auc=True)
+    assert "| `graphs`, gin | `graphs`, gat |" in header
+    assert "| **60.0 ± 14.1** (AUC 70.0) | **60.0 ± 14.1** |" in line
+    assert "AUC" not in page.tables([measured], auc=False)[2]
+    beside = made(dataclasses.replace(ROW, name="graphs-random", method="random"), own=[0.5, 0.7])
+    lines = page.tables([measured, beside], auc=False)
+    assert "| `graphs`, gat |" in lines[lines.index("Across architectures:") + 2] and "gat" not in lines[0]
+    assert page.best_rows(table.Table(data={}, sections=()), {row.name: measured}) == ""
+
+
+WHERE = Provenance(commit="abc", date="2026-01-01", device="cpu", threads=1, torch="2")
+
+
+def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"network": TINY, "num_seeds": 2, "dataset": "toy", "ipc": 1, "provenance": WHERE}
+    accuracies = {column: [0.5, 0.7] for column in decoupled.COLUMNS}
+    sizes = {column: [1000, 2000] for column in decoupled.COLUMNS}
+    rows = [
+        decoupled.Row(
+            fingerprint="0", method=method, accuracies=accuracies, bytes=sizes, seconds=3.0, minutes=1.0, **facts
+        )
+        for method in ("sre2l", "random")
+    ]
+    kinds = labels.Rows(
+        fingerprint="0",
+        images=7000,
+        rows=(labels.Row(labels="online", accuracies=(0.5, 0.7), bytes=1500, encoder=1000, minutes=1.0),),
+        **facts,
+    )
+    share: dict[str, Any] = {"method": "random", "accuracies": (0.5, 0.7), "network": TINY, "num_images": 3}
+    curves = pruning.Curves(
+        dataset="toy",
+        command="condense apply pruning toy.npz",
+        minutes=2.0,
+        provenance=WHERE,
+        accuracy_of_teacher=0.9,
+        accuracies=tuple(pruning.Accuracy(fraction=f, teacher=t, **share) for t in (False, True) for f in (0.3, 0.1)),
+    )
+    files = {
+        "decoupled/toy/sre2l-1": rows[0],
+        "decoupled/toy/random-1": rows[1],
+        "labels/toy": kinds,
+        "pruning/toy": curves,
+    }
+    for name, content in files.items():
+        (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(content)))
+    text = page.page(table.Table(data={}, sections=()), {}, tmp_path)
+    cells = "1 | 60.0 ± 14.1 | 60.0 ± 14.1 | 60.0 ± 14.1 | 1 | 2 | 2 | 2 | 3 | 1.0 |"
+    assert f"| `random` | {cells}\n| `sre2l` | {cells}" in text
+    assert "| online | 60.0 ± 14.1 | 1,500 | 1,000 | 1.0 |" in text
+    assert "| images kept by | teacher | 10 % | 30 % |" in text
+    assert "| `random` | yes | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
+    assert text.count("Commit abc, cpu, threads 1, torch 2, 2026-01-01") == 3
+
+
+def test_the_time_of_a_distillation_is_that_of_its_run(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the row is measured after an interruption, when the set is there already."""
+    monkeypatch.setattr(decoupled.Bench, "teacher", tmp_path)
+    monkeypatch.setattr(decoupled.Bench, "labelled", lambda self, syn, kind: syn)
+    monkeypatch.setattr(decoupled.Bench, "score", lambda *_: (0.5,))
+    device = torch.device("cpu")
+    bench = decoupled.Bench(
+        arrays=tiny, network=TINY, num_seeds=2, device=device, folder=tmp_path, name="tiny", provenance=WHERE
+    )
+    first = bench.row("random", 1)
+    for seed in range(2):
+        file = tmp_path / f"random-1-{seed}" / "run.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 100.0}))
+    again = bench.row("random", 1)
+    assert 0 < first.seconds < 100 and again.seconds == pytest.approx(200, abs=9)
+    assert again.minutes >= again.seconds / 60
+
+
+def test_rows_of_labels_are_continued_by_the_same_code_alone(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {
+        "dataset": "toy",
+        "fingerprint": "0",
+        "network": TINY,
+        "ipc": 1,
+        "num_seeds": 2,
+        "images": 9,
+    }
+    file, later = tmp_path / "labels.json", dataclasses.replace(WHERE, date="2026-01-02")
+    row = labels.Row(labels="online", accuracies=(0.5, 0.7), bytes=1500, encoder=1000, minutes=1.0)
+    assert labels.begun(file, facts, WHERE) == labels.Rows(**facts, provenance=WHERE)
+    made = labels.Rows(**facts, provenance=WHERE, rows=(row,))
+    file.write_text(json.dumps(dataclasses.asdict(made)))
+    assert labels.begun(file, facts, later) == made
+    for given, now in ((facts, dataclasses.replace(WHERE, commit="abd")), ({**facts, "ipc": 10}, WHERE)):
+        with pytest.raises(ValueError, match=r"labels.json has rows of (commit abc|ipc 1), .*; give another file with"):
+            labels.begun(file, given, now)
+
+
+def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = {
+        "method": "random",
+        "accuracies": [0.5],
+        "network": TINY,
+        "num_images": 3,
+        "fraction": 0.1,
+        "teacher": True,
+    }
+
+    def run(words: list[str], check: bool) -> None:
+        content = {"accuracy_of_teacher": 0.9, "accuracies": [{**share, "device": "a GPU"}]}
+        (Path(words[-1]) / "apply-pruning.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(pruning, "subprocess", SimpleNamespace(run=run))
+    made = pruning.measure("folder/toy.npz", ["--device", "cuda"], tmp_path)
+    assert made.provenance.device == "a GPU" and made.command == "condense apply pruning toy.npz --device cuda"
 
 
 @pytest.mark.slow
@@ -222,7 +357,7 @@ def test_the_flags_of_the_committed_rows_are_accepted(capsys: pytest.CaptureFixt
 def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
     rows = table.read(results.RESULTS / "table.yaml")
     records = results.measured(rows)
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page.page(rows, records)
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page.page(rows, records, ROOT)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.with_table(readme, page.best_rows(rows, records)) == readme
     for path in page.figures(rows, records):

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import condense.zoo
+from benchmarks.harness import commit
 from benchmarks.results import page, queue, record, table, zoo
 from benchmarks.results.table import Row
 from condense.files import locked
@@ -60,12 +60,15 @@ def run(chosen: argparse.Namespace) -> int:
         for row in queue.order(rows.rows)
         if row.device == chosen.device and row.name not in done and row.dataset in files and _asked(row, chosen.only)
     ]
+    code = chosen.commit or commit()
+    if due and not code:
+        raise ValueError("there is no repository here to read the commit of the code from; give it with --commit")
     work = queue.Queue(
         data=files,
         work=chosen.work.resolve(),
         rows=RESULTS / "rows",
         threads=chosen.threads,
-        commit=chosen.commit or (commit() if due else ""),
+        commit=code,
         deadline=deadline,
     )
     failed = False
@@ -95,7 +98,7 @@ def measure(work: queue.Queue, due: list[Row]) -> bool:
             failed = True
             continue
         scores = {name: record.mean_and_std(found.accuracies(name)) for name in found.protocols}
-        print(f"{row.name}: {scores}, {page.minutes(found):.1f} minutes", flush=True)
+        print(f"{row.name}: {scores}, {page.in_minutes(found)} minutes", flush=True)
     return failed
 
 
@@ -104,15 +107,6 @@ def measured(rows: table.Table) -> dict[str, record.Record]:
     wanted = {row.name: row for row in rows.rows}
     found = record.read_all(RESULTS / "rows")
     return {name: found[name] for name in wanted if name in found and found[name].row == wanted[name]}
-
-
-def commit() -> str:
-    """The commit of the repository, with a plus sign if files of the code differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    code = ["condense", "methods", "buffers", "eval", "benchmarks"]
-    changed = subprocess.run([*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True)
-    return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
 def _asked(row: Row, only: list[str] | None) -> bool:

@@ -6,7 +6,9 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks import decoupled, labels, pruning
 from benchmarks.results.published import published
 from benchmarks.results.record import Record, mean_and_std
 from benchmarks.results.table import Row, Section, Table
@@ -27,9 +29,34 @@ of a distillation: on a CPU half the time of the processors, as if two cores wer
 time. Published numbers are those of the papers, at other budgets than ours; we did not measure them. *Unverified* ones
 were read elsewhere.
 
-`make results` makes this page from `results/table.yaml` and the JSON files in `results/rows`, which hold every
-accuracy, command, commit and device. Earlier measurements are on [another page](measurements.md).
+`make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
+command, commit and device. Earlier measurements are on [another page](measurements.md), and these are on pages of
+their own: [series and clips](inputs.md), [transfer of sets without classes](methods/krr-st.md#measured), [linear
+classifiers on frozen networks](methods/linear-gradient.md#measured), [private sets of
+Fashion-MNIST](methods/dpdm.md#measured) and [sets in an entropy code](methods/codec.md#measured).
 """
+
+
+OTHERS: dict[str, Any] = {
+    """## Decoupled methods
+
+Each set is scored three times: under `canonical` with its classes, under `relabelled` with one vector of the logits
+of a teacher per image, and under `relabelled` with the teacher's logits for every view of 300 epochs. The teacher has
+the architecture of the scored networks and was trained for 15 epochs. n = 3 networks on one set, for `random` three
+sets with one network each. Methods that recover images had 500 steps; nothing was chosen by accuracy.
+""": decoupled,
+    """## Labels of views
+
+One set of random real images with several kinds of labels, n = 3 networks under `relabelled`.
+""": labels,
+    """## Pruning
+
+Networks trained on a share of the real images, under `pruned`: with the loss of a teacher, which is trained on all
+images, and with the cross-entropy alone.
+""": pruning,
+}
+"""What the page says above the tables of other benchmarks, and their modules. Their records lie in the folder of
+``results`` that has the name of the module."""
 
 
 BEST = """The best rows of [docs/results.md](docs/results.md), which `make results` measures within stated budgets:
@@ -38,10 +65,13 @@ BEST = """The best rows of [docs/results.md](docs/results.md), which `make resul
 |---|---|---|---|---|---|---|---|"""
 
 
-def page(table: Table, records: Mapping[str, Record]) -> str:
-    """The Markdown text of the page."""
-    parts = [HEAD, *(section(part, records) for part in table.sections), commands(table, records)]
-    return "\n".join(parts)
+def page(table: Table, records: Mapping[str, Record], root: Path) -> str:
+    """The Markdown text of the page; ``root`` is the folder of the repository."""
+    parts = [HEAD, *(section(part, records) for part in table.sections)]
+    for title, bench in OTHERS.items():
+        made = bench.tables(root / "results" / bench.__name__.rpartition(".")[2])
+        parts += [title, *(made or [f"Not measured yet: `python -m {bench.__name__}`.", ""])]
+    return "\n".join([*parts, commands(table, records)])
 
 
 def section(part: Section, records: Mapping[str, Record]) -> str:
@@ -51,26 +81,43 @@ def section(part: Section, records: Mapping[str, Record]) -> str:
     if part.text:
         lines += [part.text.strip(), ""]
     if rows:
-        lines += [*markdown(rows), "", *full_data(rows)]
+        lines += [*tables(rows, part.auc), "", *full_data(rows)]
         lines += [f"![Accuracy of the rows of this table]({figure_path(part)})", ""]
     if open_rows:
         lines += [f"Not measured yet: {', '.join(f'`{name}`' for name in open_rows)}.", ""]
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Record]) -> list[str]:
-    """A table, the best row of the first protocol first; the best entry of each protocol is bold."""
-    protocols = sorted({name for row in rows for name in row.protocols}, key=lambda name: (name != "own", name))
-    best = {name: max((_mean(row, name) for row in rows), default=0.0) for name in protocols}
-    titles = ["row", "labels", "steps", "minutes", *(f"`{name}`" for name in protocols), "n", "tried", "published"]
+def tables(rows: Sequence[Record], auc: bool) -> list[str]:
+    """The table of a section. Where only some sets were scored on several architectures, these have a second one."""
+    alike = len({tuple(row.columns) for row in rows}) == 1
+    first = [(protocol, row.columns[0][1]) for row in rows for protocol in row.protocols]
+    lines = markdown(rows, rows[0].columns if alike else [*dict.fromkeys(first)], auc)
+    several = [row for row in rows if len({network for _, network in row.columns}) > 1]
+    if several and not alike:
+        every = [column for row in several for column in row.columns]
+        lines += ["", "Across architectures:", "", *markdown(several, [*dict.fromkeys(every)], auc)]
+    return lines
+
+
+def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bool = False) -> list[str]:
+    """A table with a column for each protocol and architecture, the best row of the first one first; the best entry of
+    each column is bold."""
+    columns = sorted(columns, key=lambda column: (column[0] != "own", column[0]))
+    several = len({network for _, network in columns}) > 1
+    best = {column: max(_mean(row, *column) for row in rows) for column in columns}
+    titles = ["row", "labels", "steps", "minutes", "bytes"]
+    titles += [f"`{protocol}`{f', {network}' if several else ''}" for protocol, network in columns]
+    titles += ["n", "tried", "published"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for row in sorted(rows, key=lambda row: -max(_mean(row, name) for name in row.protocols)):
+    for row in sorted(rows, key=lambda row: -max(_mean(row, *column) for column in columns)):
         cells = [
             f"`{row.row.name}`",
             "hard" if row.labels == "hard" else f"soft ({row.labels})",
             "—" if row.num_steps is None else f"{row.num_steps:,}",
-            f"{minutes(row):.1f}",
-            *(_cell(row, name, best[name]) for name in protocols),
+            in_minutes(row),
+            f"{row.bytes:,}",
+            *(_cell(row, column, best[column], auc) for column in columns),
             f"{len(row.distillations)} x {len(row.distillations[0].scores[0].accuracies)}",
             str(row.row.tried),
             str(published(row.row.method, row.row.dataset, row.row.ipc) or "—"),
@@ -132,14 +179,14 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
     budgets = dict.fromkeys((row.dataset, row.ipc) for row in table.rows)
     for dataset, ipc in budgets:
         rows = [r for r in records.values() if (r.row.dataset, r.row.ipc) == (dataset, ipc)]
-        learned = [row for row in rows if row.row.method != "random"]
+        learned = [row for row in rows if row.row.method != "random" and {"own", "canonical"} & {*row.protocols}]
         random = [a for r in rows if r.row.method == "random" for a in r.accuracies("canonical") or r.accuracies("own")]
         if not learned:
             continue
         best = max(learned, key=lambda row: max(_mean(row, name) for name in row.protocols))
         lines.append(
             f"| {dataset} | {ipc} | `{best.row.method}` | {_plain(best, 'own')} | {_plain(best, 'canonical')} "
-            f"| {minutes(best):.1f} | {mean_and_std(random) if random else '—'} "
+            f"| {in_minutes(best)} | {mean_and_std(random) if random else '—'} "
             f"| {published(best.row.method, dataset, ipc) or '—'} |"
         )
     return "\n".join([BEST, *lines]) if lines else ""
@@ -158,13 +205,19 @@ def write(table: Table, records: Mapping[str, Record], root: Path) -> None:
     """Write page, figures and the table of the README below the root of the repository."""
     for path, text in figures(table, records).items():
         (root / "docs" / path).write_text(text, encoding="utf-8")
-    (root / "docs" / "results.md").write_text(page(table, records), encoding="utf-8")
+    (root / "docs" / "results.md").write_text(page(table, records, root), encoding="utf-8")
     readme = root / "README.md"
     readme.write_text(with_table(readme.read_text(encoding="utf-8"), best_rows(table, records)), encoding="utf-8")
 
 
 def minutes(row: Record) -> float:
     return statistics.fmean(d.minutes if row.row.device == "cuda" else d.cpu_minutes for d in row.distillations)
+
+
+def in_minutes(row: Record) -> str:
+    """The mean time of a distillation as text."""
+    value = minutes(row)
+    return f"{value:.1f}" if value >= 0.05 else "< 0.1"
 
 
 def _points(row: Record) -> list[Point]:
@@ -181,19 +234,24 @@ def _points(row: Record) -> list[Point]:
     return points
 
 
-def _mean(row: Record, protocol: str) -> float:
-    found = row.accuracies(protocol)
+def _mean(row: Record, protocol: str, network: str = "") -> float:
+    found = row.accuracies(protocol, network=network)
     return statistics.fmean(found) if found else 0.0
 
 
-def _plain(row: Record, protocol: str) -> str:
-    found = row.accuracies(protocol)
+def _plain(row: Record, protocol: str, network: str = "") -> str:
+    found = row.accuracies(protocol, network=network)
     return mean_and_std(found) if found else "—"
 
 
-def _cell(row: Record, protocol: str, best: float) -> str:
-    text = _plain(row, protocol)
-    return f"**{text}**" if text != "—" and _mean(row, protocol) == best else text
+def _cell(row: Record, column: tuple[str, str], best: float, auc: bool) -> str:
+    protocol, network = column
+    text = _plain(row, protocol, network)
+    areas = [area for score in row.scores(protocol, network=network) for area in score.auc]
+    if text == "—":
+        return text
+    bold = f"**{text}**" if _mean(row, *column) == best else text
+    return f"{bold} (AUC {100 * statistics.fmean(areas):.1f})" if auc and areas else bold
 
 
 def _choice(row: Row) -> str:

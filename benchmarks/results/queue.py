@@ -124,10 +124,13 @@ class Queue:
         if not (out / "synthetic.safetensors").exists():
             self.run([*words, *places], row)
         scores = [
-            Score(**{name: result[name] for name in ("method", "network", "protocol", "seed", "seconds")},
-                  accuracies=tuple(result["accuracies"]))
+            Score(
+                **{name: result[name] for name in ("method", "network", "protocol", "seed", "seconds")},
+                accuracies=tuple(result["accuracies"]),
+                auc=tuple(value for value in result["metrics"].get("auc", ()) if value is not None),
+            )
             for result in self.results(row, seed)
-        ]  # fmt: skip
+        ]
         spent = read_record(out)
         return Distillation(
             seed=seed,

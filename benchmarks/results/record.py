@@ -27,6 +27,8 @@ class Score:
     accuracies: tuple[float, ...]
     seed: int
     seconds: float
+    auc: tuple[float, ...] = ()
+    """Areas under the ROC curve, where they were computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +70,25 @@ class Record:
     networks: dict[str, int] = field(default_factory=dict)
     """Number of parameters by architecture."""
 
-    def accuracies(self, protocol: str, method: str = "") -> list[float]:
-        """The accuracies under a protocol of all networks of the first architecture, on the row's sets or on those of
+    def scores(self, protocol: str, method: str = "", network: str = "") -> list[Score]:
+        """The scores of one architecture, by default the first, under a protocol: on the row's sets, or on those of
         another method that was scored beside them."""
         wanted = method or self.row.method
-        scores = [s for d in self.distillations for s in d.scores if s.protocol == protocol and s.method == wanted]
-        return [accuracy for s in scores if s.network == scores[0].network for accuracy in s.accuracies]
+        found = [s for d in self.distillations for s in d.scores if s.protocol == protocol and s.method == wanted]
+        return [score for score in found if score.network == (network or found[0].network)]
+
+    def accuracies(self, protocol: str, method: str = "", network: str = "") -> list[float]:
+        """The accuracies of all networks of ``scores``."""
+        return [accuracy for score in self.scores(protocol, method, network) for accuracy in score.accuracies]
 
     @property
     def protocols(self) -> list[str]:
         return list(dict.fromkeys(score.protocol for d in self.distillations for score in d.scores))
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """The protocols and architectures under which the sets were scored."""
+        return list(dict.fromkeys((score.protocol, score.network) for d in self.distillations for score in d.scores))
 
 
 def mean_and_std(accuracies: Sequence[float]) -> str:

@@ -60,6 +60,8 @@ class Section:
     rows: tuple[Row, ...]
     text: str = ""
     """What the page says below the title."""
+    auc: bool = False
+    """Whether the page shows the mean area under the ROC curve as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +82,19 @@ class Table:
 def read(path: Path) -> Table:
     """Read a table.
 
-    A row has the fields in ``common`` of its section, then those of the ``settings`` that it names with ``use``, then
-    its own. Its name is that of the section followed by its ``label``, or else its ``use`` or its method.
+    A row has the fields in ``common`` of its section, then those of the ``settings`` that it names with ``use``, one
+    or several, then its own. Its name is that of the section followed by its ``label``, or else its only ``use`` or its
+    method.
 
     Raises:
         ValueError: the file cannot be read; a field is unknown, missing or wrong; two rows have one name.
     """
     content = _known(read_yaml(path, fix="mend it"), ("data", "terms", "zoo", "settings", "sections"), str(path))
-    data, settings = content.get("data", {}), content.get("settings", {})
+    data, settings, terms, zoo = (
+        _mapping(content.get(name, {}), f"{path}, {name}") for name in ("data", "settings", "terms", "zoo")
+    )
     sections = [_section(entry, settings, str(path)) for entry in content.get("sections", [])]
-    table = Table(data=data, sections=tuple(sections), terms=content.get("terms", {}), zoo=content.get("zoo", {}))
+    table = Table(data=data, sections=tuple(sections), terms=terms, zoo=zoo)
     names = [row.name for row in table.rows]
     for row in table.rows:
         if names.count(row.name) > 1:
@@ -106,25 +111,34 @@ def read(path: Path) -> Table:
 
 
 def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
-    _known(entry, ("name", "title", "text", "common", "rows"), where)
+    _known(entry, ("name", "title", "text", "auc", "common", "rows"), where)
     fields = [field.name for field in dataclasses.fields(Row) if field.name != "name"]
     place, rows = f"{where}, {entry['name']}", []
     for given in entry["rows"]:
-        used = given.get("use")
-        if used is not None and used not in settings:
-            raise ValueError(f"{place}: there are no settings {used!r}; {suggest(used, settings)}")
-        merged = {**entry.get("common", {}), **settings.get(used, {}), **given}
+        merged, used = dict(entry.get("common", {})), given.get("use", [])
+        if not isinstance(used, str | list):
+            raise ValueError(f"{place}: use is {used!r}; give the name of settings, or a list of names")
+        for name in [used] if isinstance(used, str) else used:
+            if not isinstance(name, str) or name not in settings:
+                raise ValueError(f"{place}: there are no settings {name!r}; {suggest(str(name), settings)}")
+            merged |= settings[name]
+        merged |= given
         _known(merged, (*fields, "label", "use"), place)
-        label = merged.pop("label", None) or merged.pop("use", None) or merged.get("method")
+        label, used = merged.pop("label", None), merged.pop("use", None)
+        label = label or (used if isinstance(used, str) else None) or merged.get("method")
         name = f"{entry['name']}-{label}"
         rows.append(from_json(Row, {"name": name, **merged}, f"{where}, {name}"))
-    return Section(title=entry["title"], text=entry.get("text", ""), rows=tuple(rows))
+    return Section(title=entry["title"], text=entry.get("text", ""), auc=entry.get("auc", False), rows=tuple(rows))
 
 
 def _known(entry: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: {entry!r} is not a mapping")
-    for name in entry:
+    for name in _mapping(entry, where):
         if name not in names:
             raise ValueError(f"{where}: there is no field {name!r}; {suggest(str(name), names)}")
     return dict(entry)
+
+
+def _mapping(entry: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: {entry!r} is not a mapping")
+    return entry

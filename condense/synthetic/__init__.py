@@ -1,9 +1,11 @@
 """Synthetic sets: latents, decoders, labels and the file format."""
 
 from condense.synthetic.budget import Cost as Cost
+from condense.synthetic.codec import Codec as Codec
 from condense.synthetic.decode import DCT as DCT
 from condense.synthetic.decode import DECODERS as DECODERS
 from condense.synthetic.decode import Bases as Bases
+from condense.synthetic.decode import Coded as Coded
 from condense.synthetic.decode import Decode as Decode
 from condense.synthetic.decode import Factor as Factor
 from condense.synthetic.decode import Hallucinator as Hallucinator

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from condense.data.layout import InputShape
 from condense.names import spelt
-from condense.synthetic.decode import Decode, Pixels
+from condense.synthetic.decode import Coded, Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
 
 Unit = Literal["floats", "bits"]
@@ -30,13 +30,10 @@ class Cost(NamedTuple):
         return f"the labels take {self.labels / self.images:.3g} times the bytes of the images"
 
 
-def cost_of(decode: Decode, latents: Tensor, provider: nn.Module, decoder: nn.Module) -> Cost:
-    """Return the stored bytes of latents, of the labels that ``provider`` has, and of a decoder."""
-
-    def stored(module: nn.Module) -> int:
-        return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-    return Cost(decode.size(latents), stored(provider), stored(decoder))
+def cost_of(decode: Decode, latents: Tensor, classes: Tensor, provider: nn.Module, decoder: nn.Module) -> Cost:
+    """Return the stored bytes of latents of these classes, of the labels that ``provider`` has, and of a decoder."""
+    images, of_decoder = decode.num_bytes(latents, classes, decoder)
+    return Cost(images, sum(tensor.nbytes for tensor in provider.state_dict().values()), of_decoder)
 
 
 def bits(cost: Cost, provider: nn.Module, num_classes: int) -> int:
@@ -74,7 +71,8 @@ def latents_per_class(
     """Return the largest number of latents per class within a budget of ``ipc`` images per class.
 
     Args:
-        unit: what the budget counts. For floats the rule is that of the decoder, ``Decode.latents_per_class``.
+        unit: what the budget counts. For floats, and for decoders whose bits are learned, the rule is that of the
+            decoder, ``Decode.latents_per_class``.
         ipc: images per class.
         decode: the decoder.
         labels: the kind of labels.
@@ -85,7 +83,7 @@ def latents_per_class(
     Raises:
         ValueError: the budget is too small for one latent of each class, or the decoder has no fixed number of bits.
     """
-    if unit == "floats":
+    if unit == "floats" or isinstance(decode, Coded):
         return decode.latents_per_class(ipc, input_shape, num_classes)
     one, two = (_bits(decode, labels, n, input_shape, num_classes, num_outputs) for n in (1, 2))
     each, allowed = two - one, allowed_bits(ipc, labels, input_shape, num_classes, num_outputs)
@@ -108,4 +106,5 @@ def _bits(
         stored = torch.empty(latents * num_classes, *decode.latent_shape(input_shape), dtype=dtype)
         targets = torch.zeros(len(stored), dtype=torch.long) if classes else torch.zeros(len(stored), num_outputs)
         provider = labels.provider(targets, classes, input_shape, decode.expansion)
-        return bits(cost_of(decode, stored, provider, decode.build(input_shape, classes or 1)), provider, classes)
+        decoder = decode.build(input_shape, classes or 1)
+        return bits(cost_of(decode, stored, torch.zeros(len(stored)), provider, decoder), provider, classes)

@@ -24,6 +24,7 @@ from condense.data.transform import Transform
 from condense.mosaic import enlarged, joined, tiles_of
 from condense.names import spelt
 from condense.plugins import Registry, subclass_of
+from condense.rng import Draws
 from condense.schema import Checked
 
 
@@ -40,6 +41,10 @@ class Decode(Checked, ABC):
     """Whether latents are floating-point numbers, so that a method can learn them; else they are whole numbers."""
     stored: ClassVar[torch.dtype] = torch.uint8
     """The type of latents that are whole numbers."""
+    fits: ClassVar[bool] = False
+    """Whether ``encode`` fits the latents to the images step by step, so that its result is cached."""
+    used_later: ClassVar[tuple[str, ...]] = ()
+    """Fields on which ``encode`` does not depend."""
     makes_pixels: ClassVar[bool] = False
     """Whether the decoder makes pixels in [0, 1], and the images from these by the transform, ``none`` or
     ``channel``."""
@@ -75,6 +80,14 @@ class Decode(Checked, ABC):
         """Return the number of bytes of the latents."""
         return latents.nbytes
 
+    def num_bytes(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[int, int]:
+        """Return the number of bytes of the latents (N, ...) of these classes (N,), and of the decoder."""
+        return self.size(latents), sum(tensor.nbytes for tensor in decoder.state_dict().values())
+
+    def quantised(self, latents: Tensor) -> Tensor:
+        """Return what the decoder gets in place of latents that are being learned, with their gradient."""
+        return latents
+
     @abstractmethod
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """Build the decoder, ``decoder(latents (N, ...), classes (N,)) -> images (expansion * N, *input_shape)``.
@@ -99,6 +112,73 @@ class Decode(Checked, ABC):
             decoder: the decoder that ``build`` returned.
             generator: a CPU generator.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded(Decode):
+    """Base class of decoders whose latents are whole numbers in the end, and are stored in an entropy code.
+
+    The number of bits is learned: it is a penalty beside the loss of every ``GradientMethod``. The budget does not
+    decide how many latents there are. ``size`` is not used, since the bits depend on what the decoder predicts.
+    """
+
+    images: int = 64
+    """Number of images per class. The budget does not change it."""
+    rate_weight: tuple[float, ...] = (0.001, 0.015)
+    """Weights of the rate, in bits per pixel summed over the classes, beside the loss of the method. Each serves for an
+    equal part of the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise ValueError(f"decode.images must be at least 1, got {self.images}; a published value is 64")
+        if not self.rate_weight or not all(0 <= weight < math.inf for weight in self.rate_weight):
+            raise ValueError(
+                f"decode.rate_weight must be finite numbers of at least 0, got {list(self.rate_weight)}; "
+                "published values are 0.001 and 0.015"
+            )
+
+    def latents_per_class(self, ipc: int, input_shape: InputShape, num_classes: int) -> int:
+        return self.images
+
+    def quantised(self, latents: Tensor) -> Tensor:
+        """Return the rounded latents; their gradient is that of the latents themselves."""
+        return latents.detach().round() + (latents - latents.detach())
+
+    @abstractmethod
+    def relaxed(self, latents: Tensor, draws: Draws, progress: float | Tensor) -> Tensor:
+        """Return a differentiable function of the latents that the decoder gets in their place in a step.
+
+        Args:
+            latents: (N, ...).
+            draws: the random numbers of the step.
+            progress: the part of the run before the step, from 0 to less than 1. It may be a tensor on a device, which
+                must not be read.
+        """
+
+    @abstractmethod
+    def rates(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> Tensor:
+        """Return the rate (num_classes,) of each class in bits per pixel of its images, with its gradient.
+
+        Args:
+            latents: what ``relaxed`` returned.
+            classes: their classes (N,).
+            decoder: the decoder.
+        """
+
+    def weight_at(self, progress: float | Tensor) -> float | Tensor:
+        """Return the weight of the rate when a part of the run is done, from 0 to less than 1."""
+        weight: float | Tensor = self.rate_weight[0]
+        for k, (before, after) in enumerate(itertools.pairwise(self.rate_weight), 1):
+            weight = weight + (after - before) * (progress * len(self.rate_weight) >= k)
+        return weight
+
+    @abstractmethod
+    def finished(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[Tensor, nn.Module]:
+        """Return the latents and the decoder as they are stored: rounded. The arguments do not change."""
+
+    @abstractmethod
+    def num_bytes(self, latents: Tensor, classes: Tensor, decoder: nn.Module) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -689,6 +769,7 @@ class Siren(Decode):
     first fitted to its initial image. Its weights do not depend on the size of the image."""
 
     name: ClassVar[str] = "siren"
+    fits: ClassVar[bool] = True
     width: int = 6
     """Number of outputs of each layer with a sine."""
     depth: int = 2
@@ -709,9 +790,11 @@ class Siren(Decode):
                 usual = type(self).__dataclass_fields__[name].default
                 raise ValueError(f"decode.{name} must be at least {least}, got {value}; the published value is {usual}")
         for name in ("first_frequency", "frequency", "fit_lr"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
+            if not 0 < (value := getattr(self, name)) < 1e30:
                 usual = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"decode.{name} must be positive, got {value}; the published value is {usual:g}")
+                raise ValueError(
+                    f"decode.{name} must be positive and less than 1e30, got {value}; the published value is {usual:g}"
+                )
 
     def layers(self, channels: int) -> list[tuple[int, int, float | None]]:
         """Return the number of inputs and outputs of each layer and the factor in its sine; the last layer has none."""
@@ -798,6 +881,7 @@ DECODERS: Registry[type[Decode]] = Registry(
     {
         decode.name: decode
         for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, Pyramid, Siren, StaticDynamic)
-    },
+    }
+    | {"codec": "condense.synthetic.codec:Codec"},  # that module imports this one
     subclass_of(Decode),
 )

@@ -17,7 +17,7 @@ from condense.data.layout import channel_axis, kind
 from condense.files import FORMAT, expanded, read_tensors, write_tensors
 from condense.plugins import Registry
 from condense.schema import brief, checked, from_json
-from condense.synthetic.decode import DECODERS, Decode
+from condense.synthetic.decode import DECODERS, Coded, Decode
 from condense.synthetic.labels import LABELS, Labels
 from condense.synthetic.set import Origin, RecipeRecord, SyntheticSet
 from condense.task import Split
@@ -161,6 +161,8 @@ def _check_values(syn: SyntheticSet) -> None:
         syn.decoder(syn.latents[one_of_each], syn.classes[one_of_each])
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"the decoder {syn.decode.name} looks up entries that the latents do not have") from error
+    if isinstance(syn.decode, Coded):
+        syn.cost()  # raises ValueError if its entropy model is broken
 
 
 def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -17,10 +19,10 @@ from torch.utils.data import Dataset, TensorDataset
 from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
 from condense.files import canonical_json
-from condense.names import printable
+from condense.names import printable, spelt
 from condense.schema import from_json
 from condense.synthetic.budget import Cost, Unit, allowed_bits, bits, cost_of, in_words
-from condense.synthetic.decode import Decode, Pixels
+from condense.synthetic.decode import Coded, Decode, Pixels
 from condense.synthetic.labels import Hard, Labels
 from condense.task import IpcPolicy, Split
 
@@ -237,6 +239,7 @@ class SyntheticSet(nn.Module):
             )
         self.latents = nn.Parameter(latents.detach().clone(), requires_grad=latents.is_floating_point())
         self._members: tuple[int, list[Tensor]] | None = None
+        self._in_place: Tensor | None = None
         if decoder is None:
             decoder = self.decode.build(origin.input_shape, origin.num_classes or 1).to(latents.device)
         self.decoder = decoder
@@ -329,8 +332,40 @@ class SyntheticSet(nn.Module):
         """Return samples (n', *input_shape) and targets (n',) or (n', D) of the latents ``index`` (default: all)."""
         if index is None:
             index = torch.arange(len(self), device=self.latents.device)
-        images = self.decoder(self.latents[index], self.classes[index])
+        latents = self.decode.quantised(self.latents[index]) if self._in_place is None else self._in_place[index]
+        images = self.decoder(latents, self.classes[index])
         return images, self.provider(index.repeat(len(images) // max(len(index), 1)))
+
+    @contextlib.contextmanager
+    def decoding(self, latents: Tensor) -> Iterator[None]:
+        """Inside the context ``forward`` decodes these latents (N, ...) in place of those of the set."""
+        self._in_place = latents
+        try:
+            yield
+        finally:
+            self._in_place = None
+
+    def finished(self) -> SyntheticSet:
+        """Return the set as it is stored: itself, or a copy that is rounded if the decoder has an entropy code."""
+        if not isinstance(self.decode, Coded):
+            return self
+        syn = copy.deepcopy(self)
+        latents, syn.decoder = self.decode.finished(self.latents.detach(), self.classes, self.decoder)
+        syn.latents.data = latents
+        return syn
+
+    def excess(self) -> str | None:
+        """Return a line that says by how much the set exceeds a budget in bits, and what mends it; None if it does not.
+
+        Only a set whose bits are learned can exceed it."""
+        if not isinstance(self.decode, Coded) or (allowed := self.allowed_bits) is None or self.num_bits <= allowed:
+            return None
+        enough, kind = -(-self.num_bits * self.ipc // allowed), type(self.decode).__name__
+        return (
+            f"the set takes {self.num_bits} bits, more than the {allowed} of {spelt('ipc', self.ipc)}: the weight of "
+            f"the rate decides on them; give a larger {spelt('decode.rate_weight', kind=kind)}, fewer "
+            f"{spelt('decode.images', kind=kind)}, or {spelt('ipc', enough)}"
+        )
 
     @property
     def lr(self) -> Tensor | None:
@@ -363,9 +398,8 @@ class SyntheticSet(nn.Module):
         return {name: params for name, params in parts.items() if params}
 
     def cost(self) -> Cost:
-        """Return the number of bytes that the set takes on disk."""
-
-        cost = cost_of(self.decode, self.latents, self.provider, self.decoder)
+        """Return the number of bytes that the set takes on disk, those of an entropy code by their length."""
+        cost = cost_of(self.decode, self.latents, self.classes, self.provider, self.decoder)
         return cost if self.weights is None else cost._replace(labels=cost.labels + self.weights.nbytes)
 
     @torch.no_grad()

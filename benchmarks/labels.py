@@ -1,0 +1,174 @@
+"""Accuracy and bytes of labels of views: stored logits, a teacher, and projectors of three ranks.
+
+    python -m benchmarks.labels DATA.npz --network convnet:depth=4,width=32,norm=batch --out FOLDER
+                                [--ipc 10] [--num-seeds 3] [--device auto] [--rows FILE.json]
+
+One expert of the given architecture is trained on the real training images. Its last weights are the teacher and the
+encoder of the projectors, and five of its epochs are their weak teachers. One set of random real images gets each kind
+of labels, and N fresh networks are trained on it under the protocol ``relabelled`` for 300 epochs. ``FILE`` (by default
+``labels.json`` in FOLDER) has one row per kind; rows that it has are not measured again, and rows of other settings or
+another code are not overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decoupled import BATCH, TEACHER, images
+from benchmarks.harness import Provenance
+from benchmarks.inputs import percent
+from condense import api
+from condense.compute import Compute, has_bfloat16, prepare_device
+from condense.data.datasets import open_data
+from condense.files import read_json, write_text
+from condense.schema import from_json
+from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import Online, Projector, Stored, StoredProjector, StoredTeacher, ViewLabels
+
+PROJECTOR = Projector(num_teachers=5, epochs=15)
+
+KINDS: dict[str, ViewLabels] = {
+    **{f"stored, keep {keep:g}": Stored(keep=keep) for keep in (1.0, 0.1, 0.01)},
+    "online": Online(),
+    **{f"projector, rank {rank}": dataclasses.replace(PROJECTOR, rank=rank) for rank in (2, 8, 32)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    labels: str
+    accuracies: tuple[float, ...]
+    """Fractions, one for each network."""
+    bytes: int
+    """Of the labels."""
+    encoder: int
+    """Bytes of the teacher or the encoder among them."""
+    minutes: float
+    """Time of labelling, training and scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of one set, with their provenance."""
+
+    dataset: str
+    fingerprint: str
+    network: str
+    ipc: int
+    num_seeds: int
+    images: int
+    """Bytes of the images."""
+    provenance: Provenance
+    rows: tuple[Row, ...] = ()
+
+
+HEADER = "| labels | accuracy, % | bytes of labels | of these the teacher or encoder | minutes |\n|---|---|---|---|---|"
+
+
+def cells(row: Row) -> str:
+    encoder = f"{row.encoder:,}" if row.encoder else "—"
+    return f"| {row.labels} | {percent(row.accuracies)} | {row.bytes:,} | {encoder} | {row.minutes:.1f} |"
+
+
+def encoder_bytes(syn: SyntheticSet) -> int:
+    """Return the bytes of the teacher or the frozen encoder in the labels of a set."""
+    if isinstance(syn.provider, StoredProjector):
+        return syn.provider.encoder.nbytes
+    return syn.cost().labels - syn.classes.nbytes if isinstance(syn.provider, StoredTeacher) else 0
+
+
+def read(file: Path) -> Rows:
+    return from_json(Rows, read_json(file, fix="delete it"), str(file))
+
+
+def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows:
+    """Return the rows of a file that is to be continued, or none.
+
+    Raises:
+        ValueError: the file has rows of other settings or of another code, device or number of threads.
+    """
+    if not file.exists():
+        return Rows(**facts, provenance=now)
+    made = read(file)
+    found = {**dataclasses.asdict(made), **dataclasses.asdict(made.provenance)}
+    for name, value in {**facts, **dataclasses.asdict(now)}.items():
+        if name != "date" and found[name] != value:
+            raise ValueError(f"{file} has rows of {name} {found[name]}, not {value}; give another file with --rows")
+    return made
+
+
+def tables(folder: Path) -> list[str]:
+    """The lines of a table for each file in ``folder``."""
+    lines = []
+    for file in sorted(folder.glob("*.json")):
+        made = read(file)
+        command = f"python -m benchmarks.labels {made.dataset}.npz --network {made.network} --ipc {made.ipc}"
+        lines += [f"`{made.dataset}`, {images(made.ipc)} ({made.images:,} bytes), `{made.network}`:", "", HEADER]
+        lines += [*map(cells, made.rows), "", f"    {command} --num-seeds {made.num_seeds} --out FOLDER", ""]
+        lines += [f"{made.provenance}, seed 0.", ""]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="file, or name of a data set")
+    parser.add_argument("--network", required=True)
+    parser.add_argument("--ipc", type=int, default=10)
+    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rows", type=Path, help="file of the rows (default: labels.json in the folder)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experts")
+    chosen = parser.parse_args()
+    arrays, device = open_data(chosen.data), prepare_device(chosen.device)
+    fast = has_bfloat16(device)
+    compute = Compute(compile=False, autocast="bfloat16" if fast else "none", channels_last=fast)
+    common: dict[str, Any] = {"compute": compute, "device": str(device)}
+    experts = dataclasses.replace(TEACHER, keep="all")
+    api.make_buffer(arrays, chosen.network, experts=experts, out=chosen.out / "experts", **common)
+    syn = api.distill("random", dataset=arrays, network=chosen.network, ipc=chosen.ipc, **common)
+    facts: dict[str, Any] = {
+        "dataset": Path(chosen.data).stem,
+        "fingerprint": arrays.fingerprint["train"],
+        "network": chosen.network,
+        "ipc": chosen.ipc,
+        "num_seeds": chosen.num_seeds,
+        "images": syn.cost().images,
+    }
+    file = chosen.rows or chosen.out / "labels.json"
+    made = begun(file, facts, Provenance.now(device))
+    print(HEADER, flush=True)
+    for name, kind in KINDS.items():
+        row = next((row for row in made.rows if row.labels == name), None)
+        if row is None:
+            start = time.monotonic()
+            fields = {"batch_size": BATCH.get(chosen.ipc, 100)} if isinstance(kind, Stored) else {}
+            given = api.relabel(syn, chosen.out / "experts", kind, dataset=arrays, **fields, **common)
+            results = api.evaluate(
+                given,
+                arrays,
+                networks=chosen.network,
+                num_seeds=chosen.num_seeds,
+                protocol="relabelled",
+                **common,
+            )
+            row = Row(
+                labels=name,
+                accuracies=results.results[0].accuracies,
+                bytes=given.cost().labels,
+                encoder=encoder_bytes(given),
+                minutes=(time.monotonic() - start) / 60,
+            )
+            made = dataclasses.replace(made, rows=(*made.rows, row))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+        print(cells(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

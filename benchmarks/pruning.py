@@ -1,0 +1,112 @@
+"""Accuracy against the share of the training images that selections keep, with and without a teacher.
+
+    python -m benchmarks.pruning DATA.npz [flags of condense apply pruning] --rows FOLDER
+
+The command runs `condense apply pruning` and keeps its results in FOLDER under the name of the data, with their
+provenance; docs/results.md has a table of each file in ``results/pruning``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Provenance
+from benchmarks.inputs import percent
+from condense.files import read_json, write_text
+from condense.schema import from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    method: str
+    fraction: float
+    teacher: bool
+    accuracies: tuple[float, ...]
+    """Fractions, one for each network."""
+    network: str
+    num_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """The accuracies of one run, with their provenance."""
+
+    dataset: str
+    command: str
+    minutes: float
+    """Wall time."""
+    provenance: Provenance
+    accuracy_of_teacher: float
+    accuracies: tuple[Accuracy, ...]
+
+
+def read(file: Path) -> Curves:
+    return from_json(Curves, read_json(file, fix="delete it"), str(file))
+
+
+def tables(folder: Path) -> list[str]:
+    """The lines of a table for each file in ``folder``."""
+    lines = []
+    for file in sorted(folder.glob("*.json")):
+        made = read(file)
+        shares = sorted({row.fraction for row in made.accuracies})
+        titles = ["images kept by", "teacher", *(f"{100 * share:g} %" for share in shares)]
+        network, teacher = made.accuracies[0].network, f"{100 * made.accuracy_of_teacher:.1f} %"
+        lines += [f"`{made.dataset}`, `{network}`; the teacher has {teacher}:", ""]
+        lines += [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+        for curve in dict.fromkeys((row.method, row.teacher) for row in made.accuracies):
+            rows = [row for row in made.accuracies if (row.method, row.teacher) == curve]
+            cells = {row.fraction: percent(row.accuracies) for row in rows}
+            words = [f"`{curve[0]}`", "yes" if curve[1] else "no", *(cells[share] for share in shares)]
+            lines.append(f"| {' | '.join(words)} |")
+        n = len(made.accuracies[0].accuracies)
+        lines += ["", f"    {made.command}", "", f"{made.provenance}, {made.minutes:.0f} minutes;"]
+        lines += [f"n = {n} networks on one selection.", ""]
+    return lines
+
+
+def measure(data: str, flags: Sequence[str], rows: Path) -> Curves:
+    """Run the application and write its results. Raises CalledProcessError if the command fails."""
+    name, begun = Path(data).stem, time.monotonic()
+    words = ["apply", "pruning", data, *flags]
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run([sys.executable, "-m", "condense", *words, "--out", out], check=True)
+        found = read_json(Path(out) / "apply-pruning.json", fix="run it again")
+    first = found["accuracies"][0]
+    fields = ("method", "fraction", "teacher", "accuracies", "network", "num_images")
+    content = {
+        "dataset": name,
+        "command": shlex.join(["condense", "apply", "pruning", Path(data).name, *flags]),
+        "minutes": (time.monotonic() - begun) / 60,
+        "provenance": {**dataclasses.asdict(Provenance.now(torch.device("cpu"))), "device": first["device"]},
+        "accuracy_of_teacher": found["accuracy_of_teacher"],
+        "accuracies": [{field: row[field] for field in fields} for row in found["accuracies"]],
+    }
+    rows.mkdir(parents=True, exist_ok=True)
+    write_text(rows / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    return read(rows / f"{name}.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="file, or name of a data set")
+    parser.add_argument("--rows", type=Path, required=True, help="folder of the results")
+    chosen, flags = parser.parse_known_args()
+    measure(chosen.data, flags, chosen.rows)
+    print("\n".join(tables(chosen.rows)))
+
+
+if __name__ == "__main__":
+    main()
