@@ -20,9 +20,8 @@ holds are not measured again. docs/results.md has the tables of the rows below `
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +29,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import harness
 from benchmarks.harness import Provenance
 from benchmarks.inputs import percent
 from condense import api
 from condense.buffers.trajectories import Experts
-from condense.compute import Compute, has_bfloat16, prepare_device
+from condense.compute import Compute, prepare_device
 from condense.data.datasets import Arrays, open_data
-from condense.files import read_json, write_text
 from condense.runs import read_record
 from condense.schedule import Schedule
-from condense.schema import from_json
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Stored
 
@@ -120,13 +118,9 @@ HEADER = (
 )
 
 
-def read(file: Path) -> Row:
-    return from_json(Row, read_json(file, fix="delete it"), str(file))
-
-
 def tables(folder: Path) -> list[str]:
     """The lines of a table for each data set and budget of the rows in the folders below ``folder``."""
-    rows = [read(file) for file in sorted(folder.glob("*/*.json"))]
+    rows = [harness.read(Row, file) for file in sorted(folder.glob("*/*.json"))]
     lines = []
     for dataset, network, ipc in dict.fromkeys((row.dataset, row.network, row.ipc) for row in sorted(rows, key=_place)):
         given = [row for row in rows if (row.dataset, row.network, row.ipc) == (dataset, network, ipc)]
@@ -161,8 +155,7 @@ class Bench:
 
     @property
     def compute(self) -> Compute:
-        fast = has_bfloat16(self.device)
-        return Compute(compile=False, autocast="bfloat16" if fast else "none", channels_last=fast)
+        return harness.fast(self.device)
 
     def row(self, method: str, ipc: int) -> Row:
         draws = range(self.num_seeds) if method == RANDOM else range(1)
@@ -270,16 +263,15 @@ def main() -> None:
     for ipc in chosen.ipc:
         for method in chosen.only:
             file = rows / f"{method}-{ipc}.json"
-            row = read(file) if file.exists() else None
+            row = harness.read(Row, file) if file.exists() else None
             if row is None or any(getattr(row, name) != value for name, value in bench.common.items()):
                 if time.monotonic() - begun > 60 * chosen.limit:
                     print(f"stopped after {chosen.limit:g} minutes", flush=True)
                     return
                 row = bench.row(method, ipc)
-                rows.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(dataclasses.asdict(row), indent=1) + "\n")
+                harness.write(row, file)
             print(row.cells(), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.status("decoupled", main))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import gc
+import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,9 @@ from typing import Any, TypeVar
 import torch
 
 from condense.allocator import keep_freed_memory, restore_defaults
+from condense.compute import Compute, has_bfloat16
+from condense.files import read_json, write_text
+from condense.schema import from_json
 
 T = TypeVar("T")
 Run = Callable[[], object]
@@ -184,6 +190,32 @@ class Provenance:
 
     def __str__(self) -> str:
         return f"Commit {self.commit}, {self.device}, threads {self.threads}, torch {self.torch}, {self.date}"
+
+
+def read(cls: type[T], file: Path) -> T:
+    """Return the dataclass that ``write`` wrote. Raises ValueError if the file is damaged or of another kind."""
+    return from_json(cls, read_json(file, fix="delete it"), str(file))
+
+
+def write(record: Any, file: Path) -> None:
+    """Write a dataclass to a JSON file, whose folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def status(name: str, command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status. A mistake is one line that begins with ``name``, and status 2."""
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+
+
+def fast(device: torch.device) -> Compute:
+    """Return arithmetic without compilation for many short trainings: bfloat16 where the device has it."""
+    narrow = has_bfloat16(device)
+    return Compute(compile=False, autocast="bfloat16" if narrow else "none", channels_last=narrow)
 
 
 def machine(device: torch.device) -> str:

@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
 from benchmarks.decoupled import BATCH, TEACHER, images
 from benchmarks.harness import Provenance
 from benchmarks.inputs import percent
 from condense import api
-from condense.compute import Compute, has_bfloat16, prepare_device
+from condense.compute import prepare_device
 from condense.data.datasets import open_data
-from condense.files import read_json, write_text
-from condense.schema import from_json
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Online, Projector, Stored, StoredProjector, StoredTeacher, ViewLabels
 
@@ -83,10 +82,6 @@ def encoder_bytes(syn: SyntheticSet) -> int:
     return syn.cost().labels - syn.classes.nbytes if isinstance(syn.provider, StoredTeacher) else 0
 
 
-def read(file: Path) -> Rows:
-    return from_json(Rows, read_json(file, fix="delete it"), str(file))
-
-
 def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows:
     """Return the rows of a file that is to be continued, or none.
 
@@ -95,7 +90,7 @@ def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows:
     """
     if not file.exists():
         return Rows(**facts, provenance=now)
-    made = read(file)
+    made = harness.read(Rows, file)
     found = {**dataclasses.asdict(made), **dataclasses.asdict(made.provenance)}
     for name, value in {**facts, **dataclasses.asdict(now)}.items():
         if name != "date" and found[name] != value:
@@ -107,7 +102,7 @@ def tables(folder: Path) -> list[str]:
     """The lines of a table for each file in ``folder``."""
     lines = []
     for file in sorted(folder.glob("*.json")):
-        made = read(file)
+        made = harness.read(Rows, file)
         command = f"python -m benchmarks.labels {made.dataset}.npz --network {made.network} --ipc {made.ipc}"
         lines += [f"`{made.dataset}`, {images(made.ipc)} ({made.images:,} bytes), `{made.network}`:", "", HEADER]
         lines += [*map(cells, made.rows), "", f"    {command} --num-seeds {made.num_seeds} --out FOLDER", ""]
@@ -126,9 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the experts")
     chosen = parser.parse_args()
     arrays, device = open_data(chosen.data), prepare_device(chosen.device)
-    fast = has_bfloat16(device)
-    compute = Compute(compile=False, autocast="bfloat16" if fast else "none", channels_last=fast)
-    common: dict[str, Any] = {"compute": compute, "device": str(device)}
+    common: dict[str, Any] = {"compute": harness.fast(device), "device": str(device)}
     experts = dataclasses.replace(TEACHER, keep="all")
     api.make_buffer(arrays, chosen.network, experts=experts, out=chosen.out / "experts", **common)
     syn = api.distill("random", dataset=arrays, network=chosen.network, ipc=chosen.ipc, **common)
@@ -165,10 +158,9 @@ def main() -> None:
                 minutes=(time.monotonic() - start) / 60,
             )
             made = dataclasses.replace(made, rows=(*made.rows, row))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+            harness.write(made, file)
         print(cells(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.status("labels", main))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
@@ -22,10 +21,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import harness
 from benchmarks.harness import Provenance
 from benchmarks.inputs import percent
-from condense.files import read_json, write_text
-from condense.schema import from_json
+from condense.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +51,11 @@ class Curves:
     accuracies: tuple[Accuracy, ...]
 
 
-def read(file: Path) -> Curves:
-    return from_json(Curves, read_json(file, fix="delete it"), str(file))
-
-
 def tables(folder: Path) -> list[str]:
     """The lines of a table for each file in ``folder``."""
     lines = []
     for file in sorted(folder.glob("*.json")):
-        made = read(file)
+        made = harness.read(Curves, file)
         shares = sorted({row.fraction for row in made.accuracies})
         titles = ["images kept by", "teacher", *(f"{100 * share:g} %" for share in shares)]
         network, teacher = made.accuracies[0].network, f"{100 * made.accuracy_of_teacher:.1f} %"
@@ -84,29 +79,33 @@ def measure(data: str, flags: Sequence[str], rows: Path) -> Curves:
     with tempfile.TemporaryDirectory() as out:
         subprocess.run([sys.executable, "-m", "condense", *words, "--out", out], check=True)
         found = read_json(Path(out) / "apply-pruning.json", fix="run it again")
-    first = found["accuracies"][0]
-    fields = ("method", "fraction", "teacher", "accuracies", "network", "num_images")
-    content = {
-        "dataset": name,
-        "command": shlex.join(["condense", "apply", "pruning", Path(data).name, *flags]),
-        "minutes": (time.monotonic() - begun) / 60,
-        "provenance": {**dataclasses.asdict(Provenance.now(torch.device("cpu"))), "device": first["device"]},
-        "accuracy_of_teacher": found["accuracy_of_teacher"],
-        "accuracies": [{field: row[field] for field in fields} for row in found["accuracies"]],
-    }
-    rows.mkdir(parents=True, exist_ok=True)
-    write_text(rows / f"{name}.json", json.dumps(content, indent=1) + "\n")
-    return read(rows / f"{name}.json")
+    accuracies = found["accuracies"]
+    curves = Curves(
+        dataset=name,
+        command=shlex.join(["condense", "apply", "pruning", Path(data).name, *flags]),
+        minutes=(time.monotonic() - begun) / 60,
+        provenance=dataclasses.replace(Provenance.now(torch.device("cpu")), device=accuracies[0]["device"]),
+        accuracy_of_teacher=found["accuracy_of_teacher"],
+        accuracies=tuple(
+            Accuracy(**{field.name: row[field.name] for field in dataclasses.fields(Accuracy)}) for row in accuracies
+        ),
+    )
+    harness.write(curves, rows / f"{name}.json")
+    return curves
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="file, or name of a data set")
     parser.add_argument("--rows", type=Path, required=True, help="folder of the results")
     chosen, flags = parser.parse_known_args()
-    measure(chosen.data, flags, chosen.rows)
+    try:
+        measure(chosen.data, flags, chosen.rows)
+    except subprocess.CalledProcessError as error:  # the command has said why
+        return error.returncode
     print("\n".join(tables(chosen.rows)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.status("pruning", main))

@@ -708,11 +708,10 @@ class GradientMethod(Method):
         gradients = ctx.kept("gradients", state, lambda: _Gradients(self, ctx, state))
         gradients(step)
         total, names = gradients.total, gradients.names
-        rates = [] if gradients.rate is None else [gradients.rate]
-        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in gradients.params), total, *rates])
+        rates = {} if gradients.rate is None else {"rate": gradients.rate}
+        ctx.ranks.all_reduce_([*(cast(Tensor, param.grad) for param in gradients.params), total, *rates.values()])
         values = {"loss": total[0]} | {f"loss_{name}": value for name, value in zip(names, total[1:], strict=False)}
-        values |= dict(zip(["rate"], rates, strict=False))
-        values |= {f"grad_{name}": _norm(params) for name, params in leaves.items()}
+        values |= rates | {f"grad_{name}": _norm(params) for name, params in leaves.items()}
         numbers = torch.stack(list(values.values())).to(dtype_of_numbers(ctx.task.device))
         return dict(zip(values, numbers.unbind(), strict=True))
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import decoupled, labels, pruning
+from benchmarks import decoupled, harness, labels, pruning
 from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
@@ -344,6 +344,18 @@ def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pruning, "subprocess", SimpleNamespace(run=run))
     made = pruning.measure("folder/toy.npz", ["--device", "cuda"], tmp_path)
     assert made.provenance.device == "a GPU" and made.command == "condense apply pruning toy.npz --device cuda"
+
+
+@pytest.mark.parametrize("bench", [decoupled, labels, pruning])
+def test_missing_data_are_one_line_and_leave_nothing(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    places = [] if bench is pruning else ["--network", TINY, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["bench", "nowhere.npz", *places, "--rows", str(tmp_path / "rows")])
+    assert harness.status("bench", bench.main) == 2
+    said = capfd.readouterr()
+    assert said.err.count("\n") == 1 and "nowhere.npz" in said.err and not said.out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import condense.zoo
-from benchmarks.harness import commit
+from benchmarks.harness import commit, status
 from benchmarks.results import page, queue, record, table, zoo
 from benchmarks.results.table import Row
 from condense.files import locked
@@ -37,11 +37,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="rows to measure; their names may end with *")
     parser.add_argument("--commit", help="commit of the code, where there is no repository")
     chosen = parser.parse_args()
-    try:
-        return run(chosen)
-    except (ValueError, OSError) as error:
-        print(f"results: {error}", file=sys.stderr)
-        return 2
+    return status("results", lambda: run(chosen))
 
 
 def run(chosen: argparse.Namespace) -> int:

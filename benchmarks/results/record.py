@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import harness
 from benchmarks.results.table import Row
-from condense.files import read_json, write_text
 from condense.names import percent
-from condense.schema import from_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,7 @@ class Record:
 
     @property
     def protocols(self) -> list[str]:
-        return list(dict.fromkeys(score.protocol for d in self.distillations for score in d.scores))
+        return list(dict.fromkeys(protocol for protocol, _ in self.columns))
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -99,9 +96,8 @@ def mean_and_std(accuracies: Sequence[float]) -> str:
 def read_all(folder: Path) -> dict[str, Record]:
     """Return the records in a folder by the name of their row. Raises ValueError if a file is damaged."""
     paths = sorted(folder.glob("*.json"))
-    return {path.stem: from_json(Record, read_json(path, fix="delete it"), str(path)) for path in paths}
+    return {path.stem: harness.read(Record, path) for path in paths}
 
 
 def write(record: Record, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{record.row.name}.json", json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+    harness.write(record, folder / f"{record.row.name}.json")

@@ -35,11 +35,13 @@ def encoded(decode: Decode, images: Tensor, classes: Tensor, decoder: nn.Module,
     Raises:
         ValueError: the fit diverged.
     """
-    cache = Cache(cache_folder() if decode.fits else None, "fits")
+    if not decode.fits:
+        return decode.encode(images, classes, decoder, rng.generator("decoder"))
+    cache = Cache(cache_folder(), "fits")
     fields = {name: value for name, value in dataclasses.asdict(decode).items() if name not in decode.used_later}
     key = {
         "decode": {"name": decode.name, **fields},
-        "start": checksum({"images": images, "classes": classes, **decoder.state_dict()}) if decode.fits else "",
+        "start": checksum({"images": images, "classes": classes, **decoder.state_dict()}),
         **rng.identity(),
         "machine": machine(images.device),
         "code": code_of(type(decode).__module__),
@@ -55,7 +57,7 @@ def encoded(decode: Decode, images: Tensor, classes: Tensor, decoder: nn.Module,
         return stored
     begun = time.perf_counter()
     latents = decode.encode(images, classes, decoder, rng.generator("decoder"))
-    if decode.fits and not all(tensor.isfinite().all() for tensor in (latents, *decoder.state_dict().values())):
+    if not all(tensor.isfinite().all() for tensor in (latents, *decoder.state_dict().values())):
         raise ValueError(
             f"the fit of the decoder {decode.name} to the initial images diverged; give a smaller "
             f"{spelt('decode.fit_lr', kind=type(decode).__name__)}"
