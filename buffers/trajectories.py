@@ -206,7 +206,7 @@ def resolved(task: Task, plan: Experts, root: Path, seed: int, compute: Compute)
     kind = Trajectories.kind if plan.keep == "all" else TrainedNetworks.kind
     existing = identities(root, kind, like)
     earlier = existing[0]["compute"] if len(existing) == 1 else None
-    return compute.resolved(task.network.flops * len(task.train) * USUAL_EPOCHS, task.device, earlier)
+    return task.network.settled(compute, len(task.train) * USUAL_EPOCHS, earlier)
 
 
 def build(

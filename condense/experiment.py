@@ -300,7 +300,7 @@ def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier
         network.num_outputs,
     )
     work = plan.method.estimated_work(num_images, classes, latents * plan.decode.expansion)
-    return plan.compute.resolved(network.flops * work, network.device, earlier)
+    return network.settled(plan.compute, work, earlier)
 
 
 def _ipc(plan: Recipe, num_images: int, num_classes: int) -> int:

@@ -166,7 +166,7 @@ def trained_projector(
     weak = spec.open(folder)
     weak_network = Functional(weak.manifest["identity"]["network"], shape, num_classes, device)
     epochs = [round(k * weak.num_epochs / kind.num_teachers) for k in range(1, kind.num_teachers + 1)]
-    policy = compute.resolved(network.flops * len(train) * kind.epochs, device)
+    policy = network.settled(compute, len(train) * kind.epochs)
     labellers = [Teacher(weak_network, weak.weights(0, weak_network, epoch)).labeller(policy) for epoch in epochs]
 
     def mean_logits(images: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ USUAL_SEEDS = 5
 
 def resolved(compute: Compute, network: Functional, plan: Training, num_images: int) -> Compute:
     """Return ``compute`` with all automatic choices made, for training on ``num_images`` images."""
-    return compute.resolved(network.flops * num_images * plan.num_epochs * USUAL_SEEDS, network.device)
+    return network.settled(compute, num_images * plan.num_epochs * USUAL_SEEDS)
 
 
 Progress = Callable[[str, int], AbstractContextManager[Bar]]
@@ -183,7 +183,6 @@ def measure(
     augment = protocol.augment_for(arrays.input_shape, arrays.strategy)
     device = networks[0].device
     common: dict[str, Any] = {
-        "protocol_hash": protocol.hash,
         "augment": str(augment),
         "seed": seed,
         "num_images": len(images),
@@ -212,6 +211,8 @@ def measure(
     def label_of(network: Functional) -> Label | None:
         return None if labels is None else labels[network.name]
 
+    by_class = kind is None and labels is None and not targets.is_floating_point()
+    kind_of_labels = "hard" if by_class else protocol.labels  # two protocols may spell one training differently
     of_split = bool(split == "validation" or protocol.holds_out or protocol.teacher)  # and not of the set alone
     plans = [
         _with_best_rate(
@@ -222,7 +223,7 @@ def measure(
     provenance = [
         {
             **common,
-            "training": training.content(),
+            "training": dataclasses.replace(training, augment=str(augment), labels=kind_of_labels).content(),
             "compute": policy.first_order_identity(),
             "draws": VERSION,
             **network.identity(),
@@ -282,6 +283,7 @@ def measure(
             accuracies=tuple(cell.scores.accuracy for cell in row),
             metrics=_by_metric([cell.scores for cell in row]),
             protocol=name,
+            protocol_hash=protocol.hash,
             protocol_fields=training.content(),
             dataset=arrays.name,
             device=device_name(device),

@@ -23,7 +23,7 @@ def trained(task: Task, *, seed: int, compute: Compute, cache: Path | None) -> T
     """Train the task's network under ``full-data`` on the training images of the task, never on validation or test
     images. ``pretrained`` caches the result."""
     plan = PROTOCOLS["full-data"]
-    compute = compute.resolved(task.network.flops * len(task.train) * plan.num_epochs, task.device)
+    compute = task.network.settled(compute, len(task.train) * plan.num_epochs)
     rng = Rng(seed).child("teacher", task.network.name)
     initial = task.network.init(rng, "weights")
     weights = pretrained(task, plan, compute, initial, rng.child("training"), cache=cache)

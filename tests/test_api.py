@@ -252,6 +252,24 @@ def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monke
         condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
 
 
+@pytest.mark.parametrize(("labels", "trainings"), [("hard", 1), ("logits", 2)])
+def test_a_training_that_two_protocols_spell_differently_is_run_once(
+    labels: str, trainings: int, tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    condense.distill("dd", dataset=tiny, network=TINY, ipc=1, labels=labels, num_steps=1, out=tmp_path, device="cpu")
+    short = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2, augment="dsa")
+    alike = dataclasses.replace(short, name="alike", labels="own", augment=tiny.strategy)
+    scored: list[int] = []
+    score = SetScorer.score
+    monkeypatch.setattr(SetScorer, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
+    fields: dict[str, Any] = {"networks": [TINY], "num_seeds": 1, "device": "cpu"}
+    first, second = condense.evaluate(tmp_path, tiny, protocol=[short, alike], **fields).results
+    assert len(scored) == trainings
+    assert (second.protocol_hash, second.protocol_fields["labels"]) == (alike.hash, "own")
+    assert (first.protocol_hash, first.protocol_fields["labels"]) == (short.hash, "hard")
+    assert trainings == 2 or first.accuracies == second.accuracies
+
+
 PICK = '''
 from dataclasses import dataclass
 from condense.methods.selection import Random

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from condense import api
+from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import load
 from condense.data.graphs import Graph, batched, decode, encode, read_tu, used_length
@@ -224,6 +225,12 @@ def test_networks_are_trained_on_a_set_of_frequent_trees(shapes: Path, tmp_path:
     assert all(0 <= result.metrics["auc"][0] <= 1 for result in found.results)
 
 
+def test_networks_for_graphs_are_not_compiled_however_long_they_train() -> None:
+    graphs, images = Functional("gin:width=8,depth=1", (30,), 2), Functional("mlp", (1, 8, 8), 2)
+    assert images.settled(Compute(), math.inf).compile
+    assert graphs.settled(Compute(), math.inf).compile is False
+
+
 def test_weights_are_frequencies_in_training_batches() -> None:
     images, weights = torch.arange(3.0)[:, None], torch.tensor([1.0, 2.0, 5.0])
     source = Examples(images, torch.arange(3), Rng(0), batch_size=3, num_classes=3, weights=weights)
@@ -247,6 +254,7 @@ def test_a_resumed_run_gives_the_same_bytes(shapes: Path, tmp_path: Path) -> Non
         ("mirage", {"support": (0.1, 0.2, 0.3)}, "3 values for 2 classes"),
         ("mirage", {"max_bytes": 10}, "is frequent and fits"),
         ("random", {"network": "convnet"}, "networks for graphs are"),
+        ("random", {"compute": Compute(compile=True)}, "would be compiled anew"),
     ],
 )
 def test_what_graphs_cannot_have_is_refused(

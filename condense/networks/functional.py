@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from condense.compute import Compute
 from condense.data.layout import InputShape, kind
 from condense.files import canonical_json, checksum
 from condense.names import spelt
@@ -144,14 +145,33 @@ class Functional:
 
     @cached_property
     def flops(self) -> float:
-        """The floating-point operations of one sample's forward and backward pass (matrix products, convolutions).
-
-        For graphs it is an estimate, in which every third number of a sample is a node."""
-        if kind(self.input_shape) == "graphs":
-            return 2 * self.num_params * math.prod(self.input_shape)
+        """The floating-point operations of one sample's forward and backward pass (matrix products, convolutions); of
+        networks for samples of one shape, so not of graphs."""
         with FlopCounterMode(display=False) as counter:
             self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
+
+    def settled(self, compute: Compute, num_samples: float, earlier: Mapping[str, Any] | None = None) -> Compute:
+        """Return ``compute`` with every automatic choice made, for training on ``num_samples`` samples in all.
+
+        Networks for graphs run eagerly, because the shapes of their batches differ and each would be compiled anew.
+
+        Args:
+            compute: the policy that was asked for.
+            num_samples: samples of all planned forward and backward passes.
+            earlier: the fields that were resolved when the run began; see ``Compute.resolved``.
+
+        Raises:
+            ValueError: compilation was asked for, and the network is one for graphs.
+        """
+        if kind(self.input_shape) != "graphs":
+            return compute.resolved(self.flops * num_samples, self.device, earlier)
+        if compute.compile:
+            raise ValueError(
+                f"batches of graphs have different shapes, so each would be compiled anew; leave out "
+                f"{spelt('compute.compile')}"
+            )
+        return compute.resolved(0, self.device, earlier)
 
     def identity(self) -> dict[str, Any]:
         """Return the JSON-serialisable identity of the architecture.
