@@ -173,6 +173,7 @@ class Provenance:
     """Where, when and with which code something was measured."""
 
     commit: str
+    """Commit of the code, with a plus sign if files differed from it."""
     date: str
     device: str
     threads: int

@@ -34,6 +34,7 @@ from condense.data.datasets import Arrays
 
 ROOT = Path(__file__).parents[1]
 TINY = "convnet:depth=1,width=4"
+WHERE = Provenance(commit="abc", date="2026-01-01", device="cpu", threads=1, torch="2")
 ROW = Row(
     name="toy-dm",
     dataset="toy",
@@ -197,8 +198,8 @@ def made(row: Row, labels: str = "hard", **accuracies: Sequence[float]) -> recor
         for name, values in accuracies.items()
     )
     distillation = record.Distillation(seed=0, command="condense distill", minutes=3.0, cpu_minutes=2.0, scores=scores)
-    facts: dict[str, Any] = {"decode": "pixels", "num_images": 10, "bytes": 100, "num_steps": 5, "threads": 2}
-    facts |= {"commit": "abc", "date": "2026-01-01", "device": "cpu", "torch": "2", "evaluation": "condense evaluate"}
+    facts: dict[str, Any] = {"decode": "pixels", "num_images": 10, "bytes": 100, "num_steps": 5}
+    facts |= {"provenance": WHERE, "evaluation": "condense evaluate"}
     return record.Record(row=row, labels=labels, distillations=(distillation,), **facts)
 
 
@@ -239,9 +240,6 @@ def test_every_architecture_has_a_column_and_a_section_may_show_areas() -> None:
     lines = page.tables([measured, beside], auc=False)
     assert "| `graphs`, gat |" in lines[lines.index("Across architectures:") + 2] and "gat" not in lines[0]
     assert page.best_rows(table.Table(data={}, sections=()), {row.name: measured}) == ""
-
-
-WHERE = Provenance(commit="abc", date="2026-01-01", device="cpu", threads=1, torch="2")
 
 
 def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:

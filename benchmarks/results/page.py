@@ -146,8 +146,8 @@ def commands(table: Table, records: Mapping[str, Record]) -> str:
         if row.name not in records:
             continue
         record = records[row.name]
-        lines += [f"`{row.name}`: commit {record.commit}, {record.date}, {record.device}, {record.threads} threads,"]
-        lines += [f"torch {record.torch}, seeds 0 to {len(record.distillations) - 1}{_choice(record.row)}", ""]
+        lines += [f"`{row.name}`. {record.provenance},"]
+        lines += [f"seeds 0 to {len(record.distillations) - 1}{_choice(record.row)}", ""]
         if record.buffer:
             lines.append(f"    {record.buffer}  # {record.buffer_minutes:.1f} minutes of wall time")
         lines += [f"    {record.distillations[0].command}", f"    {record.evaluation}", ""]

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import Provenance
 from benchmarks.results import record as records
 from benchmarks.results.published import published
 from benchmarks.results.record import Distillation, Record, Score
@@ -85,11 +86,13 @@ class Queue:
             num_steps=syn.origin.num_steps,
             distillations=tuple(done),
             evaluation=shown(["evaluate", "RUN", *shlex.split(row.scoring)]),
-            commit=self.commit,
-            date=datetime.date.today().isoformat(),
-            device=read_record(folder / "0")["device"],
-            threads=self.threads,
-            torch=torch.__version__,
+            provenance=Provenance(
+                commit=self.commit,
+                date=datetime.date.today().isoformat(),
+                device=read_record(folder / "0")["device"],
+                threads=self.threads,
+                torch=torch.__version__,
+            ),
             buffer=shown(self.buffer_words(row)) if row.buffer else "",
             buffer_minutes=buffer_minutes,
             networks={result["network"]: result["num_params"] for result in rows},

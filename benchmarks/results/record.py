@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import harness
+from benchmarks.harness import Provenance
 from benchmarks.results.table import Row
 from condense.names import percent
 
@@ -54,12 +55,7 @@ class Record:
     distillations: tuple[Distillation, ...]
     evaluation: str
     """The command that scored the sets."""
-    commit: str
-    """Commit of the code, with a plus sign if files differed from it."""
-    date: str
-    device: str
-    threads: int
-    torch: str
+    provenance: Provenance
     buffer: str = ""
     """The command that trained networks for the method; empty if it needs none."""
     buffer_minutes: float = 0.0

@@ -38,9 +38,9 @@ def entry(record: Record, terms: str) -> Entry:
         distillation=first.command,
         evaluation=record.evaluation,
         minutes=first.minutes if record.row.device == "cuda" else first.cpu_minutes,
-        device=record.device,
-        commit=record.commit,
-        date=record.date,
+        device=record.provenance.device,
+        commit=record.provenance.commit,
+        date=record.provenance.date,
         terms=terms,
     )
 
