@@ -31,7 +31,6 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Provenance
-from benchmarks.inputs import percent
 from condense import api
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute, prepare_device
@@ -105,7 +104,7 @@ class Row:
 
     def cells(self) -> str:
         """A row of the Markdown table."""
-        percents = [percent(self.accuracies[column]) for column in COLUMNS]
+        percents = [harness.mean_and_std(self.accuracies[column]) for column in COLUMNS]
         sizes = [f"{self.bytes['canonical'][0] / 1e3:.4g}"]
         sizes += [f"{self.bytes[column][1] / 1e3:.3g}" for column in COLUMNS]
         words = [f"`{self.method}`", str(self.ipc), *percents, *sizes, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
@@ -263,8 +262,8 @@ def main() -> None:
     for ipc in chosen.ipc:
         for method in chosen.only:
             file = rows / f"{method}-{ipc}.json"
-            row = harness.read(Row, file) if file.exists() else None
-            if row is None or any(getattr(row, name) != value for name, value in bench.common.items()):
+            row = harness.kept(Row, file, bench.common)
+            if row is None:
                 if time.monotonic() - begun > 60 * chosen.limit:
                     print(f"stopped after {chosen.limit:g} minutes", flush=True)
                     return

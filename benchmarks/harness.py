@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,6 +29,7 @@ import torch
 from condense.allocator import keep_freed_memory, restore_defaults
 from condense.compute import Compute, has_bfloat16
 from condense.files import read_json, write_text
+from condense.names import percent
 from condense.schema import from_json
 
 T = TypeVar("T")
@@ -193,9 +194,31 @@ class Provenance:
         return f"Commit {self.commit}, {self.device}, threads {self.threads}, torch {self.torch}, {self.date}"
 
 
+def mean_and_std(accuracies: Sequence[float]) -> str:
+    """Mean and standard deviation of fractions, in percent; the mean alone if there is one, a dash if there is none."""
+    if not accuracies:
+        return "—"
+    return percent(statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else None)
+
+
 def read(cls: type[T], file: Path) -> T:
     """Return the dataclass that ``write`` wrote. Raises ValueError if the file is damaged or of another kind."""
     return from_json(cls, read_json(file, fix="delete it"), str(file))
+
+
+def kept(cls: type[T], file: Path, facts: Mapping[str, Any]) -> T | None:
+    """Return the record that an earlier run wrote, if there is one.
+
+    Raises:
+        ValueError: the file is damaged, or its record differs in one of the facts.
+    """
+    if not file.exists():
+        return None
+    record = read(cls, file)
+    for name, value in facts.items():
+        if (found := getattr(record, name)) != value:
+            raise ValueError(f"{file} was measured with {name} {found}, not {value}; give another folder with --rows")
+    return record
 
 
 def write(record: Any, file: Path) -> None:

@@ -1,7 +1,7 @@
 """Methods on series or clips of an ``.npz`` file against random real samples.
 
     python -m benchmarks.inputs DATA.npz [--only NAME ...] [--ipc 1 10] [--num-seeds 5] [--network auto] [--device auto]
-                                         [--validate] [--limit MINUTES] [--out FILE.json]
+                                         [--validate] [--limit MINUTES] [--rows FOLDER]
 
 Every method distils with the settings of the tables below. Then N fresh networks are trained on its set under the
 protocol ``canonical``, which gives each sample one class, and scored on the test split. The row ``random`` has N draws
@@ -11,6 +11,9 @@ learned learning rate are also scored under their own training, beside random sa
 ``dm-static-dynamic`` and ``mtt-static-dynamic`` are for clips. Their decoder gets stills that ``dc`` distils from the
 middle frames, and stores at most the bytes of as many clips as the other rows.
 
+``--rows`` keeps one JSON file per row; rows that it holds are not measured again. docs/results.md has the tables of the
+rows below ``results/inputs``.
+
 ``--validate`` puts 30 % of the training samples of each class in the place of the test split. The settings in the
 tables were chosen in this way, so that the test split is scored once.
 """
@@ -18,18 +21,17 @@ tables were chosen in this way, so that the test split is scored once.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import harness
+from benchmarks.harness import Provenance, mean_and_std
 from condense import api
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute, prepare_device
@@ -37,12 +39,10 @@ from condense.data.datasets import Arrays, load, open_data
 from condense.data.layout import Kind, kind
 from condense.eval.baselines import FULL, full_data
 from condense.eval.protocol import PROTOCOLS, own, own_network
-from condense.files import read_json, write_text
 from condense.inner import RandomTruncated
 from condense.method import Optim
 from condense.networks import resolve, with_options
 from condense.schedule import Schedule
-from condense.schema import from_json
 from condense.synthetic.decode import StaticDynamic
 from condense.synthetic.set import SyntheticSet
 from condense.task import Split
@@ -168,10 +168,12 @@ class Row:
     """Of the training samples."""
     network: str
     num_seeds: int
-    device: str
+    dataset: str
+    """Name of the file without its ending."""
     method: str
     ipc: int
-    """Samples a class; 0: all."""
+    """Samples per class; 0: all."""
+    provenance: Provenance
     accuracies: tuple[float, ...]
     own: tuple[float, ...] = ()
     """Under the training that the set brings along."""
@@ -182,31 +184,34 @@ class Row:
     minutes: float = 0.0
     """Time of all: experts, distillation, training and scoring."""
 
-    @property
-    def key(self) -> tuple[str, str, int, str, str, int]:
-        """What tells this row from others in a file."""
-        return self.fingerprint, self.network, self.num_seeds, self.device, self.method, self.ipc
-
-    def cells(self, random: Row | None) -> str:
-        """A row of the Markdown table; ``random`` is that of random samples at the same budget."""
-        chance = random.accuracies if random is not None and self.ipc and self is not random else ()
-        groups = [percent(values) for values in (self.accuracies, chance, self.own, self.random_own)]
+    def cells(self) -> str:
+        """A row of the Markdown table."""
+        groups = [mean_and_std(values) for values in (self.accuracies, self.own, self.random_own)]
         words = [f"`{self.method}`", str(self.ipc or "all"), *groups, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
         return f"| {' | '.join(words)} |"
 
 
 HEADER = (
-    "| method | samples a class | `canonical`, % | random, % | own training, % | random under it, % | distilled in, s "
-    "| minutes |\n|---|---|---|---|---|---|---|---|"
+    "| method | samples per class | `canonical`, % | own training, % | random under it, % | distilled in, s "
+    "| minutes |\n|---|---|---|---|---|---|---|"
 )
 
 
-def percent(accuracies: Sequence[float]) -> str:
-    """Return mean and standard deviation of fractions in percent; empty if there are none."""
-    if not accuracies:
-        return ""
-    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    return f"{100 * statistics.fmean(accuracies):.1f} ± {100 * std:.1f}"
+def tables(folder: Path) -> list[str]:
+    """The lines of a table for each data set and network of the rows in the folders below ``folder``."""
+    rows = sorted((harness.read(Row, file) for file in folder.glob("*/*.json")), key=_place)
+    lines = []
+    for dataset, network, n in dict.fromkeys((row.dataset, row.network, row.num_seeds) for row in rows):
+        given = [row for row in rows if (row.dataset, row.network, row.num_seeds) == (dataset, network, n)]
+        budgets = " ".join(str(ipc) for ipc in sorted({row.ipc for row in given} - {0}))
+        command = f"python -m benchmarks.inputs {dataset}.npz --network {network} --ipc {budgets} --num-seeds {n}"
+        lines += [f"`{dataset}`, `{network}`, n = {n}:", "", HEADER, *map(Row.cells, given), "", f"    {command}", ""]
+        lines += [f"{'; '.join(dict.fromkeys(str(row.provenance) for row in given))}; seed 0.", ""]
+    return lines
+
+
+def _place(row: Row) -> tuple[str, float, int]:
+    return row.dataset, row.ipc or float("inf"), ["random", FULL, *SETTINGS["clips"]].index(row.method)
 
 
 @dataclass(kw_only=True)
@@ -219,11 +224,22 @@ class Bench:
     device: torch.device
     compute: Compute
     folder: Path
+    name: str
+    """Of the data, in the rows."""
+    provenance: Provenance
     draws: dict[int, list[SyntheticSet]] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
         return kind(self.arrays.input_shape)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.arrays.fingerprint["train"],
+            "network": self.network,
+            "num_seeds": self.num_seeds,
+        }
 
     def row(self, method: str, ipc: int) -> Row:
         """Distil and score one method; ``random`` and ``full`` are scored only."""
@@ -244,12 +260,11 @@ class Bench:
                 own_accuracies = self.score(syn, self.num_seeds, like=syn)
                 random_own = self.random(ipc, like=syn)
         return Row(
-            fingerprint=self.arrays.fingerprint["train"],
-            network=self.network,
-            num_seeds=self.num_seeds,
-            device=self.device.type,
+            **self.common,
+            dataset=self.name,
             method=method,
             ipc=ipc,
+            provenance=self.provenance,
             accuracies=accuracies,
             own=own_accuracies,
             random_own=random_own,
@@ -339,17 +354,6 @@ def with_held_out(arrays: Arrays) -> Arrays:
     return load(split, layout=LAYOUTS[kind(arrays.input_shape)])
 
 
-def rows(bench: Bench, methods: Sequence[str], budgets: Sequence[int], known: Sequence[Row]) -> Iterator[Row]:
-    """The rows that are known and those that are measured now, budget by budget."""
-    common = bench.arrays.fingerprint["train"], bench.network, bench.num_seeds, bench.device.type
-    existing = {row.key: row for row in known}
-    for budget in budgets:
-        for method in methods:
-            if method != FULL or budget == budgets[0]:
-                ipc = 0 if method == FULL else budget
-                yield existing.get((*common, method, ipc)) or bench.row(method, ipc)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -360,15 +364,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--validate", action="store_true", help="score on held-out training samples")
     parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no row is begun")
-    parser.add_argument("--out", type=Path, help="JSON file of the rows; rows that it holds are not measured again")
+    parser.add_argument("--rows", type=Path, help="folder of the rows; rows that it holds are not measured again")
     chosen = parser.parse_args()
     begun = time.monotonic()
     arrays = open_data(chosen.data)
-    if kind(arrays.input_shape) not in SETTINGS:
-        parser.error(f"{chosen.data} has images, and the settings are for series and clips; give a file of these")
+    if (found := kind(arrays.input_shape)) not in SETTINGS:
+        raise ValueError(f"{chosen.data} has {found}, and the settings are for series and clips; give one of these")
     arrays = with_held_out(arrays) if chosen.validate else arrays
     device = prepare_device(chosen.device)
-    known = _read(chosen.out)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             arrays=arrays,
@@ -377,31 +380,25 @@ def main() -> None:
             device=device,
             compute=Compute(compile=False, autocast="bfloat16" if device.type == "cuda" else "none"),
             folder=Path(folder),
+            name=chosen.data.stem,
+            provenance=Provenance.now(device),
         )
         print(HEADER, flush=True)
-        random: Row | None = None
-        for row in rows(bench, chosen.only or ["random", FULL, *SETTINGS[bench.kind]], chosen.ipc, known):
-            random = row if row.method == "random" else random
-            print(row.cells(random), flush=True)
-            if row not in known:
-                known.append(row)
-                _write(chosen.out, known)
-            if time.monotonic() - begun > 60 * chosen.limit:
-                print(f"stopped after {chosen.limit:g} minutes", flush=True)
-                break
-
-
-def _read(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    content = read_json(path, fix="give --out another file")
-    return [from_json(Row, row, str(path)) for row in content["rows"]]
-
-
-def _write(path: Path | None, known: Sequence[Row]) -> None:
-    if path is not None:
-        write_text(path, json.dumps({"rows": [dataclasses.asdict(row) for row in known]}, indent=1) + "\n")
+        methods = chosen.only or ["random", FULL, *SETTINGS[bench.kind]]
+        asked = [(ipc, method) for ipc in chosen.ipc for method in methods if method != FULL or ipc == chosen.ipc[0]]
+        for budget, method in asked:
+            ipc = 0 if method == FULL else budget
+            file = None if chosen.rows is None else chosen.rows / f"{method}-{ipc or 'all'}.json"
+            row = None if file is None else harness.kept(Row, file, bench.common)
+            if row is None:
+                if time.monotonic() - begun > 60 * chosen.limit:
+                    print(f"stopped after {chosen.limit:g} minutes", flush=True)
+                    break
+                row = bench.row(method, ipc)
+                if file is not None:
+                    harness.write(row, file)
+            print(row.cells(), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.status("inputs", main))

@@ -23,7 +23,6 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.decoupled import BATCH, TEACHER, images
 from benchmarks.harness import Provenance
-from benchmarks.inputs import percent
 from condense import api
 from condense.compute import prepare_device
 from condense.data.datasets import open_data
@@ -72,7 +71,7 @@ HEADER = "| labels | accuracy, % | bytes of labels | of these the teacher or enc
 
 def cells(row: Row) -> str:
     encoder = f"{row.encoder:,}" if row.encoder else "—"
-    return f"| {row.labels} | {percent(row.accuracies)} | {row.bytes:,} | {encoder} | {row.minutes:.1f} |"
+    return f"| {row.labels} | {harness.mean_and_std(row.accuracies)} | {row.bytes:,} | {encoder} | {row.minutes:.1f} |"
 
 
 def encoder_bytes(syn: SyntheticSet) -> int:

@@ -23,7 +23,6 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Provenance
-from benchmarks.inputs import percent
 from condense.files import read_json
 
 
@@ -63,7 +62,7 @@ def tables(folder: Path) -> list[str]:
         lines += [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
         for curve in dict.fromkeys((row.method, row.teacher) for row in made.accuracies):
             rows = [row for row in made.accuracies if (row.method, row.teacher) == curve]
-            cells = {row.fraction: percent(row.accuracies) for row in rows}
+            cells = {row.fraction: harness.mean_and_std(row.accuracies) for row in rows}
             words = [f"`{curve[0]}`", "yes" if curve[1] else "no", *(cells[share] for share in shares)]
             lines.append(f"| {' | '.join(words)} |")
         n = len(made.accuracies[0].accuracies)

@@ -444,16 +444,20 @@ def test_inputs_are_measured_once_and_beside_random_samples(
     x_train, x_test = (draw.normal(size=(len(y), 1, 8)) + 9 * y[:, None, None] for y in (y_train, y_test))
     np.savez(tmp_path / "s.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, layout="NCL")
     monkeypatch.setitem(inputs.SETTINGS, "series", {"frepo": {"num_steps": 1, "training_epochs": 1}})
-    rows = str(tmp_path / "rows.json")
-    command = ["inputs", str(tmp_path / "s.npz"), "--network", "auto:depth=1,width=4,norm=none", "--out", rows]
+    rows = str(tmp_path / "rows")
+    command = ["inputs", str(tmp_path / "s.npz"), "--network", "auto:depth=1,width=4,norm=none", "--rows", rows]
     monkeypatch.setattr(sys, "argv", [*command, *"--only random frepo --ipc 1 --num-seeds 1".split()])
     inputs.main()
     first = capsys.readouterr().out
     frepo = next(line for line in first.splitlines() if "frepo" in line)
-    assert [cell.strip() != "" for cell in frepo.split("|")[1:-1]] == [True] * 8
+    assert [cell.strip() != "—" for cell in frepo.split("|")[1:-1]] == [True] * 7
     monkeypatch.setattr(inputs.Bench, "row", None)
     inputs.main()
     assert capsys.readouterr().out == first
+    assert "\n".join(first.splitlines()) in "\n".join(inputs.tables(tmp_path))
+    monkeypatch.setattr(sys, "argv", [*command, "--num-seeds", "2"])
+    with pytest.raises(ValueError, match=r"random-1.json was measured with num_seeds 1, not 2; give another folder"):
+        inputs.main()
 
 
 def test_held_out_samples_stand_in_the_place_of_the_test_split() -> None:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import condense.zoo
-from benchmarks.harness import commit, status
+from benchmarks.harness import commit, mean_and_std, status
 from benchmarks.results import page, queue, record, table, zoo
 from benchmarks.results.table import Row
 from condense.files import locked
@@ -93,7 +93,7 @@ def measure(work: queue.Queue, due: list[Row]) -> bool:
             print(f"{row.name} failed: {error}", file=sys.stderr, flush=True)
             failed = True
             continue
-        scores = {name: record.mean_and_std(found.accuracies(name)) for name in found.protocols}
+        scores = {name: mean_and_std(found.accuracies(name)) for name in found.protocols}
         print(f"{row.name}: {scores}, {page.in_minutes(found)} minutes", flush=True)
     return failed
 

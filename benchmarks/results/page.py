@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoupled, labels, pruning
+from benchmarks import decoupled, inputs, labels, pruning
+from benchmarks.harness import mean_and_std
 from benchmarks.results.published import published
-from benchmarks.results.record import Record, mean_and_std
+from benchmarks.results.record import Record
 from benchmarks.results.table import Row, Section, Table
 from condense.eval.report.figures import Point, accuracy_against_bytes, standalone
 
@@ -38,6 +39,13 @@ Fashion-MNIST](methods/dpdm.md#measured) and [sets in an entropy code](methods/c
 
 
 OTHERS: dict[str, Any] = {
+    """## Series and clips
+
+Each method makes one set, on which all n networks are trained, so its ± leaves out how sets of other seeds would
+differ; the row `random` has n draws of samples with one network each. The columns on the right are the training that a
+set brings along, and random samples under it. The settings were chosen on held-out samples; [another
+page](inputs.md#measured) says how, and has earlier measurements.
+""": inputs,
     """## Decoupled methods
 
 Each set is scored three times: under `canonical` with its classes, under `relabelled` with one vector of the logits
@@ -187,7 +195,7 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
         best = max(learned, key=lambda row: max(_mean(row, name) for name in row.protocols))
         lines.append(
             f"| {dataset} | {ipc} | `{best.row.method}` | {_plain(best, 'own')} | {_plain(best, 'canonical')} "
-            f"| {in_minutes(best)} | {mean_and_std(random) if random else '—'} "
+            f"| {in_minutes(best)} | {mean_and_std(random)} "
             f"| {published(best.row.method, dataset, ipc) or '—'} |"
         )
     return "\n".join([BEST, *lines]) if lines else ""
@@ -242,7 +250,7 @@ def _mean(row: Record, protocol: str, network: str = "") -> float:
 
 def _plain(row: Record, protocol: str, network: str = "") -> str:
     found = row.accuracies(protocol, network=network)
-    return mean_and_std(found) if found else "—"
+    return mean_and_std(found)
 
 
 def _cell(row: Record, column: tuple[str, str], best: float, auc: bool) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.harness import Provenance
 from benchmarks.results.table import Row
-from condense.names import percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +79,6 @@ class Record:
     def columns(self) -> list[tuple[str, str]]:
         """The protocols and architectures under which the sets were scored."""
         return list(dict.fromkeys((score.protocol, score.network) for d in self.distillations for score in d.scores))
-
-
-def mean_and_std(accuracies: Sequence[float]) -> str:
-    """Mean and standard deviation of fractions, in percent."""
-    return percent(statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else None)
 
 
 def read_all(folder: Path) -> dict[str, Record]:
