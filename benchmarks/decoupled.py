@@ -54,9 +54,15 @@ TEACHER = Experts(
 
 RECOVERY: dict[str, Any] = {"num_steps": 500, "augment": "resized-crop_flip_roll:mode=M,max_roll=4"}
 
+REAL: dict[str, Any] = {"decode": "pixels-8bit"}
+"""Real images take the bytes of recovered ones."""
+
+RANDOM = "random"
+
 SETTINGS: dict[str, dict[str, Any]] = {
-    "k-center": {"num_epochs": 5},
-    "rded": {},
+    RANDOM: REAL,
+    "k-center": {**REAL, "num_epochs": 5},
+    "rded": REAL,
     "sre2l": RECOVERY,
     "cda": RECOVERY,
     "cudd": {**RECOVERY, "stages": (1, 4), "student_epochs": 100},
@@ -67,8 +73,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 BATCH = {1: 10, 10: 50}
 """Batch size of the labelled views, by images per class."""
-
-RANDOM = "random"
 
 COLUMNS = ("canonical", "fixed", "views")
 
@@ -136,7 +140,7 @@ def images(ipc: int) -> str:
 
 
 def _place(row: Row) -> tuple[str, int, int]:
-    return row.dataset, row.ipc, [RANDOM, *SETTINGS].index(row.method)
+    return row.dataset, row.ipc, [*SETTINGS].index(row.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +207,7 @@ class Bench:
             device=str(self.device),
             out=self.run(method, ipc, seed),
             resume=True,
-            **SETTINGS.get(method, {}),
+            **SETTINGS[method],
         )
 
     def run(self, method: str, ipc: int, seed: int) -> Path:
@@ -238,7 +242,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="file, or name of a data set")
-    parser.add_argument("--only", nargs="+", help="methods", default=[RANDOM, *SETTINGS])
+    parser.add_argument("--only", nargs="+", help="methods", default=[*SETTINGS])
     parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10])
     parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--network", required=True)

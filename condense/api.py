@@ -56,7 +56,7 @@ from condense.files import (
     write_text,
 )
 from condense.labelling import open_teacher, relabelled, teacher_of, trained_projector
-from condense.method import Method
+from condense.method import Context, Method
 from condense.methods.selection import Selection
 from condense.names import spelt
 from condense.networks import Factory, Functional
@@ -69,7 +69,7 @@ from condense.sets import open_set as open_set
 from condense.synthetic.decode import Decode, Pixels
 from condense.synthetic.files import load as load
 from condense.synthetic.files import save
-from condense.synthetic.labels import Labels
+from condense.synthetic.labels import Hard, Labels
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Projector, Stored, ViewLabels
 from condense.task import Split
@@ -494,6 +494,11 @@ def prune(
 
     for method in plan.methods:
         found = recipe_of(method, min(plan.fractions))
+        if not isinstance(found.labels, Hard):
+            raise ValueError(
+                f"the recipe {method} has labels of its own, and here the images keep their classes; "
+                f"give {spelt('methods', ('random', 'el2n'))}"
+            )
         if not isinstance(found.method, Selection):
             raise ValueError(
                 f"{method} makes equally many images of each class, not a fraction of the real ones; "
@@ -505,15 +510,21 @@ def prune(
     network = Functional(plan.network, arrays.input_shape, arrays.num_classes, chosen)
     task = experiment.open_task(arrays, network, **{k: v for k, v in common.items() if k != "network"}, augment="none")
 
-    def select(method: str, fraction: float) -> Tensor:
+    def prepared(method: str, fraction: float) -> tuple[Selection, Context]:
         resolved = experiment.resolve(recipe_of(method, fraction), arrays, device=chosen)
-        ctx = experiment.prepare(resolved, like=task)
         assert isinstance(resolved.plan.method, Selection)
-        with ctx.compute.arithmetic():
-            return torch.cat(list(resolved.plan.method.pick(ctx)))
+        return resolved.plan.method, experiment.prepare(resolved, like=task)
 
+    def select(method: str, fraction: float) -> Tensor:
+        selection, ctx = prepared(method, fraction)
+        with ctx.compute.arithmetic():
+            return torch.cat(list(selection.pick(ctx)))
+
+    _, ctx = prepared(plan.methods[0], plan.fractions[0])
+    protocol, named = teachers.opened(plan.protocol, ctx.origin, chosen)
+    plan = dataclasses.replace(plan, protocol=protocol)
     with compute.arithmetic():
-        findings = plan.run(task, arrays, select, seed=seed, compute=compute, cache=cache_folder())
+        findings = plan.run(task, arrays, select, seed=seed, compute=compute, cache=cache_folder(), named=named)
     if folder is not None:
         about = {"dataset": arrays.name, "code": __version__, "application": "pruning", "seed": seed}
         folder.mkdir(parents=True, exist_ok=True)

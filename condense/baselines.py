@@ -97,7 +97,7 @@ def _recipes(
                 f"{name} is no baseline: each set that it makes spends privacy; distil one, and compare its results "
                 "with condense report"
             )
-        if budget == "bytes" and not syn.decode.differentiable and not plan.method.learns:
+        if not syn.decode.differentiable and not plan.method.learns:
             plan = dataclasses.replace(plan, decode=syn.decode)
         recipes[name] = dataclasses.replace(
             plan,

@@ -95,7 +95,8 @@ class Schedule(Checked):
         """Return text in brackets that follows a learning rate in messages; empty if the learning rate is constant."""
         parts = [f"warm-up of {self.warmup_steps} steps"] if self.warmup_steps else []
         if self.cosine_to is not None:
-            parts.append(f"cosine to {self.cosine_to:g}")
+            share = "" if self.cosine_span == 1 else f"the first {100 * self.cosine_span:g} % of a "
+            parts.append(f"{share}cosine to {self.cosine_to:g}")
         if self.linear_to is not None:
             parts.append(f"linear to {self.linear_to:g}")
         if self.drop_at:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense import api, recipe
+from condense.baselines import Budget
 from condense.data.datasets import Arrays
 from condense.data.layout import InputShape, kind
 from condense.data.transform import ChannelNorm
@@ -524,11 +525,12 @@ def test_a_set_that_claims_8_bits_has_them(tmp_path: Path) -> None:
         load(tmp_path / "set.safetensors")
 
 
-def test_a_baseline_of_as_many_bytes_has_8_bit_pixels_too(tiny: Arrays, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", ["images", "bytes"])
+def test_a_baseline_has_8_bit_pixels_where_the_set_has_them(budget: Budget, tiny: Arrays, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 2}
     small = api.distill("random", out=tmp_path / "small", decode="pixels-8bit", **fields)
     options: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 1, "device": "cpu"}
-    row = api.evaluate(small, tiny, baselines=["random"], budget="bytes", **options).results[1]
+    row = api.evaluate(small, tiny, baselines=["random"], budget=budget, **options).results[1]
     assert row.num_images == 6 and row.stored_bytes["images"] == small.cost().images
 
 

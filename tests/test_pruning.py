@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from condense import api, cli
+from condense.buffers.trajectories import Experts
 from condense.data.datasets import Arrays
 from condense.eval import evaluate
 from condense.eval.applications.pruning import Pruning
@@ -80,10 +82,26 @@ def test_selections_of_the_same_size_are_different_trainings(
         assert sorted(pair for pair in trainings if pair[0] == 9) == [(9, False)] * 2 + [(9, True)] * 2
 
 
+def test_the_teacher_may_be_a_trained_network(tiny: Arrays, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"fractions": (0.5,), "methods": ("random",), "device": "cpu"}
+    found = []
+    for num_epochs in (1, 30):
+        experts = Experts(num_experts=1, num_epochs=num_epochs, keep="last", batch_size=9, lr=0.05)
+        teacher = api.make_buffer(tiny, "mlp", experts=experts, out=tmp_path / str(num_epochs), device="cpu")
+        found.append(api.prune(tiny, PLAN, protocol=dataclasses.replace(SHORT, teacher=str(teacher)), **fields).record)
+    short, long = (record["accuracy_of_teacher"] for record in found)
+    assert short < long
+    names = [record["protocol_fields"]["teacher"] for record in found]
+    assert len(set(names)) == 2 and str(tmp_path) not in names[0]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ("digits --methods dm", "dm makes equally many images of each class, not a fraction of the real ones"),
+        ("digits --methods random-soft", "the recipe random-soft has labels of its own, and here the images keep"),
+        ("digits --methods random random", "--methods random random has a value twice; give each once"),
+        ("digits --fractions 0.1 0.1", "--fractions 0.1 0.1 has a value twice; give each once"),
         ("digits --methods rando", "unknown method or recipe 'rando': did you mean 'random'"),
         (
             "digits --fractions 0.3 2",
@@ -102,7 +120,6 @@ def test_wrong_words_are_one_line(words: str, line: str, capsys: pytest.CaptureF
     assert line in message
 
 
-@pytest.mark.filterwarnings("default")
 def test_the_command_prints_the_table(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--fractions 0.5 --methods random --network mlp --num-seeds 1 --protocol.num-epochs 1 --device cpu --out"
     cli.main(["apply", "pruning", str(tiny_file), *flags.split(), str(tmp_path / "curve")])

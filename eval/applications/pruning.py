@@ -39,6 +39,7 @@ from condense.networks import parse
 from condense.schema import Checked
 from condense.sources import Relabelled, Source
 from condense.task import Task
+from condense.teachers import Teacher
 from condense.train import Scorer
 
 Select = Callable[[str, float], Tensor]
@@ -63,6 +64,9 @@ class Pruning(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse(self.network)
+        for name in ("fractions", "methods"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{spelt(name, getattr(self, name))} has a value twice; give each once")
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(
                 f"fractions must be above 0 and at most 1, got {self.fractions}; give {spelt('fractions', (0.1, 0.3))}"
@@ -93,6 +97,7 @@ class Pruning(Checked):
         seed: int,
         compute: Compute,
         cache: Path | None,
+        named: Mapping[str, Teacher],
         progress: Progress = tracking.progress,
     ) -> Findings:
         """Train and score the networks. Those that the cache holds are not trained again.
@@ -104,15 +109,17 @@ class Pruning(Checked):
             seed: root of every random draw.
             compute: compute policy.
             cache: the cache folder; None: nothing is stored.
+            named: teachers that exist already, by their name in the protocol.
             progress: shows a bar for each accuracy.
 
         Raises:
             ValueError: there are no test images.
         """
         test = load_test(arrays, task.transform, task.device)
-        labeller = task if self.protocol.teacher == "same" else task.with_network(self.protocol.teacher)
-        teacher = teachers.trained(labeller, seed=seed, compute=compute, cache=cache)
-
+        teacher = named.get(self.protocol.teacher)
+        if teacher is None:
+            labeller = task if self.protocol.teacher == "same" else task.with_network(self.protocol.teacher)
+            teacher = teachers.trained(labeller, seed=seed, compute=compute, cache=cache)
         labels = teacher.labeller(compute)
 
         def label(source: Source) -> Source:
@@ -138,7 +145,7 @@ class Pruning(Checked):
             )
             return result
 
-        of_teacher = Scorer(labeller.network, compute).accuracy(teacher.weights, test.images, test.labels)
+        of_teacher = Scorer(teacher.network, compute).accuracy(teacher.weights, test.images, test.labels)
         rows, lines = list[dict[str, Any]](), list[tuple[str, ...]]()
         for method in self.methods:
             kept = {fraction: select(method, fraction) for fraction in self.fractions}

@@ -143,7 +143,9 @@ def accuracy_against_share(name: str, curves: Sequence[Curve], ceiling: tuple[st
     """Draw accuracy against the share of the training images; curves with a teacher are solid, the others dashed."""
     with drawing(name, "share of the training images", "test accuracy, %", (7.2, 4.2)) as canvas:
         axes = canvas.axes
+        shares = sorted({share for curve in curves for share in curve.shares})
         axes.set_xscale("log")
+        axes.set_xlim(shares[0] / 1.2, shares[-1] * 1.2)
         methods = list(dict.fromkeys(curve.method for curve in curves))
         for curve in curves:
             number = methods.index(curve.method)
@@ -160,7 +162,6 @@ def accuracy_against_share(name: str, curves: Sequence[Curve], ceiling: tuple[st
             )
         if ceiling is not None:
             axes.axhline(100 * ceiling[1], color=INK, linewidth=0.8, linestyle=":", label=ceiling[0])
-        shares = sorted({share for curve in curves for share in curve.shares})
         axes.set_xticks(shares, [f"{share:g}" for share in shares])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(ncols=2)
@@ -264,7 +265,9 @@ def _scatter(
 ) -> str:
     with drawing(name, "bytes stored", "test accuracy, %", (7.2, 4.6)) as canvas:
         axes = canvas.axes
+        shares = sorted({share for curve in curves for share in curve.shares})
         axes.set_xscale("log")
+        axes.set_xlim(shares[0] / 1.2, shares[-1] * 1.2)
         sizes = [point.num_bytes for point in points]
         axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
         ends = [100 * (p.accuracy + side * (p.std or 0)) for p in points for side in (-1, 1)]
