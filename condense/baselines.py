@@ -149,7 +149,8 @@ def _budget(syn: SyntheticSet, plan: Recipe, budget: Budget) -> dict[str, Any]:
         return {"ipc": _affordable(syn, plan), "fraction": None, "budget": "floats", "ipc_policy": policy}
     fraction = syn.origin.fraction
     ipc = syn.ipc if fraction is None else None
-    return {"ipc": ipc, "fraction": fraction, "budget": "floats", "ipc_policy": policy}
+    unit = syn.origin.budget if plan.decode == syn.decode else "floats"
+    return {"ipc": ipc, "fraction": fraction, "budget": unit, "ipc_policy": policy}
 
 
 def _affordable(syn: SyntheticSet, plan: Recipe) -> int:

@@ -265,9 +265,7 @@ def _scatter(
 ) -> str:
     with drawing(name, "bytes stored", "test accuracy, %", (7.2, 4.6)) as canvas:
         axes = canvas.axes
-        shares = sorted({share for curve in curves for share in curve.shares})
         axes.set_xscale("log")
-        axes.set_xlim(shares[0] / 1.2, shares[-1] * 1.2)
         sizes = [point.num_bytes for point in points]
         axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
         ends = [100 * (p.accuracy + side * (p.std or 0)) for p in points for side in (-1, 1)]
