@@ -54,7 +54,8 @@ class Compute(Checked):
     """Largest number of images in classes whose second-order work is vectorised together (vmap); classes with more
     images are processed one at a time."""
     networks: int | None = None
-    """Number of experts, or of networks in an evaluation, that one process trains side by side."""
+    """Number of experts, or of networks in an evaluation, that one process trains side by side; networks with dropout
+    are trained one at a time."""
     graph: bool | None = None
     """Capture steps as CUDA graphs; the results are the same. Steps that read the device are not captured."""
     tf32: bool | None = None

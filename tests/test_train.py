@@ -171,3 +171,17 @@ def test_a_training_with_cutmix_sees_what_cutmix_gives() -> None:
 def test_a_bad_probability_is_refused(cutmix: float) -> None:
     with pytest.raises(ValueError, match=r"cutmix between 0 and 1.*usual value is 0\.5"):
         Training(cutmix=cutmix)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "draws"),
+    [
+        ("convnet3d:depth=1", (4, 1, 16, 16), True),
+        ("convnet3d:depth=1,dropout=false", (4, 1, 16, 16), False),
+        ("convnet:depth=1,norm=batch", (1, 8, 8), False),
+    ],
+)
+def test_networks_with_dropout_are_trained_one_at_a_time(name: str, shape: tuple[int, ...], draws: bool) -> None:
+    network = Functional(name, shape, 3)
+    assert network.draws == draws
+    assert network.settled(Compute(networks=3), 0).networks == (1 if draws else 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from condense.compute import Compute
@@ -37,6 +39,16 @@ from condense.networks.registry import (
     resolve,
 )
 from condense.rng import Rng
+
+
+class _Draws(TorchDispatchMode):
+    """Notices operations that draw random numbers."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class Weights(NamedTuple):
@@ -151,10 +163,18 @@ class Functional:
             self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
 
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a pass in training mode draws random numbers, as dropout does."""
+        with _Draws() as draws:
+            self._train(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
+        return draws.found
+
     def settled(self, compute: Compute, num_samples: float, earlier: Mapping[str, Any] | None = None) -> Compute:
         """Return ``compute`` with every automatic choice made, for training on ``num_samples`` samples in all.
 
         Networks for graphs run eagerly, because the shapes of their batches differ and each would be compiled anew.
+        Networks with dropout are trained one at a time, because networks side by side would share its random draws.
 
         Args:
             compute: the policy that was asked for.
@@ -165,7 +185,9 @@ class Functional:
             ValueError: compilation was asked for, and the network is one for graphs.
         """
         if kind(self.input_shape) != "graphs":
-            return compute.resolved(self.flops * num_samples, self.device, earlier)
+            chosen = compute.resolved(self.flops * num_samples, self.device, earlier)
+            side_by_side = (chosen.networks or 1) > 1 and not self.draws
+            return chosen if side_by_side else dataclasses.replace(chosen, networks=1)
         if compute.compile:
             raise ValueError(
                 f"batches of graphs have different shapes, so each would be compiled anew; leave out "
