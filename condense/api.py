@@ -212,6 +212,7 @@ def evaluate(
     baselines: str | Sequence[str] = (),
     budget: Budget = "images",
     split: Scored = "test",
+    keep: Path | str | None = None,
     buffers: Path | str = artifacts.DEFAULT_ROOT,
     compute: Compute = Compute(),
     out: Path | str | None = None,
@@ -233,7 +234,11 @@ def evaluate(
     the set does not hold is found. The processes of ``ranks`` (see ``condense.distributed.init_distributed``) share the
     networks.
 
-    An evaluation that was stopped continues with the missing networks. Baselines are cached.
+    ``keep`` is a folder for the weights of the networks that are trained on the set, as state dicts in files
+    ``NETWORK-PROTOCOL-K.safetensors``.
+
+    An evaluation that was stopped continues with the missing networks, but with ``keep`` trains all of them. Baselines
+    are cached.
 
     Raises:
         ValueError: the set does not belong to this data set; invalid network or protocol; with ``split``
@@ -246,6 +251,9 @@ def evaluate(
         for row in read(target) if target.exists() else []:
             if (other := row.get("split", "test")) != split:
                 raise ValueError(f"{target} holds {brief(other)} accuracies; give {spelt('out')} with another file")
+    folder = None if keep is None else expanded(keep)
+    if folder is not None:
+        check_new_folder(folder)
     given, data = sets.read_set(syn, dataset)
     known = given if isinstance(given, SyntheticSet) else None
     several = [protocol] if isinstance(protocol, str | Protocol) else protocol
@@ -290,7 +298,7 @@ def evaluate(
     }
     with compute.arithmetic():
         for plan in plans:
-            evaluation.evaluate(subject, protocol=plan, journal=journal, **common)
+            evaluation.evaluate(subject, protocol=plan, journal=journal, keep=folder, **common)
         compare(subject, baselines, makers, protocols=plans, **common)
     ranks.barrier()
     if journal is not None and ranks.first:

@@ -119,6 +119,8 @@ class Evaluate:
     split: api.Scored = "test"
     """Images on which the networks are scored: test, or validation for the training images that the set was not made
     from."""
+    keep: Path | None = None
+    """Folder for the weights of the networks, as .safetensors state dicts."""
     buffers: Path = artifacts.DEFAULT_ROOT
     """Folder to search for the teacher of a set whose views are labelled, or the folder of its buffer."""
     dataset: str | None = None

@@ -6,11 +6,13 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, recorded_name
 from condense.eval.results import Evaluation, Result, Scored
 from condense.eval.subject import Subject, decoded, require_held_out
+from condense.exchange.weights import write_state_dict
 from condense.files import checksum
 from condense.kernels import centred
 from condense.names import spelt
@@ -89,11 +92,14 @@ class SetScorer:
         *,
         calibration: Calibration = "none",
         held_out: Labelled | None = None,
+        keep: Callable[[int, Weights], None] | None = None,
     ) -> list[Scores]:
         """Train fresh networks together, one for each ``rng``, calibrate them on ``held_out``, and score them on ``x``
-        (M, C, H, W) with classes ``y`` (M,)."""
+        (M, C, H, W) with classes ``y`` (M,). ``keep(k, weights)`` gets the weights for the k-th of ``rngs``."""
         scores = []
-        for weights, rng in zip(self._train(images, targets, rngs, on_epoch), rngs, strict=True):
+        for k, (weights, rng) in enumerate(zip(self._train(images, targets, rngs, on_epoch), rngs, strict=True)):
+            if keep is not None:
+                keep(k, weights)
             divisor = 1.0
             if held_out is not None and calibration != "none":
                 real_logits = self._scorer.logits(weights, held_out.images)
@@ -151,6 +157,7 @@ def measure(
     held_out: Labelled | None = None,
     labels: Mapping[str, Label] | None = None,
     split: Scored = "test",
+    keep: Path | None = None,
 ) -> list[Result]:
     """Train and score ``num_seeds`` networks of each architecture under a protocol; return a result per architecture.
 
@@ -175,6 +182,7 @@ def measure(
         held_out: held-out real images, for the choice of a learning rate and for calibration.
         labels: by name of the evaluated architecture, the function that labels its batches.
         split: which images ``test`` are; recorded only.
+        keep: folder for the weights of the networks, all of which are trained then, whatever the journal holds.
 
     Raises:
         ValueError: another process ended, or the journal cannot be written. Networks stored so far are not lost.
@@ -239,7 +247,7 @@ def measure(
         }
         for network, policy, training in zip(networks, policies, plans, strict=True)
     ]
-    cells = _trained_before(provenance, num_seeds, journal, ranks)
+    cells = {} if keep is not None else _trained_before(provenance, num_seeds, journal, ranks)
     numbered = [(i, k) for i in range(len(networks)) for k in range(num_seeds)]
     mine = ranks.shard([number for number in numbered if number not in cells])
     trained: dict[tuple[int, int], Cell] = {}
@@ -257,6 +265,7 @@ def measure(
                 accuracies = [trained[i, k].scores.accuracy for k in units[:first]]
                 on_epoch = _reporter(bar, first * num_epochs, len(group), accuracies)
                 rngs = [rng.child("network", k) for k in group]
+                writes = None if keep is None else functools.partial(_write, keep, network, protocol.name, group)
                 scores = scorer.score(
                     images,
                     targets,
@@ -266,6 +275,7 @@ def measure(
                     on_epoch,
                     calibration=protocol.calibration,
                     held_out=held_out,
+                    keep=writes,
                 )
                 share = (time.perf_counter() - begun) / len(group)
                 for k, scored in zip(group, scores, strict=True):
@@ -301,6 +311,12 @@ def measure(
         )
         for network, policy, training, row in zip(networks, policies, plans, rows, strict=True)
     ]
+
+
+def _write(folder: Path, network: Functional, protocol: str, numbers: Sequence[int], k: int, weights: Weights) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.=-]+", "-", f"{network.name}-{protocol}-{numbers[k]}")
+    write_state_dict(folder / f"{name}.safetensors", network, weights)
 
 
 def _with_best_rate(
@@ -367,6 +383,7 @@ def evaluate(
     ranks: Ranks = Ranks(),
     journal: CellStore | None = None,
     split: Scored = "test",
+    keep: Path | None = None,
 ) -> Evaluation:
     """Train ``num_seeds`` fresh networks per architecture on the set and score each once, after its last epoch.
 
@@ -385,6 +402,7 @@ def evaluate(
         ranks: processes that share the networks.
         journal: stores trained networks until the results are written.
         split: the images on which networks are scored: the test images, or those that the set was not made from.
+        keep: folder for the weights of the networks.
 
     Raises:
         ValueError: there are no such images, or a network does not accept their shape; see also ``check``.
@@ -417,6 +435,7 @@ def evaluate(
             held_out=subject.scored("validation") if protocol.holds_out else None,
             labels=labels,
             split=split,
+            keep=keep,
         ):
             results.append(result)
             if on_result is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from PIL import Image
@@ -29,10 +30,13 @@ from condense.data.datasets import Arrays, load
 from condense.eval.evaluate import SetScorer
 from condense.eval.protocol import PROTOCOLS, named
 from condense.eval.results import Evaluation
+from condense.eval.subject import Subject
+from condense.exchange.weights import read_state_dict
 from condense.files import checksum
 from condense.inner import Truncated
 from condense.method import Method, Optim
 from condense.methods.selection import Selection
+from condense.networks import build, resolve
 from condense.recipe import Recipe
 from condense.registry import load as load_method
 from condense.synthetic import Factor, Logits
@@ -250,6 +254,23 @@ def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monke
     monkeypatch.setattr("condense.baselines.VERSION", -1)
     with pytest.raises(TypeError):
         condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
+
+
+@pytest.mark.parametrize("network", [TINY, f"{TINY},norm=batch"])
+def test_the_networks_of_an_evaluation_can_be_kept(network: str, tiny: Arrays, tmp_path: Path) -> None:
+    syn = condense.distill("random", dataset=tiny, network=network, ipc=2, out=tmp_path / "run", device="cpu")
+    short, kept = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=9), tmp_path / "networks"
+    fields: dict[str, Any] = {"networks": [network], "num_seeds": 2, "protocol": short, "device": "cpu"}
+    (result,) = condense.evaluate(tmp_path / "run", tiny, keep=kept, **fields).results
+    files, test = sorted(kept.iterdir()), Subject(syn=syn, arrays=tiny, device=torch.device("cpu"), cache=None).test
+    assert [file.name.rpartition("-canonical-")[2] for file in files] == ["0.safetensors", "1.safetensors"]
+    for file, accuracy in zip(files, result.accuracies, strict=True):
+        module = build(resolve(network, tiny.input_shape), tiny.input_shape, 3).eval()
+        module.load_state_dict(safetensors.torch.load_file(file))
+        with torch.no_grad():
+            found = (module(test.images[torch.arange(len(test))]).argmax(1) == test.labels).float().mean()
+        assert found.item() == pytest.approx(accuracy)
+    assert read_state_dict(files[0]).keys() == module.state_dict().keys()
 
 
 @pytest.mark.parametrize(("labels", "trainings"), [("hard", 1), ("logits", 2)])

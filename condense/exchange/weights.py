@@ -1,4 +1,5 @@
-"""Import of trained weights: a state dict as ``.safetensors``, ``.pt`` or ``.pth``, matched with a network by name.
+"""Export and import of trained weights as state dicts: ``.safetensors``, ``.pt`` or ``.pth``, matched with a network by
+name.
 
 A file holds tensors by name, or such a mapping under ``state_dict``, ``model`` or ``model_state_dict``, beside numbers
 and text. If all names begin with the prefix of a wrapper (``module.`` of DataParallel, ``_orig_mod.`` of
@@ -13,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from condense.files import read_foreign, require_file
+from condense.files import read_foreign, replacing, require_file
 from condense.names import excerpt, reason, spelt
 from condense.networks import Functional, Weights
 from condense.rng import Rng
@@ -48,6 +50,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) and name != p for name in names)), ""):
         names = [name.removeprefix(prefix) for name in names]
     return dict(zip(names, content.values(), strict=True))
+
+
+def write_state_dict(path: Path, network: Functional, weights: Weights) -> None:
+    """Write weights as a ``.safetensors`` state dict, with the names of the network's own ``state_dict``.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    values = {**network.frozen, **weights.params, **weights.buffers}
+    tensors = {
+        name: values[ours].detach().cpu().contiguous().clone()
+        for name, ours in network.published.items()
+        if ours in values
+    }
+    with replacing(path) as fresh:
+        fresh.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "network": network.name}))
 
 
 def _read_pickle(path: Path) -> object:
