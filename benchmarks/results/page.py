@@ -51,8 +51,9 @@ page](inputs.md#measured) says how, and has earlier measurements.
 Each set is scored three times: under `canonical` with its classes, under `relabelled` with one vector of the logits
 of a teacher per image, and under `relabelled` with the teacher's logits for every view of 300 epochs. The teacher has
 the architecture of the scored networks and was trained for 15 epochs. n = 3 networks on one set, for `random` three
-sets with one network each. Methods that recover images had 500 steps; nothing was chosen by accuracy. The minutes are
-wall time on cores that other work shared, without the time for which a process was stopped.
+sets with one network each. Methods that recover images had 500 steps; nothing was chosen by accuracy. Real images are
+stored in 8-bit pixels, which hold their values exactly. The minutes are wall time on cores that other work shared,
+without the time for which a process was stopped.
 """: decoupled,
     """## Labels of views
 
