@@ -179,6 +179,8 @@ class Row:
     """Under the training that the set brings along."""
     random_own: tuple[float, ...] = ()
     """Of random samples under that training."""
+    bytes: int = 0
+    """Of the samples of the set and its decoder; 0 for all samples."""
     seconds: float = 0.0
     """Time of the distillation, without experts."""
     minutes: float = 0.0
@@ -187,13 +189,21 @@ class Row:
     def cells(self) -> str:
         """A row of the Markdown table."""
         groups = [mean_and_std(values) for values in (self.accuracies, self.own, self.random_own)]
-        words = [f"`{self.method}`", str(self.ipc or "all"), *groups, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
+        size = f"{self.bytes:,}" if self.bytes else "—"
+        words = [
+            f"`{self.method}`",
+            str(self.ipc or "all"),
+            size,
+            *groups,
+            f"{self.seconds:.0f}",
+            f"{self.minutes:.1f}",
+        ]
         return f"| {' | '.join(words)} |"
 
 
 HEADER = (
-    "| method | samples per class | `canonical`, % | own training, % | random under it, % | distilled in, s "
-    "| minutes |\n|---|---|---|---|---|---|---|"
+    "| method | samples per class | bytes | `canonical`, % | own training, % | random under it, % | distilled in, s "
+    "| minutes |\n|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -243,19 +253,20 @@ class Bench:
 
     def row(self, method: str, ipc: int) -> Row:
         """Distil and score one method; ``random`` and ``full`` are scored only."""
-        begun, seconds = time.monotonic(), 0.0
+        begun, seconds, size = time.monotonic(), 0.0, 0
         own_accuracies: tuple[float, ...] = ()
         random_own: tuple[float, ...] = ()
         if method == FULL:
             accuracies = self.full()
         elif method == "random":
             accuracies = self.random(ipc)
+            size = _bytes(self.draws[ipc][0])
         else:
             buffers = self.experts() if method.startswith("mtt") else self.folder
             started = time.monotonic()
             syn = self.distill(method, ipc, buffers=buffers)
             seconds = time.monotonic() - started
-            accuracies = self.score(syn, self.num_seeds)
+            accuracies, size = self.score(syn, self.num_seeds), _bytes(syn)
             if method in OWN:
                 own_accuracies = self.score(syn, self.num_seeds, like=syn)
                 random_own = self.random(ipc, like=syn)
@@ -268,6 +279,7 @@ class Bench:
             accuracies=accuracies,
             own=own_accuracies,
             random_own=random_own,
+            bytes=size,
             seconds=seconds,
             minutes=(time.monotonic() - begun) / 60,
         )
@@ -345,6 +357,11 @@ class Bench:
             compute=self.compute,
             device=self.device,
         ).accuracies
+
+
+def _bytes(syn: SyntheticSet) -> int:
+    cost = syn.cost()
+    return cost.images + cost.decoder
 
 
 def with_held_out(arrays: Arrays) -> Arrays:

@@ -450,7 +450,7 @@ def test_inputs_are_measured_once_and_beside_random_samples(
     inputs.main()
     first = capsys.readouterr().out
     frepo = next(line for line in first.splitlines() if "frepo" in line)
-    assert [cell.strip() != "—" for cell in frepo.split("|")[1:-1]] == [True] * 7
+    assert [cell.strip() != "—" for cell in frepo.split("|")[1:-1]] == [True] * 8
     monkeypatch.setattr(inputs.Bench, "row", None)
     inputs.main()
     assert capsys.readouterr().out == first
