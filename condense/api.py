@@ -55,7 +55,7 @@ from condense.files import (
     replacing,
     write_text,
 )
-from condense.labelling import open_teacher, relabelled, teacher_of, trained_projector
+from condense.labelling import NamedTeacher, open_teachers, relabelled, teacher_of, trained_projector
 from condense.method import Method
 from condense.methods.selection import Selection
 from condense.names import spelt
@@ -73,7 +73,6 @@ from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Projector, Stored, ViewLabels
 from condense.task import Split
-from condense.teachers import Teacher
 from condense.tracking import progress
 
 
@@ -306,7 +305,7 @@ def _labelled(
     strategy: str,
     device: torch.device,
     compute: Compute,
-) -> tuple[dict[str, Teacher], dict[str, Callable[[], SyntheticSet]]]:
+) -> tuple[dict[str, NamedTeacher], dict[str, Callable[[], SyntheticSet]]]:
     """Return the teacher of a set whose views are labelled, by its name, and functions that make its baselines with
     labels of the same kind. Without such labels, or where nothing needs the teacher, there is none."""
     kind = next((kind for plan in plans if (kind := plan.view_labels(syn)) is not None), None)
@@ -317,13 +316,13 @@ def _labelled(
     def label(make: Callable[[], SyntheticSet]) -> SyntheticSet:
         return relabelled(make(), kind, by, strategy=strategy, compute=compute)
 
-    return {by.name: by.teacher}, {name: functools.partial(label, make) for name, make in makers.items()}
+    return {by.name: by}, {name: functools.partial(label, make) for name, make in makers.items()}
 
 
 @checked
 def relabel(
     syn: Readable,
-    teacher: Path | str,
+    teacher: Path | str | Sequence[Path | str],
     labels: Labels | str = Stored(),
     *,
     weak_teachers: Path | str | None = None,
@@ -334,12 +333,14 @@ def relabel(
     download: bool = False,
     **fields: Any,
 ) -> SyntheticSet:
-    """Label the views of a set by a trained network, and return the set with these labels.
+    """Label the views of a set by a trained network, or by the mean logits of several, and return the set with these
+    labels.
 
     Args:
         syn: a set, its file or a run folder.
         teacher: the folder of a buffer, whose first network labels the views, or a folder with one such buffer. For
-            ``projector`` labels this network is the encoder.
+            ``projector`` labels this network is the encoder. Several such folders give ``stored`` labels, or
+            ``online`` ones with ``keep_weights=False``, the mean of the logits of their networks.
         labels: ``Stored``, ``Online`` or ``Projector``, or the name of one of these kinds.
         weak_teachers: for ``projector`` labels, the folder of a buffer of trajectories, whose first expert gives the
             weak teachers, or a folder with one such buffer; by default ``teacher``.
@@ -380,14 +381,15 @@ def relabel(
             "on the data are not; keep the labels that it has"
         )
     strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
-    by = open_teacher(expanded(teacher), origin, prepare_device(device))
+    teachers = [expanded(path) for path in ([teacher] if isinstance(teacher, Path | str) else teacher)]
+    by = open_teachers(teachers, kind, origin, prepare_device(device))
     with progress(f"{kind.name} labels {origin.dataset_name}", kind.num_rounds) as bar:
         common: dict[str, Any] = {"strategy": strategy, "compute": compute, "on_epoch": lambda done: bar(done, "")}
         if isinstance(kind, Projector):
             _, source = sets.read_set(syn, dataset)
-            arrays, chosen_device = open_data(source, download), by.teacher.network.device
-            train = Subject(syn=given, arrays=arrays, device=chosen_device, cache=cache_folder()).train
-            weak = expanded(teacher if weak_teachers is None else weak_teachers)
+            arrays = open_data(source, download)
+            train = Subject(syn=given, arrays=arrays, device=by.device, cache=cache_folder()).train
+            weak = teachers[0] if weak_teachers is None else expanded(weak_teachers)
             by = trained_projector(kind, by, weak, train, origin, **common)
         result = relabelled(given, kind, by, **common)
     if target is not None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +33,17 @@ from condense.networks.lowrank import HEAD, low_rank
 from condense.rng import Rng
 from condense.sources import Relabelled
 from condense.synthetic.set import Origin, SyntheticSet
-from condense.synthetic.teaching import Projector, Stored, StoredProjector, StoredTable, StoredTeacher, ViewLabels
+from condense.synthetic.teaching import (
+    Online,
+    Projector,
+    Stored,
+    StoredProjector,
+    StoredTable,
+    StoredTeacher,
+    ViewLabels,
+)
 from condense.task import ROUNDING, Labelled
-from condense.teachers import BATCH, Teacher
+from condense.teachers import BATCH, Teacher, mean_labeller
 from condense.train import Trainer
 
 ViewLabelsT = TypeVar("ViewLabelsT", bound=ViewLabels)
@@ -46,12 +55,34 @@ class NamedTeacher:
 
     name: str
     """The name of the buffer, without its location, and the start of the checksum of the weights. A projector has the
-    name of its encoder."""
+    name of its encoder; several teachers have their names, joined by ``AND``."""
     network: str
-    """The architecture of the network in the buffer."""
-    teacher: Teacher
+    """The architecture of the network in the buffer; of several teachers, joined by ``AND`` in the same order."""
+    teachers: tuple[Teacher, ...]
+    """The networks, whose logits are averaged."""
     artifacts: tuple[Mapping[str, Any], ...]
     """The descriptions of the buffers that it was made of (``Artifact.describe``)."""
+
+    @property
+    def teacher(self) -> Teacher:
+        """The network, where it is a single one."""
+        (teacher,) = self.teachers
+        return teacher
+
+    @property
+    def device(self) -> torch.device:
+        return self.teachers[0].network.device
+
+    def labeller(self, compute: Compute) -> Callable[[Tensor], Tensor]:
+        """Return a function from images (N, *input_shape) to the mean (N, num_outputs) of the logits of the networks;
+        see ``Teacher.labeller``."""
+        labellers = [teacher.labeller(compute) for teacher in self.teachers]
+        return labellers[0] if len(labellers) == 1 else mean_labeller(labellers)
+
+
+AND = " + "
+"""Joins the names of several teachers, and those of their networks. The folders of buffers have no spaces in their
+names."""
 
 
 def open_teacher(
@@ -76,15 +107,57 @@ def open_teacher(
     weights = buffer.weights(0, network)
     digest = checksum({**weights.params, **weights.buffers})[:12]
     name = f"{_name(folder)}@{digest}"
-    return NamedTeacher(name, network.name, Teacher(network, weights), (buffer.describe(),))
+    return NamedTeacher(name, network.name, (Teacher(network, weights),), (buffer.describe(),))
+
+
+def open_teachers(paths: Sequence[Path], kind: ViewLabels, origin: Origin, device: torch.device) -> NamedTeacher:
+    """Open the teachers of ``open_teacher`` that label a set together.
+
+    They are put in the order of their names, so that the labels and what the set records do not depend on the order of
+    ``paths``.
+
+    Args:
+        paths: at least one folder, as for ``open_teacher``.
+        kind: the labels that they are to give.
+        origin: the origin of the set.
+        device: device of the teachers.
+
+    Raises:
+        ValueError: a buffer is missing or damaged; there is no path, or a teacher occurs twice; ``kind`` is for one
+            teacher, and there are several.
+    """
+    if not paths:
+        raise ValueError(f"labels of views need a teacher; give {spelt('teacher')} with the folder of its buffer")
+    if len(paths) > 1 and not (isinstance(kind, Stored) or (isinstance(kind, Online) and kind.is_named)):
+        raise ValueError(
+            f"{kind.name} labels cannot be the mean of {len(paths)} teachers, as stored ones can, and online ones that "
+            f"name the teachers ({spelt('labels.keep_weights', False)}); give one of these, or one teacher"
+        )
+    return _joined([open_teacher(path, origin, device) for path in paths])
+
+
+def _joined(opened: Sequence[NamedTeacher]) -> NamedTeacher:
+    """Return several teachers as one, in the order of their names. Raises ValueError if one occurs twice."""
+    opened = sorted(opened, key=lambda one: one.name)
+    for one, following in itertools.pairwise(opened):
+        if one.name == following.name:
+            raise ValueError(f"the teacher {one.name} is given twice; give different ones")
+    return NamedTeacher(
+        AND.join(one.name for one in opened),
+        AND.join(one.network for one in opened),
+        tuple(teacher for one in opened for teacher in one.teachers),
+        tuple(artifact for one in opened for artifact in one.artifacts),
+    )
 
 
 def find_teacher(name: str, buffers: Path, origin: Origin, device: torch.device) -> NamedTeacher:
-    """Open the teacher of a recorded ``name``, in the folder ``buffers`` or a folder in it.
+    """Open the teacher, or the teachers, of a recorded ``name``, in the folder ``buffers`` or folders in it.
 
     Raises:
         ValueError: it is not there, its weights are other ones, or its buffer is damaged.
     """
+    if AND in name:
+        return _joined([find_teacher(part, buffers, origin, device) for part in name.split(AND)])
     folders = [path.parent for path in (buffers / MANIFEST, *sorted(buffers.glob(f"*/{MANIFEST}"))) if path.is_file()]
     found = [folder for folder in folders if _name(folder) == name.partition("@")[0]]
     if not found:
@@ -125,7 +198,7 @@ def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedT
         network = Functional(kind.network, origin.input_shape, origin.num_classes, device)
     else:
         return find_teacher(kind.teacher, buffers, origin, device)
-    return NamedTeacher(kind.teacher, kind.network, Teacher(network, provider.weights(network)), recorded)
+    return NamedTeacher(kind.teacher, kind.network, (Teacher(network, provider.weights(network)),), recorded)
 
 
 def trained_projector(
@@ -169,9 +242,6 @@ def trained_projector(
     policy = network.settled(compute, len(train) * kind.epochs)
     labellers = [Teacher(weak_network, weak.weights(0, weak_network, epoch)).labeller(policy) for epoch in epochs]
 
-    def mean_logits(images: Tensor) -> Tensor:
-        return torch.stack([label(images) for label in labellers]).mean(0)
-
     base = kind.adapted(_module(encoder.teacher, origin), num_classes)
     with torch.no_grad(), policy.arithmetic():
         features = [network.features(*weights, images, train=False) for images in train.images.split(BATCH)]
@@ -179,11 +249,11 @@ def trained_projector(
     projector, rng = low_rank(base, shape, num_classes, device), Rng(kind.seed).child("projector")
     trainer = Trainer(projector, kind.plan(), policy)
     source = trainer.source(train.images, train.labels, rng, Augment.parse(kind.augment))
-    taught = Relabelled(source, mean_logits, trainer.training.objective)
+    taught = Relabelled(source, mean_labeller(labellers), trainer.training.objective)
     initial = projector.init(rng, "changes of low rank")
     trained = trainer.run(initial, taught, on_epoch=lambda done, _: on_epoch(done))
     artifacts = (*encoder.artifacts, {**weak.describe(), "epochs": epochs})
-    return NamedTeacher(encoder.name, encoder.network, Teacher(projector, trained), artifacts)
+    return NamedTeacher(encoder.name, encoder.network, (Teacher(projector, trained),), artifacts)
 
 
 def relabelled(
@@ -200,7 +270,8 @@ def relabelled(
     Args:
         syn: the set, which must have classes; its labels are replaced.
         kind: the settings of the labels.
-        by: the teacher, on the device to compute on; for ``projector`` labels the result of ``trained_projector``.
+        by: the teacher or teachers, on the device to compute on; for ``projector`` labels the result of
+            ``trained_projector``.
         strategy: the augmentation ``dsa`` of the data set.
         compute: compute policy of the teacher.
         on_epoch: called with the number of labelled epochs.
@@ -211,8 +282,7 @@ def relabelled(
     """
     syn.require_classes(f"a set with {kind.name} labels")
     kind = _settled(kind, by, strategy)
-    network, weights = by.teacher
-    device, origin = network.device, syn.origin
+    device, origin = by.device, syn.origin
     provider = kind.provider(syn.classes.cpu(), origin.num_classes, origin.input_shape, syn.decode.expansion)
     if isinstance(provider, StoredTable):
         with torch.no_grad():
@@ -220,17 +290,17 @@ def relabelled(
         copies = len(images) // len(syn)
         classes = syn.classes.repeat(copies).to(device)
         source = provider.kind.views(images.to(device), classes, origin.num_classes)
-        label = by.teacher.labeller(compute)
+        label = by.labeller(compute)
         with torch.no_grad(), compute.arithmetic():
             for k, epoch in enumerate(provider.kind.stored_epochs):
                 batches = [label(source.batch(epoch, index).images) for index in range(source.num_batches)]
                 provider.fill(k, torch.cat(batches).cpu())
                 on_epoch(k + 1)
     elif isinstance(provider, StoredTeacher) and not kind.is_named:
-        provider.fill(weights)
+        provider.fill(by.teacher.weights)
     elif isinstance(provider, StoredProjector):
-        provider.freeze(network)
-        provider.fill(weights)
+        provider.freeze(by.teacher.network)
+        provider.fill(by.teacher.weights)
     result = copy.deepcopy(syn)
     others = [entry for entry in origin.artifacts if entry.get("use") != _USE]
     ours = [{**entry, "use": _USE} for entry in by.artifacts]
