@@ -55,7 +55,7 @@ from condense.files import (
     replacing,
     write_text,
 )
-from condense.labelling import NamedTeacher, open_teachers, relabelled, teacher_of, trained_projector
+from condense.labelling import NamedTeacher, is_open_clip, open_teachers, relabelled, teacher_of, trained_projector
 from condense.method import Method
 from condense.methods.selection import Selection
 from condense.names import spelt
@@ -339,7 +339,8 @@ def relabel(
     Args:
         syn: a set, its file or a run folder.
         teacher: the folder of a buffer, whose first network labels the views, or a folder with one such buffer. For
-            ``projector`` labels this network is the encoder. Several such folders give ``stored`` labels, or
+            ``projector`` labels this network is the encoder, which ``open_clip:MODEL/WEIGHTS`` takes from that
+            package. Several such folders give ``stored`` labels, or
             ``online`` ones with ``keep_weights=False``, the mean of the logits of their networks.
         labels: ``Stored``, ``Online`` or ``Projector``, or the name of one of these kinds.
         weak_teachers: for ``projector`` labels, the folder of a buffer of trajectories, whose first expert gives the
@@ -368,6 +369,12 @@ def relabel(
             f"{kind.name} labels have no weak teachers; leave out {spelt('weak_teachers')}, or give "
             f"{spelt('labels', 'projector')}"
         )
+    teachers = [expanded(path) for path in ([teacher] if isinstance(teacher, Path | str) else teacher)]
+    if isinstance(kind, Projector) and weak_teachers is None and any(is_open_clip(path) for path in teachers):
+        raise ValueError(
+            "an encoder of open_clip has no epochs to be the weak teachers of a projector; give "
+            f"{spelt('weak_teachers')} with the folder of a buffer of trajectories"
+        )
     target = expanded(out) if out is not None else None if isinstance(syn, SyntheticSet) else relabelled_file(syn, kind)
     if target is not None:
         check_new_file(target, "set")
@@ -381,7 +388,6 @@ def relabel(
             "on the data are not; keep the labels that it has"
         )
     strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
-    teachers = [expanded(path) for path in ([teacher] if isinstance(teacher, Path | str) else teacher)]
     by = open_teachers(teachers, kind, origin, prepare_device(device))
     with progress(f"{kind.name} labels {origin.dataset_name}", kind.num_rounds) as bar:
         common: dict[str, Any] = {"strategy": strategy, "compute": compute, "on_epoch": lambda done: bar(done, "")}

@@ -205,8 +205,8 @@ class Prune:
 class Relabel:
     teacher: tuple[Path, ...] = ()
     """Folder of the buffer whose first network is the teacher, or the encoder of a projector; or a folder with one such
-    buffer. With several folders, stored labels are the mean of the logits of their networks; online ones, too, with
-    keep-weights False."""
+    buffer. open_clip:MODEL/WEIGHTS is an encoder of that package, for a projector. With several folders, stored labels
+    are the mean of the logits of their networks; online ones, too, with keep-weights False."""
     labels: Labels = Stored()
     """Kind of labels: stored, online or projector."""
     weak_teachers: Path | None = None

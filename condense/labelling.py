@@ -29,7 +29,8 @@ from condense.compute import Compute
 from condense.files import checksum
 from condense.names import printable, spelt
 from condense.networks import Functional, Network, build
-from condense.networks.lowrank import HEAD, low_rank
+from condense.networks.clip import PREFIX, pretrained
+from condense.networks.lowrank import HEAD, Adapted, low_rank
 from condense.rng import Rng
 from condense.sources import Relabelled
 from condense.synthetic.set import Origin, SyntheticSet
@@ -62,6 +63,8 @@ class NamedTeacher:
     """The networks, whose logits are averaged."""
     artifacts: tuple[Mapping[str, Any], ...]
     """The descriptions of the buffers that it was made of (``Artifact.describe``)."""
+    texts: Callable[[Sequence[str]], Tensor] | None = None
+    """The embeddings (n, F) of n texts, of an encoder of open_clip; others have none."""
 
     @property
     def teacher(self) -> Teacher:
@@ -128,12 +131,64 @@ def open_teachers(paths: Sequence[Path], kind: ViewLabels, origin: Origin, devic
     """
     if not paths:
         raise ValueError(f"labels of views need a teacher; give {spelt('teacher')} with the folder of its buffer")
+    if any(is_open_clip(path) for path in paths) and not isinstance(kind, Projector):
+        raise ValueError(
+            f"an encoder of open_clip has no classifier of these classes for {kind.name} labels; give "
+            f"{spelt('labels', 'projector')}, or the folder of a buffer"
+        )
     if len(paths) > 1 and not (isinstance(kind, Stored) or (isinstance(kind, Online) and kind.is_named)):
         raise ValueError(
             f"{kind.name} labels cannot be the mean of {len(paths)} teachers, as stored ones can, and online ones that "
             f"name the teachers ({spelt('labels.keep_weights', False)}); give one of these, or one teacher"
         )
+    if isinstance(kind, Projector) and kind.head == "text":
+        kind.texts(origin.dataset.get("classes", ()))
+        if not is_open_clip(paths[0]):
+            raise ValueError(
+                f"the head text needs an encoder of texts, which {paths[0]} has not; give "
+                f"{spelt('teacher', f'{PREFIX}MODEL/WEIGHTS')}, or {spelt('labels.head', 'class-means')}"
+            )
+    if is_open_clip(paths[0]):
+        return open_encoder(str(paths[0]), origin, device)
     return _joined([open_teacher(path, origin, device) for path in paths])
+
+
+def is_open_clip(teacher: Path) -> bool:
+    """Whether a teacher is the name of an encoder of open_clip, and not a folder."""
+    return str(teacher).startswith(PREFIX)
+
+
+def open_encoder(name: str, origin: Origin, device: torch.device) -> NamedTeacher:
+    """Open an encoder of open_clip for sets of images; its classifier is random.
+
+    Args:
+        name: ``open_clip:MODEL/WEIGHTS``.
+        origin: the origin of the set, whose transform is undone before images are standardised for the encoder.
+        device: device of the encoder.
+
+    Raises:
+        ValueError: open_clip is not installed or has no such encoder, or the set is whitened.
+    """
+    if origin.transform_name not in ("none", "channel"):
+        raise ValueError(
+            f"an encoder of open_clip sees pixels, and the set is whitened ({origin.transform_name}); give a set with "
+            f"{spelt('transform', 'channel')}"
+        )
+    found = pretrained(name)
+    network = Functional(found.network, origin.input_shape, origin.num_classes, device)
+    mean, std = (
+        torch.tensor(origin.transform.get(key, usual), dtype=torch.float32).view(-1, 1, 1).expand(3, 1, 1)
+        for key, usual in (("mean", [0.0]), ("std", [1.0]))
+    )
+    values = {**found.weights, "scale": std / found.std, "shift": (mean - found.mean) / found.std}
+    drawn = network.init(Rng(0), "classifier of an encoder")
+    weights = network.restored(
+        {key: values.get(key, value) for key, value in drawn.params.items()},
+        {key: values.get(key, value) for key, value in drawn.buffers.items()},
+    )
+    full_name = f"{name}@{found.digest[:12]}"
+    artifact = {"kind": "open_clip", "name": full_name}
+    return NamedTeacher(full_name, network.name, (Teacher(network, weights),), (artifact,), found.texts)
 
 
 def _joined(opened: Sequence[NamedTeacher]) -> NamedTeacher:
@@ -182,16 +237,13 @@ def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedT
     if isinstance(kind, Projector):
         assert isinstance(provider, StoredProjector)
         if kind.is_named:
-            found = find_teacher(kind.teacher, buffers, origin, device)
-            if found.network != kind.network:
-                raise ValueError(
-                    f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}; label the set "
-                    "again"
-                )
+            found = _find_encoder(kind, buffers, origin, device)
             encoder = _module(found.teacher, origin)
         else:
             encoder = _built(kind.network, origin)
         base = kind.adapted(encoder, origin.num_classes)
+        if kind.is_named and kind.head == "text":
+            _start_with_texts(base, kind, found, origin)
         provider.thaw(base)
         network = low_rank(base, origin.input_shape, origin.num_classes, device)
     elif isinstance(provider, StoredTeacher) and not kind.is_named:
@@ -199,6 +251,24 @@ def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedT
     else:
         return find_teacher(kind.teacher, buffers, origin, device)
     return NamedTeacher(kind.teacher, kind.network, (Teacher(network, provider.weights(network)),), recorded)
+
+
+def _find_encoder(kind: Projector, buffers: Path, origin: Origin, device: torch.device) -> NamedTeacher:
+    """Open the encoder that ``projector`` labels name. Raises ValueError if it is missing or another one."""
+    if is_open_clip(Path(kind.teacher)):
+        found = open_encoder(kind.teacher.rpartition("@")[0], origin, device)
+    else:
+        found = find_teacher(kind.teacher, buffers, origin, device)
+    if found.name != kind.teacher:
+        raise ValueError(
+            f"the encoder of the labels is {printable(kind.teacher, 200)}, but open_clip has {found.name}; label the "
+            "set again"
+        )
+    if found.network != kind.network:
+        raise ValueError(
+            f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}; label the set again"
+        )
+    return found
 
 
 def trained_projector(
@@ -214,8 +284,9 @@ def trained_projector(
 ) -> NamedTeacher:
     """Train the projector of ``projector`` labels on real images.
 
-    The head starts as the class means of the encoder's features E(x) / |E(x)|, and the changes as zero. BatchNorm uses
-    the statistics of batches in training and updates the running ones, which belong to the projector.
+    The head starts as the class means of the encoder's features E(x) / |E(x)|, or as embeddings of texts of length 1,
+    and the changes as zero. BatchNorm uses the statistics of batches in training and updates the running ones, which
+    belong to the projector.
 
     Args:
         kind: the settings.
@@ -243,9 +314,12 @@ def trained_projector(
     labellers = [Teacher(weak_network, weak.weights(0, weak_network, epoch)).labeller(policy) for epoch in epochs]
 
     base = kind.adapted(_module(encoder.teacher, origin), num_classes)
-    with torch.no_grad(), policy.arithmetic():
-        features = [network.features(*weights, images, train=False) for images in train.images.split(BATCH)]
-        base.frozen()[HEAD].copy_(_class_means(torch.cat(features), train.labels, num_classes))
+    if kind.head == "text":
+        _start_with_texts(base, kind, encoder, origin)
+    else:
+        with torch.no_grad(), policy.arithmetic():
+            features = [network.features(*weights, images, train=False) for images in train.images.split(BATCH)]
+            base.frozen()[HEAD].copy_(_class_means(torch.cat(features), train.labels, num_classes))
     projector, rng = low_rank(base, shape, num_classes, device), Rng(kind.seed).child("projector")
     trainer = Trainer(projector, kind.plan(), policy)
     source = trainer.source(train.images, train.labels, rng, Augment.parse(kind.augment))
@@ -327,6 +401,18 @@ def _settled(kind: ViewLabelsT, by: NamedTeacher, strategy: str) -> ViewLabelsT:
     if isinstance(kind, Stored | Projector):
         kind = dataclasses.replace(kind, augment=str(Augment.parse(kind.augment, own=strategy)))
     return kind
+
+
+@torch.no_grad()
+def _start_with_texts(base: Adapted, kind: Projector, encoder: NamedTeacher, origin: Origin) -> None:
+    """Set the start of the head to the embeddings of the texts of the classes, each of length 1.
+
+    Raises:
+        ValueError: the encoder has no texts, or the classes no names.
+    """
+    if encoder.texts is None:
+        raise ValueError(f"the head text needs an encoder of texts, which {encoder.name} has not; label the set again")
+    base.frozen()[HEAD].copy_(F.normalize(encoder.texts(kind.texts(origin.dataset["classes"])), dim=1))
 
 
 def _class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
