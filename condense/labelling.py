@@ -55,8 +55,8 @@ class NamedTeacher:
     """A teacher with its provenance."""
 
     name: str
-    """The name of the buffer, without its location, and the start of the checksum of the weights. A projector has the
-    name of its encoder; several teachers have their names, joined by ``AND``."""
+    """The name of the buffer, without its location, or ``open_clip:MODEL/WEIGHTS``, and the start of a checksum of the
+    weights. A projector has the name of its encoder; several teachers have their names, joined by ``AND``."""
     network: str
     """The architecture of the network in the buffer; of several teachers, joined by ``AND`` in the same order."""
     teachers: tuple[Teacher, ...]
