@@ -55,7 +55,7 @@ from condense.files import (
     replacing,
     write_text,
 )
-from condense.labelling import open_teacher, relabelled, teacher_of, trained_projector
+from condense.labelling import NamedTeacher, is_open_clip, open_teachers, relabelled, teacher_of, trained_projector
 from condense.method import Context, Method
 from condense.methods.selection import Selection
 from condense.names import spelt
@@ -73,7 +73,6 @@ from condense.synthetic.labels import Hard, Labels
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Projector, Stored, ViewLabels
 from condense.task import Split
-from condense.teachers import Teacher
 from condense.tracking import progress
 
 
@@ -314,7 +313,7 @@ def _labelled(
     strategy: str,
     device: torch.device,
     compute: Compute,
-) -> tuple[dict[str, Teacher], dict[str, Callable[[], SyntheticSet]]]:
+) -> tuple[dict[str, NamedTeacher], dict[str, Callable[[], SyntheticSet]]]:
     """Return the teacher of a set whose views are labelled, by its name, and functions that make its baselines with
     labels of the same kind. Without such labels, or where nothing needs the teacher, there is none."""
     kind = next((kind for plan in plans if (kind := plan.view_labels(syn)) is not None), None)
@@ -325,13 +324,13 @@ def _labelled(
     def label(make: Callable[[], SyntheticSet]) -> SyntheticSet:
         return relabelled(make(), kind, by, strategy=strategy, compute=compute)
 
-    return {by.name: by.teacher}, {name: functools.partial(label, make) for name, make in makers.items()}
+    return {by.name: by}, {name: functools.partial(label, make) for name, make in makers.items()}
 
 
 @checked
 def relabel(
     syn: Readable,
-    teacher: Path | str,
+    teacher: Path | str | Sequence[Path | str],
     labels: Labels | str = Stored(),
     *,
     weak_teachers: Path | str | None = None,
@@ -342,12 +341,15 @@ def relabel(
     download: bool = False,
     **fields: Any,
 ) -> SyntheticSet:
-    """Label the views of a set by a trained network, and return the set with these labels.
+    """Label the views of a set by a trained network, or by the mean logits of several, and return the set with these
+    labels.
 
     Args:
         syn: a set, its file or a run folder.
         teacher: the folder of a buffer, whose first network labels the views, or a folder with one such buffer. For
-            ``projector`` labels this network is the encoder.
+            ``projector`` labels this network is the encoder, which ``open_clip:MODEL/WEIGHTS`` takes from that
+            package. Several such folders give ``stored`` labels, or
+            ``online`` ones with ``keep_weights=False``, the mean of the logits of their networks.
         labels: ``Stored``, ``Online`` or ``Projector``, or the name of one of these kinds.
         weak_teachers: for ``projector`` labels, the folder of a buffer of trajectories, whose first expert gives the
             weak teachers, or a folder with one such buffer; by default ``teacher``.
@@ -375,6 +377,12 @@ def relabel(
             f"{kind.name} labels have no weak teachers; leave out {spelt('weak_teachers')}, or give "
             f"{spelt('labels', 'projector')}"
         )
+    teachers = [expanded(path) for path in ([teacher] if isinstance(teacher, Path | str) else teacher)]
+    if isinstance(kind, Projector) and weak_teachers is None and any(is_open_clip(path) for path in teachers):
+        raise ValueError(
+            "an encoder of open_clip has no epochs to be the weak teachers of a projector; give "
+            f"{spelt('weak_teachers')} with the folder of a buffer of trajectories"
+        )
     target = expanded(out) if out is not None else None if isinstance(syn, SyntheticSet) else relabelled_file(syn, kind)
     if target is not None:
         check_new_file(target, "set")
@@ -388,14 +396,14 @@ def relabel(
             "on the data are not; keep the labels that it has"
         )
     strategy = datasets.strategy(origin.dataset_name, origin.fingerprint, origin.input_shape)
-    by = open_teacher(expanded(teacher), origin, prepare_device(device))
+    by = open_teachers(teachers, kind, origin, prepare_device(device))
     with progress(f"{kind.name} labels {origin.dataset_name}", kind.num_rounds) as bar:
         common: dict[str, Any] = {"strategy": strategy, "compute": compute, "on_epoch": lambda done: bar(done, "")}
         if isinstance(kind, Projector):
             _, source = sets.read_set(syn, dataset)
-            arrays, chosen_device = open_data(source, download), by.teacher.network.device
-            train = Subject(syn=given, arrays=arrays, device=chosen_device, cache=cache_folder()).train
-            weak = expanded(teacher if weak_teachers is None else weak_teachers)
+            arrays = open_data(source, download)
+            train = Subject(syn=given, arrays=arrays, device=by.device, cache=cache_folder()).train
+            weak = teachers[0] if weak_teachers is None else expanded(weak_teachers)
             by = trained_projector(kind, by, weak, train, origin, **common)
         result = relabelled(given, kind, by, **common)
     if target is not None:

@@ -205,10 +205,11 @@ class Prune:
 
 @dataclass(frozen=True, kw_only=True)
 class Relabel:
-    teacher: Path
+    teacher: tuple[Path, ...] = ()
     """Folder of the buffer whose first network is the teacher, or the encoder of a projector; or a folder with one such
-    buffer."""
-    labels: Labels = Stored()
+    buffer. open_clip:MODEL/WEIGHTS is an encoder of that package, for a projector. With several folders, stored labels
+    are the mean of the logits of their networks; online ones, too, with keep-weights False."""
+    labels: Switch[Labels] = Stored()
     """Kind of labels: stored, online or projector."""
     weak_teachers: Path | None = None
     """For a projector: folder of a buffer of trajectories, whose first expert gives the weak teachers, or a folder with
@@ -474,13 +475,11 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
 
 
 def relabel(words: list[str]) -> None:
-    usual, prog = Relabel(teacher=artifacts.DEFAULT_ROOT), "condense relabel RUN_OR_FILE"
+    usual, prog = Relabel(), "condense relabel RUN_OR_FILE"
     if _asks_for_help(words):
         recipe.parse(Relabel, ["--help"], usual, prog=prog)
     target = _positional(words, "relabel RUN_OR_FILE --teacher BUFFER", "give a run folder or a synthetic.safetensors")
     command = recipe.parse(Relabel, words[1:], usual, prog=prog)
-    if recipe.take(words, "--teacher")[1] is None:
-        raise ValueError("relabel needs a teacher; give --teacher with the folder that `condense buffer` wrote")
     syn = api.relabel(target, **_fields(command))
     assert isinstance(syn.label_kind, ViewLabels)
     kind, cost, provider = syn.label_kind, syn.cost(), syn.provider

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,13 +29,22 @@ from condense.compute import Compute
 from condense.files import checksum
 from condense.names import printable, spelt
 from condense.networks import Functional, Network, build
-from condense.networks.lowrank import HEAD, low_rank
+from condense.networks.clip import PREFIX, pretrained
+from condense.networks.lowrank import HEAD, Adapted, low_rank
 from condense.rng import Rng
 from condense.sources import Relabelled
 from condense.synthetic.set import Origin, SyntheticSet
-from condense.synthetic.teaching import Projector, Stored, StoredProjector, StoredTable, StoredTeacher, ViewLabels
+from condense.synthetic.teaching import (
+    Online,
+    Projector,
+    Stored,
+    StoredProjector,
+    StoredTable,
+    StoredTeacher,
+    ViewLabels,
+)
 from condense.task import ROUNDING, Labelled
-from condense.teachers import BATCH, Teacher
+from condense.teachers import BATCH, Teacher, mean_labeller
 from condense.train import Trainer
 
 ViewLabelsT = TypeVar("ViewLabelsT", bound=ViewLabels)
@@ -45,13 +55,37 @@ class NamedTeacher:
     """A teacher with its provenance."""
 
     name: str
-    """The name of the buffer, without its location, and the start of the checksum of the weights. A projector has the
-    name of its encoder."""
+    """The name of the buffer, without its location, or ``open_clip:MODEL/WEIGHTS``, and the start of a checksum of the
+    weights. A projector has the name of its encoder; several teachers have their names, joined by ``AND``."""
     network: str
-    """The architecture of the network in the buffer."""
-    teacher: Teacher
+    """The architecture of the network in the buffer; of several teachers, joined by ``AND`` in the same order."""
+    teachers: tuple[Teacher, ...]
+    """The networks, whose logits are averaged."""
     artifacts: tuple[Mapping[str, Any], ...]
     """The descriptions of the buffers that it was made of (``Artifact.describe``)."""
+    texts: Callable[[Sequence[str]], Tensor] | None = None
+    """The embeddings (n, F) of n texts, of an encoder of open_clip; others have none."""
+
+    @property
+    def teacher(self) -> Teacher:
+        """The network, where it is a single one."""
+        (teacher,) = self.teachers
+        return teacher
+
+    @property
+    def device(self) -> torch.device:
+        return self.teachers[0].network.device
+
+    def labeller(self, compute: Compute) -> Callable[[Tensor], Tensor]:
+        """Return a function from images (N, *input_shape) to the mean (N, num_outputs) of the logits of the networks;
+        see ``Teacher.labeller``."""
+        labellers = [teacher.labeller(compute) for teacher in self.teachers]
+        return labellers[0] if len(labellers) == 1 else mean_labeller(labellers)
+
+
+AND = " + "
+"""Joins the names of several teachers, and those of their networks. The folders of buffers have no spaces in their
+names."""
 
 
 def open_teacher(
@@ -76,15 +110,109 @@ def open_teacher(
     weights = buffer.weights(0, network)
     digest = checksum({**weights.params, **weights.buffers})[:12]
     name = f"{_name(folder)}@{digest}"
-    return NamedTeacher(name, network.name, Teacher(network, weights), (buffer.describe(),))
+    return NamedTeacher(name, network.name, (Teacher(network, weights),), (buffer.describe(),))
+
+
+def open_teachers(paths: Sequence[Path], kind: ViewLabels, origin: Origin, device: torch.device) -> NamedTeacher:
+    """Open the teachers of ``open_teacher`` that label a set together.
+
+    They are put in the order of their names, so that the labels and what the set records do not depend on the order of
+    ``paths``.
+
+    Args:
+        paths: at least one folder, as for ``open_teacher``.
+        kind: the labels that they are to give.
+        origin: the origin of the set.
+        device: device of the teachers.
+
+    Raises:
+        ValueError: a buffer is missing or damaged; there is no path, or a teacher occurs twice; ``kind`` is for one
+            teacher, and there are several.
+    """
+    if not paths:
+        raise ValueError(f"labels of views need a teacher; give {spelt('teacher')} with the folder of its buffer")
+    if any(is_open_clip(path) for path in paths) and not isinstance(kind, Projector):
+        raise ValueError(
+            f"an encoder of open_clip has no classifier of these classes for {kind.name} labels; give "
+            f"{spelt('labels', 'projector')}, or the folder of a buffer"
+        )
+    if len(paths) > 1 and not (isinstance(kind, Stored) or (isinstance(kind, Online) and kind.is_named)):
+        raise ValueError(
+            f"{kind.name} labels cannot be the mean of {len(paths)} teachers, as stored ones can, and online ones that "
+            f"name the teachers ({spelt('labels.keep_weights', False)}); give one of these, or one teacher"
+        )
+    if isinstance(kind, Projector) and kind.head == "text":
+        kind.texts(origin.dataset.get("classes", ()))
+        if not is_open_clip(paths[0]):
+            raise ValueError(
+                f"the head text needs an encoder of texts, which {paths[0]} has not; give "
+                f"{spelt('teacher', f'{PREFIX}MODEL/WEIGHTS')}, or {spelt('labels.head', 'class-means')}"
+            )
+    if is_open_clip(paths[0]):
+        return open_encoder(str(paths[0]), origin, device)
+    return _joined([open_teacher(path, origin, device) for path in paths])
+
+
+def is_open_clip(teacher: Path) -> bool:
+    """Whether a teacher is the name of an encoder of open_clip, and not a folder."""
+    return str(teacher).startswith(PREFIX)
+
+
+def open_encoder(name: str, origin: Origin, device: torch.device) -> NamedTeacher:
+    """Open an encoder of open_clip for sets of images; its classifier is random.
+
+    Args:
+        name: ``open_clip:MODEL/WEIGHTS``.
+        origin: the origin of the set, whose transform is undone before images are standardised for the encoder.
+        device: device of the encoder.
+
+    Raises:
+        ValueError: open_clip is not installed or has no such encoder, or the set is whitened.
+    """
+    if origin.transform_name not in ("none", "channel"):
+        raise ValueError(
+            f"an encoder of open_clip sees pixels, and the set is whitened ({origin.transform_name}); give a set with "
+            f"{spelt('transform', 'channel')}"
+        )
+    found = pretrained(name)
+    network = Functional(found.network, origin.input_shape, origin.num_classes, device)
+    mean, std = (
+        torch.tensor(origin.transform.get(key, usual), dtype=torch.float32).view(-1, 1, 1).expand(3, 1, 1)
+        for key, usual in (("mean", [0.0]), ("std", [1.0]))
+    )
+    values = {**found.weights, "scale": std / found.std, "shift": (mean - found.mean) / found.std}
+    drawn = network.init(Rng(0), "classifier of an encoder")
+    weights = network.restored(
+        {key: values.get(key, value) for key, value in drawn.params.items()},
+        {key: values.get(key, value) for key, value in drawn.buffers.items()},
+    )
+    full_name = f"{name}@{found.digest[:12]}"
+    artifact = {"kind": "open_clip", "name": full_name}
+    return NamedTeacher(full_name, network.name, (Teacher(network, weights),), (artifact,), found.texts)
+
+
+def _joined(opened: Sequence[NamedTeacher]) -> NamedTeacher:
+    """Return several teachers as one, in the order of their names. Raises ValueError if one occurs twice."""
+    opened = sorted(opened, key=lambda one: one.name)
+    for one, following in itertools.pairwise(opened):
+        if one.name == following.name:
+            raise ValueError(f"the teacher {one.name} is given twice; give different ones")
+    return NamedTeacher(
+        AND.join(one.name for one in opened),
+        AND.join(one.network for one in opened),
+        tuple(teacher for one in opened for teacher in one.teachers),
+        tuple(artifact for one in opened for artifact in one.artifacts),
+    )
 
 
 def find_teacher(name: str, buffers: Path, origin: Origin, device: torch.device) -> NamedTeacher:
-    """Open the teacher of a recorded ``name``, in the folder ``buffers`` or a folder in it.
+    """Open the teacher, or the teachers, of a recorded ``name``, in the folder ``buffers`` or folders in it.
 
     Raises:
         ValueError: it is not there, its weights are other ones, or its buffer is damaged.
     """
+    if AND in name:
+        return _joined([find_teacher(part, buffers, origin, device) for part in name.split(AND)])
     folders = [path.parent for path in (buffers / MANIFEST, *sorted(buffers.glob(f"*/{MANIFEST}"))) if path.is_file()]
     found = [folder for folder in folders if _name(folder) == name.partition("@")[0]]
     if not found:
@@ -109,23 +237,38 @@ def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedT
     if isinstance(kind, Projector):
         assert isinstance(provider, StoredProjector)
         if kind.is_named:
-            found = find_teacher(kind.teacher, buffers, origin, device)
-            if found.network != kind.network:
-                raise ValueError(
-                    f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}; label the set "
-                    "again"
-                )
+            found = _find_encoder(kind, buffers, origin, device)
             encoder = _module(found.teacher, origin)
         else:
             encoder = _built(kind.network, origin)
         base = kind.adapted(encoder, origin.num_classes)
+        if kind.is_named and kind.head == "text":
+            _start_with_texts(base, kind, found, origin)
         provider.thaw(base)
         network = low_rank(base, origin.input_shape, origin.num_classes, device)
     elif isinstance(provider, StoredTeacher) and not kind.is_named:
         network = Functional(kind.network, origin.input_shape, origin.num_classes, device)
     else:
         return find_teacher(kind.teacher, buffers, origin, device)
-    return NamedTeacher(kind.teacher, kind.network, Teacher(network, provider.weights(network)), recorded)
+    return NamedTeacher(kind.teacher, kind.network, (Teacher(network, provider.weights(network)),), recorded)
+
+
+def _find_encoder(kind: Projector, buffers: Path, origin: Origin, device: torch.device) -> NamedTeacher:
+    """Open the encoder that ``projector`` labels name. Raises ValueError if it is missing or another one."""
+    if is_open_clip(Path(kind.teacher)):
+        found = open_encoder(kind.teacher.rpartition("@")[0], origin, device)
+    else:
+        found = find_teacher(kind.teacher, buffers, origin, device)
+    if found.name != kind.teacher:
+        raise ValueError(
+            f"the encoder of the labels is {printable(kind.teacher, 200)}, but open_clip has {found.name}; label the "
+            "set again"
+        )
+    if found.network != kind.network:
+        raise ValueError(
+            f"the encoder of the labels is {kind.network}, but {found.name} is {found.network}; label the set again"
+        )
+    return found
 
 
 def trained_projector(
@@ -141,8 +284,9 @@ def trained_projector(
 ) -> NamedTeacher:
     """Train the projector of ``projector`` labels on real images.
 
-    The head starts as the class means of the encoder's features E(x) / |E(x)|, and the changes as zero. BatchNorm uses
-    the statistics of batches in training and updates the running ones, which belong to the projector.
+    The head starts as the class means of the encoder's features E(x) / |E(x)|, or as embeddings of texts of length 1,
+    and the changes as zero. BatchNorm uses the statistics of batches in training and updates the running ones, which
+    belong to the projector.
 
     Args:
         kind: the settings.
@@ -169,21 +313,21 @@ def trained_projector(
     policy = network.settled(compute, len(train) * kind.epochs)
     labellers = [Teacher(weak_network, weak.weights(0, weak_network, epoch)).labeller(policy) for epoch in epochs]
 
-    def mean_logits(images: Tensor) -> Tensor:
-        return torch.stack([label(images) for label in labellers]).mean(0)
-
     base = kind.adapted(_module(encoder.teacher, origin), num_classes)
-    with torch.no_grad(), policy.arithmetic():
-        features = [network.features(*weights, images, train=False) for images in train.images.split(BATCH)]
-        base.frozen()[HEAD].copy_(_class_means(torch.cat(features), train.labels, num_classes))
+    if kind.head == "text":
+        _start_with_texts(base, kind, encoder, origin)
+    else:
+        with torch.no_grad(), policy.arithmetic():
+            features = [network.features(*weights, images, train=False) for images in train.images.split(BATCH)]
+            base.frozen()[HEAD].copy_(_class_means(torch.cat(features), train.labels, num_classes))
     projector, rng = low_rank(base, shape, num_classes, device), Rng(kind.seed).child("projector")
     trainer = Trainer(projector, kind.plan(), policy)
     source = trainer.source(train.images, train.labels, rng, Augment.parse(kind.augment))
-    taught = Relabelled(source, mean_logits, trainer.training.objective)
+    taught = Relabelled(source, mean_labeller(labellers), trainer.training.objective)
     initial = projector.init(rng, "changes of low rank")
     trained = trainer.run(initial, taught, on_epoch=lambda done, _: on_epoch(done))
     artifacts = (*encoder.artifacts, {**weak.describe(), "epochs": epochs})
-    return NamedTeacher(encoder.name, encoder.network, Teacher(projector, trained), artifacts)
+    return NamedTeacher(encoder.name, encoder.network, (Teacher(projector, trained),), artifacts)
 
 
 def relabelled(
@@ -200,7 +344,8 @@ def relabelled(
     Args:
         syn: the set, which must have classes; its labels are replaced.
         kind: the settings of the labels.
-        by: the teacher, on the device to compute on; for ``projector`` labels the result of ``trained_projector``.
+        by: the teacher or teachers, on the device to compute on; for ``projector`` labels the result of
+            ``trained_projector``.
         strategy: the augmentation ``dsa`` of the data set.
         compute: compute policy of the teacher.
         on_epoch: called with the number of labelled epochs.
@@ -211,8 +356,7 @@ def relabelled(
     """
     syn.require_classes(f"a set with {kind.name} labels")
     kind = _settled(kind, by, strategy)
-    network, weights = by.teacher
-    device, origin = network.device, syn.origin
+    device, origin = by.device, syn.origin
     provider = kind.provider(syn.classes.cpu(), origin.num_classes, origin.input_shape, syn.decode.expansion)
     if isinstance(provider, StoredTable):
         with torch.no_grad():
@@ -220,17 +364,17 @@ def relabelled(
         copies = len(images) // len(syn)
         classes = syn.classes.repeat(copies).to(device)
         source = provider.kind.views(images.to(device), classes, origin.num_classes)
-        label = by.teacher.labeller(compute)
+        label = by.labeller(compute)
         with torch.no_grad(), compute.arithmetic():
             for k, epoch in enumerate(provider.kind.stored_epochs):
                 batches = [label(source.batch(epoch, index).images) for index in range(source.num_batches)]
                 provider.fill(k, torch.cat(batches).cpu())
                 on_epoch(k + 1)
     elif isinstance(provider, StoredTeacher) and not kind.is_named:
-        provider.fill(weights)
+        provider.fill(by.teacher.weights)
     elif isinstance(provider, StoredProjector):
-        provider.freeze(network)
-        provider.fill(weights)
+        provider.freeze(by.teacher.network)
+        provider.fill(by.teacher.weights)
     result = copy.deepcopy(syn)
     others = [entry for entry in origin.artifacts if entry.get("use") != _USE]
     ours = [{**entry, "use": _USE} for entry in by.artifacts]
@@ -257,6 +401,18 @@ def _settled(kind: ViewLabelsT, by: NamedTeacher, strategy: str) -> ViewLabelsT:
     if isinstance(kind, Stored | Projector):
         kind = dataclasses.replace(kind, augment=str(Augment.parse(kind.augment, own=strategy)))
     return kind
+
+
+@torch.no_grad()
+def _start_with_texts(base: Adapted, kind: Projector, encoder: NamedTeacher, origin: Origin) -> None:
+    """Set the start of the head to the embeddings of the texts of the classes, each of length 1.
+
+    Raises:
+        ValueError: the encoder has no texts, or the classes no names.
+    """
+    if encoder.texts is None:
+        raise ValueError(f"the head text needs an encoder of texts, which {encoder.name} has not; label the set again")
+    base.frozen()[HEAD].copy_(F.normalize(encoder.texts(kind.texts(origin.dataset["classes"])), dim=1))
 
 
 def _class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

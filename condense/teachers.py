@@ -91,6 +91,11 @@ class Teacher(NamedTuple):
         return lambda images: cast(tuple[Tensor, dict[str, Statistics]], run(compute.layout(images)))
 
 
+def mean_labeller(labellers: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Return the function from images (N, *input_shape) to the mean (N, num_outputs) of the logits of ``labellers``."""
+    return lambda images: torch.stack([label(images) for label in labellers]).mean(0)
+
+
 def has_batch_norm(network: Functional) -> bool:
     """Whether a network has a BatchNorm layer with running statistics, so that the images of a batch influence each
     other."""

@@ -35,6 +35,7 @@ from condense.eval.subject import Subject, decoded, require_held_out
 from condense.exchange.weights import write_state_dict
 from condense.files import checksum
 from condense.kernels import centred
+from condense.labelling import NamedTeacher
 from condense.names import spelt
 from condense.networks import Factory, Functional, Weights, parse, resolve
 from condense.objective import Objective
@@ -550,7 +551,9 @@ def _relabelled(label: Callable[[Tensor], Tensor], objective: Objective, source:
     return Relabelled(source, label, objective)
 
 
-def _teacher(protocol: Protocol, subject: Subject, network: Functional, seed: int, compute: Compute) -> Teacher:
+def _teacher(
+    protocol: Protocol, subject: Subject, network: Functional, seed: int, compute: Compute
+) -> Teacher | NamedTeacher:
     """Return the teacher of a protocol for an evaluated architecture."""
     if protocol.teacher in subject.teachers:
         return subject.teachers[protocol.teacher]

@@ -14,6 +14,7 @@ from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.eval.results import Scored
+from condense.labelling import NamedTeacher
 from condense.names import spelt
 from condense.networks import Factory, Functional
 from condense.sets import transform_of
@@ -37,7 +38,7 @@ class Subject:
     device: torch.device
     cache: Path | None = None
     """Cache folder, for example of whitening matrices and teachers; None: nothing is cached."""
-    teachers: Mapping[str, Teacher] = field(default_factory=dict)
+    teachers: Mapping[str, Teacher | NamedTeacher] = field(default_factory=dict)
     """Teachers from buffers or from the set, by the names under which protocols and labels record them."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import condense
-from condense import api, cli, commands, labelling
+from condense import api, cli, commands, labelling, recipe
 from condense.compute import Compute
 from condense.data.datasets import Arrays
 from condense.eval import results
@@ -23,9 +23,9 @@ from condense.objective import KL, SquaredError
 from condense.rng import Rng
 from condense.schedule import CONSTANT
 from condense.sources import Examples, Source
-from condense.synthetic import Factor, Hard, Online, Stored, SyntheticSet, Teacher, load, save
+from condense.synthetic import Factor, Hard, Online, Stored, SyntheticSet, Teacher, ViewLabels, load, save
 from condense.synthetic.teaching import StoredTable
-from tests.conftest import TINY
+from tests.conftest import BATCH, TINY
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"epochs": 4, "batch_size": 4, "cutmix": 0.5}
@@ -44,8 +44,15 @@ def buffer(tiny: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return api.make_buffer(tiny, TINY, out=root, **fields)
 
 
-def teacher_logits(buffer: Path, images: Tensor) -> Tensor:
-    network = Functional(TINY, (1, 8, 8), 3)
+@pytest.fixture(scope="module")
+def another(tiny: Arrays, buffer: Path) -> Path:
+    """A buffer of another architecture, in the same folder."""
+    fields: dict[str, Any] = {"num_experts": 1, "num_epochs": 2, "batch_size": 12, "lr": 0.1, "keep": "last"}
+    return api.make_buffer(tiny, BATCH, out=buffer.parent, **fields)
+
+
+def teacher_logits(buffer: Path, images: Tensor, architecture: str = TINY) -> Tensor:
+    network = Functional(architecture, (1, 8, 8), 3)
     from condense.artifacts import open_buffer
 
     return network.logits(*open_buffer(buffer).weights(0, network), images, train=False)
@@ -199,6 +206,51 @@ def test_a_teacher_travels_with_the_set_or_is_named_by_it(
         condense.evaluate(named, tiny, buffers=tmp_path, **kwargs)
 
 
+def test_several_teachers_label_by_the_mean_of_their_logits(
+    syn: SyntheticSet, tiny: Arrays, buffer: Path, another: Path, tmp_path: Path
+) -> None:
+    stored, named = Stored(**SMALL, seed=3), Online(keep_weights=False)
+    options: dict[str, Any] = {"networks": "mlp", "num_seeds": 1, "protocol": SHORT["relabelled"], "device": "cpu"}
+    singles = sorted(condense.relabel(syn, one, named, device="cpu").label_kind.teacher for one in (buffer, another))  # type: ignore[attr-defined]
+
+    def mean(images: Tensor) -> Tensor:
+        return (teacher_logits(buffer, images) + teacher_logits(another, images, BATCH)) / 2
+
+    for kind in (stored, named):
+        made, turned = (
+            condense.relabel(syn, pair, kind, device="cpu") for pair in ([buffer, another], [another, buffer])
+        )
+        for file, one in (("a", made), ("b", turned)):
+            save(one, tmp_path / file)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes(), "the order does not matter"
+        again = load(tmp_path / "a")
+        assert again.label_kind.teacher == " + ".join(singles)  # type: ignore[attr-defined]
+        assert [entry["name"] for entry in again.origin.artifacts] == [one.partition("@")[0] for one in singles]
+        of = labelling.teacher_of(again, buffer.parent, CPU)
+        source = again.provider.source(examples(again, 0), SquaredError(), of.labeller(Compute()))
+        for _, _, images, targets in batches(source, 2):
+            torch.testing.assert_close(targets, mean(images), rtol=1e-2, atol=1e-2)
+            assert (targets - teacher_logits(buffer, images)).abs().max() > 0.05, "the teachers differ"
+        own, rival = condense.evaluate(again, tiny, buffers=buffer.parent, baselines="random", **options).results
+        assert own.teacher == rival.teacher == (again.label_kind.teacher if kind is named else "")  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=r"the teacher tiny-convnet.+ of the labels is not in .+; give its folder"):
+            condense.evaluate(again, tiny, buffers=buffer, baselines="random", **options)
+
+
+def test_mixes_of_teachers_that_cannot_label_are_refused(syn: SyntheticSet, buffer: Path, another: Path) -> None:
+    pair = [buffer, another]
+    for teachers, labels, fields, complaint in (
+        (pair, "online", {}, r"online labels cannot be the mean of 2 teachers, .*keep_weights=False"),
+        (pair, "projector", {}, "projector labels cannot be the mean of 2 teachers"),
+        (pair, "projector", {"keep_encoder": False}, "projector labels cannot be the mean of 2 teachers"),
+        ([buffer, buffer], "stored", {}, r"the teacher tiny-convnet.+ is given twice; give different ones"),
+        ([], "stored", {}, "labels of views need a teacher; give teacher"),
+    ):
+        with pytest.raises(ValueError, match=complaint) as raised:
+            condense.relabel(syn, teachers, labels, device="cpu", **fields)
+        assert "\n" not in str(raised.value)
+
+
 def test_a_changed_buffer_is_not_the_teacher(tiny: Arrays, syn: SyntheticSet, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"num_experts": 1, "batch_size": 12, "lr": 0.1, "momentum": 0.0, "schedule": CONSTANT}
     folder = api.make_buffer(tiny, TINY, out=tmp_path, num_epochs=1, **fields)
@@ -339,7 +391,7 @@ def test_a_folder_is_recorded_by_what_it_holds(syn: SyntheticSet, tiny: Arrays, 
 
 
 def test_the_commands_say_what_labels_cost(
-    syn: SyntheticSet, tiny_file: Path, buffer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    syn: SyntheticSet, tiny_file: Path, buffer: Path, another: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(tmp_path / "run")
     flags = ["--labels.epochs", "4", "--labels.batch-size", "4", "--device", "cpu"]
@@ -357,8 +409,10 @@ def test_the_commands_say_what_labels_cost(
     cli.main(["evaluate", file, "--protocol", "canonical", "relabelled", *few])
     table = " ".join(capsys.readouterr().out.split())
     assert "test accuracy, %: mlp, n = 1" in table and "canonical images + labels relabelled images + labels" in table
+    cli.main(["relabel", run, "--teacher", str(buffer), str(another), *flags])
+    assert capsys.readouterr().out.count("@") == 2, "all teachers are named"
     for words, complaint in (
-        (["relabel", run], "needs a teacher"),
+        (["relabel", run], "labels of views need a teacher; give --teacher"),
         (["relabel", run, "--teacher", str(buffer), "--labels", "hard"], "of the kinds stored, online and projector"),
         (["evaluate", file, "--protocol", "canonical", "gift", "--protocol.lr", "1"], "give one --protocol"),
     ):
@@ -396,3 +450,10 @@ def test_a_report_shows_labels_and_images_apart(
     assert ("The labels take 1.44 times the bytes of the images" in text) == stored
     assert ("random, ipc 2, teacher not stored" in text) == (not stored)
     assert (">2.21 kB<" in text) == stored and ">1.54 kB<" in text
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("online", "keep-weights"), ("projector", "keep-encoder")])
+def test_a_teacher_is_named_instead_of_kept_by_a_flag(kind: str, flag: str) -> None:
+    words = ["--labels", kind, f"--labels.{flag}", "False"]
+    command = recipe.parse(commands.Relabel, words, commands.Relabel(), prog="condense relabel")
+    assert isinstance(command.labels, ViewLabels) and command.labels.is_named

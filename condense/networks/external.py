@@ -1,4 +1,4 @@
-"""Networks from outside this package: those of torchvision and timm, by name, and Python callables."""
+"""Networks from outside this package: those of torchvision, timm and open_clip, by name, and Python callables."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from condense.data.layout import InputShape
 from condense.names import installing, suggest
 from condense.networks.base import LayerNorm, Network, too_small
+from condense.networks.clip import from_open_clip, require_open_clip
 
 Factory = Callable[[InputShape, int], nn.Module]
 """``factory(input_shape, num_outputs)`` returns a new network, samples (N, *input_shape) to logits (N, num_outputs)."""
@@ -162,6 +163,7 @@ class Library(NamedTuple):
 LIBRARIES = {
     "torchvision": Library(require_torchvision, from_torchvision),
     "timm": Library(require_timm, from_timm),
+    "open_clip": Library(require_open_clip, from_open_clip),
 }
 
 

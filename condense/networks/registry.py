@@ -77,7 +77,7 @@ class NetworkSpec:
 def names() -> list[str]:
     """Return the names of the networks of this package and of installed plugins.
 
-    ``torchvision:NAME``, ``timm:NAME`` and callables are accepted too.
+    ``torchvision:NAME``, ``timm:NAME``, ``open_clip:NAME`` and callables are accepted too.
     """
     return list(NETWORKS)
 
@@ -120,7 +120,7 @@ def resolve(spec: str | NetworkSpec, input_shape: InputShape, field: str = "netw
 
 
 def parse(spec: str | NetworkSpec) -> NetworkSpec:
-    """Parse ``name``, ``name:option=value,option=value``, ``torchvision:name`` or ``timm:name``.
+    """Parse ``name``, ``name:option=value,option=value`` or, for example, ``timm:name``.
 
     ``auto`` is left to ``resolve``; its options must be those of a default network.
 
@@ -139,7 +139,7 @@ def parse(spec: str | NetworkSpec) -> NetworkSpec:
     if name not in NETWORKS:
         raise ValueError(
             f"unknown network {name!r}: there is no network of this name; {_guess(name, NETWORKS)}give one of "
-            f"{', '.join(NETWORKS)}, torchvision:NAME or timm:NAME"
+            f"{', '.join(NETWORKS)}, torchvision:NAME, timm:NAME or open_clip:NAME"
         )
     return _with_options(name, rest, spec)
 

@@ -188,7 +188,10 @@ def _limit(num_latents: int, decode: Decode, origin: Origin, tensors: Mapping[st
 def _choice(value: Any, table: Registry[type[T]]) -> dict[str, Any]:
     """Return the header entry of a decoder or kind of labels: its fields, and its package if it is a plugin."""
     package = table.package(value.name) if value.name in table else None
-    return {"name": value.name, **dataclasses.asdict(value)} | ({} if package is None else {"package": package})
+    added = value.added_fields if isinstance(value, Labels) else ()
+    usual = {f.name: f.default for f in dataclasses.fields(value) if f.name in added}
+    fields = {key: entry for key, entry in dataclasses.asdict(value).items() if usual.get(key, ...) != entry}
+    return {"name": value.name, **fields} | ({} if package is None else {"package": package})
 
 
 def _choose(fields: Mapping[str, Any], table: Registry[type[T]], where: str) -> T:

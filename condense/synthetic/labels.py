@@ -48,6 +48,8 @@ class Labels(Checked, ABC):
     learned: ClassVar[bool] = False
     space: ClassVar[Literal["classes", "probabilities", "values"]]
     """What a target is: a class, probabilities of the classes, or any values. Sets without classes need values."""
+    added_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that later versions added. Files name them where they differ from their defaults."""
     of_views: ClassVar[bool] = False
     """Whether a teacher labels every view of an image (``condense.synthetic.teaching``). The targets are then the
     classes, and ``Provider.source`` gives the labels."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from condense.augment import Augment
 from condense.data.images import Images
 from condense.data.layout import InputShape
-from condense.names import spelt
+from condense.names import excerpt, spelt
 from condense.networks import Functional, Network, Weights
 from condense.networks.lowrank import HEAD, Adapted
 from condense.networks.registry import build, is_builtin, require_moderate
@@ -35,6 +35,8 @@ from condense.views import Views
 MOST_EPOCHS = 100_000
 """The largest number of epochs of stored labels."""
 LARGEST_SEED = 2**31 - 1
+PLACE = "CLASS"
+PROMPT = f"a photo of a {PLACE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +182,15 @@ class Projector(ViewLabels):
     description)."""
 
     name: ClassVar[str] = "projector"
+    added_fields: ClassVar[tuple[str, ...]] = ("head", "prompt")
     keep_encoder: bool = True
-    """Store the weights of the encoder in the set. If false, the set names the buffer of the encoder, which every
-    evaluation then needs."""
+    """Store the weights of the encoder and its start of the head in the set. If false, the set names the encoder, which
+    every evaluation then needs, and stores a start from class means alone."""
+    head: Literal["class-means", "text"] = "class-means"
+    """Start of the head: the means of the features of each class, or, with an encoder of open_clip, the embeddings of
+    texts with the names of the classes."""
+    prompt: str = PROMPT
+    """Text for the head text, in which CLASS stands for the name of a class."""
     rank: int = 8
     """Rank of the changes of convolutions and linear layers, at most the smaller side of each weight matrix."""
     head_rank: int = 64
@@ -211,6 +219,16 @@ class Projector(ViewLabels):
             )
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"labels need a seed from 0 to {LARGEST_SEED}, got {self.seed}; give 0")
+        if PLACE not in self.prompt:
+            raise ValueError(
+                f"labels.prompt is {excerpt(self.prompt)!r}, without the word {PLACE} for the name of a class; give "
+                f"{spelt('labels.prompt', PROMPT)!r}"
+            )
+        if self.prompt != PROMPT and self.head != "text":
+            raise ValueError(
+                f"labels.prompt is for the head text, and the head is {self.head}; give "
+                f"{spelt('labels.head', 'text')}, or leave it out"
+            )
         augment = Augment.parse(self.augment)
         if augment.flips or augment.views:
             raise ValueError(
@@ -226,6 +244,19 @@ class Projector(ViewLabels):
     @property
     def num_rounds(self) -> int:
         return self.epochs
+
+    def texts(self, classes: Sequence[str]) -> list[str]:
+        """Return the text of each class for the head ``text``.
+
+        Raises:
+            ValueError: the classes have numbers and no names.
+        """
+        if all(name.strip().isdecimal() for name in classes):
+            raise ValueError(
+                f"the head text needs names of the classes, and those of this set are numbers; give "
+                f"{spelt('labels.head', 'class-means')}, or distil from data whose classes have names"
+            )
+        return [self.prompt.replace(PLACE, name.replace("_", " ").strip()) for name in classes]
 
     def plan(self) -> Training:
         """Return how the projector is trained. Raises ValueError as ``Training`` does."""
@@ -252,7 +283,7 @@ class Projector(ViewLabels):
             _classes(labels),
             params=(sum(p.numel() for p in base.parameters() if p.requires_grad),),
             statistics=(sum(buffer.numel() for buffer in base.buffers()),),
-            head=tuple(head.shape),
+            head=(0,) if self.is_named and self.head == "text" else tuple(head.shape),
             encoder=(0 if self.is_named else sum(p.numel() for p in frozen.values()),),
         )
 
@@ -387,7 +418,8 @@ class StoredProjector(LiveTeacher):
     """The changes of low rank and the buffers of a projector, and its frozen parameters."""
 
     head: Tensor
-    """(C, F): the head W without its change."""
+    """(C, F): the head W without its change; empty if it consists of embeddings of texts by an encoder that the set
+    only names."""
     encoder: Tensor
     """(num_frozen,): the other frozen parameters of ``Adapted``; empty if the set only names the encoder."""
 
@@ -395,15 +427,19 @@ class StoredProjector(LiveTeacher):
     def freeze(self, network: Functional) -> None:
         """Store the frozen parameters of a projector."""
         frozen = dict(network.frozen)
-        self.head.copy_(frozen.pop(HEAD))
+        head = frozen.pop(HEAD)
+        if self.head.numel():
+            self.head.copy_(head)
         if self.encoder.numel():
             _join(frozen.values(), self.encoder)
 
     @torch.no_grad()
     def thaw(self, base: Adapted) -> None:
-        """Copy the stored frozen parameters into those of ``base``."""
+        """Copy the stored frozen parameters into those of ``base``; the others stay as they are."""
         frozen: dict[str, Tensor] = {**base.frozen()}
-        frozen.pop(HEAD).copy_(self.head)
+        head = frozen.pop(HEAD)
+        if self.head.numel():
+            head.copy_(self.head)
         if self.encoder.numel():
             for name, value in _split(self.encoder, {name: p.shape for name, p in frozen.items()}).items():
                 frozen[name].copy_(value)
