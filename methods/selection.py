@@ -69,7 +69,8 @@ class Selection(Method):
     takes: ClassVar[tuple[Kind, ...]] = ("graphs", "series", "images", "clips")
 
     teacher_epochs: int = 20
-    """Number of training epochs of the network that assigns ``teacher`` labels; small data sets need more."""
+    """Number of training epochs of the network that assigns ``teacher`` labels, or scores patches for the decoder
+    ``patches`` if the method trains none for features; small data sets need more."""
 
     @property
     def patch_epochs(self) -> int:
@@ -123,6 +124,10 @@ class FeatureSelection(Selection):
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * (self.num_epochs + 1 / 3) if self.features == "network" else 0.0
+
+    @property
+    def patch_epochs(self) -> int:
+        return self.num_epochs
 
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:

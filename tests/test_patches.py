@@ -17,7 +17,7 @@ from condense.data.layout import InputShape
 from condense.data.transform import ChannelNorm
 from condense.method import Context, Method
 from condense.methods.graph_cut import DQ
-from condense.methods.selection import Random, saliency, trained
+from condense.methods.selection import Herding, Random, saliency, trained
 from condense.networks import Functional, Weights
 from condense.synthetic import Origin, Patches, Pixels8Bit, SyntheticSet, load, save
 from condense.synthetic.budget import latents_per_class
@@ -158,7 +158,10 @@ def test_dq_keeps_the_patches_that_matter_to_its_network(norm: str) -> None:
         assert latent.tolist() == reference.stored(original.numpy(), kept, 2)
 
 
-@pytest.mark.parametrize(("chosen", "num_epochs"), [(Random(teacher_epochs=3), 3), (DQ(num_epochs=2, num_bins=2), 2)])
+@pytest.mark.parametrize(
+    ("chosen", "num_epochs"),
+    [(Random(teacher_epochs=3), 3), (Herding(num_epochs=2), 2), (DQ(features="pixels", num_epochs=2, num_bins=2), 2)],
+)
 def test_the_network_of_the_features_scores_or_that_of_the_labels(chosen: Method, num_epochs: int) -> None:
     ctx, syn, whole = selected(chosen, "instance")
     (weights,), images = trained(ctx, num_epochs), whole()[0]
