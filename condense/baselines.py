@@ -21,7 +21,9 @@ from condense.networks import Factory
 from condense.plugins import code_of
 from condense.recipe import Recipe
 from condense.rng import VERSION
+from condense.synthetic.decode import Pixels8Bit
 from condense.synthetic.files import load, save
+from condense.synthetic.patches import Patches
 from condense.synthetic.set import SyntheticSet
 from condense.task import IpcPolicy, Task
 from condense.tracking import progress
@@ -98,7 +100,8 @@ def _recipes(
                 "with condense report"
             )
         if not syn.decode.differentiable and not plan.method.learns:
-            plan = dataclasses.replace(plan, decode=syn.decode)
+            whole = isinstance(syn.decode, Patches)
+            plan = dataclasses.replace(plan, decode=Pixels8Bit() if whole else syn.decode)
         recipes[name] = dataclasses.replace(
             plan,
             dataset=origin.dataset_name,
@@ -159,7 +162,8 @@ def _affordable(syn: SyntheticSet, plan: Recipe) -> int:
     of a set whose views are labelled get the same labels."""
     classes, shape = syn.origin.num_classes, syn.origin.input_shape
     kind = syn.label_kind if syn.label_kind.of_views else plan.labels
-    itemsize = syn.latents.itemsize if syn.decode.differentiable or plan.decode == syn.decode else 4
+    same_type = syn.decode.differentiable or not plan.decode.differentiable
+    itemsize = syn.latents.itemsize if same_type else 4
 
     def labels(ipc: int) -> int:
         with torch.device("meta"):

@@ -36,7 +36,8 @@ from condense.rng import Rng
 from condense.runs import RunOptions
 from condense.schema import replaced
 from condense.synthetic.budget import latents_per_class
-from condense.synthetic.decode import Graphs, Pixels
+from condense.synthetic.decode import Graphs, Pixels, Pixels8Bit
+from condense.synthetic.patches import Patches
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
 from condense.tracking import Sink, check_sinks, detail, open_sinks, progress
@@ -130,12 +131,16 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
     stills.opened(plan.decode)
 
 
+_REAL = (Pixels, Pixels8Bit, Patches)
+"""Decoders that store the real images, or parts of them, one by one."""
+
+
 def _why_no_fraction(plan: Recipe) -> str | None:
     """Return why the budget of a recipe cannot be a fraction of each class; None if it can."""
     if not plan.method.selects:
         return f"makes equally many images of each class, not a fraction of the real ones; give {spelt('ipc', 10)}"
-    if not isinstance(plan.decode, Pixels):
-        return f"stores a fraction of the real images as they are; give {spelt('decode', 'pixels')}"
+    if not isinstance(plan.decode, _REAL):
+        return f"stores a fraction of the real images, one in each latent; give {spelt('decode', 'pixels')}"
     return None
 
 
@@ -146,8 +151,8 @@ def _why_not_by_policy(plan: Recipe) -> str | None:
         return f"selects different images of each class and repeats none; give {fix}" if plan.method.selects else None
     if not plan.method.selects:
         return f"makes equally many images of each class; give {spelt('ipc_policy', 'repeat')}"
-    if not isinstance(plan.decode, Pixels):
-        return f"stores all images of a small class as they are; give {spelt('decode', 'pixels')}"
+    if not isinstance(plan.decode, _REAL):
+        return f"stores all images of a small class, one in each latent; give {spelt('decode', 'pixels')}"
     return None
 
 

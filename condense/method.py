@@ -34,6 +34,7 @@ from condense.synthetic.budget import Unit, latents_per_class
 from condense.synthetic.decode import Coded, Decode, StaticDynamic
 from condense.synthetic.fits import encoded
 from condense.synthetic.labels import Labels
+from condense.synthetic.patches import Patches
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import IpcPolicy, Task
 from condense.train import Training, set_lr
@@ -525,6 +526,11 @@ class Method(Checked, ABC):
             return f"learns the images, which {decode.name} would round in every step; give {spelt('decode', 'pixels')}"
         if not decode.differentiable and transform not in ("none", "channel"):
             return f"cannot round images whitened by {transform} to {decode.name}; give {spelt('transform', 'channel')}"
+        if isinstance(decode, Patches) and not self.selects:
+            return (
+                f"selects no real images, of which {decode.name} would drop what matters least; give "
+                f"{spelt('decode', 'pixels-8bit')}"
+            )
         if decode.makes_pixels and transform not in ("none", "channel"):
             fix = spelt("transform", "channel")
             return f"cannot whiten the pixels that {decode.name} makes by {transform}; give {fix}"

@@ -95,6 +95,10 @@ class SimilaritySelection(Selection):
         passes = {"gradient": 2, "network": 1, "pixels": 0}[self.features]
         return num_images * (self.num_epochs + passes / 3) if passes else 0.0
 
+    @property
+    def patch_epochs(self) -> int:
+        return self.num_epochs
+
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:
         train, similarity = ctx.task.train, self.similarity(ctx)

@@ -49,6 +49,7 @@ from condense.networks import Functional, Weights
 from condense.objective import one_hot
 from condense.pretraining import pretrained
 from condense.synthetic.labels import Assigned
+from condense.synthetic.patches import Patches
 from condense.train import Scorer, Training
 
 BATCH = 1000
@@ -68,7 +69,13 @@ class Selection(Method):
     takes: ClassVar[tuple[Kind, ...]] = ("graphs", "series", "images", "clips")
 
     teacher_epochs: int = 20
-    """Number of training epochs of the network that assigns ``teacher`` labels; small data sets need more."""
+    """Number of training epochs of the network that assigns ``teacher`` labels, or scores patches for the decoder
+    ``patches`` if the method trains none for features; small data sets need more."""
+
+    @property
+    def patch_epochs(self) -> int:
+        """Number of training epochs of the network that decides which patches the decoder ``patches`` keeps."""
+        return self.teacher_epochs
 
     def init(self, ctx: Context) -> State:
         return State(syn=ctx.new_set(*ctx.initial("real")))
@@ -76,7 +83,13 @@ class Selection(Method):
     @final
     def step(self, ctx: Context, state: State, step: int) -> dict[str, float]:
         train, index = ctx.task.train, torch.cat(list(self.pick(ctx)))
-        state.syn.load_state_dict(ctx.new_set(train.images[index], train.labels[index]).state_dict())
+        images = train.images[index]
+        syn = ctx.new_set(images, train.labels[index])
+        if isinstance(ctx.decode, Patches):
+            (weights,) = trained(ctx, self.patch_epochs)
+            importance = saliency(ctx.task.network, weights, images)
+            syn.latents.copy_(ctx.decode.encode_by(importance, images, syn.decoder))
+        state.syn.load_state_dict(syn.state_dict())
         if isinstance(state.syn.provider, Assigned):
             (weights,) = trained(ctx, self.teacher_epochs)
             with torch.no_grad():
@@ -111,6 +124,10 @@ class FeatureSelection(Selection):
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         return num_images * (self.num_epochs + 1 / 3) if self.features == "network" else 0.0
+
+    @property
+    def patch_epochs(self) -> int:
+        return self.num_epochs
 
     @final
     def pick(self, ctx: Context) -> Iterator[Tensor]:
@@ -260,6 +277,19 @@ def embedding_of(network: Functional, weights: Weights) -> Callable[[Tensor], Te
         return torch.cat(batches).float()
 
     return embed
+
+
+def saliency(network: Functional, weights: Weights, images: Tensor) -> Tensor:
+    """Return how much each pixel of images (n, C, H, W) matters to a network, (n, H, W): the magnitude of the gradient
+    of the largest logit, in the channel where it is largest. Source: Simonyan, Vedaldi and Zisserman, "Deep inside
+    convolutional networks: visualising image classification models and saliency maps", ICLR 2014 workshop."""
+    maps = []
+    for part in images.split(BATCH):
+        x = part.detach().requires_grad_()
+        logits = network.logits(*weights, x, train=False)
+        (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), x)
+        maps.append(gradient.abs().amax(1).float())
+    return torch.cat(maps)
 
 
 def trained(

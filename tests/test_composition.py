@@ -62,7 +62,7 @@ def takes(name: str, decode: str) -> bool:
         return decode == "pixels"
     if issubclass(registry.load(name), Recovery | LinearGradient):
         return decode in ("pixels", "pixels-8bit")
-    return decode != "pixels-8bit"
+    return decode not in ("pixels-8bit", "patches")
 
 
 def decoder(name: str) -> Decode:

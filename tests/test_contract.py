@@ -20,7 +20,19 @@ from condense.method import GradientMethod, Method, Optim
 from condense.methods.unrolled import Unrolled
 from condense.networks import InputShape
 from condense.recipe import Recipe
-from condense.synthetic import DECODERS, LABELS, Codec, Factor, Hard, Logits, Pixels, Pixels8Bit, SyntheticSet, load
+from condense.synthetic import (
+    DECODERS,
+    LABELS,
+    Codec,
+    Factor,
+    Hard,
+    Logits,
+    Patches,
+    Pixels,
+    Pixels8Bit,
+    SyntheticSet,
+    load,
+)
 from condense.synthetic.decode import DCT, Bases, Hallucinator, Pyramid, Siren
 from condense.synthetic.labels import Targets, Teacher
 from condense.testing import CHECKS, resumes_to_the_byte
@@ -147,6 +159,7 @@ RESUMED: list[tuple[str, dict[str, Any]]] = [
     ("dm", {"decode": Siren(fit_steps=5)}),
     ("dm", {"decode": Codec(images=2, fit_steps=5)}),
     ("kip", {"decode": Bases(num_bases=8), "labels": Targets()}),
+    ("dq", {"decode": Patches()}),
     ("sre2l", {"decode": Pixels8Bit(), "labels": Teacher(), "network": BATCH, "method": {"per_class": True}}),
 ]
 """With ``SMALL`` and the defaults, every decoder, kind of labels, adjoint and kind of optimiser at least once."""

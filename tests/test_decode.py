@@ -31,6 +31,7 @@ from condense.synthetic import (
     Factor,
     Hallucinator,
     Origin,
+    Patches,
     Pixels,
     Pixels8Bit,
     Pyramid,
@@ -49,6 +50,9 @@ SHAPES: list[InputShape] = [(1, 8, 8), (3, 7, 9)]
 EVERY = [
     Pixels(),
     Pixels8Bit(),
+    Patches(),
+    Patches(patch=3, drop=0.5),
+    Patches(drop=0.0),
     Factor(factor=2),
     DCT(coefficients=16),
     Bases(num_bases=5),
@@ -149,6 +153,7 @@ def test_the_generator_alone_decides(decode: Decode) -> None:
     same = all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
     assert same == (
         not isinstance(decode, Hallucinator | Siren | StaticDynamic | Codec)
+        and not (isinstance(decode, Patches) and decode.drop)
         and getattr(decode, "start", "images") == "images"
     )
 

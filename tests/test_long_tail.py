@@ -77,7 +77,7 @@ def test_a_method_starts_from_repeated_images(tail: Arrays, tmp_path: Path) -> N
     [
         ("dm", {"ipc_policy": "all"}, "dm makes equally many images of each class; give ipc_policy='repeat'"),
         ("random", {"ipc_policy": "repeat"}, "random selects different images .* give ipc_policy='all'"),
-        ("random", {"ipc_policy": "all", "decode": "factor"}, "random stores all images of a small class as they are"),
+        ("random", {"ipc_policy": "all", "decode": "factor"}, "random stores all images of a small class, one in each"),
         ("random", {"ipc_policy": "all", "fraction": 0.1, "ipc": None}, "ipc_policy='all' is for a budget in images"),
         ("random", {"ipc_policy": "some"}, "some"),
     ],

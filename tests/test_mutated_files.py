@@ -24,7 +24,7 @@ from condense.method import Context
 from condense.objective import KL
 from condense.rng import Rng
 from condense.sources import Examples
-from condense.synthetic import Codec, Online, Projector, Stored, SyntheticSet, ViewLabels, load, save
+from condense.synthetic import Codec, Decode, Online, Patches, Projector, Stored, SyntheticSet, ViewLabels, load, save
 from condense.synthetic.teaching import LiveTeacher
 from condense.tracking import cut_back, read_log
 from tests import mutations
@@ -109,9 +109,14 @@ def test_sets_whose_views_are_labelled(kind: ViewLabels, tmp_path: Path) -> None
     assert 0 < taken < TIMES
 
 
-def test_sets_in_an_entropy_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "decode",
+    [Codec(images=1, context=4, context_layers=1, width=3, fit_steps=2), Patches(patch=2, drop=0.5)],
+    ids=lambda decode: decode.name,
+)
+def test_sets_in_an_entropy_code_or_in_patches(decode: Decode, tmp_path: Path) -> None:
     taken, target = 0, tmp_path / "set.safetensors"
-    made, decode = load(SETS[0]), Codec(images=1, context=4, context_layers=1, width=3, fit_steps=2)
+    made = load(SETS[0])
     images, classes = made()[0].detach(), made.classes
     decoder = decode.build(made.origin.input_shape, made.origin.num_classes)
     latents = decode.encode(images, classes, decoder, torch.Generator())
@@ -121,7 +126,7 @@ def test_sets_in_an_entropy_code(tmp_path: Path) -> None:
         rng = Random(i)
         mutate = mutations.mutate_bytes if rng.random() < 0.2 else mutations.mutate_tensors
         target.write_bytes(mutate(good, rng))
-        taken += taken_or_refused(lambda: use(load(target)), f"codec, {i}")
+        taken += taken_or_refused(lambda: use(load(target)), f"{decode.name}, {i}")
     assert 0 < taken < TIMES
 
 

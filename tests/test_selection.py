@@ -492,7 +492,7 @@ def test_a_run_by_a_fraction_is_named_after_it_and_resumed(
         (
             "random",
             {"decode": "factor"},
-            "random stores a fraction of the real images as they are; give decode='pixels'",
+            "random stores a fraction of the real images, one in each latent; give decode='pixels'",
         ),
         ("random", {"ipc": 3}, "ipc=3 and fraction=0.5 are two budgets; give one of them"),
     ],

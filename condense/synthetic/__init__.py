@@ -22,6 +22,7 @@ from condense.synthetic.labels import Labels as Labels
 from condense.synthetic.labels import Logits as Logits
 from condense.synthetic.labels import Targets as Targets
 from condense.synthetic.labels import Teacher as Teacher
+from condense.synthetic.patches import Patches as Patches
 from condense.synthetic.set import Origin as Origin
 from condense.synthetic.set import SyntheticSet as SyntheticSet
 from condense.synthetic.teaching import Online as Online

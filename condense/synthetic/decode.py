@@ -113,6 +113,9 @@ class Decode(Checked, ABC):
             generator: a CPU generator.
         """
 
+    def check(self, latents: Tensor, decoder: nn.Module) -> None:
+        """Raise ValueError if latents (N, ...) of the right shape and type, read from a file, contradict themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coded(Decode):
@@ -248,14 +251,14 @@ class Pixels8Bit(Decode):
     makes_pixels: ClassVar[bool] = True
 
     def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
-        return _FromBytes(input_shape)
+        return FromBytes(input_shape)
 
     def fit(self, decoder: nn.Module, transform: Transform) -> None:
-        assert isinstance(decoder, _FromBytes)
+        assert isinstance(decoder, FromBytes)
         decoder.fit(transform)
 
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
-        assert isinstance(decoder, _FromBytes)
+        assert isinstance(decoder, FromBytes)
         return torch.cat([decoder.rounded(part) for part in images.split(1000)])
 
 
@@ -280,15 +283,19 @@ class _FromPixels(nn.Module):
                 buffer.copy_(torch.tensor(described[statistic]).view_as(buffer))
 
 
-class _FromBytes(_FromPixels):
+class FromBytes(_FromPixels):
     """Turns 8-bit pixels into images in the space of the transform."""
 
     def rounded(self, images: Tensor) -> Tensor:
         """Return the pixels (N, *input_shape), uint8, that are nearest to the images."""
         return ((images * self.std + self.mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
+    def transformed(self, pixels: Tensor) -> Tensor:
+        """Return the images of pixels (N, *input_shape) in [0, 1]."""
+        return (pixels - self.mean).div_(self.std)
+
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
-        return (latents.float().div_(255) - self.mean).div_(self.std)
+        return self.transformed(latents.float().div_(255))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -882,6 +889,7 @@ DECODERS: Registry[type[Decode]] = Registry(
         decode.name: decode
         for decode in (Pixels, Pixels8Bit, Graphs, Factor, DCT, Bases, Hallucinator, Pyramid, Siren, StaticDynamic)
     }
-    | {"codec": "condense.synthetic.codec:Codec"},  # that module imports this one
+    # These modules import this one.
+    | {"patches": "condense.synthetic.patches:Patches", "codec": "condense.synthetic.codec:Codec"},
     subclass_of(Decode),
 )

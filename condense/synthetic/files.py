@@ -156,6 +156,7 @@ def _check_values(syn: SyntheticSet) -> None:
         raise ValueError("it has weights that are not positive")
     if syn.lr is not None and not (syn.lr.isfinite() & (syn.lr > 0)).all():
         raise ValueError("its learned learning rate is not a positive finite number")
+    syn.decode.check(syn.latents, syn.decoder)
     one_of_each = torch.tensor(list({label: i for i, label in enumerate(syn.classes.tolist())}.values()))
     try:
         syn.decoder(syn.latents[one_of_each], syn.classes[one_of_each])
