@@ -14,9 +14,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.cudagraph import Graphed
 from condense.method import Context, GradientMethod
 from condense.methods.bilevel import class_members
 from condense.networks import Functional
@@ -37,9 +40,35 @@ GRAPHED = (
 NETWORK = "convnet:depth=1,width=4"
 
 
+class _OffTheHost(TorchDispatchMode):
+    """Refuses operations on tensors of the CPU, which a graph cannot contain: copies from there above all."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        assert all(tensor.device.type != "cpu" for tensor in tensors), f"{func} in a captured step uses the CPU"
+        return result
+
+
+@contextlib.contextmanager
+def without_the_host() -> Iterator[None]:
+    """Refuse what captured functions do on the CPU, and anywhere random tensors that are drawn there.
+
+    Single numbers, with which the host decides, are allowed. Run a captured function once before: it may then prepare
+    what all steps share.
+    """
+    run = Graphed._run
+
+    def captured(graphed: Graphed) -> None:
+        with _OffTheHost():
+            run(graphed)
+
+    with mock.patch.object(Graphed, "_run", captured), no_draw_on_the_host():
+        yield
+
+
 @contextlib.contextmanager
 def no_draw_on_the_host() -> Iterator[None]:
-    """Refuse random tensors that are drawn on the CPU; single numbers, with which the host decides, are allowed."""
     words, deciding = Draws.words, []
 
     def checked(draws: Draws, num: int) -> Tensor:
@@ -89,7 +118,7 @@ def test_gradients_are_computed_without_the_host(name: str) -> None:
     plan, ctx, state = prepared(name)
     assert plan.graphs(ctx)
     plan._differentiate(ctx, state, 0)  # prepares what all steps share
-    with no_draw_on_the_host():
+    with without_the_host():
         record = plan._differentiate(ctx, state, 0)
     assert {tensor.device for tensor in record.values()} == {META}
 
@@ -98,7 +127,7 @@ def test_gradients_are_computed_without_the_host(name: str) -> None:
 def test_the_rate_is_computed_without_the_host(name: str) -> None:
     plan, ctx, state = prepared(name, decode=Codec(images=2, fit_steps=1, rate_weight=(0.1, 1.0)))
     plan._differentiate(ctx, state, 0)
-    with no_draw_on_the_host():
+    with without_the_host():
         record = plan._differentiate(ctx, state, 0)
     assert record["rate"].device == META
 
@@ -106,14 +135,14 @@ def test_the_rate_is_computed_without_the_host(name: str) -> None:
 @pytest.mark.parametrize("name", ["dm", "datadam"])
 def test_the_network_of_the_next_step_is_drawn_on_the_device(name: str) -> None:
     plan, ctx, state = prepared(name)
-    with no_draw_on_the_host():
+    with without_the_host():
         plan.after(ctx, state, 0)
 
 
 @pytest.mark.parametrize("name", ["frepo", "rcig"])
 def test_the_minibatches_of_a_pool_are_drawn_on_the_device(name: str) -> None:
     plan, ctx, state = prepared(name)
-    with no_draw_on_the_host():
+    with without_the_host():
         plan.after(ctx, state, 0)
     assert all(member["age"] for member in state.pool), "trained, not replaced by a network that the host draws"
 
@@ -141,15 +170,20 @@ def test_a_training_step_runs_without_the_host(optimiser: Any, num_networks: int
     for source in sources:
         source.begin = lambda epoch: None  # the order of an epoch is drawn once, outside of the steps
     step = mock.patch.object(getattr(torch.optim, {"sgd": "SGD", "adam": "Adam"}[optimiser]), "step")
-    with step, no_draw_on_the_host():  # the fused optimisers do not exist on the meta device
+    with step, without_the_host():  # the fused optimisers do not exist on the meta device
         trainer.run_together(weights, sources)
 
 
 def test_the_harness_notices_what_it_is_for() -> None:
-    x = torch.zeros(3, device=META)
+    x, host = torch.zeros(3, device=META), torch.zeros(3)
     with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
     with pytest.raises(RuntimeError, match="device"):
         x + torch.zeros(3)
-    with pytest.raises(AssertionError, match="drawn on the CPU"), no_draw_on_the_host():
+    with pytest.raises(AssertionError, match="drawn on the CPU"), without_the_host():
         Rng(0)("a", 3).uniform(2)
+    for fault in (lambda: torch.tensor(2.0), lambda: x.copy_(host), lambda: x * host[0]):
+        graphed = Graphed(fault, META, name="a step")
+        graphed()
+        with pytest.raises(AssertionError, match="in a captured step uses the CPU"), without_the_host():
+            graphed()
