@@ -7,7 +7,9 @@ differentiate such tensors, which it cannot on a simulated GPU.
 import contextlib
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,6 +27,7 @@ from condense.inner import Adjoint, Exact, RandomTruncated, Truncated
 from condense.method import Context, GradientMethod
 from condense.methods.bilevel import class_members
 from condense.networks import Functional
+from condense.registry import METHODS
 from condense.registry import load as method
 from condense.rng import Draws, Rng
 from condense.sources import Examples
@@ -182,6 +185,17 @@ def test_what_the_host_stores_or_decides_is_not_captured(name: str, adjoint: Adj
     if isinstance(adjoint, RandomTruncated):
         expected = name == "rat-bptt"  # whose burn-in ends before what is captured
     assert method(name)(adjoint=adjoint).graphs(ctx) == expected
+
+
+def test_the_documentation_lists_the_methods_that_are_not_captured() -> None:
+    ctx: Any = SimpleNamespace(labels=Hard())
+    learning = {name for name in METHODS if method(name).learns}
+    uncaptured = {name for name in learning if not method(name)().graphs(ctx)}
+    page = Path(__file__).parents[1].joinpath("docs/performance.md").read_text(encoding="utf-8")
+    found = re.search(r"At their defaults, the gradients of (.*?) are not captured", page, re.DOTALL)
+    assert found is not None
+    assert sorted(re.findall(r"`([\w-]+)`", found[1])) == sorted(uncaptured)
+    assert learning - uncaptured == GRAPHED.keys() - {"ncfm"}
 
 
 @pytest.mark.parametrize("name", ["rtp", "rat-bptt"])
