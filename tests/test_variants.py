@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from condense import cudagraph
+from condense import cudagraph, match
 from condense.compute import Compute
 from condense.inner import rollout
 from condense.registry import load as method
@@ -48,8 +48,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str
 
     def forget() -> None:
         torch._dynamo.reset()
-        rollout._compiled.cache_clear()
-        cudagraph._compiled.cache_clear()
+        for cached in (rollout._compiled, match._compiled, cudagraph._compiled):
+            cached.cache_clear()
 
     monkeypatch.setattr(torch, "compile", counting)
     forget()
