@@ -23,12 +23,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from benchmarks import buffer_read, gpu, harness, measure, startup
-from benchmarks.harness import alone, cores, driver, machine, processes
+from benchmarks.harness import alone, cores, count, driver, machine, processes
 from benchmarks.jobs import GPU, JOBS, QUICK, Job, Scale, fast, matching_engine
 from benchmarks.report import DOCS, Report, replace_part
 from condense.compute import resolve_device
@@ -162,13 +162,19 @@ def head(device: torch.device, commit: str | None) -> dict[str, Any]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report a mistake in one line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(words: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
+    parser = _Parser(prog="python -m benchmarks", description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="run the paths whose name contains one of these words"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the median is reported")
+    parser.add_argument("--repeats", type=count, default=5, help="runs of each side; the median is reported")
     parser.add_argument("--quick", action="store_true", help="use tiny sizes, to check that everything runs")
     parser.add_argument(
         "--out",
@@ -176,7 +182,7 @@ def main(words: list[str] | None = None) -> None:
         help="folder of the JSON files and of performance.md (default: docs in a full run, else none)",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, metavar="MIN", help="minutes; rows not reached stay open (GPU: 8.5)")
     parser.add_argument("--profile", action="store_true", help="count the kernels, and measure how busy the GPU is")
     parser.add_argument("--commit", help="commit to record, where the folder is not a repository")

@@ -1,8 +1,8 @@
 """The table of a GPU: targets are absolute, and each variant of the engine has a process of its own.
 
 All variants are set up and compiled at once. Then each runs in turn what it compiled, alone on the machine. The first
-steps with an empty and with a filled cache of compiled code follow, and the textbook at the end. Rows that the time
-limit does not reach, or that fail, stay open.
+steps with an empty and with a filled cache of compiled code follow, then the errors of TF32, and the textbook at the
+end. Rows that the time limit does not reach, or that fail, stay open.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.harness import Process, processes
-from benchmarks.jobs import JOBS, Job, Scale, evaluation, matching
+from benchmarks.jobs import JOBS, Job, Scale, Steps, evaluation, matching, matching_engine, rcig_engine
 from benchmarks.report import Report
 from condense.compute import Compute
 
@@ -38,6 +39,12 @@ FIRST_STEPS = {
     "rat-bptt": "RaT-BPTT, an update",
 }
 """The paths whose first step is measured, by method."""
+ERRORS: dict[str, Callable[[Scale, torch.device], Steps]] = {
+    "trajectory matching, 10 steps": partial(matching_engine, 10),
+    "RCIG, an update": rcig_engine,
+}
+"""The paths of which the error of the gradient with TF32 is measured, relative to float64."""
+WITH_TF32, WITHOUT = "error of the gradient, TF32", "error of the gradient, float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,9 @@ class Plan:
                 for v, per_run in seconds.items():
                     self._profile(v, running[v], per_run)
             self._first_steps(firsts)
+            for v in chosen:
+                if v.path in ERRORS:
+                    self._errors(v.path)
             for v in seconds:
                 if v.textbook:
                     self._textbook(v, running[v])
@@ -149,6 +159,8 @@ class Plan:
             if self.profiled:
                 self.report.plan(v.path, KERNELS, "")
                 self.report.plan(v.path, BUSY, "%")
+            for quantity in (WITH_TF32, WITHOUT) if v.path in ERRORS else ():
+                self.report.plan(v.path, quantity, "relative")
         for name in firsts:
             self.report.plan(_first(name), "compiling anew", "s", target=25)
             self.report.plan(_first(name), "compiled before", "s", target=6)
@@ -206,6 +218,14 @@ class Plan:
             for name, future in zip(names, futures, strict=True):
                 if (seconds := self._result(_first(name), future)) is not None:
                     self.report.add(_first(name), quantity, "s", seconds, 1, target=target)
+
+    def _errors(self, path: str) -> None:
+        """Measure the errors of a gradient in a process of its own."""
+        with processes(1) as (process,):
+            found = self._result(path, process.submit(measure.errors, ERRORS[path], self.scale, self.device))
+        if found is not None:
+            self.report.add(path, WITH_TF32, "relative", found.tf32, 1)
+            self.report.add(path, WITHOUT, "relative", found.float32, 1)
 
     def _textbook(self, v: Variant, process: Process) -> None:
         scale = shorter(v.scale(self.scale))

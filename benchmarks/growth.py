@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import buffer_read, textbook
-from benchmarks.harness import Run, allocator, alone, median_seconds, peak_mb, scratch
+from benchmarks.harness import Run, allocator, alone, count, median_seconds, peak_mb, scratch
 from benchmarks.jobs import (
     EXACT,
     STRATEGY,
@@ -177,10 +177,10 @@ def table(results: dict[Panel, tuple[Points, Points]]) -> str:
 def main(words: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--quick", action="store_true", help="two smallest sizes only, to check that everything runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     results = {}

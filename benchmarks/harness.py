@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import ctypes
@@ -234,6 +235,13 @@ def status(name: str, command: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+
+
+def count(text: str) -> int:
+    """Return the whole number that a flag has, at least 1; argparse reports others in one line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1; give 1 or more")
+    return int(text)
 
 
 def fast(device: torch.device) -> Compute:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from benchmarks.harness import alone, machine, peak_mb, status_bytes
+from benchmarks.harness import alone, count, machine, peak_mb, status_bytes
 from condense.inner import ADJOINTS, Adjoint, Exact, Full, Tesla, unroll
 from condense.networks import Functional
 from condense.rng import Rng
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--adjoints", nargs="+", default=["exact", "full"], choices=ADJOINTS)
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 40])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--error", action="store_true", help="measure the error of TESLA's gradient instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

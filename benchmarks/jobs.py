@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,8 @@ class Scale:
     solver_steps: int = 5
     """Steps of the inner problem and of the linear system in RCIG."""
     compute: Compute = EXACT
+    double: bool = False
+    """Whether data and network are float64, as a reference for errors."""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -183,14 +185,17 @@ def arrays(scale: Scale) -> Arrays:
 
 
 def make(scale: Scale, device: torch.device, network_options: str = "") -> Task:
-    return make_task(
+    name, dtype = scale.network + network_options, torch.float64 if scale.double else torch.float32
+    task = make_task(
         arrays(scale),
         transform="channel",
         split=Split(val_fraction=0.0),
-        network=Functional(scale.network + network_options, scale.input_shape, scale.num_classes, device),
+        network=Functional(name, scale.input_shape, scale.num_classes, device, dtype),
         augment=Augment.parse(STRATEGY),
         device=device,
     )
+    train = Labelled(task.train.images[:].to(dtype), task.train.labels)
+    return dataclasses.replace(task, train=train) if scale.double else task
 
 
 ADAM = Optim(kind="adam", lr=3e-4, momentum=0.9)
@@ -346,6 +351,12 @@ def expert_buffer(task: Task) -> Path:
     return build(dataclasses.replace(task, train=few), plan, root=scratch(), seed=0, compute=EXACT)
 
 
+@lru_cache(maxsize=1)
+def expert_of(scale: Scale, device: torch.device) -> Path:
+    """Return the folder of ``expert_buffer`` for a scale; one process trains it once."""
+    return expert_buffer(make(scale, device))
+
+
 def matching_textbook(num_steps: int, scale: Scale, device: torch.device) -> Run:
     task, net = make(scale, device), fresh(scale, device)
     snapshots = Trajectories(expert_buffer(task)).pair(0, 0, 2)
@@ -360,9 +371,9 @@ def matching_textbook(num_steps: int, scale: Scale, device: torch.device) -> Run
 
 
 def matching_engine(num_steps: int, scale: Scale, device: torch.device) -> Steps:
-    task = make(scale, device)
     method = MTT(syn_steps=num_steps // scale.shorten, expert_epochs=2, max_start_epoch=1)
-    return Steps(method, context(scale, task, expert_buffer(task)), scale.num_updates)
+    buffer = expert_of(dataclasses.replace(scale, compute=EXACT, double=False), device)
+    return Steps(method, context(scale, make(scale, device), buffer), scale.num_updates)
 
 
 def matching(num_steps: int, ask: float | None = None, ask_memory: float | None = None) -> Job:

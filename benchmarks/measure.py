@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Run, allocator, median_seconds, peak_mb, seconds
-from benchmarks.jobs import EXACT, QUICK, STRATEGY, Scale, fresh, make, matching_engine
+from benchmarks.jobs import EXACT, QUICK, STRATEGY, Scale, Steps, fresh, make, matching_engine
 from benchmarks.textbook import dsa
+from condense.compute import Compute
 
 Build = Callable[[Scale, torch.device], Run]
 
@@ -153,13 +154,45 @@ def narrow_error(scale: Scale, device: torch.device) -> float:
 
     def gradient(scale: Scale) -> torch.Tensor:
         steps = matching_engine(10, scale, device)
-        steps()
-        grad = steps.state.syn.latents.grad
-        assert grad is not None
-        return grad
+        return _gradient(steps, steps)
 
     exact, narrow = gradient(dataclasses.replace(scale, compute=EXACT)), gradient(scale)
     return ((narrow - exact).norm() / exact.norm()).item()
+
+
+class Errors(NamedTuple):
+    """Errors of a gradient, relative to float64."""
+
+    tf32: float
+    float32: float
+
+
+def errors(engine: Callable[[Scale, torch.device], Steps], scale: Scale, device: torch.device) -> Errors:
+    """Return the errors of the gradient of the images in the first update, with TF32 and without; all run eagerly.
+
+    The learning rates that RCIG searches for are those of float64 in all three. On a CPU there is no TF32, and both
+    errors are those of float32.
+    """
+    scale = dataclasses.replace(scale, num_updates=1, compute=EXACT)
+    reference = engine(dataclasses.replace(scale, double=True), device)
+    exact = _gradient(reference, reference)
+
+    def error(compute: Compute) -> float:
+        found = _gradient(engine(dataclasses.replace(scale, compute=compute), device), reference)
+        return ((found.double() - exact).norm() / exact.norm()).item()
+
+    return Errors(error(dataclasses.replace(EXACT, exact=False, tf32=True)), error(EXACT))
+
+
+def _gradient(steps: Steps, reference: Steps) -> torch.Tensor:
+    """Return the gradient of the images in an update, with the learning rates of the reference."""
+    for name in ("lr_inner", "lr_adjoint"):
+        if hasattr(reference.state, name):
+            setattr(steps.state, name, getattr(reference.state, name))
+    steps()
+    grad = steps.state.syn.latents.grad
+    assert grad is not None
+    return grad.clone()
 
 
 class Limits(NamedTuple):

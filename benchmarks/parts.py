@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Run, allocator
+from benchmarks.harness import Run, allocator, count
 from benchmarks.jobs import ADAM, CPU, QUICK, Scale, Steps, context, fast, frepo_engine, make, rcig_engine
 from condense.compute import prepare_device
 from condense.inner import mixed_gradient
@@ -193,8 +193,8 @@ def main(words: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parts", description=__doc__, formatter_class=formatter)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=count, default=7)
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)

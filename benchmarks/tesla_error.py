@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import machine
+from benchmarks.harness import count, machine
 from benchmarks.inner_memory import Batch, Theta, matching
 from condense import api
 from condense.artifacts import Trajectories
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("data", nargs="?", default="digits", help="name of a data set, or an .npz file")
     parser.add_argument("--num-train", type=int, default=10_000, help="number of images that the expert is trained on")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{machine(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}, {date.today()}\n")

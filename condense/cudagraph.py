@@ -154,17 +154,19 @@ def fused(*, dynamic: bool = False) -> Callable[[_Function], _Function]:
     """
 
     def mark(fn: _Function) -> _Function:
-        @functools.cache
-        def compiled() -> Callable[..., Any]:  # only when it is needed, since it imports the compiler
-            return compiled_or_eager(fn, dynamic=dynamic)
-
         @functools.wraps(fn)
         def call(*inputs: Any) -> Any:
-            return compiled()(*inputs) if _fusing.get() else fn(*inputs)
+            return _compiled(fn, dynamic)(*inputs) if _fusing.get() else fn(*inputs)
 
         return cast(_Function, call)
 
     return mark
+
+
+@functools.cache
+def _compiled(fn: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    """Compile a fused function when it is first needed, since this imports the compiler."""
+    return compiled_or_eager(fn, dynamic=dynamic)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -29,12 +29,15 @@ def ridge_solve(k_ss: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
         FloatingPointError: the matrix is on the CPU and not finite, or far from positive definite. On other devices the
             solution is NaN in this case, since nothing is read from them.
     """
-    identity, reads = torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device), k_ss.device.type == "cpu"
-    chosen, all_failed = torch.as_tensor(ridge).to(k_ss), torch.ones((), dtype=torch.bool, device=k_ss.device)
+    dtype, device = k_ss.dtype, k_ss.device
+    identity, reads = torch.eye(len(k_ss), dtype=dtype, device=device), device.type == "cpu"
+    # a captured step cannot copy a number from the host, so it is written on the device
+    ridge = ridge.to(k_ss) if isinstance(ridge, Tensor) else torch.full((), ridge, dtype=dtype, device=device)
+    chosen, all_failed = ridge, torch.ones((), dtype=torch.bool, device=device)
     for attempt in range(MAX_ESCALATIONS):
         if attempt:
             rounding = relative_ridge(k_ss.detach(), torch.finfo(k_ss.dtype).eps)
-            ridge = torch.maximum(torch.as_tensor(ridge).to(rounding) * 10, rounding)
+            ridge = torch.maximum(ridge * 10, rounding)
             chosen = torch.where(all_failed, ridge, chosen)
         factor, failed = torch.linalg.cholesky_ex(k_ss + chosen * identity)
         all_failed = all_failed & (failed != 0)

@@ -21,7 +21,7 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor
 
-from condense.inner import SGD, RandomTruncated
+from condense.inner import SGD
 from condense.method import Context, GradientState, Optim
 from condense.methods.bilevel import Bilevel
 from condense.methods.unrolled import Minibatch
@@ -95,7 +95,7 @@ class DD(Bilevel):
         return range(self.num_networks)
 
     def graphs(self, ctx: Context) -> bool:
-        return self.networks == "random" and not isinstance(self.adjoint, RandomTruncated)
+        return self.networks == "random" and self.adjoint.captures
 
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         theta, buffers = ctx.task.network.init(ctx.rng, "network", step if self.networks == "random" else 0, part)

@@ -140,10 +140,25 @@ class IDCBase(GradientMatching):
         )
         augment = beside_cutmix(replace(self.augment(ctx), flips=False), self.cutmix_student)
         trainer = student_trainer(task.network, training, ctx.compute)
-        images, classes = task.train.sample(self.num_student, ctx.rng("student images", step))
+        chosen = self.chosen(ctx, state, step)
+        images, classes = task.train.images[chosen], task.train.labels[chosen]
         source = trainer.source(images, classes, ctx.rng.child("training", step), augment)
         optimiser = partial(training.optimise, velocity=state.velocity)
         return trainer.run(Weights(state.params, state.buffers), source, optimiser=optimiser)
+
+    def chosen(self, ctx: Context, state: StudentState, step: int) -> Tensor:
+        """The indices of the student's real images, drawn on the device into a tensor that stays in place."""
+        total = len(ctx.task.train)
+        size = min(self.num_student, total)
+        place = ctx.kept(
+            "images of the student", state, lambda: torch.empty(size, dtype=torch.int64, device=ctx.task.device)
+        )
+
+        def draw(step: int) -> None:
+            place.copy_(ctx.rng("student images", step).subset(total, size))
+
+        ctx.graphed("draw of the student's images", state, draw)(step)
+        return place
 
 
 @final

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from condense.artifacts import ArtifactSpec, Trajectories, TrajectorySpec
 from condense.cudagraph import from_host
-from condense.inner import SGD, RandomTruncated
+from condense.inner import SGD
 from condense.match import trajectory_distance
 from condense.method import Context, GradientState, Optim
 from condense.methods.unrolled import Minibatch, Unrolled
@@ -112,7 +112,7 @@ class TrajectoryMatching(Unrolled):
         return range(self.num_trajectories)
 
     def graphs(self, ctx: Context) -> bool:
-        return ctx.labels.name != "teacher" and not isinstance(self.adjoint, RandomTruncated)
+        return ctx.labels.name != "teacher" and self.adjoint.captures
 
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         start, target = from_host(step, f"snapshots {part}", lambda step: self.snapshots(ctx, step, part))

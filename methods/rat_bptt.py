@@ -153,7 +153,8 @@ class RaTBPTT(WindowedBPTT):
     """Number of training steps of the network, if the adjoint does not determine it."""
 
     def graphs(self, ctx: Context) -> bool:
-        return not self.mask
+        """The host draws the burn-in, which is not part of what is captured."""
+        return not self.mask and (self.adjoint.captures or isinstance(self.adjoint, RandomTruncated))
 
     def loss(self, ctx: Context, state: RaTState, step: int, part: int) -> Tensor:
         return ctx.objective.loss(*self.outcome(ctx, state, step))

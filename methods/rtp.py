@@ -26,7 +26,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from condense.inner import SGD, RandomTruncated
+from condense.inner import SGD
 from condense.method import Context, GradientState
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
@@ -83,8 +83,8 @@ class RTP(Bilevel):
         return GradientState(syn=syn, optimisers=self.optimisers(syn))
 
     def graphs(self, ctx: Context) -> bool:
-        """The classes of a step, if they are drawn, and a random window decide what is computed."""
-        return self.ways is None and not isinstance(self.adjoint, RandomTruncated)
+        """The classes of a step, if they are drawn, decide what is computed."""
+        return self.ways is None and self.adjoint.captures
 
     def loss(self, ctx: Context, state: GradientState, step: int, part: int) -> Tensor:
         task, classes = ctx.task, self.classes(ctx, step)

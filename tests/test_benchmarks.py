@@ -131,6 +131,8 @@ def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
     assert list(timed) == gpu.paths() and sum(row["ask"] is not None for row in on_gpu["rows"]) == 14
     assert all(timed[v.path]["textbook"] for v in gpu.VARIANTS if v.textbook or v.single)
     assert all(row["engine"] > 0 for row in on_gpu["rows"] if row["quantity"] == "kernels in a step")
+    errors = {(row["path"], row["quantity"]): row["engine"] for row in on_gpu["rows"] if row["unit"] == "relative"}
+    assert errors.keys() == {(path, quantity) for path in gpu.ERRORS for quantity in (gpu.WITH_TF32, gpu.WITHOUT)}
     text = page.read_text()
     assert text.startswith("before\n<!-- table -->\n| path |") and text.endswith("\n<!-- /gpu-table -->\nafter\n")
     assert "old" not in text and all(f"| {path} |" in text for path in [*jobs.JOBS, *gpu.paths()])
@@ -251,6 +253,23 @@ def test_a_word_that_fits_no_path_is_refused(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         benchmarks.main(["--only", "nothing"])
     assert "no path contains" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--threads", "--repeats"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+def test_a_number_below_one_is_refused_in_one_line(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmarks.main([flag, value, "--only", "import"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2
+    assert line == f"python -m benchmarks: argument {flag}: {value} is no whole number of at least 1; give 1 or more"
+
+
+@pytest.mark.parametrize("path", gpu.ERRORS)
+def test_the_error_of_a_gradient_is_that_of_float32_on_a_cpu(here: None, path: str) -> None:
+    assert path in gpu.paths()
+    found = measure.errors(gpu.ERRORS[path], jobs.QUICK, CPU)
+    assert found.tf32 == found.float32 and 0 < found.float32 < 1e-2
 
 
 class Twins:

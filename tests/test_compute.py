@@ -20,7 +20,7 @@ from condense.buffers import trajectories
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data.datasets import Arrays
-from condense.eval.evaluate import resolved
+from condense.eval.evaluate import USUAL_SEEDS, resolved
 from condense.eval.protocol import PROTOCOLS
 from condense.networks import Functional
 from condense.rng import Rng
@@ -112,6 +112,22 @@ def test_a_policy_depends_neither_on_experts_nor_on_seeds(tiny: Arrays, tmp_path
     assert resolved(Compute(), network, PROTOCOLS["canonical"], 10).compile is False
     assert "num_seeds" not in resolved.__annotations__
     assert trajectories.USUAL_EPOCHS == Experts().num_experts * Experts().num_epochs
+
+
+def test_a_gpu_trains_networks_side_by_side_where_the_work_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/performance.md states the works of evaluations."""
+    monkeypatch.setattr(compute, "has_bfloat16", lambda device: True)
+    cuda, network = torch.device("cuda"), Functional("convnet", (3, 32, 32), 10)
+    works = {ipc: network.flops * 10 * ipc * PROTOCOLS["canonical"].num_epochs * USUAL_SEEDS for ipc in (10, 50)}
+    assert {ipc: f"{work:.1e}" for ipc, work in works.items()} == {10: "4.6e+13", 50: "2.3e+14"}
+    assert network.flops * 50_000 * trajectories.USUAL_EPOCHS > 1e15
+    for work, num in ((works[10], 1), (works[50], 1), (0.99e15, 1), (1e15, 4), (LARGE, 4)):
+        settled = Compute().resolved(work, cuda)
+        assert (settled.networks, settled.graph) == (num, True), work
+        fast = num > 1
+        assert (settled.compile, settled.tf32, settled.channels_last) == (fast, fast, fast)
+        assert settled.autocast == ("bfloat16" if fast else "none")
+    assert Compute(networks=4).resolved(works[10], cuda).networks == 4
 
 
 def test_micro_batches_do_not_depend_on_the_work() -> None:

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def test_a_run_with_graphs_gives_the_same_set(name: str) -> None:
     sets = []
     for graph in (False, True):
-        trial = _Trial(method(name)(num_steps=4, **SMALL[name]), None, {"network": NETWORK, "augment": str(AUGMENT)})
+        trial = _Trial(method(name)(num_steps=4, **GRAPHED[name]), None, {"network": NETWORK, "augment": str(AUGMENT)})
         ctx = dataclasses.replace(trial.context(), compute=Compute(graph=graph))
         sets.append(trial.distil(ctx).state_dict())
     for key, tensor in sets[0].items():

@@ -7,22 +7,31 @@ differentiate such tensors, which it cannot on a simulated GPU.
 import contextlib
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from condense.augment import Augment
 from condense.compute import Compute
+from condense.cudagraph import Graphed
+from condense.inner import Adjoint, Exact, RandomTruncated, Truncated
 from condense.method import Context, GradientMethod
 from condense.methods.bilevel import class_members
 from condense.networks import Functional
+from condense.registry import METHODS
 from condense.registry import load as method
 from condense.rng import Draws, Rng
-from condense.synthetic import Codec
+from condense.sources import Examples
+from condense.synthetic import Codec, Hard
 from condense.task import Labelled
 from condense.testing import _Trial
 from condense.train import Trainer, Training
@@ -30,32 +39,59 @@ from tests.test_contract import SMALL
 
 META = torch.device("meta")
 AUGMENT = Augment(("color", "crop", "cutout", "flip", "scale", "rotate"))
-GRAPHED = (
+_ALWAYS = (
     *("dm", "datadam", "tgdd", "cim", "dc", "dsa", "idc", "idc-i", "mtt", "tesla", "datm", "selmatch"),
     *("frepo", "rfad", "rcig", "dd", "rtp", "rat-bptt"),
 )
+GRAPHED = {name: SMALL[name] for name in _ALWAYS} | {"ncfm": SMALL["ncfm"] | {"calibration": 0.0}}
+"""Fields of the methods whose steps are captured."""
 NETWORK = "convnet:depth=1,width=4"
 
 
+class _OffTheHost(TorchDispatchMode):
+    """Refuses operations on tensors of the CPU, which a graph cannot contain: copies from there above all."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        assert all(tensor.device.type != "cpu" for tensor in tensors), f"{func} in a captured step uses the CPU"
+        return result
+
+
 @contextlib.contextmanager
-def no_draw_on_the_host() -> Iterator[None]:
-    """Refuse random tensors that are drawn on the CPU; single numbers, with which the host decides, are allowed."""
-    words, deciding = Draws.words, []
+def without_the_host() -> Iterator[list[int]]:
+    """Refuse what captured functions do on the CPU, and anywhere random tensors that are drawn there.
+
+    Single numbers, with which the host decides, are allowed, and the order of an epoch. The list that the context
+    yields gets an entry for each of these orders. Run a captured function once before: it may then prepare what all
+    steps share.
+    """
+    run = Graphed._run
+
+    def captured(graphed: Graphed) -> None:
+        with _OffTheHost():
+            run(graphed)
+
+    with mock.patch.object(Graphed, "_run", captured), _no_draw_on_the_host() as orders:
+        yield orders
+
+
+@contextlib.contextmanager
+def _no_draw_on_the_host() -> Iterator[list[int]]:
+    words, order = Draws.words, Examples._order
+    orders: list[int] = []
 
     def checked(draws: Draws, num: int) -> Tensor:
-        assert deciding or not draws.on_host, "drawn on the CPU"
+        assert num == 1 or not draws.on_host, "drawn on the CPU"
         return words(draws, num)
 
-    def integer(draws: Draws, low: int, high: int) -> int:
-        deciding.append(True)
-        try:
-            return number(draws, low, high)
-        finally:
-            deciding.pop()
+    def ordered(source: Examples, epoch: int) -> Tensor:
+        orders.append(epoch)
+        with mock.patch.object(Draws, "words", words):
+            return order(source, epoch)
 
-    number = Draws.integer
-    with mock.patch.object(Draws, "words", checked), mock.patch.object(Draws, "integer", integer):
-        yield
+    with mock.patch.object(Draws, "words", checked), mock.patch.object(Examples, "_order", ordered):
+        yield orders
 
 
 def on_device(value: Any) -> Any:
@@ -73,14 +109,15 @@ def on_device(value: Any) -> Any:
 
 def prepared(name: str, **fields: Any) -> tuple[GradientMethod, Context, Any]:
     """Return a method, and a context and a state on the meta device whose steps are captured."""
-    trial = _Trial(method(name)(num_steps=4, **SMALL.get(name, {})), None, {"network": NETWORK, **fields})
+    trial = _Trial(method(name)(num_steps=4, **GRAPHED[name]), None, {"network": NETWORK, **fields})
     ctx = trial.context()
     state, task = on_device(trial.method.init(ctx)), ctx.task
+    state.optimisers = trial.method.optimisers(state.syn, state.learned)  # a copy lacks what constructors add
     state.syn._members = state.syn.classes._version, [torch.empty(2, dtype=torch.int64, device=META)] * 3
     train = Labelled(torch.empty(task.train.images.shape, device=META), task.train.labels.to(META))
     train.__dict__["by_class"] = [index.to(META) for index in task.train.by_class]
     network = Functional(NETWORK, task.input_shape, task.num_classes, META)
-    task = dataclasses.replace(task, train=train, val=None, network=network, device=META, augment=Augment(("crop",)))
+    task = dataclasses.replace(task, train=train, val=None, network=network, device=META, augment=AUGMENT)
     return trial.method, dataclasses.replace(ctx, task=task, compute=Compute(graph=True)), state
 
 
@@ -89,7 +126,7 @@ def test_gradients_are_computed_without_the_host(name: str) -> None:
     plan, ctx, state = prepared(name)
     assert plan.graphs(ctx)
     plan._differentiate(ctx, state, 0)  # prepares what all steps share
-    with no_draw_on_the_host():
+    with without_the_host():
         record = plan._differentiate(ctx, state, 0)
     assert {tensor.device for tensor in record.values()} == {META}
 
@@ -98,24 +135,67 @@ def test_gradients_are_computed_without_the_host(name: str) -> None:
 def test_the_rate_is_computed_without_the_host(name: str) -> None:
     plan, ctx, state = prepared(name, decode=Codec(images=2, fit_steps=1, rate_weight=(0.1, 1.0)))
     plan._differentiate(ctx, state, 0)
-    with no_draw_on_the_host():
+    with without_the_host():
         record = plan._differentiate(ctx, state, 0)
     assert record["rate"].device == META
 
 
-@pytest.mark.parametrize("name", ["dm", "datadam"])
-def test_the_network_of_the_next_step_is_drawn_on_the_device(name: str) -> None:
+@contextlib.contextmanager
+def without_fused_optimisers() -> Iterator[None]:
+    """Leave out the updates of students. Their optimisers are fused on a GPU, and such do not exist on the meta device;
+    others read a learning rate that is a tensor."""
+    with contextlib.ExitStack() as stack:
+        for kind in (torch.optim.SGD, torch.optim.Adam):
+            stack.enter_context(mock.patch.object(kind, "step", _unless_fused(kind.step)))
+        yield
+
+
+def _unless_fused(step: Any) -> Any:
+    return lambda optimiser: None if isinstance(optimiser.param_groups[0]["lr"], Tensor) else step(optimiser)
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_an_update_and_what_follows_it_read_nothing(name: str) -> None:
     plan, ctx, state = prepared(name)
-    with no_draw_on_the_host():
-        plan.after(ctx, state, 0)
+    record = plan._differentiate(ctx, state, 0)
+    with without_fused_optimisers():
+        if name == "datm":
+            with pytest.raises(RuntimeError, match="meta"):
+                plan.update(state, record)  # it skips an update by its loss
+            return
+        plan._advance(ctx, state, 0, record)
+        record = plan._differentiate(ctx, state, 1)
+        with without_the_host():
+            plan._advance(ctx, state, 1, record)
 
 
 @pytest.mark.parametrize("name", ["frepo", "rcig"])
 def test_the_minibatches_of_a_pool_are_drawn_on_the_device(name: str) -> None:
     plan, ctx, state = prepared(name)
-    with no_draw_on_the_host():
+    with without_the_host():
         plan.after(ctx, state, 0)
     assert all(member["age"] for member in state.pool), "trained, not replaced by a network that the host draws"
+
+
+@pytest.mark.parametrize("adjoint", [Exact(snapshots="host"), RandomTruncated(0, 2, 2), Exact(), Truncated(2)], ids=str)
+@pytest.mark.parametrize("name", ["mtt", "tesla", "datm", "selmatch", "dd", "rtp", "rat-bptt"])
+def test_what_the_host_stores_or_decides_is_not_captured(name: str, adjoint: Adjoint) -> None:
+    ctx: Any = SimpleNamespace(labels=Hard())
+    expected = adjoint != Exact(snapshots="host")
+    if isinstance(adjoint, RandomTruncated):
+        expected = name == "rat-bptt"  # whose burn-in ends before what is captured
+    assert method(name)(adjoint=adjoint).graphs(ctx) == expected
+
+
+def test_the_documentation_lists_the_methods_that_are_not_captured() -> None:
+    ctx: Any = SimpleNamespace(labels=Hard())
+    learning = {name for name in METHODS if method(name).learns}
+    uncaptured = {name for name in learning if not method(name)().graphs(ctx)}
+    page = Path(__file__).parents[1].joinpath("docs/performance.md").read_text(encoding="utf-8")
+    found = re.search(r"At their defaults, the gradients of (.*?) are not captured", page, re.DOTALL)
+    assert found is not None
+    assert sorted(re.findall(r"`([\w-]+)`", found[1])) == sorted(uncaptured)
+    assert learning - uncaptured == GRAPHED.keys() - {"ncfm"}
 
 
 @pytest.mark.parametrize("name", ["rtp", "rat-bptt"])
@@ -138,18 +218,21 @@ def test_a_training_step_runs_without_the_host(optimiser: Any, num_networks: int
     images, targets = torch.empty(10, 3, 8, 8, device=META), torch.empty(10, dtype=torch.int64, device=META)
     weights = [trainer.network.init(Rng(k), "weights") for k in range(num_networks)]
     sources = [trainer.source(images, targets, Rng(k), AUGMENT) for k in range(num_networks)]
-    for source in sources:
-        source.begin = lambda epoch: None  # the order of an epoch is drawn once, outside of the steps
-    step = mock.patch.object(getattr(torch.optim, {"sgd": "SGD", "adam": "Adam"}[optimiser]), "step")
-    with step, no_draw_on_the_host():  # the fused optimisers do not exist on the meta device
+    with without_fused_optimisers(), without_the_host() as orders:
         trainer.run_together(weights, sources)
+    assert orders == [epoch for epoch in range(2) for _ in sources], "drawn once for an epoch of three batches"
 
 
 def test_the_harness_notices_what_it_is_for() -> None:
-    x = torch.zeros(3, device=META)
+    x, host = torch.zeros(3, device=META), torch.zeros(3)
     with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
     with pytest.raises(RuntimeError, match="device"):
         x + torch.zeros(3)
-    with pytest.raises(AssertionError, match="drawn on the CPU"), no_draw_on_the_host():
+    with pytest.raises(AssertionError, match="drawn on the CPU"), without_the_host():
         Rng(0)("a", 3).uniform(2)
+    for fault in (lambda: torch.tensor(2.0), lambda: x.copy_(host), lambda: x * host[0]):
+        graphed = Graphed(fault, META, name="a step")
+        graphed()
+        with pytest.raises(AssertionError, match="in a captured step uses the CPU"), without_the_host():
+            graphed()

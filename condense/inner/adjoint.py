@@ -34,6 +34,11 @@ class Adjoint(Checked, ABC):
     exact: ClassVar[bool]
     """Whether the gradient is that of the whole roll-out."""
 
+    @property
+    def captures(self) -> bool:
+        """Whether a roll-out can be part of a CUDA graph: the host neither draws its length nor stores any of it."""
+        return True
+
     def resolve(self, draws: Draws) -> Adjoint:
         """Return this adjoint with its random choices drawn; without any, return itself."""
         return self
@@ -58,6 +63,10 @@ class Exact(Adjoint):
     snapshots: Literal["full", "host", "bfloat16"] = "full"
     """How checkpoints are stored. full: on the device. host: in host memory. bfloat16: rounded, which makes the
     gradient inexact."""
+
+    @property
+    def captures(self) -> bool:
+        return self.snapshots != "host"
 
     def run(self, rollout: Rollout) -> Params:
         return _run_adjoint(rollout, every=1, propagate=True, snapshots=self.snapshots)
@@ -155,6 +164,10 @@ class RandomTruncated(Adjoint):
         _require_positive(self.name, "window", self.window)
         if not 0 <= self.lo <= self.hi:
             raise ValueError(f"{self.name}: lo {self.lo} and hi {self.hi} are not a valid range; give 0 <= lo <= hi")
+
+    @property
+    def captures(self) -> bool:
+        return False
 
     def resolve(self, draws: Draws) -> Truncated:
         """Draw the burn-in uniformly from {lo, ..., hi}, with draws on the CPU."""
