@@ -666,6 +666,8 @@ def _print_findings(findings: Findings, as_json: bool) -> None:
         _print_json(findings.content())
     else:
         print_table(findings.title, findings.columns, findings.rows)
+        if findings.note:
+            print(printable(findings.note))
 
 
 def _holds_experts(path: Path) -> bool:

@@ -13,7 +13,7 @@ import pandas
 import pytest
 import torch
 
-from condense import api
+from condense import api, cli
 from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import load
@@ -215,7 +215,7 @@ def slow_patterns(transactions: list[Counter[int]], support: float, maximal: boo
     most = sum(transactions, Counter())
     most = {tree: max(of_graph[tree] for of_graph in transactions) for tree in most}
     found = dict[Multiset, float]()
-    for counts in product(*(range(count + 1) for count in most.values())):
+    for counts in product(*(range(num + 1) for num in most.values())):
         pattern = Counter(dict(zip(most, counts, strict=True)))
         share = sum(pattern <= of_graph for of_graph in transactions) / len(transactions)
         if sum(counts) and share >= support:
@@ -332,6 +332,22 @@ def test_networks_for_graphs_are_not_compiled_however_long_they_train() -> None:
     graphs, images = Functional("gin:width=8,depth=1", (30,), 2), Functional("mlp", (1, 8, 8), 2)
     assert images.settled(Compute(), math.inf).compile
     assert graphs.settled(Compute(), math.inf).compile is False
+
+
+def test_an_attack_on_graphs_measures_no_distances(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, short = tmp_path / "run", {"num_seeds": 1, "num_epochs": 1, "protocol": "graphs"}
+    api.distill("mirage", dataset=str(shapes), ipc=2, out=run, device="cpu", depth=1)
+    found = api.apply("privacy", run, network="gin:width=4,depth=1", num_members=4, device="cpu", **short)
+    assert [row[3:] for row in found.rows] == [("-", "-")] * 2
+    assert found.title == "4 members against 4 test graphs, n = 1"
+    assert found.record["usual_nearest"] == [] and "nearest" not in found.record["found"]["mirage"]
+    for name in ("nas", "probe"):
+        with pytest.raises(SystemExit):
+            cli.main(["apply", name, str(run)])
+        line = capsys.readouterr().err
+        assert f"{name} takes series and images and clips, not graphs" in line and line.count("\n") == 1
 
 
 def test_weights_are_frequencies_in_training_batches() -> None:
