@@ -73,6 +73,7 @@ from condense.synthetic.labels import Hard, Labels
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Projector, Stored, ViewLabels
 from condense.task import Split
+from condense.teachers import Teacher
 from condense.tracking import progress
 
 
@@ -275,9 +276,10 @@ def evaluate(
         syn, arrays = sets.with_data(given, open_data(data, download))
     makers = prepare_baselines(rivals, syn, arrays, networks[0], chosen, seed, budget)
     opened = [teachers.opened(plan, syn.origin, chosen) for plan in plans]
-    plans, of_plans = [plan for plan, _ in opened], {name: one for _, of in opened for name, one in of.items()}
+    plans = [plan for plan, _ in opened]
+    found: dict[str, Teacher | NamedTeacher] = {name: one for _, of in opened for name, one in of.items()}
     of_set, makers = _labelled(syn, plans, makers, expanded(buffers), arrays.strategy, chosen, compute)
-    subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder(), teachers=of_plans | of_set)
+    subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder(), teachers=found | of_set)
     journal = None if target is None else Journal(target, ranks.rank)
     results: list[Result] = []
 

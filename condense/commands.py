@@ -667,6 +667,8 @@ def _print_findings(findings: Findings, as_json: bool) -> None:
         _print_json(findings.content())
     else:
         print_table(findings.title, findings.columns, findings.rows)
+        if findings.note:
+            print(printable(findings.note))
 
 
 def _holds_experts(path: Path) -> bool:
@@ -841,7 +843,7 @@ def _completed() -> completion.Completed:
         "import": done(Import()),
         "list": done(words={kind: done() for kind in KINDS}),
         "prepare": done(Prepare()),
-        "relabel": done(Relabel(teacher=artifacts.DEFAULT_ROOT)),
+        "relabel": done(Relabel()),
         "report": done(Report()),
         "runs": done(Runs()),
         "show": done(Show()),

@@ -227,6 +227,8 @@ def compare(
     if not architectures:
         raise ValueError(f"compare needs a network; give {spelt('networks', 'convnet')}")
     known = {path: syn for path in paths if isinstance(syn := sets.read_set(path, dataset)[0], SyntheticSet)}
+    for path, syn in known.items():
+        syn.require_classes("a comparison", path)
     _check_data({path: syn.origin for path, syn in known.items()})
     fields: dict[str, Any] = {"networks": architectures, "num_seeds": num_seeds, "protocol": protocol, "seed": seed}
     where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}

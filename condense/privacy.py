@@ -11,25 +11,37 @@ from __future__ import annotations
 import functools
 import secrets
 import warnings
+from typing import Any, Literal
 
 from condense.names import installing, spelt
+
+Accountant = Literal["rdp", "prv"]
+
+ACCOUNTANTS: dict[Accountant, str] = {
+    "rdp": "Opacus, Renyi differential privacy",
+    "prv": "Opacus, privacy loss random variables",
+}
+"""The accountants, as files name them."""
 
 _ORDERS = [1 + k / 10 for k in range(1, 100)] + [*range(11, 64), 72, 96, 128, 192, 256, 384, 512, 768, 1024]
 """Orders of the Renyi divergence, of which the accountant takes the best."""
 
 
 @functools.cache
-def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int) -> float:
+def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int, accountant: Accountant = "rdp") -> float:
     """Return the standard deviation of the noise, as a multiple of the largest norm of the contribution of a record.
 
     It is that of the Gaussian mechanism with Poisson sampling, composed ``releases`` times, for records that are added
-    or removed, by the accountant of Opacus for Renyi differential privacy (Mironov, Talwar and Zhang 2019). That is an
-    upper bound of epsilon: for a single release without sampling it asks for about a tenth more noise than is needed.
+    or removed, by an accountant of Opacus. Both bound epsilon from above. ``rdp`` is Renyi privacy (Mironov,
+    Talwar and Zhang 2019): for a single release without sampling it asks for about a tenth more noise than is needed.
+    ``prv`` composes the distributions of the privacy loss numerically (Gopi, Lee and Wutschitz, "Numerical composition
+    of differential privacy", 2021), and was within 0.6 % of epsilon where it is known.
 
     Args:
         epsilon, delta: the budget of all releases together.
         rate: probability with which a record takes part in a release.
         releases: number of releases.
+        accountant: which bound of epsilon is used.
 
     Raises:
         ValueError: Opacus is not installed, or it cannot certify so small an epsilon.
@@ -40,17 +52,20 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, releases: int) -
         raise ValueError(
             f"the noise for an epsilon is computed by Opacus, which is not installed; run: {installing('private')}"
         ) from error
+    options: dict[str, Any] = {"epsilon_tolerance": min(0.01, 1e-3 * epsilon), "alphas": _ORDERS}
+    if accountant == "prv":
+        tolerance = max(1e-4, 3e-3 * epsilon)
+        options = {"epsilon_tolerance": tolerance, "eps_error": tolerance}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the best order is the first or the last one
+            warnings.simplefilter("ignore")  # that the best order is the first or last one; log 0 without sampling
             noise = get_noise_multiplier(
                 target_epsilon=epsilon,
                 target_delta=delta,
                 sample_rate=rate,
                 steps=releases,
-                accountant="rdp",
-                epsilon_tolerance=min(0.01, 1e-3 * epsilon),
-                alphas=_ORDERS,
+                accountant=accountant,
+                **options,
             )
     except ValueError as error:
         raise ValueError(

@@ -42,6 +42,7 @@ from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.names import spelt
 from condense.networks import Weights
 from condense.objective import OBJECTIVES, ObjectiveName
+from condense.privacy import Accountant
 from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.task import Task
@@ -74,6 +75,7 @@ class DPDM(GradientMethod):
 
     family: ClassVar[str] = "private"
     private: ClassVar[bool] = True
+    added_fields: ClassVar[tuple[str, ...]] = ("accountant",)
 
     learns_labels: ClassVar[bool] = False
     objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
@@ -90,6 +92,8 @@ class DPDM(GradientMethod):
     """Number of random networks whose class sums are taken, each once; at most num_steps."""
     rate: float = 1.0
     """Probability with which a real image takes part in the sum of a network; 1 takes all images."""
+    accountant: Accountant = "rdp"
+    """Bound of epsilon from which the noise follows: rdp, or prv, which is tighter."""
     start: Literal["noise", "real"] = "noise"
     """Initial images: standard normal noise. Real ones are refused, because no noise would hide them."""
 
@@ -115,7 +119,7 @@ class DPDM(GradientMethod):
     @property
     def sigma(self) -> float:
         """Standard deviation of the noise in a sum."""
-        return privacy.noise_multiplier(self.epsilon, self.delta, self.rate, self.releases)
+        return privacy.noise_multiplier(self.epsilon, self.delta, self.rate, self.releases, self.accountant)
 
     def privacy(self) -> Mapping[str, Any]:
         return {
@@ -125,7 +129,7 @@ class DPDM(GradientMethod):
             "releases": self.releases,
             "rate": self.rate,
             "neighbours": "one record is added or removed; labels and class sizes are public",
-            "accountant": "Opacus, Renyi differential privacy",
+            "accountant": privacy.ACCOUNTANTS[self.accountant],
         }
 
     def incompatibility(

@@ -24,7 +24,7 @@ from condense.method import Context, Optim
 from condense.methods import dpdm
 from condense.methods.dpdm import BATCH, DPDM, clipped
 from condense.networks import Functional, Network, build
-from condense.recipe import Recipe, named
+from condense.recipe import Recipe, named, to_mapping
 from condense.rng import Rng
 from condense.synthetic import Hard, Origin, Pixels, SyntheticSet
 from condense.task import Labelled, Split, make_task
@@ -183,6 +183,25 @@ def test_the_noise_of_all_images_is_at_least_that_of_the_closed_form_and_hardly_
     """Several Gaussian releases are one with the noise divided by the root of their number."""
     sigma = privacy.noise_multiplier(epsilon, 1e-5, 1.0, releases)
     assert 0.8 * epsilon < closed_form(sigma / releases**0.5, 1e-5) <= epsilon
+
+
+@pytest.mark.parametrize("releases", [1, 20])
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 10.0])
+def test_epsilon_of_the_tighter_accountant_is_that_of_the_closed_form(epsilon: float, releases: int) -> None:
+    sigma = privacy.noise_multiplier(epsilon, 1e-5, 1.0, releases, "prv")
+    assert 0.99 * epsilon < closed_form(sigma / releases**0.5, 1e-5) <= epsilon
+
+
+def test_the_tighter_accountant_needs_less_noise_with_sampling_too() -> None:
+    loose, tight = (privacy.noise_multiplier(1.0, 1e-5, 0.1, 20, name) for name in privacy.ACCOUNTANTS)
+    assert 0.8 * loose < tight < 0.99 * loose
+
+
+def test_a_set_names_its_accountant_and_recipes_from_before_the_choice_keep_their_hash() -> None:
+    usual, tight = DPDM(), DPDM(accountant="prv")
+    assert usual.privacy()["accountant"] == "Opacus, Renyi differential privacy"
+    assert tight.privacy()["accountant"] == "Opacus, privacy loss random variables"
+    assert "accountant" not in to_mapping(usual) and to_mapping(tight)["accountant"] == "prv"
 
 
 def test_fewer_releases_and_sampling_need_less_noise() -> None:

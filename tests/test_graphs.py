@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import sys
-from itertools import chain, combinations
+from collections import Counter
+from itertools import count, product
 from pathlib import Path
 
 import networkx
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from condense import api
+from condense import api, cli
 from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import load
 from condense.data.graphs import Graph, batched, decode, encode, read_tu, used_length
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS
+from condense.methods import mirage
 from condense.methods.mirage import Mirage
 from condense.networks import Functional
 from condense.rng import Rng
@@ -123,36 +125,74 @@ def test_damaged_folders_are_refused(damage: str, tmp_path: Path) -> None:
         load(folder)
 
 
-def as_networkx(graph: Graph) -> networkx.Graph:
-    """A tree whose root is marked."""
-    tree = networkx.Graph(graph.edges.tolist())
-    for node, code in enumerate(graph.codes.tolist()):
-        tree.add_node(node, code=code)
+def small_tree(seed: int, num_labels: int) -> tuple[Graph, int]:
+    """A random tree of depth 1 to 3, with nodes in random order, and the number of its root."""
+    rng = np.random.default_rng(seed)
+    codes, edges, leaves = [int(rng.integers(num_labels))], list[tuple[int, int]](), [0]
+    for level in range(rng.integers(1, 4)):
+        parents, leaves = leaves, []
+        for parent in parents:
+            for _ in range(rng.integers(0 if level else 1, 3)):
+                edges.append((parent, len(codes)))
+                leaves.append(len(codes))
+                codes.append(int(rng.integers(num_labels)))
+    place = torch.from_numpy(rng.permutation(len(codes)))
+    return Graph(torch.tensor(codes)[place.argsort()], place[torch.tensor(edges)].sort(1).values), int(place[0])
+
+
+def seen_from(graph: Graph, root: int, depth: int) -> networkx.Graph:
+    """The walks of at most ``depth`` steps from a node that never turn back, as a tree whose root is marked."""
+    ends, labels = networkx.Graph(graph.edges.tolist()), graph.labels.tolist()
+    ends.add_nodes_from(range(len(labels)))
+    tree, walks = networkx.Graph(), [(root,)]
+    for walk in walks:
+        tree.add_node(walk, label=(labels[walk[-1]], len(walk) == 1))
+        if len(walk) > 1:
+            tree.add_edge(walk[:-1], walk)
+        if len(walk) <= depth:
+            walks += [(*walk, end) for end in ends[walk[-1]] if end not in walk[-2:-1]]
     return tree
 
 
+def isomorphic(one: networkx.Graph, other: networkx.Graph) -> bool:
+    return networkx.is_isomorphic(one, other, networkx.algorithms.isomorphism.categorical_node_match("label", None))
+
+
 def test_trees_have_the_same_number_if_and_only_if_they_are_isomorphic() -> None:
-    trees = Trees()
-    numbers = list(dict.fromkeys(n for seed in range(60) for n in trees.of_nodes(random_graph(seed), 2)))
-    small = [number for number in numbers if trees.size(number) <= 12]
-    drawn = [as_networkx(trees.graph([number])) for number in small]
-    same = networkx.algorithms.isomorphism.categorical_node_match("code", None)
-    pairs = list(combinations(range(len(small)), 2))[:1000]
-    assert len(pairs) == 1000
-    assert not any(networkx.is_isomorphic(drawn[i], drawn[j], same) for i, j in pairs)
+    """Pairs have as many nodes and at most as many labels, and networkx knows nothing of numbers."""
+    trees, alike = Trees(), dict[tuple[int, int], list[tuple[int, networkx.Graph]]]()
+    for seed in range(1200):
+        num_labels = 1 + seed % 2
+        graph, root = small_tree(seed, num_labels)
+        drawn = trees.of_nodes(graph, 3)[root], seen_from(graph, root, 3)
+        alike.setdefault((len(graph.codes), num_labels), []).append(drawn)
+    groups = [group for group in alike.values() if len(group) > 1]
+    pairs = [pair for group in groups for pair in zip(group, [*group[1:], group[0]], strict=True)]
+    assert len(pairs) >= 1000
+    answers = [isomorphic(one, other) for (_, one), (_, other) in pairs]
+    assert [one == other for (one, _), (other, _) in pairs] == answers
+    assert 300 <= sum(answers) <= len(pairs) - 300
 
 
 def test_the_number_of_a_tree_does_not_depend_on_the_order_of_the_nodes() -> None:
-    """The other direction: 1,000 trees of relabelled graphs have the numbers of the original ones."""
+    """Networkx compares the tree that a number stands for with the walks in both graphs."""
     trees, checked = Trees(), 0
-    for seed in range(170):
+    for seed in count():
+        if checked >= 1000:
+            break
         graph, order = random_graph(seed), torch.from_numpy(np.random.default_rng(seed).permutation(6))
         inverse = order.argsort()
-        other = Graph(graph.codes[order], inverse[graph.edges].sort(1).values)
-        expected = [trees.of_nodes(graph, 3)[node] for node in order.tolist()]
-        assert trees.of_nodes(other, 3) == expected
-        checked += len(expected)
-    assert checked >= 1000
+        edges = inverse[graph.edges.flip(0)].sort(1).values
+        other = Graph(graph.codes[order], edges)
+        numbers, again = trees.of_nodes(graph, 3), trees.of_nodes(other, 3)
+        for node, original in enumerate(order.tolist()):
+            assert again[node] == numbers[original]
+            stored = trees.graph([again[node]])
+            if len(stored.codes) > 14:
+                continue  # networkx is slow on trees with many equal leaves
+            one, same = seen_from(graph, original, 3), seen_from(other, node, 3)
+            assert isomorphic(one, same) and isomorphic(one, seen_from(stored, 0, 3))
+            checked += 1
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -166,38 +206,107 @@ def test_a_network_without_normalisation_sees_the_same_in_the_trees_of_a_graph(d
     torch.testing.assert_close(features[0], features[1])
 
 
-def slow_patterns(transactions: list[set[int]], support: float, maximal: bool) -> dict[frozenset[int], float]:
-    """All frequent sets, by counting every subset."""
-    items = sorted(set().union(*transactions))
-    subsets = chain.from_iterable(combinations(items, size) for size in range(1, len(items) + 1))
-    counted = {frozenset(s): sum(set(s) <= t for t in transactions) / len(transactions) for s in subsets}
-    frequent = {s: share for s, share in counted.items() if share >= support}
-    return {s: share for s, share in frequent.items() if not maximal or not any(s < other for other in frequent)}
+Multiset = frozenset[tuple[int, int]]
+"""Trees, by number, with their counts."""
 
 
+def slow_patterns(transactions: list[Counter[int]], support: float, maximal: bool) -> dict[Multiset, float]:
+    """All frequent multisets, by counting every one."""
+    most = sum(transactions, Counter())
+    most = {tree: max(of_graph[tree] for of_graph in transactions) for tree in most}
+    found = dict[Multiset, float]()
+    for counts in product(*(range(num + 1) for num in most.values())):
+        pattern = Counter(dict(zip(most, counts, strict=True)))
+        share = sum(pattern <= of_graph for of_graph in transactions) / len(transactions)
+        if sum(counts) and share >= support:
+            found[frozenset((+pattern).items())] = share
+    return {
+        one: share
+        for one, share in found.items()
+        if not maximal or not any(Counter(dict(one)) < Counter(dict(other)) for other in found)
+    }
+
+
+def trees_of(graph: Graph, trees: Trees) -> Multiset:
+    """The trees of depth 1 that a distilled graph consists of."""
+    parts, labels = networkx.Graph(graph.edges.tolist()), graph.labels.tolist()
+    roots = [node for node, code in enumerate(graph.codes.tolist()) if code >= 0]
+    below = [[trees.number(labels[child]) for child in parts[root]] for root in roots]
+    return frozenset(Counter(trees.number(labels[r], ends) for r, ends in zip(roots, below, strict=True)).items())
+
+
+@pytest.mark.parametrize("multiset", [False, True])
 @pytest.mark.parametrize("patterns", ["maximal", "all"])
-def test_patterns_are_the_frequent_sets_of_trees(patterns: str, shapes: Path, tmp_path: Path) -> None:
+def test_patterns_are_the_frequent_sets_of_trees(patterns: str, multiset: bool, shapes: Path, tmp_path: Path) -> None:
     arrays = load(shapes)
-    fields = {"depth": 1, "support": (0.2,), "patterns": patterns}
+    fields = {"depth": 1, "support": (0.2,), "patterns": patterns, "multiset": multiset}
     syn = api.distill("mirage", dataset=arrays, ipc=1000, out=tmp_path / "run", device="cpu", **fields)
     trees = Trees()
     for c in range(2):
         graphs = decode(torch.from_numpy(arrays.x_train[arrays.y_train == c]))
-        transactions = [set(trees.of_nodes(graph, 1)) for graph in graphs]
+        numbers = [trees.of_nodes(graph, 1) for graph in graphs]
+        transactions = [Counter(of_graph if multiset else set(of_graph)) for of_graph in numbers]
         expected = slow_patterns(transactions, 0.2, patterns == "maximal")
         members = syn.index_of(c)
-        found = {}
-        for graph, weight in zip(decode(syn()[0][members]), syn.weights[members], strict=True):
-            roots = [node for node, code in enumerate(graph.codes.tolist()) if code >= 0]
-            parts = networkx.Graph(graph.edges.tolist())
-            numbers = set()
-            for root in roots:
-                nodes = sorted(networkx.node_connected_component(parts, root))
-                children = [trees.number(int(graph.labels[node])) for node in nodes if node != root]
-                numbers.add(trees.number(int(graph.labels[root]), children))
-            found[frozenset(numbers)] = float(weight)
+        found = [trees_of(graph, trees) for graph in decode(syn()[0][members])]
+        assert len(set(found)) == len(found), "each is listed once"
         total = sum(expected.values())
-        assert found == pytest.approx({s: 0.5 * share / total for s, share in expected.items()})
+        weights = dict(zip(found, syn.weights[members].tolist(), strict=True))
+        assert weights == pytest.approx({s: 0.5 * share / total for s, share in expected.items()})
+
+
+@pytest.mark.parametrize("max_items", [None, 2])
+@pytest.mark.parametrize("least", [6, 30])
+def test_larger_and_larger_sets_are_all_sets(
+    least: int, max_items: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxtend.frequent_patterns import fpgrowth
+
+    present = np.random.default_rng(0).random((40, 9)) < np.linspace(0.2, 0.9, 9)
+    table, items = mirage._table([[(item, 0) for item in row.nonzero()[0].tolist()] for row in present], least)
+    support = (least - 0.5) / 40
+    at_once = fpgrowth(table, min_support=support, max_len=max_items)
+    monkeypatch.setattr(mirage, "MOST", 2 ** len(items) - 1)
+    found = mirage._all(table, items, support, max_items)
+    assert len(found) == len(at_once) > 1
+    assert dict(found) == {tuple(items[i] for i in sorted(s)): share for share, s in at_once.values.tolist()}
+    monkeypatch.setattr(mirage, "MOST", 1)
+    assert 1 < len(mirage._all(table, items, support, max_items)) <= len(items), "no larger sets than needed"
+
+
+@pytest.mark.parametrize(("support", "higher"), [((0.2,), "0.4"), ((), "0.")])
+def test_too_many_frequent_sets_are_refused(
+    support: tuple[float, ...], higher: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a support, 1000 patterns are asked for, and the support falls to a single graph."""
+    fields = {"dataset": str(shapes), "ipc": 1000, "device": "cpu", "depth": 1, "multiset": True}
+    fewer = api.distill("mirage", out=tmp_path / "all", **fields, support=support)
+    monkeypatch.setattr(mirage, "MOST", int(fewer.classes.bincount().max()) - 1)
+    advice = rf"support=\({higher}\d*,\), or patterns='maximal' or max_trees=3"
+    with pytest.raises(ValueError, match=rf"more than \d+ frequent sets of trees at a support of .*{advice}"):
+        api.distill("mirage", out=tmp_path / "run", **fields, support=support)
+    for name, mended in (("patterns", "maximal"), ("max_trees", 1)):
+        api.distill("mirage", out=tmp_path / name, **fields, support=support, **{name: mended})
+
+
+def test_bytes_are_filled_with_the_most_frequent_patterns_that_still_fit(shapes: Path, tmp_path: Path) -> None:
+    fields = {"dataset": str(shapes), "ipc": 1000, "device": "cpu", "depth": 1}
+    whole = api.distill("mirage", out=tmp_path / "whole", **fields)
+    trees, sizes = Trees(), [55, 100, 500, 10_000]
+    for budget in sizes:
+        syn = api.distill("mirage", out=tmp_path / str(budget), **fields, max_bytes=budget)
+        for c in range(2):
+            expected, left = [], budget
+            for row in whole()[0][whole.index_of(c)]:
+                size = 2 * int(used_length(row[None]))
+                if size <= left:
+                    expected.append(trees_of(decode(row[None])[0], trees))
+                    left -= size
+            found = syn()[0][syn.index_of(c)]
+            assert [trees_of(graph, trees) for graph in decode(found)] == expected
+            assert 2 * int(used_length(found).sum()) <= budget
+    few = api.distill("mirage", out=tmp_path / "few", **fields | {"ipc": 2}, max_bytes=10_000)
+    assert few.classes.bincount().tolist() == [2, 2], "the budget of images holds as well"
 
 
 def test_graphs_of_any_size_are_stored(tmp_path: Path) -> None:
@@ -231,6 +340,22 @@ def test_networks_for_graphs_are_not_compiled_however_long_they_train() -> None:
     assert graphs.settled(Compute(), math.inf).compile is False
 
 
+def test_an_attack_on_graphs_measures_no_distances(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, short = tmp_path / "run", {"num_seeds": 1, "num_epochs": 1, "protocol": "graphs"}
+    api.distill("mirage", dataset=str(shapes), ipc=2, out=run, device="cpu", depth=1)
+    found = api.apply("privacy", run, network="gin:width=4,depth=1", num_members=4, device="cpu", **short)
+    assert [row[3:] for row in found.rows] == [("-", "-")] * 2
+    assert found.title == "4 members against 4 test graphs, n = 1"
+    assert found.record["usual_nearest"] == [] and "nearest" not in found.record["found"]["mirage"]
+    for name in ("nas", "probe"):
+        with pytest.raises(SystemExit):
+            cli.main(["apply", name, str(run)])
+        line = capsys.readouterr().err
+        assert f"{name} takes series and images and clips, not graphs" in line and line.count("\n") == 1
+
+
 def test_weights_are_frequencies_in_training_batches() -> None:
     images, weights = torch.arange(3.0)[:, None], torch.tensor([1.0, 2.0, 5.0])
     source = Examples(images, torch.arange(3), Rng(0), batch_size=3, num_classes=3, weights=weights)
@@ -253,6 +378,8 @@ def test_a_resumed_run_gives_the_same_bytes(shapes: Path, tmp_path: Path) -> Non
         ("random", {"transform": "zca"}, "whitened"),
         ("mirage", {"support": (0.1, 0.2, 0.3)}, "3 values for 2 classes"),
         ("mirage", {"max_bytes": 10}, "is frequent and fits"),
+        ("mirage", {"max_bytes": 0}, "max_bytes must be at least 1, got 0; leave it unset, or give max_bytes=1000"),
+        ("mirage", {"max_trees": 0}, "max_trees must be at least 1, got 0; leave it unset, or give max_trees=3"),
         ("random", {"network": "convnet"}, "networks for graphs are"),
         ("random", {"compute": Compute(compile=True)}, "would be compiled anew"),
     ],

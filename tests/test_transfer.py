@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from condense import api, cli
+from condense import api, cli, overview
 from condense.data.datasets import Arrays
 from condense.eval.applications.transfer import RANDOM_WEIGHTS, teacher_of
 from condense.eval.subject import Subject
@@ -67,6 +67,25 @@ def test_every_start_is_probed_and_fine_tuned(run: Path, teachers: Path, other: 
     assert written["transfers"] == json.loads(json.dumps(of)) and written["seed"] == 0
     again = api.apply("transfer", run, to=(str(other),), buffers=str(teachers), **SHORT)
     assert again.record["transfers"]["krr-st"] == of["krr-st"], "a result does not depend on the other starts"
+
+
+def test_one_line_tells_that_all_images_were_left_out(
+    run: Path, teachers: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["apply", "transfer", str(run), "--to", str(other), "--buffers", str(teachers), "--num-epochs", "3"]
+    words += ["--tune-steps", "1", "--num-seeds", "1", "--augment", "none", "--out", str(tmp_path / "transfer.json")]
+    cli.main(words)
+    printed = capsys.readouterr().out
+    line = "left out: networks pre-trained on all 36 images of tiny; --full-steps 3 adds them, with as many steps as"
+    assert f"{line} on the set\n" in printed
+    cli.main([*words, "--full-steps", "3"])
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_comparison_names_the_set_that_has_no_classes(run: Path, tiny_file: Path, tmp_path: Path) -> None:
+    api.distill("random", dataset=tiny_file, ipc=1, out=tmp_path / "random", device="cpu")
+    with pytest.raises(ValueError, match=rf"a comparison needs classes: the targets of {run} are \d+ values"):
+        overview.compare([tmp_path / "random", run])
 
 
 def test_a_pre_training_of_no_use_is_that_from_random_weights(run: Path, teachers: Path, other: Path) -> None:

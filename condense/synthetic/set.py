@@ -379,11 +379,11 @@ class SyntheticSet(nn.Module):
             self._members = (self.classes._version, members)
         return self._members[1][label]
 
-    def require_classes(self, what: str) -> None:
-        """Raise ValueError if the set has no classes, which ``what`` needs."""
+    def require_classes(self, what: str, called: str = "this set") -> None:
+        """Raise ValueError if the set, which is ``called`` so in the message, has no classes, which ``what`` needs."""
         if not self.origin.num_classes:
             raise ValueError(
-                f"{what} needs classes: the targets of this set are {self.origin.target_width} values per image; "
+                f"{what} needs classes: the targets of {called} are {self.origin.target_width} values per image; "
                 "measure it with `condense apply transfer`"
             )
 

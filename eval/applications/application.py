@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from condense.compute import Compute
-from condense.data.layout import Kind, kind
+from condense.data.layout import Kind, kind, require_kind
 from condense.eval.evaluate import SetScorer, resolved
 from condense.eval.protocol import Protocol
 from condense.eval.subject import Subject
@@ -64,6 +64,8 @@ class Findings:
     rows: Sequence[tuple[str, ...]]
     title: str
     record: Mapping[str, Any]
+    note: str = ""
+    """A line that is printed below the table."""
 
     def content(self) -> dict[str, Any]:
         """Return the record with the table under ``table``, for JSON."""
@@ -78,6 +80,8 @@ class Application(Checked, ABC):
     """Whether the set has to have classes."""
     takes_baselines: ClassVar[bool] = True
     """Whether the set is compared with baselines of the same budget."""
+    takes: ClassVar[tuple[Kind, ...]] = ("graphs", "series", "images", "clips")
+    """The kinds of samples that the application is defined for."""
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         """Check, before data are read, that the application can run on this set and these baselines.
@@ -85,8 +89,9 @@ class Application(Checked, ABC):
         Raises:
             ValueError: it cannot.
         """
+        name = type(self).__name__.lower()
+        require_kind(name, self.takes, syn.origin.input_shape, "measure the set with `condense evaluate`")
         if baselines and not self.takes_baselines:
-            name = type(self).__name__.lower()
             raise ValueError(f"{name} makes its own comparisons; give {spelt('baselines', ())}")
 
     @abstractmethod

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import scipy.stats
 import torch
 
+from condense.data.layout import Kind
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.protocol import PROTOCOLS, fixed
 from condense.names import spelt
@@ -27,6 +28,8 @@ from condense.tracking import counted
 @dataclass(frozen=True, kw_only=True)
 class NAS(Application):
     """Architecture search: rank a grid of ConvNets on the set and compare with their ranking on real images."""
+
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 
     widths: tuple[int, ...] = (16, 32, 64)
     """Widths of the ConvNets in the grid."""
@@ -63,6 +66,7 @@ class NAS(Application):
         return [f"{network}:width={w},depth={d},norm={n},pooling={p},activation={a}" for w, d, n, p, a in grid]
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
+        super().check(syn, baselines)
         for architecture in self.architectures(default_for(syn.origin.input_shape)):
             parse(architecture)
 

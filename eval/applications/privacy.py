@@ -5,7 +5,8 @@ An attacker sees the losses of a network and predicts that the images with small
 than a non-member; 0.5 is chance. Members are images that the set was made from. For comparison, a network is trained on
 the members themselves.
 
-A synthetic image that is closer to a training image than almost all other real images may be a copy.
+A synthetic image that is closer to a training image than almost all other real images may be a copy. Graphs have no
+such distance: their rows list nodes and edges in any order.
 """
 
 from __future__ import annotations
@@ -64,8 +65,14 @@ class Privacy(Application):
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         attacked = Scorer(network, setting.compute)
         jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
-        nearest = {name: _nearest(subject, images) for name, (_, images, _) in jobs.items()}
-        reference = _nearest(subject, non_members.images[:])
+        nearest, usual, compared = dict[str, Tensor](), torch.empty(0), ""
+        if setting.kind != "graphs":
+            nearest = {name: _nearest(subject, images) for name, (_, images, _) in jobs.items()}
+            usual = _nearest(subject, non_members.images[:])
+            compared = (
+                f"; distance of the {where} {setting.kind} to the nearest training example: median "
+                f"{usual.median().item():.2f}, 1st percentile {usual.quantile(0.01).item():.2f}"
+            )
         jobs["the members themselves"] = real_plan, members.images[:], members.labels
         rows: list[tuple[str, ...]] = []
         record: dict[str, dict[str, list[float]]] = {}
@@ -83,7 +90,7 @@ class Privacy(Application):
             distances = ("-", "-")
             if name in nearest:
                 record[name]["nearest"] = nearest[name].tolist()
-                closer = (nearest[name] < reference.quantile(0.01)).float().mean().item()
+                closer = (nearest[name] < usual.quantile(0.01)).float().mean().item()
                 distances = (f"{nearest[name].median().item():.2f}", f"{100 * closer:.0f}")
             bounds = " to ".join(f"{bound:.3f}" for bound in interval)
             rows.append((name, f"{auc.mean().item():.3f}{spread}", bounds, *distances))
@@ -96,10 +103,8 @@ class Privacy(Application):
                 "below the 1st percentile, %",
             ),
             rows,
-            f"{num} members against {num} {where} {setting.kind}, n = {self.num_seeds}; distance of the {where} "
-            f"{setting.kind} to the nearest training example: median {reference.median().item():.2f}, 1st percentile "
-            f"{reference.quantile(0.01).item():.2f}",
-            {"num_members": num, "non_members": where, "usual_nearest": reference.tolist(), "found": record},
+            f"{num} members against {num} {where} {setting.kind}, n = {self.num_seeds}{compared}",
+            {"num_members": num, "non_members": where, "usual_nearest": usual.tolist(), "found": record},
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from condense.artifacts import MANIFEST
 from condense.augment import Augment
 from condense.data.images import Images
+from condense.data.layout import Kind
 from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread, numbers_of
 from condense.eval.evaluate import resolved
 from condense.eval.protocol import own
@@ -45,6 +46,7 @@ class Probe(Application):
     """Probe: train linear classifiers on the features of frozen networks with the images of a set."""
 
     takes_baselines: ClassVar[bool] = False
+    takes: ClassVar[tuple[Kind, ...]] = ("series", "images", "clips")
 
     backbones: tuple[str, ...] = ("artifacts",)
     """Folders of buffers with the frozen networks. In a folder of several buffers the one that the set was distilled

@@ -125,6 +125,15 @@ class Transfer(Application):
             f"test accuracy on the target data, %: {len(subject.syn)} {setting.kind} of {subject.arrays.name}, "
             f"{own_network(subject.syn)}, n = {self.num_seeds} networks",
             {"teacher": teacher.network.name, "transfers": numbers},
+            "" if self.full_steps else self._left_out(setting),
+        )
+
+    def _left_out(self, setting: Setting) -> str:
+        subject, plan = setting.subject, own(setting.subject.syn)
+        steps = (self.num_epochs or plan.num_epochs) * -(-len(subject.syn) // plan.batch_size)
+        return (
+            f"left out: networks pre-trained on all {len(subject.train)} {setting.kind} of {subject.arrays.name}; "
+            f"{spelt('full_steps', steps)} adds them, with as many steps as on the set"
         )
 
     def _starts(self, setting: Setting, teacher: Teacher) -> Iterator[tuple[str, Weights]]:
