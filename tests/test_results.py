@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import decoupled, harness, labels, pruning
+from benchmarks import applications, decoupled, harness, labels, pruning
 from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
@@ -323,6 +323,60 @@ def test_rows_of_labels_are_continued_by_the_same_code_alone(tmp_path: Path) -> 
     for given, now in ((facts, dataclasses.replace(WHERE, commit="abd")), ({**facts, "ipc": 10}, WHERE)):
         with pytest.raises(ValueError, match=r"labels.json has rows of (commit abc|ipc 1), .*; give another file with"):
             labels.begun(file, given, now)
+
+
+STUDY = """
+tiny:
+  title: A study
+  data: {digits: null}
+  commands:
+  - distill random --dataset digits --ipc 1 --network mlp --out set
+  - apply probe set --backbones none
+"""
+
+
+def test_a_study_goes_on_with_the_command_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    studies = tmp_path / "studies.yaml"
+    monkeypatch.setattr(applications, "STUDIES", studies)
+    words = ["applications", str(tmp_path), "--work", str(tmp_path / "work"), "--rows", str(tmp_path / "rows")]
+    monkeypatch.setattr(sys, "argv", words)
+    studies.write_text(STUDY)
+    assert applications.main() == 2 and not (tmp_path / "rows").exists()
+    (tmp_path / "work" / "tiny" / "set" / "kept").touch()
+    better = "apply privacy set --network mlp --num-seeds 1 --num-epochs 1"
+    studies.write_text(STUDY.replace("apply probe set --backbones none", better))
+    assert applications.main() == 0 and (tmp_path / "work" / "tiny" / "set" / "kept").exists()
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(applications, "measure", None)
+    assert applications.main() == 0 and capsys.readouterr().out in printed
+    assert f"    condense {better}" in printed and "| trained on | attack AUC |" in printed
+    studies.write_text(STUDY)
+    with pytest.raises(ValueError, match=r"tiny.json was measured with study .*; give another folder with --rows"):
+        applications.main()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: {title: A, data: {}, commands: [list methods]}", "the last command of the study 'A' is no application"),
+        ("a: {title: A, data: {x: x.npz}, commands: [apply nas x]}", "there is no file"),
+        ("[]", "has no studies by name"),
+        ("b: {title: B, data: {}, commands: [apply nas x]}", "there is no study 'a'"),
+    ],
+)
+def test_wrong_studies_are_one_line(text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(applications, "STUDIES", tmp_path / "studies.yaml")
+    (tmp_path / "studies.yaml").write_text(text)
+    words = ["applications", str(tmp_path), "--only", "a", "--work", str(tmp_path), "--rows", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match=line):
+        applications.main()
+
+
+def test_the_committed_studies_are_read() -> None:
+    assert all(study.commands for study in applications.read(applications.STUDIES).values())
 
 
 def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
