@@ -121,7 +121,7 @@ def tables(folder: Path) -> list[str]:
         lines += [f"| {' | '.join(found.columns)} |", "|" + "---|" * len(found.columns)]
         lines += [f"| {' | '.join(row)} |" for row in found.rows]
         lines += ["", *(f"    condense {command}" for command in found.study.commands), ""]
-        lines += [f"{found.provenance}, {found.minutes:.0f} minutes; seed 0.", ""]
+        lines += [f"{found.provenance}, {found.minutes:.1f} minutes; seed 0.", ""]
     return lines
 
 
