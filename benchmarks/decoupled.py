@@ -27,14 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import harness
 from benchmarks.harness import Provenance
 from condense import api
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute, prepare_device
-from condense.data.datasets import Arrays, open_data
+from condense.data.datasets import open_data
 from condense.runs import read_record
 from condense.schedule import Schedule
 from condense.synthetic.set import SyntheticSet
@@ -144,18 +142,7 @@ def _place(row: Row) -> tuple[str, int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What all rows share."""
-
-    arrays: Arrays
-    network: str
-    num_seeds: int
-    device: torch.device
-    folder: Path
-    name: str
-    """Of the data, in the rows."""
-    provenance: Provenance
-
+class Bench(harness.Bench):
     @property
     def compute(self) -> Compute:
         return harness.fast(self.device)
@@ -185,14 +172,6 @@ class Bench:
             seconds=seconds,
             minutes=(seconds + time.monotonic() - begun) / 60,
         )
-
-    @property
-    def common(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.arrays.fingerprint["train"],
-            "network": self.network,
-            "num_seeds": self.num_seeds,
-        }
 
     def distilled(self, method: str, ipc: int, seed: int) -> SyntheticSet:
         """The set of one seed. A run that was stopped goes on."""

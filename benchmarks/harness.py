@@ -29,6 +29,7 @@ import torch
 
 from condense.allocator import keep_freed_memory, restore_defaults
 from condense.compute import Compute, has_bfloat16
+from condense.data.datasets import Arrays
 from condense.files import read_json, write_text
 from condense.names import percent
 from condense.schema import from_json
@@ -195,6 +196,30 @@ class Provenance:
         return f"Commit {self.commit}, {self.device}, threads {self.threads}, torch {self.torch}, {self.date}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows of a benchmark of methods share."""
+
+    arrays: Arrays
+    network: str
+    num_seeds: int
+    device: torch.device
+    folder: Path
+    """For runs and experts."""
+    name: str
+    """Of the data, in the rows."""
+    provenance: Provenance
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The fields of a row that decide whether it can be kept."""
+        return {
+            "fingerprint": self.arrays.fingerprint["train"],
+            "network": self.network,
+            "num_seeds": self.num_seeds,
+        }
+
+
 def mean_and_std(accuracies: Sequence[float]) -> str:
     """Mean and standard deviation of fractions, in percent; the mean alone if there is one, a dash if there is none."""
     if not accuracies:
@@ -229,9 +254,12 @@ def write(record: Any, file: Path) -> None:
 
 
 def status(name: str, command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status. A mistake is one line that begins with ``name``, and status 2."""
+    """Run a command and return its exit status. A mistake is one line that begins with ``name``, and status 2. If a
+    process that the command started failed, it has said why, and its status is returned."""
     try:
         return command() or 0
+    except subprocess.CalledProcessError as error:
+        return error.returncode
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -224,32 +224,16 @@ def _place(row: Row) -> tuple[str, float, int]:
     return row.dataset, row.ipc or float("inf"), ["random", FULL, *SETTINGS["clips"]].index(row.method)
 
 
-@dataclass(kw_only=True)
-class Bench:
-    """What all rows share. ``draws`` are the sets of random samples by budget, made when they are first needed."""
+@dataclass(frozen=True, kw_only=True)
+class Bench(harness.Bench):
+    """``draws`` are the sets of random samples by budget, made when they are first needed."""
 
-    arrays: Arrays
-    network: str
-    num_seeds: int
-    device: torch.device
     compute: Compute
-    folder: Path
-    name: str
-    """Of the data, in the rows."""
-    provenance: Provenance
     draws: dict[int, list[SyntheticSet]] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
         return kind(self.arrays.input_shape)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.arrays.fingerprint["train"],
-            "network": self.network,
-            "num_seeds": self.num_seeds,
-        }
 
     def row(self, method: str, ipc: int) -> Row:
         """Distil and score one method; ``random`` and ``full`` are scored only."""

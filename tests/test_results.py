@@ -343,14 +343,17 @@ def test_a_study_goes_on_with_the_command_that_failed(
     words = ["applications", str(tmp_path), "--work", str(tmp_path / "work"), "--rows", str(tmp_path / "rows")]
     monkeypatch.setattr(sys, "argv", words)
     studies.write_text(STUDY)
-    assert applications.main() == 2 and not (tmp_path / "rows").exists()
+    assert harness.status("applications", applications.main) == 2 and not (tmp_path / "rows").exists()
     (tmp_path / "work" / "tiny" / "set" / "kept").touch()
     better = "apply privacy set --network mlp --num-seeds 1 --num-epochs 1"
     studies.write_text(STUDY.replace("apply probe set --backbones none", better))
-    assert applications.main() == 0 and (tmp_path / "work" / "tiny" / "set" / "kept").exists()
+    assert (
+        harness.status("applications", applications.main) == 0
+        and (tmp_path / "work" / "tiny" / "set" / "kept").exists()
+    )
     printed = capsys.readouterr().out
     monkeypatch.setattr(applications, "measure", None)
-    assert applications.main() == 0 and capsys.readouterr().out in printed
+    assert harness.status("applications", applications.main) == 0 and capsys.readouterr().out in printed
     assert f"    condense {better}" in printed and "| trained on | attack AUC |" in printed
     studies.write_text(STUDY)
     with pytest.raises(ValueError, match=r"tiny.json was measured with study .*; give another folder with --rows"):
