@@ -91,6 +91,14 @@ def narrow_adjoint(session: Session) -> None:
     session.report.add(f"{path}, bfloat16 adjoint", "error of the gradient", "relative", error, 1)
 
 
+def tf32_error(session: Session) -> None:
+    """Emulate TF32, and measure the error of the gradient with it and in float32, relative to float64."""
+    for path, engine in gpu.ERRORS.items():
+        found = alone(measure.errors, engine, session.scale, session.device)
+        session.report.add(path, f"{gpu.WITH_TF32}, emulated", "relative", found.tf32, 1)
+        session.report.add(path, gpu.WITHOUT, "relative", found.float32, 1)
+
+
 def share_of_the_machine(session: Session) -> None:
     """Measure the throughput of expert training relative to that of this machine's matrix product."""
     limits = alone(measure.limits, session.scale, session.device, session.repeats)
@@ -137,6 +145,7 @@ BENCHMARKS: dict[str, Callable[[Session], None]] = {
     **{path: partial(compare, path, job) for path, job in JOBS.items()},
     "trajectory matching, 40 steps over 10": long_roll_out,
     "trajectory matching, bfloat16 adjoint": narrow_adjoint,
+    "error of the gradient with TF32": tf32_error,
     "expert training, share of the machine": share_of_the_machine,
     "reading a pair from a buffer": reading,
     "command line": command_line,

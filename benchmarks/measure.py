@@ -5,6 +5,7 @@ These functions run in new processes (``harness.alone``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Run, allocator, median_seconds, peak_mb, seconds
 from benchmarks.jobs import EXACT, QUICK, STRATEGY, Scale, Steps, fresh, make, matching_engine
 from benchmarks.textbook import dsa
+from benchmarks.tf32 import EmulatedTF32
 from condense.compute import Compute
 
 Build = Callable[[Scale, torch.device], Run]
@@ -170,18 +172,20 @@ class Errors(NamedTuple):
 def errors(engine: Callable[[Scale, torch.device], Steps], scale: Scale, device: torch.device) -> Errors:
     """Return the errors of the gradient of the images in the first update, with TF32 and without; all run eagerly.
 
-    The learning rates that RCIG searches for are those of float64 in all three. On a CPU there is no TF32, and both
-    errors are those of float32.
+    The learning rates that RCIG searches for are those of float64 in all three. On a CPU, TF32 is emulated.
     """
     scale = dataclasses.replace(scale, num_updates=1, compute=EXACT)
     reference = engine(dataclasses.replace(scale, double=True), device)
     exact = _gradient(reference, reference)
 
-    def error(compute: Compute) -> float:
-        found = _gradient(engine(dataclasses.replace(scale, compute=compute), device), reference)
+    def error(compute: Compute, emulated: bool = False) -> float:
+        steps = engine(dataclasses.replace(scale, compute=compute), device)
+        with EmulatedTF32() if emulated else contextlib.nullcontext():
+            found = _gradient(steps, reference)
         return ((found.double() - exact).norm() / exact.norm()).item()
 
-    return Errors(error(dataclasses.replace(EXACT, exact=False, tf32=True)), error(EXACT))
+    tf32 = dataclasses.replace(EXACT, exact=False, tf32=True)
+    return Errors(error(tf32, emulated=device.type == "cpu"), error(EXACT))
 
 
 def _gradient(steps: Steps, reference: Steps) -> torch.Tensor:

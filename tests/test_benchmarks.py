@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu, growth, harness, inputs, jobs, measure, parts, report, startup, textbook
+from benchmarks import gpu, growth, harness, inputs, jobs, measure, parts, report, startup, textbook, tf32
 from condense import cli
 from condense.augment import Augment, Params
 from condense.compute import Compute
@@ -266,10 +267,44 @@ def test_a_number_below_one_is_refused_in_one_line(flag: str, value: str, capsys
 
 
 @pytest.mark.parametrize("path", gpu.ERRORS)
-def test_the_error_of_a_gradient_is_that_of_float32_on_a_cpu(here: None, path: str) -> None:
+def test_tf32_is_emulated_on_a_cpu_and_its_error_is_that_of_ten_bits(here: None, path: str) -> None:
     assert path in gpu.paths()
     found = measure.errors(gpu.ERRORS[path], jobs.QUICK, CPU)
-    assert found.tf32 == found.float32 and 0 < found.float32 < 1e-2
+    assert 0 < found.float32 < 1e-5
+    assert 2**-11 / 10 < found.tf32 < 100 * 2**-11
+
+
+def test_tf32_rounds_the_factors_of_a_product_to_ten_bits() -> None:
+    ulp = 2.0**-10
+    numbers = torch.tensor([1 + ulp / 2, 1 + ulp * 0.499, -1 - ulp / 2, 3.0, 0.0])
+    assert tf32.rounded(numbers).tolist() == [1 + ulp, 1.0, -1 - ulp, 3.0, 0.0]
+    x, y = torch.rand(3, 4), torch.rand(4, 5)
+    exact = tf32.rounded(x).double() @ tf32.rounded(y).double()
+    bias = torch.rand(5)
+    with tf32.EmulatedTF32():
+        assert torch.allclose((x @ y).double(), exact, rtol=1e-6)
+        assert torch.allclose(torch.addmm(bias, x, y).double(), exact + bias, rtol=1e-6)
+        assert torch.equal(x.double() @ y.double(), x.double() @ y.double())
+    assert not torch.allclose((x @ y).double(), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_tf32_rounds_what_a_convolution_and_its_derivatives_multiply(rank: int) -> None:
+    """Numbers of ten bits are not rounded; others give the derivatives of the rounded ones."""
+    conv = (F.conv1d, F.conv2d)[rank - 1]
+    x, w = torch.rand(2, 3, *[6] * rank), torch.rand(4, 3, *[3] * rank)
+
+    def derivatives(x: Tensor, w: Tensor) -> list[Tensor]:
+        x, w = x.requires_grad_(), w.requires_grad_()
+        out = conv(x, w)
+        return [out.detach(), *torch.autograd.grad(out.sum(), [x, w])]
+
+    with tf32.EmulatedTF32():
+        found = derivatives(x.clone(), w.clone())
+    expected = derivatives(tf32.rounded(x).double(), tf32.rounded(w).double())
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0], conv(x, w), rtol=1e-5)
 
 
 class Twins:
