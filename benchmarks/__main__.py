@@ -210,6 +210,8 @@ def main(words: list[str] | None = None) -> None:
         parser.error("--profile is for a GPU; give --device cuda")
     complete = options.only == [""] and not options.quick
     folder = options.out or (DOCS if complete else None)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     reports = []
 
     def report(name: str) -> Report:

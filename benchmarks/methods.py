@@ -1,27 +1,34 @@
 """Compare every learning method with random real images on the embedded digits, under the method's own protocol.
 
-    python -m benchmarks.methods [--only NAME ...] [--num-seeds N] [--draws D]
+    python -m benchmarks.methods [--only NAME ...] [--num-seeds 3] [--draws 3] [--rows results/methods]
 
 Each method runs its recipe for the digits (``NAME-digits-ipcK``). A buffer of experts is built for methods that need
-one. Then N fresh networks are trained on its set and N on the same number of random images per class, with the training
-that is stored in the set (``own``): the same networks, steps and augmentation.
+one. Then N fresh networks are trained on its set, and N on the same number of random images per class in each of D
+draws, with the training that is stored in the set (``own``): the same networks, steps and augmentation.
+
+``--rows`` keeps one JSON file per method; methods that it holds are not measured again. docs/results.md has their
+table.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Provenance
 from condense import api, catalog, recipe, registry
 from condense.artifacts import ArtifactSpec, TrainedNetworkSpec, TrajectorySpec
 from condense.buffers.trajectories import Experts
 from condense.data import datasets
 from condense.eval.protocol import own, own_network
-from condense.eval.results import Result
 
 EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
 """Training of the experts for methods that match trajectories."""
@@ -29,21 +36,40 @@ BACKBONE = Experts(num_epochs=20, lr=0.05, momentum=0.9, weight_decay=1e-4, proj
 """Training of networks without labels, whose features are used."""
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Row:
     method: str
+    recipe: str
     ipc: int
-    learned: Result
-    random: Result
+    num_seeds: int
+    draws: int
+    learned: tuple[float, ...]
+    """Accuracies of networks on the set, as fractions."""
+    random: tuple[float, ...]
+    """Accuracies of networks on random images, draw by draw."""
     seconds: float
     """Time of the distillation, without experts."""
+    provenance: Provenance
 
-    def __str__(self) -> str:
-        accuracies = [f"{100 * r.mean:.1f} ± {100 * (r.std or 0):.1f}" for r in (self.learned, self.random)]
-        name, seconds = f"`{self.method}`", f"{self.seconds:.0f}"
-        return f"| {name} | {self.ipc} | {accuracies[0]} | {accuracies[1]} | {self.learned.n} | {seconds} |"
+    def cells(self) -> str:
+        """A row of the Markdown table."""
+        accuracies = [harness.mean_and_std(self.learned), harness.mean_and_std(self.random)]
+        return f"| {' | '.join([f'`{self.recipe}`', str(self.ipc), *accuracies, f'{self.seconds:.0f}'])} |"
 
 
-HEADER = "| method | images a class | accuracy, % | random, % | n | seconds |\n|---|---|---|---|---|---|"
+HEADER = "| recipe | images per class | set, % | random images, % | distilled in, s |\n|---|---|---|---|---|"
+
+
+def tables(folder: Path) -> list[str]:
+    """The lines of a table for each number of networks and draws of the rows in ``folder``."""
+    rows = [harness.read(Row, file) for file in sorted(folder.glob("*.json"))]
+    lines = []
+    for num_seeds, draws in sorted({(row.num_seeds, row.draws) for row in rows}, reverse=True):
+        given = [row for row in rows if (row.num_seeds, row.draws) == (num_seeds, draws)]
+        lines += [HEADER, *map(Row.cells, sorted(given, key=lambda row: (row.ipc, row.method))), ""]
+        lines += [f"    python -m benchmarks.methods --num-seeds {num_seeds} --draws {draws}", ""]
+        lines += [f"{'; '.join(dict.fromkeys(str(row.provenance) for row in given))}; seed 0.", ""]
+    return lines
 
 
 def names() -> list[str]:
@@ -55,13 +81,13 @@ def names() -> list[str]:
     return learning + sorted(recipes - registry.METHODS.keys())
 
 
-def digits_recipe(name: str) -> recipe.Recipe:
-    """Return the recipe for the digits with the budget nearest to one image per class. Raises ValueError if there is
-    none."""
+def digits_recipe(name: str) -> catalog.Entry:
+    """Return the entry of the recipe for the digits with the budget nearest to one image per class. Raises ValueError
+    if there is none."""
     entry = catalog.published(name, "digits", 1)
     if entry is None or entry.dataset != "digits":
         raise ValueError(f"{name} has no recipe for the digits; add a row to methods/recipes/{name}.yaml")
-    return recipe.named(entry.name)
+    return entry
 
 
 def experts_for(spec: ArtifactSpec, augment: str) -> Experts:
@@ -81,7 +107,7 @@ def experts_for(spec: ArtifactSpec, augment: str) -> Experts:
 def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
     """Distil with a method's recipe for the digits, below ``folder``; evaluate its set, and random images of ``draws``
     draws, with ``num_seeds`` networks each."""
-    plan = digits_recipe(name)
+    plan = recipe.named(digits_recipe(name).name)
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
     task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
     for spec in plan.method.needs(task).values():
@@ -98,26 +124,41 @@ def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
     ]
     network, training = own_network(syn), own(syn)
     learned, *others = [
-        api.evaluate(made, "digits", networks=[network], num_seeds=num_seeds, protocol=training).results[0]
+        api.evaluate(made, "digits", networks=[network], num_seeds=num_seeds, protocol=training).results[0].accuracies
         for made in (syn, *random)
     ]
-    accuracies = tuple(accuracy for other in others for accuracy in other.accuracies)
-    metrics = {key: [value for other in others for value in other.metrics[key]] for key in others[0].metrics}
-    merged = dataclasses.replace(others[0], accuracies=accuracies, metrics=metrics)
-    return Row(name, plan.ipc, learned, merged, seconds)
+    return Row(
+        method=name,
+        recipe=digits_recipe(name).name,
+        ipc=plan.ipc,
+        num_seeds=num_seeds,
+        draws=draws,
+        learned=learned,
+        random=tuple(accuracy for other in others for accuracy in other),
+        seconds=seconds,
+        provenance=Provenance.now(torch.device("cpu")),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=names())
-    parser.add_argument("--num-seeds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=1, help="number of draws of random images (default: 1)")
+    parser.add_argument("--num-seeds", type=harness.count, default=3)
+    parser.add_argument("--draws", type=harness.count, default=3, help="number of draws of random images")
+    parser.add_argument("--rows", type=Path, help="folder of the rows; methods that it holds are not measured again")
     chosen = parser.parse_args()
+    facts = {"num_seeds": chosen.num_seeds, "draws": chosen.draws}
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen.only:
-            print(measure(name, Path(folder), chosen.num_seeds, chosen.draws), flush=True)
+            file = chosen.rows and chosen.rows / f"{name}.json"
+            row = harness.kept(Row, file, {**facts, "recipe": digits_recipe(name).name}) if file else None
+            if row is None:
+                row = measure(name, Path(folder), chosen.num_seeds, chosen.draws)
+                if file:
+                    harness.write(row, file)
+            print(row.cells(), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.status("methods", main))

@@ -212,8 +212,9 @@ def test_a_step_is_compared_with_its_parts(here: None, name: str, capsys: pytest
 
 @linux
 def test_a_process_each_is_run_where_it_is_named(here: None, tmp_path: Path) -> None:
-    benchmarks.main(["--quick", "--repeats", "1", "--only", "10 steps, a process each", "--out", str(tmp_path)])
-    (row,) = json.loads((tmp_path / "performance.json").read_text())["rows"]
+    folder = tmp_path / "new" / "folder"
+    benchmarks.main(["--quick", "--repeats", "1", "--only", "10 steps, a process each", "--out", str(folder)])
+    (row,) = json.loads((folder / "performance.json").read_text())["rows"]
     assert row["quantity"] == "time, a process each" and row["textbook"] > 0
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import applications, decoupled, harness, labels, pruning
+from benchmarks import applications, decoupled, harness, labels, methods, pruning
 from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
@@ -267,7 +267,19 @@ def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:
         accuracy_of_teacher=0.9,
         accuracies=tuple(pruning.Accuracy(fraction=f, teacher=t, **share) for t in (False, True) for f in (0.3, 0.1)),
     )
+    short = methods.Row(
+        method="dm",
+        recipe="dm-digits-ipc1",
+        ipc=1,
+        num_seeds=2,
+        draws=2,
+        learned=(0.5, 0.7),
+        random=(0.4, 0.4, 0.4, 0.4),
+        seconds=12.3,
+        provenance=WHERE,
+    )
     files = {
+        "methods/dm": short,
         "decoupled/toy/sre2l-1": rows[0],
         "decoupled/toy/random-1": rows[1],
         "labels/toy": kinds,
@@ -282,7 +294,8 @@ def test_other_benchmarks_have_tables_of_their_records(tmp_path: Path) -> None:
     assert "| online | 60.0 ± 14.1 | 1,500 | 1,000 | 1.0 |" in text
     assert "| images kept by | teacher | 10 % | 30 % |" in text
     assert "| `random` | yes | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
-    assert text.count("Commit abc, cpu, threads 1, torch 2, 2026-01-01") == 3
+    assert "| `dm-digits-ipc1` | 1 | 60.0 ± 14.1 | 40.0 ± 0.0 | 12 |" in text
+    assert text.count("Commit abc, cpu, threads 1, torch 2, 2026-01-01") == 4
 
 
 def test_the_time_of_a_distillation_is_that_of_its_run(
@@ -323,6 +336,32 @@ def test_rows_of_labels_are_continued_by_the_same_code_alone(tmp_path: Path) -> 
     for given, now in ((facts, dataclasses.replace(WHERE, commit="abd")), ({**facts, "ipc": 10}, WHERE)):
         with pytest.raises(ValueError, match=r"labels.json has rows of (commit abc|ipc 1), .*; give another file with"):
             labels.begun(file, given, now)
+
+
+def test_a_method_whose_row_is_there_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = []
+
+    def measure(name: str, folder: Path, num_seeds: int, draws: int) -> methods.Row:
+        measured.append(name)
+        found: dict[str, Any] = {"learned": (0.5,), "random": (0.4,), "seconds": 1.0, "provenance": WHERE}
+        chosen = f"{name}-digits-ipc1"
+        return methods.Row(method=name, recipe=chosen, ipc=1, num_seeds=num_seeds, draws=draws, **found)
+
+    monkeypatch.setattr(methods, "measure", measure)
+    words = ["methods", "--only", "dm", "dc", "--rows", str(tmp_path)]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", words)
+        assert harness.status("methods", methods.main) == 0
+        assert "| `dc-digits-ipc1` | 1 | 50.0 | 40.0 | 1 |" in capsys.readouterr().out
+    assert measured == ["dm", "dc"]
+    monkeypatch.setattr(sys, "argv", [*words, "--num-seeds", "2"])
+    assert harness.status("methods", methods.main) == 2
+    assert "was measured with num_seeds 3, not 2; give another folder with --rows" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["methods", "--only", "herding", "--rows", str(tmp_path)])
+    assert harness.status("methods", methods.main) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 STUDY = """

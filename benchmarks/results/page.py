@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import applications, decoupled, inputs, labels, pruning
+from benchmarks import applications, decoupled, inputs, labels, methods, pruning
 from benchmarks.harness import mean_and_std
 from benchmarks.results.published import published
 from benchmarks.results.record import Record
@@ -32,13 +32,20 @@ were read elsewhere.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
 command, commit and device. Earlier measurements are on [another page](measurements.md), and these are on pages of
-their own: [series and clips](inputs.md), [transfer of sets without classes](methods/krr-st.md#measured), [linear
-classifiers on frozen networks](methods/linear-gradient.md#measured), [private sets of
-Fashion-MNIST](methods/dpdm.md#measured) and [sets in an entropy code](methods/codec.md#measured).
+their own: [series](inputs.md#measured), [private sets of Fashion-MNIST](methods/dpdm.md#measured) and [sets in an
+entropy code](methods/codec.md#measured).
 """
 
 
 OTHERS: dict[str, Any] = {
+    """## Every method on digits
+
+Short recipes for the embedded digits of 8x8 pixels, which show that a method works, not how good it is. Networks are
+trained under the training of the method (`own`), on its set and on as many random images per class. Each recipe makes
+one set, on which all networks are trained, so its ± leaves out how sets of other seeds would differ; random images
+have several draws with as many networks each. The seconds are wall time, without experts, on cores that other work
+shared.
+""": methods,
     """## Series and clips
 
 Each method makes one set, on which all n networks are trained, so its ± leaves out how sets of other seeds would
