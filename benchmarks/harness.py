@@ -243,7 +243,8 @@ def kept(cls: type[T], file: Path, facts: Mapping[str, Any]) -> T | None:
     record = read(cls, file)
     for name, value in facts.items():
         if (found := getattr(record, name)) != value:
-            raise ValueError(f"{file} was measured with {name} {found}, not {value}; give another folder with --rows")
+            what = f"another {name}" if dataclasses.is_dataclass(value) else f"{name} {found}, not {value}"
+            raise ValueError(f"{file} was measured with {what}; give another folder with --rows")
     return record
 
 

@@ -160,6 +160,8 @@ class Compared:
     network: str
     images: int
     """Number of training images, after decoding."""
+    bytes: int
+    """Stored bytes of the images, their labels and the decoder."""
     accuracy: Pooled
     """Accuracies on the test split, as fractions."""
     random: float
@@ -254,6 +256,7 @@ def compare(
                 sets=tuple(group),
                 network=results[group[0]][k]["network"],
                 images=results[group[0]][k]["num_images"],
+                bytes=sum(results[group[0]][k]["stored_bytes"].values()),
                 accuracy=pool([results[path][k] for path in group]),
                 random=statistics.fmean(results[path][count + k]["mean"] for path in group),
                 full=statistics.fmean(results[path][2 * count + k]["mean"] for path in group),
@@ -323,12 +326,13 @@ def comparison_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list
         f"{comparison.dataset}, test accuracy, %: {comparison.protocol}, n = {comparison.num_seeds} networks per set; "
         "± between networks, and between distillations of several seeds"
     )
-    columns = ("set", "network", "images", "accuracy", "distillations", "random", "gain", "full", "% of full")
+    columns = ("set", "network", "images", "bytes", "accuracy", "distillations", "random", "gain", "full", "% of full")
     rows: list[tuple[str, ...]] = [
         (
             row.name,
             row.network,
             str(row.images),
+            f"{row.bytes:,}",
             percent(row.accuracy.mean, row.accuracy.between_networks),
             "-" if row.accuracy.between_distillations is None else f"± {100 * row.accuracy.between_distillations:.1f}",
             percent(row.random),
@@ -342,12 +346,14 @@ def comparison_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison with accuracies as fractions, and the table that is printed."""
     content = dataclasses.asdict(comparison)
     content["rows"] = [
         fields | {"gain": row.gain, "share": row.share}
         for fields, row in zip(content["rows"], comparison.rows, strict=True)
     ]
-    return content
+    title, columns, rows = comparison_table(comparison)
+    return {**content, "table": {"title": title, "columns": columns, "rows": rows}}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import applications, decoupled, harness, labels, methods, pruning
+from benchmarks import decoupled, harness, labels, methods, pruning, studies
 from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
@@ -377,48 +377,45 @@ tiny:
 def test_a_study_goes_on_with_the_command_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    studies = tmp_path / "studies.yaml"
-    monkeypatch.setattr(applications, "STUDIES", studies)
-    words = ["applications", str(tmp_path), "--work", str(tmp_path / "work"), "--rows", str(tmp_path / "rows")]
+    table = tmp_path / "studies.yaml"
+    monkeypatch.setattr(studies, "STUDIES", table)
+    words = ["studies", str(tmp_path), "--work", str(tmp_path / "work"), "--rows", str(tmp_path / "rows")]
     monkeypatch.setattr(sys, "argv", words)
-    studies.write_text(STUDY)
-    assert harness.status("applications", applications.main) == 2 and not (tmp_path / "rows").exists()
+    table.write_text(STUDY)
+    assert harness.status("studies", studies.main) == 2 and not (tmp_path / "rows").exists()
     (tmp_path / "work" / "tiny" / "set" / "kept").touch()
     better = "apply privacy set --network mlp --num-seeds 1 --num-epochs 1"
-    studies.write_text(STUDY.replace("apply probe set --backbones none", better))
-    assert (
-        harness.status("applications", applications.main) == 0
-        and (tmp_path / "work" / "tiny" / "set" / "kept").exists()
-    )
+    table.write_text(STUDY.replace("apply probe set --backbones none", better))
+    assert harness.status("studies", studies.main) == 0 and (tmp_path / "work" / "tiny" / "set" / "kept").exists()
     printed = capsys.readouterr().out
-    monkeypatch.setattr(applications, "measure", None)
-    assert harness.status("applications", applications.main) == 0 and capsys.readouterr().out in printed
+    monkeypatch.setattr(studies, "measure", None)
+    assert harness.status("studies", studies.main) == 0 and capsys.readouterr().out in printed
     assert f"    condense {better}" in printed and "| trained on | attack AUC |" in printed
-    studies.write_text(STUDY)
-    with pytest.raises(ValueError, match=r"tiny.json was measured with study .*; give another folder with --rows"):
-        applications.main()
+    table.write_text(STUDY)
+    with pytest.raises(ValueError, match=r"tiny.json was measured with another study; give another folder with --rows"):
+        studies.main()
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a: {title: A, data: {}, commands: [list methods]}", "the last command of the study 'A' is no application"),
+        ("a: {title: A, data: {}, commands: [list methods]}", "the last command of the study 'A' prints no table"),
         ("a: {title: A, data: {x: x.npz}, commands: [apply nas x]}", "there is no file"),
         ("[]", "has no studies by name"),
         ("b: {title: B, data: {}, commands: [apply nas x]}", "there is no study 'a'"),
     ],
 )
 def test_wrong_studies_are_one_line(text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(applications, "STUDIES", tmp_path / "studies.yaml")
+    monkeypatch.setattr(studies, "STUDIES", tmp_path / "studies.yaml")
     (tmp_path / "studies.yaml").write_text(text)
-    words = ["applications", str(tmp_path), "--only", "a", "--work", str(tmp_path), "--rows", str(tmp_path)]
+    words = ["studies", str(tmp_path), "--only", "a", "--work", str(tmp_path), "--rows", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ValueError, match=line):
-        applications.main()
+        studies.main()
 
 
 def test_the_committed_studies_are_read() -> None:
-    assert all(study.commands for study in applications.read(applications.STUDIES).values())
+    assert all(study.commands for study in studies.read(studies.STUDIES).values())
 
 
 def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

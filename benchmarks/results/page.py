@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import applications, decoupled, inputs, labels, methods, pruning
+from benchmarks import decoupled, inputs, labels, methods, pruning, studies
 from benchmarks.harness import mean_and_std
 from benchmarks.results.published import published
 from benchmarks.results.record import Record
@@ -71,11 +71,12 @@ One set of random real images with several kinds of labels, n = 3 networks under
 Networks trained on a share of the real images, under `pruned`: with the loss of a teacher, which is trained on all
 images, and with the cross-entropy alone.
 """: pruning,
-    """## Applications
+    """## Studies
 
-Sets in downstream tasks, mean and standard deviation of n = 3 networks or classifiers on one set. Rows of random images
-are three draws. The commands of a study are run one after the other in one folder.
-""": applications,
+Sets beside each other and in downstream tasks, mean and standard deviation of n networks or classifiers on one set. The
+commands of a study are run one after the other in one folder. In studies of downstream tasks, rows of random images are
+three draws; in comparisons, each set has the mean of random images of its own budget.
+""": studies,
 }
 """What the page says above the tables of other benchmarks, and their modules. Their records lie in the folder of
 ``results`` that has the name of the module."""

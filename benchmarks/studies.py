@@ -1,8 +1,8 @@
-"""Studies of sets in downstream tasks: commands one after the other, the last of which is an application.
+"""Studies of some sets: commands one after the other, the last of which compares the sets or applies one.
 
-    python -m benchmarks.applications FOLDER [--only NAME ...] [--work build/applications] [--rows results/applications]
+    python -m benchmarks.studies FOLDER [--only NAME ...] [--work build/studies] [--rows results/studies]
 
-The studies are those of ``results/applications.yaml``; FOLDER has the ``.npz`` files that they name. Each runs in a
+The studies are those of ``results/studies.yaml``; FOLDER has the ``.npz`` files that they name. Each runs in a
 folder of its own in ``--work``, with one thread. Commands that ended well are not run again, and a study whose result
 lies in ``--rows`` is not measured again. docs/results.md has a table of each result.
 """
@@ -29,20 +29,23 @@ from condense.names import suggest
 from condense.schema import from_json
 
 ROOT = Path(__file__).parents[1]
-STUDIES = ROOT / "results" / "applications.yaml"
+STUDIES = ROOT / "results" / "studies.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     title: str
     commands: tuple[str, ...]
-    """Commands of ``condense``, the last one ``apply``. A word that is the name of a data set stands for its file."""
+    """Commands of ``condense``, the last one ``apply`` or ``compare``. A word that is the name of a data set stands for
+    its file."""
     data: Mapping[str, str | None]
     """The file of each data set, in the folder that the user gives; None for embedded data."""
 
     def __post_init__(self) -> None:
-        if not self.commands or not self.commands[-1].startswith("apply "):
-            raise ValueError(f"the last command of the study {self.title!r} is no application; begin it with apply")
+        if not self.commands or not self.commands[-1].startswith(("apply ", "compare ")):
+            raise ValueError(
+                f"the last command of the study {self.title!r} prints no table; begin it with apply or compare"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the data")
     parser.add_argument("--only", nargs="+", help="studies")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "applications", help="folder of the runs")
-    parser.add_argument("--rows", type=Path, default=ROOT / "results" / "applications", help="folder of the results")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "studies", help="folder of the runs")
+    parser.add_argument("--rows", type=Path, default=ROOT / "results" / "studies", help="folder of the results")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     studies = read(STUDIES)
@@ -145,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(harness.status("applications", main))
+    sys.exit(harness.status("studies", main))
