@@ -116,13 +116,17 @@ def _run(words: Sequence[str], folder: Path) -> str:
 
 
 def tables(folder: Path) -> list[str]:
-    """The lines of a table for each file in ``folder``."""
+    """The lines of a table for each file in ``folder``, in the order of the studies. Columns without an entry are left
+    out."""
+    order = [*read(STUDIES)]
     lines = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*.json"), key=lambda file: order.index(file.stem)):
         found = harness.read(Finding, file)
+        columns = [column for column in zip(found.columns, *found.rows, strict=True) if {*column[1:]} != {"-"}]
+        titles, *rows = zip(*columns, strict=True)
         lines += [f"### {found.study.title}", "", f"{found.caption}:", ""]
-        lines += [f"| {' | '.join(found.columns)} |", "|" + "---|" * len(found.columns)]
-        lines += [f"| {' | '.join(row)} |" for row in found.rows]
+        lines += [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
         lines += ["", *(f"    condense {command}" for command in found.study.commands), ""]
         lines += [f"{found.provenance}, {found.minutes:.1f} minutes; seed 0.", ""]
     return lines
