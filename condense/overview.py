@@ -19,7 +19,7 @@ from condense.distributed import Ranks
 from condense.eval.baselines import FULL
 from condense.eval.protocol import named
 from condense.eval.report import steps_of
-from condense.eval.results import Pooled, pool, read_complete
+from condense.eval.results import Pooled, alike, pool, read_complete
 from condense.files import checksum, expanded, is_locked, read_header
 from condense.names import percent, spelt
 from condense.networks import resolve
@@ -241,10 +241,8 @@ def compare(
             evaluation = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
             rows = [result.row() for result in evaluation.results]
         results[path] = rows
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault((known[path].origin.distillation if path in known else "") or path, []).append(path)
-    names = _names({group[0]: known.get(group[0]) for group in groups.values()})
+    groups = alike({path: known.get(path) for path in paths})
+    names = _names({group[0]: known.get(group[0]) for group in groups})
     count, first = len(architectures), results[paths[0]][0]
     return Comparison(
         dataset=first["dataset"],
@@ -261,7 +259,7 @@ def compare(
                 random=statistics.fmean(results[path][count + k]["mean"] for path in group),
                 full=statistics.fmean(results[path][2 * count + k]["mean"] for path in group),
             )
-            for group in groups.values()
+            for group in groups
             for k in range(count)
         ),
     )

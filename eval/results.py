@@ -18,6 +18,7 @@ from condense.eval.metrics import Scores
 from condense.files import locked, read_json, write_text
 from condense.names import percent
 from condense.schema import brief, from_json
+from condense.synthetic.set import SyntheticSet
 
 if TYPE_CHECKING:
     import pandas
@@ -217,6 +218,24 @@ def pool(rows: Sequence[Mapping[str, Any]]) -> Pooled:
         num_sets=len(rows),
         n=min(row["n"] for row in rows),
     )
+
+
+def alike(sets: Mapping[str, SyntheticSet | None]) -> list[list[str]]:
+    """Group the names of sets that differ in the seed of their distillation alone, and have labels of one kind.
+
+    A set without a recipe is alone, and so are all sets of a group in which two have the same seed: these are moments
+    of one run, or sets that were changed afterwards.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, syn in sets.items():
+        distillation = syn.origin.distillation if syn is not None else ""
+        key = (distillation, str(syn.label_kind)) if syn is not None and distillation else (name, "")
+        groups.setdefault(key, []).append(name)
+    found = []
+    for group in groups.values():
+        runs = {syn.origin.recipe_hash for name in group if (syn := sets[name]) is not None}
+        found += [group] if len(runs) == len(group) else [[name] for name in group]
+    return found
 
 
 _KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint", "split")

@@ -13,6 +13,8 @@ from condense import overview, runs
 from condense.cli import main
 from condense.eval import results
 from condense.eval.report import collect
+from condense.eval.results import alike
+from condense.synthetic.labels import Logits
 from condense.task import Split
 from tests.conftest import TINY
 
@@ -149,6 +151,25 @@ def test_sets_are_compared_alike_and_seeds_are_pooled(
     Path(paths[0], "evaluation.json").write_text(json.dumps(content))
     with pytest.raises(TypeError):  # random images of another budget do not serve: they are evaluated
         overview.compare(paths[:3], networks=[TINY, "mlp"], num_seeds=2, device="cpu")
+
+
+def test_moments_of_one_run_are_not_pooled(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, later = tmp_path / "dm0", tmp_path / "dm1"
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu", "ipc": 1}
+    for seed, out in enumerate((run, later)):
+        condense.distill("dm", out=out, **common, num_steps=2, batch_real=4, seed=seed)
+    begin = min((run / "snapshots").glob("*.safetensors"))
+    words = ["--dataset", str(tiny_file), "--networks", TINY, "--num-seeds", "1", "--device", "cpu"]
+    found = shown(capsys, "compare", str(run), str(begin), *words)
+    assert [row["sets"] for row in found["rows"]] == [[str(run)], [str(begin)]]
+    title, columns, rows = (found["table"][name] for name in ("title", "columns", "rows"))
+    assert "tiny" in title and len(columns) == len(rows[0]) and rows[0][columns.index("bytes")] == "792"
+    sets = {str(path): condense.load(path) for path in (run, begin, later)}
+    assert alike(sets) == [[str(run)], [str(begin)], [str(later)]]
+    del sets[str(begin)]
+    assert alike(sets) == [[str(run), str(later)]]
+    sets[str(later)].label_kind = Logits()
+    assert alike({**sets, "images": None, "others": None}) == [[str(run)], [str(later)], ["images"], ["others"]]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from condense.eval.report.collect import NOT_RECORDED, Run
 from condense.eval.report.figures import Point, readable_bytes
 from condense.eval.report.nearest import Nearest, nearest
 from condense.eval.report.reproduce import PUBLISHED, commands
-from condense.eval.results import balanced, by_protocol, by_set, pool
+from condense.eval.results import alike, balanced, by_protocol, by_set, pool
 from condense.files import canonical_json
 from condense.names import percent
 from condense.synthetic.set import SyntheticSet
@@ -488,18 +488,16 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _pooled(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each network and protocol of runs that differ in the seed of their distillation alone."""
-    groups: dict[str, dict[str, Run]] = {}
-    for run in runs:
-        if run.syn.origin.distillation:
-            groups.setdefault(run.syn.origin.distillation, {})[run.sha256] = run
+    by_sum = {run.sha256: run for run in runs}
     rows = []
-    for group in groups.values():
+    for group in alike({sha256: run.syn for sha256, run in by_sum.items()}):
         cells: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
-        for sha256, run in group.items():
+        for sha256 in group:
+            run = by_sum[sha256]
             for row in sorted(run.own_results, key=lambda row: int(row["n"])):
                 training = "" if row["protocol"] == "own" else row["protocol_hash"]
                 cells.setdefault((row["network"], row["protocol"], training), {})[sha256] = row
-        first = next(iter(group.values()))
+        first = by_sum[group[0]]
         for (network, protocol, _), of_sets in cells.items():
             if len(of_sets) > 1:
                 found = pool(list(of_sets.values()))
