@@ -75,7 +75,8 @@ images, and with the cross-entropy alone.
 
 Sets beside each other and in downstream tasks, mean and standard deviation of n networks or classifiers on one set. The
 commands of a study are run one after the other in one folder. In studies of downstream tasks, rows of random images are
-three draws; in comparisons, each set has the mean of random images of its own budget.
+three draws; in comparisons, each set stands beside random images of its own budget, which under `own` have the
+training of `random`, that is `canonical`.
 """: studies,
 }
 """What the page says above the tables of other benchmarks, and their modules. Their records lie in the folder of
