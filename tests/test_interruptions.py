@@ -131,8 +131,11 @@ def test_a_run_survives_whatever_happens_to_its_files(
     tiny: Arrays,
     whole: tuple[dict[str, Any], int],
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    compiled = tmp_path_factory.mktemp("compiled")  # others use the usual folder, where young files would be removed
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     monkeypatch.setattr(files, "_YOUNG", -1)
     monkeypatch.setattr(os, "fsync", fsync)
