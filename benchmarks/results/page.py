@@ -31,9 +31,8 @@ time. Published numbers are those of the papers, at other budgets than ours; we 
 were read elsewhere.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
-command, commit and device. Earlier measurements are on [another page](measurements.md), and these are on pages of
-their own: [series](inputs.md#measured), [private sets of Fashion-MNIST](methods/dpdm.md#measured) and [sets in an
-entropy code](methods/codec.md#measured).
+command, commit and device. Earlier measurements are on [another page](measurements.md), and
+[series](inputs.md#measured) and [private sets of Fashion-MNIST](methods/dpdm.md#measured) are on pages of their own.
 """
 
 
