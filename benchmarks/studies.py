@@ -116,11 +116,10 @@ def _run(words: Sequence[str], folder: Path) -> str:
 
 
 def tables(folder: Path) -> list[str]:
-    """The lines of a table for each file in ``folder``, in the order of the studies. Columns without an entry are left
-    out."""
-    order = [*read(STUDIES)]
+    """The lines of a table for each study that ``folder`` has a result of. Columns without an entry are left out."""
+    files = [folder / f"{name}.json" for name in read(STUDIES)]
     lines = []
-    for file in sorted(folder.glob("*.json"), key=lambda file: order.index(file.stem)):
+    for file in filter(Path.exists, files):
         found = harness.read(Finding, file)
         columns = [column for column in zip(found.columns, *found.rows, strict=True) if {*column[1:]} != {"-"}]
         titles, *rows = zip(*columns, strict=True)

@@ -19,7 +19,7 @@ from condense.distributed import Ranks
 from condense.eval.baselines import FULL
 from condense.eval.protocol import named
 from condense.eval.report import steps_of
-from condense.eval.results import Pooled, alike, pool, read_complete
+from condense.eval.results import Pooled, alike, merge, pool, read_complete
 from condense.files import checksum, expanded, is_locked, read_header
 from condense.names import percent, spelt
 from condense.networks import resolve
@@ -242,6 +242,9 @@ def compare(
             baselines = ("random", FULL) if full is None else ("random",)
             evaluation = api.evaluate(path, dataset, **fields, **where, baselines=baselines, ranks=ranks)
             rows = [result.row() for result in evaluation.results]
+            file = api.evaluation_file(path)
+            if full is not None and file is not None and ranks.first:
+                merge(file, full)
             full = full or rows[2 * count :]
         results[path] = rows
     assert full is not None
@@ -326,28 +329,37 @@ def _name(path: str, syn: SyntheticSet | None) -> str:
 
 
 def comparison_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Return title, columns and rows of a comparison, in percent."""
+    """Return title, columns and rows of a comparison, in percent. A network that all rows share is in the title, and
+    the deviation between distillations is left out where all sets are single."""
+    networks = {row.network for row in comparison.rows}
+    single = all(row.accuracy.between_distillations is None for row in comparison.rows)
+    on = f" on {min(networks)}" if len(networks) == 1 else ""
+    between = "" if single else ", and between distillations of several seeds"
     title = (
-        f"{comparison.dataset}, test accuracy, %: {comparison.protocol}, n = {comparison.num_seeds} networks per set; "
-        "± between networks, and between distillations of several seeds"
+        f"{comparison.dataset}, test accuracy, %: {comparison.protocol}{on}, n = {comparison.num_seeds} networks per "
+        f"set; ± between networks{between}"
     )
-    columns = ("set", "network", "images", "bytes", "accuracy", "distillations", "random", "gain", "full", "% of full")
-    rows: list[tuple[str, ...]] = [
-        (
-            row.name,
-            row.network,
-            str(row.images),
-            f"{row.bytes:,}",
-            percent(row.accuracy.mean, row.accuracy.between_networks),
-            "-" if row.accuracy.between_distillations is None else f"± {100 * row.accuracy.between_distillations:.1f}",
-            percent(row.random),
-            f"{100 * row.gain:+.1f}",
-            percent(row.full),
-            f"{100 * row.share:.0f}",
-        )
-        for row in comparison.rows
-    ]
-    return title, columns, rows
+    columns = {
+        "set": [row.name for row in comparison.rows],
+        "network": [row.network for row in comparison.rows],
+        "images": [str(row.images) for row in comparison.rows],
+        "bytes": [f"{row.bytes:,}" for row in comparison.rows],
+        "accuracy": [percent(row.accuracy.mean, row.accuracy.between_networks) for row in comparison.rows],
+        "distillations": [_between(row.accuracy.between_distillations) for row in comparison.rows],
+        "random": [percent(row.random) for row in comparison.rows],
+        "gain": [f"{100 * row.gain:+.1f}" for row in comparison.rows],
+        "full": [percent(row.full) for row in comparison.rows],
+        "% of full": [f"{100 * row.share:.0f}" for row in comparison.rows],
+    }
+    if len(networks) == 1:
+        del columns["network"]
+    if single:
+        del columns["distillations"]
+    return title, tuple(columns), list(zip(*columns.values(), strict=True))
+
+
+def _between(deviation: float | None) -> str:
+    return "-" if deviation is None else f"± {100 * deviation:.1f}"
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
