@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DROPPED = 13
-"""Bits of a float32 mantissa that TF32 has not."""
+"""Bits of a float32 mantissa that TF32 drops."""
 
 aten = torch.ops.aten
 OPERANDS = {

@@ -286,7 +286,7 @@ def evaluate(
     def record(result: Result) -> None:
         results.append(result)
         if target is not None and ranks.first:
-            merge(target, [result.row()])
+            merge(target, [result])
 
     common: dict[str, Any] = {
         "networks": networks,

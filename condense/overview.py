@@ -19,7 +19,7 @@ from condense.distributed import Ranks
 from condense.eval.baselines import FULL
 from condense.eval.protocol import named
 from condense.eval.report import steps_of
-from condense.eval.results import Pooled, alike, merge, pool, read_complete
+from condense.eval.results import Pooled, alike, pool, read_complete
 from condense.files import checksum, expanded, is_locked, read_header
 from condense.names import percent, spelt
 from condense.networks import resolve
@@ -234,23 +234,16 @@ def compare(
     _check_data({path: syn.origin for path, syn in known.items()})
     fields: dict[str, Any] = {"networks": architectures, "num_seeds": num_seeds, "protocol": protocol, "seed": seed}
     where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}
-    count, results = len(architectures), {}
-    full = next((rows for path, syn in known.items() if (rows := _recorded(path, syn, fields, (FULL,)))), None)
+    results = {}
     for path in paths:
-        rows = full and _recorded(path, known[path], fields, (_SET, "random")) if path in known else None
+        rows = _measured(path, known[path], fields) if path in known else None
         if rows is None:
-            baselines = ("random", FULL) if full is None else ("random",)
-            evaluation = api.evaluate(path, dataset, **fields, **where, baselines=baselines, ranks=ranks)
+            evaluation = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
             rows = [result.row() for result in evaluation.results]
-            file = api.evaluation_file(path)
-            if full is not None and file is not None and ranks.first:
-                merge(file, full)
-            full = full or rows[2 * count :]
         results[path] = rows
-    assert full is not None
     groups = alike({path: known.get(path) for path in paths})
     names = _names({group[0]: known.get(group[0]) for group in groups})
-    first = results[paths[0]][0]
+    count, first = len(architectures), results[paths[0]][0]
     return Comparison(
         dataset=first["dataset"],
         protocol=first["protocol"],
@@ -264,7 +257,7 @@ def compare(
                 bytes=sum(results[group[0]][k]["stored_bytes"].values()),
                 accuracy=pool([results[path][k] for path in group]),
                 random=statistics.fmean(results[path][count + k]["mean"] for path in group),
-                full=full[k]["mean"],
+                full=statistics.fmean(results[path][2 * count + k]["mean"] for path in group),
             )
             for group in groups
             for k in range(count)
@@ -272,8 +265,8 @@ def compare(
     )
 
 
-_SET = "the set"
-"""Stands for the rows of the set among those of the baselines."""
+_REFERENCES = ("random", FULL)
+"""The baselines of every comparison."""
 
 
 def _check_data(origins: Mapping[str, Origin]) -> None:
@@ -286,11 +279,9 @@ def _check_data(origins: Mapping[str, Origin]) -> None:
             )
 
 
-def _recorded(
-    path: str, syn: SyntheticSet, fields: Mapping[str, Any], subjects: Sequence[str]
-) -> list[dict[str, Any]] | None:
-    """Return the results of ``_SET`` or of baselines, in the order of ``evaluate``, from the file of results of a set;
-    None if one of them is missing."""
+def _measured(path: str, syn: SyntheticSet, fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the results of a set and of its baselines, in the order of ``evaluate``, from its file of results; None if
+    one of them is missing."""
     file, plan = api.evaluation_file(path), named(fields["protocol"], syn)
     rows = read_complete(file) if file is not None and file.exists() else []
     rows = [row for row in rows if row["n"] == fields["num_seeds"] and row["seed"] == fields["seed"]]
@@ -309,8 +300,7 @@ def _recorded(
     def is_full(row: Mapping[str, Any]) -> bool:
         return row["method"] == FULL and row["synthetic_sha256"] is None
 
-    tests = {_SET: is_set, "random": is_random, FULL: is_full}
-    wanted = [(name, tests[subject]) for subject in subjects for name in names]
+    wanted = [(name, test) for test in (is_set, is_random, is_full) for name in names]
     found = [next((row for row in rows if row["network"] == name and test(row)), None) for name, test in wanted]
     return [row for row in found if row is not None] if None not in found else None
 

@@ -188,7 +188,7 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Add the results to the file at ``path``; see ``merge``."""
-        merge(path, [result.row() for result in self.results])
+        merge(path, self.results)
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,8 @@ def alike(sets: Mapping[str, SyntheticSet | None]) -> list[list[str]]:
 _KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint", "split")
 
 
-def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows of results to a JSON file ``{"results": [row, ...]}``.
+def merge(path: Path, results: Sequence[Result]) -> None:
+    """Add results to a JSON file ``{"results": [row, ...]}``.
 
     A row replaces an existing one with the same network, protocol, n, seed, set and scored images. Processes that write
     to the same file take turns.
@@ -250,11 +250,12 @@ def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: the file exists and is no file of results, or it cannot be written.
     """
+    rows = [result.row() for result in results]
     asked = [[row[name] for name in _KEY] for row in rows]
     with locked(path):
         existing = read(path) if path.exists() else []
         others = [row for row in existing if [{"split": "test", **row}.get(name) for name in _KEY] not in asked]
-        write_text(path, json.dumps({"results": [*others, *rows]}, indent=1) + "\n")
+        write_text(path, json.dumps({"results": others + rows}, indent=1) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

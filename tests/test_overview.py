@@ -155,6 +155,19 @@ def test_sets_are_compared_alike_and_seeds_are_pooled(
         overview.compare(paths[:3], networks=[TINY, "mlp"], num_seeds=2, device="cpu")
 
 
+def test_each_set_stands_beside_all_data_under_its_own_transform(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(tmp_path / transform) for transform in ("none", "channel")]
+    for path in paths:
+        condense.distill("random", dataset=tiny_file, out=path, ipc=1, transform=Path(path).name, device="cpu")
+    words = [*paths, "--dataset", str(tiny_file), "--networks", "mlp", "--num-seeds", "1", "--device", "cpu"]
+    found = shown(capsys, "compare", *words)
+    full = [json.loads(Path(path, "evaluation.json").read_text())["results"][-1] for path in paths]
+    assert [row["full"] for row in found["rows"]] == [row["mean"] for row in full]
+    assert {row["method"] for row in full} == {"full"} and full[0]["metrics"]["nll"] != full[1]["metrics"]["nll"]
+
+
 def test_moments_of_one_run_are_not_pooled(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, later = tmp_path / "dm0", tmp_path / "dm1"
     common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu", "ipc": 1}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,14 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def row(seed: int) -> dict[str, Any]:
-    """What ``merge`` asks of a row."""
-    return {name: seed if name == "seed" else "same" for name in results._KEY}
+@dataclass(frozen=True)
+class Row:
+    """Stands in for a result: what ``merge`` asks of one."""
+
+    seed: int
+
+    def row(self) -> dict[str, Any]:
+        return {name: self.seed if name == "seed" else "same" for name in results._KEY}
 
 
 def at_once(work: Callable[[int], None], count: int = 4) -> None:
@@ -175,7 +181,7 @@ def test_evaluations_at_once_lose_no_row(tmp_path: Path, monkeypatch: pytest.Mon
 
     def work(number: int) -> None:
         for k in range(10):
-            results.merge(path, [row(10 * number + k)])
+            results.merge(path, [Row(10 * number + k)])  # type: ignore[list-item]
 
     at_once(work)
     assert sorted(row["seed"] for row in json.loads(path.read_text())["results"]) == list(range(40))
