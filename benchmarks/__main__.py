@@ -32,6 +32,7 @@ from benchmarks.harness import alone, cores, count, driver, machine, processes
 from benchmarks.jobs import GPU, JOBS, QUICK, Job, Scale, fast, matching_engine
 from benchmarks.report import DOCS, Report, replace_part
 from condense.compute import resolve_device
+from condense.files import check_writable
 
 
 @dataclass
@@ -211,7 +212,10 @@ def main(words: list[str] | None = None) -> None:
     complete = options.only == [""] and not options.quick
     folder = options.out or (DOCS if complete else None)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            check_writable(folder)
+        except ValueError as error:
+            parser.error(str(error))
     reports = []
 
     def report(name: str) -> Report:

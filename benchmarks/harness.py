@@ -30,7 +30,7 @@ import torch
 from condense.allocator import keep_freed_memory, restore_defaults
 from condense.compute import Compute, has_bfloat16
 from condense.data.datasets import Arrays
-from condense.files import read_json, write_text
+from condense.files import check_new_folder, read_json, write_text
 from condense.names import percent
 from condense.schema import from_json
 
@@ -236,9 +236,10 @@ def kept(cls: type[T], file: Path, facts: Mapping[str, Any]) -> T | None:
     """Return the record that an earlier run wrote, if there is one.
 
     Raises:
-        ValueError: the file is damaged, or its record differs in one of the facts.
+        ValueError: the file is damaged, its record differs in one of the facts, or it is missing and cannot be written.
     """
     if not file.exists():
+        check_new_folder(file.parent)
         return None
     record = read(cls, file)
     for name, value in facts.items():

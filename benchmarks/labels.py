@@ -26,6 +26,7 @@ from benchmarks.harness import Provenance
 from condense import api
 from condense.compute import prepare_device
 from condense.data.datasets import open_data
+from condense.files import check_new_folder
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Online, Projector, Stored, StoredProjector, StoredTeacher, ViewLabels
 
@@ -85,9 +86,11 @@ def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows:
     """Return the rows of a file that is to be continued, or none.
 
     Raises:
-        ValueError: the file has rows of other settings or of another code, device or number of threads.
+        ValueError: the file has rows of other settings or of another code, device or number of threads, or it is
+            missing and cannot be written.
     """
     if not file.exists():
+        check_new_folder(file.parent)
         return Rows(**facts, provenance=now)
     made = harness.read(Rows, file)
     found = {**dataclasses.asdict(made), **dataclasses.asdict(made.provenance)}

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Provenance
-from condense.files import read_json
+from condense.files import check_new_folder, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,13 @@ def tables(folder: Path) -> list[str]:
 
 
 def measure(data: str, flags: Sequence[str], rows: Path) -> Curves:
-    """Run the application and write its results. Raises CalledProcessError if the command fails."""
+    """Run the application and write its results.
+
+    Raises:
+        ValueError: ``rows`` is no folder, or not writable; nothing was run.
+        CalledProcessError: the command failed.
+    """
+    check_new_folder(rows)
     name, begun = Path(data).stem, time.monotonic()
     words = ["apply", "pruning", data, *flags]
     with tempfile.TemporaryDirectory() as out:

@@ -210,6 +210,14 @@ def test_a_step_is_compared_with_its_parts(here: None, name: str, capsys: pytest
     assert ratios[0] == pytest.approx(times[0][0] / sum(wall for wall, _ in times[1:]), rel=0.2)
 
 
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as left:
+        benchmarks.main(["--quick", "--only", "command line", "--out", str(tmp_path / "file")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and line.startswith(f"python -m benchmarks: cannot write {tmp_path / 'file'}: ")
+
+
 @linux
 def test_a_process_each_is_run_where_it_is_named(here: None, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"

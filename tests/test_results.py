@@ -359,9 +359,14 @@ def test_a_method_whose_row_is_there_is_not_measured_again(
     monkeypatch.setattr(sys, "argv", [*words, "--num-seeds", "2"])
     assert harness.status("methods", methods.main) == 2
     assert "was measured with num_seeds 3, not 2; give another folder with --rows" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["methods", "--only", "herding", "--rows", str(tmp_path)])
-    assert harness.status("methods", methods.main) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for wrong in (
+        ["--only", "herding", "--rows", str(tmp_path)],
+        ["--only", "dm", "--rows", str(tmp_path / "dm.json")],
+    ):
+        monkeypatch.setattr(sys, "argv", ["methods", *wrong])
+        assert harness.status("methods", methods.main) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert measured == ["dm", "dc"], "a folder that cannot be written is refused first"
 
 
 STUDY = """
