@@ -53,7 +53,13 @@ class FRePo(GradientMethod):
 
     family: ClassVar[str] = "kernel"
     regresses: ClassVar[bool] = True
-    added_fields: ClassVar[tuple[str, ...]] = ("objective", "optim_temperature")
+    added_fields: ClassVar[tuple[str, ...]] = (
+        "objective",
+        "optim_temperature",
+        "training_lr",
+        "training_warmup",
+        "augment_training",
+    )
 
     num_steps: int = 500_000
     """Number of updates of the set."""
@@ -75,6 +81,12 @@ class FRePo(GradientMethod):
     """Batch size of a training step of a network of the pool; all images of the set if there are fewer."""
     training_epochs: int = 2000
     """Number of epochs of a training on the set in the protocol ``own``, with a batch size of up to 500."""
+    training_lr: float = 3e-4
+    """Learning rate of Adam in that training, after the warm-up."""
+    training_warmup: int = 500
+    """Number of steps in which that learning rate rises from 0."""
+    augment_training: bool = True
+    """Whether that training has the published augmentation where the recipe has none."""
     optim: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="lamb", lr=3e-4, momentum=0.9, schedule=Schedule(cosine_to=0.1))
@@ -87,8 +99,8 @@ class FRePo(GradientMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "batch_real", "pool_size", "batch_pool", "training_epochs")
-        self.require_at_least(0, "max_age")
-        self.require_positive("ridge", "lr_pool")
+        self.require_at_least(0, "max_age", "training_warmup")
+        self.require_positive("ridge", "lr_pool", "training_lr")
 
     def optims(self) -> dict[str, Optim]:
         return super().optims() | {"temperature": self.optim_temperature}
@@ -101,9 +113,9 @@ class FRePo(GradientMethod):
         return Training(
             num_epochs=self.training_epochs,
             batch_size=500,
-            lr=3e-4,
+            lr=self.training_lr,
             weight_decay=0.0,
-            schedule=Schedule(warmup_steps=500, cosine_to=0.01),
+            schedule=Schedule(warmup_steps=self.training_warmup, cosine_to=0.01),
             loss="mse",
             optimiser="adam",
         )
@@ -112,8 +124,8 @@ class FRePo(GradientMethod):
         return with_options(task.network.name, norm="none")
 
     def training_augment(self, task: Task) -> Augment:
-        """The augmentation of the recipe, or the published one if the recipe has none."""
-        if task.augment.ops:
+        """The augmentation of the recipe, or the published one if the recipe has none and it is wanted."""
+        if task.augment.ops or not self.augment_training:
             return super().training_augment(task)
         return Augment(mild(task.input_shape))
 

@@ -24,6 +24,7 @@ from condense.data.transform import Transform
 from condense.exchange import FORMATS, is_foreign, read
 from condense.exchange.export import class_folders
 from condense.exchange.published import match
+from condense.sets import read_set
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, SyntheticSet, Targets, Teacher, load, save
 from tests.mutations import mutate_bytes
 from tests.reference import published
@@ -405,6 +406,16 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
         api.import_set(tmp_path / name, "digits")
     with pytest.raises(ValueError, match="there is no file or folder"):
         api.import_set(tmp_path / "missing.npz", "digits")
+
+
+def test_a_run_folder_with_a_folder_of_pictures_is_still_the_run(tmp_path: Path) -> None:
+    syn = api.distill("random", dataset="digits", ipc=1, out=tmp_path / "run")
+    for folder in (tmp_path / "run", tmp_path / "others"):
+        (folder / "pictures").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "pictures" / "set.png")
+    assert is_foreign(tmp_path / "others")
+    found, _ = read_set(tmp_path / "run")
+    assert isinstance(found, SyntheticSet) and found.origin == syn.origin
 
 
 def test_normalised_values_are_no_pixels(tmp_path: Path) -> None:

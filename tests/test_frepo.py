@@ -17,7 +17,7 @@ from condense.method import Context, Optim
 from condense.methods import pool
 from condense.methods.frepo import FRePo, PoolState, half_squared_error, margin_loss
 from condense.networks import Functional, build
-from condense.recipe import named
+from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, Pixels, Targets
@@ -200,6 +200,14 @@ def test_sets_are_for_networks_without_norm_and_the_published_augmentation() -> 
     assert str(FRePo().training_augment(colour)).startswith("flip_jitter")
     chosen = dataclasses.replace(task, augment=Augment.parse("crop_flip:flips=true"))
     assert str(FRePo().training_augment(chosen)) == "crop_flip"
+
+
+def test_the_training_on_a_set_can_be_changed() -> None:
+    task, changed = context().task, FRePo(training_lr=1e-3, training_warmup=50, augment_training=False)
+    assert (FRePo().training(task).lr, FRePo().training(task).schedule.warmup_steps) == (3e-4, 500)
+    assert (changed.training(task).lr, changed.training(task).schedule.warmup_steps) == (1e-3, 50)
+    assert str(changed.training_augment(task)) == "none"
+    assert Recipe(method=FRePo()).hash("data") != Recipe(method=changed).hash("data")
 
 
 def test_the_recipes_hold_the_published_values() -> None:

@@ -31,8 +31,7 @@ time. Published numbers are those of the papers, at other budgets than ours; we 
 were read elsewhere.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
-command, commit and device. Earlier measurements are on [another page](measurements.md), and
-[series](inputs.md#measured) and [private sets of Fashion-MNIST](methods/dpdm.md#measured) are on pages of their own.
+command, commit and device.
 """
 
 
@@ -50,7 +49,7 @@ shared.
 Each method makes one set, on which all n networks are trained, so its ± leaves out how sets of other seeds would
 differ; the row `random` has n draws of samples with one network each. The columns on the right are the training that a
 set brings along, and random samples under it. The settings were chosen on held-out samples; [another
-page](inputs.md#measured) says how, and has earlier measurements.
+page](inputs.md#measured) says how.
 """: inputs,
     """## Decoupled methods
 

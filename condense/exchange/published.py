@@ -94,9 +94,10 @@ class External:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path looks like a published set and not like one of ours."""
+    """Whether a path looks like a published set and not like one of ours. A run folder may have folders of images."""
     if path.is_dir():
-        return (path / HUB).is_file() or bool(_image_folders(path))
+        is_ours = any((path / name).is_file() for name in ("recipe.yaml", "synthetic.safetensors"))
+        return not is_ours and ((path / HUB).is_file() or bool(_image_folders(path)))
     return path.suffix in (".npz", ".pt", ".pth")
 
 
