@@ -84,6 +84,7 @@ class RCIG(GradientMethod):
 
     family: ClassVar[str] = "kernel"
     regresses: ClassVar[bool] = True
+    added_fields: ClassVar[tuple[str, ...]] = ("training_lr", "training_warmup", "augment_training")
 
     num_steps: int = 10_000
     """Number of updates of the set."""
@@ -107,6 +108,12 @@ class RCIG(GradientMethod):
     """Learning rate of Adam, which trains the networks of the pool."""
     training_epochs: int = 2000
     """Number of epochs of a training on the set in the protocol ``own``, with a batch size of up to 256."""
+    training_lr: float = 1e-4
+    """Learning rate of Adam in that training, after the warm-up."""
+    training_warmup: int = 500
+    """Number of steps in which that learning rate rises from 0."""
+    augment_training: bool = True
+    """Whether that training has the published augmentation where the recipe has none."""
     optim: Optim = Optim(kind="adabelief", lr=3e-3, momentum=0.9)
     """Optimiser of the images (latents)."""
     optim_labels: Optim = Optim(kind="adabelief", lr=3e-3, momentum=0.9)
@@ -122,7 +129,8 @@ class RCIG(GradientMethod):
         super().__post_init__()
         self.require_at_least(1, "batch_real", "pool_size", "max_age", "max_train_steps", "training_epochs")
         self.require_at_least(2, "inner_steps", "adjoint_steps")
-        self.require_positive("ridge", "lr_pool")
+        self.require_at_least(0, "training_warmup")
+        self.require_positive("ridge", "lr_pool", "training_lr")
 
     def optims(self) -> dict[str, Optim]:
         return super().optims() | {"temperature": self.optim_temperature}
@@ -136,9 +144,9 @@ class RCIG(GradientMethod):
         return Training(
             num_epochs=self.training_epochs,
             batch_size=256,
-            lr=1e-4,
+            lr=self.training_lr,
             weight_decay=0.0,
-            schedule=Schedule(warmup_steps=500, cosine_to=0.01),
+            schedule=Schedule(warmup_steps=self.training_warmup, cosine_to=0.01),
             loss="mse",
             optimiser="adam",
         )
@@ -149,9 +157,9 @@ class RCIG(GradientMethod):
         return with_options(name, activation="relu") if "activation=softplus" in name else name
 
     def training_augment(self, task: Task) -> Augment:
-        """The augmentation of the recipe, or the published one if the recipe has none. Mirror images are added as in
-        the distillation."""
-        if task.augment.ops:
+        """The augmentation of the recipe, or the published one if the recipe has none and it is wanted. Mirror images
+        are added as in the distillation."""
+        if task.augment.ops or not self.augment_training:
             return task.augment
         ops = MILD[1:] if mild(task.input_shape) == MILD else mild(task.input_shape)
         return Augment(ops, mode="P", flips=task.augment.flips)

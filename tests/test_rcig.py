@@ -19,7 +19,7 @@ from condense.method import Context, Optim
 from condense.methods import pool
 from condense.methods.rcig import HEAD, RCIG, Convexified, adaptation, ends_above, falls, highest_lr, no_longer_than
 from condense.networks import Functional
-from condense.recipe import named
+from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.synthetic import Factor, Hard, Labels, Logits, Origin, Pixels, Targets
 from condense.task import Labelled, Split, make_task
@@ -262,6 +262,14 @@ def test_sets_are_for_networks_with_relu_and_the_published_augmentation() -> Non
     assert str(RCIG().training_augment(task)) == "zoom_rotate_translate_cutout-quarter:mode=P,flips=true"
     chosen = dataclasses.replace(task, augment=Augment.parse("crop_flip"))
     assert str(RCIG().training_augment(chosen)) == "crop_flip"
+
+
+def test_the_training_on_a_set_can_be_changed() -> None:
+    task, changed = context("none:flips=true").task, RCIG(training_lr=1e-3, training_warmup=50, augment_training=False)
+    assert (RCIG().training(task).lr, RCIG().training(task).schedule.warmup_steps) == (1e-4, 500)
+    assert (changed.training(task).lr, changed.training(task).schedule.warmup_steps) == (1e-3, 50)
+    assert str(changed.training_augment(task)) == "none:flips=true"
+    assert Recipe(method=RCIG()).hash("data") != Recipe(method=changed).hash("data")
 
 
 def test_the_recipes_hold_the_published_values() -> None:
