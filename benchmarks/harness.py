@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -257,14 +258,21 @@ def write(record: Any, file: Path) -> None:
 
 def status(name: str, command: Callable[[], int | None]) -> int:
     """Run a command and return its exit status. A mistake is one line that begins with ``name``, and status 2. If a
-    process that the command started failed, it has said why, and its status is returned."""
+    process that the command started failed, it has said why, and its status is returned. SIGTERM stops the command, and
+    the process that it waits for, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return command() or 0
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except subprocess.CalledProcessError as error:
         return error.returncode
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def count(text: str) -> int:

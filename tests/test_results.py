@@ -476,12 +476,34 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
         page.with_table("no marks", "")
 
 
-def test_a_process_that_misses_an_interrupt_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "INTERRUPT_AGAIN", 0.1)
+def test_a_process_that_misses_a_signal_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "STOP_AGAIN", 0.1)
     deaf_once = (
-        "import signal, time\nsignal.signal(2, lambda *_: signal.signal(2, 0))\nprint(flush=True)\ntime.sleep(60)"
+        "import signal, time\nsignal.signal(15, lambda *_: signal.signal(15, 0))\nprint(flush=True)\ntime.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", deaf_once], text=True, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "\n"
-    queue._interrupt(process)
-    assert process.returncode == -signal.SIGINT
+    queue._stop(process)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_queue_in_the_background_is_stopped_with_its_process(tmp_path: Path) -> None:
+    """A shell lets the processes that it starts in the background ignore SIGINT."""
+    script = (
+        "import signal, sys\n"
+        "from pathlib import Path\n"
+        "from benchmarks.harness import status\n"
+        "from benchmarks.results.queue import Queue\n"
+        "from tests.test_results import ROW\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"work = Path({str(tmp_path)!r})\n"
+        "queue = Queue(data={}, work=work, rows=work, threads=1, commit='abc')\n"
+        "words = ['distill', 'dm', '--dataset', 'digits', '--out', str(work / 'run')]\n"
+        "sys.exit(status('results', lambda: queue.run(words, ROW)))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.communicate(timeout=60)[1] == "results: stopped\n" and process.returncode == 130

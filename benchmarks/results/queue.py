@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -39,8 +38,8 @@ CORES = 2
 """Number of cores of the machine of which the table gives minutes, however many threads a process has."""
 TRIAL_SECONDS = 20.0
 """Time that the longest trial takes for steps alone."""
-INTERRUPT_AGAIN = 20.0
-"""Seconds after which a process that does not end is interrupted again."""
+STOP_AGAIN = 20.0
+"""Seconds after which a process that does not end is told so again."""
 
 
 class Stopped(Exception):
@@ -191,7 +190,7 @@ class Queue:
     def run(self, words: Sequence[str], row: Row) -> str:
         """Run one command of ``condense`` and return what it prints.
 
-        It gets an interrupt, so that it keeps what it has, when the time of the queue is over.
+        It is stopped, and keeps what it has, when the time of the queue is over or the queue is stopped.
         """
         left = self.deadline - time.monotonic()
         if left <= 0:
@@ -208,19 +207,19 @@ class Queue:
         try:
             out, err = process.communicate(timeout=None if left == float("inf") else left)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            _interrupt(process)
+            _stop(process)
             raise (Stopped if isinstance(stop, subprocess.TimeoutExpired) else stop) from None
         if process.returncode:
             raise Failed(f"{shown(words)}: {(err.strip() or out.strip()).splitlines()[-1]}")
         return out
 
 
-def _interrupt(process: subprocess.Popen[str]) -> None:
-    """Interrupt a process until it ends: while it imports its modules, an interrupt can be lost."""
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Send SIGTERM to a process until it ends. A process that a shell started in the background ignores SIGINT."""
     while True:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
-            process.communicate(timeout=INTERRUPT_AGAIN)
+            process.communicate(timeout=STOP_AGAIN)
             return
         except subprocess.TimeoutExpired:
             continue
