@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -166,8 +165,12 @@ class Compared:
     """Accuracies on the test split, as fractions."""
     random: float
     """Mean accuracy of networks trained on as many real images of each class, drawn at random."""
+    random_std: float | None
+    """Standard deviation of these networks; None for a single one."""
     full: float
     """Mean accuracy of networks trained on all training data."""
+    full_std: float | None
+    """Standard deviation of these networks; None for a single one."""
 
     @property
     def gain(self) -> float:
@@ -244,24 +247,27 @@ def compare(
     groups = alike({path: known.get(path) for path in paths})
     names = _names({group[0]: known.get(group[0]) for group in groups})
     count, first = len(architectures), results[paths[0]][0]
+
+    def compared(group: Sequence[str], k: int) -> Compared:
+        accuracy, random, full = (pool([results[path][part * count + k] for path in group]) for part in range(3))
+        return Compared(
+            name=names[group[0]] + (f" ({len(group)} seeds)" if len(group) > 1 else ""),
+            sets=tuple(group),
+            network=results[group[0]][k]["network"],
+            images=results[group[0]][k]["num_images"],
+            bytes=sum(results[group[0]][k]["stored_bytes"].values()),
+            accuracy=accuracy,
+            random=random.mean,
+            random_std=random.between_networks,
+            full=full.mean,
+            full_std=full.between_networks,
+        )
+
     return Comparison(
         dataset=first["dataset"],
         protocol=first["protocol"],
         num_seeds=num_seeds,
-        rows=tuple(
-            Compared(
-                name=names[group[0]] + (f" ({len(group)} seeds)" if len(group) > 1 else ""),
-                sets=tuple(group),
-                network=results[group[0]][k]["network"],
-                images=results[group[0]][k]["num_images"],
-                bytes=sum(results[group[0]][k]["stored_bytes"].values()),
-                accuracy=pool([results[path][k] for path in group]),
-                random=statistics.fmean(results[path][count + k]["mean"] for path in group),
-                full=statistics.fmean(results[path][2 * count + k]["mean"] for path in group),
-            )
-            for group in groups
-            for k in range(count)
-        ),
+        rows=tuple(compared(group, k) for group in groups for k in range(count)),
     )
 
 
@@ -336,9 +342,9 @@ def comparison_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list
         "bytes": [f"{row.bytes:,}" for row in comparison.rows],
         "accuracy": [percent(row.accuracy.mean, row.accuracy.between_networks) for row in comparison.rows],
         "distillations": [_between(row.accuracy.between_distillations) for row in comparison.rows],
-        "random": [percent(row.random) for row in comparison.rows],
+        "random": [percent(row.random, row.random_std) for row in comparison.rows],
         "gain": [f"{100 * row.gain:+.1f}" for row in comparison.rows],
-        "full": [percent(row.full) for row in comparison.rows],
+        "full": [percent(row.full, row.full_std) for row in comparison.rows],
         "% of full": [f"{100 * row.share:.0f}" for row in comparison.rows],
     }
     if len(networks) == 1:

@@ -143,6 +143,9 @@ def test_sets_are_compared_alike_and_seeds_are_pooled(
     assert pooled["accuracy"]["between_distillations"] == pytest.approx(statistics.stdev(expected))
     assert pooled["gain"] == pytest.approx(statistics.mean(expected) - means[paths[0]]["random", TINY])
     assert pooled["share"] == pytest.approx(statistics.mean(expected) / means[paths[0]]["full", TINY])
+    spread = next(row["std"] for row in rows[paths[0]] if (row["method"], row["network"]) == ("random", TINY))
+    assert spread > 0 and pooled["random_std"] == pytest.approx(spread)
+    assert found["table"]["rows"][0][6] == f"{100 * pooled['random']:.1f} ± {100 * spread:.1f}"
     assert found["rows"][2]["gain"] == 0.0 and found["rows"][2]["accuracy"]["between_distillations"] is None
     monkeypatch.setattr(overview.api, "evaluate", None)
     main(["compare", *paths[:3], "--networks", TINY, "mlp", "--num-seeds", "2", "--device", "cpu"])
