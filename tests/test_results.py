@@ -226,6 +226,23 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open(tmp_path: Path
     assert figure.startswith("<?xml") and "fm-frepo" in figure
 
 
+def test_all_training_data_have_a_line_and_no_column(tmp_path: Path) -> None:
+    row = dataclasses.replace(ROW, name="fm-dm", dataset="fashion-mnist", ipc=10)
+    whole = made(row, own=[0.8, 0.82])
+    full = record.Score(method="full", network=TINY, protocol="full-data", accuracies=(0.9, 0.94), seed=0, seconds=1.0)
+    one = dataclasses.replace(whole.distillations[0], scores=(*whole.distillations[0].scores, full))
+    measured = dataclasses.replace(whole, distillations=(one, one))
+    assert measured.protocols == ["own"] and len(measured.accuracies("own")) == 4
+    section = table.Section(title="Ten images", rows=(row,))
+    text = page.section(section, {"fm-dm": measured})
+    assert f"All training data under `full-data` on {TINY}: 92.0 ± 2.8 (n = 2)." in text
+    assert text.count("full-data") == 1
+    whole_table = table.Table(data={"fashion-mnist": "x"}, sections=(section,))
+    (with_full,) = page.figures(whole_table, {"fm-dm": measured}).values()
+    (without,) = page.figures(whole_table, {"fm-dm": whole}).values()
+    assert "all training data" in with_full and "all training data" not in without
+
+
 def test_every_architecture_has_a_column_and_a_section_may_show_areas() -> None:
     row = dataclasses.replace(ROW, name="graphs-mirage", method="mirage")
     scored = record.Score(method="mirage", network="gin", protocol="graphs", accuracies=(0.5, 0.7), seed=0, seconds=1.0)

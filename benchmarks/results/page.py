@@ -150,13 +150,12 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
 
 def full_data(rows: Sequence[Record]) -> list[str]:
     """Lines on the networks that were trained on all training data."""
-    lines = []
-    for protocol in dict.fromkeys(name for row in rows for name in row.protocols):
-        for row in rows:
-            found = row.accuracies(protocol, method="full")
-            if found:
-                lines.append(f"All training data under `{protocol}`: {mean_and_std(found)} (n = {len(found)}).")
-                break
+    scores = {(score.protocol, score.network): score for row in rows for score in row.full()}
+    lines = [
+        f"All training data under `{protocol}` on {network}: {mean_and_std(score.accuracies)} "
+        f"(n = {len(score.accuracies)})."
+        for (protocol, network), score in scores.items()
+    ]
     return [*lines, ""] if lines else []
 
 
@@ -183,7 +182,7 @@ def figures(table: Table, records: Mapping[str, Record]) -> dict[str, str]:
         if not rows:
             continue
         points = [point for row in rows for point in _points(row)]
-        full = [statistics.fmean(a) for row in rows if (a := row.accuracies(row.protocols[0], method="full"))]
+        full = [statistics.fmean(score.accuracies) for row in rows for score in row.full()]
         ceiling = ("all training data", full[0]) if full else None
         path = figure_path(part)
         found[path] = standalone(accuracy_against_bytes(path, points, ceiling))

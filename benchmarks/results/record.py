@@ -60,16 +60,21 @@ class Record:
     networks: dict[str, int] = field(default_factory=dict)
     """Number of parameters by architecture."""
 
-    def scores(self, protocol: str, method: str = "", network: str = "") -> list[Score]:
-        """The scores of one architecture, by default the first, under a protocol: on the row's sets, or on those of
-        another method that was scored beside them."""
-        wanted = method or self.row.method
-        found = [s for d in self.distillations for s in d.scores if s.protocol == protocol and s.method == wanted]
+    def scores(self, protocol: str, network: str = "") -> list[Score]:
+        """The scores of the row's sets under a protocol on one architecture, by default the first."""
+        found = [s for s in self._own_scores() if s.protocol == protocol]
         return [score for score in found if score.network == (network or found[0].network)]
 
-    def accuracies(self, protocol: str, method: str = "", network: str = "") -> list[float]:
+    def accuracies(self, protocol: str, network: str = "") -> list[float]:
         """The accuracies of all networks of ``scores``."""
-        return [accuracy for score in self.scores(protocol, method, network) for accuracy in score.accuracies]
+        return [accuracy for score in self.scores(protocol, network) for accuracy in score.accuracies]
+
+    def full(self) -> list[Score]:
+        """The scores of networks that were trained on all training data, the same beside every distillation."""
+        return [score for score in self.distillations[0].scores if score.method == "full"]
+
+    def _own_scores(self) -> list[Score]:
+        return [score for d in self.distillations for score in d.scores if score.method != "full"]
 
     @property
     def protocols(self) -> list[str]:
@@ -78,7 +83,7 @@ class Record:
     @property
     def columns(self) -> list[tuple[str, str]]:
         """The protocols and architectures under which the sets were scored."""
-        return list(dict.fromkeys((score.protocol, score.network) for d in self.distillations for score in d.scores))
+        return list(dict.fromkeys((score.protocol, score.network) for score in self._own_scores()))
 
 
 def read_all(folder: Path) -> dict[str, Record]:
