@@ -158,8 +158,17 @@ def driver(device: torch.device) -> str | None:
 
 
 def commit() -> str:
-    """Return the commit of the code, with a plus sign if its files differ from it; empty without a repository."""
-    code = ["condense", "methods", "buffers", "eval", "benchmarks"]
+    """Return the commit of the code, with a plus sign if its files differ from it; empty without a repository. The sets
+    of the zoo, which are results, are no code."""
+    code = [
+        "condense",
+        "methods",
+        "buffers",
+        "eval",
+        "benchmarks",
+        ":!condense/zoo/*.safetensors",
+        ":!condense/zoo/*.json",
+    ]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *words]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -491,6 +492,27 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
         assert (ROOT / "docs" / path).exists()
     with pytest.raises(ValueError, match=r"README\.md lacks the lines"):
         page.with_table("no marks", "")
+
+
+def test_a_commit_is_marked_if_code_differs_but_not_if_sets_of_the_zoo_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words], check=True)
+
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    zoo = tmp_path / "condense" / "zoo"
+    (zoo / "digits").mkdir(parents=True)
+    for file in (zoo / "index.json", zoo / "digits" / "ipc1.safetensors", zoo / "zoo.py"):
+        file.write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    (zoo / "index.json").write_text("{}")
+    (zoo / "digits" / "ipc1.safetensors").write_text("set")
+    assert re.fullmatch("[0-9a-f]+", harness.commit())
+    (zoo / "zoo.py").write_text("1")
+    assert re.fullmatch(r"[0-9a-f]+\+", harness.commit())
 
 
 def test_a_process_that_misses_a_signal_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
