@@ -222,6 +222,9 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open(tmp_path: Path
     assert text.index("`fm-frepo` |") < text.index("`fm-dm` |") < text.index("`fm-random` |")
     assert "86.2 ± 0.2 (unverified)" in text and str(published("random", "fashion-mnist", 10)) == "73.8 ± 0.7"
     best = page.best_rows(whole, records)
+    decoded = dataclasses.replace(records["fm-frepo"], decode="factor")
+    assert "| `fm-frepo`, decoder `factor` | soft (targets) |" in page.page(whole, {"fm-frepo": decoded}, tmp_path)
+    assert "| `frepo`, decoder `factor` | 87.0 ± 1.4 |" in page.best_rows(whole, {"fm-frepo": decoded})
     assert "| fashion-mnist | 10 | `frepo` | 87.0 ± 1.4 | 50.0 ± 0.0 | 2.0 | 71.0 ± 1.4 | 86.2 ± 0.2" in best
     (figure,) = page.figures(whole, records).values()
     assert figure.startswith("<?xml") and "fm-frepo" in figure

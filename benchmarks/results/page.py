@@ -27,8 +27,8 @@ out from the training split, and their number stands in the row.
 The protocol `canonical` trains on one class per image, whatever labels a set has; `own` is the training of the
 method, with its labels. A set with *soft* labels stores a vector of values per image. The minutes are the mean time
 of a distillation: on a CPU half the time of the processors, as if two cores were busy all the time, on a GPU wall
-time. Published numbers are those of the papers, at other budgets than ours; we did not measure them. *Unverified* ones
-were read elsewhere.
+time. Published numbers are those of the papers, at other budgets than ours and with the decoders and labels of the
+papers; we did not measure them. *Unverified* ones were read elsewhere.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
 command, commit and device.
@@ -134,7 +134,7 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in sorted(rows, key=lambda row: -max(_mean(row, *column) for column in columns)):
         cells = [
-            f"`{row.row.name}`",
+            f"`{row.row.name}`{_decoder(row)}",
             "hard" if row.labels == "hard" else f"soft ({row.labels})",
             "—" if row.num_steps is None else f"{row.num_steps:,}",
             in_minutes(row),
@@ -206,7 +206,8 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
             continue
         best = max(learned, key=lambda row: max(_mean(row, name) for name in row.protocols))
         lines.append(
-            f"| {dataset} | {ipc} | `{best.row.method}` | {_plain(best, 'own')} | {_plain(best, 'canonical')} "
+            f"| {dataset} | {ipc} | `{best.row.method}`{_decoder(best)} "
+            f"| {_plain(best, 'own')} | {_plain(best, 'canonical')} "
             f"| {in_minutes(best)} | {mean_and_std(random)} "
             f"| {published(best.row.method, dataset, ipc) or '—'} |"
         )
@@ -253,6 +254,11 @@ def _points(row: Record) -> list[Point]:
         spread = None if theirs.std is None else theirs.std / 100
         points.append(Point(label=method, accuracy=theirs.mean / 100, std=spread, published=True, **shared))
     return points
+
+
+def _decoder(row: Record) -> str:
+    """Words on the decoder of a set; empty where its pixels or graphs are stored."""
+    return "" if row.decode in ("pixels", "graphs") else f", decoder `{row.decode}`"
 
 
 def _mean(row: Record, protocol: str, network: str = "") -> float:
