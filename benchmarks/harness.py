@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 
 from condense.allocator import keep_freed_memory, restore_defaults
+from condense.cli import stopped_by_sigterm
 from condense.compute import Compute, has_bfloat16
 from condense.data.datasets import Arrays
 from condense.files import check_new_folder, read_json, write_text
@@ -269,9 +270,9 @@ def status(name: str, command: Callable[[], int | None]) -> int:
     """Run a command and return its exit status. A mistake is one line that begins with ``name``, and status 2. If a
     process that the command started failed, it has said why, and its status is returned. SIGTERM stops the command, and
     the process that it waits for, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return command() or 0
+        with stopped_by_sigterm():
+            return command() or 0
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -280,8 +281,6 @@ def status(name: str, command: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def count(text: str) -> int:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from condense.tracking import volume
 
         level: Volume = "quiet" if quiet else "verbose" if verbose else "normal"
-        with flags(), volume(level), warnings.catch_warnings(), _stopped_by_sigterm():
+        with flags(), volume(level), warnings.catch_warnings(), stopped_by_sigterm():
             warnings.showwarning = _say_warning
             commands.TABLE[words[0]](words[1:])
     except BrokenPipeError:  # whatever read the output has ended, as in `condense list methods | head`
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def stopped_by_sigterm() -> Iterator[None]:
     """Make SIGTERM end a command as Ctrl-C does.
 
     Under torchrun SIGTERM keeps its default effect: a process that waits for another would never run a handler.

@@ -150,7 +150,7 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
 
 def full_data(rows: Sequence[Record]) -> list[str]:
     """Lines on the networks that were trained on all training data."""
-    scores = {(score.protocol, score.network): score for row in rows for score in row.full()}
+    scores = {(score.protocol, score.network): score for row in rows for score in row.full}
     lines = [
         f"All training data under `{protocol}` on {network}: {mean_and_std(score.accuracies)} "
         f"(n = {len(score.accuracies)})."
@@ -182,7 +182,7 @@ def figures(table: Table, records: Mapping[str, Record]) -> dict[str, str]:
         if not rows:
             continue
         points = [point for row in rows for point in _points(row)]
-        full = [statistics.fmean(score.accuracies) for row in rows for score in row.full()]
+        full = [statistics.fmean(score.accuracies) for row in rows for score in row.full]
         ceiling = ("all training data", full[0]) if full else None
         path = figure_path(part)
         found[path] = standalone(accuracy_against_bytes(path, points, ceiling))

@@ -39,7 +39,7 @@ CORES = 2
 TRIAL_SECONDS = 20.0
 """Time that the longest trial takes for steps alone."""
 STOP_AGAIN = 20.0
-"""Seconds after which a process that does not end is told so again."""
+"""Seconds after which a process that has not ended gets the signal again."""
 
 
 class Stopped(Exception):
@@ -215,7 +215,8 @@ class Queue:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Send SIGTERM to a process until it ends. A process that a shell started in the background ignores SIGINT."""
+    """Send SIGTERM to a process until it ends: the interrupt that it becomes is lost if it is raised in a callback. A
+    process that a shell started in the background would ignore SIGINT."""
     while True:
         process.terminate()
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.harness import Provenance
 from benchmarks.results.table import Row
+from condense.eval.baselines import FULL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +63,20 @@ class Record:
 
     def scores(self, protocol: str, network: str = "") -> list[Score]:
         """The scores of the row's sets under a protocol on one architecture, by default the first."""
-        found = [s for s in self._own_scores() if s.protocol == protocol]
+        found = [score for score in self._own_scores() if score.protocol == protocol]
         return [score for score in found if score.network == (network or found[0].network)]
 
     def accuracies(self, protocol: str, network: str = "") -> list[float]:
         """The accuracies of all networks of ``scores``."""
         return [accuracy for score in self.scores(protocol, network) for accuracy in score.accuracies]
 
+    @property
     def full(self) -> list[Score]:
         """The scores of networks that were trained on all training data, the same beside every distillation."""
-        return [score for score in self.distillations[0].scores if score.method == "full"]
+        return [score for score in self.distillations[0].scores if score.method == FULL]
 
     def _own_scores(self) -> list[Score]:
-        return [score for d in self.distillations for score in d.scores if score.method != "full"]
+        return [score for d in self.distillations for score in d.scores if score.method == self.row.method]
 
     @property
     def protocols(self) -> list[str]:
