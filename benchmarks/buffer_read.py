@@ -4,7 +4,7 @@ Both buffers hold 10 experts with 51 snapshots of ConvNet-D3-W128 for CIFAR-10, 
 reader runs in its own process. `cold` is the first read after the files were dropped from the page cache, with the
 bytes read from the disk and the growth of the peak memory. `warm` is the median of later reads. Linux only.
 
-    python -m benchmarks.buffer_read
+    python -m benchmarks.buffer_read [--threads N] [--quick] [--write]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import costs
 from benchmarks.harness import alone, reset_peak, status_bytes
 from condense.artifacts import BufferWriter, Trajectories
 from condense.networks import Functional, InputShape
@@ -115,23 +116,30 @@ def _disk_bytes() -> int:
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
-def main() -> None:
+COLUMNS = ("one pair from", "cold, ms", "warm, ms", "disk, MB", "memory, MB", "times slower, warm")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = costs.parser("buffer_read", __doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny buffer, to check that everything runs")
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
+    layout = QUICK if options.quick else FULL
     ways = {
         "condense": (ours, 200),
-        "torch.load": (published, 5),
-        "torch.load, mmap=True": (published_mapped, 20),
+        "`torch.load`": (published, 5),
+        "`torch.load`, `mmap=True`": (published_mapped, 20),
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = write(Path(name), FULL)
-        costs = {label: alone(measure, way, folder, FULL, num_reads) for label, (way, num_reads) in ways.items()}
-    base = costs["condense"]
-    print(f"| {'one pair from':<21} | cold ms | warm ms | disk MB | memory MB | times slower, warm |")
-    print(f"|{'-' * 23}|--------:|--------:|--------:|----------:|-------------------:|")
-    for label, cost in costs.items():
-        print(
-            f"| {label:<21} | {cost.cold_ms:7.1f} | {cost.warm_ms:7.1f} | {cost.disk_mb:7.1f} "
-            f"| {cost.memory_mb:9.1f} | {cost.warm_ms / base.warm_ms:18.0f} |"
-        )
+    with (
+        tempfile.TemporaryDirectory() as name,
+        costs.measuring("buffer-read", parser, words, COLUMNS, write=options.write) as table,
+    ):
+        folder, base = write(Path(name), layout), None
+        for label, (way, num_reads) in ways.items():
+            cost = alone(measure, way, folder, layout, num_reads)
+            base = base or cost.warm_ms
+            numbers = f"{cost.cold_ms:,.1f}", f"{cost.warm_ms:.1f}", f"{cost.disk_mb:.1f}", f"{cost.memory_mb:.1f}"
+            table.add(label, *numbers, f"{cost.warm_ms / base:.0f}")
 
 
 if __name__ == "__main__":

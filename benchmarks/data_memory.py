@@ -4,7 +4,7 @@ Three processes run: one without a cache, one that fills the cache, and one that
 Private_Dirty, the memory that no other process shares; `peak` is the growth of the largest resident set, which includes
 shared pages. Linux only.
 
-    python benchmarks/data_memory.py cifar10.npz channel
+    python -m benchmarks.data_memory cifar10.npz [--transforms channel zca] [--write]
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import re
 import resource
 import statistics
-import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from benchmarks import costs
+from benchmarks.harness import alone
 from condense.augment import Augment
 from condense.data import load
 from condense.networks import Functional
@@ -40,7 +39,8 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(file: str, transform: str, cache: Path | None) -> str:
+def measure(file: str, transform: str, cache: Path | None) -> tuple[str, ...]:
+    """Return the cells of a row: seconds, milliseconds of a draw, and memory."""
     private, peak, begun = private_mb(), peak_mb(), time.perf_counter()
     arrays = load(file, cache=cache)
     loaded = time.perf_counter()
@@ -58,14 +58,31 @@ def measure(file: str, transform: str, cache: Path | None) -> str:
         times.append(time.perf_counter() - start)
     draw = 1e3 * statistics.median(times)
     return (
-        f"load {loaded - begun:6.3f} s   task {made - loaded:6.3f} s   256 images {draw:.2f} ms   "
-        f"private {private_mb() - private:5.0f} MB   peak {peak_mb() - peak:5.0f} MB"
+        f"{loaded - begun:.3f}",
+        f"{made - loaded:.3f}",
+        f"{draw:.2f}",
+        f"{private_mb() - private:.0f}",
+        f"{peak_mb() - peak:.0f}",
     )
 
 
+COLUMNS = ("data", "transform", "process", "load, s", "task, s", "256 images, ms", "private, MB", "peak, MB")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = costs.parser("data_memory", __doc__)
+    parser.add_argument("data", nargs="+", type=Path, help="an .npz file")
+    parser.add_argument("--transforms", nargs="+", default=["channel"])
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
+    with costs.measuring("data-memory", parser, words, COLUMNS, write=options.write) as table:
+        for file in options.data:
+            for transform in options.transforms:
+                with tempfile.TemporaryDirectory() as folder:
+                    cache = Path(folder)
+                    for process, place in (("without a cache", None), ("first", cache), ("later", cache)):
+                        table.add(file.stem, f"`{transform}`", process, *alone(measure, str(file), transform, place))
+
+
 if __name__ == "__main__":
-    file, transform = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, cache in (("no cache", None), ("first", Path(folder)), ("later", Path(folder))):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                print(f"{name:10}", pool.submit(measure, file, transform, cache).result(), flush=True)
+    main()

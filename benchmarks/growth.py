@@ -1,6 +1,6 @@
 """Measure how time and peak memory grow with the size of the problem, and fit exponents.
 
-    python -m benchmarks.growth              # docs/images/growth.png and the table in docs/performance.md
+    python -m benchmarks.growth              # docs/growth.json, and its figure and table in docs/performance.md
     python -m benchmarks.growth --quick --out /tmp/somewhere
 
 The network is small (two blocks of 32 channels, 16x16 pixels), so that the curves cover a wide range. The engine runs
@@ -23,7 +23,19 @@ import numpy as np
 import torch
 
 from benchmarks import buffer_read, textbook
-from benchmarks.harness import Run, allocator, alone, count, median_seconds, peak_mb, scratch
+from benchmarks.harness import (
+    Provenance,
+    Run,
+    allocator,
+    alone,
+    cores,
+    count,
+    machine,
+    median_seconds,
+    peak_mb,
+    scratch,
+    write,
+)
 from benchmarks.jobs import (
     EXACT,
     STRATEGY,
@@ -117,6 +129,46 @@ class Points:
     memory: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What was measured for a panel."""
+
+    title: str
+    label: str
+    sizes: tuple[int, ...]
+    engine: Points
+    textbook: Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The curves of all panels, with their provenance."""
+
+    curves: tuple[Curve, ...]
+    repeats: int
+    machine: str
+    cores: int
+    provenance: Provenance
+
+    def text(self) -> str:
+        """The figure, the table of exponents and the provenance, as a part of a page."""
+        lines = [
+            "![Time and peak memory against size](images/growth.png)",
+            "",
+            "| path | against | from, to | time: engine | textbook | memory: engine | textbook |",
+            "|---|---|---|---:|---:|---:|---:|",
+        ]
+        for curve in self.curves:
+            slopes = [
+                exponent(curve.sizes, getattr(points, quantity))
+                for quantity in LABELS
+                for points in (curve.engine, curve.textbook)
+            ]
+            cells = [curve.title, curve.label, f"{curve.sizes[0]}, {curve.sizes[-1]}", *(f"{s:.2f}" for s in slopes)]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, "", f"{self.machine}, {self.cores} cores. {self.provenance}, n = {self.repeats}."])
+
+
 def measure(job: Job, engine: bool, sizes: Sequence[int], repeats: int) -> Points:
     allocator(engine)
     results = Points([], [])
@@ -135,24 +187,24 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def plot(results: dict[Panel, tuple[Points, Points]], path: Path) -> None:
+def plot(curves: Sequence[Curve], path: Path) -> None:
     """Plot time in the upper row and memory in the lower row, with one column for each panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(3.4 * len(results), 6.4), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, len(results), squeeze=False)
-    for column, (panel, sides) in enumerate(results.items()):
+    figure = Figure(figsize=(3.4 * len(curves), 6.4), layout="constrained", facecolor="white")
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    for column, curve in enumerate(curves):
         for axis, (quantity, label) in zip(axes[:, column], LABELS.items(), strict=True):
             exponents = []
-            for side, points, style in zip(("engine", "textbook"), sides, ("o-", "s--"), strict=True):
+            for side, points, style in (("engine", curve.engine, "o-"), ("textbook", curve.textbook, "s--")):
                 values = getattr(points, quantity)
-                axis.loglog(panel.sizes, values, style, label=side)
-                exponents.append(f"{side} {exponent(panel.sizes, values):.2f}")
-            axis.set_title(f"{panel.title}\n{', '.join(exponents)}", fontsize=10)
-            axis.set_xlabel(panel.label)
+                axis.loglog(curve.sizes, values, style, label=side)
+                exponents.append(f"{side} {exponent(curve.sizes, values):.2f}")
+            axis.set_title(f"{curve.title}\n{', '.join(exponents)}", fontsize=10)
+            axis.set_xlabel(curve.label)
             axis.set_ylabel(label)
-            axis.set_xticks(panel.sizes, [str(size) for size in panel.sizes])
+            axis.set_xticks(curve.sizes, [str(size) for size in curve.sizes])
             axis.minorticks_off()
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axis.yaxis.set_major_formatter("{x:g}")
@@ -160,18 +212,6 @@ def plot(results: dict[Panel, tuple[Points, Points]], path: Path) -> None:
     axes[0, 0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def table(results: dict[Panel, tuple[Points, Points]]) -> str:
-    lines = [
-        "| path | against | from, to | time: engine | textbook | memory: engine | textbook |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for panel, sides in results.items():
-        slopes = [exponent(panel.sizes, getattr(points, quantity)) for quantity in LABELS for points in sides]
-        cells = [panel.title, panel.label, f"{panel.sizes[0]}, {panel.sizes[-1]}", *(f"{s:.2f}" for s in slopes)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -183,16 +223,23 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    results = {}
+    curves = []
     for panel in PANELS:
-        panel = dataclasses.replace(panel, sizes=panel.sizes[:2]) if options.quick else panel
-        ours, theirs = (alone(measure, panel.job, engine, panel.sizes, options.repeats) for engine in (True, False))
-        results[panel] = ours, theirs
-        print(f"{panel.title}, {panel.label}: {ours} {theirs}", flush=True)
-    plot(results, options.out / "images" / "growth.png")
-    page = f"![Time and peak memory against size](images/growth.png)\n\n{table(results)}"
-    replace_part(options.out / "performance.md", "growth", page)
-    print(table(results))
+        sizes = panel.sizes[:2] if options.quick else panel.sizes
+        engine, theirs = (alone(measure, panel.job, side, sizes, options.repeats) for side in (True, False))
+        curves.append(Curve(title=panel.title, label=panel.label, sizes=sizes, engine=engine, textbook=theirs))
+        print(f"{panel.title}, {panel.label}: {engine} {theirs}", flush=True)
+    growth = Growth(
+        curves=tuple(curves),
+        repeats=options.repeats,
+        machine=machine(CPU),
+        cores=cores(),
+        provenance=Provenance.now(CPU),
+    )
+    plot(curves, options.out / "images" / "growth.png")
+    write(growth, options.out / "growth.json")
+    replace_part(options.out / "performance.md", "growth", growth.text())
+    print(growth.text())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Compare peak memory and time of the Exact adjoint and of full unrolling; measure the error of TESLA's gradient.
+"""Compare the peak memory of the Exact adjoint with that of full unrolling; measure the error of TESLA's gradient.
 
-    python -m benchmarks.inner_memory                    # both adjoints; Full at 40 steps needs about 15 GB
+    python -m benchmarks.inner_memory [--write]          # both adjoints; Full at 40 steps needs about 15 GB
     python -m benchmarks.inner_memory --adjoints exact   # only the rows of Exact, which need less
-    python -m benchmarks.inner_memory --error            # the error of TESLA
+    python -m benchmarks.inner_memory --error [--write]  # the error of TESLA
 
 The job is one step of trajectory matching: ConvNet-D3-W128, 100 images of 3x32x32 (handwritten digits), gradients with
 respect to the images and the learning rate. Each configuration runs in its own process, after a warm-up of one step on
@@ -12,16 +12,13 @@ over base. Linux only.
 
 from __future__ import annotations
 
-import argparse
-import time
-from datetime import date
-
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from benchmarks.harness import alone, count, machine, peak_mb, status_bytes
+from benchmarks import costs
+from benchmarks.harness import alone, count, peak_mb, status_bytes
 from condense.inner import ADJOINTS, Adjoint, Exact, Full, Tesla, unroll
 from condense.networks import Functional
 from condense.rng import Rng
@@ -30,58 +27,50 @@ Theta = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 
 
-def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def main(words: list[str] | None = None) -> None:
+    parser = costs.parser("inner_memory", __doc__)
     parser.add_argument("--adjoints", nargs="+", default=["exact", "full"], choices=ADJOINTS)
-    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 40])
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
+    parser.add_argument("--steps", nargs="+", type=count, default=[5, 10, 20, 40])
     parser.add_argument("--error", action="store_true", help="measure the error of TESLA's gradient instead")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    print(f"{machine(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}, {date.today()}\n")
     if options.error:
-        print_errors()
-    else:
-        print_table(options.adjoints, options.steps)
+        with costs.measuring("tesla-error", parser, words, OF_ERRORS, write=options.write) as table:
+            add_errors(table, MLP, (1, 0.05), (5, 0.05), (20, 0.05), (50, 0.05), (20, 0.5), (50, 0.5))
+            add_errors(table, ConvNet, (1, 0.01), (10, 0.01), (10, 0.05))
+        return
+    with costs.measuring("inner-memory", parser, words, OF_MEMORY, write=options.write) as table:
+        peaks = {}
+        for adjoint in options.adjoints:
+            for n in options.steps:
+                base, peaks[adjoint, n] = alone(measure, ADJOINTS[adjoint](), n)
+                table.add(f"`{adjoint}`", str(n), f"{base:.0f}", f"{peaks[adjoint, n]:,.0f}")
+        few, many = min(options.steps), max(options.steps)
+        if "exact" in options.adjoints and few < many:
+            peak, vectors = peaks["exact", many], many * ConvNet().net.num_params * 4 / 1e6
+            bound = 1.2 * peaks["exact", few] + vectors
+            table.remark = (
+                f"`exact` at {many} steps is {'within' if peak <= bound else 'above'} the bound of 1.2 times its peak "
+                f"at {few} steps plus\n{many} parameter vectors ({vectors:.0f} MB), which is {bound:.0f} MB."
+            )
 
 
-def print_table(adjoints: list[str], steps: list[int]) -> None:
-    print("| adjoint | steps | base, MB | peak over base, MB | seconds |\n|---|---|---|---|---|")
-    peaks: dict[tuple[str, int], float] = {}
-    for adjoint in adjoints:
-        for n in steps:
-            base, peaks[adjoint, n], took = alone(measure, ADJOINTS[adjoint](), n)
-            print(f"| {adjoint} | {n} | {base:.0f} | {peaks[adjoint, n]:.0f} | {took:.1f} |", flush=True)
-    few, many = min(steps), max(steps)
-    if "exact" in adjoints and few < many:
-        peak, vectors = peaks["exact", many], many * ConvNet().net.num_params * 4 / 1e6
-        bound = 1.2 * peaks["exact", few] + vectors
-        print(f"\nexact at {many} steps: {peak:.0f} MB, {'within' if peak <= bound else 'OUTSIDE'} the bound of")
-        print(f"1.2 x its peak at {few} steps + {many} parameter vectors ({vectors:.0f} MB) = {bound:.0f} MB")
+OF_MEMORY = "adjoint", "steps", "base, MB", "peak over base, MB"
+OF_ERRORS = "network", "steps", "lr", "`Exact`", "`Exact`, float32", "`Full`, float32", "`Tesla`", "cosine"
 
 
-def measure(adjoint: Adjoint, num_steps: int) -> tuple[float, float, float]:
-    """Return base and peak over base in megabytes, and the seconds, of one matching step."""
+def measure(adjoint: Adjoint, num_steps: int) -> tuple[float, float]:
+    """Return base and peak over base of one matching step, in megabytes."""
     problem = ConvNet()
     target = {name: torch.zeros_like(p) for name, p in problem.start.items()}
     problem.gradient(adjoint, 1, 0.01, target, num_images=4)
-    base, begun = status_bytes("VmRSS") / 1e6, time.perf_counter()
-    peak = peak_mb(lambda: problem.gradient(adjoint, num_steps, 0.01, target), torch.device("cpu"))
-    return base, peak, time.perf_counter() - begun
+    base = status_bytes("VmRSS") / 1e6
+    return base, peak_mb(lambda: problem.gradient(adjoint, num_steps, 0.01, target), torch.device("cpu"))
 
 
-def print_errors() -> None:
-    print(
-        "Errors of the gradient of the images relative to Full in float64, and the cosine between TESLA's and Full's.\n"
-    )
-    print("| network | steps | lr | Exact | Exact, float32 | Full, float32 | TESLA | cosine |")
-    print("|---|---|---|---|---|---|---|---|")
-    print_error_rows(MLP, (1, 0.05), (5, 0.05), (20, 0.05), (50, 0.05), (20, 0.5), (50, 0.5))
-    print_error_rows(ConvNet, (1, 0.01), (10, 0.01), (10, 0.05))
-
-
-def print_error_rows(kind: type[MLP] | type[ConvNet], *cases: tuple[int, float]) -> None:
+def add_errors(table: costs.Table, kind: type[MLP] | type[ConvNet], *cases: tuple[int, float]) -> None:
+    """Add the errors of the gradient of the images relative to ``Full`` in float64, and the cosine between ``Tesla``
+    and ``Full``, for each number of steps and learning rate."""
     single, double = kind(torch.float32), kind(torch.float64)
     target = single.target()
     wide = {name: p.double() for name, p in target.items()}
@@ -90,7 +79,7 @@ def print_error_rows(kind: type[MLP] | type[ConvNet], *cases: tuple[int, float])
         rounded = (single.gradient(a, n, lr, target).flatten() for a in (Exact(), Full()))
         errors = [f"{((other - full).norm() / full.norm()).item():.2g}" for other in (exact, *rounded, tesla)]
         cosine = F.cosine_similarity(tesla, full, dim=0).item()
-        print(f"| {kind.__name__} | {n} | {lr} | {' | '.join(errors)} | {cosine:.3f} |", flush=True)
+        table.add(kind.__name__, str(n), str(lr), *errors, f"{cosine:.3f}")
 
 
 class ConvNet:

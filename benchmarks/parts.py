@@ -1,6 +1,6 @@
 """Compare a step of a method with the sum of its parts: what a step costs beside the computations it cannot avoid.
 
-python -m benchmarks.parts [--only frepo rfad rcig] [--repeats N] [--threads N] [--quick]
+python -m benchmarks.parts [--only frepo rfad rcig] [--repeats N] [--threads N] [--quick] [--write]
 
 The step and its parts run alternately in one process, so that other work on the machine slows both. A part computes on
 tensors that are ready: real images and minibatches are chosen, weights are drawn, gradients are there. The ratio is the
@@ -10,7 +10,6 @@ that passes (wall) and for that of the process (CPU), which other processes hard
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import costs
 from benchmarks.harness import Run, allocator, count
 from benchmarks.jobs import ADAM, CPU, QUICK, Scale, Steps, context, fast, frepo_engine, make, rcig_engine
 from condense.compute import prepare_device
@@ -171,39 +171,39 @@ def timed(run: Run) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(name: str, scale: Scale, repeats: int) -> None:
-    """Print the medians of the step and of its parts in ms, and the median of the ratios."""
+def measure(name: str, scale: Scale, repeats: int, table: costs.Table) -> None:
+    """Add the medians of the step and of its parts in ms, and the median of the ratios."""
     steps, parts = METHODS[name](scale)
-    runs: Parts = {"step": steps, **parts}
+    runs: Parts = {"a step": steps, **parts}
     for run in runs.values():
         run()
     turns = [{part: timed(run) for part, run in runs.items()} for _ in range(repeats)]
-    print(f"{name}, {repeats} turns, {torch.get_num_threads()} threads: ms wall, ms CPU")
     for part in runs:
         wall, cpu = (1e3 * statistics.median(turn[part][clock] for turn in turns) for clock in (0, 1))
-        print(f"  {part:40} {wall:9.1f} {cpu:9.1f}")
+        table.add(f"`{name}`", part, f"{wall:,.1f}", f"{cpu:,.1f}")
     ratios = [
-        statistics.median(turn["step"][clock] / sum(turn[part][clock] for part in parts) for turn in turns)
+        statistics.median(turn["a step"][clock] / sum(turn[part][clock] for part in parts) for turn in turns)
         for clock in (0, 1)
     ]
-    print("  {:40} {:9.2f} {:9.2f}".format("ratio of the step to the sum of its parts", *ratios), flush=True)
+    table.add(f"`{name}`", "**ratio of the step to the sum of its parts**", *(f"**{ratio:.2f}**" for ratio in ratios))
+
+
+COLUMNS = ("method", "", "time, ms", "processor time, ms")
 
 
 def main(words: list[str] | None = None) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.parts", description=__doc__, formatter_class=formatter)
+    parser = costs.parser("parts", __doc__)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=count, default=7)
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     prepare_device("cpu")
     allocator(engine=True)
-    large = Scale(num_real=1024, compute=fast(CPU))
-    scale = QUICK if options.quick else large
-    for name in options.only:
-        measure(name, scale, options.repeats)
+    scale = QUICK if options.quick else Scale(num_real=1024, compute=fast(CPU))
+    with costs.measuring("parts", parser, words, COLUMNS, write=options.write) as table:
+        for name in options.only:
+            measure(name, scale, options.repeats, table)
 
 
 if __name__ == "__main__":

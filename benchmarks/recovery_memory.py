@@ -11,52 +11,55 @@ resident set of a process, with interpreter and libraries. Linux only.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.harness import machine
+from benchmarks import costs
+from benchmarks.harness import count
 from condense import api
 
 NETWORK = "convnet:depth=3,width=8,norm=batch"
 CHUNK = 100
 
 
+COLUMNS = ("images per class", "images in 8 bits, MB", "peak, MB", "peak, resumed, MB")
+
+
 def main(words: list[str] | None = None) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10], help="images per class, a row for each")
-    parser.add_argument("--size", type=int, default=64, help="pixels along each side")
+    parser = costs.parser("recovery_memory", __doc__)
+    parser.add_argument("--classes", type=count, default=1000)
+    parser.add_argument("--ipc", nargs="+", type=count, default=[1, 10], help="images per class, a row for each")
+    parser.add_argument("--size", type=count, default=64, help="pixels along each side")
     options = parser.parse_args(words)
-    print(f"{machine(torch.device('cpu'))}, torch {torch.__version__}, {date.today()}\n")
-    print("| images per class | images in 8 bits, MB | peak, MB | peak of the resumed run, MB | seconds |")
-    print("|---|---|---|---|---|")
-    for ipc in options.ipc:
-        with tempfile.TemporaryDirectory() as name:
-            folder, num_chunks = Path(name), ipc * -(-options.classes // CHUNK)
-            write(folder / "data.npz", options.classes, ipc, (3, options.size, options.size))
-            api.make_buffer(
-                folder / "data.npz", NETWORK, num_experts=1, num_epochs=1, keep="last", out=folder, device="cpu"
-            )
-            begun = time.perf_counter()
-            whole = distil(folder, "whole", ipc)
-            seconds = time.perf_counter() - begun
-            distil(folder, "stopped", ipc, kill_after=num_chunks // 2)
-            resumed = distil(folder, "stopped", ipc, "--resume")
-            sets = [(folder / run / "synthetic.safetensors").read_bytes() for run in ("whole", "stopped")]
-            if sets[0] != sets[1]:
-                sys.exit("the resumed run wrote other bytes")
-        megabytes = 3 * options.size**2 * options.classes * ipc / 1e6
-        print(f"| {ipc} | {megabytes:.0f} | {whole:.0f} | {resumed:.0f} | {seconds:.0f} |", flush=True)
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    with costs.measuring("recovery-memory", parser, words, COLUMNS, write=options.write) as table:
+        for ipc in options.ipc:
+            with tempfile.TemporaryDirectory() as name:
+                whole, resumed = peaks(Path(name), options.classes, ipc, options.size)
+            megabytes = 3 * options.size**2 * options.classes * ipc / 1e6
+            table.add(str(ipc), f"{megabytes:.0f}", f"{whole:,.0f}", f"{resumed:,.0f}")
+
+
+def peaks(folder: Path, num_classes: int, ipc: int, size: int) -> tuple[float, float]:
+    """Return the peaks, in MB, of a recovery and of the process that continues a killed one; both write the same
+    bytes."""
+    write(folder / "data.npz", num_classes, ipc, (3, size, size))
+    api.make_buffer(folder / "data.npz", NETWORK, num_experts=1, num_epochs=1, keep="last", out=folder, device="cpu")
+    whole = distil(folder, "whole", ipc)
+    distil(folder, "stopped", ipc, kill_after=ipc * -(-num_classes // CHUNK) // 2)
+    resumed = distil(folder, "stopped", ipc, "--resume")
+    sets = [(folder / run / "synthetic.safetensors").read_bytes() for run in ("whole", "stopped")]
+    if sets[0] != sets[1]:
+        sys.exit("the resumed run wrote other bytes")
+    return whole, resumed
 
 
 def write(path: Path, num_classes: int, each: int, shape: tuple[int, int, int]) -> None:

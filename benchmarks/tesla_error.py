@@ -1,6 +1,6 @@
 """Measure the error of TESLA's gradient of the images at the start of trajectory matching, with a trained expert.
 
-    python -m benchmarks.tesla_error fashion_mnist.npz --threads 2    # without a file: the embedded digits
+    python -m benchmarks.tesla_error fashion_mnist.npz [--write]    # without a file: the embedded digits
 
 A ConvNet-D3-W128 is trained as an expert, on the first images of the data by plain SGD, with a snapshot after every
 epoch. The student starts at one snapshot, and its target is the snapshot two epochs later. It takes its steps on real
@@ -9,10 +9,7 @@ images. ``Exact`` and ``Tesla`` differentiate the same loss in float64. Equal gr
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -21,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import count, machine
+from benchmarks import costs
+from benchmarks.harness import count
 from benchmarks.inner_memory import Batch, Theta, matching
 from condense import api
 from condense.artifacts import Trajectories
@@ -50,10 +48,10 @@ CASES = [
 ]
 
 
-def rows(data: Labelled, experts: Trajectories, network: Functional) -> Iterator[str]:
-    """Yield one line of the table for each case."""
+def rows(data: Labelled, experts: Trajectories, network: Functional) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of the table for each case."""
     for case in CASES:
-        begun, draws = time.perf_counter(), Rng(0)
+        draws = Rng(0)
         images = torch.cat([data.draw(c, case.ipc, draws("images", 0, c)) for c in range(network.num_outputs)])
         labels = torch.arange(network.num_outputs).repeat_interleave(case.ipc)
         pair = experts.pair(0, case.start, case.start + EXPERT_EPOCHS)
@@ -62,8 +60,15 @@ def rows(data: Labelled, experts: Trajectories, network: Functional) -> Iterator
             gradient(network, images.double(), labels, *ends, case, adjoint) for adjoint in (Exact(), Tesla())
         )
         error, cosine = (tesla - exact).norm() / exact.norm(), F.cosine_similarity(tesla, exact, dim=0)
-        measured = f"{loss:.3f} | {error:.2f} | {cosine:.3f} | {time.perf_counter() - begun:.0f}"
-        yield f"| {case.ipc} | {case.start} | {case.lr} | {case.steps} | {measured} |"
+        yield (
+            str(case.ipc),
+            str(case.start),
+            str(case.lr),
+            str(case.steps),
+            f"{loss:.3f}",
+            f"{error:.2f}",
+            f"{cosine:.3f}",
+        )
 
 
 def gradient(
@@ -80,31 +85,34 @@ def gradient(
     return loss.item(), torch.autograd.grad(loss, images)[0].flatten()
 
 
-def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+COLUMNS = ("images per class", "start epoch", "lr", "steps", "loss", "error of `Tesla`", "cosine")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = costs.parser("tesla_error", __doc__)
     parser.add_argument("data", nargs="?", default="digits", help="name of a data set, or an .npz file")
-    parser.add_argument("--num-train", type=int, default=10_000, help="number of images that the expert is trained on")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
-    options = parser.parse_args()
+    parser.add_argument("--num-train", type=count, default=10_000, help="number of images of the expert")
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    print(f"{machine(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}, {date.today()}\n")
-    begun, whole = time.perf_counter(), datasets.load(options.data)
+    whole = datasets.load(options.data)
     arrays = datasets.load(
         (whole.x_train[: options.num_train], whole.y_train[: options.num_train], whole.x_test, whole.y_test)
     )
     task = api.plain_task(arrays, "convnet", "channel", Split())
-    with TemporaryDirectory() as folder:
+    network = Functional("convnet", task.input_shape, task.num_classes, dtype=torch.float64)
+    with (
+        TemporaryDirectory() as folder,
+        costs.measuring("tesla-error-experts", parser, words, COLUMNS, write=options.write) as table,
+    ):
         made = api.make_buffer(arrays, "convnet", experts=EXPERTS, augment="none", out=Path(folder), device="cpu")
         experts = Trajectories(made)
-        accuracies = experts.manifest["experts"][0]["train_accuracy"]
-        print(f"{whole.name}: expert of {EXPERTS.num_epochs} epochs on {len(task.train)} images, batches of")
-        print(f"{EXPERTS.batch_size}, accuracy on them after each epoch {' '.join(f'{a:.3f}' for a in accuracies)}\n")
-        print("| images a class | start epoch | lr | steps | loss | error of TESLA | cosine | seconds |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        for row in rows(task.train, experts, Functional("convnet", task.input_shape, 10, dtype=torch.float64)):
-            print(row, flush=True)
-    print(f"\n{(time.perf_counter() - begun) / 60:.0f} minutes in all")
+        accuracies = ", ".join(f"{100 * a:.1f}" for a in experts.manifest["experts"][0]["train_accuracy"])
+        for row in rows(task.train, experts, network):
+            table.add(*row)
+        table.remark = (
+            f"The expert has an accuracy of {accuracies} % on its {len(task.train):,} training images after 0 to "
+            f"{EXPERTS.num_epochs}\nepochs. One expert and one draw of images (n = 1, seed 0)."
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu, growth, harness, inputs, jobs, measure, parts, report, startup, textbook, tf32
+from benchmarks import gpu, growth, harness, inputs, jobs, measure, report, startup, textbook, tf32
 from condense import cli
 from condense.augment import Augment, Params
 from condense.compute import Compute
@@ -200,16 +200,6 @@ def test_rows_are_written_as_they_come_and_read_again(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", parts.METHODS)
-def test_a_step_is_compared_with_its_parts(here: None, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parts.main(["--quick", "--repeats", "1", "--only", name])
-    head, *rows = capsys.readouterr().out.splitlines()
-    *times, ratios = [[float(number) for number in row.split()[-2:]] for row in rows]
-    assert head.startswith(f"{name}, 1 turns")
-    assert len(times) >= 4 and rows[0].split()[0] == "step"
-    assert ratios[0] == pytest.approx(times[0][0] / sum(wall for wall, _ in times[1:]), rel=0.2)
-
-
 def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as left:
@@ -233,6 +223,9 @@ def test_growth_is_drawn(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(growth, "PANELS", [dataclasses.replace(panel, sizes=(2, 3)) for panel in growth.PANELS])
     growth.main(["--repeats", "1", "--out", str(tmp_path)])
     assert (tmp_path / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")
+    curves = harness.read(growth.Growth, tmp_path / "growth.json").curves
+    assert [curve.title for curve in curves] == [panel.title for panel in growth.PANELS]
+    assert all(len(side.seconds) == 2 for curve in curves for side in (curve.engine, curve.textbook))
 
 
 @pytest.mark.slow
