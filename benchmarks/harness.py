@@ -273,9 +273,9 @@ def status(name: str, command: Callable[[], int | None]) -> int:
     try:
         with stopped_by_sigterm():
             return command() or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"{name}: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except subprocess.CalledProcessError as error:
         return error.returncode
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Measure what it costs that threads wait for one another on a machine whose cores other processes keep busy.
 
-    python -m benchmarks.waiting [--busy 4] [--repeats 7] [--quick] [--write]
+    python -m benchmarks.waiting [--threads 2] [--busy 4] [--repeats 7] [--quick] [--write]
 
 The work is an update of FRePo with 512 real images, compiled and in bfloat16 where the processor has it. Every way of
 waiting runs in a process of its own, beside ``--busy`` processes that compute without end. Figures are medians over the
@@ -22,14 +22,15 @@ from benchmarks.jobs import CPU, QUICK, Scale, fast, frepo_engine
 from condense.cli import SPINS
 from condense.compute import prepare_device
 
-WAYS: Mapping[str, tuple[int, Mapping[str, str]]] = {
-    "300,000 rounds, the default of GNU's OpenMP": (2, {"GOMP_SPINCOUNT": "300000"}),
-    f"{int(SPINS):,} rounds, as the command line sets it": (2, {"GOMP_SPINCOUNT": SPINS}),
-    "1,000 rounds": (2, {"GOMP_SPINCOUNT": "1000"}),
-    "none (`OMP_WAIT_POLICY=passive`)": (2, {"OMP_WAIT_POLICY": "passive"}),
-    "one thread, which waits for none": (1, {}),
+ONE = "one thread, which waits for none"
+WAYS: Mapping[str, Mapping[str, str]] = {
+    "300,000 rounds, the default of GNU's OpenMP": {"GOMP_SPINCOUNT": "300000"},
+    f"{int(SPINS):,} rounds, as the command line sets it": {"GOMP_SPINCOUNT": SPINS},
+    "1,000 rounds": {"GOMP_SPINCOUNT": "1000"},
+    "none (`OMP_WAIT_POLICY=passive`)": {"OMP_WAIT_POLICY": "passive"},
+    ONE: {},
 }
-"""Number of threads and environment of each way to wait."""
+"""The environment of each way to wait."""
 
 
 def measure(scale: Scale, repeats: int) -> tuple[float, float]:
@@ -71,13 +72,15 @@ def main(words: list[str] | None = None) -> None:
     ):
         for other in others:
             other.submit(compute)
-        for way, (threads, environment) in WAYS.items():
+        for way, environment in WAYS.items():
+            threads = 1 if way == ONE else options.threads
             torch.set_num_threads(threads)
             given = dict(os.environ)
             os.environ.update(environment)
             wall, cpu = alone(measure, scale, options.repeats)
             os.environ.clear()
             os.environ.update(given)
+            torch.set_num_threads(options.threads)
             table.add(str(threads), way, f"{wall:.2f}", f"{cpu:.2f}")
 
 

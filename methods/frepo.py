@@ -110,15 +110,7 @@ class FRePo(GradientMethod):
         return self.num_steps * (self.batch_real / 3 + num_synthetic + min(num_synthetic, self.batch_pool))
 
     def training(self, task: Task) -> Training:
-        return Training(
-            num_epochs=self.training_epochs,
-            batch_size=500,
-            lr=self.training_lr,
-            weight_decay=0.0,
-            schedule=Schedule(warmup_steps=self.training_warmup, cosine_to=0.01),
-            loss="mse",
-            optimiser="adam",
-        )
+        return pool.training(self.training_epochs, 500, self.training_lr, self.training_warmup)
 
     def training_network(self, task: Task) -> str:
         return with_options(task.network.name, norm="none")

@@ -45,7 +45,6 @@ from condense.match import differentiated
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.methods import pool
 from condense.networks import Functional, with_options
-from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
 
@@ -141,15 +140,7 @@ class RCIG(GradientMethod):
         return self.num_steps * (passes * syn + 1.3 * self.batch_real)
 
     def training(self, task: Task) -> Training:
-        return Training(
-            num_epochs=self.training_epochs,
-            batch_size=256,
-            lr=self.training_lr,
-            weight_decay=0.0,
-            schedule=Schedule(warmup_steps=self.training_warmup, cosine_to=0.01),
-            loss="mse",
-            optimiser="adam",
-        )
+        return pool.training(self.training_epochs, 256, self.training_lr, self.training_warmup)
 
     def training_network(self, task: Task) -> str:
         """The network of the recipe, with ReLU in place of softplus."""

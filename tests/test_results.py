@@ -548,4 +548,4 @@ def test_a_queue_in_the_background_is_stopped_with_its_process(tmp_path: Path) -
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
-    assert process.communicate(timeout=60)[1] == "results: stopped\n" and process.returncode == 130
+    assert process.communicate(timeout=60)[1] == "results: stopped\n" and process.returncode == 143

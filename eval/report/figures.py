@@ -292,8 +292,10 @@ def _scatter(
                     arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
                 )
         random = sorted((p.num_bytes, 100 * p.accuracy) for p in points if p.method == RANDOM and not p.published)
-        if random:
+        if len({size for size, _ in random}) > 1:
             axes.plot(*zip(*random, strict=True), color=INK, linewidth=0.8, linestyle="--")
+        elif random:
+            axes.axhline(sum(height for _, height in random) / len(random), color=INK, linewidth=0.8, linestyle="--")
         if full is not None:
             axes.axhline(100 * full[1], color=INK, linewidth=0.8)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
