@@ -278,8 +278,9 @@ def _scatter(
                 colour = FAINT if point.published else _colour(point, colours)
                 axes.vlines(point.num_bytes, bottom, top, color=colour, linewidth=1)
             _mark(canvas, point, (point.num_bytes, 100 * point.accuracy), colours, markers)
+        named = [point for point in points if point.published or point.method != RANDOM]  # the legend names the line
         for published in (False, True):
-            for point, height in _spread([point for point in points if point.published == published], gap):
+            for point, height in _spread([point for point in named if point.published == published], gap):
                 axes.annotate(
                     point.label,
                     (point.num_bytes, 100 * point.accuracy),
