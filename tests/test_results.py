@@ -497,6 +497,17 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
         page.with_table("no marks", "")
 
 
+def test_accuracies_that_pages_quote_are_in_the_tables_of_results() -> None:
+    tables = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    pages = [ROOT / "README.md", *{*(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "results.md"}]
+    quoted = [
+        (file.name, number)
+        for file in pages
+        for number in re.findall(r"\d+\.\d ± \d+\.\d", file.read_text(encoding="utf-8"))
+    ]
+    assert len(quoted) > 40 and [(file, number) for file, number in quoted if number not in tables] == []
+
+
 def test_a_commit_is_marked_if_code_differs_but_not_if_sets_of_the_zoo_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
