@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import costs
-from benchmarks.harness import alone, reset_peak, status_bytes
+from benchmarks.harness import alone, reset_peak, status, status_bytes
 from condense.artifacts import BufferWriter, Trajectories
 from condense.networks import Functional, InputShape
 from condense.rng import Rng
@@ -143,4 +144,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("buffer-read", main))

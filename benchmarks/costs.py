@@ -21,6 +21,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Provenance, count
 from benchmarks.report import replace_part
+from condense.files import check_new_folder
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "costs"
@@ -107,7 +108,12 @@ def measuring(
         words: the words of its command; None: those of this process.
         columns: titles of the columns.
         write: whether anything is written.
+
+    Raises:
+        ValueError: the folder of the records is not writable; nothing was measured.
     """
+    if write:
+        check_new_folder(RECORDS)
     table, begun, load = Table(columns), time.monotonic(), os.getloadavg()[0]
     yield table
     cpu = torch.device("cpu")

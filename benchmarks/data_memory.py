@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import costs
-from benchmarks.harness import alone
+from benchmarks.harness import alone, status
 from condense.augment import Augment
 from condense.data import load
 from condense.networks import Functional
@@ -85,4 +86,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("data-memory", main))

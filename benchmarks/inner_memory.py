@@ -12,13 +12,15 @@ over base. Linux only.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from benchmarks import costs
-from benchmarks.harness import alone, count, peak_mb, status_bytes
+from benchmarks.harness import alone, count, peak_mb, status, status_bytes
 from condense.inner import ADJOINTS, Adjoint, Exact, Full, Tesla, unroll
 from condense.networks import Functional
 from condense.rng import Rng
@@ -149,4 +151,4 @@ def matching(start: Theta, end: Theta, target: Theta) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("inner-memory", main))

@@ -11,6 +11,7 @@ that passes (wall) and for that of the process (CPU), which other processes hard
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import costs
-from benchmarks.harness import Run, allocator, count
+from benchmarks.harness import Run, allocator, count, status
 from benchmarks.jobs import ADAM, CPU, QUICK, Scale, Steps, context, fast, frepo_engine, make, rcig_engine
 from condense.compute import prepare_device
 from condense.inner import mixed_gradient
@@ -207,4 +208,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("parts", main))

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import costs
-from benchmarks.harness import count
+from benchmarks.harness import count, status
 
 NUM_CLASSES = 10
 COLUMNS = ("photos", "images, MB", "time, s", "processor time of a photo, ms", "memory, MB")
@@ -75,4 +75,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("photos", main))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import costs
-from benchmarks.harness import count
+from benchmarks.harness import count, status
 from condense import api
 
 NETWORK = "convnet:depth=3,width=8,norm=batch"
@@ -91,4 +91,4 @@ def distil(folder: Path, run: str, ipc: int, *flags: str, kill_after: int | None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("recovery-memory", main))

@@ -9,6 +9,7 @@ images. ``Exact`` and ``Tesla`` differentiate the same loss in float64. Equal gr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import costs
-from benchmarks.harness import count
+from benchmarks.harness import count, status
 from benchmarks.inner_memory import Batch, Theta, matching
 from condense import api
 from condense.artifacts import Trajectories
@@ -113,4 +114,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("tesla-error", main))

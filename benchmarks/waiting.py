@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 
 import torch
 
 from benchmarks import costs
-from benchmarks.harness import allocator, alone, count, processes
+from benchmarks.harness import allocator, alone, count, processes, status
 from benchmarks.jobs import CPU, QUICK, Scale, fast, frepo_engine
 from condense.cli import SPINS
 from condense.compute import prepare_device
@@ -85,4 +86,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("waiting", main))
