@@ -22,6 +22,7 @@ import torch
 from benchmarks import costs
 from benchmarks.harness import alone, status
 from condense.augment import Augment
+from condense.compute import prepare_device
 from condense.data import load
 from condense.networks import Functional
 from condense.rng import Rng
@@ -42,6 +43,7 @@ def peak_mb() -> float:
 
 def measure(file: str, transform: str, cache: Path | None) -> tuple[str, ...]:
     """Return the cells of a row: seconds, milliseconds of a draw, and memory."""
+    prepare_device("cpu")
     private, peak, begun = private_mb(), peak_mb(), time.perf_counter()
     arrays = load(file, cache=cache)
     loaded = time.perf_counter()
