@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Provenance, count
+from benchmarks.harness import Provenance, count, table_head, table_line
 from benchmarks.report import replace_part
 from condense.files import check_new_folder
 
@@ -58,8 +58,7 @@ class Costs:
 
     def text(self) -> str:
         """The command, the table and the provenance, as a part of a page."""
-        lines = [f"    {self.command}", "", _line(self.columns), "|" + "---|" * len(self.columns)]
-        lines += [*map(_line, self.rows), ""]
+        lines = [f"    {self.command}", "", *table_head(self.columns), *map(table_line, self.rows), ""]
         if self.remark:
             lines += [self.remark, ""]
         return "\n".join(
@@ -78,13 +77,13 @@ class Table:
         self.columns = tuple(columns)
         self.rows: list[tuple[str, ...]] = []
         self.remark = ""
-        print(f"{_line(self.columns)}\n|{'---|' * len(self.columns)}", flush=True)
+        print("\n".join(table_head(self.columns)), flush=True)
 
     def add(self, *cells: str) -> None:
         if len(cells) != len(self.columns):
             raise TypeError(f"{len(cells)} cells do not fill the {len(self.columns)} columns; give one for each")
         self.rows.append(cells)
-        print(_line(cells), flush=True)
+        print(table_line(cells), flush=True)
 
 
 def parser(module: str, doc: str) -> argparse.ArgumentParser:
@@ -134,7 +133,3 @@ def measuring(
     if write:
         harness.write(costs, RECORDS / f"{name}.json")
         replace_part(ROOT / "docs" / PAGES[name], name, costs.text())
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -110,7 +110,7 @@ class Row:
         sizes = [f"{self.bytes['canonical'][0] / 1e3:.4g}"]
         sizes += [f"{self.bytes[column][1] / 1e3:.3g}" for column in COLUMNS]
         words = [f"`{self.method}`", str(self.ipc), *percents, *sizes, f"{self.seconds:.0f}", f"{self.minutes:.1f}"]
-        return f"| {' | '.join(words)} |"
+        return harness.table_line(words)
 
 
 HEADER = (

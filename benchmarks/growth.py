@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from benchmarks.harness import (
     median_seconds,
     peak_mb,
     scratch,
+    status,
+    table_line,
     write,
 )
 from benchmarks.jobs import (
@@ -49,6 +52,7 @@ from benchmarks.jobs import (
 )
 from benchmarks.report import replace_part
 from condense.buffers.trajectories import Experts, build
+from condense.files import check_new_folder
 
 SMALL = Scale(depth=2, width=32, side=16, batch_real=32, batch=32, num_batches=4, compute=EXACT)
 CPU = torch.device("cpu")
@@ -165,7 +169,7 @@ class Growth:
                 for points in (curve.engine, curve.textbook)
             ]
             cells = [curve.title, curve.label, f"{curve.sizes[0]}, {curve.sizes[-1]}", *(f"{s:.2f}" for s in slopes)]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(table_line(cells))
         return "\n".join([*lines, "", f"{self.machine}, {self.cores} cores. {self.provenance}, n = {self.repeats}."])
 
 
@@ -222,6 +226,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args(words)
+    check_new_folder(options.out)
     torch.set_num_threads(options.threads)
     curves = []
     for panel in PANELS:
@@ -243,4 +248,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("growth", main))

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import statistics
@@ -236,6 +237,28 @@ def mean_and_std(accuracies: Sequence[float]) -> str:
     if not accuracies:
         return "—"
     return percent(statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else None)
+
+
+def table_head(titles: Sequence[str]) -> list[str]:
+    """Return the first two lines of a table in Markdown."""
+    return [table_line(titles), "|" + "---|" * len(titles)]
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """Return a row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def has_ended(process: subprocess.Popen[Any]) -> bool:
+    """Whether a process has ended. What it used can still be asked for (``left_by``)."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def left_by(process: subprocess.Popen[Any]) -> resource.struct_rusage:
+    """Wait for a process and return what it used (Linux)."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage
 
 
 def read(cls: type[T], file: Path) -> T:

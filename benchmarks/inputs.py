@@ -198,7 +198,7 @@ class Row:
             f"{self.seconds:.0f}",
             f"{self.minutes:.1f}",
         ]
-        return f"| {' | '.join(words)} |"
+        return harness.table_line(words)
 
 
 HEADER = (

@@ -54,7 +54,7 @@ class Row:
     def cells(self) -> str:
         """A row of the Markdown table."""
         accuracies = [harness.mean_and_std(self.learned), harness.mean_and_std(self.random)]
-        return f"| {' | '.join([f'`{self.recipe}`', str(self.ipc), *accuracies, f'{self.seconds:.0f}'])} |"
+        return harness.table_line([f"`{self.recipe}`", str(self.ipc), *accuracies, f"{self.seconds:.0f}"])
 
 
 HEADER = "| recipe | images per class | set, % | random images, % | distilled in, s |\n|---|---|---|---|---|"

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import costs
-from benchmarks.harness import count, status
+from benchmarks.harness import count, has_ended, left_by, status
 
 NUM_CLASSES = 10
 COLUMNS = ("photos", "images, MB", "time, s", "processor time of a photo, ms", "memory, MB")
@@ -47,14 +47,13 @@ def prepared(photos: Path, out: Path, threads: int) -> tuple[float, float, float
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     begun, most = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    status = Path(f"/proc/{process.pid}/status")
-    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        lines = status.read_text().splitlines()
+    memory = Path(f"/proc/{process.pid}/status")
+    while not has_ended(process):
+        lines = memory.read_text().splitlines()
         most = max([most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
         time.sleep(0.02)
     seconds = time.perf_counter() - begun
-    _, left, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(left)
+    usage = left_by(process)
     if process.returncode:
         sys.exit(process.returncode)
     return seconds, usage.ru_utime + usage.ru_stime, most * 1024 / 1e6

@@ -59,12 +59,12 @@ def tables(folder: Path) -> list[str]:
         titles = ["images kept by", "teacher", *(f"{100 * share:g} %" for share in shares)]
         network, teacher = made.accuracies[0].network, f"{100 * made.accuracy_of_teacher:.1f} %"
         lines += [f"`{made.dataset}`, `{network}`; the teacher has {teacher}:", ""]
-        lines += [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+        lines += harness.table_head(titles)
         for curve in dict.fromkeys((row.method, row.teacher) for row in made.accuracies):
             rows = [row for row in made.accuracies if (row.method, row.teacher) == curve]
             cells = {row.fraction: harness.mean_and_std(row.accuracies) for row in rows}
             words = [f"`{curve[0]}`", "yes" if curve[1] else "no", *(cells[share] for share in shares)]
-            lines.append(f"| {' | '.join(words)} |")
+            lines.append(harness.table_line(words))
         n = len(made.accuracies[0].accuracies)
         lines += ["", f"    {made.command}", "", f"{made.provenance}, {made.minutes:.0f} minutes;"]
         lines += [f"n = {n} networks on one selection.", ""]

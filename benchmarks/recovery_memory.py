@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import costs
-from benchmarks.harness import count, status
+from benchmarks.harness import count, has_ended, left_by, status
 from condense import api
 
 NETWORK = "convnet:depth=3,width=8,norm=batch"
@@ -77,14 +77,12 @@ def distil(folder: Path, run: str, ipc: int, *flags: str, kill_after: int | None
     command += f" --buffers {folder} --out {out} --method.num-steps 3 --method.chunk {CHUNK} --decode pixels-8bit"
     process = subprocess.Popen([sys.executable, *command.split(), *flags], stdout=subprocess.DEVNULL)
     if kill_after is not None:
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while len(list((out / "scratch").glob("chunk_*.safetensors"))) < kill_after:
-            if os.waitid(os.P_PID, process.pid, ended) is not None:
+            if has_ended(process):
                 sys.exit("the run ended before it was killed")
             time.sleep(0.01)
         process.kill()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    usage = left_by(process)
     if kill_after is None and process.returncode:
         sys.exit(process.returncode)
     return usage.ru_maxrss * 1024 / 1e6

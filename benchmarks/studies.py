@@ -124,8 +124,7 @@ def tables(folder: Path) -> list[str]:
         columns = [column for column in zip(found.columns, *found.rows, strict=True) if {*column[1:]} != {"-"}]
         titles, *rows = zip(*columns, strict=True)
         lines += [f"### {found.study.title}", "", f"{found.caption}:", ""]
-        lines += [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += [*harness.table_head(titles), *map(harness.table_line, rows)]
         lines += ["", *(f"    condense {command}" for command in found.study.commands), ""]
         lines += [f"{found.provenance}, {found.minutes:.1f} minutes; seed 0.", ""]
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks import (
     photos,
     recovery_memory,
     report,
+    tesla_error,
     waiting,
 )
 from benchmarks.costs import Costs
@@ -120,6 +122,25 @@ def test_memory_of_an_adjoint(written: Callable[..., Costs]) -> None:
     record = written(inner_memory.main, "inner-memory", ["--steps", "1", "2", "--adjoints", "exact"])
     assert [row[:2] for row in record.rows] == [("`exact`", "1"), ("`exact`", "2")]
     assert record.remark.startswith("`exact` at 2 steps is within the bound")
+
+
+def test_the_error_of_tesla_is_that_of_its_gradient() -> None:
+    table = costs.Table(inner_memory.OF_ERRORS)
+    inner_memory.add_errors(table, inner_memory.MLP, (1, 0.05), (5, 0.05))
+    one, five = ([float(cell) for cell in row[3:]] for row in table.rows)
+    assert max(one[0], one[3], five[0]) < 1e-12 and max(one[1:3] + five[1:3]) < 1e-5, "one step of TESLA is exact"
+    assert 0.01 < five[3] < 0.2 and 0.99 < five[4] < 1
+
+
+@pytest.mark.slow
+def test_the_error_of_tesla_with_an_expert(written: Callable[..., Costs], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tesla_error, "CASES", [tesla_error.Case(1, 0, 0.01, steps) for steps in (1, 2)])
+    monkeypatch.setattr(tesla_error, "EXPERTS", dataclasses.replace(tesla_error.EXPERTS, num_epochs=2))
+    record = written(tesla_error.main, "tesla-error-experts", ["--num-train", "100"])
+    one, two = record.rows
+    assert one[:4] == ("1", "0", "0.01", "1") and one[5:] == ("0.00", "1.000"), "one step of TESLA is exact"
+    assert float(two[5]) > 0.01 and 0.5 < float(two[6]) < 1
+    assert "training images after 0 to 2" in record.remark
 
 
 def test_nothing_is_written_unless_it_is_asked_for(

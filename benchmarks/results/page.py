@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decoupled, inputs, labels, methods, pruning, studies
-from benchmarks.harness import mean_and_std
+from benchmarks.harness import mean_and_std, table_head, table_line
 from benchmarks.results.published import published
 from benchmarks.results.record import Record
 from benchmarks.results.table import Row, Section, Table
@@ -131,7 +131,7 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
     titles = ["row", "labels", "steps", "minutes", "bytes"]
     titles += [f"`{protocol}`{f', {network}' if several else ''}" for protocol, network in columns]
     titles += ["n", "tried", "published"]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    lines = table_head(titles)
     for row in sorted(rows, key=lambda row: -max(_mean(row, *column) for column in columns)):
         cells = [
             f"`{row.row.name}`{_decoder(row)}",
@@ -144,7 +144,7 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
             str(row.row.tried),
             str(published(row.row.method, row.row.dataset, row.row.ipc) or "—"),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_line(cells))
     return lines
 
 
