@@ -132,7 +132,6 @@ def test_the_error_of_tesla_is_that_of_its_gradient() -> None:
     assert 0.01 < five[3] < 0.2 and 0.99 < five[4] < 1
 
 
-@pytest.mark.slow
 def test_the_error_of_tesla_with_an_expert(written: Callable[..., Costs], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tesla_error, "CASES", [tesla_error.Case(1, 0, 0.01, steps) for steps in (1, 2)])
     monkeypatch.setattr(tesla_error, "EXPERTS", dataclasses.replace(tesla_error.EXPERTS, num_epochs=2))
