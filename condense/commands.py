@@ -55,7 +55,7 @@ from condense.recipe import Recipe
 from condense.registry import METHODS, citation
 from condense.runs import RunOptions
 from condense.show import print_results
-from condense.synthetic import DECODERS, LABELS, Decode, Labels, Stored, ViewLabels, save
+from condense.synthetic import DECODERS, LABELS, Decode, Stored, ViewLabels, save
 from condense.synthetic.decode import Pixels
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import StoredProjector
@@ -209,7 +209,7 @@ class Relabel:
     """Folder of the buffer whose first network is the teacher, or the encoder of a projector; or a folder with one such
     buffer. open_clip:MODEL/WEIGHTS is an encoder of that package, for a projector. With several folders, stored labels
     are the mean of the logits of their networks; online ones, too, with keep-weights False."""
-    labels: Switch[Labels] = Stored()
+    labels: Switch[ViewLabels] = Stored()
     """Kind of labels: stored, online or projector."""
     weak_teachers: Path | None = None
     """For a projector: folder of a buffer of trajectories, whose first expert gives the weak teachers, or a folder with

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from condense.names import suggest
-from condense.recipe import CHOICES
+from condense.recipe import CHOICES, offered
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -97,7 +97,7 @@ def _flags(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         hint = hints[field.name]
         plain, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         if plain in CHOICES:
-            yield flag, Literal[tuple(CHOICES[plain].usable())]
+            yield flag, Literal[tuple(offered(plain))]
         if dataclasses.is_dataclass(current):
             is_flat = any(getattr(mark, "name", None) == "" for mark in marks)
             yield from _flags(current, prefix if is_flat else f"{flag}.")

@@ -36,11 +36,12 @@ from condense.schema import Checked, mismatch
 from condense.synthetic.budget import Unit, in_words
 from condense.synthetic.decode import DECODERS, Decode, Pixels
 from condense.synthetic.labels import LABELS, Hard, Labels
+from condense.synthetic.teaching import ViewLabels
 from condense.task import IpcPolicy, Split
 
 T = TypeVar("T")
 
-CHOICES: dict[type, Registry[type[Any]]] = {Decode: DECODERS, Labels: LABELS, Adjoint: ADJOINTS}
+CHOICES: dict[type, Registry[type[Any]]] = {Decode: DECODERS, Labels: LABELS, ViewLabels: LABELS, Adjoint: ADJOINTS}
 """Registry of each kind of choice, by base class. The method is not in it."""
 
 
@@ -357,10 +358,10 @@ def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
     """Add a field for each nested choice to a type and its default, so that the help lists choices like other flags."""
     fields: dict[str, Any] = {}
     values: dict[str, str] = {}
-    for flag, options, chosen in _choices(default):
-        usable = options.usable()
-        names = cast(Any, Literal)[tuple(usable)]
-        summaries = "\n".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in usable.items())
+    for flag, base, chosen in _choices(default):
+        options = offered(base)
+        names = cast(Any, Literal)[tuple(options)]
+        summaries = "\n".join(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in options.items())
         field = f"choice{len(fields)}"
         fields[field] = Annotated[names, tyro.conf.arg(name=flag, help=summaries)]
         values[field] = chosen
@@ -371,14 +372,23 @@ def _with_choices(kind: Any, default: Any) -> tuple[Any, Any]:
     return whole, whole(command=default, choices=choices(**values))
 
 
-def _choices(value: Any, path: str = "") -> Iterator[tuple[str, Registry[type[Any]], str]]:
-    """Yield flag, options and chosen option of each choice nested in ``value``."""
+def offered(base: type) -> dict[str, type[Any]]:
+    """Return the options, by name, of a field annotated with a base class of ``CHOICES``.
+
+    Only a finished set is labelled by view, so ``ViewLabels`` are options of no field annotated with ``Labels``.
+    """
+    usable = CHOICES[base].usable()
+    return {name: cls for name, cls in usable.items() if issubclass(cls, ViewLabels) == (base is ViewLabels)}
+
+
+def _choices(value: Any, path: str = "") -> Iterator[tuple[str, type, str]]:
+    """Yield flag, base class and chosen option of each choice nested in ``value``."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         current, flag = getattr(value, field.name), f"{path}{field.name}".replace("_", "-")
-        options = CHOICES.get(hints[field.name])
-        if options is not None:
-            yield flag, options, _listed(type(current), options)
+        base = hints[field.name]
+        if base in CHOICES:
+            yield flag, base, _listed(type(current), CHOICES[base])
         if dataclasses.is_dataclass(current):
             yield from _choices(current, _nested(path, field.name))
 

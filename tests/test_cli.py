@@ -314,6 +314,11 @@ def test_help_shows_the_fields_of_the_chosen_method(capsys: pytest.CaptureFixtur
     assert "--method.adjoint.window INT" in helped(capsys, "distill", "mtt", "--method.adjoint", "truncated")
 
 
+def test_help_lists_the_kinds_of_labels_that_the_command_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--labels {hard,logits,targets,teacher} " in helped(capsys, "distill", "dm")
+    assert "--labels {stored,online,projector} " in helped(capsys, "relabel")
+
+
 def test_help_shows_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = helped(capsys, "distill", "mtt")
     assert "Cazenavette, Wang, Torralba, Efros and Zhu, CVPR 2022" in text and "Recipe: mtt. Caz" in text

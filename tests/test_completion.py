@@ -43,6 +43,7 @@ def test_bash_completes_commands_methods_flags_and_choices(tmp_path: Path, capsy
     assert completed("distill", "dm", "--method.num") == {"--method.num-steps"}
     assert completed("distill", "dm", "--see") == {"--seed", "--seeds"}
     assert "factor" in completed("distill", "dm", "--decode", "")
+    assert completed("relabel", "--labels", "") == {"stored", "online", "projector"}
     assert "canonical" in completed("evaluate", "--protocol", "")
     assert completed("list", "") == set(commands.KINDS)
     assert completed("runs", "some/fol") == set(), "paths are left to the shell"
