@@ -29,6 +29,7 @@ from condense.artifacts import ArtifactSpec, TrainedNetworkSpec, TrajectorySpec
 from condense.buffers.trajectories import Experts
 from condense.data import datasets
 from condense.eval.protocol import own, own_network
+from condense.recipe import Recipe
 
 EXPERTS = Experts(num_experts=5, num_epochs=12, lr=0.02, batch_size=64)
 """Training of the experts for methods that match trajectories."""
@@ -104,15 +105,20 @@ def experts_for(spec: ArtifactSpec, augment: str) -> Experts:
     return dataclasses.replace(EXPERTS, num_epochs=num_epochs, augment=augment, **ascent)
 
 
+def make_buffers(plan: Recipe, root: Path) -> None:
+    """Make the buffers of the digits that a recipe needs, below ``root``, unless they lie there."""
+    task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
+    for spec in plan.method.needs(task).values():
+        common = {"experts": experts_for(spec, plan.augment), "transform": plan.transform, "split": plan.split}
+        api.make_buffer("digits", spec.identity["network"], out=root, **common)
+
+
 def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
     """Distil with a method's recipe for the digits, below ``folder``; evaluate its set, and random images of ``draws``
     draws, with ``num_seeds`` networks each."""
     plan = recipe.named(digits_recipe(name).name)
     options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
-    task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
-    for spec in plan.method.needs(task).values():
-        common = {"experts": experts_for(spec, plan.augment), "transform": plan.transform}
-        api.make_buffer("digits", spec.identity["network"], out=options.buffers, **common)
+    make_buffers(plan, options.buffers)
     begun = time.monotonic()
     syn = api.run(plan, options)
     seconds = time.monotonic() - begun
