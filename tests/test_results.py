@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import decoupled, harness, labels, methods, pruning, studies
+from benchmarks import choices, decoupled, harness, labels, methods, pruning, studies
 from benchmarks.harness import Provenance
 from benchmarks.results import __main__ as results
 from benchmarks.results import page, queue, record, table
 from benchmarks.results.published import published
 from benchmarks.results.queue import STEPS, Failed, Queue, Stopped
 from benchmarks.results.table import Row
-from condense import cli
+from condense import api, cli, recipe
 from condense.data import datasets
 from condense.data.datasets import Arrays
 
@@ -442,6 +442,53 @@ def test_wrong_studies_are_one_line(text: str, line: str, tmp_path: Path, monkey
 
 def test_the_committed_studies_are_read() -> None:
     assert all(study.commands for study in studies.read(studies.STUDIES).values())
+
+
+def test_a_choice_scores_each_combination_on_held_out_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(choices, "CHOICES", tmp_path / "choices.yaml")
+    (tmp_path / "choices.yaml").write_text('random: ["ipc=1,20", "network=mlp"]')
+    monkeypatch.setattr(sys, "argv", ["choices", "--rows", str(tmp_path)])
+    plans, splits, (run, evaluate) = [], [], (api.run, api.evaluate)
+    monkeypatch.setattr(api, "run", lambda plan, options: plans.append(plan) or run(plan, options))
+    monkeypatch.setattr(api, "evaluate", lambda *a, split, **b: splits.append(split) or evaluate(*a, split=split, **b))
+    assert harness.status("choices", choices.main) == 0
+    assert [(plan.ipc, plan.seed, plan.split.val_fraction) for plan in plans] == [
+        (1, 0, 0.2),
+        (1, 1, 0.2),
+        (20, 0, 0.2),
+        (20, 1, 0.2),
+    ]
+    assert splits == ["validation"] * 4
+    choice = harness.read(choices.Choice, tmp_path / "random.json")
+    assert [len(one.accuracies) for one in choice.tried] == [4, 4]
+    assert choice.ranked[0].values["ipc"] == "20", "more images are better"
+    assert "random:\n  `ipc 20`, `network mlp`: " in capsys.readouterr().out
+    assert "| `random` | 2 | `ipc 20`, `network mlp` | " in "\n".join(choices.tables(tmp_path))
+    monkeypatch.setattr(choices, "measure", None)
+    assert harness.status("choices", choices.main) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("[]", "is no mapping of recipes"), ("a: b", "is no mapping of recipes"), ("a: [x=1]", "has no recipe 'random'")],
+)
+def test_wrong_choices_are_one_line(text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "CHOICES", tmp_path / "choices.yaml")
+    (tmp_path / "choices.yaml").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["choices", "--only", "random", "--rows", str(tmp_path)])
+    with pytest.raises(ValueError, match=line):
+        choices.main()
+
+
+def test_recipes_have_the_values_that_were_chosen() -> None:
+    axes = choices.read(choices.CHOICES)
+    for file in sorted((choices.ROOT / "results" / "choices").glob("*.json")):
+        choice = harness.read(choices.Choice, file)
+        assert axes[choice.recipe] == choice.axes and file.stem == choice.recipe
+        plan = recipe.named(choice.recipe)
+        assert choices.with_values(plan, choice.ranked[0].values) == plan, choice.recipe
 
 
 def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
