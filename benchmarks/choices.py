@@ -103,21 +103,22 @@ def with_values(plan: Recipe, values: Mapping[str, str]) -> Recipe:
 def measure(name: str, axes: Sequence[str], folder: Path) -> Choice:
     """Distil and score every combination, below ``folder``."""
     held_out = dataclasses.replace(recipe.named(name), split=Split(val_fraction=HELD_OUT))
-    begun, accuracies = time.monotonic(), {}
-    for cell in sweep.grid(axes, SEEDS):
-        values = dict(cell.values)
-        plan = dataclasses.replace(with_values(held_out, values), seed=cell.seed)
-        options = api.RunOptions(out=folder / cell.name, buffers=folder / "buffers")
-        make_buffers(plan, options.buffers)
-        syn = api.run(plan, options)
-        found = api.evaluate(
-            syn, "digits", networks=own_network(syn), num_seeds=NUM_NETWORKS, protocol="own", split="validation"
-        )
-        accuracies.setdefault(cell.values, []).extend(found.results[0].accuracies)
+    begun, tried = time.monotonic(), []
+    for cell in sweep.grid(axes, ()):
+        plan, accuracies = with_values(held_out, dict(cell.values)), []
+        for seed in SEEDS:
+            options = api.RunOptions(out=folder / f"{cell.name},seed{seed}", buffers=folder / "buffers")
+            make_buffers(plan, options.buffers)
+            syn = api.run(dataclasses.replace(plan, seed=seed), options)
+            found = api.evaluate(
+                syn, "digits", networks=own_network(syn), num_seeds=NUM_NETWORKS, protocol="own", split="validation"
+            )
+            accuracies += found.results[0].accuracies
+        tried.append(Tried(values=dict(cell.values), accuracies=tuple(accuracies)))
     return Choice(
         recipe=name,
         axes=tuple(axes),
-        tried=tuple(Tried(values=dict(values), accuracies=tuple(of)) for values, of in accuracies.items()),
+        tried=tuple(tried),
         minutes=(time.monotonic() - begun) / 60,
         provenance=Provenance.now(torch.device("cpu")),
     )
