@@ -1298,10 +1298,11 @@ def test_on_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_grey_images_in_bfloat16_have_the_values_and_gradients_of_float32(compiled: bool) -> None:
-    network = Functional("convnet:depth=2,width=8", (1, 12, 12), 3)
+@pytest.mark.parametrize("shape", [(1, 12, 12), (1, 28, 28)], ids=str)
+def test_grey_images_in_bfloat16_have_the_values_and_gradients_of_float32(shape: InputShape, compiled: bool) -> None:
+    network = Functional("convnet:depth=2,width=8", shape, 3)
     params, buffers = network.init(Rng(0), "weights")
-    images = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
     compute = Compute(autocast="bfloat16", compile=compiled)
 
     def outcome(policy: Compute) -> list[Tensor]:
