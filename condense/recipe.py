@@ -345,7 +345,9 @@ def _choose(argv: list[str], value: Any, path: str) -> tuple[list[str], Any]:
         if hints[field.name] in CHOICES:
             argv, name = take(argv, f"--{flag}")
             if name is not None:
-                chosen = choice(field.name, name)
+                chosen, base = choice(field.name, name), hints[field.name]
+                if not isinstance(chosen, base):
+                    raise ValueError(f"--{flag} takes one of {', '.join(offered(base))}, not {name}; give one of these")
                 current = current if type(current) is type(chosen) else chosen
         if dataclasses.is_dataclass(current):
             argv, current = _choose(argv, current, _nested(path, field.name))

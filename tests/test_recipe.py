@@ -18,8 +18,8 @@ NAMES = sorted(registry.METHODS)
 
 
 HASHES = json.loads((Path(__file__).parent / "golden" / "recipes.json").read_text())
-"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each and took images alone; IDC
-on the digits has other settings since."""
+"""The first digits of the hash of every recipe of version 0.1.0, which had a file for each and took images alone;
+DataDAM, IDC, IDC-I and KIP on the digits have other settings since."""
 
 
 @pytest.mark.parametrize("name", HASHES)

@@ -413,7 +413,7 @@ def test_the_commands_say_what_labels_cost(
     assert capsys.readouterr().out.count("@") == 2, "all teachers are named"
     for words, complaint in (
         (["relabel", run], "labels of views need a teacher; give --teacher"),
-        (["relabel", run, "--teacher", str(buffer), "--labels", "hard"], "of the kinds stored, online and projector"),
+        (["relabel", run, "--teacher", str(buffer), "--labels", "hard"], "takes one of stored, online, projector"),
         (["evaluate", file, "--protocol", "canonical", "gift", "--protocol.lr", "1"], "give one --protocol"),
     ):
         with pytest.raises(SystemExit):
