@@ -101,10 +101,13 @@ def with_values(plan: Recipe, values: Mapping[str, str]) -> Recipe:
 
 
 def measure(name: str, axes: Sequence[str], folder: Path) -> Choice:
-    """Distil and score every combination, below ``folder``."""
+    """Distil and score every combination, below ``folder``. Raises ValueError if there are not two of them."""
+    cells = sweep.grid(axes, ())
+    if len(cells) < 2:
+        raise ValueError(f"{name} has nothing to choose from; give a field two values in {CHOICES}")
     held_out = dataclasses.replace(recipe.named(name), split=Split(val_fraction=HELD_OUT))
     begun, tried = time.monotonic(), []
-    for cell in sweep.grid(axes, ()):
+    for cell in cells:
         plan, accuracies = with_values(held_out, dict(cell.values)), []
         for seed in SEEDS:
             options = api.RunOptions(out=folder / f"{cell.name},seed{seed}", buffers=folder / "buffers")

@@ -472,7 +472,13 @@ def test_a_choice_scores_each_combination_on_held_out_images(
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("[]", "is no mapping of recipes"), ("a: b", "is no mapping of recipes"), ("a: [x=1]", "has no recipe 'random'")],
+    [
+        ("[]", "is no mapping of recipes"),
+        ("a: b", "is no mapping of recipes"),
+        ("a: [ipc=1]", "has no recipe 'random'"),
+        ("random: [ipc=1]", "random has nothing to choose from"),
+        ('random: ["ipx=1,2"]', "--ipx"),
+    ],
 )
 def test_wrong_choices_are_one_line(text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "CHOICES", tmp_path / "choices.yaml")
