@@ -106,13 +106,13 @@ def measure(name: str, axes: Sequence[str], folder: Path) -> Choice:
     if len(cells) < 2:
         raise ValueError(f"{name} has nothing to choose from; give a field two values in {CHOICES}")
     held_out = dataclasses.replace(recipe.named(name), split=Split(val_fraction=HELD_OUT))
-    begun, tried = time.monotonic(), []
+    begun, tried, buffers = time.monotonic(), [], folder / "buffers"
     for cell in cells:
         plan, accuracies = with_values(held_out, dict(cell.values)), []
+        make_buffers(plan, buffers)
         for seed in SEEDS:
-            options = api.RunOptions(out=folder / f"{cell.name},seed{seed}", buffers=folder / "buffers")
-            make_buffers(plan, options.buffers)
-            syn = api.run(dataclasses.replace(plan, seed=seed), options)
+            out = folder / dataclasses.replace(cell, seed=seed).name
+            syn = api.run(dataclasses.replace(plan, seed=seed), api.RunOptions(out=out, buffers=buffers))
             found = api.evaluate(
                 syn, "digits", networks=own_network(syn), num_seeds=NUM_NETWORKS, protocol="own", split="validation"
             )
