@@ -316,14 +316,17 @@ def compiled_or_eager(fn: Callable[..., Any], *, dynamic: bool = False) -> Calla
 
 
 def keep_compiled(folder: Path | None) -> None:
-    """Cache compiled code in ``folder`` across runs, or in $TORCHINDUCTOR_CACHE_DIR if that is set.
+    """Cache compiled code in ``folder`` across runs, or in $TORCHINDUCTOR_CACHE_DIR if the user has set it.
 
-    torch fails if it cannot create this folder when it imports its compiler, and it fails to compile if the path has
-    spaces, quotes or backslashes. In these cases a temporary folder is used instead, with a warning. It is also used,
-    without a warning, if there is no ``folder``. A temporary folder is removed when the process ends.
+    torch itself sets the variable to its default when its compiler is imported, for example by torchvision; this is not
+    taken for the user's choice. torch fails if it cannot create this folder when it imports its compiler, and it fails
+    to compile if the path has spaces, quotes or backslashes. In these cases a temporary folder is used instead, with a
+    warning. It is also used, without a warning, if there is no ``folder``. A temporary folder is removed when the
+    process ends.
     """
-    from_environment = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    place = Path(from_environment) if from_environment else folder
+    from_environment = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    default = from_environment.match("torchinductor_*") and from_environment.parent == Path(tempfile.gettempdir())
+    place = folder if from_environment == Path() or default else from_environment
     if place is not None:
         try:
             if set(str(place.absolute())) & (set("'\"\\ ") - {os.sep}):

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from condense import api, privacy
 from condense.artifacts import TrainedNetworks
@@ -95,9 +97,15 @@ def short_protocol() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give the tests a cache of their own, so that the user's cache is neither read nor written."""
+    """Give the tests a cache of their own, so that the user's cache is neither read nor written.
+
+    All processes share one folder of compiled code for each instruction set; the code of another one computes NaN.
+    """
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        compiled = Path(tempfile.gettempdir(), f"condense-tests-{os.getuid()}", instructions)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         yield
 
 

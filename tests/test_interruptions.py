@@ -302,6 +302,21 @@ def test_compiled_code_goes_to_a_temporary_folder_where_its_place_cannot_be_used
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
 
 
+def test_the_place_that_torch_chooses_for_compiled_code_is_not_taken_for_the_users(tmp_path: Path) -> None:
+    """It is in the environment when torch's compiler has been imported, as torchvision does."""
+    code = f"""
+import os, pathlib, torch._inductor.codecache
+from condense.compute import keep_compiled
+assert os.environ["TORCHINDUCTOR_CACHE_DIR"]
+keep_compiled(pathlib.Path({str(tmp_path)!r}))
+from torch._inductor.codecache import cache_dir
+print(cache_dir())
+"""
+    unset = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    found = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(tmp_path)]
+
+
 @pytest.mark.parametrize("size", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_folder_for_compiled_code_that_cannot_be_made_stops_no_command(size: str, tmp_path: Path) -> None:
     """Of two processes the other one never comes, which is noticed after the compiler was imported."""
