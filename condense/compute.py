@@ -256,7 +256,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Return what the bits of a result depend on besides its inputs, for the keys of caches."""
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
+    facts = {"device": device.type, "capability": capability, "threads": threads, "torch": torch.__version__}
+    reduced = [switch.get() == switch.reduced for switch in _PRECISIONS if switch.on_gpu == (device.type == "cuda")]
+    return facts | ({"reduced_precision": True} if any(reduced) else {})
 
 
 def autocast(fn: Callable[..., Any], device: torch.device, dtype: str | None) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from tyro.conf import FlagConversionOff
 from condense import __version__, registry
 from condense.compute import Compute, device_name, peak_memory
 from condense.data import datasets
+from condense.engine import SCRATCH
 from condense.files import check_new_folder, content, expanded, locked, read_json, read_yaml, write_text
 from condense.names import printable, spelt
 from condense.recipe import Recipe, to_mapping
@@ -110,10 +111,13 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 def check_folder(folder: Path, resume: bool) -> None:
     """Raise ValueError if no run can be written to ``folder``: it is a file, it holds other files or a run that is not
-    to be resumed, or it cannot be created. The check leaves no files behind."""
+    to be resumed, or it cannot be created. The check leaves no files behind.
+
+    What a method stored in a run that was stopped before its first step is no hindrance.
+    """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; choose another {spelt('out')}")
-    if folder.exists() and content(folder):
+    if folder.exists() and {path.name for path in content(folder)} - {SCRATCH}:
         if not (folder / "recipe.yaml").exists():
             raise ValueError(f"{folder} is not empty and holds no run; choose another {spelt('out')}")
         if not resume:

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from condense.augment import Augment
+from condense.augment import Augment, Params
 from condense.match import feature_matching_loss, feature_mean_distance
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.networks import Weights
@@ -98,9 +98,13 @@ class DistributionMatching(GradientMethod):
         return self.losses(ctx, state, step, (part,))
 
     def losses(self, ctx: Context, state: DMState, step: int, parts: Sequence[int]) -> Tensor:
-        classes = range(ctx.task.num_classes) if has_batch_norm(ctx.task.network) else parts
+        classes = self.classes(ctx, parts)
         real, syn = pairs(ctx, self.augment(ctx), state.syn, step, classes, self.batch_real)
         return self.distance(ctx, state, step, classes, real, syn)
+
+    def classes(self, ctx: Context, parts: Sequence[int]) -> Sequence[int]:
+        """The classes of parts of a step."""
+        return range(ctx.task.num_classes) if has_batch_norm(ctx.task.network) else parts
 
     def distance(
         self,
@@ -141,11 +145,17 @@ def pairs(
     """Real and synthetic images (n, C, H, W) of each class, both under the same augmentation."""
     augmented = []
     for c in classes:
-        drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.input_shape, siamese=True)
         real = ctx.task.train.draw(c, batch_real, ctx.rng("real", step, c))
-        images, _ = augment.mirrored(*syn(syn.index_of(c)))
-        augmented.append((augment.apply(real, drawn), augment.apply(images, drawn)))
+        images, drawn = synthetic(ctx, augment, syn, step, c)
+        augmented.append((augment.apply(real, drawn), images))
     return [real for real, _ in augmented], [images for _, images in augmented]
+
+
+def synthetic(ctx: Context, augment: Augment, syn: SyntheticSet, step: int, c: int) -> tuple[Tensor, Params]:
+    """Augmented synthetic images (n, C, H, W) of a class, and the parameters, under which its real ones are matched."""
+    drawn = augment.sample(ctx.rng("siamese", step, c), 1, ctx.task.input_shape, siamese=True)
+    images, _ = augment.mirrored(*syn(syn.index_of(c)))
+    return augment.apply(images, drawn), drawn
 
 
 def _groups_features(features: Features, groups: Sequence[Tensor]) -> Sequence[Tensor]:

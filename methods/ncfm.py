@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from condense.match import characteristic_distance
 from condense.method import Context, Optim, Value
-from condense.methods.dm import DMState
+from condense.methods.dm import DMState, synthetic
 from condense.methods.mtt import experts_of
 from condense.methods.tgdd import ExpertMatching, ExpertState
 from condense.networks import Weights
@@ -130,6 +130,13 @@ class NCFM(ExpertMatching):
         first, last = (experts.weights(expert, network, epoch) for epoch in (0, self.last_epoch))
         return Weights({k: torch.lerp(p, first.params[k], share) for k, p in last.params.items()}, last.buffers), last
 
+    def losses(self, ctx: Context, state: DMState, step: int, parts: Sequence[int]) -> Tensor:
+        if not self.calibration or step % 2 == 0:
+            return super().losses(ctx, state, step, parts)
+        classes = self.classes(ctx, parts)
+        images = [synthetic(ctx, self.augment(ctx), state.syn, step, c)[0] for c in classes]
+        return self.calibration * self.cross_entropy(ctx, state, classes, images)
+
     def distance(
         self,
         ctx: Context,
@@ -139,8 +146,6 @@ class NCFM(ExpertMatching):
         real: Sequence[Tensor],
         syn: Sequence[Tensor],
     ) -> Tensor:
-        if self.calibration and step % 2:
-            return self.calibration * self.cross_entropy(ctx, state, classes, syn)
         frequencies = self.frequencies(ctx, state, step)
         with torch.no_grad():
             wanted = self.directions(ctx, state, real)

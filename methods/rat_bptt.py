@@ -196,7 +196,9 @@ class BurnIn:
     @torch.no_grad()
     def _fresh(self, step: Any) -> tuple[tuple[Tensor, Tensor], tuple[Params, AdamState], Params]:
         theta, buffers = self._ctx.task.network.init(self._ctx.rng, "network", step)
-        return self._state.syn(), (theta, Adam().init(theta)), buffers
+        syn = self._state.syn
+        with syn.decoding(None):
+            return syn(), (theta, Adam().init(theta)), buffers
 
     def _restart(self, step: Any) -> None:
         self._step = step  # if it is a tensor, it stays in place

@@ -90,7 +90,7 @@ class ExpertMatching(DistributionMatching):
             syn=syn,
             optimisers=self.optimisers(syn),
             params=matched.params,
-            buffers=matched.buffers,
+            buffers={name: buffer.clone() for name, buffer in matched.buffers.items()},
             classifier_params=classifier.params,
             classifier_buffers=classifier.buffers,
         )

@@ -254,6 +254,19 @@ def test_methods_keep_their_promises_with_it(name: str, check: Any) -> None:
     check(small(name), network=TINY, decode=SMALL)
 
 
+@pytest.mark.parametrize("name", ["rat-bptt", "at-bptt"])
+def test_networks_that_no_gradient_reaches_are_trained_on_rounded_latents_however_a_step_runs(name: str) -> None:
+    """A captured step begins the training before it relaxes the latents."""
+    losses = []
+    for graph in (False, True):
+        fields = {"decode": SMALL, "network": TINY, "compute": Compute(exact=True, graph=graph)}
+        trial = _Trial(dataclasses.replace(small(name), num_steps=4), None, fields)
+        ctx, method = trial.context(), trial.method
+        state = method.init(ctx)
+        losses.append([float(method.step(ctx, state, step)["loss"]) for step in range(4)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("name", ["dm", "dsa", "mtt"])

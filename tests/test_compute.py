@@ -18,7 +18,7 @@ from torch import Tensor
 from condense import api, compute, engine
 from condense.buffers import trajectories
 from condense.buffers.trajectories import Experts
-from condense.compute import Compute
+from condense.compute import Compute, machine
 from condense.data.datasets import Arrays
 from condense.eval.evaluate import USUAL_SEEDS, resolved
 from condense.eval.protocol import PROTOCOLS
@@ -280,6 +280,14 @@ def test_a_switch_for_all_operations_keeps_its_effect() -> None:
         torch.backends.fp32_precision = everywhere
         for switch, value in zip(compute._PRECISIONS, before, strict=True):
             switch.restore(value)
+
+
+def test_caches_keep_results_of_different_precision_apart() -> None:
+    gpu = torch.device("cuda")
+    with Compute(exact=True).arithmetic():
+        full = machine(gpu), machine(torch.device("cpu"))
+    with Compute(exact=False, tf32=True).arithmetic():
+        assert machine(gpu) == full[0] | {"reduced_precision": True} and machine(torch.device("cpu")) == full[1]
 
 
 def test_precision_is_restored_after_an_error(imprecise: list[Any]) -> None:

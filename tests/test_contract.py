@@ -101,6 +101,10 @@ NAMES = sorted(registry.METHODS)
 TRANSFORMS = {name: "none" for name in NAMES if registry.load(name).private}
 """Of methods that cannot measure the statistics of the data."""
 LEARNING = [name for name in NAMES if registry.load(name).learns]
+ANY_NORM = [
+    name for name in LEARNING if not {name} & {*NETWORKS, *TRANSFORMS} and "teachers" not in SMALL.get(name, {})
+]
+"""Methods that learn with networks with BatchNorm too, and whose ``SMALL`` names no teachers of another kind."""
 
 Run = Callable[..., SyntheticSet]
 
@@ -130,6 +134,12 @@ def run(tiny: Arrays, tiny_buffers: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_keeps_its_promises(name: str, check: Callable[..., None]) -> None:
     check(small(name), network=NETWORKS.get(name, TINY), **FIELDS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", ANY_NORM)
+def test_networks_with_batch_norm_are_resumed_too(name: str) -> None:
+    """Their buffers are leaves of the state."""
+    resumes_to_the_byte(small(name), network=BATCH)
 
 
 def test_images_drawn_by_another_seed_are_other_ones(run: Run) -> None:

@@ -246,6 +246,26 @@ def test_noise_is_drawn_once_for_each_sum_over_a_run_that_is_stopped_and_resumed
     assert torch.equal(sets[0].latents, sets[1].latents)
 
 
+def test_a_run_that_was_stopped_before_its_first_step_goes_on(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has sums already, but no recipe."""
+    out = tmp_path / "run"
+    fields: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "ipc": 1, "num_steps": 2, "out": out}
+    fields["transform"] = "none"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "write_text", stop)
+        api.distill("dpdm", device="cpu", **fields)
+    first = out / engine.SCRATCH / "sums_000000.safetensors"
+    sums = first.read_bytes()
+    api.distill("dpdm", device="cpu", **fields)
+    assert first.read_bytes() == sums
+
+
 def test_what_is_on_disk_is_noisy_and_the_noise_does_not_follow_from_the_seed(tmp_path: Path) -> None:
     method, found = DPDM(num_steps=2, epsilon=1.0), []
     for name in ("one", "other"):

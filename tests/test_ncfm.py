@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,15 @@ def test_without_calibration_every_step_matches(make_context: MakeContext) -> No
     losses = [float(record["loss"]) for record, _ in run(method, ctx)]
     alternating = [float(record["loss"]) for record, _ in run(small(calibration=1e-3), ctx)]
     assert min(losses) > 1 and max(alternating[1::2]) < 0.1 < min(alternating[::2])
+
+
+def test_calibration_reads_no_real_images(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, method, drawn = make_context(), small(), list[int]()
+    source = type(ctx.task.train)
+    draw = source.draw
+    monkeypatch.setattr(source, "draw", lambda self, c, *rest: drawn.append(c) or draw(self, c, *rest))
+    seen = [len(drawn) for _ in run(method, ctx)]
+    assert [after - before for before, after in itertools.pairwise(seen)] == [0, 3, 0, 3, 0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 99])

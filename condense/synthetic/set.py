@@ -337,13 +337,13 @@ class SyntheticSet(nn.Module):
         return images, self.provider(index.repeat(len(images) // max(len(index), 1)))
 
     @contextlib.contextmanager
-    def decoding(self, latents: Tensor) -> Iterator[None]:
-        """Inside the context ``forward`` decodes these latents (N, ...) in place of those of the set."""
-        self._in_place = latents
+    def decoding(self, latents: Tensor | None) -> Iterator[None]:
+        """Inside the context ``forward`` decodes these latents (N, ...), or with None those of the set."""
+        outside, self._in_place = self._in_place, latents
         try:
             yield
         finally:
-            self._in_place = None
+            self._in_place = outside
 
     def finished(self) -> SyntheticSet:
         """Return the set as it is stored: itself, or a copy that is rounded if the decoder has an entropy code."""
