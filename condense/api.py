@@ -414,8 +414,9 @@ def relabel(
 
 
 def relabelled_file(syn: Path | str, kind: ViewLabels) -> Path:
-    """Return the file that ``relabel`` writes by default: ``synthetic-stored.safetensors`` in the run folder, or
-    ``FILE-stored.safetensors``; a set of the zoo is written to the current folder."""
+    """Return the file that ``relabel`` writes by default: ``synthetic-LABELS.safetensors`` in the run folder, or
+    ``FILE-LABELS.safetensors``, where LABELS is the kind of labels (``stored``, ``online`` or ``projector``); a set of
+    the zoo is written to the current folder."""
     path = zoo.beside(syn)
     path = path / "synthetic.safetensors" if path.is_dir() else path
     return path.with_name(f"{path.stem}-{kind.name}.safetensors")

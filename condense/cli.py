@@ -36,7 +36,7 @@ Distil a data set into a few images per class, and evaluate them.
   runs      [FOLDER]           list the runs below a folder, finished or not
   show      RUN|FILE|BUFFER    summarise a run, a set or a buffer
   show      METHOD|RECIPE ...  print the recipe for a data set and budget as YAML
-  list      methods|decoders|labels|adjoints|objectives|datasets|networks|recipes|protocols
+  list      methods|decoders|labels|adjoints|objectives|datasets|networks|recipes|protocols|zoo
   cache     [--prune]          list or prune the cached data
   import    SRC DST ...        import published sets, expert buffers or weights
   export    RUN|FILE DST ...   export a set as .npz, image folder or Hugging Face data set

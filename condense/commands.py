@@ -218,7 +218,8 @@ class Relabel:
     """For a projector: data set that the set was distilled from. The default is the location recorded by the run, else
     the name in the file."""
     out: Path | None = None
-    """File to write. The default is synthetic-stored.safetensors in the run folder, or FILE-stored.safetensors."""
+    """File to write. The default is synthetic-LABELS.safetensors in the run folder, or FILE-LABELS.safetensors; LABELS
+    is the kind of labels: stored, online or projector."""
     compute: Switch[Compute] = Compute()
     """Numerical precision and speed."""
     device: str = "auto"
