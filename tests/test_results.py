@@ -53,9 +53,12 @@ def work(tmp_path: Path) -> Queue:
     data = {f"x_{part}": generator.random((12, 8, 8, 1), dtype=np.float32) for part in ("train", "test")}
     data |= {f"y_{part}": np.arange(12) % 3 for part in ("train", "test")}
     np.savez(tmp_path / "toy.npz", **data)
-    return Queue(
-        data={"toy": tmp_path / "toy.npz"}, work=tmp_path / "work", rows=tmp_path / "rows", threads=1, commit="abc"
-    )
+    places: dict[str, Any] = {
+        "data": {"toy": tmp_path / "toy.npz"},
+        "work": tmp_path / "work",
+        "rows": tmp_path / "rows",
+    }
+    return Queue(threads=1, commit=lambda: "abc", **places)
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands run in this process; returns the list of those that were run."""
     done: list[list[str]] = []
 
-    def run(self: Queue, words: Sequence[str], row: Row) -> str:
+    def run(self: Queue, words: Sequence[str], row: Row, until: Path | None = None) -> str:
         done.append([*words])
         if time.monotonic() > self.deadline:
             raise Stopped
@@ -108,22 +111,56 @@ def test_rows_with_the_same_buffer_share_it(work: Queue, here: list[list[str]]) 
 
 
 def test_the_number_of_steps_fits_the_budget(work: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight seconds of the processors to begin with and 0.4 a step fill a minute of two cores with 280 steps."""
+    """Eight seconds of the processors to begin with and 0.4 a step fill a minute of two cores with 280 steps. All runs
+    have the arithmetic that the longest run chooses."""
+    seen = []
 
-    def run(self: Queue, words: Sequence[str], row: Row) -> str:
+    def run(self: Queue, words: Sequence[str], row: Row, until: Path | None = None) -> str:
         out, steps = Path(words[words.index("--out") + 1]), int(words[words.index(STEPS) + 1])
         out.mkdir(parents=True)
-        (out / "run.json").write_text(json.dumps({"cpu_seconds": 8.0 + 0.4 * steps}))
+        if until:
+            until.write_text("compute: {exact: false, compile: true, autocast: bfloat16, micro_batch: null}")
+        else:
+            seen.append((steps, "--compute.autocast bfloat16" in " ".join(words)))
+            (out / "run.json").write_text(json.dumps({"cpu_seconds": 8.0 + 0.4 * steps}))
         return ""
 
     monkeypatch.setattr(Queue, "run", run)
-    row = dataclasses.replace(ROW, flags=f"--network {TINY}")
-    assert work.words(row, 0, work.work)[-2:] == [STEPS, "280"]
-    assert work.trial(row, ["distill"], work.work, most=100) == 100
+    row = dataclasses.replace(ROW, flags=f"--network {TINY} --compute.compile True")
+    long = "--compute.exact False --compute.autocast bfloat16"
+    assert shlex.join(work.words(row, 0, work.work)).endswith(f"--compute.compile True {long} {STEPS} 280")
+    assert seen == [(steps, True) for steps in (2, 2, 8, 32, 128)]
     assert STEPS not in work.words(dataclasses.replace(row, method="random"), 0, work.work)
     assert STEPS not in work.words(dataclasses.replace(row, device="cuda"), 0, work.work)
     shutil.rmtree(work.work)
     assert work.words(dataclasses.replace(row, minutes=0.05), 0, work.work)[-2:] == [STEPS, "1"]
+    assert queue.fitting(lambda steps: float(steps), 60.0, most=20) == 20
+
+
+def test_a_trial_of_the_arithmetic_ends_when_the_recipe_is_written(work: Queue) -> None:
+    out = work.work / "run"
+    words = ["distill", "dm", "--dataset", "toy", "--ipc", "1", "--network", TINY, STEPS, "1000000", "--out", str(out)]
+    assert work.run(words, ROW, until=out / "recipe.yaml") == ""
+    assert "compute:" in (out / "recipe.yaml").read_text() and not (out / queue.SET).exists()
+
+
+def test_a_set_whose_run_did_not_end_is_finished_first(work: Queue, here: list[list[str]]) -> None:
+    """A process may be killed when its set is written and its record is not."""
+    work.measure(ROW)
+    (work.folder(ROW) / "results-0.json").unlink()
+    file = work.folder(ROW) / "0" / "run.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({name: facts[name] for name in ("cpu_seconds", "seconds", "dataset", "steps")}))
+    here.clear()
+    measured = work.measure(ROW)
+    assert [words[0] for words in here] == ["distill", "evaluate"] and measured.provenance.device
+
+
+def test_a_record_names_the_commits_that_made_its_parts(work: Queue, here: list[list[str]]) -> None:
+    with pytest.raises(Stopped):
+        dataclasses.replace(work, commit=lambda: "old", deadline=0.0).measure(ROW)
+    assert work.measure(ROW).provenance.commit == "old, abc"
+    assert dataclasses.replace(work, commit=lambda: "new").measure(ROW).provenance.commit == "old, abc"
 
 
 def test_a_queue_whose_time_is_over_leaves_the_row_open(work: Queue, here: list[list[str]]) -> None:
@@ -135,6 +172,8 @@ def test_a_queue_whose_time_is_over_leaves_the_row_open(work: Queue, here: list[
 def test_a_running_command_is_stopped_at_the_deadline_and_an_error_is_one_line(work: Queue) -> None:
     with pytest.raises(Failed, match=r"^condense distill dn: condense: unknown method or recipe 'dn'"):
         work.run(["distill", "dn"], ROW)
+    assert queue._last_words(-9, "") == "signal 9 ended it"
+    assert queue._last_words(1, " \n") == "it ended with status 1"
     words = ["distill", "dm", "--dataset", "digits", "--out", str(work.work)]
     with pytest.raises(Stopped):  # the thousands of steps that are the default would take hours
         dataclasses.replace(work, deadline=time.monotonic() + 0.1).run(words, ROW)
@@ -168,6 +207,23 @@ def test_a_wrong_table_is_refused(tmp_path: Path, line: str, says: str) -> None:
     file.write_text(f"data: {{a: a.npz}}\nsections:\n- {{name: s, title: t, {common}, {line}}}\n")
     with pytest.raises(ValueError, match=says):
         table.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sections: 5", "sections: 5 is not a list"),
+        ("sections: [{title: t, rows: []}]", "the field 'name' is missing"),
+        ("sections: [{name: s, title: 5, rows: []}]", "title: 5 is not text"),
+        ("sections: [{name: s, title: t, rows: [dm]}]", "rows: 'dm' is not a mapping"),
+        ("sections: [{name: s, title: t, common: [1], rows: []}]", r"common: \[1\] is not a mapping"),
+        ("settings: {a: 3}\nsections: [{name: s, title: t, rows: [{use: a}]}]", "settings, a: 3 is not a mapping"),
+    ],
+)
+def test_a_table_of_another_form_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "table.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        table.read(tmp_path / "table.yaml")
 
 
 @pytest.mark.parametrize("name", ["data", "settings", "terms", "zoo"])
@@ -226,6 +282,8 @@ def test_the_page_shows_rows_with_the_best_first_and_what_is_open(tmp_path: Path
     assert "| `fm-frepo`, decoder `factor` | soft (targets) |" in page.page(whole, {"fm-frepo": decoded}, tmp_path)
     assert "| `frepo`, decoder `factor` | 87.0 ± 1.4 |" in page.best_rows(whole, {"fm-frepo": decoded})
     assert "| fashion-mnist | 10 | `frepo` | 87.0 ± 1.4 | 50.0 ± 0.0 | 2.0 | 71.0 ± 1.4 | 86.2 ± 0.2" in best
+    soft = dataclasses.replace(ROW, name="fm-soft", method="random", dataset="fashion-mnist", ipc=10)
+    assert "| 71.0 ± 1.4 |" in page.best_rows(whole, records | {"fm-soft": made(soft, "teacher", canonical=[0.1, 0.1])})
     (figure,) = page.figures(whole, records).values()
     assert figure.startswith("<?xml") and "fm-frepo" in figure
 
@@ -603,7 +661,7 @@ def test_a_queue_in_the_background_is_stopped_with_its_process(tmp_path: Path) -
         "from tests.test_results import ROW\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"work = Path({str(tmp_path)!r})\n"
-        "queue = Queue(data={}, work=work, rows=work, threads=1, commit='abc')\n"
+        "queue = Queue(data={}, work=work, rows=work, threads=1, commit=lambda: 'abc')\n"
         "words = ['distill', 'dm', '--dataset', 'digits', '--out', str(work / 'run')]\n"
         "sys.exit(status('results', lambda: queue.run(words, ROW)))\n"
     )

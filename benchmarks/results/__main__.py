@@ -56,15 +56,14 @@ def run(chosen: argparse.Namespace) -> int:
         for row in queue.order(rows.rows)
         if row.device == chosen.device and row.name not in done and row.dataset in files and _asked(row, chosen.only)
     ]
-    code = chosen.commit or commit()
-    if due and not code:
+    if due and not (chosen.commit or commit()):
         raise ValueError("there is no repository here to read the commit of the code from; give it with --commit")
     work = queue.Queue(
         data=files,
         work=chosen.work.resolve(),
         rows=RESULTS / "rows",
         threads=chosen.threads,
-        commit=code,
+        commit=lambda: chosen.commit or commit(),
         deadline=deadline,
     )
     failed = False

@@ -10,10 +10,11 @@ from typing import Any
 
 from benchmarks import choices, decoupled, inputs, labels, methods, pruning, studies
 from benchmarks.harness import mean_and_std, table_head, table_line
-from benchmarks.results.published import published
+from benchmarks.results.published import Published, published
 from benchmarks.results.record import Record
 from benchmarks.results.table import Row, Section, Table
 from condense.eval.report.figures import Point, accuracy_against_bytes, standalone
+from condense.files import write_text
 
 START, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
 
@@ -149,7 +150,7 @@ def markdown(rows: Sequence[Record], columns: Sequence[tuple[str, str]], auc: bo
             *(_cell(row, column, best[column], auc) for column in columns),
             f"{len(row.distillations)} x {len(row.distillations[0].scores[0].accuracies)}",
             str(row.row.tried),
-            str(published(row.row.method, row.row.dataset, row.row.ipc) or "—"),
+            str(_published(row) or "—"),
         ]
         lines.append(table_line(cells))
     return lines
@@ -208,7 +209,8 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
     for dataset, ipc in budgets:
         rows = [r for r in records.values() if (r.row.dataset, r.row.ipc) == (dataset, ipc)]
         learned = [row for row in rows if row.row.method != "random" and {"own", "canonical"} & {*row.protocols}]
-        random = [a for r in rows if r.row.method == "random" for a in r.accuracies("canonical") or r.accuracies("own")]
+        classes = [row for row in rows if row.row.method == "random" and row.labels == "hard"]
+        random = [a for row in classes for a in row.accuracies("canonical") or row.accuracies("own")]
         if not learned:
             continue
         best = max(learned, key=lambda row: max(_mean(row, name) for name in row.protocols))
@@ -216,7 +218,7 @@ def best_rows(table: Table, records: Mapping[str, Record]) -> str:
             f"| {dataset} | {ipc} | `{best.row.method}`{_decoder(best)} "
             f"| {_plain(best, 'own')} | {_plain(best, 'canonical')} "
             f"| {in_minutes(best)} | {mean_and_std(random)} "
-            f"| {published(best.row.method, dataset, ipc) or '—'} |"
+            f"| {_published(best) or '—'} |"
         )
     return "\n".join([BEST, *lines]) if lines else ""
 
@@ -233,10 +235,10 @@ def with_table(readme: str, table: str) -> str:
 def write(table: Table, records: Mapping[str, Record], root: Path) -> None:
     """Write page, figures and the table of the README below the root of the repository."""
     for path, text in figures(table, records).items():
-        (root / "docs" / path).write_text(text, encoding="utf-8")
-    (root / "docs" / "results.md").write_text(page(table, records, root), encoding="utf-8")
+        write_text(root / "docs" / path, text)
+    write_text(root / "docs" / "results.md", page(table, records, root))
     readme = root / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), best_rows(table, records)), encoding="utf-8")
+    write_text(readme, with_table(readme.read_text(encoding="utf-8"), best_rows(table, records)))
 
 
 def minutes(row: Record) -> float:
@@ -256,11 +258,17 @@ def _points(row: Record) -> list[Point]:
     shared = {"method": method, "budget": budget, "num_bytes": row.bytes}
     std = statistics.stdev(found) if len(found) > 1 else None
     points = [Point(label=row.row.name, accuracy=statistics.fmean(found), std=std, **shared)]
-    theirs = published(method, row.row.dataset, row.row.ipc)
+    theirs = _published(row)
     if theirs is not None:
         spread = None if theirs.std is None else theirs.std / 100
         points.append(Point(label=method, accuracy=theirs.mean / 100, std=spread, published=True, **shared))
     return points
+
+
+def _published(row: Record) -> Published | None:
+    """The published accuracy of the method of a row; that of random images depends on the labels."""
+    soft = row.row.method == "random" and row.labels != "hard"
+    return published("random-soft" if soft else row.row.method, row.row.dataset, row.row.ipc)
 
 
 def _decoder(row: Record) -> str:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,22 @@ from benchmarks.results.published import published
 from benchmarks.results.record import Distillation, Record, Score
 from benchmarks.results.table import Row
 from condense import api
-from condense.files import read_json, write_text
+from condense.files import read_json, read_yaml, write_text
 from condense.recipe import find
 from condense.runs import read_record
 
 STEPS = "--method.num-steps"
+SET = "synthetic.safetensors"
 CORES = 2
 """Number of cores of the machine of which the table gives minutes, however many threads a process has."""
+FEW = 2
+"""Number of steps of the shortest trial."""
 TRIAL_SECONDS = 20.0
 """Time that the longest trial takes for steps alone."""
 STOP_AGAIN = 20.0
 """Seconds after which a process that has not ended gets the signal again."""
+POLL = 0.5
+"""Seconds between two looks at a file for which a command is waited for."""
 
 
 class Stopped(Exception):
@@ -59,7 +64,8 @@ class Queue:
     work: Path
     rows: Path
     threads: int
-    commit: str
+    commit: Callable[[], str]
+    """Returns the commit of the code."""
     deadline: float = float("inf")
     """``time.monotonic()`` at which the running command is stopped."""
 
@@ -71,7 +77,7 @@ class Queue:
             Failed: a command ended with an error.
         """
         folder = self.folder(row)
-        buffers, buffer_minutes = self.buffer(row)
+        buffers = self.buffer(row)
         done = [self.distillation(row, seed, buffers) for seed in range(row.distillations)]
         syn = api.load(folder / "0")
         cost = syn.cost()
@@ -86,15 +92,16 @@ class Queue:
             distillations=tuple(done),
             evaluation=shown(["evaluate", "RUN", *shlex.split(row.scoring)]),
             provenance=Provenance(
-                commit=self.commit,
+                commit=", ".join(dict.fromkeys([*_commits(buffers), *_commits(folder)])),
                 date=datetime.date.today().isoformat(),
                 device=read_record(folder / "0")["device"],
                 threads=self.threads,
                 torch=torch.__version__,
             ),
             buffer=shown(self.buffer_words(row)) if row.buffer else "",
-            buffer_minutes=buffer_minutes,
+            buffer_minutes=_minutes(buffers) if row.buffer else 0.0,
             networks={result["network"]: result["num_params"] for result in rows},
+            checksum=checksum(folder / "0" / SET),
         )
         records.write(record, self.rows)
         return record
@@ -106,25 +113,23 @@ class Queue:
     def buffer_words(self, row: Row) -> list[str]:
         return ["buffer", "--dataset", row.dataset, *shlex.split(row.buffer)]
 
-    def buffer(self, row: Row) -> tuple[Path, float]:
-        """Train the networks that a method needs; rows with the same flags share them."""
+    def buffer(self, row: Row) -> Path:
+        """Train the networks that a method needs; rows with the same flags and device share them."""
         if not row.buffer:
-            return self.work / "no-buffer", 0.0
+            return self.work / "no-buffer"
         words = self.buffer_words(row)
-        out = self.work / "buffers" / _digest(words)
-        spent = out.with_suffix(".json")
-        if not spent.exists():
-            begun = time.monotonic()
-            self.run([*words, "--out", str(out)], row)
-            write_text(spent, json.dumps((time.monotonic() - begun) / 60))
-        return out, float(read_json(spent, fix="delete it"))
+        out = self.work / "buffers" / _digest(words if row.device == "cpu" else [*words, row.device])
+        finished = out.with_suffix(".json")
+        if not finished.exists():
+            self.noted([*words, "--device", row.device, "--out", str(out)], row, out)
+            write_text(finished, "true")
+        return out
 
     def distillation(self, row: Row, seed: int, buffers: Path) -> Distillation:
         out = self.folder(row) / str(seed)
         words = self.words(row, seed, buffers)
-        places = ["--buffers", str(buffers), "--out", str(out), "--resume"]
-        if not (out / "synthetic.safetensors").exists():
-            self.run([*words, *places], row)
+        if "finished" not in read_record(out):
+            self.noted([*words, "--buffers", str(buffers), "--out", str(out), "--resume"], row, self.folder(row))
         scores = [
             Score(
                 **{name: result[name] for name in ("method", "network", "protocol", "seed", "seconds")},
@@ -147,7 +152,7 @@ class Queue:
         kept = self.folder(row) / f"results-{seed}.json"
         if not kept.exists():
             words = ["evaluate", str(self.folder(row) / str(seed)), "--json", "--device", row.device]
-            write_text(kept, self.run([*words, *shlex.split(row.scoring)], row))
+            write_text(kept, self.noted([*words, *shlex.split(row.scoring)], row, self.folder(row)))
         found: list[dict[str, Any]] = read_json(kept, fix="delete it")["results"]
         return found
 
@@ -158,42 +163,58 @@ class Queue:
         published = _published_steps(row)
         if STEPS in words or row.device != "cpu" or published is None:
             return words
-        return [*words, STEPS, str(self.fitted_steps(row, words, buffers, published))]
-
-    def fitted_steps(self, row: Row, words: Sequence[str], buffers: Path, most: int) -> int:
-        """Return the number of steps that fits the budget, at most ``most``."""
-        kept = self.folder(row) / "steps.json"
+        kept = self.folder(row) / "fitted.json"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_text(kept, json.dumps(self.trial(row, words, buffers, most)))
-        return int(read_json(kept, fix="delete it"))
+            write_text(kept, json.dumps(self.fitted(row, words, buffers, published)))
+        return [*words, *read_json(kept, fix="delete it")]
 
-    def trial(self, row: Row, words: Sequence[str], buffers: Path, most: int) -> int:
-        """Find that number by trials of 2, 8, 32, ... steps, of which the first shows what does not depend on it."""
-        fixed, few, many = None, 0, 2
-        while True:
-            many = min(many, most)
-            out = self.folder(row) / "trial"
+    def fitted(self, row: Row, words: Sequence[str], buffers: Path, most: int) -> list[str]:
+        """Return flags for the number of steps that fits the budget, at most ``most``, and for the arithmetic.
+
+        The arithmetic is that of a run of ``most`` steps, because a trial would choose another one for itself.
+        """
+        out = self.folder(row) / "trial"
+
+        def trial(steps: int, *flags: str, until: Path | None = None) -> None:
             shutil.rmtree(out, ignore_errors=True)
-            self.run([*words, STEPS, str(many), "--buffers", str(buffers), "--out", str(out)], row)
-            spent = read_record(out)["cpu_seconds"] / CORES
-            shutil.rmtree(out)
-            if many == most:
-                return most
-            if fixed is None:
-                fixed, few = spent, many
-            elif spent - fixed > TRIAL_SECONDS:
-                per_step = (spent - fixed) / (many - few)
-                return max(1, min(most, few + int((60 * row.minutes - fixed) / per_step)))
-            many *= 4
+            self.run([*words, *flags, STEPS, str(steps), "--buffers", str(buffers), "--out", str(out)], row, until)
 
-    def run(self, words: Sequence[str], row: Row) -> str:
-        """Run one command of ``condense`` and return what it prints.
+        trial(most, until=out / "recipe.yaml")
+        arithmetic = [
+            word
+            for name, value in read_yaml(out / "recipe.yaml", fix="delete it")["compute"].items()
+            if value is not None and (flag := f"--compute.{name.replace('_', '-')}") not in words
+            for word in (flag, str(value))
+        ]
+
+        def seconds(steps: int) -> float:
+            trial(steps, *arithmetic)
+            return float(read_record(out)["cpu_seconds"]) / CORES
+
+        seconds(min(FEW, most))  # fills the cache of compiled code
+        steps = fitting(seconds, 60 * row.minutes, most)
+        shutil.rmtree(out)
+        return [*arithmetic, STEPS, str(steps)]
+
+    def noted(self, words: Sequence[str], row: Row, place: Path) -> str:
+        """Run a command, and note the commits of the code before and after it beside the folder of its results."""
+        self.note(place)
+        out = self.run(words, row)
+        self.note(place)
+        return out
+
+    def note(self, place: Path) -> None:
+        file = _notes(place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps([*dict.fromkeys([*_commits(place), self.commit()])]))
+
+    def run(self, words: Sequence[str], row: Row, until: Path | None = None) -> str:
+        """Run one command of ``condense``, to its end or until a file exists, and return what it prints.
 
         It is stopped, and keeps what it has, when the time of the queue is over or the queue is stopped.
         """
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        if time.monotonic() >= self.deadline:
             raise Stopped
         named = [str(self.data[row.dataset]) if word == row.dataset else word for word in words]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "NO_COLOR": "1"}
@@ -205,13 +226,39 @@ class Queue:
             stderr=subprocess.PIPE,
         )
         try:
-            out, err = process.communicate(timeout=None if left == float("inf") else left)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
+            while True:
+                left = self.deadline - time.monotonic()
+                try:
+                    out, err = process.communicate(timeout=POLL if until else None if left == float("inf") else left)
+                    break
+                except subprocess.TimeoutExpired:
+                    if until and until.exists():
+                        _stop(process)
+                        return ""
+                    if time.monotonic() >= self.deadline:
+                        raise Stopped from None
+        except (Stopped, KeyboardInterrupt):
             _stop(process)
-            raise (Stopped if isinstance(stop, subprocess.TimeoutExpired) else stop) from None
+            raise
         if process.returncode:
-            raise Failed(f"{shown(words)}: {(err.strip() or out.strip()).splitlines()[-1]}")
+            raise Failed(f"{shown(words)}: {_last_words(process.returncode, err or out)}")
         return out
+
+
+def fitting(seconds: Callable[[int], float], budget: float, most: int) -> int:
+    """Return the number of steps, at most ``most``, that fits a budget in seconds.
+
+    ``seconds`` measures trials of 2, 8, 32, ... steps, of which the first shows what does not depend on the number.
+    """
+    few = min(FEW, most)
+    fixed, many = seconds(few), few
+    while many < most:
+        many = min(4 * many, most)
+        spent = seconds(many)
+        if many < most and spent - fixed > TRIAL_SECONDS:
+            per_step = (spent - fixed) / (many - few)
+            return max(1, min(most, few + int((budget - fixed) / per_step)))
+    return most
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -255,6 +302,32 @@ def _published_steps(row: Row) -> int | None:
     """The number of steps of the recipe of a row; None if its method does not learn."""
     method = find(row.method, row.dataset, row.ipc).recipe.method
     return getattr(method, "num_steps", None) if method.learns else None
+
+
+def _notes(place: Path) -> Path:
+    return place.with_name(f"{place.name}-commits.json")
+
+
+def _commits(place: Path) -> list[str]:
+    """The commits of the code that made what lies in a folder."""
+    return list(read_json(_notes(place), fix="delete it")) if _notes(place).exists() else []
+
+
+def _minutes(buffers: Path) -> float:
+    """The time that the networks of a buffer took, in however many sessions."""
+    (manifest,) = buffers.glob("*/manifest.json")
+    return float(sum(expert["seconds"] for expert in read_json(manifest, fix="restore it")["experts"])) / 60
+
+
+def _last_words(status: int, output: str) -> str:
+    """The last line of what a command that failed has printed, or how it ended."""
+    if status < 0:
+        return f"signal {-status} ended it"
+    return (output.strip().splitlines() or [f"it ended with status {status}"])[-1]
+
+
+def checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _digest(value: Any) -> str:

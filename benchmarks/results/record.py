@@ -57,9 +57,11 @@ class Record:
     buffer: str = ""
     """The command that trained networks for the method; empty if it needs none."""
     buffer_minutes: float = 0.0
-    """Its wall time."""
+    """Its wall time, in however many sessions."""
     networks: dict[str, int] = field(default_factory=dict)
     """Number of parameters by architecture."""
+    checksum: str = ""
+    """SHA-256 of the file of the first set."""
 
     def scores(self, protocol: str, network: str = "") -> list[Score]:
         """The scores of the row's sets under a protocol on one architecture, by default the first."""

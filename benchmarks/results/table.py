@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +93,10 @@ def read(path: Path) -> Table:
     data, settings, terms, zoo = (
         _mapping(content.get(name, {}), f"{path}, {name}") for name in ("data", "settings", "terms", "zoo")
     )
-    sections = [_section(entry, settings, str(path)) for entry in content.get("sections", [])]
+    entries = content.get("sections", [])
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}, sections: {entries!r} is not a list")
+    sections = [_section(entry, settings, str(path)) for entry in entries]
     table = Table(data=data, sections=tuple(sections), terms=terms, zoo=zoo)
     names = [row.name for row in table.rows]
     for row in table.rows:
@@ -110,28 +113,44 @@ def read(path: Path) -> Table:
     return table
 
 
-def _section(entry: Any, settings: Mapping[str, Any], where: str) -> Section:
-    _known(entry, ("name", "title", "text", "auc", "common", "rows"), where)
-    fields = [field.name for field in dataclasses.fields(Row) if field.name != "name"]
-    place, rows = f"{where}, {entry['name']}", []
-    for given in entry["rows"]:
-        merged, used = dict(entry.get("common", {})), given.get("use", [])
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A section as the file has it."""
+
+    name: str
+    title: str
+    rows: tuple[dict[str, Any], ...]
+    text: str = ""
+    auc: bool = False
+    common: dict[str, Any] = field(default_factory=dict)
+
+
+def _section(given: Any, settings: Mapping[str, Any], where: str) -> Section:
+    entry = from_json(_Entry, _known(given, _names(_Entry), where), where)
+    fields = [name for name in _names(Row) if name != "name"]
+    place, rows = f"{where}, {entry.name}", []
+    for own in entry.rows:
+        merged, used = dict(entry.common), own.get("use", [])
         if not isinstance(used, str | list):
             raise ValueError(f"{place}: use is {used!r}; give the name of settings, or a list of names")
         for name in [used] if isinstance(used, str) else used:
             if not isinstance(name, str) or name not in settings:
                 raise ValueError(f"{place}: there are no settings {name!r}; {suggest(str(name), settings)}")
-            merged |= settings[name]
-        merged |= given
+            merged |= _mapping(settings[name], f"{where}, settings, {name}")
+        merged |= own
         _known(merged, (*fields, "label", "use"), place)
         label, used = merged.pop("label", None), merged.pop("use", None)
         label = label or (used if isinstance(used, str) else None) or merged.get("method")
-        name = f"{entry['name']}-{label}"
+        name = f"{entry.name}-{label}"
         rows.append(from_json(Row, {"name": name, **merged}, f"{where}, {name}"))
-    return Section(title=entry["title"], text=entry.get("text", ""), auc=entry.get("auc", False), rows=tuple(rows))
+    return Section(title=entry.title, text=entry.text, auc=entry.auc, rows=tuple(rows))
 
 
-def _known(entry: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def _known(entry: Any, names: Sequence[str], where: str) -> dict[str, Any]:
     for name in _mapping(entry, where):
         if name not in names:
             raise ValueError(f"{where}: there is no field {name!r}; {suggest(str(name), names)}")
