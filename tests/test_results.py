@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from benchmarks import choices, decoupled, harness, labels, methods, pruning, studies
 from benchmarks.harness import Provenance
@@ -29,7 +30,9 @@ from benchmarks.results import page, queue, record, table
 from benchmarks.results.published import published
 from benchmarks.results.queue import STEPS, Failed, Queue, Stopped
 from benchmarks.results.table import Row
-from condense import api, cli, recipe
+from condense import api, artifacts, cli, experiment, recipe
+from condense.buffers import trajectories
+from condense.commands import Buffer
 from condense.data import datasets
 from condense.data.datasets import Arrays
 
@@ -594,6 +597,34 @@ def test_the_flags_of_the_committed_rows_are_accepted(capsys: pytest.CaptureFixt
         words = ["show", row.method, *data, "--ipc", str(row.ipc), *shlex.split(row.flags)]
         assert cli.main(words) in (0, None), row.name
         assert f"name: {row.method}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny_classes(tmp_path: Path) -> Arrays:
+    """Twenty images of 8x8 pixels of each of ten classes."""
+    classes = (np.arange(200) % 10).astype(np.uint8)
+    images = np.broadcast_to(classes[:, None, None, None], (200, 8, 8, 1))
+    np.savez(tmp_path / "toy.npz", x_train=images, y_train=classes, x_test=images, y_test=classes)
+    return datasets.load(tmp_path / "toy.npz")
+
+
+def test_the_buffers_of_the_committed_rows_serve_their_methods(
+    tiny_classes: Arrays, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in table.read(results.RESULTS / "table.yaml").rows:
+        if not row.buffer:
+            continue
+        assert not cli.main(["show", row.method, "--dataset", row.dataset, "--ipc", "10", *shlex.split(row.flags)])
+        plan = recipe.from_mapping(yaml.safe_load(capsys.readouterr().out), row.name)
+        resolved = experiment.resolve(plan, tiny_classes, device=torch.device("cpu"))
+        fields = {name: getattr(resolved.plan, name) for name in ("transform", "split", "augment")}
+        needs = plan.method.needs(experiment.open_task(tiny_classes, resolved.network, **fields)).values()
+        given = recipe.parse(Buffer, ["--dataset", row.dataset, *shlex.split(row.buffer)], Buffer(), "buffer")
+        task = experiment.plain_task(tiny_classes, given.network, given.transform, given.split)
+        extent = {"num_experts": given.experts.num_experts, "num_epochs": given.experts.num_epochs}
+        identity = trajectories.identity(task, given.experts, given.seed, given.compute)
+        manifest = {"kind": artifacts.Trajectories.kind, "identity": identity, **extent}
+        assert [spec.misfits(manifest) for spec in needs] == [[] for _ in needs] != [], row.name
 
 
 def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
