@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -70,7 +71,9 @@ def read(path: Path) -> dict[str, Study]:
 
 
 def measure(study: Study, folder: Path, work: Path) -> Finding:
-    """Run the commands of a study that have not been run.
+    """Run the commands of a study from the first one on that has not been run.
+
+    Commands after it are run again. What an interrupted command has left in the folder after ``--out`` is removed.
 
     Args:
         study: the study.
@@ -92,6 +95,10 @@ def measure(study: Study, folder: Path, work: Path) -> Finding:
         done = work / f"{number}.json"
         record = read_json(done, fix="delete it") if done.exists() else {}
         if record.get("command") != command:
+            for later in range(number, len(study.commands)):
+                (work / f"{later}.json").unlink(missing_ok=True)
+            if "--out" in words:
+                shutil.rmtree(work / words[words.index("--out") + 1], ignore_errors=True)
             begun = time.monotonic()
             printed = _run([*words, *(["--json"] if number == len(study.commands) - 1 else [])], work)
             record = {"command": command, "minutes": (time.monotonic() - begun) / 60, "printed": printed}

@@ -483,6 +483,31 @@ def test_a_study_goes_on_with_the_command_that_failed(
         studies.main()
 
 
+def test_commands_of_a_study_after_a_changed_one_are_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def run(words: Sequence[str], folder: Path) -> str:
+        done.append(words[0])
+        (folder / words[words.index("--out") + 1]).mkdir()
+        if words[0] == "stop":
+            raise KeyboardInterrupt
+        return json.dumps({"table": {"title": "t", "columns": [], "rows": []}})
+
+    def measured(*commands: str) -> list[str]:
+        done.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            studies.measure(studies.Study(title="s", data={}, commands=commands), tmp_path, tmp_path / "work")
+        return [*done]
+
+    monkeypatch.setattr(studies, "_run", run)
+    last = "apply --out c"
+    assert measured("buffer --out a", "stop --out b", last) == ["buffer", "stop"]
+    assert measured("buffer --out a", "distill --out b", last) == ["distill", "apply"]
+    assert measured("buffer --out a", "distill --out b", last) == []
+    assert measured("buffer 2 --out a", "stop --out b", last) == ["buffer", "stop"]
+    assert measured("buffer 2 --out a", "distill --out b", last) == ["distill", "apply"]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
