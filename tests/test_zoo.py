@@ -1,5 +1,6 @@
 """The sets that come with the package."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -10,6 +11,7 @@ import condense
 from benchmarks.results import __main__ as queue
 from benchmarks.results import table
 from benchmarks.results import zoo as made
+from benchmarks.results.queue import SET, checksum
 from condense import cli, zoo
 from condense.api import evaluation_file, relabelled_file
 from condense.synthetic.teaching import Stored
@@ -25,6 +27,23 @@ def test_the_index_is_made_of_the_records_and_the_sets_are_small() -> None:
     files = {path.relative_to(zoo.FOLDER).with_suffix("").as_posix() for path in zoo.FOLDER.rglob("*.safetensors")}
     assert files == set(zoo.entries()) == set(index)
     assert sum(path.stat().st_size for path in zoo.FOLDER.rglob("*.safetensors")) <= LARGEST
+
+
+def test_a_set_other_than_the_measured_one_is_neither_copied_nor_listed(tmp_path: Path) -> None:
+    rows = table.read(queue.RESULTS / "table.yaml")
+    one = dataclasses.replace(rows, zoo={"digits/ipc1": rows.zoo["digits/ipc1"]})
+    row = rows.zoo["digits/ipc1"]
+    run, folder = tmp_path / "run" / "0" / SET, tmp_path / "zoo"
+    run.parent.mkdir(parents=True)
+    run.write_text("this set")
+    records = {row: dataclasses.replace(queue.measured(rows)[row], checksum=checksum(run))}
+    made.write(one, records, {row: tmp_path / "run"}, folder)
+    assert (folder / "digits" / "ipc1.safetensors").read_text() == "this set"
+    run.write_text("another set")
+    made.write(one, records, {row: tmp_path / "run"}, folder)
+    assert (folder / "digits" / "ipc1.safetensors").read_text() == "this set" and made.index(one, records, folder)
+    (folder / "digits" / "ipc1.safetensors").write_text("another set")
+    assert made.index(one, records, folder) == {}
 
 
 @pytest.mark.parametrize("name", zoo.entries())

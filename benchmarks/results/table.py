@@ -26,8 +26,9 @@ class Row:
     """Budget in images per class."""
     method: str
     minutes: float
-    """Budget of one distillation. On a CPU: minutes of a machine with two cores, that is half the time of the
-    processors, which does not depend on other work of the machine. On a GPU: wall time."""
+    """On a CPU the budget of one distillation, in minutes of a machine with two cores, that is half the time of the
+    processors, which does not depend on other work of the machine. On a GPU the wall time that a distillation and its
+    experts are expected to take, which decides the order of the rows only."""
     flags: str = ""
     """Further flags of ``condense distill``. Without ``--method.num-steps``, a method on a CPU gets the number of steps
     that fits the budget, and at most that of its recipe."""

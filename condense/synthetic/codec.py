@@ -53,7 +53,7 @@ class Codec(Coded):
     fits: ClassVar[bool] = True
     used_later: ClassVar[tuple[str, ...]] = ("rate_weight", "weight_error")
     levels: int | None = None
-    """Number of grids of a latent, each half the size of the one before. Default: down to one pixel, at most 6."""
+    """Number of grids of a latent, each half the size of the one before. Default: down to 1 or 2 pixels, at most 6."""
     context: int = 32
     """Number of neighbours from which the entropy model predicts a number, which is also its width."""
     context_layers: int = 4
