@@ -97,8 +97,9 @@ def measure(study: Study, folder: Path, work: Path) -> Finding:
         if record.get("command") != command:
             for later in range(number, len(study.commands)):
                 (work / f"{later}.json").unlink(missing_ok=True)
-            if "--out" in words:
-                shutil.rmtree(work / words[words.index("--out") + 1], ignore_errors=True)
+            out = work / words[words.index("--out") + 1] if "--out" in words else None
+            if out and work.resolve() in out.resolve().parents:
+                shutil.rmtree(out, ignore_errors=True)
             begun = time.monotonic()
             printed = _run([*words, *(["--json"] if number == len(study.commands) - 1 else [])], work)
             record = {"command": command, "minutes": (time.monotonic() - begun) / 60, "printed": printed}
