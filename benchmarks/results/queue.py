@@ -241,7 +241,7 @@ class Queue:
             _stop(process)
             raise
         if process.returncode:
-            raise Failed(f"{shown(words)}: {_last_words(process.returncode, err or out)}")
+            raise Failed(f"{shown(words)}: {_last_words(process.returncode, err.strip() or out)}")
         return out
 
 
