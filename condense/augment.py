@@ -519,7 +519,7 @@ def _draw_resized_crop(u: Tensor, min_area: float, height: int, width: int) -> T
     area = (min_area + (1 - min_area) * area) * (height * width)
     ratio = ((2 * log_ratio - 1) * math.log(4 / 3)).exp()
     sizes = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], 2)
-    most = torch.tensor([height, width], dtype=u.dtype, device=u.device)
+    most = torch.stack([u.new_full((), height), u.new_full((), width)])
     fits = ((sizes > 0) & (sizes <= most)).all(2)
     first = fits.int().argmax(1)[:, None, None].expand(-1, 1, 2)
     largest = most.minimum((most.flip(0) * (4 / 3)).round())

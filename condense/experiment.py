@@ -36,7 +36,7 @@ from condense.rng import Rng
 from condense.runs import RunOptions
 from condense.schema import replaced
 from condense.synthetic.budget import latents_per_class
-from condense.synthetic.decode import Graphs, Pixels, Pixels8Bit
+from condense.synthetic.decode import Graphs, Pixels, Pixels8Bit, StaticDynamic
 from condense.synthetic.patches import Patches
 from condense.synthetic.set import Origin, SyntheticSet
 from condense.task import Split, Task, make_task
@@ -164,6 +164,9 @@ def _why_not_private(plan: Recipe, validates: bool) -> str | None:
         return (
             f"is private, and {plan.transform} is fitted to the data without noise; give {spelt('transform', 'none')}"
         )
+    if isinstance(plan.decode, StaticDynamic) and plan.decode.stills is not None:
+        fix = spelt("decode.stills", None, "StaticDynamic")
+        return f"is private, and the stills of another set may be real images; give {fix}"
     return None
 
 

@@ -81,6 +81,13 @@ class Optim(Checked):
 
                 return AdaBelief(params, lr=self.lr, betas=betas, eps=1e-16, foreach=False)
 
+    @staticmethod
+    def restart(optimiser: torch.optim.Optimizer) -> None:
+        """Make an optimiser that ``build`` returned begin anew. AdaBelief counts its steps beside its state."""
+        optimiser.state.clear()
+        for group in optimiser.param_groups:
+            group.pop("step", None)
+
     def lr_at(self, step: int, num_steps: int) -> float:
         """Return the learning rate at a step, counted from 0, of a run of ``num_steps`` steps."""
         return self.schedule.lr_at(self.lr, step, num_steps)
@@ -361,6 +368,12 @@ class Context:
             self._kept[key] = state, make()  # while the state is held, no other has its id
         return cast(T, self._kept[key][1])
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs. Those of networks with dropout cannot be, since it draws from the
+        global generator."""
+        return bool(self.compute.graph) and not self.task.network.draws
+
     def graphed(self, name: str, state: State, fn: Callable[[Any], None]) -> Callable[[int], None]:
         """Return a function of the step, captured as a CUDA graph if the compute policy says so.
 
@@ -370,7 +383,7 @@ class Context:
             fn: the function. Its argument is an int, or a 0-d tensor that may only be used as the step of ``rng``, and
                 in sums with ints. Of later calls with this name and state it is ignored.
         """
-        if not self.compute.graph:
+        if not self.captures:
             return fn
         return self.kept(name, state, lambda: self.graphed_step(name, fn))
 
@@ -768,7 +781,7 @@ class _Gradients:
         self.rate = torch.zeros((), device=ctx.task.device) if coded else None
         self.names = [*sorted(method.terms), *map(str, range(len(method.terms), MAX_TERMS))]
         """Names of the terms; in a process without parts those of ``method.terms``, and placeholders."""
-        graph = ctx.compute.graph and method.graphs(ctx)
+        graph = ctx.captures and method.graphs(ctx)
         self._run: Callable[[Any], None] = ctx.graphed_step("gradients", self._compute) if graph else self._compute
 
     def __call__(self, step: int) -> None:

@@ -13,6 +13,7 @@ from condense.artifacts import BufferWriter, Keep, Trajectories, folder_name, op
 from condense.cache import Cache
 from condense.compute import Compute, machine
 from condense.files import checksum
+from condense.names import spelt
 from condense.networks import Weights
 from condense.plugins import code_of
 from condense.rng import Rng
@@ -46,6 +47,9 @@ def pretrained(
         cache: the cache folder; None disables caching.
         on_epoch: called after each epoch with the number of epochs done and the weights. If given, all epochs are
             cached, provided that they take at most ``MOST_CACHED`` bytes.
+
+    Raises:
+        ValueError: the training diverged.
     """
     if not training.num_epochs:
         return initial
@@ -67,6 +71,7 @@ def pretrained(
     }
     cached = store.read(identity, lambda folder: _read(folder / folder_name(task.name, identity), task, training))
     if cached is not None:
+        _require_finite(cached[-1], task)
         if on_epoch is not None:
             for epoch, weights in enumerate(cached, 1):
                 on_epoch(epoch, weights)
@@ -84,6 +89,7 @@ def pretrained(
         record(0, initial)
     trainer = Trainer(network, training, compute)
     weights = trainer.run(initial, trainer.source(task.train.images, task.train.labels, rng), on_epoch=record)
+    _require_finite(weights, task)
     if store.root is not None:
         params, buffers = (torch.stack(table) for table in zip(*rows, strict=True))
         record_of_training = {"origin": "trained", "seconds": round(time.perf_counter() - begun, 3)}
@@ -95,6 +101,14 @@ def pretrained(
 
         store.write(identity, write, about=f"{network.name}, {task.name}, {training.num_epochs} epochs")
     return weights
+
+
+def _require_finite(weights: Weights, task: Task) -> None:
+    if not all(tensor.isfinite().all() for part in weights for tensor in part.values()):
+        raise ValueError(
+            f"the training of {task.network.name} on {task.name} diverged; give {spelt('transform', 'channel')}, or a "
+            "network with a norm"
+        )
 
 
 def _read(folder: Path, task: Task, training: Training) -> list[Weights]:

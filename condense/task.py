@@ -17,7 +17,7 @@ from condense.data.images import Images
 from condense.data.layout import InputShape
 from condense.data.transform import Transform, fit
 from condense.names import spelt
-from condense.networks import Functional
+from condense.networks import Factory, Functional, NetworkSpec
 from condense.rng import Draws, Rng, check_seed
 from condense.schema import Checked
 
@@ -117,7 +117,7 @@ class Task:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def with_network(self, network: str) -> Task:
+    def with_network(self, network: str | NetworkSpec | Factory) -> Task:
         """Return a task with the same data and device and another architecture, which has one output per class.
 
         Raises:

@@ -14,7 +14,7 @@ from condense.compute import Compute
 from condense.data.images import Images
 from condense.method import Context
 from condense.names import spelt
-from condense.networks import Functional, Weights
+from condense.networks import Factory, Functional, NetworkSpec, Weights
 from condense.synthetic.labels import Assigned
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
@@ -54,6 +54,17 @@ class Teacher(NamedTuple):
 
         run: Callable[[Tensor], Tensor] = compute.first_order(logits, network.device)
         return lambda images: run(compute.layout(images))
+
+    def scorer(self) -> Callable[[Tensor], Tensor]:
+        """Return ``labeller`` in full precision, for choices that do not depend on the compute policy of the run."""
+        exact = Compute(exact=True)
+        label = self.labeller(exact)
+
+        def score(images: Tensor) -> Tensor:
+            with exact.arithmetic():
+                return label(images)
+
+        return score
 
     def embedder(self, compute: Compute) -> Embedder:
         """Return a function from images (N, *input_shape) to features (N, F), differentiable once."""
@@ -178,9 +189,9 @@ def require_one_backbone(networks: Sequence[str]) -> None:
         )
 
 
-def _backbone(networks: Sequence[str], task: Task) -> str:
+def _backbone(networks: Sequence[str], task: Task) -> str | NetworkSpec | Factory:
     (name,) = networks
-    return task.network.name if name == OWN else name
+    return task.network.spec if name == OWN else name
 
 
 @torch.no_grad()

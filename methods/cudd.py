@@ -21,7 +21,7 @@ Deviations: see docs/methods/cudd.md.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.compute import Compute
 from condense.data.images import Images
 from condense.method import Context, GradientState
 from condense.methods.recovery import real
@@ -38,7 +37,7 @@ from condense.networks import Weights
 from condense.schedule import Schedule
 from condense.sources import Relabelled
 from condense.task import Labelled
-from condense.teachers import Teacher
+from condense.teachers import Teacher, mean_labeller
 from condense.train import Trainer, Training
 
 
@@ -133,7 +132,8 @@ class CUDD(Inversion):
         network, plan, stage = ctx.task.network, self.student, self.stage(ctx, number)
         trainer = Trainer(network, plan, ctx.compute)
         views = trainer.source(images, classes, ctx.rng.child("student", stage), self.training_augment(ctx.task))
-        source = Relabelled(views, together(self.opened(ctx, state), ctx.compute), plan.objective)
+        label = mean_labeller([teacher.labeller(ctx.compute) for teacher in self.opened(ctx, state)])
+        source = Relabelled(views, label, plan.objective)
         trained = trainer.run(network.init(ctx.rng, "student", stage), source)
         self._student(ctx, state).weights.assign(trained)
 
@@ -174,15 +174,9 @@ class CUDD(Inversion):
         return torch.stack(list(terms.values())).sum(), terms
 
 
-def together(networks: Sequence[Teacher], compute: Compute) -> Callable[[Tensor], Tensor]:
-    """Return a function from images (N, *input_shape) to the mean logits (N, num_outputs) of some networks."""
-    labellers = [network.labeller(compute) for network in networks]
-    return lambda images: torch.stack([label(images) for label in labellers]).mean(0)
-
-
 def classified(networks: Sequence[Teacher], data: Labelled) -> Tensor:
-    """Return which samples (N,) some networks classify correctly, by their mean logits in float32 arithmetic."""
-    logits = together(networks, Compute())
+    """Return which samples (N,) some networks classify correctly, by their mean logits in full precision."""
+    logits = mean_labeller([network.scorer() for network in networks])
     return torch.cat([logits(images).argmax(1) for images in data.images.split(BATCH)]) == data.labels
 
 

@@ -105,7 +105,7 @@ class DATM(TrajectoryMatching):
 
 def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
     """Return ``num`` real images of a class that the first expert classifies correctly, in a random order. If there are
-    too few, add images that the next experts classify correctly, then any."""
+    too few, add images that the next experts classify correctly, then any, and then repeat them."""
     members = ctx.task.train.by_class[label]
     shuffled = members[ctx.rng("initial images", 0, label).permutation(len(members)).to(members.device)]
     images = ctx.task.train.images[shuffled.to(ctx.task.device)]
@@ -115,7 +115,8 @@ def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
         chosen, left[known] = torch.cat([chosen, images[known]]), False
         if len(chosen) == num:
             break
-    return torch.cat([chosen, images[left][: num - len(chosen)]])
+    chosen = torch.cat([chosen, images[left][: num - len(chosen)]])
+    return chosen[torch.arange(num, device=chosen.device) % len(chosen)]
 
 
 def mean_logits(ctx: Context, images: Tensor, classes: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from condense.compute import Compute
 from condense.data.datasets import to_float
-from condense.method import Context, GradientState
+from condense.method import Context, GradientState, Optim
 from condense.methods.mosaic import require_mosaics
 from condense.methods.rded import RDED
 from condense.methods.recovery import divided, rounded
@@ -89,7 +88,7 @@ class FADRM(Inversion):
         classes = tuple((rows // each).tolist())
         if classes not in kept:
             kept.clear()
-            teachers = [teacher.labeller(Compute()) for teacher in self.opened(ctx, state)]
+            teachers = [teacher.scorer() for teacher in self.opened(ctx, state)]
             mosaics = [rounded(ctx.task, self.selection.mosaics(ctx, teachers, label)) for label in classes]
             kept[classes] = torch.stack(mosaics)
         return ctx.task.transform(to_float(kept[classes][:, int(rows[0]) % each]))
@@ -110,7 +109,7 @@ class FADRM(Inversion):
             rows = self.chunks(ctx)[current]
             state.syn.latents[: len(rows)].lerp_(self.begin(ctx, state, rows), 1 - self.keep)
             for optimiser in state.optimisers.values():
-                optimiser.state.clear()
+                Optim.restart(optimiser)
         super().after(ctx, state, step)
 
 

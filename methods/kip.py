@@ -140,6 +140,7 @@ class KIP(GradientMethod):
         """Solve for the targets (N, num_classes) of the latents by least squares in float64.
 
         All images that are decoded from a latent share its target: ``owners`` @ targets are the targets of the images.
+        Equal images share the weight, by the solution of least norm, which torch finds on a CPU only.
         """
         train, classes = ctx.task.train, ctx.task.num_classes
         images, _ = syn()
@@ -147,7 +148,7 @@ class KIP(GradientMethod):
         images, owners = ctx.task.augment.mirrored(images, owners)
         chunks = [self._regression(chunk, images, owners) for chunk in train.images.split(CHUNK)]
         wanted = centred(train.labels, classes)
-        return torch.linalg.lstsq(torch.cat(chunks), wanted).solution
+        return torch.linalg.lstsq(torch.cat(chunks).cpu(), wanted.cpu()).solution.to(images.device)
 
     def _regression(self, real: Tensor, images: Tensor, y: Tensor) -> Tensor:
         """Predictions for ``real`` of the regression that is fitted to ``images`` and ``y``, in float64."""

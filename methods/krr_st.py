@@ -165,6 +165,8 @@ class KRRST(GradientMethod):
         teacher = self._teacher(ctx)
         with torch.no_grad():
             targets = torch.cat([teacher(part) for part in images.split(ctx.compute.micro_batch or num)])
+        copies = ctx.decode.expansion  # the images of a latent share a target
+        targets = targets.unflatten(0, (-1, copies)).mean(1).repeat_interleave(copies, 0)
         syn = ctx.new_set(images, targets)
         state = StudentState(syn=syn, optimisers=self.optimisers(syn), pool=[])
         for slot in range(self.pool_size):

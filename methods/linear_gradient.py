@@ -153,7 +153,7 @@ class LinearGradient(GradientMethod):
         level, latents = self.num_levels(ctx, step), state.syn.latents.detach()
         latents *= level / (level + 1)
         latents[:, :, before:after] = self._noise(ctx, level, step + 1) / (level + 1)
-        state.optimisers["latents"].state.clear()
+        Optim.restart(state.optimisers["latents"])
 
     def num_levels(self, ctx: Context, step: int) -> int:
         """Return how many levels the pyramids have in a step."""

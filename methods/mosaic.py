@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.compute import Compute
 from condense.data.layout import require_kind
 from condense.method import Context
 from condense.methods.selection import highest
@@ -27,9 +26,9 @@ Labeller = Callable[[Tensor], Tensor]
 
 
 def labellers(networks: Sequence[str], ctx: Context) -> list[Labeller]:
-    """Return the teachers with these networks as functions. They compute in float32, so that the images that they
-    select do not depend on the compute policy."""
-    return [teacher.labeller(Compute()) for teacher in opened(networks, ctx)]
+    """Return the teachers with these networks as functions in full precision, so that the images that they select do
+    not depend on the compute policy."""
+    return [teacher.scorer() for teacher in opened(networks, ctx)]
 
 
 def require_mosaics(ctx: Context, factor: int, num_candidates: int) -> None:

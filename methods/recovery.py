@@ -123,7 +123,7 @@ class Recovery(GradientMethod):
         for name, tensor in state.syn.state_dict().items():
             tensor[: len(rows)] = images if name == "latents" else classes
         for optimiser in state.optimisers.values():
-            optimiser.state.clear()
+            Optim.restart(optimiser)
 
     @abstractmethod
     def chunk_loss(self, ctx: Context, state: Any, step: int, rows: Tensor, images: Tensor, targets: Tensor) -> Loss:

@@ -44,6 +44,7 @@ from condense.synthetic.decode import Decode
 from condense.synthetic.labels import Labels
 from condense.synthetic.set import SyntheticSet
 from condense.task import Task
+from condense.teachers import has_batch_norm
 from condense.train import Training
 
 W_STD, B_STD = math.sqrt(2), 0.1
@@ -132,7 +133,7 @@ class RFAD(GradientMethod):
     def losses(self, ctx: Context, state: GradientState, step: int, parts: Sequence[int]) -> Tensor:
         task = ctx.task
         batches = [task.train.sample(self.batch_real, ctx.rng("real", step, part)) for part in parts]
-        real, classes = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        real, classes = [images for images, _ in batches], torch.cat([classes for _, classes in batches])
         images, targets = state.syn()
         images, targets = support(ctx, mapped(images, state.learned), targets, step)
         k_ts, k_ss = self._kernels(ctx, real, images, step)
@@ -146,13 +147,15 @@ class RFAD(GradientMethod):
         means = [batch.mean() for batch in errors.split([len(x) for x, _ in batches])]
         return torch.stack(means).sum() / self.num_batches
 
-    def _kernels(self, ctx: Context, real: Tensor, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """``K_ts`` (m, n) and ``K_ss`` (n, n), float64."""
-        k_ts, k_ss = (torch.zeros(len(x), len(images), dtype=torch.float64, device=real.device) for x in (real, images))
+    def _kernels(self, ctx: Context, real: Sequence[Tensor], images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """``K_ts`` (m, n) of all batches of real images, and ``K_ss`` (n, n), float64."""
+        most = None if has_batch_norm(ctx.task.network) else ctx.compute.micro_batch
+        num = sum(len(batch) for batch in real), len(images)
+        k_ts, k_ss = (torch.zeros(m, len(images), dtype=torch.float64, device=images.device) for m in num)
         for k in range(self.num_networks):
             weights = gaussian(ctx.task.network, ctx.rng, step, k)
             with torch.no_grad():
-                chunks = real.split(ctx.compute.micro_batch or len(real))
+                chunks = [chunk for batch in real for chunk in batch.split(most or len(batch))]
                 phi_t = torch.cat([ctx.features(*weights, chunk) for chunk in chunks])
             phi_s = ctx.features(*weights, images)
             scale = W_STD**2 / (self.num_networks * phi_s.shape[1])

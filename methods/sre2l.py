@@ -136,6 +136,11 @@ class SRe2L(Inversion):
         super().__post_init__()
         if not 0 < self.milestone <= 1:
             raise ValueError(f"method.milestone must lie in (0, 1], got {self.milestone}; a usual value is 1")
+        if self.curriculum == "step" and self.milestone == 1:
+            raise ValueError(
+                "method.curriculum step changes the crops at the milestone, which is the end; give "
+                f"{spelt('method.milestone', 0.5)}"
+            )
 
     def chunks(self, ctx: Context) -> Sequence[Tensor]:
         if self.per_class:
@@ -186,9 +191,9 @@ def real_statistics(observe: Observer, batches: Iterable[Tensor]) -> dict[str, S
         num += len(images)
         for name, (mean, var) in observe(images)[1].items():
             first, second = sums.get(name, (0.0, 0.0))
-            square = var.double() + mean.double().square()
-            sums[name] = first + len(images) * mean.double(), second + len(images) * square
+            mean, var = mean.cpu().double(), var.cpu().double()  # mps has no float64
+            sums[name] = first + len(images) * mean, second + len(images) * (var + mean.square())
     return {
-        name: Statistics((first / num).float(), (second / num - (first / num).square()).float())
+        name: Statistics(*(x.float().to(images.device) for x in (first / num, second / num - (first / num).square())))
         for name, (first, second) in sums.items()
     }

@@ -232,6 +232,18 @@ def test_dct_of_a_single_image_keeps_its_largest_coefficients() -> None:
         np.testing.assert_allclose(latents[c].abs().sort().values[0], largest, rtol=1e-4)
 
 
+def test_dct_of_copies_of_an_image_keeps_what_one_of_them_keeps() -> None:
+    """A class with one image is repeated by ``ipc_policy``; the copies have no variance."""
+    decode = DCT(coefficients=4)
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for num in (1, 3):
+        decoder, classes = decode.build((1, 8, 8), 1), torch.zeros(num, dtype=torch.long)
+        decode.encode(image.expand(num, -1, -1, -1), classes, decoder, torch.Generator())
+        kept.append(decoder.positions.tolist())
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize(("kept", "images"), [(None, 32), (4, 32), (64, 2), (63, 2), (33, 3)])
 def test_dct_buys_as_many_images_as_its_floats(kept: int | None, images: int) -> None:
     decode = DCT(coefficients=kept)

@@ -59,6 +59,24 @@ class TestIn:
         assert syn()[1].tolist() == labels.tolist() and syn.lr is None
         assert syn.origin.recipe["method"]["name"] == "imported:res"
 
+    def test_the_classes_of_an_npz_are_matched_by_name(self, real: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+        images, labels = real
+        names = np.array([f"digit {n}" for n in range(C)])
+        pixels, given = (DIGITS.x_train * 255).astype(np.uint8)[:40], {"images": images.numpy(), "classes": names}
+        parts = {
+            f"{what}_{part}": value
+            for part in ("train", "test")
+            for what, value in (("x", pixels), ("y", np.arange(40) % C))
+        }
+        np.savez(tmp_path / "reversed.npz", **parts, classes=names[::-1])
+        for name, stored in (("hard", labels.numpy()), ("soft", torch.eye(C)[labels].numpy())):
+            np.savez(tmp_path / f"{name}.npz", **given, labels=stored)
+            found = api.import_set(tmp_path / f"{name}.npz", tmp_path / "reversed.npz")()[1].detach()
+            assert (found if name == "hard" else found.argmax(1)).tolist() == (C - 1 - labels).tolist()
+        np.savez(tmp_path / "other.npz", **given | {"classes": [*"abcdefghij"]}, labels=labels.numpy())
+        with pytest.raises(ValueError, match=r"the class 'a' matches no class: .*; give another dataset"):
+            api.import_set(tmp_path / "other.npz", tmp_path / "reversed.npz")
+
     def test_a_set_may_get_a_name(self, real: tuple[Tensor, Tensor], channel: Transform, tmp_path: Path) -> None:
         source = published.res(tmp_path, channel(real[0]), real[1])
         target = tmp_path / "named.safetensors"

@@ -101,9 +101,15 @@ def test_folders_of_the_tu_collection_are_read(tmp_path: Path) -> None:
     for graph, row in zip(train, decode(torch.from_numpy(arrays.x_train)), strict=True):
         assert torch.equal(graph.codes, row.codes)
         assert torch.equal(graph.edges, row.edges)
+    (tmp_path / "SOME" / "SOME_node_attributes.txt").write_text("0.5, 7\n" * sum(len(graph.codes) for graph in graphs))
+    assert np.array_equal(load(tmp_path / "SOME").x_train, arrays.x_train), "attributes are not read"
     without = load(write_tu(tmp_path / "PLAIN", graphs, classes, labels=False))
     degrees = train[0].edges.flatten().bincount(minlength=len(train[0].codes))
     assert torch.equal(decode(torch.from_numpy(without.x_train))[0].codes, degrees)
+    (tmp_path / "PLAIN" / "PLAIN_node_attributes.txt").write_text(
+        "0.5, 7\n" * sum(len(graph.codes) for graph in graphs)
+    )
+    assert np.array_equal(load(tmp_path / "PLAIN").x_train, without.x_train)
 
 
 def test_what_an_earlier_reader_cached_is_read_again(

@@ -1063,7 +1063,7 @@ def with_statistics(spec: str | Factory, shape: InputShape) -> tuple[Functional,
 def by_hooks(functional: Functional, weights: Weights, x: Tensor, what: str, train: bool) -> list[Tensor]:
     """What plain hooks on a module of its own see, copied at once."""
     with Rng(0).forked("architecture"):
-        network = build(functional._spec, functional.input_shape, 3).train(train)
+        network = build(functional.spec, functional.input_shape, 3).train(train)
     network.load_state_dict({**weights.params, **weights.buffers}, strict=True)
     seen: list[Tensor] = []
     for name, module in network.named_modules():

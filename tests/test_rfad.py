@@ -138,14 +138,16 @@ def test_with_many_networks_the_kernel_is_that_of_the_infinitely_wide_one() -> N
     """For an MLP, whose kernel is known: two hidden layers, and a last one on top of the features."""
     ctx = make_context(network="mlp:width=512")
     a, b = (torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
-    k_ts, k_ss = RFAD(num_networks=200)._kernels(ctx, a, b, 0)
+    k_ts, k_ss = RFAD(num_networks=200)._kernels(ctx, [a[:1], a[1:]], b, 0)
     expected = fully_connected(a, b, depth=2).nngp, fully_connected(b, depth=2).nngp
     torch.testing.assert_close(k_ts, expected[0], rtol=0.03, atol=0.03)
     torch.testing.assert_close(k_ss, expected[1], rtol=0.03, atol=0.03)
 
 
-def test_all_batches_count_alike_together_and_apart() -> None:
-    ctx = make_context(network=NETWORK)
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_all_batches_count_alike_together_and_apart(norm: str) -> None:
+    """With BatchNorm too, so that any number of processes computes the same."""
+    ctx = make_context(network=NETWORK.replace("none", norm))
     method = RFAD(num_steps=1, **SMALL | {"num_batches": 3})
     state = begin(method, ctx)
     apart = [method.loss(ctx, state, 0, part).item() for part in method.parts(ctx)]

@@ -189,6 +189,19 @@ def test_the_order_of_the_training_images_does_not_matter(method: Method) -> Non
     torch.testing.assert_close(picked, shuffled, rtol=0, atol=1e-5)
 
 
+def test_nothing_is_picked_by_a_network_whose_training_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its features are NaN, and the first image would be the smallest every time."""
+    images, labels = draw_images()
+    ctx = make_context(images, labels, norm="none")
+    monkeypatch.setattr(
+        Trainer, "run", lambda self, start, *_, **__: Weights(*({k: t / 0 for k, t in p.items()} for p in start))
+    )
+    with pytest.raises(
+        ValueError, match=r"the training of convnet:.* diverged; give transform='channel', or a network"
+    ):
+        select(Herding(num_epochs=3), ctx)
+
+
 def test_herding_keeps_the_mean_closer_than_a_random_draw() -> None:
     ctx = make_context(*draw_images(), ipc=4)
     means = torch.stack([ctx.task.train.images[members].mean(0) for members in ctx.task.train.by_class])

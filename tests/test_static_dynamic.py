@@ -221,6 +221,11 @@ def test_every_method_takes_it_or_is_refused_with_the_reason(name: str, folder: 
         with pytest.raises(ValueError, match=refusal):
             distilled(folder, name, tmp_path / "run", decode=decode)
         return
+    if learner.private:
+        refusal = rf"^{name} is private, and the stills of another set may be real .*StaticDynamic\(stills=None\)"
+        with pytest.raises(ValueError, match=refusal):
+            distilled(folder, name, tmp_path / "run", decode=decode)
+        return
     fields: dict[str, Any] = {"clamp": False} if issubclass(learner, GradientMethod) else {}
     if name == "krr-st":
         fields["teachers"] = (OWN,)

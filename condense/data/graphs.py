@@ -38,7 +38,7 @@ HEADER = 2
 
 ROOM = 4
 """Length of the rows of a data set, as a multiple of the row of its longest graph."""
-READER_VERSION = 1
+READER_VERSION = 2
 """Counts the changes of ``read_tu`` and of its rows: rows in the cache that another version read are read again."""
 
 
@@ -142,8 +142,9 @@ def read_tu(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
         raise ValueError(f"{path} holds {len(indicators)} sets of graphs: one is needed; give a folder with one")
     prefix = indicators[0].name.removesuffix("_graph_indicator.txt")
     try:
-        data, slices, _ = read_tu_data(str(path), prefix)
-        labels = None if data.x is None else data.x.argmax(1)
+        data, slices, sizes = read_tu_data(str(path), prefix)
+        columns = None if data.x is None else data.x[:, sizes["num_node_attributes"] :]
+        labels = columns.argmax(1) if columns is not None and columns.shape[1] else None
         names, classes = np.unique(_numbers(path / f"{prefix}_graph_labels.txt"), return_inverse=True)
         bounds = {name: part.tolist() for name, part in slices.items()}
         counts = bounds["x"] if "x" in bounds else np.bincount(_numbers(indicators[0])).cumsum().tolist()

@@ -162,13 +162,17 @@ def as_set(
             f"{spelt('dataset')} with the data from which the set was made"
         )
     labels, soft = external.labels, external.meaning != "classes"
-    if external.classes and not soft:
-        labels = torch.tensor(match(external.classes, arrays.classes))[labels]
     if soft and labels.shape[1] != num:
         raise ValueError(
             f"the set has labels for {labels.shape[1]} classes, but {arrays.name} has {num}; give another "
             f"{spelt('dataset')}"
         )
+    named = 0 if external.classes == arrays.classes else len(external.classes)
+    if named and (named == num if soft else 0 <= int(labels.min()) <= int(labels.max()) < named):
+        ours = torch.tensor(
+            match(external.classes, arrays.classes, "folder" if external.layout == "folder" else "class")
+        )
+        labels = labels[:, ours.argsort()] if soft else ours[labels]
     if not soft and not 0 <= int(labels.min()) <= int(labels.max()) < num:
         raise ValueError(
             f"the set has labels from {int(labels.min())} to {int(labels.max())}, but {arrays.name} has {num} classes, "
@@ -204,11 +208,11 @@ def as_set(
     return syn
 
 
-def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
+def match(folders: Sequence[str], classes: Sequence[str], what: str = "folder") -> list[int]:
     """Return the class of each folder, by name or by number (see the docstring of the module).
 
     Raises:
-        ValueError: a folder matches no class, or two folders match the same class.
+        ValueError: a folder, or ``what`` the names are, matches no class, or two of them match the same class.
     """
     matched = _by_name(folders, classes)
     numbers = _by_number(folders) if None in matched else None
@@ -219,16 +223,21 @@ def match(folders: Sequence[str], classes: Sequence[str]) -> list[int]:
     if None in matched:
         folder = folders[matched.index(None)]
         raise ValueError(
-            f"the folder {excerpt(folder)!r} matches no class: there are {_some(classes)}, numbered "
-            f"0..{len(classes) - 1}; rename the folders to the names of their classes"
+            f"the {what} {excerpt(folder)!r} matches no class: there are {_some(classes)}, numbered "
+            f"0..{len(classes) - 1}; "
+            + (
+                "rename the folders to the names of their classes"
+                if what == "folder"
+                else f"give another {spelt('dataset')}"
+            )
         )
     seen: dict[int, str] = {}
     for label, folder in zip(matched, folders, strict=True):
         assert label is not None
         if label in seen:
             raise ValueError(
-                f"the folders {excerpt(seen[label])!r} and {excerpt(folder)!r} both match the class "
-                f"{classes[label]!r}; give each class one folder"
+                f"{excerpt(seen[label])!r} and {excerpt(folder)!r} both match the class {classes[label]!r}; give each "
+                f"class one {'folder' if what == 'folder' else 'name'}"
             )
         seen[label] = folder
     return list(seen)
@@ -347,7 +356,7 @@ def _lr(value: Any, path: Path) -> float:
 
 
 def _read_npz(path: Path) -> External:
-    arrays, names = read_npz(path, (*_SAMPLE_KEYS, *_LABEL_KEYS, "layout", "origin"))
+    arrays, names = read_npz(path, (*_SAMPLE_KEYS, *_LABEL_KEYS, "layout", "origin", "classes"))
     images = next((arrays[key] for key in _SAMPLE_KEYS if key in arrays), None)
     labels = next((arrays[key] for key in _LABEL_KEYS if key in arrays), None)
     if images is None or labels is None:
@@ -360,7 +369,9 @@ def _read_npz(path: Path) -> External:
         images = check_samples(what, images, layout, channels_first=True, remedy=IN_FILE)
     origin = arrays.get("origin")
     text = str(origin) if origin is not None and origin.dtype.kind == "U" and origin.ndim == 0 else ""
-    return _checked(images, labels, path, "npz", "pixels", meaning=_meaning_of(text))
+    named = arrays.get("classes", np.empty(0))
+    classes = tuple(map(str, named)) if named.ndim == 1 and named.dtype.kind == "U" else ()
+    return _checked(images, labels, path, "npz", "pixels", meaning=_meaning_of(text), classes=classes)
 
 
 def _read_folder(path: Path) -> External:

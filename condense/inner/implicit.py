@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from condense.inner.rollout import LossFn
-from condense.inner.rules import Adam, Params, Rule
+from condense.inner.rules import Adam, Params, Rule, number
 from condense.rng import Generators
 
 PLAIN_ADAM = Adam(eps_root=0.0)
@@ -71,7 +71,7 @@ def minimise(
     with torch.no_grad():
         params, state = start, rule.init(start)
         like = next(iter(start.values()))
-        lr = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+        lr = number(lr, like)
         for _ in range(num_steps):
             grads, value = grad_and_value(params)
             params, state = rule.update(grads, state, params, lr)

@@ -19,6 +19,14 @@ State = Any
 """A pytree of floating-point tensors, whose structure depends on the rule."""
 
 
+def number(value: Tensor | float, like: Tensor) -> Tensor:
+    """Return a value as a tensor of the dtype and on the device of another one. A number is not copied from the host,
+    which a captured step cannot do."""
+    if isinstance(value, int | float):
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
 class Rule(ABC):
     """One step of an optimiser: ``(grads, state, params, lr) -> (params, state)``."""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from condense.inner.adjoint import Adjoint, Exact
 from condense.inner.hidden import refuse_hidden_inputs
 from condense.inner.rollout import LossFn, Point, Prepare, Rollout
-from condense.inner.rules import SGD, Params, Rule, State
+from condense.inner.rules import SGD, Params, Rule, State, number
 
 
 def _identity(batch: Any) -> Any:
@@ -64,7 +63,7 @@ def unroll(
     if not batches:
         return theta
     like = next(iter(theta.values()))
-    lr = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+    lr = number(lr, like)
     if lr.shape not in ((), (len(batches),)):
         raise ValueError(
             f"lr has shape {tuple(lr.shape)}: it must be one number, or one per batch; give shape () or "
@@ -91,5 +90,5 @@ def advance(
     ``start`` has the same two parts. The other arguments are those of ``unroll``; ``lr`` is one number.
     """
     like = next(iter(start[0].values()))
-    lrs = (torch.as_tensor(lr, dtype=like.dtype, device=like.device),) * len(batches)
+    lrs = (number(lr, like),) * len(batches)
     return Rollout(loss_fn, prepare, rule, start, tuple(batches), lrs, compile).after(len(batches)).start

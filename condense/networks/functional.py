@@ -116,13 +116,14 @@ class Functional:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._spec = resolve(spec, input_shape) if isinstance(spec, str | NetworkSpec) else spec
-        self.name, self.module = name_of(self._spec), module_of(self._spec)
+        self.spec = resolve(spec, input_shape) if isinstance(spec, str | NetworkSpec) else spec
+        """The architecture."""
+        self.name, self.module = name_of(self.spec), module_of(self.spec)
         self.input_shape, self.num_outputs = input_shape, num_outputs
         self.device, self.dtype = torch.device(device), dtype
-        require_moderate(self._spec, input_shape, num_outputs)
+        require_moderate(self.spec, input_shape, num_outputs)
         with Rng(0).forked("architecture"):
-            network = build(self._spec, input_shape, num_outputs).to(self.device, self.dtype)
+            network = build(self.spec, input_shape, num_outputs).to(self.device, self.dtype)
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
         """Shapes of the trained parameters, in the order of ``flatten``."""
         if not self.shapes:
@@ -139,7 +140,7 @@ class Functional:
         """Shapes of the buffers, in the order of ``Weights.buffers``."""
         self._aliases = _aliases(network)
         # Networks from outside this package may use fused attention kernels, which have no second derivative.
-        self._is_external = not is_builtin(self._spec)
+        self._is_external = not is_builtin(self.spec)
         self._captures: dict[tuple[str | tuple[str, ...], bool], _Capturing] = {}
         self._eval = _Skeleton(network).to("meta").eval()
         self._tracking = copy.deepcopy(self._eval).train()
@@ -200,7 +201,7 @@ class Functional:
 
         For callables it includes a hash of the parameter shapes and a checksum of the frozen parameters.
         """
-        if isinstance(self._spec, NetworkSpec):
+        if isinstance(self.spec, NetworkSpec):
             return {"network": self.name}
         shapes = canonical_json([[name, list(shape)] for name, shape in self.shapes.items()])
         frozen = {"frozen": checksum(self._frozen)} if self._frozen else {}
@@ -218,7 +219,7 @@ class Functional:
             rng.forked(name, step, unit),  # for draws of other kinds
             draws.device,
         ):
-            network = build(self._spec, self.input_shape, self.num_outputs)
+            network = build(self.spec, self.input_shape, self.num_outputs)
         params = dict(network.named_parameters())
         return Weights(
             {key: params[key].detach().to(self.device, self.dtype) for key in self.shapes},
@@ -232,7 +233,7 @@ class Functional:
         """
 
         def projected(input_shape: InputShape, width: int) -> Network:
-            return Projected(build(self._spec, input_shape, self.num_outputs), width)
+            return Projected(build(self.spec, input_shape, self.num_outputs), width)
 
         return Functional(projected, self.input_shape, width, self.device, self.dtype)
 

@@ -384,7 +384,8 @@ class DCT(Decode):
         spectra = dct(images).flatten(2)
         for c in classes.unique().tolist():
             of_class = spectra[classes == c].mean(1)
-            spread = of_class.var(0) if len(of_class) > 1 else of_class[0].square()
+            alike = (of_class == of_class[0]).all()  # one image, or copies of it
+            spread = of_class[0].square() if alike else of_class.var(0)
             order = spread.argsort(descending=True, stable=True)
             decoder.positions[c] = order[: decoder.positions.shape[1]].sort().values
         return spectra.gather(2, decoder.index(classes, images.shape[1]))
