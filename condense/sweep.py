@@ -83,8 +83,8 @@ def grid(axes: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
             )
         if field in fields:
             raise ValueError(f"--sweep names {field} twice; give all of its values together")
-        if field in ("dataset", "out", "seed"):
-            instead = "--seeds 0-4" if field == "seed" else "one command for each"
+        if field in ("dataset", "out", "seed", "seeds", "sweep", "resume"):
+            instead = "--seeds 0-4" if field.startswith("seed") else "one command for each"
             raise ValueError(f"--sweep does not take {field}; give {instead}")
         fields[field] = values
     points = itertools.product(*([(field, value) for value in values] for field, values in fields.items()))

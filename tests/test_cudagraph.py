@@ -34,6 +34,26 @@ def test_a_run_with_graphs_gives_the_same_set(name: str) -> None:
         assert torch.equal(tensor, sets[1][key]), key
 
 
+def dropping(input_shape: Any, num_classes: int) -> torch.nn.Module:
+    layers = [
+        torch.nn.Flatten(),
+        torch.nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], 8),
+        torch.nn.Dropout(),
+    ]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(8, num_classes))
+
+
+@pytest.mark.parametrize("name", ["dd", "dm"])
+def test_a_network_with_dropout_draws_the_same_with_graphs(name: str) -> None:
+    """Dropout draws from the global generator, which a captured step does not seed."""
+    sets = []
+    for graph in (False, True):
+        compute = Compute(exact=True, graph=graph)
+        trial = _Trial(method(name)(num_steps=3, **SMALL[name]), None, {"network": dropping, "compute": compute})
+        sets.append(trial.distil(trial.context()).state_dict())
+    assert all(torch.equal(tensor, sets[1][key]) for key, tensor in sets[0].items())
+
+
 @pytest.mark.parametrize("check", [resumes_to_the_byte, any_number_of_processes_agrees])
 @pytest.mark.parametrize("name", ["dc", "dm", "mtt", "rat-bptt", pytest.param("rcig", marks=pytest.mark.slow)])
 def test_contract_of_methods_with_graphs(name: str, check: Any) -> None:

@@ -1082,7 +1082,7 @@ def break_folder(folder: Path, case: str) -> None:
         ("not an image", "cannot read .*001.png"),
         ("truncated", "cannot read .*001.png"),
         ("16 bits", "cannot read .*001.png: its pixels have more than 8 bits"),
-        ("a class in test only", "/d is not a class"),
+        ("a class in test only", "/d is not a class: .*; move it away, or add training images of it"),
         ("a file among the classes", "notes.txt is not a class"),
         ("an empty class", "bb has no image: each class"),
         ("no test images", "test has no images: it needs a folder"),

@@ -16,6 +16,7 @@ from PIL import Image
 import condense
 from condense import cli
 from condense.data import load
+from condense.data.hugging_face import list_rows
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
 
@@ -92,6 +93,15 @@ def test_what_cannot_be_told_is_refused_in_one_line() -> None:
     odd = standing_in()
     odd.columns["picture"][3] = Image.new("RGB", (7, 6))
     refused(odd, r"all must have the same shape; prepare them with condense.prepare\(d, ")
+
+
+@pytest.mark.parametrize("label", [-1, None, 2])
+def test_photos_without_labels_are_refused_before_they_are_decoded(label: int | None) -> None:
+    """Public test splits have the label -1."""
+    test = standing_in(8)
+    test.columns[next(name for name in test.columns if name != "picture")][1] = label
+    with pytest.raises(ValueError, match=rf"^row 1 of the test split has the label {label}, but classes are 0..1: "):
+        list_rows(Splits(train=standing_in(0, 8), test=test))
 
 
 def test_a_name_needs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

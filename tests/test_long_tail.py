@@ -72,6 +72,21 @@ def test_a_method_starts_from_repeated_images(tail: Arrays, tmp_path: Path) -> N
     assert torch.equal(full()[0], usual()[0])
 
 
+def test_datm_repeats_the_images_that_its_experts_classify_correctly(tail: Arrays, tmp_path: Path) -> None:
+    network = "convnet:depth=1,width=4"
+    api.make_buffer(tail, network, num_experts=1, num_epochs=3, out=tmp_path / "buffers", device="cpu")
+    fields: dict[str, Any] = {
+        "syn_steps": 1,
+        "batch_syn": 4,
+        "expert_epochs": 1,
+        "max_start_epoch": 2,
+        "experts": "any",
+    }
+    fields |= {"buffers": tmp_path / "buffers", "network": network, "labels": "logits", "first_max_epoch": None}
+    syn = distilled("datm", tail, tmp_path / "run", ipc_policy="repeat", num_steps=1, **fields)
+    assert syn.classes.bincount().tolist() == [5] * 10
+
+
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [

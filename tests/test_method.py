@@ -106,6 +106,19 @@ def test_an_optimiser_goes_on_from_what_it_stored(kind: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, stopped, strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimiser_that_begins_anew_takes_the_steps_of_a_new_one(kind: Any) -> None:
+    used, fresh = params(), params()
+    first = Optim(kind=kind, momentum=0.5).build(used)
+    follow(first, used, range(1, 7))
+    for leaf, w in zip(used, params(), strict=True):
+        leaf.data.copy_(w)
+    Optim.restart(first)
+    follow(first, used, range(1, 4))
+    follow(Optim(kind=kind, momentum=0.5).build(fresh), fresh, range(1, 4))
+    assert all(torch.equal(a, b) for a, b in zip(used, fresh, strict=True))
+
+
 def test_the_rate_follows_cosine_and_halves() -> None:
     plain, halved = Optim(lr=0.8), Optim(lr=0.8, schedule=Schedule(drop_at=(0.5, 0.75), drop_factor=0.5))
     cosine = Optim(lr=0.8, schedule=Schedule(cosine_to=0.25))

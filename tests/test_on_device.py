@@ -69,11 +69,23 @@ def without_the_host() -> Iterator[list[int]]:
     run = Graphed._run
 
     def captured(graphed: Graphed) -> None:
-        with _OffTheHost():
+        with _OffTheHost(), mock.patch.object(torch, "tensor", copied), mock.patch.object(torch, "as_tensor", given):
             run(graphed)
 
     with mock.patch.object(Graphed, "_run", captured), _no_draw_on_the_host() as orders:
         yield orders
+
+
+def copied(data: Any, *, device: Any = None, **_: Any) -> Tensor:
+    """``torch.tensor`` copies numbers from the host."""
+    raise AssertionError(f"{data} is copied from the CPU to {device} in a captured step")
+
+
+_as_tensor = torch.as_tensor
+
+
+def given(data: Any, **fields: Any) -> Tensor:
+    return _as_tensor(data, **fields) if isinstance(data, Tensor) else copied(data, **fields)
 
 
 @contextlib.contextmanager
@@ -231,8 +243,8 @@ def test_the_harness_notices_what_it_is_for() -> None:
         x + torch.zeros(3)
     with pytest.raises(AssertionError, match="drawn on the CPU"), without_the_host():
         Rng(0)("a", 3).uniform(2)
-    for fault in (lambda: torch.tensor(2.0), lambda: x.copy_(host), lambda: x * host[0]):
+    for fault in (lambda: torch.tensor(2.0, device=META), lambda: x.copy_(host), lambda: x * host[0]):
         graphed = Graphed(fault, META, name="a step")
         graphed()
-        with pytest.raises(AssertionError, match="in a captured step uses the CPU"), without_the_host():
+        with pytest.raises(AssertionError, match="in a captured step"), without_the_host():
             graphed()

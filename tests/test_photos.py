@@ -131,6 +131,7 @@ def test_a_table_lists_photos_anywhere(tmp_path: Path) -> None:
         ("path,label\na.png,1\nnowhere.png,2\n", "line 3 of .*: there is no file .*nowhere.png"),
         ("path,label,split\na.png,1,dev\n", "line 2 of .* has the split 'dev': give train, test or val"),
         ("path,label\na.png\n", "line 2 has 1 of 2 columns"),
+        ("path,label\na.png,1\na.png,\n", "line 3 has no label"),
         ("path,label,split\na.png,1,train\na.png,2,test\n", "no training photos of the class 2"),
     ],
 )
@@ -252,6 +253,15 @@ def test_16_bits_are_divided_by_what_white_is(name: str, tmp_path: Path) -> None
     refused(
         tmp_path / "photos", f"{name} has the value 4095, which is more than white, 1000: give white=4095", white=1000
     )
+
+
+def test_32_bits_are_no_photo(tmp_path: Path) -> None:
+    """Such a photo is left out and counted; no value of ``white`` would be right for it."""
+    root = folder(tmp_path / "photos", 3, 4)
+    for value in (99806, -3):
+        Image.fromarray(np.full((4, 4), value, np.int32)).save(root / "ant" / f"{value}.tif")
+    _, arrays = prepared(root)
+    assert len(arrays["x_train"]) + len(arrays["x_test"]) == len([*root.rglob("*.png")])
 
 
 def test_images_are_gray_if_all_of_them_are(tmp_path: Path) -> None:

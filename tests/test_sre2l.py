@@ -391,6 +391,10 @@ def test_a_teacher_without_batch_norm_is_refused_unless_its_statistics_have_no_w
         ({"curriculum": "linear", "augment": "roll"}, r"^the curriculum changes the crops .* or curriculum='none'$"),
         ({"chunk": 0}, r"^method.chunk must be at least 1"),
         ({"milestone": 0.0}, r"^method.milestone must lie in \(0, 1\]"),
+        (
+            {"curriculum": "step"},
+            r"^method.curriculum step changes the crops at .* the end; give milestone=0.5$",
+        ),
         ({"teachers": ()}, r"^method.teachers names no network"),
         ({"ipc": 13, "start": "real"}, r"has 12 training images, 13 are needed"),
     ],

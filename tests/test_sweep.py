@@ -103,6 +103,8 @@ def test_what_diverges_is_not_chosen(
         (["--sweep", "method.batch-real=3,4"], "--method.batch-real is given once and swept"),
         (["--sweep", "method.batch_real=3,4"], "--method.batch-real is given once and swept"),
         (["--sweep", "seed=1,2"], "give --seeds 0-4"),
+        (["--sweep", "seeds=1,2"], "give --seeds 0-4"),
+        (["--sweep", "resume=True,False"], "--sweep does not take resume; give one command for each"),
         (["--sweep", "dataset=a,b"], "does not take dataset"),
         (["--sweep", "method.nothing=1,2"], "unknown flag --method.nothing"),
         (["--sweep", "transform=none,wrong"], "unknown transform 'wrong'"),

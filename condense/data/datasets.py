@@ -494,9 +494,10 @@ def _load_folder(folder: Path) -> Arrays:
         files: list[Path] = []
         for class_folder in _visible(folder / split):
             if class_folder.name not in classes:
+                otherwise = "add training images of it" if class_folder.is_dir() else _prepared(folder)
                 raise ValueError(
                     f"{class_folder} is not a class: classes are the folders in {folder / 'train'}; move it away, or "
-                    + _prepared(folder)
+                    + otherwise
                 )
             inside = _visible(class_folder)
             if split == "train" and not inside:

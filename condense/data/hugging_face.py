@@ -122,6 +122,13 @@ def list_rows(source: HuggingFace) -> Listing:
         )
     if test and test[0].class_to_idx != train.class_to_idx:
         raise ValueError("the test split has other classes than the training split: give splits with the same features")
+    for rows in (train, *test):
+        for index, label in enumerate(rows.rows[rows.label]):
+            if label is None or not 0 <= int(label) < len(classes):
+                raise ValueError(
+                    f"row {index} of the {'training' if rows is train else 'test'} split has the label {label}, but "
+                    f"classes are 0..{len(classes) - 1}: give a pair (train, test) of splits with labels"
+                )
     photos = [list(_photos(rows)) for rows in (train, *test)]
     return Listing(train=photos[0], test=photos[1] if test else (), classes=classes)
 

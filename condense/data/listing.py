@@ -136,6 +136,8 @@ def _of_table(table: Path) -> Listing:
             for row in rows:
                 if len(row) <= max(columns) and any(row):
                     raise ValueError(f"line {rows.line_num} has {len(row)} of {len(header)} columns")
+                if any(row) and not row[header.index("label")].strip():
+                    raise ValueError(f"line {rows.line_num} has no label")
                 if any(row):
                     cells.append((rows.line_num, [row[column].strip() for column in columns]))
     except (OSError, ValueError, csv.Error) as error:

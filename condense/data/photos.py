@@ -218,6 +218,13 @@ def _decode(photos: Sequence[Photo], pixels: Array, plan: Preparation, source: s
     return seen
 
 
+def _deepest(pixels: Array) -> int:
+    """Return the largest of 16-bit pixels, which may be stored in 32 bits. Raises ValueError if they have more."""
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"its pixels go from {pixels.min()} to {pixels.max()}, and photos have at most 16 bits")
+    return int(pixels.max())
+
+
 def _into(photo: Photo, row: Array | None, plan: Preparation) -> _Seen:
     """Decode a photo into ``row`` (3, H, W), if one is given and fits, and return what was seen."""
     from PIL import Image, UnidentifiedImageError
@@ -228,7 +235,7 @@ def _into(photo: Photo, row: Array | None, plan: Preparation) -> _Seen:
                 raise ValueError(f"it declares {image.width}x{image.height} pixels; the limit is {MOST_PIXELS:,}")
             image.load()
             turn = orientation(image)
-            deepest = int(np.asarray(image).max()) if image.mode in _BITS_16 else None
+            deepest = _deepest(np.asarray(image)) if image.mode in _BITS_16 else None
             shown = oriented(_as_rgb(image, plan), turn)
             file.seek(0)
             key = hashlib.sha256(file.read()).digest()
