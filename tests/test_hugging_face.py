@@ -37,7 +37,9 @@ class StandIn:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return self.columns[index]
         return {name: values[index] for name, values in self.columns.items()}
 
 
