@@ -19,14 +19,16 @@ from condense.data.datasets import Arrays
 from condense.method import Context, Optim
 from condense.methods import pool
 from condense.methods.krr_st import KRRST
-from condense.networks import Functional, build
+from condense.networks import Functional, InputShape, build
 from condense.recipe import Recipe, named
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Hard, Origin, Pixels, Targets
 from condense.synthetic import load as read
 from condense.task import Labelled, Split, make_task
+from condense.teachers import OWN
 from tests.reference import krr_st as twin
+from tests.test_contract import FIELDS, small
 
 NETWORK = "convnet:depth=1,width=8,norm=batch"
 TEACHER = "convnet:depth=2,width=4,norm=batch"
@@ -176,6 +178,22 @@ def test_its_teacher_is_one_that_was_trained_without_labels(tiny: Arrays, tmp_pa
     other = dataclasses.replace(TINY, trained_by="simclr")
     with pytest.raises(ValueError, match='objective is "barlow-twins", not "simclr"'):
         api.run(dataclasses.replace(plan, method=other), dataclasses.replace(options, buffers=teachers), arrays=tiny)
+
+
+@pytest.mark.parametrize("name", ["krr-st", "linear-gradient"])
+def test_the_backbone_may_be_a_network_of_python(name: str, tiny: Arrays, tmp_path: Path) -> None:
+    def network(input_shape: InputShape, num_outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, num_outputs))
+
+    common: dict[str, Any] = {"device": "cpu", "compute": Compute()}
+    api.make_buffer(
+        tiny, network, num_experts=1, num_epochs=1, batch_size=12, keep="last", out=tmp_path / "b", **common
+    )
+    plan = dataclasses.replace(small(name), teachers=(OWN,))
+    fields: dict[str, Any] = {"dataset": tiny, "network": network, "ipc": 2, "buffers": tmp_path / "b"} | FIELDS.get(
+        name, {}
+    )
+    assert api.distill(plan, out=tmp_path / "run", **fields, **common).latents.isfinite().all()
 
 
 @pytest.mark.parametrize(
