@@ -289,7 +289,7 @@ class Context:
         drawn = [task.train.draw(c, n, self.rng("initial images", 0, c)) for c, n in enumerate(self.images_of_class)]
         if self.ipc_policy == "repeat":
             counts = zip(drawn, self.images_of_class, strict=True)
-            drawn = [images[torch.arange(n, device=images.device) % len(images)] for images, n in counts]
+            drawn = [repeated(images, num) for images, num in counts]
         return torch.cat(drawn), labels
 
     def require_images(self, otherwise: str = "") -> None:
@@ -826,6 +826,11 @@ class _Gradients:
             total[0] += loss.detach()
             if terms:
                 total[1 : 1 + len(terms)] += torch.stack([terms[name].detach().to(total) for name in self.names])
+
+
+def repeated(rows: Tensor, num: int) -> Tensor:
+    """Return the first ``num`` rows (num, ...) of a tensor (n, ...), which begins again after its last row."""
+    return rows[torch.arange(num, device=rows.device) % len(rows)]
 
 
 def require_finite(record: Mapping[str, Value]) -> None:

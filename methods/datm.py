@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.method import Context, GradientState, Optim, Value
+from condense.method import Context, GradientState, Optim, Value, repeated
 from condense.methods.mtt import TrajectoryMatching, logits_of_experts
 from condense.task import Task
 from condense.train import Training
@@ -116,7 +116,7 @@ def correctly_classified(ctx: Context, label: int, num: int) -> Tensor:
         if len(chosen) == num:
             break
     chosen = torch.cat([chosen, images[left][: num - len(chosen)]])
-    return chosen[torch.arange(num, device=chosen.device) % len(chosen)]
+    return repeated(chosen, num)
 
 
 def mean_logits(ctx: Context, images: Tensor, classes: Tensor) -> Tensor:

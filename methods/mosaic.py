@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.data.layout import require_kind
-from condense.method import Context
+from condense.method import Context, repeated
 from condense.methods.selection import highest
 from condense.names import spelt
 from condense.rng import Draws
@@ -57,7 +57,7 @@ def candidates(ctx: Context, label: int, num: int) -> Tensor:
 def best(scores: Tensor, num: int) -> Tensor:
     """Return the indices (num,) of the highest scores (n,) in descending order; if n < num, they are repeated."""
     order = highest(scores.cpu(), min(num, len(scores)))
-    return order[torch.arange(num) % len(order)].to(scores.device)
+    return repeated(order, num).to(scores.device)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from condense.registry import load as method
 from condense.rng import Rng
 from condense.testing import _Trial, any_number_of_processes_agrees, resumes_to_the_byte
 from condense.train import Trainer, Training, _Lane
-from tests.test_contract import SMALL
+from tests.test_contract import SMALL, dropping
 from tests.test_on_device import AUGMENT, GRAPHED, NETWORK
 
 CPU = torch.device("cpu")
@@ -32,15 +32,6 @@ def test_a_run_with_graphs_gives_the_same_set(name: str) -> None:
         sets.append(trial.distil(ctx).state_dict())
     for key, tensor in sets[0].items():
         assert torch.equal(tensor, sets[1][key]), key
-
-
-def dropping(input_shape: Any, num_classes: int) -> torch.nn.Module:
-    layers = [
-        torch.nn.Flatten(),
-        torch.nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], 8),
-        torch.nn.Dropout(),
-    ]
-    return torch.nn.Sequential(*layers, torch.nn.Linear(8, num_classes))
 
 
 @pytest.mark.parametrize("name", ["dd", "dm"])

@@ -134,12 +134,13 @@ def _of_table(table: Path) -> Listing:
             columns = [header.index(name) for name in _COLUMNS if name in header]
             cells: list[tuple[int, list[str]]] = []
             for row in rows:
-                if len(row) <= max(columns) and any(row):
+                if not any(row):
+                    continue
+                if len(row) <= max(columns):
                     raise ValueError(f"line {rows.line_num} has {len(row)} of {len(header)} columns")
-                if any(row) and not row[header.index("label")].strip():
+                if not row[header.index("label")].strip():
                     raise ValueError(f"line {rows.line_num} has no label")
-                if any(row):
-                    cells.append((rows.line_num, [row[column].strip() for column in columns]))
+                cells.append((rows.line_num, [row[column].strip() for column in columns]))
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"cannot read {table}: {reason(error)}; give a .csv file in UTF-8") from error
     if not cells:
