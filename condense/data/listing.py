@@ -130,18 +130,22 @@ def _of_table(table: Path) -> Listing:
             rows = csv.reader(file)
             header = [name.strip().lower() for name in next(rows, [])]
             if not {"path", "label"} <= set(header):
-                raise ValueError("its first line has to name the columns path, label and, optionally, split")
+                raise ValueError(
+                    f"cannot read {table}: its first line has to name the columns path, label and, optionally, split; "
+                    "correct it"
+                )
             columns = [header.index(name) for name in _COLUMNS if name in header]
             cells: list[tuple[int, list[str]]] = []
             for row in rows:
+                line = f"line {rows.line_num}"
                 if not any(row):
                     continue
                 if len(row) <= max(columns):
-                    raise ValueError(f"line {rows.line_num} has {len(row)} of {len(header)} columns")
+                    raise ValueError(f"{table}: {line} has {len(row)} of {len(header)} columns; correct or remove it")
                 if not row[header.index("label")].strip():
-                    raise ValueError(f"line {rows.line_num} has no label")
+                    raise ValueError(f"{table}: {line} has no label; give one, or remove the line")
                 cells.append((rows.line_num, [row[column].strip() for column in columns]))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, UnicodeError, csv.Error) as error:
         raise ValueError(f"cannot read {table}: {reason(error)}; give a .csv file in UTF-8") from error
     if not cells:
         raise ValueError(f"{table} lists no photos: it has no line after its first; add lines")
