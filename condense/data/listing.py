@@ -137,13 +137,13 @@ def _of_table(table: Path) -> Listing:
             columns = [header.index(name) for name in _COLUMNS if name in header]
             cells: list[tuple[int, list[str]]] = []
             for row in rows:
-                line = f"line {rows.line_num}"
+                where = f"{table}: line {rows.line_num}"
                 if not any(row):
                     continue
                 if len(row) <= max(columns):
-                    raise ValueError(f"{table}: {line} has {len(row)} of {len(header)} columns; correct or remove it")
+                    raise ValueError(f"{where} has {len(row)} of {len(header)} columns; correct or remove it")
                 if not row[header.index("label")].strip():
-                    raise ValueError(f"{table}: {line} has no label; give one, or remove the line")
+                    raise ValueError(f"{where} has no label; give one, or remove the line")
                 cells.append((rows.line_num, [row[column].strip() for column in columns]))
     except (OSError, UnicodeError, csv.Error) as error:
         raise ValueError(f"cannot read {table}: {reason(error)}; give a .csv file in UTF-8") from error
