@@ -159,11 +159,16 @@ def test_a_set_whose_run_did_not_end_is_finished_first(work: Queue, here: list[l
     assert [words[0] for words in here] == ["distill", "evaluate"] and measured.provenance.device
 
 
-def test_a_record_names_the_commits_that_made_its_parts(work: Queue, here: list[list[str]]) -> None:
+def test_a_record_names_the_commits_and_the_machines_that_made_its_parts(
+    work: Queue, here: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "machine", lambda device: "slow")
     with pytest.raises(Stopped):
         dataclasses.replace(work, commit=lambda: "old", deadline=0.0).measure(ROW)
-    assert work.measure(ROW).provenance.commit == "old, abc"
-    assert dataclasses.replace(work, commit=lambda: "new").measure(ROW).provenance.commit == "old, abc"
+    monkeypatch.setattr(queue, "machine", lambda device: "fast")
+    measured = work.measure(ROW)
+    assert measured.provenance.commit == "old, abc" and measured.machine == "slow, fast"
+    assert dataclasses.replace(work, commit=lambda: "new").measure(ROW) == measured
 
 
 def test_a_queue_whose_time_is_over_leaves_the_row_open(work: Queue, here: list[list[str]]) -> None:

@@ -28,8 +28,9 @@ out from the training split, and their number stands in the row.
 The protocol `canonical` trains on one class per image, whatever labels a set has; `own` is the training of the
 method, with its labels. A set with *soft* labels stores a vector of values per image. The minutes are the mean time
 of a distillation: on a CPU half the time of the processors, as if two cores were busy all the time, on a GPU wall
-time. Published numbers are those of the papers, at other budgets than ours and with the decoders and labels of the
-papers; we did not measure them. *Unverified* ones were read elsewhere.
+time. Not every row was measured on the same processor, and a faster one does more steps in these minutes; the commands
+below name it where it was noted. Published numbers are those of the papers, at other budgets than ours and with the
+decoders and labels of the papers; we did not measure them. *Unverified* ones were read elsewhere.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
 command, commit and device.
@@ -174,7 +175,7 @@ def commands(table: Table, records: Mapping[str, Record]) -> str:
         if row.name not in records:
             continue
         record = records[row.name]
-        lines += [f"`{row.name}`. {record.provenance},"]
+        lines += [f"`{row.name}`. {record.provenance}{f', {record.machine}' if record.machine else ''},"]
         lines += [f"seeds 0 to {len(record.distillations) - 1}{_choice(record.row)}", ""]
         if record.buffer:
             lines.append(f"    {record.buffer}  # {record.buffer_minutes:.1f} minutes of wall time")

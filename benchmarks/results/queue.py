@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Provenance
+from benchmarks.harness import Provenance, machine
 from benchmarks.results import record as records
 from benchmarks.results.published import published
 from benchmarks.results.record import Distillation, Record, Score
@@ -92,7 +92,7 @@ class Queue:
             distillations=tuple(done),
             evaluation=shown(["evaluate", "RUN", *shlex.split(row.scoring)]),
             provenance=Provenance(
-                commit=", ".join(dict.fromkeys([*_commits(buffers), *_commits(folder)])),
+                commit=", ".join(_noted("commits", buffers, folder)),
                 date=datetime.date.today().isoformat(),
                 device=read_record(folder / "0")["device"],
                 threads=self.threads,
@@ -102,6 +102,7 @@ class Queue:
             buffer_minutes=_minutes(buffers) if row.buffer else 0.0,
             networks={result["network"]: result["num_params"] for result in rows},
             checksum=checksum(folder / "0" / SET),
+            machine=", ".join(_noted("machines", buffers, folder)),
         )
         records.write(record, self.rows)
         return record
@@ -198,16 +199,18 @@ class Queue:
         return [*arithmetic, STEPS, str(steps)]
 
     def noted(self, words: Sequence[str], row: Row, place: Path) -> str:
-        """Run a command, and note the commits of the code before and after it beside the folder of its results."""
-        self.note(place)
+        """Run a command, and note the commits of the code before and after it, and the machine, beside its results."""
+        self.note(row, place)
         out = self.run(words, row)
-        self.note(place)
+        self.note(row, place)
         return out
 
-    def note(self, place: Path) -> None:
+    def note(self, row: Row, place: Path) -> None:
         file = _notes(place)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps([*dict.fromkeys([*_commits(place), self.commit()])]))
+        now = {"commits": self.commit(), "machines": machine(torch.device(row.device))}
+        both = {kind: [*dict.fromkeys([*_noted(kind, place), value])] for kind, value in now.items()}
+        write_text(file, json.dumps(both))
 
     def run(self, words: Sequence[str], row: Row, until: Path | None = None) -> str:
         """Run one command of ``condense``, to its end or until a file exists, and return what it prints.
@@ -305,12 +308,13 @@ def _published_steps(row: Row) -> int | None:
 
 
 def _notes(place: Path) -> Path:
-    return place.with_name(f"{place.name}-commits.json")
+    return place.with_name(f"{place.name}-made-by.json")
 
 
-def _commits(place: Path) -> list[str]:
-    """The commits of the code that made what lies in a folder."""
-    return list(read_json(_notes(place), fix="delete it")) if _notes(place).exists() else []
+def _noted(kind: str, *places: Path) -> list[str]:
+    """The commits of the code, or the machines, that made what lies in folders."""
+    files = [_notes(place) for place in places if _notes(place).exists()]
+    return [*dict.fromkeys(value for file in files for value in read_json(file, fix="delete it")[kind])]
 
 
 def _minutes(buffers: Path) -> float:

@@ -62,6 +62,8 @@ class Record:
     """Number of parameters by architecture."""
     checksum: str = ""
     """SHA-256 of the file of the first set."""
+    machine: str = ""
+    """The processors that did the work; empty in records that did not note it."""
 
     def scores(self, protocol: str, network: str = "") -> list[Score]:
         """The scores of the row's sets under a protocol on one architecture, by default the first."""
