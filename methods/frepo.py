@@ -116,10 +116,13 @@ class FRePo(GradientMethod):
         return with_options(task.network.name, norm="none")
 
     def training_augment(self, task: Task) -> Augment:
-        """The augmentation of the recipe, or the published one if the recipe has none and it is wanted."""
-        if task.augment.ops or not self.augment_training:
+        """The operations of the recipe, or the published ones if the recipe has none and they are wanted. Without
+        either, images are flipped if the distillation mirrors them."""
+        if task.augment.ops:
             return super().training_augment(task)
-        return Augment(mild(task.input_shape))
+        if self.augment_training:
+            return Augment(mild(task.input_shape))
+        return Augment(("flip",) if task.augment.flips else ())
 
     def init(self, ctx: Context) -> PoolState:
         syn, learned = ctx.new_set(*ctx.initial(self.start)), nn.ParameterDict()

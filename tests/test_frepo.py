@@ -207,6 +207,8 @@ def test_the_training_on_a_set_can_be_changed() -> None:
     assert (FRePo().training(task).lr, FRePo().training(task).schedule.warmup_steps) == (3e-4, 500)
     assert (changed.training(task).lr, changed.training(task).schedule.warmup_steps) == (1e-3, 50)
     assert str(changed.training_augment(task)) == "none"
+    mirrored = dataclasses.replace(task, augment=Augment(flips=True))
+    assert str(changed.training_augment(mirrored)) == "flip", "labels and images were learned for both orientations"
     assert Recipe(method=FRePo()).hash("data") != Recipe(method=changed).hash("data")
 
 
