@@ -148,7 +148,7 @@ class Experts(Checked):
         They include the number of epochs only if the schedule depends on it.
         """
         content, schedule = self.training().content(), self.schedule
-        excluded = set() if schedule.depends_on_length else {"num_epochs"}
+        excluded = {"drops"} if schedule.depends_on_length else {"drops", "num_epochs"}
         excluded |= set() if schedule.drop_at else {"decay_at"}
         excluded |= set() if schedule.drop_at or schedule.drop_after else {"decay"}
         objective = {"objective": self.objective, "projector": self.projector} if self.without_labels else {}
@@ -240,12 +240,8 @@ def build(
     writer.make_folder()
     num_experts = max(plan.num_experts, len(writer.complete))
     missing = [expert for expert in range(num_experts) if writer.epochs(expert) < plan.num_epochs]
-    shortest = min((expert["num_epochs"] for expert in writer.complete), default=0)
-    if missing and plan.num_epochs < shortest:
-        raise ValueError(
-            f"{writer.folder} has experts of {shortest} epochs: new ones of {plan.num_epochs} would shorten the "
-            f"buffer; give {spelt('num_epochs', shortest)}"
-        )
+    if missing:
+        writer.refuse_shorter(plan.num_epochs)
     short = [expert for expert in missing if writer.epochs(expert)]
     if short:
         warnings.warn(
@@ -269,8 +265,7 @@ def build(
         seconds = round((time.perf_counter() - begun) / len(group), 3)
         for expert, recorder in zip(group, recorders, strict=True):
             about = {"origin": "trained", "device": task.device.type, "seconds": seconds, **recorder.measured}
-            writer.add(expert, recorder.params, recorder.buffers, about, plan.num_epochs)
-        writer.save()
+            writer.extend(expert, recorder.params, recorder.buffers, about, plan.num_epochs)
     ranks.barrier()
     return writer.folder
 

@@ -12,11 +12,9 @@ of every row, so that a row can be read and verified without reading the others.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 from abc import ABC, abstractmethod
@@ -25,13 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from condense.data import datasets
-from condense.files import canonical_json, expanded, locked, read_header, read_json, read_row, replacing, write_text
+from condense.files import (
+    canonical_json,
+    expanded,
+    locked,
+    read_header,
+    read_json,
+    read_row,
+    replacing,
+    save_file,
+    write_text,
+)
 from condense.names import printable, spelt
 from condense.networks import Functional, Weights
 from condense.schema import from_json
@@ -360,8 +366,8 @@ def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
 class BufferWriter:
     """Writes a buffer: experts are added atomically in any order, and ``save`` makes them visible.
 
-    Several processes may write one buffer: ``save`` keeps what the others saved. Readers see the experts before the
-    first missing one.
+    Several processes may write one buffer: ``save`` keeps what the others saved, and ``extend`` never replaces an
+    expert by one with fewer epochs. Readers see the experts before the first missing one.
 
     Args:
         root: the folder of buffers.
@@ -411,6 +417,11 @@ class BufferWriter:
             result.append(expert)
         return result
 
+    @property
+    def shortest(self) -> int:
+        """The number of epochs of the shortest complete expert; 0 if there are none."""
+        return min((expert["num_epochs"] for expert in self.complete), default=0)
+
     def make_folder(self) -> None:
         """Create the folder. ``add`` calls this; call it earlier to find out before training that it can be written.
 
@@ -449,28 +460,46 @@ class BufferWriter:
             "rows": {name: [_checksum(row) for row in table] for name, table in tables.items()},
         }
         with replacing(self.folder / expert_file(expert)) as fresh:
-            try:
-                safetensors.torch.save_file(tables, fresh, {"condense": canonical_json(header)})
-            except safetensors.SafetensorError as error:
-                match = re.search(r"os error (\d+)", str(error))
-                code = int(match[1]) if match else errno.EIO
-                raise OSError(code, os.strerror(code)) from error
+            save_file(fresh, tables, {"condense": canonical_json(header)})
         self._added[expert] = {"num_epochs": len(params) - 1 if num_epochs is None else num_epochs, **record}
         self._place(self._added)
 
     def save(self) -> None:
         """Write the manifest with the experts added here since the last call and those that other processes saved."""
         with locked(self.folder / MANIFEST):
+            self._save()
+
+    def extend(self, expert: int, params: Tensor, buffers: Tensor, record: Mapping[str, Any], num_epochs: int) -> None:
+        """Add and save an expert, unless another process has saved it with as many epochs or more in the meantime.
+
+        The arguments are those of ``add``.
+
+        Raises:
+            ValueError: as ``refuse_shorter`` does; the files cannot be written.
+        """
+        self.make_folder()
+        with locked(self.folder / MANIFEST):
             self.experts = self._saved()
-            self._place(self._added)
-            extent = {
-                "num_experts": len(self.complete),
-                "num_epochs": min((expert["num_epochs"] for expert in self.complete), default=0),
-                "experts": self.experts,
-            }
-            manifest = self._fixed | extent
-            text = json.dumps(manifest | {"checksum": _hash(manifest)}, indent=1, allow_nan=False)
-            write_text(self.folder / MANIFEST, text + "\n")
+            if self.epochs(expert) < num_epochs:
+                self.refuse_shorter(num_epochs)
+                self.add(expert, params, buffers, record, num_epochs)
+                self._save()
+
+    def refuse_shorter(self, num_epochs: int) -> None:
+        """Raise ValueError if a new expert of ``num_epochs`` epochs would shorten the buffer."""
+        if num_epochs < self.shortest:
+            raise ValueError(
+                f"{self.folder} has experts of {self.shortest} epochs: new ones of {num_epochs} would shorten the "
+                f"buffer; give {spelt('num_epochs', self.shortest)}"
+            )
+
+    def _save(self) -> None:
+        self.experts = self._saved()
+        self._place(self._added)
+        extent = {"num_experts": len(self.complete), "num_epochs": self.shortest, "experts": self.experts}
+        manifest = self._fixed | extent
+        text = json.dumps(manifest | {"checksum": _hash(manifest)}, indent=1, allow_nan=False)
+        write_text(self.folder / MANIFEST, text + "\n")
         self._added = {}
 
     def _saved(self) -> list[dict[str, Any] | None]:

@@ -334,6 +334,8 @@ def distill(words: list[str], ranks: Ranks) -> None:
         recipe.parse(Distill, flags, Distill(recipe=resolved.recipe), f"condense distill {name}", _about(resolved))
     given = recipe.take(flags, "--seeds")[1]
     several, axes = _several(recipe.take(flags, "--seeds")[0], "--sweep")
+    if "--sweep" in flags and not axes:
+        raise ValueError("--sweep names no values; give e.g. --sweep optim.lr=0.1,0.2")
     if given is not None or axes:
         _distill_several(name, several, sweep.grid(axes, () if given is None else sweep.seeds_of(given)), ranks)
         return
@@ -394,7 +396,9 @@ def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], r
             raise ValueError(f"--{field} is given once and swept; leave one of them out")
     as_json = "--json" in flags
     flags, out = recipe.take([word for word in flags if word != "--json"], "--out")
-    plans, arrays = _planned(name, [[*flags, *cell.flags] for cell in cells], ranks, {"resume": True})
+    places = [[] if out is None else [f"--out={expanded(out) / cell.name}"] for cell in cells]
+    commands = [[*flags, *cell.flags, *place] for cell, place in zip(cells, places, strict=True)]
+    plans, arrays = _planned(name, commands, ranks, {"resume": True})
     chooses, first = bool(cells[0].values), runs.run_folder(plans[0][0], None, arrays.name)
     sweep_folder = first.with_name(f"{first.name.rpartition('-seed')[0]}-sweep")
     for k, (plan, options, origin) in enumerate(plans):
@@ -404,10 +408,8 @@ def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], r
                 "give --split.val-fraction 0.1"
             )
         eval_every = options.eval_every or (sweep.LAST_STEP if chooses else 0)
-        folder = runs.run_folder(plan, None, arrays.name)
-        if out is not None:
-            folder = expanded(out) / cells[k].name
-        elif chooses:
+        folder = runs.run_folder(plan, options.out, arrays.name)
+        if out is None and chooses:
             folder = sweep_folder / cells[k].name
         plans[k] = plan, dataclasses.replace(options, out=folder, eval_every=eval_every), origin
         experiment.check(plan, validates=eval_every > 0)
@@ -456,10 +458,14 @@ def evaluate(words: list[str], ranks: Ranks) -> None:
     flags, names = _several(_bare(words[1:], "--json"), "--protocol")
     given, _ = sets.read_set(target, recipe.take(flags, "--dataset")[1])
     syn = given if isinstance(given, SyntheticSet) else None
+    if "--protocol" in words and not names:
+        raise ValueError("--protocol names no protocol; give e.g. --protocol canonical, or leave it out")
     plan, *others = [protocol.named(name, syn) for name in names or ["canonical"]]
     if others and any(flag.startswith("--protocol.") for flag in flags):
         raise ValueError("fields of a protocol cannot be changed for several protocols; give one --protocol")
     command = recipe.parse(Evaluate, flags, Evaluate(protocol=plan), prog="condense evaluate RUN_OR_FILE")
+    if command.protocol.name != plan.name:
+        raise ValueError("the name of a protocol cannot be changed; leave out --protocol.name")
     if "--networks" in flags and not command.networks:
         raise ValueError("--networks names no network; give e.g. --networks convnet mlp, or leave it out")
     chosen = command.networks or api.default_networks(syn, command.protocol)
@@ -677,6 +683,10 @@ def _holds_experts(path: Path) -> bool:
 
 
 def _import_set(source: Path, target: Path, command: Import) -> None:
+    usual = Import()
+    for name in ("network", "split", "features_only"):
+        if getattr(command, name) != getattr(usual, name):
+            raise ValueError(f"--{name.replace('_', '-')} describes networks, and DST is a set; leave it out")
     if target.exists():
         raise ValueError(f"{target} already exists; move it or give another name")
     check_new_file(target, "set")

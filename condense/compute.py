@@ -87,7 +87,9 @@ class Compute(Checked):
             work: planned floating-point operations of the whole run, not of the remaining part. The result is therefore
                 the same for a resumed run, and for any number of processes.
             device: its type and its support of bfloat16 determine the defaults.
-            earlier: the fields that were resolved when the run began; they are used where this policy leaves one unset.
+            earlier: the fields that were resolved when the run or buffer began, None for those that stayed unset. They
+                are used where this policy leaves one unset, unless it is exact and the earlier one was not.
+                ``channels_last`` and ``tf32`` are off where they are missing, as in ``first_order_identity``.
         """
         row = _TABLE.get(device.type, _Row())
         fast = not self.exact and work >= row.fast_from
@@ -101,8 +103,9 @@ class Compute(Checked):
             "graph": row.graph,
             "tf32": fast if row.has_tf32 else None,
         }
-        if earlier is not None:
-            defaults |= {name: earlier[name] for name in defaults if earlier.get(name) is not None}
+        if earlier is not None and (earlier.get("exact") or not self.exact):
+            defaults |= {"channels_last": False, "tf32": False if row.has_tf32 else None}
+            defaults |= {name: earlier[name] for name in defaults if name in earlier}
         unset: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
@@ -311,7 +314,8 @@ def compiled_or_eager(fn: Callable[..., Any], *, dynamic: bool = False) -> Calla
             output = fn(*inputs)  # an error of ``fn`` itself is raised again here, in its original form
             failed = True
             reason = next(iter(str(error).splitlines()), "")
-            warnings.warn(f"{fn.__name__} runs eagerly, it does not compile: {reason}", stacklevel=2)
+            name = getattr(getattr(fn, "func", fn), "__name__", "a function")  # a partial function has no name itself
+            warnings.warn(f"{name} runs eagerly, it does not compile: {reason}", stacklevel=2)
             return output
 
     return call
@@ -369,6 +373,8 @@ def prepare_device(name: str) -> torch.device:
     """
     device = resolve_device(name)
     choose_compiled_folder()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # a CUDA graph is captured on the current device
     if device.type == "cpu":
         keep_freed_memory()
     return device

@@ -198,13 +198,13 @@ def check_run(
 
 
 def is_finished(plan: Recipe, options: RunOptions, arrays: Arrays, folder: Path) -> bool:
-    """Return whether a folder holds the finished run of a recipe.
+    """Return whether a folder holds the finished run of a recipe, with all of its files.
 
     Raises:
         ValueError: it holds a run of another recipe.
     """
-    written = runs.written_recipe(folder)
-    if written is None or not (folder / "synthetic.safetensors").exists():
+    written, ended = runs.written_recipe(folder), "finished" in runs.read_record(folder)
+    if written is None or not ended or not (folder / "synthetic.safetensors").exists():
         return False
     device = prepare_device(options.device)
     resolved = resolve(plan, arrays, device=device, validates=options.eval_every > 0, earlier=written)
@@ -308,7 +308,8 @@ def _resolved_compute(plan: Recipe, arrays: Arrays, network: Functional, earlier
         network.num_outputs,
     )
     work = plan.method.estimated_work(num_images, classes, latents * plan.decode.expansion)
-    return network.settled(plan.compute, work, earlier)
+    begun = None if earlier is None else dict.fromkeys(recipe.LEFT_OUT) | dict(earlier)
+    return network.settled(plan.compute, work, begun)
 
 
 def _ipc(plan: Recipe, num_images: int, num_classes: int) -> int:

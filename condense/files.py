@@ -223,7 +223,12 @@ _YOUNG, _OLD = 60, 7 * 24 * 3600
 left behind on systems without locks."""
 
 
+_PATIENCE = 0.2
+"""Seconds for which a lock is asked for again that is held, since ``is_locked`` holds it for an instant."""
+
+
 def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
+    deadline = time.monotonic() + _PATIENCE
     while True:
         with reporting(path):
             file = open(lock, "a+b")
@@ -233,6 +238,9 @@ def _open_locked(lock: Path, path: Path, wait: bool) -> IO[bytes]:
             with file:
                 file.seek(0)
                 holder = file.read(300).decode(errors="replace")
+            if time.monotonic() < deadline:
+                time.sleep(_PATIENCE / 10)
+                continue
             raise BlockingIOError(holder or "another process") from None
         except OSError as error:
             reason = error.strerror or error
@@ -319,6 +327,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     data = safetensors.torch.save(tensors, {"condense": canonical_json(header)})
     with replacing(path, keep) as fresh:
         fresh.write_bytes(data)
+
+
+def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors, with no copy of them in memory. Raises OSError if the file cannot be written, where
+    the library raises an error of its own."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, dict(metadata))
+    except safetensors.SafetensorError as error:
+        match = re.search(r"os error (\d+)", str(error))
+        code = int(match[1]) if match else errno.EIO
+        raise OSError(code, os.strerror(code)) from error
 
 
 def read_json(path: Path, *, fix: str, finite: bool = True) -> Any:

@@ -634,6 +634,11 @@ class GradientMethod(Method):
         super().__post_init__()
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"method.ema must be between 0 and 1, got {self.ema}; try 0.999")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(
+                f"method.clip must be above 0, got {self.clip}: it is a norm; to turn clipping off, give "
+                f"{spelt('method.clip', None)}"
+            )
 
     def incompatibility(
         self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"

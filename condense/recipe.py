@@ -52,6 +52,11 @@ BUDGETS = ("ipc", "fraction")
 """The fields of a recipe that give its budget, of which one is set."""
 
 
+LEFT_OUT = ("graph", "tf32")
+"""Fields of ``compute`` that recipes leave out where they are unset: absent from those, and hashes, of earlier
+versions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Checked):
     """All settings that determine a result. They are hashed and stored in every file of the run."""
@@ -152,8 +157,7 @@ def to_mapping(value: Any) -> Any:
             if fields[name] == default:
                 del fields[name]  # absent from recipes, and hashes, of earlier versions
     if isinstance(value, Compute):
-        added = ("graph", "tf32")  # absent from recipes, and hashes, of earlier versions
-        fields = {name: entry for name, entry in fields.items() if entry is not None or name not in added}
+        fields = {name: entry for name, entry in fields.items() if entry is not None or name not in LEFT_OUT}
     if isinstance(value, Method):
         for field in dataclasses.fields(value):
             optim = getattr(value, field.name)

@@ -109,7 +109,7 @@ class Schedule(Checked):
 
     def content(self) -> dict[str, Any]:
         """Return the flat fields of a training: ``decay_at``, ``decay``, and all others that differ from their
-        default."""
+        default. Beside a cosine ``decay_at`` is not read, so drops are then written as ``drops`` too."""
         flat = {
             "decay_at": _one_or_several(self.drop_at),
             "decay": self.drop_factor,
@@ -119,6 +119,7 @@ class Schedule(Checked):
             "cosine_span": self.cosine_span,
             "linear_to": self.linear_to,
             "rates": self.lr_per_step,
+            "drops": self.drop_at if self.cosine_to is not None else (),
         }
         return {name: value for name, value in flat.items() if name in ("decay_at", "decay") or value != _OMITTED[name]}
 
@@ -138,9 +139,6 @@ CONSTANT = Schedule()
 DROP_AT_HALF = Schedule(drop_at=(0.5,))
 """The learning rate drops to a tenth after half of the epochs."""
 
-FLAT_NAMES = ("decay_at", "decay", "decay_epoch", "warmup_steps", "cosine_to", "cosine_span", "linear_to", "rates")
-"""Names of the fields that ``Schedule.content`` writes."""
-
 _OMITTED: dict[str, Any] = {
     "decay_epoch": None,
     "warmup_steps": 0,
@@ -148,7 +146,11 @@ _OMITTED: dict[str, Any] = {
     "cosine_span": 1.0,
     "linear_to": None,
     "rates": (),
+    "drops": (),
 }
+
+FLAT_NAMES = ("decay_at", "decay", *_OMITTED)
+"""Names of the fields that ``Schedule.content`` writes."""
 
 _NAMES = {
     "decay_at": "drop_at",
@@ -160,6 +162,7 @@ _NAMES = {
     "cosine_span": "cosine_span",
     "linear_to": "linear_to",
     "rates": "lr_per_step",
+    "drops": "drop_at",
 }
 """Flat name -> name of the field of ``Schedule``."""
 
@@ -182,7 +185,7 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
             moved[_NAMES[name]] = value
     if not moved:
         return rest
-    if "decay_at" in fields and moved.get("cosine_to") is not None:
+    if "decay_at" in fields and "drops" not in fields and moved.get("cosine_to") is not None:
         moved["drop_at"] = []  # a training of version 0.1 with a cosine has no drops
     given = rest.get("schedule", {})
     return rest | {"schedule": moved | dict(given)} if isinstance(given, Mapping) else rest

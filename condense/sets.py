@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from condense import exchange, runs
 from condense.cache import cache_folder
-from condense.data.datasets import Arrays, Data, open_data
+from condense.data.datasets import Arrays, Data, fingerprint, open_data
 from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.experiment import plain_task
@@ -109,10 +110,27 @@ def with_transform(
     return result, transform_of(result, arrays, cache_folder())
 
 
+def split_of(syn: SyntheticSet, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """Return the indices (train, held out) of the training samples that a set was and was not made from.
+
+    Raises:
+        ValueError: other samples would be held out, because those of ``arrays`` have another order. Sets of version 0.1
+            may not record which samples were.
+    """
+    train, held_out = syn.origin.split.indices(torch.from_numpy(arrays.y_train))
+    recorded = syn.origin.dataset.get("held_out")
+    if recorded and fingerprint(arrays.x_train, arrays.y_train, held_out.tolist()) != recorded:
+        raise ValueError(
+            f"the held-out samples of the set cannot be found in {arrays.name}, which has the same samples in another "
+            f"order; give {spelt('dataset')} with the file or folder that the set was distilled from"
+        )
+    return train, held_out
+
+
 def training_samples(syn: SyntheticSet, arrays: Arrays) -> Images | None:
     """Return the samples that a set was distilled from, in the space of the data; all training samples if the set does
-    not record a split, and None if it was made from other data."""
+    not record a split, and None if it was made from other data. Raises ValueError as ``split_of`` does."""
     if arrays.fingerprint["train"] != syn.origin.fingerprint:
         return None
-    train_index, _ = syn.origin.split.indices(torch.from_numpy(arrays.y_train))
+    train_index, _ = split_of(syn, arrays)
     return Images.of(arrays.x_train, torch.device("cpu")).subset(train_index)

@@ -125,8 +125,16 @@ class Examples(_Viewed):
             num_classes: number of classes, for views that mix targets.
             order: shuffled: a new order in each epoch. stored: the order of ``images``.
             weights: (N,), positive: an epoch has N images, each drawn in proportion to the weights.
+
+        Raises:
+            ValueError: images with weights are to be drawn in their stored order.
         """
         super().__init__(len(images), rng, batch_size=batch_size, num_classes=num_classes, order=order, views=views)
+        if weights is not None and order == "stored":
+            raise ValueError(
+                "images with weights are drawn at random, in proportion to these, and not in their stored order; give "
+                "the order shuffled"
+            )
         self.images, self.targets, self.weights = images, targets, weights
         self.on_device = views.on_device
         self._epoch, self._indices = -1, torch.arange(len(images), device=images.device)

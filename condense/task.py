@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from condense.augment import Augment
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, fingerprint
 from condense.data.images import Images
 from condense.data.layout import InputShape
 from condense.data.transform import Transform, fit
@@ -104,6 +104,9 @@ class Task:
     input_shape: InputShape
     fingerprint: str
     """Fingerprint of the whole training part, including the images that are held out for validation."""
+    held_out: str
+    """Fingerprint of the images that are held out, which depends on the order of the training part; empty if none
+    are."""
     train: Labelled
     val: Labelled | None
     transform: Transform
@@ -135,6 +138,7 @@ class Task:
             "fingerprint": self.fingerprint,
             "classes": list(self.classes),
             "input_shape": list(self.input_shape),
+            **({"held_out": self.held_out} if self.held_out else {}),
         }
         width = self.network.num_outputs
         return facts if width == self.num_classes else facts | {"target_width": width}
@@ -188,6 +192,7 @@ def make_task(
         classes=arrays.classes,
         input_shape=arrays.input_shape,
         fingerprint=arrays.fingerprint["train"],
+        held_out=fingerprint(arrays.x_train, arrays.y_train, val_index.tolist()) if len(val_index) else "",
         train=part(train_index),
         val=part(val_index) if len(val_index) else None,
         transform=fitted,

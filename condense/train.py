@@ -17,6 +17,8 @@ from condense.augment import Augment
 from condense.compute import Compute
 from condense.cudagraph import Graphed
 from condense.data.images import Images
+from condense.data.layout import InputShape, require_kind
+from condense.names import spelt
 from condense.networks import Functional, Weights
 from condense.objective import (
     KL,
@@ -100,26 +102,26 @@ class Training(Checked):
                 f"training needs num_epochs >= 0, batch_size >= 1 and a finite lr > 0, got {self.num_epochs}, "
                 f"{self.batch_size} and {self.lr}; correct these fields"
             )
-        if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
+        if not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < math.inf:
             raise ValueError(
-                f"training needs 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}; "
-                "usual values are 0.9 and 0.0005"
+                f"training needs 0 <= momentum < 1 and a finite weight_decay >= 0, got {self.momentum} and "
+                f"{self.weight_decay}; usual values are 0.9 and 0.0005"
             )
         for name, usual in {"cutmix": 0.5, "label_smoothing": 0.1, "teacher_weight": 0.5}.items():
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise ValueError(f"training needs a {name} between 0 and 1, got {value}; a usual value is {usual}")
-        if self.mixup < 0 or not self.temperature > 0:
+        if not 0 <= self.mixup < math.inf or not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"training needs mixup >= 0 and temperature > 0, got {self.mixup} and {self.temperature}; "
-                "usual values are 0.2 and 20"
+                f"training needs a finite mixup >= 0 and a finite temperature > 0, got {self.mixup} and "
+                f"{self.temperature}; usual values are 0.2 and 20"
             )
         if not 0 <= self.class_weight < math.inf:
             raise ValueError(f"training needs a finite class_weight >= 0, got {self.class_weight}; try 1.0")
-        if self.rho < 0 or (self.alpha and not self.rho):
+        if not 0 <= self.rho < math.inf or not math.isfinite(self.alpha) or (self.alpha and not self.rho):
             raise ValueError(
-                f"training needs rho >= 0, and rho > 0 where alpha is given, got {self.rho} and {self.alpha}; "
-                "the values of FTD's experts are 0.01 and 0.4"
+                f"training needs a finite rho >= 0 and alpha, and rho > 0 where alpha is given, got {self.rho} and "
+                f"{self.alpha}; the values of FTD's experts are 0.01 and 0.4"
             )
 
     def content(self) -> dict[str, Any]:
@@ -133,6 +135,13 @@ class Training(Checked):
             elif field.name in _FIRST_FIELDS or value != field.default:
                 values[field.name] = value
         return values
+
+    def require_kind(self, input_shape: InputShape, within: str = "") -> None:
+        """Raise ValueError if samples of this shape would be mixed and cannot be. ``within`` begins the names of the
+        fields in the message, such as ``protocol.``."""
+        for name in ("cutmix", "mixup"):
+            if getattr(self, name):
+                require_kind(name, ("series", "images", "clips"), input_shape, f"give {spelt(within + name, 0)}")
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 through all epochs."""
@@ -185,7 +194,12 @@ class Trainer:
         compute: Compute,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """``loss(outputs, targets)`` replaces the loss of ``training``; it returns the mean loss of a batch."""
+        """``loss(outputs, targets)`` replaces the loss of ``training``; it returns the mean loss of a batch.
+
+        Raises:
+            ValueError: the training mixes samples that cannot be mixed.
+        """
+        training.require_kind(network.input_shape)
         self.network, self.training, self.compute = network, training, compute
         loss_of = loss or training.objective.loss
 
@@ -233,6 +247,9 @@ class Trainer:
                 update rule; default: ``training.optimise``.
             on_epoch: ``on_epoch(epochs_done, weights)`` is called after each epoch. The weights change later: clone
                 what you keep.
+
+        Raises:
+            ValueError: a batch has one image, which BatchNorm cannot normalise.
         """
         each = None if on_epoch is None else lambda epochs, live: on_epoch(epochs, live[0])
         return self.run_together([weights], [source], optimiser=optimiser, on_epoch=each)[0]
@@ -320,9 +337,19 @@ class _Lane:
 
     def _step(self, epoch: int | Tensor, index: int | Tensor) -> None:
         plan = self._trainer.training
-        loss = self._trainer.batch_loss(self.live, self._source.batch(epoch, index))
+        batch = self._source.batch(epoch, index)
+        loss = self._trainer.batch_loss(self.live, batch)
         self._optimiser.zero_grad(set_to_none=True)
-        loss(True).backward()
+        try:
+            loss(True).backward()
+        except (ValueError, RuntimeError) as error:
+            if len(batch.images) != 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"{self._trainer.network.name} cannot be trained on a batch of one image, which its BatchNorm cannot "
+                f"normalise, and batch size {plan.batch_size} leaves such a batch; give another batch size, or a "
+                "network without BatchNorm"
+            ) from error
         if plan.rho:
             sharpness_aware(self._optimiser.param_groups[0]["params"], loss, plan.rho, plan.alpha)
         self._optimiser.step()
@@ -389,7 +416,7 @@ def sharpness_aware(params: Sequence[Tensor], objective: BatchLoss, rho: float, 
     is ``h - alpha (g - (g.h / h.h) h)``.
 
     Args:
-        params: the weights w, whose ``grad`` is g. Their values are the same afterwards.
+        params: the weights w, whose ``grad`` is g; those without one are left out. Their values stay the same.
         objective: the loss of the batch.
         rho, alpha: as in ``Training``.
     """
@@ -397,6 +424,7 @@ def sharpness_aware(params: Sequence[Tensor], objective: BatchLoss, rho: float, 
     def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
+    params = [p for p in params if p.grad is not None]
     with torch.no_grad():
         before, g = [p.clone() for p in params], [cast(Tensor, p.grad) for p in params]
         adapted = [x * y for x, y in zip(before, g, strict=True)]

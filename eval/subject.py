@@ -17,7 +17,7 @@ from condense.eval.results import Scored
 from condense.labelling import NamedTeacher
 from condense.names import spelt
 from condense.networks import Factory, Functional
-from condense.sets import transform_of
+from condense.sets import split_of, transform_of
 from condense.synthetic.set import SyntheticSet
 from condense.task import Labelled, Split
 from condense.teachers import Teacher
@@ -30,7 +30,7 @@ class Subject:
     The real images are transformed as the set was. Everything is computed on first access.
 
     Raises:
-        ValueError: the set was made from other data.
+        ValueError: the set was made from other data, or where its real images are asked for, these have another order.
     """
 
     syn: SyntheticSet
@@ -99,12 +99,9 @@ class Subject:
 
     @cached_property
     def _parts(self) -> tuple[Labelled, Labelled]:
-        labels = torch.from_numpy(self.arrays.y_train)
+        indices, labels = split_of(self.syn, self.arrays), torch.from_numpy(self.arrays.y_train)
         images = Images.of(self.arrays.x_train, self.device).with_transform(self.transform)
-        train, held_out = (
-            Labelled(images.subset(index), labels[index].to(self.device))
-            for index in self.syn.origin.split.indices(labels)
-        )
+        train, held_out = (Labelled(images.subset(index), labels[index].to(self.device)) for index in indices)
         return train, held_out
 
 

@@ -19,10 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from condense.inner import Params, RandomTruncated
+from condense.inner import Params
 from condense.method import Context, GradientState
 from condense.methods.unrolled import Unrolled
-from condense.names import spelt
 from condense.objective import OBJECTIVES, ObjectiveName
 from condense.rng import Draws
 from condense.teachers import has_batch_norm
@@ -34,16 +33,6 @@ class Bilevel(Unrolled):
 
     family: ClassVar[str] = "bilevel"
     objectives: ClassVar[tuple[ObjectiveName, ...]] = tuple(OBJECTIVES)
-
-    def require_room(self, num_steps: int) -> None:
-        """Raise ValueError if the adjoint can need more than the ``num_steps`` training steps of the network."""
-        if isinstance(self.adjoint, RandomTruncated) and self.adjoint.hi + self.adjoint.window > num_steps:
-            most = max(num_steps - self.adjoint.window, 0)
-            raise ValueError(
-                f"method.adjoint has a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, but "
-                f"the network takes {num_steps} steps; give {spelt('method.adjoint.hi', most, 'RandomTruncated')} and "
-                "a window that fits"
-            )
 
     def real_loss(self, ctx: Context, theta: Params, buffers: Params, images: Tensor, labels: Tensor) -> Tensor:
         """The loss on real images (N, C, H, W), see ``real_logits``."""

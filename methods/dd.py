@@ -87,7 +87,8 @@ class DD(Bilevel):
                 f"class; give {spelt('method.images_per_step', 1)}"
             )
         num_steps = self.inner_epochs * (ctx.images_per_class // self.images_per_step)
-        self.require_room(num_steps)
+        if (reason := self.why_no_room(num_steps)) is not None:
+            raise ValueError(f"dd {reason}")
         syn = ctx.new_set(*ctx.initial(self.start), lr=torch.full((num_steps,), self.lr), interleave=True)
         return GradientState(syn=syn, optimisers=self.optimisers(syn))
 

@@ -93,6 +93,9 @@ class TrajectoryMatching(Unrolled):
                 f"method.trim must lie in [0, 1), got {self.trim}: it is a fraction; a usual value is 0.25"
             )
 
+    def training_steps(self) -> int:
+        return self.syn_steps
+
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
         last_epoch = self.max_start_epoch - 1 + self.expert_epochs
         return {"experts": TrajectorySpec(identity=task.identity(), num_epochs=last_epoch, experts=self.experts)}

@@ -62,11 +62,13 @@ class RTP(Bilevel):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("inner_steps", "lr", "batch_per_class", "batch_real")
-        self.require_room(self.inner_steps)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")
         if self.ways is not None and self.ways < 2:
             raise ValueError(f"method.ways must be at least 2, got {self.ways}: one class cannot be classified; give 2")
+
+    def training_steps(self) -> int:
+        return self.inner_steps
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:
         batch = num_classes * min(self.batch_per_class, images_per_class)

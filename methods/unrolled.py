@@ -22,9 +22,13 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.augment import Params as Drawn
-from condense.inner import Adjoint, Exact, Params, Rule, unroll
+from condense.inner import Adjoint, Exact, Params, RandomTruncated, Rule, unroll
 from condense.inner.rules import State
 from condense.method import Context, GradientMethod
+from condense.names import spelt
+from condense.objective import ObjectiveName
+from condense.synthetic.decode import Decode
+from condense.synthetic.labels import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,29 @@ class Unrolled(GradientMethod):
         super().__post_init__()
         if not 0 <= self.mask < 1:
             raise ValueError(f"method.mask must lie in [0, 1), got {self.mask}: it is a fraction; a usual value is 0.1")
+
+    def training_steps(self) -> int | None:
+        """Return the number of training steps of the network, in which the window of the adjoint has to lie; None if
+        the fields alone do not determine it."""
+        return None
+
+    def incompatibility(
+        self, decode: Decode, labels: Labels, transform: str, objective: ObjectiveName = "cross-entropy"
+    ) -> str | None:
+        num_steps = self.training_steps()
+        reason = None if num_steps is None else self.why_no_room(num_steps)
+        return reason or super().incompatibility(decode, labels, transform, objective)
+
+    def why_no_room(self, num_steps: int) -> str | None:
+        """Return why the adjoint can need more than ``num_steps`` training steps of the network; None if it cannot."""
+        if not isinstance(self.adjoint, RandomTruncated) or self.adjoint.hi + self.adjoint.window <= num_steps:
+            return None
+        most = max(num_steps - self.adjoint.window, 0)
+        return (
+            f"has a method.adjoint with a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, "
+            f"but the network takes {num_steps} steps; give "
+            f"{spelt('method.adjoint.hi', most, 'RandomTruncated')} and a window that fits"
+        )
 
     def train(
         self,

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense import registry
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import load
+from condense.experiment import check
 from condense.inner import SGD as Descent
 from condense.inner import Adam, Full, RandomTruncated, Truncated
 from condense.method import Context, Optim
@@ -23,7 +25,7 @@ from condense.methods.rat_bptt import RaTBPTT
 from condense.methods.rtp import RTP
 from condense.methods.unrolled import Minibatch
 from condense.networks import Functional
-from condense.recipe import named
+from condense.recipe import Recipe, named, parse
 from condense.rng import Rng
 from condense.schedule import Schedule
 from condense.synthetic import Bases, Decode, Factor, Hard, Labels, Logits, Origin, Pixels
@@ -406,16 +408,32 @@ class TestAll:
         (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
         (lambda: RTP(momentum=1.5), "momentum must lie in"),
         (lambda: RTP(ways=1), "one class cannot be classified"),
-        (
-            lambda: RTP(adjoint=RandomTruncated()),
-            "burn-in of up to 140 and a window of 60, but the network takes 150 steps",
-        ),
+        (lambda: DD(clip=-1.0), "clip must be above 0, got -1.0: it is a norm; to turn clipping off, give clip=None"),
+        (lambda: RaTBPTT(clip=0.0), "clip must be above 0"),
+        (lambda: RTP(clip=-0.5), "clip must be above 0, got -0.5"),
         (lambda: dataclasses.replace(DD_TINY, adjoint=RandomTruncated(0, 9, 2)).init(context()), "takes 4 steps"),
     ],
 )
 def test_bad_fields_are_refused(make: Callable[[], Bilevel], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         make()
+
+
+@pytest.mark.parametrize("name", ["mtt", "tesla", "datm", "selmatch", "rtp"])
+def test_a_random_window_lies_within_the_training_of_the_network(name: str) -> None:
+    steps = "inner_steps" if name == "rtp" else "syn_steps"
+    method: Any = registry.load(name)(**{steps: 6}, adjoint=RandomTruncated(0, 4, 2))
+    check(Recipe(method=method))
+    with pytest.raises(
+        ValueError, match=r"burn-in of up to 4 and a window of 2, but the network takes 5 steps; give .*3"
+    ):
+        check(Recipe(method=dataclasses.replace(method, **{steps: 5})))
+
+
+def test_a_random_window_is_chosen_by_flags() -> None:
+    words = "--method.inner-steps 6 --method.adjoint random-truncated --method.adjoint.hi 4 --method.adjoint.window 2"
+    parsed = parse(Recipe, words.split(), Recipe(method=RTP()))
+    assert parsed.method == RTP(inner_steps=6, adjoint=RandomTruncated(0, 4, 2))
 
 
 def test_the_recipes_hold_the_published_values() -> None:

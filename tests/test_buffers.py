@@ -176,6 +176,26 @@ def test_is_not_shortened(task: Task, tmp_path: Path) -> None:
     assert content(folder) == before
 
 
+def test_a_shorter_build_at_the_same_time_replaces_no_longer_expert(task: Task, tmp_path: Path) -> None:
+    def meanwhile(expert: int, epoch: int, _: Mapping[str, float]) -> None:
+        if (expert, epoch) == (0, 1):
+            made(task, tmp_path / "both")
+
+    folder = made(task, tmp_path / "both", replace(PLAN, num_epochs=1), progress=meanwhile)
+    assert content(folder) == content(made(task, tmp_path / "alone"))
+
+
+def test_a_shorter_build_at_the_same_time_adds_no_shorter_expert(task: Task, tmp_path: Path) -> None:
+    def meanwhile(expert: int, epoch: int, _: Mapping[str, float]) -> None:
+        if (expert, epoch) == (0, 1):
+            made(task, tmp_path / "both")
+
+    with pytest.raises(ValueError, match="would shorten the buffer; give num_epochs=3"):
+        made(task, tmp_path / "both", replace(PLAN, num_experts=3, num_epochs=1), progress=meanwhile)
+    (folder,) = (tmp_path / "both").iterdir()
+    assert content(folder) == content(made(task, tmp_path / "alone"))
+
+
 @pytest.mark.parametrize("network", [NETWORK, f"{NETWORK},norm=batch"])
 def test_the_last_epoch_alone(network: str, tmp_path: Path) -> None:
     """It is the end of the trajectory of the same seed, and its file holds nothing else."""
@@ -249,6 +269,8 @@ def test_the_identity_of_usual_experts_is_frozen() -> None:
     assert Experts(num_epochs=7, cutmix=0.5).identity() == usual | {"cutmix": 0.5}
     dropped = Experts(schedule=Schedule(drop_after=(15,), drop_factor=0.2))
     assert dropped.identity() == usual | {"decay_epoch": 15, "decay": 0.2}
+    both = Experts(schedule=Schedule(drop_at=(0.5,), cosine_to=0.1))
+    assert both.identity() == usual | {"num_epochs": 20, "decay_at": 0.5, "decay": 0.1, "cosine_to": 0.1}
 
 
 def test_the_augmentation_of_experts_is_a_field(task: Task, tmp_path: Path) -> None:

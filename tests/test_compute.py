@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import warnings
@@ -106,6 +107,44 @@ def test_a_buffer_grows_as_it_began(tiny: Arrays, tmp_path: Path, monkeypatch: p
     assert other != folder
 
 
+def test_an_exact_buffer_is_made_beside_one_that_is_not(tiny: Arrays, tmp_path: Path) -> None:
+    plan = Experts(num_experts=1, num_epochs=1, batch_size=12)
+    folders = {
+        api.make_buffer(tiny, TINY, experts=plan, out=tmp_path, compute=chosen)
+        for chosen in (Compute(channels_last=True), Compute(exact=True))
+    }
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("work", [SMALL, LARGE])
+def test_what_a_buffer_leaves_out_is_off_when_it_grows(work: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "has_bfloat16", lambda device: True)
+    cuda = torch.device("cuda")
+    for begun in (Compute().resolved(work, cuda), Compute().resolved(work, CPU)):
+        grown = Compute().resolved(LARGE, cuda, begun.first_order_identity())
+        assert grown.first_order_identity() == begun.first_order_identity()
+        assert grown.tf32 is bool(begun.tf32), "and not what PyTorch chooses"
+
+
+def test_an_exact_policy_takes_nothing_of_one_that_was_not() -> None:
+    exact, fast = Compute(exact=True), Compute(compile=True, channels_last=True)
+    assert exact.resolved(LARGE, CPU, fast.first_order_identity()) == exact.resolved(LARGE, CPU)
+    begun = exact.resolved(LARGE, CPU)
+    assert exact.resolved(LARGE, torch.device("cuda"), vars(begun)) == begun
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_current_gpu_is_the_one_that_was_asked_for(
+    name: str, current: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On it steps are captured as CUDA graphs."""
+    chosen: list[str] = []
+    monkeypatch.setattr(compute, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    assert compute.prepare_device(name) == torch.device(name)
+    assert chosen == current
+
+
 def test_a_policy_depends_neither_on_experts_nor_on_seeds(tiny: Arrays, tmp_path: Path) -> None:
     network = Functional("convnet", (3, 32, 32), 10)
     assert resolved(Compute(), network, PROTOCOLS["canonical"], 100).compile is True
@@ -134,7 +173,8 @@ def test_micro_batches_do_not_depend_on_the_work() -> None:
     assert Compute().resolved(SMALL, CPU).micro_batch == Compute().resolved(LARGE, CPU).micro_batch == 256
 
 
-def test_what_does_not_compile_runs_eagerly_with_one_warning() -> None:
+@pytest.mark.parametrize("partial", [False, True])
+def test_what_does_not_compile_runs_eagerly_with_one_warning(partial: bool) -> None:
     def fails(x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return x + 1 if torch.compiler.is_compiling() else x * 2
@@ -147,7 +187,7 @@ def test_what_does_not_compile_runs_eagerly_with_one_warning() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", refuse)
-        call = Compute(compile=True).first_order(fails, CPU)
+        call = Compute(compile=True).first_order(functools.partial(fails) if partial else fails, CPU)
     with pytest.warns(UserWarning, match="fails runs eagerly, it does not compile: no compiler") as seen:
         assert call(torch.ones(2)).tolist() == [2, 2]
     assert len(seen) == 1

@@ -17,6 +17,7 @@ from condense.augment import Augment
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute
 from condense.data.datasets import Arrays
+from condense.data.layout import InputShape
 from condense.inner import Exact, Tesla
 from condense.method import Context, GradientState, Optim
 from condense.methods.datm import CONFIDENCE, DATM, correctly_classified, mean_logits
@@ -320,6 +321,18 @@ class TestTeacher:
             expert_logits(ctx, 0, 2, images)
 
 
+class WithUnused(torch.nn.Module):
+    """It has a layer that takes no part in a forward pass."""
+
+    def __init__(self, input_shape: InputShape, num_outputs: int) -> None:
+        super().__init__()
+        self.unused, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(64, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(x.flatten(1))
+        return logits
+
+
 class TestSharpness:
     def train(self, task: Task, **fields: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Trainer]:
         plan = Training(
@@ -367,6 +380,14 @@ class TestSharpness:
         source = trainer.source(task.train.images, task.train.labels, Rng(1))
         weights = trainer.run(network.init(Rng(0), "weights"), source)
         assert int(weights.buffers["features.1.num_batches_tracked"]) == 2 * 3
+
+    def test_parameters_without_a_gradient_stay_as_they_are(self, make_context: Callable[..., Context]) -> None:
+        task = make_context().task
+        trainer = Trainer(Functional(WithUnused, (1, 8, 8), 3), Training(num_epochs=1, rho=0.1, alpha=0.3), Compute())
+        start = trainer.network.init(Rng(0), "weights")
+        end = trainer.run(start, trainer.source(task.train.images, task.train.labels, Rng(1)))
+        changed = {name for name, p in end.params.items() if not torch.equal(p, start.params[name])}
+        assert changed and changed == {name for name in start.params if "unused" not in name}
 
     def test_several_at_once_are_as_one_by_one(self, make_context: Callable[..., Context]) -> None:
         task = make_context().task

@@ -13,10 +13,11 @@ import scipy.fft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from condense import api, recipe
 from condense.baselines import Budget
-from condense.data.datasets import Arrays
+from condense.data.datasets import Arrays, to_float
 from condense.data.layout import InputShape, kind
 from condense.data.transform import ChannelNorm
 from condense.recipe import Recipe, named
@@ -588,3 +589,46 @@ def test_bad_fields_are_refused_with_the_mend(make: Any, mend: str) -> None:
     with pytest.raises(ValueError, match=mend) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("decode", [DCT(), Codec(levels=2, context=5)])
+def test_what_was_decoded_in_inference_mode_can_be_learned_later(decode: Decode) -> None:
+    """No other test uses this size and context, so that matrices and windows are made in inference mode."""
+    decoder, classes = decode.build((1, 11, 13), 1), torch.zeros(2, dtype=torch.long)
+    latents = torch.zeros(2, *decode.latent_shape((1, 11, 13)), requires_grad=True)
+
+    def loss() -> Tensor:
+        squares = decoder(latents, classes).square().sum()
+        return squares + decode.rates(latents, classes, decoder).sum() if isinstance(decode, Coded) else squares
+
+    with torch.inference_mode():
+        loss()
+    loss().backward()
+    assert latents.grad is not None
+
+
+@pytest.mark.parametrize("finest", [0, -1])
+def test_a_pyramid_without_a_level_is_refused(finest: int) -> None:
+    line = rf"decode.coarsest must be at least 1 and at most decode.finest, got 1 and {finest}"
+    with pytest.raises(ValueError, match=line):
+        Pyramid(finest=finest)
+
+
+class AsOnGPU(TorchFunctionMode):
+    """Divides by a number as a GPU does, by multiplication with its inverse."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.div, Tensor.div_, Tensor.__truediv__) and isinstance(args[1], int | float):
+            return args[0].mul(torch.tensor(1 / args[1], dtype=args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decode", [Pixels8Bit(), Patches(patch=4, drop=0.0), Patches(patch=4, drop=0.5)])
+def test_bytes_are_decoded_to_the_pixels_of_the_data_on_any_device(decode: Decode) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    decoder = decode.build((1, 16, 16), 1)
+    latents = pixels if isinstance(decode, Pixels8Bit) else decoder.packed(pixels, torch.ones(1, 16, 16))
+    with AsOnGPU():
+        decoded = decoder(latents, torch.zeros(1))
+    known = torch.isin(decoded, to_float(pixels))
+    assert known.all() if not isinstance(decode, Patches) or not decode.drop else known[..., :8, :].all()

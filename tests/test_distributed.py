@@ -95,18 +95,18 @@ def struck_down(data: Path, out: Path, ranks: Ranks) -> None:
     if attempt == 0:
         kill_in_step(ranks, 1, 4)
     distill(data, out / "stopped", ranks, num_trajectories=2)
-    add = BufferWriter.add
+    extend = BufferWriter.extend
 
     def noted(self: BufferWriter, expert: int, *content: Any) -> None:
         if attempt == 1 and expert == 3:
             while len(read_manifest(self.folder)["experts"]) < 5:  # the other process is done with its share
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, expert, *content)
+        extend(self, expert, *content)
         with open(out / "experts.txt", "a") as file:
             file.write(f"{attempt} {expert}\n")
 
-    BufferWriter.add = noted  # type: ignore[method-assign]
+    BufferWriter.extend = noted  # type: ignore[method-assign]
     make_buffer(data, out / "struck", ranks)
 
 

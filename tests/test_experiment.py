@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from condense import api
+from condense import api, compute, runs
 from condense.baselines import prepare_baselines
 from condense.cli import main
 from condense.data import datasets
@@ -164,6 +164,17 @@ def test_a_resumed_run_is_prepared_as_the_first_one(tiny: Arrays, tmp_path: Path
     assert again.plan.compute.compile is earlier["compile"]
     one, other = prepare(first), prepare(resolve(first.plan, tiny, device=torch.device("cpu")))
     assert one.origin == other.origin
+
+
+def test_a_run_that_began_on_a_cpu_is_resumed_on_a_gpu(tiny: Arrays, tmp_path: Path) -> None:
+    plan = Recipe(method=load("dm")(num_steps=1), network="convnet:width=4,depth=1", ipc=1)
+    begun = resolve(plan, tiny, device=torch.device("cpu")).plan
+    written = to_mapping(begun)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compute._TABLE, "cpu", compute._TABLE["cuda"])
+        again = resolve(plan, tiny, device=torch.device("cpu"), earlier=written).plan
+    runs.claim(tmp_path, again, written)
+    assert again == begun
 
 
 def test_the_folder_of_a_run_is_left_as_it_was(tiny: Arrays, tmp_path: Path) -> None:

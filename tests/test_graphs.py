@@ -17,6 +17,7 @@ from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import load
 from condense.data.graphs import Graph, batched, decode, encode, read_tu, used_length
+from condense.eval.evaluate import check
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS
 from condense.methods import mirage
@@ -28,6 +29,7 @@ from condense.synthetic.decode import Graphs
 from condense.synthetic.files import load as load_set
 from condense.synthetic.files import save
 from condense.synthetic.set import Origin, SyntheticSet
+from condense.train import Trainer
 from condense.trees import Trees
 
 pytest.importorskip("torch_geometric")
@@ -110,6 +112,16 @@ def test_folders_of_the_tu_collection_are_read(tmp_path: Path) -> None:
         "0.5, 7\n" * sum(len(graph.codes) for graph in graphs)
     )
     assert np.array_equal(load(tmp_path / "PLAIN").x_train, without.x_train)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_last_graphs_may_have_no_edge(labels: bool, tmp_path: Path) -> None:
+    alone = Graph(torch.tensor([1]), torch.zeros(0, 2, dtype=torch.int64))
+    graphs = [ring(4, 0), alone, star(4, 1), alone, alone]
+    rows, classes, _ = read_tu(write_tu(tmp_path / "SOME", graphs, [0, 1, 0, 1, 1], labels=labels))
+    assert classes.tolist() == [0, 1, 0, 1, 1]
+    for graph, again in zip(graphs, decode(torch.from_numpy(rows)), strict=True):
+        assert sorted(graph.edges.tolist()) == again.edges.tolist() and len(graph.codes) == len(again.codes)
 
 
 def test_what_an_earlier_reader_cached_is_read_again(
@@ -395,6 +407,17 @@ def test_what_graphs_cannot_have_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         api.distill(method, dataset=str(shapes), ipc=2, out=tmp_path / "run", device="cpu", **fields)
+
+
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_graphs_are_not_mixed(mixing: str, shapes: Path, tmp_path: Path) -> None:
+    syn = api.distill("random", dataset=str(shapes), ipc=2, out=tmp_path / "run", device="cpu")
+    line = f"^{mixing} takes series and images and clips, not graphs of shape .*; give "
+    protocol = dataclasses.replace(PROTOCOLS["graphs"], **{mixing: 0.5})
+    with pytest.raises(ValueError, match=rf"{line}protocol=Protocol\({mixing}=0\)$"):
+        check(syn, ["gin"], protocol, 1)
+    with pytest.raises(ValueError, match=f"{line}{mixing}=0$"):
+        Trainer(Functional("gin", syn.origin.input_shape, 2), protocol, Compute())
 
 
 def test_mirage_refuses_images(tmp_path: Path) -> None:

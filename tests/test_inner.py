@@ -491,6 +491,7 @@ def test_a_rule_that_the_adjoint_does_not_know(adjoint: Adjoint, rule: Rule, mes
         lambda: Truncated(0),
         lambda: Checkpointed(0),
         lambda: RandomTruncated(lo=3, hi=2),
+        lambda: Truncated(2, burn_in=-1),
         lambda: Adam(betas=(0.9, 1.0)),
         lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=torch.ones(3)),
         lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=0.1, adjoint=Full(), compile=True),

@@ -206,6 +206,10 @@ def test_half_of_the_features_of_a_clip_are_hidden_in_training() -> None:
     with Rng(0).forked("dropout"):
         mask = torch.nn.functional.dropout(torch.ones(5, 8))
     torch.testing.assert_close(hidden, plain.logits(params, buffers, x, feature_mask=mask))
+    given = torch.arange(8) < 6  # a mask of the caller hides more of them
+    with Rng(0).forked("dropout"):
+        hidden = functional.logits(params, buffers, x, feature_mask=given)
+    torch.testing.assert_close(hidden, plain.logits(params, buffers, x, feature_mask=mask * given))
 
 
 @pytest.mark.parametrize(
@@ -457,6 +461,37 @@ def test_a_callable_may_return_a_network() -> None:
 def test_bad_callables(layers: list[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         build(lambda input_shape, num_classes: nn.Sequential(*layers), DIGITS, 3)
+    assert "\n" not in str(caught.value)
+
+
+class WithPlainTensor(nn.Module):
+    def __init__(self, input_shape: InputShape, num_outputs: int) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(64, num_outputs), torch.ones(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(x.flatten(1) * self.scale)
+        return logits
+
+
+class WithBranch(nn.Module):
+    def __init__(self, input_shape: InputShape, num_outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(x.flatten(1) / 2 if x.abs().max() > 100 else x.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("network", [WithPlainTensor, WithBranch])
+@pytest.mark.parametrize(
+    "ask", [lambda f: f.flops, lambda f: f.draws, lambda f: f.require_maps(), lambda f: f.require_capture("body")]
+)
+def test_a_callable_that_needs_values_is_refused(network: Factory, ask: Callable[[Functional], object]) -> None:
+    line = r"^custom:With.* cannot be run without values, .*: register its tensors with register_buffer, and read no"
+    with pytest.raises(ValueError, match=line) as caught:
+        ask(Functional(network, DIGITS, 3))
     assert "\n" not in str(caught.value)
 
 

@@ -128,7 +128,7 @@ def test_what_version_0_1_could_say_is_written_as_it_said_it() -> None:
     assert ["linear_to" in fields["schedule"] for fields in written[3:]] == [False] * 3 + [True]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, Schedule(drop_at=(0.5, 0.75), cosine_to=0.1)])
 def test_a_training_reads_back_the_schedule_that_it_wrote(schedule: Schedule) -> None:
     content = Training(schedule=schedule).content()
     assert "schedule" not in content

@@ -161,6 +161,14 @@ def test_minibatches_are_the_given_ones() -> None:
     )
 
 
+def test_images_with_weights_have_no_stored_order() -> None:
+    with pytest.raises(
+        ValueError, match="in proportion to these, and not in their stored order; give the order"
+    ) as refused:
+        examples(order="stored", weights=torch.ones(NUM))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_teacher_labels_what_the_network_sees() -> None:
     for batch, plain in zip(every(relabelled()), every(examples()), strict=True):
         assert torch.equal(batch.images, plain.images)

@@ -9,6 +9,8 @@ import pytest
 
 from condense import engine, overview, sweep
 from condense.cli import main
+from condense.data import datasets
+from condense.runs import read_record
 from tests.conftest import TINY
 from tests.test_cli import fails
 
@@ -41,6 +43,34 @@ def test_seeds_have_a_run_each(
     assert "next: condense compare runs/dm-tiny-ipc1-seed0 runs/dm-tiny-ipc1-seed1" in said
     main(words(tiny_file, "--seeds", "3", "--out", "mine"))
     assert overview.summary(tmp_path / "mine" / "seed3").state == "finished"
+
+
+def test_the_folder_that_is_checked_is_that_of_the_cell(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for used in (tmp_path / "runs" / "dm-tiny-ipc1-seed0", tmp_path / "taken" / "seed0"):
+        used.mkdir(parents=True)
+        (used / "thesis.tex").touch()
+    main(words(tiny_file, "--seeds", "0", "--out", "free"))
+    assert overview.summary(tmp_path / "free" / "seed0").state == "finished"
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data were read"))
+    line = fails(capsys, *words(tiny_file, "--seeds", "0", "--out", "taken"))
+    assert "taken/seed0 is not empty and holds no run" in line
+
+
+def test_a_cell_is_finished_when_all_of_its_files_are_there(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = words(tiny_file, "--seeds", "0", "--out", str(tmp_path))
+    with monkeypatch.context() as stopped:
+        stopped.setattr("condense.picture.draw", lambda *_: (_ for _ in ()).throw(ValueError("the disk is full; wait")))
+        fails(capsys, *command)
+    assert (tmp_path / "seed0" / "synthetic.safetensors").exists()
+    taken = steps_taken(monkeypatch)
+    main(command)
+    assert (tmp_path / "seed0" / "synthetic.png").exists() and "finished" in read_record(tmp_path / "seed0")
+    assert not taken
 
 
 def test_a_grid_is_chosen_on_validation_images_and_continued(
@@ -97,6 +127,7 @@ def test_what_diverges_is_not_chosen(
         (["--seeds", "0-99999999"], "--seeds takes whole numbers"),
         (["--seeds", "1,0-2"], "has a seed twice"),
         (["--seeds", "0-1", "--seed", "3"], "--seed is given once and swept"),
+        (["--sweep"], "--sweep names no values"),
         (["--sweep", "method.optim.lr"], "--sweep takes a field and its different values"),
         (["--sweep", "method.optim.lr=1,1"], "--sweep takes a field and its different values"),
         (["--sweep", "method.optim.lr=1", "method.optim.lr=2"], "names method.optim.lr twice"),

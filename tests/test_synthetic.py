@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from condense import api
+from condense.data.datasets import Arrays
 from condense.data.layout import channel_axis
 from condense.files import read_header
 from condense.synthetic import (
@@ -17,6 +19,7 @@ from condense.synthetic import (
     Labels,
     Logits,
     Origin,
+    Pixels8Bit,
     SyntheticSet,
     Targets,
     Teacher,
@@ -25,6 +28,7 @@ from condense.synthetic import (
 )
 from condense.synthetic.labels import Assigned
 from condense.task import Split
+from tests.conftest import TINY
 
 ORIGIN = Origin(
     dataset={"name": "tiny", "fingerprint": "f", "classes": ["a", "b", "c"], "input_shape": [1, 8, 8]},
@@ -51,6 +55,13 @@ def test_the_step_size_is_positive_whatever_happens_to_its_parameter() -> None:
     with torch.no_grad():
         syn.log_lr.sub_(50.0)  # type: ignore[union-attr]
     assert 0 < syn.lr.detach().item() < 1e-20
+
+
+def test_a_set_of_bytes_has_its_learning_rate() -> None:
+    latents = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    syn = SyntheticSet(latents, torch.arange(3), ORIGIN, decode=Pixels8Bit(), lr=0.01)
+    torch.testing.assert_close(syn.lr, torch.tensor(0.01))
+    assert "lr" in syn.leaves() and make(lr=0.01).lr.dtype == torch.float32  # type: ignore[union-attr]
 
 
 def test_soft_labels_begin_at_the_class_and_receive_gradient() -> None:
@@ -112,6 +123,15 @@ def test_a_dataset_is_ordinary() -> None:
     assert [len(x) for x, _ in batches] == [4, 2]
     pixels, _ = make().to_dataset("pixels")[0]
     assert 0 <= float(pixels.min()) and float(pixels.max()) <= 1
+
+
+def test_pixels_of_a_whitened_set_come_from_its_data(tiny: Arrays, tmp_path: Path) -> None:
+    syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, transform="zca", out=tmp_path / "run", device="cpu")
+    pixels = syn.to_dataset("pixels", tiny).tensors[0]  # type: ignore[attr-defined]
+    real = torch.from_numpy(tiny.x_train).float() / 255
+    assert all((real - image).abs().amax((1, 2, 3)).min() < 1e-3 for image in pixels)
+    with pytest.raises(ValueError, match="tiny"):
+        syn.to_dataset("pixels")
 
 
 def rewrite(path: Path, **changes: torch.Tensor) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condense import api
 from condense.artifacts import Trajectories
@@ -167,6 +168,12 @@ def test_a_training_with_cutmix_sees_what_cutmix_gives() -> None:
     check(training, by_hand(twins.sgd, [0.1] * 6, batches))
 
 
+@pytest.mark.parametrize("field", ["weight_decay", "mixup", "temperature", "rho", "alpha"])
+def test_an_infinite_number_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"training needs .*finite.* {field}"):
+        Training(**{field: float("inf")})
+
+
 @pytest.mark.parametrize("cutmix", [-0.1, 1.5])
 def test_a_bad_probability_is_refused(cutmix: float) -> None:
     with pytest.raises(ValueError, match=r"cutmix between 0 and 1.*usual value is 0\.5"):
@@ -185,3 +192,22 @@ def test_networks_with_dropout_are_trained_one_at_a_time(name: str, shape: tuple
     network = Functional(name, shape, 3)
     assert network.draws == draws
     assert network.settled(Compute(networks=3), 0).networks == (1 if draws else 3)
+
+
+def with_norm(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    layers = nn.Linear(math.prod(input_shape), 5), nn.BatchNorm1d(5), nn.Linear(5, num_outputs)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def test_a_batch_of_one_image_that_cannot_be_normalised_is_refused_in_one_line() -> None:
+    images, classes = data()
+    network = Functional(with_norm, (3, 8, 8), 3)
+    for batch_size, fits in ((9, False), (5, True)):
+        trainer = Trainer(network, Training(num_epochs=1, batch_size=batch_size), Compute())
+        source = trainer.source(images.float(), classes, Rng(0))
+        if fits:
+            trainer.run(network.init(Rng(0), "weights"), source)
+            continue
+        line = r"^custom:with_norm cannot be trained on a batch of one image, .* batch size 9 .*; give another batch"
+        with pytest.raises(ValueError, match=line):
+            trainer.run(network.init(Rng(0), "weights"), source)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from condense.cache import entries
 from condense.data import SPECS, Known, Transform, channel_statistics, fit
+from tests.conftest import largest_file
 
 KNOWN = Known(
     name="toy",
@@ -78,6 +79,23 @@ def test_channel_statistics_do_not_depend_on_the_order_or_the_chunks() -> None:
     assert channel_statistics(images[order]) == (mean, std)
     torch.testing.assert_close(torch.tensor(mean), images.mean((0, 2, 3)), rtol=0, atol=2e-6)
     torch.testing.assert_close(torch.tensor(std), images.std((0, 2, 3), correction=0), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [3e-7, 1.5e-6, 2e-12, 1e-3])
+def test_series_of_small_amplitude_are_standardised(scale: float) -> None:
+    """A recording in volts, with an offset of the same size, beside a channel of ordinary size."""
+    noise = torch.randn(200, 2, 50, generator=torch.Generator().manual_seed(0))
+    series = torch.stack([scale * (noise[:, 0] + 3), noise[:, 1]], 1)
+    y = fitted("channel", series)(series)
+    torch.testing.assert_close(y.mean((0, 2)), torch.zeros(2), rtol=0, atol=1e-3)
+    torch.testing.assert_close(y.std((0, 2), correction=0), torch.ones(2), rtol=0, atol=1e-3)
+    assert channel_statistics(series)[1][1] == round(channel_statistics(series)[1][1], 6)
+
+
+def test_a_constant_channel_is_refused_whatever_the_rounding_of_its_mean() -> None:
+    series = torch.full((3000, 1, 7), 0.1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="channel 0 is constant"):
+        channel_statistics(series)
 
 
 def test_statistics_take_few_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +214,13 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("safetensors.torch.save_file", refuse)
     with pytest.warns(UserWarning, match="no space left"):
+        transform = fitted("zca", correlated(), tmp_path)
+    assert transform(correlated()).isfinite().all()
+    assert not entries(tmp_path)
+
+
+def test_a_full_disk_of_the_cache_stops_nothing(tmp_path: Path) -> None:
+    with largest_file(1 << 12), pytest.warns(UserWarning, match="nothing more is cached"):
         transform = fitted("zca", correlated(), tmp_path)
     assert transform(correlated()).isfinite().all()
     assert not entries(tmp_path)

@@ -1,5 +1,6 @@
 """How files are written: all or nothing, by one process at a time, and with a reason where that fails."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -19,7 +20,16 @@ from condense import files
 from condense.eval import results
 from condense.eval.journal import Cell, Journal
 from condense.eval.metrics import Scores
-from condense.files import check_writable, content, expanded, locked, replacing, temporary, write_text
+from condense.files import (
+    check_writable,
+    content,
+    expanded,
+    locked,
+    replacing,
+    temporary,
+    try_lock,
+    write_text,
+)
 from condense.tracking import Log, read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -137,6 +147,15 @@ def test_a_lock_says_who_holds_it_and_ends_with_its_holder(tmp_path: Path) -> No
     with locked(tmp_path / "run", wait=False):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_asks_for_an_instant_whether_a_lock_is_held_stops_nobody(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as asking:
+        (tmp_path / ".run.lock").touch()
+        assert try_lock(tmp_path / ".run.lock", asking, shared=True)
+        threading.Timer(0.05, asking.pop_all().close).start()
+        with locked(tmp_path / "run", wait=False):
+            pass
 
 
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:

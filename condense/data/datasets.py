@@ -245,17 +245,19 @@ def to_float(images: Array | Tensor) -> Tensor:
     )  # a GPU multiplies by the inverse of a number
 
 
-def fingerprint(images: Array, labels: Array) -> str:
-    """Return a sha256 of the content of a split, which does not depend on the order of its samples.
+def fingerprint(images: Array, labels: Array, rows: Iterable[int] | None = None) -> str:
+    """Return a sha256 of the content of a split, or of its samples at ``rows``, which does not depend on the order of
+    the samples.
 
     Each sample (its bytes as uint8 or little-endian float32) is hashed with its label. The sorted hashes are then
     hashed with the type and the shape of a sample.
     """
     if images.dtype != np.uint8:
-        images = images.astype("<f4")
+        images = images.astype("<f4", copy=False)
     pixels = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:])).view(np.uint8)
-    rows = zip(pixels, labels.astype("<i8"), strict=True)
-    hashes = sorted(hashlib.sha256(sample.tobytes() + label.tobytes()).digest() for sample, label in rows)
+    classes = labels.astype("<i8")
+    chosen = range(len(pixels)) if rows is None else rows
+    hashes = sorted(hashlib.sha256(pixels[row].tobytes() + classes[row].tobytes()).digest() for row in chosen)
     header = f"{images.dtype.str}/{images.shape[1:]}/".encode()
     return hashlib.sha256(header + b"".join(hashes)).hexdigest()
 

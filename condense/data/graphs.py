@@ -148,10 +148,10 @@ def read_tu(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
         names, classes = np.unique(_numbers(path / f"{prefix}_graph_labels.txt"), return_inverse=True)
         bounds = {name: part.tolist() for name, part in slices.items()}
         counts = bounds["x"] if "x" in bounds else np.bincount(_numbers(indicators[0])).cumsum().tolist()
+        ends_at = bounds["edge_index"]  # stops at the last graph with an edge
+        ends_at += ends_at[-1:] * (len(counts) - len(ends_at))
         graphs = []
-        for first, last, start, stop in zip(
-            counts[:-1], counts[1:], bounds["edge_index"][:-1], bounds["edge_index"][1:], strict=True
-        ):
+        for first, last, start, stop in zip(counts[:-1], counts[1:], ends_at[:-1], ends_at[1:], strict=True):
             ends = data.edge_index[:, start:stop].T
             ends = ends.sort(1).values
             edges = ends[ends[:, 0] < ends[:, 1]].unique(dim=0)

@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from condense.cache import Cache
 from condense.data.datasets import Known
 from condense.data.layout import channel_axis, kind
+from condense.files import save_file
 from condense.names import spelt, suggest
 
 SPECS = ("none", "channel", "zca", "zca-relative")
@@ -48,6 +48,8 @@ _MAX_SIZE = 3 * 64 * 64
 _CHUNK = 4096
 _CHUNK_VALUES = 4096 * 3 * 32 * 32
 """Largest numbers of samples and of values in float64 at once."""
+_ROUNDING = 1e-12
+"""Standard deviation of a constant channel, relative to its value: that of the rounding of the mean in float64."""
 
 
 class Samples(Protocol):
@@ -66,6 +68,11 @@ class Transform(ABC):
 
     pointwise: ClassVar[bool] = True
     """Whether each value is mapped independently of the others, so that transforming a batch is cheap."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name in a recipe, such as ``channel`` or ``zca-relative``."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -129,6 +136,8 @@ class Transform(ABC):
 class Identity(Transform):
     """The transform ``none``."""
 
+    name: ClassVar[str] = "none"
+
     def __call__(self, x: Tensor) -> Tensor:
         return x
 
@@ -142,6 +151,8 @@ class Identity(Transform):
 @dataclass(frozen=True, kw_only=True)
 class ChannelNorm(Transform):
     """The transform ``channel``."""
+
+    name: ClassVar[str] = "channel"
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -192,6 +203,10 @@ class Whitening(Transform):
     @functools.cached_property
     def _inverse_constants(self) -> _Constants:
         return _Constants(self.mean, torch.linalg.inv(self.matrix.double()).float())
+
+    @property
+    def name(self) -> str:
+        return next(name for name, flavour in _FLAVOURS.items() if flavour == self.flavour)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -257,7 +272,8 @@ def check_transform(spec: str) -> None:
 
 
 def channel_statistics(images: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and population standard deviation of each channel of samples (N, *input_shape), to six decimals.
+    """Return mean and population standard deviation of each channel of samples (N, *input_shape), to six decimals; of a
+    channel whose standard deviation is below 1e-3, to seven significant digits of that.
 
     Raises:
         ValueError: a channel is constant.
@@ -269,12 +285,14 @@ def channel_statistics(images: Samples) -> tuple[tuple[float, ...], tuple[float,
     mean = torch.stack([chunk.sum(axes) for chunk in _chunks(images)]).sum(0) / count
     centred = (chunk - mean.reshape(_by_channel(shape)) for chunk in _chunks(images))
     std = (torch.stack([chunk.square().sum(axes) for chunk in centred]).sum(0) / count).sqrt()
-    rounded = [round(value, 6) for value in std.tolist()]
-    if 0 in rounded:
+    constant = (std <= _ROUNDING * mean.abs()).tolist()
+    if any(constant):
         raise ValueError(
-            f"channel {rounded.index(0)} is constant: it cannot be normalised; give {spelt('transform', 'none')}"
+            f"channel {constant.index(True)} is constant: it cannot be normalised; give {spelt('transform', 'none')}"
         )
-    return tuple(round(value, 6) for value in mean.tolist()), tuple(rounded)
+    digits = [6 if value >= 1e-3 else 6 - math.floor(math.log10(value)) for value in std.tolist()]
+    means, stds = (tuple(map(round, values.tolist(), digits)) for values in (mean, std))
+    return means, stds
 
 
 def _by_channel(shape: Sequence[int]) -> list[int]:
@@ -339,7 +357,7 @@ def _identity(flavour: str, eps: float, key: str) -> dict[str, Any]:
 def _write_cache(cache: Path | None, whitening: Whitening) -> None:
     def write(folder: Path) -> None:
         metadata = {"condense": json.dumps(whitening.describe(), sort_keys=True)}
-        safetensors.torch.save_file({"mean": whitening.mean, "matrix": whitening.matrix}, folder / _MATRIX, metadata)
+        save_file(folder / _MATRIX, {"mean": whitening.mean, "matrix": whitening.matrix}, metadata)
 
     Cache(cache, "zca").write(
         _identity(whitening.flavour, whitening.eps, whitening.key),

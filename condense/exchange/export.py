@@ -323,7 +323,8 @@ def _published(origin: Origin) -> Origin:
     if not origin.privacy:
         return origin
     dataset, recipe = (
-        {name: value for name, value in of.items() if name != "fingerprint"} for of in (origin.dataset, origin.recipe)
+        {name: value for name, value in of.items() if name not in ("fingerprint", "held_out")}
+        for of in (origin.dataset, origin.recipe)
     )
     return replace(origin, dataset=dataset, recipe=recipe, recipe_hash="")
 

@@ -178,7 +178,7 @@ def as_set(
             f"the set has labels from {int(labels.min())} to {int(labels.max())}, but {arrays.name} has {num} classes, "
             f"0..{num - 1}; give another {spelt('dataset')}, or number the classes in the same way"
         )
-    if not decode.stores_pixels:
+    if not decode.stores_pixels or not decode.differentiable:
         raise ValueError(
             f"published images are not stored as {decode.name}; give {spelt('decode', 'pixels')} or factor"
         )

@@ -87,7 +87,7 @@ class Checkpointed(Adjoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self.name, "every", self.every)
+        _require_steps(self.name, "every", self.every)
 
     def run(self, rollout: Rollout) -> Params:
         return _run_adjoint(rollout, every=self.every, propagate=True)
@@ -128,7 +128,9 @@ class Truncated(Adjoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self.name, "window", self.window)
+        _require_steps(self.name, "window", self.window)
+        if self.burn_in is not None:
+            _require_steps(self.name, "burn_in", self.burn_in, least=0)
 
     def run(self, rollout: Rollout) -> Params:
         if self.burn_in is not None:
@@ -161,7 +163,7 @@ class RandomTruncated(Adjoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self.name, "window", self.window)
+        _require_steps(self.name, "window", self.window)
         if not 0 <= self.lo <= self.hi:
             raise ValueError(f"{self.name}: lo {self.lo} and hi {self.hi} are not a valid range; give 0 <= lo <= hi")
 
@@ -242,9 +244,9 @@ ADJOINTS: Registry[type[Adjoint]] = Registry(
 )
 
 
-def _require_positive(owner: str, field: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{owner}: {field} is {value}: it is a number of steps; give 1 or more")
+def _require_steps(owner: str, field: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise ValueError(f"{owner}: {field} is {value}: it is a number of steps; give {least} or more")
 
 
 def _require_eager(owner: str, rollout: Rollout) -> None:

@@ -105,7 +105,8 @@ class Solver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradients(Solver):
-    """Conjugate gradients (Hestenes and Stiefel, 1952): exact after as many steps as H has distinct eigenvalues."""
+    """Conjugate gradients (Hestenes and Stiefel, 1952): exact after as many steps as H has distinct eigenvalues. Where
+    ``max_steps`` ends them before ``tol`` is reached, the result is an approximation."""
 
     name: ClassVar[str] = "conjugate-gradients"
     exact: ClassVar[bool] = True

@@ -40,10 +40,14 @@ class Network(nn.Module, ABC):
     def embed(self, x: Tensor) -> Tensor:
         """Return the features (N, F) of samples (N, *input_shape), which are the input of the classifier."""
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits (N, num_outputs) of features (N, F)."""
+        logits: Tensor = self.classifier(features)
+        return logits
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_outputs) of samples (N, *input_shape)."""
-        logits: Tensor = self.classifier(self.embed(x))
-        return logits
+        return self.classify(self.embed(x))
 
     def published_name(self, name: str) -> str:
         """Return the name that a published state dict gives to the parameter or buffer ``name``."""

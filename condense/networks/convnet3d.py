@@ -68,9 +68,8 @@ class ConvNet3d(Network):
         maps: Tensor = self.features(x.transpose(1, 2))
         return maps.mean((3, 4)).amax(2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.dropout(self.embed(x)))
-        return logits
+    def classify(self, features: Tensor) -> Tensor:
+        return super().classify(self.dropout(features))
 
 
 def _fitting(input_shape: InputShape, maximum: int) -> int:

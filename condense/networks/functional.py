@@ -9,7 +9,7 @@ import difflib
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from condense.compute import Compute
 from condense.data.layout import InputShape, kind
 from condense.files import canonical_json, checksum
-from condense.names import spelt
+from condense.names import reason, spelt
 from condense.networks.base import ACTIVATIONS, NORMS, Network
 from condense.networks.external import Factory
 from condense.networks.initial import DrawnFrom
@@ -160,14 +160,14 @@ class Functional:
     def flops(self) -> float:
         """The floating-point operations of one sample's forward and backward pass (matrix products, convolutions); of
         networks for samples of one shape, so not of graphs."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, self._without_values():
             self._eval(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return 3 * counter.get_total_flops() / 2
 
     @cached_property
     def draws(self) -> bool:
         """Whether a pass in training mode draws random numbers, as dropout does."""
-        with _Draws() as draws:
+        with _Draws() as draws, self._without_values():
             self._train(torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype), False)
         return draws.found
 
@@ -316,7 +316,8 @@ class Functional:
     def require_maps(self) -> None:
         """Raise ValueError if ``maps`` would."""
         self.require_capture("activations")
-        self.maps(*self._meta, train=False)
+        with self._without_values():
+            self.maps(*self._meta, train=False)
 
     def capture(
         self,
@@ -357,7 +358,8 @@ class Functional:
 
     def require_capture(self, what: str | Sequence[str]) -> None:
         """Raise ValueError if ``capture`` would."""
-        self.capture(*self._meta, what, train=False)
+        with self._without_values():
+            self.capture(*self._meta, what, train=False)
         self._capturing(what, True)
 
     @property
@@ -365,6 +367,17 @@ class Functional:
         """Weights and two samples on the meta device, for a pass that computes only shapes."""
         frozen = {name: p.to("meta") for name, p in self._frozen.items()}
         return frozen, {}, torch.empty(2, *self.input_shape, device="meta", dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def _without_values(self) -> Iterator[None]:
+        """In the context a pass on the meta device that needs values raises ValueError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.name} cannot be run without values, on torch's device meta, which tells its shapes and costs "
+                f"({reason(error)}): register its tensors with register_buffer, and read no values in its forward pass"
+            ) from error
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -455,7 +468,7 @@ class _Skeleton(nn.Module):
         if embed:
             return self.network.embed(x)
         output: Tensor = (
-            self.network(x) if feature_mask is None else self.network.classifier(self.network.embed(x) * feature_mask)
+            self.network(x) if feature_mask is None else self.network.classify(self.network.embed(x) * feature_mask)
         )
         return output
 
@@ -491,7 +504,7 @@ class _Capturing(nn.Module):
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         self.captured = []
         features = self.network.embed(x)
-        logits = self.network.classifier(features)
+        logits = self.network.classify(features)
         values: dict[str, Tensor] = {}
         for name, value in self.captured:
             call = 1 + sum(other.partition("#")[0] == name for other in values)

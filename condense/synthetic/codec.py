@@ -386,7 +386,8 @@ def _windows(num: int, device: torch.device) -> tuple[int, int, Tensor]:
     offsets = neighbours(num)
     above, beside = -min(dy for dy, _ in offsets), max(abs(dx) for _, dx in offsets)
     positions = [(dy + above) * (2 * beside + 1) + dx + beside for dy, dx in offsets]
-    return above, beside, torch.tensor(positions, device=device)
+    with torch.inference_mode(False):  # positions made in inference mode could not be used in training
+        return above, beside, torch.tensor(positions, device=device)
 
 
 def bicubic_kernel() -> Tensor:

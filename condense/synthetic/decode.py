@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.data.datasets import to_float
 from condense.data.graphs import used_length
 from condense.data.layout import InputShape, Kind, channel_axis, kind, require_kind, sides
 from condense.data.transform import Transform
@@ -295,7 +296,7 @@ class FromBytes(_FromPixels):
         return (pixels - self.mean).div_(self.std)
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
-        return self.transformed(latents.float().div_(255))
+        return self.transformed(to_float(latents))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,11 +426,12 @@ def inverse_dct(spectra: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _matrices(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the matrices of the DCT-II and of its inverse, both indexed [coefficient, entry]."""
-    k = torch.arange(size, dtype=torch.float64)[:, None]
-    cosines = torch.cos(math.pi * k * (k.T + 0.5) / size)
-    scale = torch.full_like(k, 1 / size)
-    scale[0] /= 2
-    return (2 * cosines).to(device, dtype), (scale * cosines).to(device, dtype)
+    with torch.inference_mode(False):  # matrices made in inference mode could not be used in training
+        k = torch.arange(size, dtype=torch.float64)[:, None]
+        cosines = torch.cos(math.pi * k * (k.T + 0.5) / size)
+        scale = torch.full_like(k, 1 / size)
+        scale[0] /= 2
+        return (2 * cosines).to(device, dtype), (scale * cosines).to(device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -667,7 +669,7 @@ class Pyramid(Decode):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.coarsest <= (self.finest or self.coarsest):
+        if self.coarsest < 1 or (self.finest is not None and self.finest < self.coarsest):
             raise ValueError(
                 f"decode.coarsest must be at least 1 and at most decode.finest, got {self.coarsest} and {self.finest}; "
                 "the published value is 1"
@@ -681,7 +683,7 @@ class Pyramid(Decode):
         """
         height, width = input_shape[1:]
         longest = max(height, width)
-        finest = self.finest or longest
+        finest = longest if self.finest is None else self.finest
         for field, side in (("finest", finest), ("coarsest", self.coarsest)):
             if side > longest:
                 raise ValueError(

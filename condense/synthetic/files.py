@@ -265,6 +265,7 @@ class _Dataset:
     input_shape: tuple[int, ...]
     classes: tuple[str, ...] = ()
     target_width: int | None = None
+    held_out: str = ""
 
     def __post_init__(self) -> None:
         if not self.classes and self.target_width is None:

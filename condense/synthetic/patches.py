@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense.data.datasets import to_float
 from condense.data.layout import InputShape
 from condense.data.transform import Transform
 from condense.names import spelt
@@ -168,8 +169,7 @@ class _Patched(FromBytes):
         return bits.flatten(1)[:, : math.prod(self.grid)]
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
-        stored = latents[:, self.mask_bytes :].unflatten(1, (self.kept, self.channels * self.side**2))
-        stored = stored.float().div_(255)
+        stored = to_float(latents[:, self.mask_bytes :]).unflatten(1, (self.kept, self.channels * self.side**2))
         if not self.mask_bytes:
             return self.transformed(self.joined(stored))
         positions = self.bits(latents).argsort(dim=1, descending=True, stable=True)[:, : self.kept, None]

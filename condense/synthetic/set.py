@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from condense.data.layout import InputShape, kind
-from condense.data.transform import Transform
 from condense.files import canonical_json
 from condense.names import printable, spelt
 from condense.schema import from_json
@@ -77,7 +76,8 @@ class Origin:
 
     dataset: Mapping[str, Any]
     """The data set: name, fingerprint of the training split, classes and input_shape. target_width is the width of
-    targets that are not scores of these classes; classes may then be absent."""
+    targets that are not scores of these classes; classes may then be absent. held_out is the fingerprint of the samples
+    that were held out, if any were."""
     transform: Mapping[str, Any]
     """Description of the transform. Decoded images are in the transformed space."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -248,7 +248,8 @@ class SyntheticSet(nn.Module):
         )
         self.register_buffer("classes", origin.classes_of(labels), persistent=origin.num_classes > 0)
         self.register_buffer("weights", weights)
-        log_lr = None if lr is None else torch.as_tensor(lr, dtype=latents.dtype, device=latents.device).log()
+        dtype = latents.dtype if latents.is_floating_point() else torch.float32
+        log_lr = None if lr is None else torch.as_tensor(lr, dtype=dtype, device=latents.device).log()
         self.log_lr = None if log_lr is None else nn.Parameter(log_lr)
 
     def __len__(self) -> int:
@@ -403,16 +404,24 @@ class SyntheticSet(nn.Module):
         return cost if self.weights is None else cost._replace(labels=cost.labels + self.weights.nbytes)
 
     @torch.no_grad()
-    def to_dataset(self, space: Literal["transformed", "pixels"] = "transformed") -> Dataset[tuple[Tensor, ...]]:
+    def to_dataset(
+        self, space: Literal["transformed", "pixels"] = "transformed", dataset: Data | None = None
+    ) -> Dataset[tuple[Tensor, ...]]:
         """Return the decoded set as a PyTorch dataset of (image, target) pairs on the CPU.
 
-        ``transformed`` is the space in which networks are trained. ``pixels`` is the space of the data: [0, 1] for
-        images and clips, any values for series.
+        Args:
+            space: ``transformed`` is the space in which networks are trained. ``pixels`` is the space of the data:
+                [0, 1] for images and clips, any values for series.
+            dataset: for the pixels of a ZCA-whitened set, the data that it was distilled from; by default the name in
+                the set.
 
         Raises:
-            ValueError: ``pixels`` is requested of a ZCA-whitened set whose matrix is not available.
+            ValueError: the data of a whitened set cannot be read.
         """
+        from condense import sets  # imports this module
+
         images, targets = self()
         if space == "pixels":
-            images = Transform.from_description(dict(self.origin.transform)).to_data(images)
+            _, transform = sets.with_transform(self, dataset)
+            images = transform.to_data(images)
         return TensorDataset(images.cpu(), targets.cpu())
