@@ -18,7 +18,7 @@ from torch import Tensor
 from condense import __version__, artifacts, exchange, experiment, picture, recipe, runs, sets, zoo
 from condense.augment import Augment
 from condense.baselines import Budget as Budget
-from condense.baselines import check_baselines, prepare_baselines
+from condense.baselines import check_baselines, prepare_baselines, require_classes_alone
 from condense.buffers.trajectories import Experts, build, check_augment
 from condense.cache import cache_folder
 from condense.compute import Compute, prepare_device
@@ -271,6 +271,8 @@ def evaluate(
     for plan in plans:
         evaluation.check(known, networks, plan, num_seeds, split=split)
     check_baselines(rivals, given, networks[0], seed, budget)
+    if known is not None and any(plan.view_labels(known) for plan in plans):
+        require_classes_alone(rivals, known)
     chosen = prepare_device(device)
     with ranks.rank_zero_first():
         syn, arrays = sets.with_data(given, open_data(data, download))
@@ -500,6 +502,7 @@ def prune(
         ValueError: unknown field or method; a method that selects no real images; the folder cannot be written.
     """
     plan = replaced(plan, fields)
+    plan.check()
     check_seed(seed)
     folder = None if out is None else expanded(out)
     if folder is not None:

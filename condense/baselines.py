@@ -17,12 +17,14 @@ from condense.data.datasets import Arrays
 from condense.exchange import External
 from condense.experiment import check, find_recipe, prepare, resolve
 from condense.method import Context
+from condense.names import spelt
 from condense.networks import Factory
 from condense.plugins import code_of
 from condense.recipe import Recipe
 from condense.rng import VERSION
 from condense.synthetic.decode import Pixels8Bit
 from condense.synthetic.files import load, save
+from condense.synthetic.labels import Hard
 from condense.synthetic.patches import Patches
 from condense.synthetic.set import SyntheticSet
 from condense.task import IpcPolicy, Task
@@ -44,6 +46,17 @@ def check_baselines(
     else:
         for name in names:
             find_recipe(name)
+
+
+def require_classes_alone(names: Sequence[str], syn: SyntheticSet) -> None:
+    """Raise ValueError if a baseline of a set whose views are labelled has labels of its own, which would be lost."""
+    for name in names:
+        plan, _ = find_recipe(name, syn.origin.dataset_name, syn.ipc)
+        if not isinstance(plan.labels, Hard):
+            raise ValueError(
+                f"{name} has labels of its own, and here the teacher of the set labels the views of its baselines; "
+                f"give {spelt('baselines', ('random',))}, or compare the set before `condense relabel`"
+            )
 
 
 def prepare_baselines(

@@ -15,10 +15,11 @@ from condense import api, artifacts, runs, sets
 from condense.compute import Compute
 from condense.data.datasets import Data
 from condense.distributed import Ranks
+from condense.eval import evaluate as evaluation
 from condense.eval.baselines import FULL
 from condense.eval.protocol import named
 from condense.eval.report import steps_of
-from condense.eval.results import Pooled, alike, pool, read_complete
+from condense.eval.results import Pooled, alike, pool, read_complete, standing_for
 from condense.files import checksum, expanded, is_locked, read_header
 from condense.names import percent, spelt
 from condense.networks import resolve
@@ -52,7 +53,8 @@ class RunSummary:
     """The same of the last set."""
     accuracy: float | None
     """Mean accuracy on the test split of networks trained on the set, as a fraction; None before an evaluation. Of
-    several results it is the one on the network of the run, else the one of most networks."""
+    several results it is the one on the network of the run, else under a protocol without changes, else of most
+    networks."""
     std: float | None
     """Standard deviation over networks; None for a single network."""
     evaluated: str
@@ -119,10 +121,9 @@ def summary(folder: Path) -> RunSummary:
 
 
 def headline(file: Path, sha256: str, network: str | None) -> Mapping[str, Any] | None:
-    """Return the row of a file of results for the set with this checksum, preferably on ``network``; else None."""
+    """Return the row of a file of results that stands for the set with this checksum; None if there is none."""
     rows = read_complete(file) if file.exists() else []
-    own = [row for row in rows if row["synthetic_sha256"] == sha256]
-    return max(own, key=lambda row: (row["network"] == network, row["n"]), default=None)
+    return standing_for([row for row in rows if row["synthetic_sha256"] == sha256], network)
 
 
 COLUMNS = ("run", "method", "data", "budget", "seed", "steps", "best val. %", "accuracy %", "minutes", "state")
@@ -236,13 +237,15 @@ def compare(
         syn.require_classes("a comparison", path)
     _check_data({path: syn.origin for path, syn in known.items()})
     fields: dict[str, Any] = {"networks": architectures, "num_seeds": num_seeds, "protocol": protocol, "seed": seed}
+    for syn in known.values():
+        evaluation.check(syn, architectures, named(protocol, syn), num_seeds)
     where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}
     results = {}
     for path in paths:
         rows = _measured(path, known[path], fields) if path in known else None
         if rows is None:
-            evaluation = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
-            rows = [result.row() for result in evaluation.results]
+            evaluated = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
+            rows = [result.row() for result in evaluated.results]
         results[path] = rows
     groups = alike({path: known.get(path) for path in paths})
     names = _names({group[0]: known.get(group[0]) for group in groups})
@@ -297,11 +300,14 @@ def _measured(path: str, syn: SyntheticSet, fields: Mapping[str, Any]) -> list[d
     def is_set(row: Mapping[str, Any]) -> bool:
         return row["synthetic_sha256"] == own and row["protocol_hash"] == plan.hash
 
-    sizes = {row["num_images"] for row in rows if is_set(row)}
+    drawn = None if syn.origin.fraction is not None or syn.origin.ipc_policy != "refuse" else syn.ipc
+    sizes = {row["num_images"] for row in rows if is_set(row)} if drawn is None else {drawn * syn.origin.num_classes}
+    is_drawn_anew = syn.origin.recipe.get("seed") == fields["seed"]
 
     def is_random(row: Mapping[str, Any]) -> bool:
         is_measured = row["protocol"] == plan.name and row["synthetic_sha256"] is not None
-        return row["method"] == "random" and is_measured and row["num_images"] in sizes
+        is_other = row["synthetic_sha256"] != own or is_drawn_anew
+        return row["method"] == "random" and is_measured and is_other and row["num_images"] in sizes
 
     def is_full(row: Mapping[str, Any]) -> bool:
         return row["method"] == FULL and row["synthetic_sha256"] is None

@@ -29,7 +29,7 @@ from condense.eval import teachers
 from condense.eval.calibration import Calibration, temperature
 from condense.eval.journal import Cell, CellStore
 from condense.eval.metrics import Scores
-from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, recorded_name
+from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, changed, recorded_name, require_effect
 from condense.eval.results import Evaluation, Result, Scored
 from condense.eval.subject import Subject, decoded, require_held_out
 from condense.exchange.weights import write_state_dict
@@ -308,6 +308,8 @@ def measure(
             privacy={} if syn is None else syn.origin.privacy,
             split=split,
             teacher=protocol.teacher or (kind.teacher if kind is not None and kind.is_named else ""),
+            transform=transform.name,
+            changed=changed(protocol, syn),
             **common,
         )
         for network, policy, training, row in zip(networks, policies, plans, rows, strict=True)
@@ -488,6 +490,7 @@ def check(
         Augment.parse(protocol.augment)
     if syn is not None:
         protocol.augment_for(syn.origin.input_shape, "none").require_kind(syn.origin.input_shape, "protocol.augment")
+        protocol.require_kind(syn.origin.input_shape, "protocol.")
     if protocol.holds_out and split == "validation":
         raise ValueError(
             f"the protocol {protocol.name} makes a choice on the held-out images, on which networks are scored with "
@@ -495,11 +498,12 @@ def check(
         )
     if (protocol.holds_out or split == "validation") and syn is not None:
         require_held_out(syn)
+    require_effect(protocol, syn)
     if protocol.labels == "teacher" and not protocol.teacher and (syn is None or not syn.label_kind.of_views):
         given = "hard" if syn is None else syn.label_kind.name
         raise ValueError(
             f"the protocol {protocol.name} needs labels by a teacher of every view, and the set has {given} labels: "
-            f"label it with `condense relabel`, or give {spelt('protocol.teacher', 'same')}"
+            f"label it with `condense relabel`, or give {spelt('protocol', 'soft-teacher')}"
         )
 
 

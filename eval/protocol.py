@@ -280,25 +280,28 @@ def named(name: str, syn: SyntheticSet | None) -> Protocol:
     Raises:
         ValueError: unknown name; ``own`` of a set that stores no protocol.
     """
-    return own(syn) if name == "own" else fixed(name)
+    return own(syn) if name == "own" else fixed(name, "own")
 
 
-def fixed(name: str) -> Protocol:
-    """Return the protocol of that name in ``PROTOCOLS``. Raises ValueError if the name is unknown."""
+def fixed(name: str, *others: str) -> Protocol:
+    """Return the protocol of that name in ``PROTOCOLS``. Raises ValueError if the name is unknown; the message suggests
+    the names of ``others`` too."""
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}: {suggest(name, [*PROTOCOLS, 'own'])}")
+        raise ValueError(f"unknown protocol {name!r}: {suggest(name, [*PROTOCOLS, *others])}")
     return PROTOCOLS[name]
 
 
-def own(syn: SyntheticSet | None) -> Protocol:
+def own(syn: SyntheticSet | None, fix: str = "") -> Protocol:
     """Return the training that the set was made for: its stored record, its targets and its learned learning rate.
 
     Raises:
-        ValueError: the set has no such record, or this version cannot train that way.
+        ValueError: the set has no such record, or this version cannot train that way. The message ends with ``fix``,
+            by default the advice to give another protocol.
     """
+    fix = fix or f"give {spelt('protocol', 'canonical')}"
     record = {} if syn is None else {k: v for k, v in syn.origin.training.items() if k != "network"}
     if syn is None or not record:
-        raise ValueError(f"the set stores no training of its own; give {spelt('protocol', 'canonical')}")
+        raise ValueError(f"the set stores no training of its own; {fix}")
     if syn.lr is not None:
         record["rates" if syn.lr.dim() else "lr"] = syn.lr.tolist()
     known = {f.name for f in dataclasses.fields(Protocol)} - {"name", "labels", "schedule"} | set(FLAT_NAMES)
@@ -308,8 +311,7 @@ def own(syn: SyntheticSet | None) -> Protocol:
         return from_json(Protocol, {"name": "own", "labels": "own", **nested(record)}, "training")
     except ValueError as error:
         raise ValueError(
-            f"this version cannot follow the training that is stored with the set: {error}; "
-            f"give {spelt('protocol', 'canonical')}"
+            f"this version cannot follow the training that is stored with the set: {error}; {fix}"
         ) from error
 
 
@@ -325,20 +327,53 @@ def own_network(syn: SyntheticSet) -> str:
     return name
 
 
+def changed(protocol: Protocol, syn: SyntheticSet | None = None) -> dict[str, Any]:
+    """Return the fields in which a protocol differs from the one of its name, also those set back to their default;
+    those of its schedule are nested."""
+    owner = own(syn) if protocol.name == "own" and syn is not None else PROTOCOLS.get(protocol.name, protocol)
+    return _difference(dataclasses.asdict(protocol), dataclasses.asdict(owner))
+
+
+def _difference(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: (value, others[name]) for name, value in fields.items() if value != others[name]}
+    return {
+        name: _difference(value, other) if isinstance(value, Mapping) else value
+        for name, (value, other) in both.items()
+    }
+
+
+def require_effect(protocol: Protocol, syn: SyntheticSet | None) -> None:
+    """Raise ValueError if a changed field of a protocol has no effect, because another one takes its place."""
+    rate = None if syn is None else syn.lr
+    replaced = {
+        "num_epochs": {"steps_for": ()} if protocol.steps_for else {},
+        "lr": {"schedule.lr_per_step": ()}
+        if protocol.schedule.lr_per_step
+        else {"lr_grid": ()}
+        if protocol.lr_grid
+        else {"learned_lr": False}
+        if protocol.learned_lr and rate is not None and not rate.dim()
+        else {},
+        "lr_grid": {"schedule.lr_per_step": ()} if protocol.schedule.lr_per_step else {},
+    }
+    for name in changed(protocol, syn):
+        for other, off in replaced.get(name, {}).items():
+            raise ValueError(
+                f"protocol.{name} has no effect, because the protocol {protocol.name} takes {other} instead; leave it "
+                f"out, or give {spelt(f'protocol.{other}', off)} too"
+            )
+
+
 def recorded_name(protocol: Protocol, syn: SyntheticSet | None = None) -> str:
     """Return the name for results: with a star if a field differs from the protocol of that name."""
-    if protocol.name == "own" and syn is not None:
-        owner = own(syn)
-    else:
-        owner = PROTOCOLS.get(protocol.name, protocol)
-    return protocol.name if protocol == owner else f"{protocol.name}*"
+    return f"{protocol.name}*" if changed(protocol, syn) else protocol.name
 
 
-def changes(row: Mapping[str, Any]) -> str:
-    """List the fields in which a result's protocol differs from the named one; empty if it has no star."""
+def changed_in(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields in which a result's protocol differs from the named one; nothing if it has no star. Rows of
+    earlier versions lack those that were set back to their default, and all changes of ``own``."""
     name = row["protocol"].removesuffix("*")
-    if name == row["protocol"] or name not in PROTOCOLS:
-        return ""
+    if row.get("changed") or name == row["protocol"] or name not in PROTOCOLS:
+        return dict(row.get("changed", {}))
     original, fields = json.loads(json.dumps(PROTOCOLS[name].content())), row["protocol_fields"]
-    changed = {key: fields[key] for key in fields if fields[key] != original.get(key)}
-    return ", ".join(f"{key} {value}" for key, value in changed.items())
+    return {key: value for key, value in fields.items() if value != original.get(key)}

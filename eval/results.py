@@ -76,6 +76,10 @@ class Result:
     """The images on which networks were scored: the test images, or the held-out training images."""
     privacy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The differential privacy of the set; empty if it has none."""
+    transform: str = ""
+    """Name of the transform of the images; empty in rows of earlier versions."""
+    changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The fields that the caller changed in the protocol of that name; empty in rows of earlier versions."""
 
     def __post_init__(self) -> None:
         if not self.accuracies or not all(0 <= accuracy <= 1 for accuracy in self.accuracies):
@@ -136,7 +140,7 @@ class Result:
         head = {"method": fields.pop("method"), "network": fields.pop("network")}
         head["accuracies"] = list(fields.pop("accuracies"))
         head |= {"mean": self.mean, "std": self.std, "interval": self.interval, "n": self.n}
-        for name in ("privacy", "stored_bits"):
+        for name in ("privacy", "stored_bits", "changed", "transform"):
             if not fields[name]:  # as rows of earlier versions
                 del fields[name]
         return {**head, **fields, "compression": self.compression}
@@ -238,24 +242,32 @@ def alike(sets: Mapping[str, SyntheticSet | None]) -> list[list[str]]:
     return found
 
 
-_KEY = ("network", "num_params", "protocol_hash", "n", "seed", "synthetic_sha256", "test_fingerprint", "split")
+_KEY = (
+    *("method", "network", "num_params", "protocol_hash", "n", "seed"),
+    *("synthetic_sha256", "transform", "test_fingerprint", "split"),
+)
 
 
 def merge(path: Path, results: Sequence[Result]) -> None:
     """Add results to a JSON file ``{"results": [row, ...]}``.
 
-    A row replaces an existing one with the same network, protocol, n, seed, set and scored images. Processes that write
-    to the same file take turns.
+    A row replaces an existing one with the same method, network, protocol, n, seed, set, transform and scored images.
+    Processes that write to the same file take turns.
 
     Raises:
         ValueError: the file exists and is no file of results, or it cannot be written.
     """
     rows = [result.row() for result in results]
-    asked = [[row[name] for name in _KEY] for row in rows]
     with locked(path):
         existing = read(path) if path.exists() else []
-        others = [row for row in existing if [{"split": "test", **row}.get(name) for name in _KEY] not in asked]
+        others = [old for old in existing if not any(_replaces(new, old) for new in rows)]
         write_text(path, json.dumps({"results": others + rows}, indent=1) + "\n")
+
+
+def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether both rows answer one question. Rows of earlier versions name no split and no transform."""
+    usual = {"split": "test", "transform": new.get("transform")}
+    return all({**usual, **old}.get(name) == new.get(name) for name in _KEY)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -308,6 +320,14 @@ class _Results:
     results: tuple[Mapping[str, Any], ...]
 
 
+def standing_for(rows: Sequence[Mapping[str, Any]], network: str | None) -> Mapping[str, Any] | None:
+    """Return the row that stands for a set: preferably on this network, then under a protocol whose fields were not
+    changed, then with the largest n; None if there is none."""
+    return max(
+        rows, key=lambda row: (row["network"] == network, not row["protocol"].endswith("*"), row["n"]), default=None
+    )
+
+
 def balanced(row: Mapping[str, Any]) -> float | None:
     """Return the mean balanced accuracy of the networks of a row; None where the test classes are balanced, or the row
     was written by an earlier version."""
@@ -319,21 +339,23 @@ def by_set(rows: Sequence[Mapping[str, Any]], name: str = "method") -> dict[str,
     """Group rows of one protocol by set, then by network.
 
     If several rows have the same set and network, the row with the largest n is taken. If several sets share a name,
-    their labels contain the start of the checksum.
+    their labels contain the start of the checksum; real images have the name of their transform instead.
 
     Args:
         rows: rows of results.
         name: the key of a row under which the set is named.
     """
-    checksums: dict[str, list[Any]] = {}
+    checksums: dict[str, set[Any]] = {}
+    transforms: set[str] = {row.get("transform", "") for row in rows if row["synthetic_sha256"] is None}
     for row in rows:
-        known = checksums.setdefault(row[name], [])
-        if row["synthetic_sha256"] not in known:
-            known.append(row["synthetic_sha256"])
+        checksums.setdefault(row[name], set()).add(row["synthetic_sha256"])
     sets: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        alone = len(checksums[row[name]]) == 1 or row["synthetic_sha256"] is None
-        label = row[name] if alone else f"{row[name]} ({row['synthetic_sha256'][:6]}, {row['num_images']} images)"
+        label = row[name]
+        if row["synthetic_sha256"] is None:
+            label += f" ({transform})" if len(transforms) > 1 and (transform := row.get("transform", "")) else ""
+        elif len(checksums[label]) > 1:
+            label += f" ({row['synthetic_sha256'][:6]}, {row['num_images']} images)"
         cells = sets.setdefault(label, {})
         if row["network"] not in cells or cells[row["network"]]["n"] <= row["n"]:
             cells[row["network"]] = row

@@ -19,7 +19,7 @@ from condense.eval.applications import APPLICATIONS, Setting
 from condense.eval.applications.nas import rank_correlations
 from condense.eval.applications.privacy import membership_auc
 from condense.eval.subject import Subject
-from condense.synthetic import load
+from condense.synthetic import SyntheticSet, load
 
 TINY = "convnet:depth=1,width=4"
 
@@ -174,6 +174,11 @@ def test_the_area_under_the_curve() -> None:
         ("nas", {"widths": (2,), "depths": (1,), "norms": ("none",), "poolings": ("avg",)}, "three architectures"),
         ("privacy", {"num_members": 0}, "at least 1"),
         ("privacy", {"protocol": "canon"}, "unknown protocol"),
+        ("privacy", {"protocol": "pruned"}, "trained on classes alone, and the protocol pruned needs"),
+        ("continual", {"protocol": "soft-teacher"}, "give protocol='canonical'"),
+        ("nas", {"protocol": "dd-ranking"}, "held-out images"),
+        ("nas", {"depths": (1, 2, 9)}, "depth=9"),
+        ("ranking", {"protocol": "relabelled", "baselines": ["random"]}, "and the set has hard labels"),
         ("continuous", {}, "did you mean 'continual'"),
         ("nas", {"width": 3}, "no field 'width'"),
     ],
@@ -181,6 +186,27 @@ def test_the_area_under_the_curve() -> None:
 def test_bad_choices_are_refused(name: str, fields: dict[str, Any], complaint: str, run: Path, tiny: Arrays) -> None:
     with pytest.raises(ValueError, match=complaint):
         api.apply(name, run, tiny, **fields)
+
+
+def test_every_class_that_arrives_has_samples_to_learn_and_to_test(run: Path, tiny: Arrays) -> None:
+    fields: dict[str, Any] = {"num_groups": 3, "num_seeds": 1, "network": "mlp"}
+    whole = load(run)
+    kept = whole.classes != 1
+    syn = SyntheticSet(whole.latents.detach()[kept], whole.classes[kept], whole.origin)
+    with pytest.raises(ValueError, match=f"the class '{tiny.classes[1]}' has no sample in the set random"):
+        api.apply("continual", syn, tiny, **fields)
+    tested = tiny.y_test != 2
+    part = dataclasses.replace(tiny, x_test=tiny.x_test[tested], y_test=tiny.y_test[tested])
+    with pytest.raises(ValueError, match=f"the class '{tiny.classes[2]}' has no sample in the test split"):
+        api.apply("continual", whole, part, **fields)
+
+
+def test_a_ranking_of_labels_of_views_is_refused(run: Path, tiny: Arrays, tmp_path: Path) -> None:
+    split = api.Split(val_fraction=0.25)
+    buffer = api.make_buffer(tiny, "mlp", out=tmp_path, split=split, num_experts=1, num_epochs=1, device="cpu")
+    labelled = api.relabel(load(run), buffer, epochs=1, device="cpu")
+    with pytest.raises(ValueError, match="the set has stored labels of its views"):
+        api.apply("ranking", labelled, tiny, protocol="canonical", baselines=["random"])
 
 
 def test_the_command(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

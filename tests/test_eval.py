@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condense import api, sets
 from condense.augment import Augment
 from condense.compute import Compute
 from condense.data.datasets import Arrays, load, to_float
@@ -83,6 +84,27 @@ def run(syn: SyntheticSet, arrays: Arrays, **options: Any) -> Evaluation:
     given: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "protocol": SHORT}
     subject = Subject(syn=syn, arrays=arrays, device=CPU, cache=options.pop("cache", None))
     return evaluate(subject, compute=Compute(), **given | options)
+
+
+def test_held_out_images_of_the_same_data_in_another_order_are_refused(tiny: Arrays, tmp_path: Path) -> None:
+    """Another order holds out other images, of which the set was made."""
+    order = np.random.default_rng(0).permutation(len(tiny.y_train))
+    shuffled = load((tiny.x_train[order], tiny.y_train[order], tiny.x_test, tiny.y_test))
+    assert shuffled.fingerprint == tiny.fingerprint
+    split = Split(val_fraction=0.5)
+    syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, split=split, out=tmp_path / "run", device="cpu")
+    networks, before = ["mlp"], dataclasses.replace(syn.origin, dataset=dict(syn.origin.dataset))
+    run(syn, tiny, networks=networks, split="validation")
+    run(syn, shuffled, networks=networks)
+    with pytest.raises(ValueError, match="which has the same samples in another order; give dataset with") as caught:
+        run(syn, shuffled, networks=networks, split="validation")
+    assert "\n" not in str(caught.value)
+    assert sets.training_samples(syn, tiny) is not None
+    with pytest.raises(ValueError, match="in another order"):
+        sets.training_samples(syn, shuffled)
+    before.dataset.pop("held_out")  # type: ignore[attr-defined]
+    syn.origin = before
+    run(syn, shuffled, networks=networks, split="validation")
 
 
 def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -428,6 +450,8 @@ class TestFile:
             "code": row["code"],
             "split": "test",
             "teacher": "",
+            "transform": "none",
+            "changed": {"num_epochs": 15},
         }
         assert len(set(row["accuracies"])) == 2 and max(row["accuracies"]) < 1
         assert row["seconds"] > 0 and row["peak_memory_bytes"] > 1e6

@@ -416,6 +416,27 @@ def test_rubbish_is_refused_in_one_line(content: Any, complaint: str, tmp_path: 
     assert not Path("/tmp/condense-was-here").exists()
 
 
+@pytest.mark.parametrize("words", ["--network mlp", "--split.val-fraction 0.3", "--features-only True"])
+def test_flags_of_networks_are_refused_for_a_set(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = published.res(tmp_path, torch.rand(10, 1, 8, 8), torch.arange(10))
+    with pytest.raises(SystemExit):
+        cli.main(["import", str(source), str(tmp_path / "set.safetensors"), "--dataset", "digits", *words.split()])
+    assert "describes networks, and DST is a set; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "set.safetensors").exists()
+
+
+@pytest.mark.parametrize("decode", ["pixels-8bit", "dct"])
+def test_decoders_of_other_latents_than_the_images_are_refused(
+    decode: str, real: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    images, labels = real
+    np.savez(tmp_path / "pub.npz", images=images, labels=labels)
+    with pytest.raises(ValueError, match=f"images are not stored as {decode}; give decode='pixels' or factor"):
+        api.import_set(tmp_path / "pub.npz", "digits", decode=decode)
+
+
 @pytest.mark.parametrize("name", ["a.npz", "a.pt", "images_1.pt"])
 def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04 nothing of the kind")

@@ -171,6 +171,21 @@ def test_each_set_stands_beside_all_data_under_its_own_transform(
     assert {row["method"] for row in full} == {"full"} and full[0]["metrics"]["nll"] != full[1]["metrics"]["nll"]
 
 
+def test_random_sets_are_compared_with_others_every_time(tiny_file: Path, tmp_path: Path) -> None:
+    """The results that the first comparison stored are those of the second one, also of sets with a decoder."""
+    common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu", "ipc": 1}
+    for seed in (1, 2):
+        condense.distill("random", out=tmp_path / f"{seed}", **common, seed=seed)
+    condense.distill("dm", out=tmp_path / "small", **common, num_steps=1, batch_real=4, decode="factor")
+    paths = [str(tmp_path / name) for name in ("1", "2", "small")]
+    first = overview.compare(paths, networks=TINY, num_seeds=1, device="cpu")
+    assert len({path.stat().st_mtime_ns for path in tmp_path.glob("*/evaluation.json")}) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overview.api, "evaluate", None)
+        assert overview.compare(paths, networks=TINY, num_seeds=1, device="cpu") == first
+    assert first.rows[0].gain != 0
+
+
 def test_moments_of_one_run_are_not_pooled(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, later = tmp_path / "dm0", tmp_path / "dm1"
     common: dict[str, Any] = {"dataset": tiny_file, "network": TINY, "device": "cpu", "ipc": 1}

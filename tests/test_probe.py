@@ -119,6 +119,8 @@ def test_networks_that_serve_are_of_the_same_data(run: Path, backbones: Path, tm
     with pytest.raises(ValueError, match=r"no networks for tiny in .*empty: there are none; build them with"):
         api.apply("probe", run, backbones=(str(tmp_path / "empty"),), **SHORT)
     api.distill("random", dataset="digits", ipc=1, out=tmp_path / "digits", device="cpu")
+    with pytest.raises(ValueError, match="two of the backbones are one buffer"):
+        api.apply("probe", run, backbones=(str(backbones), str(backbones)), **SHORT)
     with pytest.raises(ValueError, match=r"no networks for digits .* where dataset is"):
         api.apply("probe", tmp_path / "digits", backbones=(str(backbones),), **SHORT)
 

@@ -253,6 +253,29 @@ def test_a_colour_set_is_joined_by_its_mirror_images(monkeypatch: pytest.MonkeyP
     assert len(seen[0]) == 12 and torch.equal(seen[0][6:], seen[0][:6].flip(3))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "other"),
+    [
+        ("frepo", {"num_epochs": 3}, r"steps_for instead; .* give protocol=Protocol\(steps_for=\(\)\) too"),
+        ("dd-ranking", {"lr": 0.1}, "lr_grid"),
+        ("datm", {"lr": 0.1}, r"learned_lr instead; leave it out, or give protocol=Protocol\(learned_lr=False\) too"),
+    ],
+)
+def test_a_change_without_effect_is_refused(name: str, fields: dict[str, Any], other: str, arrays: Arrays) -> None:
+    syn, plan = make_set(arrays, lr=0.03), dataclasses.replace(PROTOCOLS[name], **fields)
+    (field,) = fields
+    with pytest.raises(ValueError, match=f"protocol.{field} has no effect, because the protocol {name} takes {other}"):
+        evaluation.check(syn, ["mlp"], plan, 1)
+
+
+def test_a_rate_for_each_step_takes_the_place_of_one(arrays: Arrays) -> None:
+    syn = make_set(arrays, lr=[0.1, 0.2])
+    syn.origin = dataclasses.replace(syn.origin, training=Training().content())
+    for fields in ({"lr": 0.5}, {"lr_grid": (0.1, 0.2)}):
+        with pytest.raises(ValueError, match=r"takes schedule.lr_per_step instead"):
+            evaluation.check(syn, ["mlp"], dataclasses.replace(named("own", syn), **fields), 1)
+
+
 def test_a_learned_rate_acts_where_the_protocol_says_so(arrays: Arrays) -> None:
     short = dataclasses.replace(PROTOCOLS["datm"], num_epochs=3)
     assert run(make_set(arrays, lr=0.03), arrays, short).protocol_fields["lr"] == pytest.approx(0.03)

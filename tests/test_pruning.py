@@ -109,6 +109,7 @@ def test_the_teacher_may_be_a_trained_network(tiny: Arrays, tmp_path: Path) -> N
         ),
         ("digits --protocol canonical", "the protocol canonical has no teacher"),
         ("digits --protocol.teacher=", "the loss distillation needs a teacher; give --protocol.teacher same"),
+        ("digits --protocol own", "unknown protocol 'own': there are "),
         ("digits --network convnets", "unknown network 'convnets'"),
         ("", "the first word is missing; give a data set, e.g. digits"),
     ],
@@ -118,6 +119,15 @@ def test_wrong_words_are_one_line(words: str, line: str, capsys: pytest.CaptureF
         cli.main(["apply", "pruning", *words.split()])
     (message,) = capsys.readouterr().err.splitlines()
     assert line in message
+
+
+def test_a_protocol_gets_its_teacher_by_a_flag(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--fractions 0.5 --methods random --network mlp --num-seeds 1 --protocol canonical --protocol.num-epochs 1"
+    flags = [*words.split(), "--protocol.teacher", "same", "--device", "cpu", "--out", str(tmp_path / "curve")]
+    cli.main(["apply", "pruning", str(tiny_file), *flags])
+    assert "canonical*" in capsys.readouterr().out
 
 
 def test_the_command_prints_the_table(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

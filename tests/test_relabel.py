@@ -330,6 +330,8 @@ def test_baselines_are_labelled_by_the_same_teacher(
     for budget in ("images", "bytes"):
         protocol = SHORT["relabelled"]
         condense.evaluate(made, tiny, protocol=protocol, baselines=["random", "k-center"], budget=budget, **kwargs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="random-soft has labels of its own, and here the teacher of the set"):
+        condense.evaluate(made, tiny, protocol=SHORT["relabelled"], baselines="random-soft", **kwargs)
     assert len(seen) == 4 and all(one.label_kind == made.label_kind and one.cost() == made.cost() for one in seen)
     source = seen[1].provider.source(examples(seen[1], 0), SquaredError())
     images, targets = source.batch(2, 0)

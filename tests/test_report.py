@@ -21,9 +21,10 @@ from condense.buffers.trajectories import Experts
 from condense.data.datasets import Arrays, load
 from condense.data.images import Images
 from condense.eval import report
-from condense.eval.protocol import PROTOCOLS
-from condense.eval.report import figures, nearest, page
+from condense.eval.protocol import PROTOCOLS, own
+from condense.eval.report import collect, figures, nearest, page
 from condense.eval.report.figures import Point
+from condense.eval.results import by_set
 from condense.schedule import Schedule
 from condense.task import Split
 from tests.conftest import TINY
@@ -113,6 +114,31 @@ def test_tables_of_a_data_set_have_one_scale_and_end_with_all_data(tiny_file: Pa
         assert float(share) == pytest.approx((float(value) - low) / (high - low), abs=1e-3)
 
 
+def test_a_run_is_compared_with_random_images_and_full_data_under_its_own_transform(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "none", tmp_path / "channel"]
+    alone = {}
+    for folder in folders:
+        condense.distill(
+            "dm", dataset=tiny_file, ipc=1, transform=folder.name, out=folder, num_steps=1, batch_real=4, device="cpu"
+        )
+        fields: dict[str, Any] = {"baselines": ["random", "full"], "num_seeds": 1, "device": "cpu"}
+        condense.evaluate(folder, networks=["mlp"], **fields)
+        condense.evaluate(folder, networks=["mlp"], out=tmp_path / "all.json", **fields)
+        run = collect(folder)
+        (headline,) = run.own_results
+        alone[folder] = page._references(run, headline, [run])
+    runs = [collect(folder) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        (headline,) = run.own_results
+        assert page._references(run, headline, runs) == alone[folder]
+    assert alone[folders[0]] != alone[folders[1]]
+    rows = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert [row["transform"] for row in rows if row["method"] == "full"] == ["none", "channel"]
+    assert {"full (none)", "full (channel)"} < set(by_set(rows))
+
+
 def test_the_commands_of_a_page_repeat_its_results(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +158,42 @@ def test_the_commands_of_a_page_repeat_its_results(
     monkeypatch.chdir(tmp_path)
     cli.main([*shlex.split(line), "--device", "cpu"])
     assert found() == before and len(before) == 3
+    capsys.readouterr()
+
+
+def test_the_commands_of_a_page_repeat_changes_of_every_protocol(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of ``own``, fields that were set back to their default, and baselines with soft labels."""
+    run = tmp_path / "run"
+    condense.distill(
+        "rat-bptt", dataset=tiny_file, network="mlp", ipc=1, num_steps=1, inner_steps=2, out=run, device="cpu"
+    )
+    made, frepo = condense.load(run), PROTOCOLS["frepo"]
+    constant = dataclasses.replace(frepo.schedule, cosine_to=None)
+    plans = [
+        dataclasses.replace(own(made), num_epochs=2),
+        dataclasses.replace(frepo, num_epochs=2, steps_for=(), schedule=constant),
+        dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2),
+    ]
+    common: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 1, "device": "cpu"}
+    for plan in plans[:2]:
+        condense.evaluate(run, protocol=plan, **common)
+    condense.evaluate(run, protocol=plans[2], baselines=["random-soft"], **common)
+    text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
+    lines = re.findall("condense (evaluate .*)", text[text.index('class="commands"') :].split("</pre>")[0])
+
+    def found() -> set[tuple[Any, ...]]:
+        rows = json.loads((run / "evaluation.json").read_text())["results"]
+        return {(row["method"], row["protocol"], row["protocol_hash"], row["mean"]) for row in rows}
+
+    before = found()
+    (run / "evaluation.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        cli.main([*shlex.split(line), "--device", "cpu"])
+    assert found() == before and len(before) == 4
+    assert "Changed fields of the protocol: num_epochs 2, schedule (cosine_to None), steps_for none" in text
     capsys.readouterr()
 
 

@@ -130,6 +130,8 @@ def test_a_set_with_classes_and_data_of_another_shape_are_refused(
     wide = tmp_path / "wide.npz"
     arrays = {name: np.zeros((4, 8, 9), np.uint8) for name in ("x_train", "x_test")}
     np.savez(wide, **arrays, y_train=np.arange(4) % 2, y_test=np.arange(4) % 2)
+    with pytest.raises(ValueError, match="two of the target data sets have one name"):
+        api.apply("transfer", run, to=("digits", "digits"), buffers=str(teachers))
     words = ["apply", "transfer", str(run), "--to", str(wide), "--buffers", str(teachers)]
     with pytest.raises(SystemExit):
         cli.main(words)

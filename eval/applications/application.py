@@ -13,7 +13,7 @@ from torch import Tensor
 from condense.compute import Compute
 from condense.data.layout import Kind, kind, require_kind
 from condense.eval.evaluate import SetScorer, resolved
-from condense.eval.protocol import Protocol
+from condense.eval.protocol import Protocol, fixed
 from condense.eval.subject import Subject
 from condense.names import percent, spelt
 from condense.networks import Functional
@@ -102,6 +102,21 @@ class Application(Checked, ABC):
             setting: the set with its data.
             baselines: sets of the same budget by other methods, by name.
         """
+
+
+def protocol_of_classes(name: str) -> Protocol:
+    """Return the protocol of that name, for networks that are trained on images and their classes alone.
+
+    Raises:
+        ValueError: the name is unknown, or the protocol needs other labels, a teacher or held-out images.
+    """
+    plan = fixed(name)
+    if plan.labels != "hard" or plan.loss == "mse" or plan.teacher or plan.holds_out or plan.learned_lr:
+        raise ValueError(
+            f"the networks of an application are trained on classes alone, and the protocol {name} needs other labels, "
+            f"a teacher or held-out images; give {spelt('protocol', 'canonical')}"
+        )
+    return plan
 
 
 def numbers_of(accuracies: Sequence[float]) -> dict[str, Any]:

@@ -16,8 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condense.eval.applications.application import Application, Findings, Setting, mean_and_spread
-from condense.eval.protocol import fixed
+from condense.eval.applications.application import (
+    Application,
+    Findings,
+    Setting,
+    mean_and_spread,
+    protocol_of_classes,
+)
 from condense.names import spelt
 from condense.networks import parse, resolve
 from condense.synthetic.set import SyntheticSet
@@ -42,7 +47,7 @@ class Continual(Application):
         if self.num_groups < 1 or self.num_seeds < 1:
             raise ValueError("num_groups and num_seeds must be at least 1; leave them at their defaults")
         parse(self.network)
-        fixed(self.protocol)
+        protocol_of_classes(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         resolve(self.network, syn.origin.input_shape)
@@ -56,8 +61,15 @@ class Continual(Application):
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject
         num_classes, test = subject.arrays.num_classes, subject.test
-        plan, network = fixed(self.protocol), subject.network(self.network)
+        plan, network = protocol_of_classes(self.protocol), subject.network(self.network)
         memories = setting.to_train_on(baselines)
+        of_memories = {f"set {name}": labels for name, (_, labels) in memories.items()}
+        for where, labels in {"test split": test.labels, **of_memories}.items():
+            if missing := (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"the class {subject.arrays.classes[missing[0]]!r} has no sample in the {where}, and its arrival "
+                    "cannot be measured; give a set and data with samples of every class"
+                )
         accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in memories}
         for name, (images, labels) in memories.items():
             scorer = setting.scorer(network, plan, len(images))

@@ -17,10 +17,10 @@ import scipy.stats
 import torch
 
 from condense.data.layout import Kind
-from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.protocol import PROTOCOLS, fixed
+from condense.eval.applications.application import Application, Findings, Setting, protocol_of_classes
+from condense.eval.protocol import PROTOCOLS
 from condense.names import spelt
-from condense.networks import default_for, parse
+from condense.networks import default_for, parse, resolve
 from condense.synthetic.set import SyntheticSet
 from condense.tracking import counted
 
@@ -56,7 +56,7 @@ class NAS(Application):
             raise ValueError(f"a ranking needs three architectures or more; give e.g. {spelt('widths', (16, 32, 64))}")
         for architecture in self.architectures("convnet"):
             parse(architecture)
-        fixed(self.protocol)
+        protocol_of_classes(self.protocol)
         if self.num_epochs < 1 or self.max_real < 1 or self.num_seeds < 1:
             raise ValueError("num_epochs, max_real and num_seeds must be at least 1; leave them at their defaults")
 
@@ -68,14 +68,14 @@ class NAS(Application):
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         super().check(syn, baselines)
         for architecture in self.architectures(default_for(syn.origin.input_shape)):
-            parse(architecture)
+            resolve(architecture, syn.origin.input_shape)
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject
         scored, where = (subject.held_out, "held-out") if len(subject.held_out) else (subject.test, "test")
         real_images, real_labels = subject.train.sample(self.max_real, setting.rng("nas")("real"))
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
-        plan = fixed(self.protocol)
+        plan = protocol_of_classes(self.protocol)
         proxies = setting.to_train_on(baselines)
         names = self.architectures(default_for(subject.arrays.input_shape))
         accuracies: dict[str, list[float]] = {name: [] for name in (*proxies, "real")}

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from condense.eval.applications.application import Application, Findings, Setting
-from condense.eval.protocol import PROTOCOLS, fixed
+from condense.eval.applications.application import Application, Findings, Setting, protocol_of_classes
+from condense.eval.protocol import PROTOCOLS
 from condense.eval.subject import Subject
 from condense.networks import Weights, parse, resolve
 from condense.synthetic.set import SyntheticSet
@@ -49,7 +49,7 @@ class Privacy(Application):
         if min(self.num_members, self.num_seeds, self.num_epochs) < 1:
             raise ValueError("num_members, num_seeds and num_epochs must be at least 1; leave them at their defaults")
         parse(self.network)
-        fixed(self.protocol)
+        protocol_of_classes(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         resolve(self.network, syn.origin.input_shape)
@@ -61,7 +61,7 @@ class Privacy(Application):
         num = min(self.num_members, len(subject.train), len(others))
         members = Labelled(*subject.train.sample(num, rng("members")))
         non_members = Labelled(*others.sample(num, rng("non_members")))
-        network, plan = subject.network(self.network), fixed(self.protocol)
+        network, plan = subject.network(self.network), protocol_of_classes(self.protocol)
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         attacked = Scorer(network, setting.compute)
         jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}

@@ -78,12 +78,14 @@ class Probe(Application):
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
         super().check(syn, baselines)
         if self.augment is None:
-            own(syn)
+            own(syn, f"give {spelt('augment', 'none')}")
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject
         accuracies: dict[str, dict[str, list[float]]] = {}
         opened = [backbone(subject, expanded(path)) for path in self.backbones]
+        if len({one.name for one in opened}) < len(opened):
+            raise ValueError("two of the backbones are one buffer; give each once")
         for one in opened:
             for name, accuracy in self._accuracies(setting, one):
                 accuracies.setdefault(name, {}).setdefault(one.name, []).append(accuracy)

@@ -75,6 +75,9 @@ class Pruning(Checked):
             raise ValueError(f"there is nothing to compare; give {spelt('methods', ('random', 'el2n'))}")
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}; give {spelt('num_seeds', 3)}")
+
+    def check(self) -> None:
+        """Raise ValueError if the protocol has no teacher, or needs held-out images."""
         if not self.protocol.teacher or self.protocol.holds_out:
             raise ValueError(
                 f"the protocol {self.protocol.name} has no teacher, or needs held-out images, of which there are none; "

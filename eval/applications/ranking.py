@@ -25,13 +25,12 @@ from typing import Any
 from condense.eval import ranking
 from condense.eval.applications.application import Application, Findings, Setting
 from condense.eval.baselines import full_data
-from condense.eval.evaluate import evaluate
+from condense.eval.evaluate import check, evaluate
 from condense.eval.journal import CachedCells
 from condense.eval.protocol import Protocol, fixed, own
-from condense.eval.subject import require_held_out
 from condense.files import checksum
 from condense.names import spelt
-from condense.networks import parse, resolve
+from condense.networks import parse
 from condense.synthetic.set import SyntheticSet
 
 
@@ -54,13 +53,16 @@ class Ranking(Application):
         fixed(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
-        resolve(self.network, syn.origin.input_shape)
+        check(syn, [self.network], fixed(self.protocol), self.num_seeds)
         if "random" not in baselines:
             raise ValueError(f"the scores need the baseline random; give {spelt('baselines', ('random',))}")
-        if fixed(self.protocol).holds_out:
-            require_held_out(syn)
+        if syn.label_kind.of_views:
+            raise ValueError(
+                f"the set has {syn.label_kind.name} labels of its views, and random images would need labels by its "
+                "teacher; give the set before `condense relabel`, or measure it with `condense evaluate`"
+            )
         if syn.label_kind.space != "classes":
-            own(syn)
+            own(syn, "measure its images with `condense evaluate`")
 
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         random, protocol, accuracy = baselines["random"], fixed(self.protocol), _Accuracies(self, setting)

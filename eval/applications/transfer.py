@@ -101,6 +101,8 @@ class Transfer(Application):
         teacher = teacher_of(subject, expanded(self.buffers))
         opened = [_target(subject, name, self.max_train, setting.rng("transfer")) for name in self.to]
         targets = {target.arrays.name: target for target in opened}
+        if len(targets) < len(opened):
+            raise ValueError("two of the target data sets have one name; give each once, in files of different names")
         accuracies: dict[str, dict[str, dict[str, list[float]]]] = {}
         for start, weights in self._starts(setting, teacher):
             for name, target in targets.items():

@@ -19,13 +19,13 @@ from condense.data.datasets import is_known
 from condense.data.images import Images
 from condense.data.layout import InputShape, kind
 from condense.data.transform import Transform
-from condense.eval.protocol import changes
+from condense.eval.protocol import changed_in
 from condense.eval.report import figures
 from condense.eval.report.collect import NOT_RECORDED, Run
 from condense.eval.report.figures import Point, readable_bytes
 from condense.eval.report.nearest import Nearest, nearest
 from condense.eval.report.reproduce import PUBLISHED, commands
-from condense.eval.results import alike, balanced, by_protocol, by_set, pool
+from condense.eval.results import alike, balanced, by_protocol, by_set, pool, standing_for
 from condense.files import canonical_json
 from condense.names import percent
 from condense.synthetic.set import SyntheticSet
@@ -135,7 +135,12 @@ def _best(runs: Sequence[Run], pages: Sequence[Mapping[str, Any]]) -> set[str]:
 def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     """Return the gain over random images of the same budget and the share of the accuracy on all training data, both
     measured on the network of ``headline``; None where the page has no such result."""
-    alike = [other for other in runs if other.syn.origin.fingerprint == run.syn.origin.fingerprint]
+    seen = (run.syn.origin.fingerprint, run.syn.origin.transform, run.syn.origin.split)
+    alike = [
+        other
+        for other in runs
+        if (other.syn.origin.fingerprint, other.syn.origin.transform, other.syn.origin.split) == seen
+    ]
     where = ("network", "test_fingerprint")
     rows = [
         (other.budget, row)
@@ -164,6 +169,13 @@ def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> d
     }
 
 
+def _in_words(fields: Mapping[str, Any]) -> str:
+    def word(value: Any) -> str:
+        return f"({_in_words(value)})" if isinstance(value, Mapping) else "none" if value in ([], ()) else str(value)
+
+    return ", ".join(f"{name} {word(value)}" for name, value in fields.items())
+
+
 def _seen(run: Run) -> str:
     """Return in words the part of the training images that the set was made from."""
     split = run.syn.origin.split
@@ -177,7 +189,7 @@ def _seen(run: Run) -> str:
 
 def _run(run: Run, name: str, key: str, film: Mapping[str, Any] | None, runs: Sequence[Run]) -> dict[str, Any]:
     origin, record, cost = run.syn.origin, run.record, run.syn.cost()
-    loss, headline = run.curve("loss"), _headline(run, _network(run, runs))
+    loss, headline = run.curve("loss"), standing_for(run.own_results, _network(run, runs))
     facts = ("machine", "torch", "python", "finished", "device")
     known = {fact: str(record.get(fact, NOT_RECORDED)) for fact in facts}
     return {
@@ -243,11 +255,6 @@ def _network(run: Run, runs: Sequence[Run]) -> str:
     others = {other.network for other in runs if other.syn.origin.fingerprint == run.syn.origin.fingerprint}
     best = max(run.own_results, key=lambda row: (row["network"] in others, row["n"]), default=None)
     return NOT_RECORDED if best is None else str(best["network"])
-
-
-def _headline(run: Run, network: str) -> Mapping[str, Any] | None:
-    """Return the result for the summary, preferably one on this network; None if there is none."""
-    return max(run.own_results, key=lambda row: (row["network"] == network, row["n"]), default=None)
 
 
 def _copies(
@@ -371,14 +378,15 @@ def _labels(syn: SyntheticSet) -> dict[str, Any]:
         span = f"between {targets.min():.3g} and {targets.max():.3g}"
         return {"says": f"Targets of {targets.shape[1]} values per image, {span}.", "matrix": None}
     source = syn.classes.repeat(len(targets) // len(syn))
-    means = [targets[source == c].detach().float().mean(0).tolist() for c in range(len(classes))]
+    present = source.unique().tolist()
+    means = [targets[source == c].detach().float().mean(0).tolist() for c in present]
     low, high = min(map(min, means)), max(map(max, means))
     return {
         "says": f"Labels: {kind.name}. The mean targets of the images of each class are between {low:.3g} and "
         f"{high:.3g}.",
         "matrix": [
-            (name, [(f"{value:.2f}", _share(value, low, high)) for value in row])
-            for name, row in zip(classes, means, strict=True)
+            (classes[c], [(f"{value:.2f}", _share(value, low, high)) for value in row])
+            for c, row in zip(present, means, strict=True)
         ]
         if len(classes) <= 20
         else None,
@@ -472,7 +480,7 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "dataset": dataset,
                     "protocol": protocol,
-                    "changed": changes(measured[0]) if measured else "",
+                    "changed": _in_words(changed_in(measured[0])) if measured else "",
                     "networks": networks,
                     "rows": [
                         (name, [_cell(cells.get(network), low, high) for network in networks])

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from condense.eval.protocol import PROTOCOLS
+from condense.eval.protocol import changed_in
 from condense.eval.report.collect import Run
 
 
@@ -30,20 +30,17 @@ def commands(run: Run) -> list[str]:
     for row in run.own_results:
         asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
     baselines = [row for row in run.results if row["synthetic_sha256"] != run.sha256]
-    for (protocol, protocol_hash, n, seed), rows in asked.items():
+    for (protocol, _, n, seed), rows in asked.items():
         networks = [row["network"] for row in rows]
         name = protocol.removesuffix("*")
         options = ["--num-seeds", str(n), "--protocol", name, "--seed", str(seed)]
-        if name in PROTOCOLS and name != protocol:
-            original = json.loads(json.dumps(PROTOCOLS[name].content()))
-            options += _flags("--protocol.", original, rows[0]["protocol_fields"])
+        options += _flags("--protocol.", changed_in(rows[0]))
         beside = [
             row
             for row in baselines
             if (row["n"], row["seed"]) == (n, seed)
             and row["network"] in networks
-            and (row["synthetic_sha256"] is None or protocol in ("own", row["protocol"]))
-            and (row["synthetic_sha256"] is None or protocol == "own" or row["protocol_hash"] == protocol_hash)
+            and (row["synthetic_sha256"] is None or _is_beside(row, rows[0]))
         ]
         by_budget: dict[str, dict[str, None]] = {"images": {}}
         for row in beside:
@@ -55,6 +52,15 @@ def commands(run: Run) -> list[str]:
             commands.append(["condense", "evaluate", shown, "--networks", *networks, *options, *words])
     recipe = [f"cat > recipe.yaml << 'END'\n{recipe_text(run)}END"] if run.is_recorded else []
     return [*recipe, *(shlex.join(command) for command in commands)]
+
+
+def _is_beside(baseline: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a baseline was evaluated under the protocol of a set: under ``own`` that is its own one, and soft labels
+    are kept."""
+    name, asked = row["protocol"].removesuffix("*"), changed_in(row)
+    if baseline["protocol"].removesuffix("*") != name:
+        return False
+    return name == "own" or changed_in(baseline) in (asked, {**asked, "labels": "own"})
 
 
 def recipe_text(run: Run) -> str:
@@ -69,7 +75,7 @@ PUBLISHED = "PUBLISHED"
 def _import(run: Run, data: str, target: str) -> list[str]:
     origin, decode = run.syn.origin, run.syn.decode
     words = ["condense", "import", PUBLISHED, target, "--dataset", data, "--transform", origin.transform_name]
-    words += ["--decode", decode.name, *_flags("--decode.", {}, dataclasses.asdict(decode))]
+    words += ["--decode", decode.name, *_flags("--decode.", _given(dataclasses.asdict(decode)))]
     return [*words, "--name", run.method.removeprefix("imported:")]
 
 
@@ -86,16 +92,24 @@ def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
     words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
     words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
     words += ["--keep", "last"] if used["kind"] == "networks" else []
-    return [words + _flags("--", {}, plan)]
+    return [words + _flags("--", _given(plan))]
 
 
-def _flags(prefix: str, original: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Return the flags that set the fields that differ from the original ones."""
+def _flags(prefix: str, fields: Mapping[str, Any]) -> list[str]:
+    """Return the flags that set fields."""
     words = []
     for name, value in fields.items():
-        flag, before = f"{prefix}{name.replace('_', '-')}", original.get(name)
-        if isinstance(value, Mapping):
-            words += _flags(f"{flag}.", before if isinstance(before, Mapping) else {}, value)
-        elif value != before:
-            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+        flag = f"{prefix}{name.replace('_', '-')}"
+        words += _flags(f"{flag}.", value) if isinstance(value, Mapping) else [flag, *_words(value)]
     return words
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not None."""
+    nested = {name: _given(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+    return {name: value for name, value in nested.items() if value is not None}
+
+
+def _words(value: Any) -> list[str]:
+    """Return the words of a value after its flag."""
+    return [word for item in value for word in _words(item)] if isinstance(value, list | tuple) else [str(value)]
