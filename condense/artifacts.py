@@ -431,7 +431,7 @@ class BufferWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot create {self.folder}: {error.strerror}; choose another {spelt('out')}") from error
+            raise ValueError(f"cannot create {self.folder}: {error.strerror}; choose another folder") from error
 
     def epochs(self, expert: int) -> int:
         """Return the number of epochs of an expert; 0 if it is missing."""
@@ -509,7 +509,7 @@ class BufferWriter:
         manifest = read_manifest(self.folder, self._kind)
         changes = _differences({k: v for k, v in self._fixed.items() if k not in ("dataset", "plan")}, manifest)
         if changes:
-            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another {spelt('out')}")
+            raise ValueError(f"{self.folder} is another buffer: {changes[0]}; choose another folder")
         return list(manifest["experts"])
 
     def _place(self, records: Mapping[int, dict[str, Any]]) -> None:

@@ -132,7 +132,8 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 def _again(words: Sequence[str]) -> str:
     """Return the command that continues a stopped one."""
-    resume = ["--resume"] if words[0] == "distill" and "--resume" not in words else []
+    command = next(word for word in words if word not in SWITCHES)
+    resume = ["--resume"] if command == "distill" and "--resume" not in words else []
     if "RANK" in os.environ:
         return " ".join(["the same torchrun command", *(["with --resume"] if resume else [])])
     return shlex.join(["condense", *words, *resume])

@@ -335,7 +335,7 @@ def distill(words: list[str], ranks: Ranks) -> None:
     given = recipe.take(flags, "--seeds")[1]
     several, axes = _several(recipe.take(flags, "--seeds")[0], "--sweep")
     if "--sweep" in flags and not axes:
-        raise ValueError("--sweep names no values; give e.g. --sweep optim.lr=0.1,0.2")
+        raise ValueError("--sweep names no values; give e.g. --sweep method.optim.lr=0.1,0.2")
     if given is not None or axes:
         _distill_several(name, several, sweep.grid(axes, () if given is None else sweep.seeds_of(given)), ranks)
         return
@@ -610,6 +610,10 @@ def import_(words: list[str]) -> None:
         )
     if command.name is not None:
         raise ValueError("--name names a set, and SRC holds networks; leave it out, or give DST as set.safetensors")
+    if command.decode != Import.decode:
+        raise ValueError("--decode describes a set, and SRC holds networks; leave it out")
+    if command.features_only and not is_weights:
+        raise ValueError("--features-only is for the weights of one network, and SRC holds trajectories; leave it out")
     experiment.check_names(command.network, command.transform)
     check_new_folder(target)
     arrays = datasets.open_data(command.dataset, command.download)
@@ -950,6 +954,8 @@ def _bare(words: list[str], flag: str) -> list[str]:
         for word, after in zip(words, following, strict=False)
     ]
     rest, value = recipe.take(normalised, flag)
+    if value not in (None, "True", "False"):
+        raise ValueError(f"{flag} takes True or False, not {value!r}; give {flag}, or leave it out")
     return [*rest, flag] if value == "True" else rest
 
 

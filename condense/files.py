@@ -29,7 +29,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from condense.names import printable, reason, spelt
+from condense.names import printable, reason
 from condense.schema import brief, from_json
 
 try:
@@ -197,11 +197,9 @@ def check_new_folder(folder: Path) -> None:
 def check_new_file(file: Path, content: str) -> None:
     """Raise ValueError if a file cannot be written. ``content`` names its content in the message."""
     if file.is_dir():
-        raise ValueError(f"{file} is a folder; give a file for the {content} as {spelt('out')}")
+        raise ValueError(f"{file} is a folder; give a file for the {content}")
     if not file.parent.is_dir():
-        raise ValueError(
-            f"there is no folder {file.parent} for the {content}; create it or give another {spelt('out')}"
-        )
+        raise ValueError(f"there is no folder {file.parent} for the {content}; create it, or give another file")
     with reporting(file), temporary(file.parent):
         pass
 

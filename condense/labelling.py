@@ -355,6 +355,11 @@ def relabelled(
             of the teacher cannot be stored.
     """
     syn.require_classes(f"a set with {kind.name} labels")
+    if isinstance(kind, Stored) and syn.weights is not None:
+        raise ValueError(
+            "the set draws its samples in proportion to weights, and views that are stored have no such order; give "
+            f"{spelt('labels', 'online')}"
+        )
     kind = _settled(kind, by, strategy)
     device, origin = by.device, syn.origin
     provider = kind.provider(syn.classes.cpu(), origin.num_classes, origin.input_shape, syn.decode.expansion)

@@ -13,7 +13,6 @@ from condense.artifacts import BufferWriter, Keep, Trajectories, folder_name, op
 from condense.cache import Cache
 from condense.compute import Compute, machine
 from condense.files import checksum
-from condense.names import spelt
 from condense.networks import Weights
 from condense.plugins import code_of
 from condense.rng import Rng
@@ -106,8 +105,8 @@ def pretrained(
 def _require_finite(weights: Weights, task: Task) -> None:
     if not all(tensor.isfinite().all() for part in weights for tensor in part.values()):
         raise ValueError(
-            f"the training of {task.network.name} on {task.name} diverged; give {spelt('transform', 'channel')}, or a "
-            "network with a norm"
+            f"the training of {task.network.name} on {task.name} diverged; give a network with a norm, or data "
+            "under the transform channel"
         )
 
 

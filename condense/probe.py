@@ -31,7 +31,8 @@ def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> Callable[
 
     x = standardised(features)
     covariance, wanted = x.T @ x, centred(labels, num_classes, x.dtype)
-    weights = ridge_solve(covariance, x.T @ wanted, relative_ridge(covariance, RIDGE))
+    least = torch.finfo(x.dtype).tiny ** 0.5  # where all features are constant
+    weights = ridge_solve(covariance, x.T @ wanted, relative_ridge(covariance, RIDGE).clamp_min(least))
     return lambda features: (standardised(features) @ weights).argmax(1)
 
 

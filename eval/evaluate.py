@@ -318,8 +318,12 @@ def measure(
 
 def _write(folder: Path, network: Functional, protocol: str, numbers: Sequence[int], k: int, weights: Weights) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w.=-]+", "-", f"{network.name}-{protocol}-{numbers[k]}")
-    write_state_dict(folder / f"{name}.safetensors", network, weights)
+    write_state_dict(_kept(folder, network, protocol, numbers[k]), network, weights)
+
+
+def _kept(folder: Path, network: Functional, protocol: str, k: int) -> Path:
+    """The file of the weights of a network."""
+    return folder / (re.sub(r"[^\w.=-]+", "-", f"{network.name}-{protocol}-{k}") + ".safetensors")
 
 
 def _with_best_rate(
@@ -408,12 +412,17 @@ def evaluate(
         keep: folder for the weights of the networks.
 
     Raises:
-        ValueError: there are no such images, or a network does not accept their shape; see also ``check``.
+        ValueError: there are no such images, a network does not accept their shape, or ``keep`` has such a file already;
+            see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
     check(syn, networks, protocol, num_seeds, subject.teachers, split)
     test = subject.scored(split)
     skeletons = [subject.network(network) for network in networks]
+    if keep is not None:
+        for file in [_kept(keep, network, protocol.name, k) for network in skeletons for k in range(num_seeds)]:
+            if file.exists():
+                raise ValueError(f"{file} exists already; give {spelt('keep')} with another folder, or move it away")
     images, targets = subject.decoded(soft=protocol.labels != "hard")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
         targets = centred(targets, arrays.num_classes, torch.float32)

@@ -271,6 +271,10 @@ def test_the_networks_of_an_evaluation_can_be_kept(network: str, tiny: Arrays, t
             found = (module(test.images[torch.arange(len(test))]).argmax(1) == test.labels).float().mean()
         assert found.item() == pytest.approx(accuracy)
     assert read_state_dict(files[0]).keys() == module.state_dict().keys()
+    before = files[0].stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"-canonical-0\.safetensors exists already; give keep with another folder"):
+        condense.evaluate(tmp_path / "run", tiny, keep=kept, **fields)
+    assert files[0].stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(("labels", "trainings"), [("hard", 1), ("logits", 2)])
@@ -626,7 +630,7 @@ def test_results_are_not_sent_to_a_folder(tiny: Arrays, tmp_path: Path, monkeypa
         lambda: condense.evaluate(tmp_path / "run", tiny, out=tmp_path, device="cpu"),
         lambda: api.apply("continual", tmp_path / "run", tiny, out=tmp_path, device="cpu"),
     ):
-        with pytest.raises(ValueError, match=r"is a folder; give a file for the results as out$"):
+        with pytest.raises(ValueError, match=r"is a folder; give a file for the results$"):
             use()
 
 

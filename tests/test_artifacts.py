@@ -380,7 +380,7 @@ def test_an_added_expert_is_invisible_until_saved(tmp_path: Path) -> None:
 
 def test_root_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "another out" in one_line(lambda: write(tmp_path / "file"))
+    assert "choose another folder" in one_line(lambda: write(tmp_path / "file"))
 
 
 def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:

@@ -258,6 +258,7 @@ def test_a_set_of_other_data_is_not_scored(run_folder: Path, capsys: pytest.Capt
     assert "digits" in fails(capsys, "evaluate", str(run_folder), "--dataset", "digits")
     assert "--networks names no network" in fails(capsys, "evaluate", str(run_folder), "--networks", "--num-seeds", "1")
     assert "--protocol names no protocol" in fails(capsys, "evaluate", str(run_folder), "--protocol", "--seed", "1")
+    assert "--json takes True or False, not 'yes'" in fails(capsys, "evaluate", str(run_folder), "--json=yes")
     assert "leave out --protocol.name" in fails(capsys, "evaluate", str(run_folder), "--protocol.name", "other")
     assert not (run_folder / "evaluation.json").exists()
 

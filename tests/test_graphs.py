@@ -349,6 +349,12 @@ def test_networks_are_trained_on_a_set_of_frequent_trees(shapes: Path, tmp_path:
     networks = [f"{name}:width=8,depth=1" for name in ("gin", "gcn", "gat")]
     found = api.evaluate(run, networks=networks, num_seeds=1, protocol=short, baselines=["herding"], device="cpu")
     assert [result.method for result in found.results] == ["mirage"] * 3 + ["herding"] * 3
+    buffer = api.make_buffer(str(shapes), networks[0], out=tmp_path / "b", num_experts=1, num_epochs=1, keep="last")
+    with pytest.raises(ValueError, match=r"in proportion to weights, .* give labels='online'"):
+        api.relabel(run, buffer, epochs=1, augment="none", cutmix=0.0, device="cpu")
+    api.distill("random", dataset=str(shapes), ipc=1, out=tmp_path / "random", device="cpu")
+    with pytest.raises(ValueError, match=r"labels.cutmix takes .*, not graphs .* give labels=Stored\(cutmix=0\)"):
+        api.relabel(tmp_path / "random", buffer, epochs=1, augment="none", device="cpu")
     assert all(0 <= result.metrics["auc"][0] <= 1 for result in found.results)
 
 

@@ -236,6 +236,7 @@ def test_the_command_line_says_how_to_go_on(
         (["distill", "dm", "--resume"], "condense distill dm --resume"),
         (["distill", "dm", "--out", "~/x"], "condense distill dm --out '~/x' --resume"),
         (["distill", "dm", "--quiet"], "condense distill dm --quiet --resume"),
+        (["--quiet", "distill", "dm"], "condense --quiet distill dm --resume"),
     ],
 )
 def test_ctrl_c(
@@ -246,7 +247,7 @@ def test_ctrl_c(
 
     from condense import commands
 
-    monkeypatch.setitem(commands.TABLE, words[0], stop)
+    monkeypatch.setitem(commands.TABLE, next(word for word in words if word != "--quiet"), stop)
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == 130

@@ -206,13 +206,18 @@ def test_recipes_hold_the_described_values() -> None:
     assert plan.augment == "flip_resized-crop:mode=M" and plan.transform == "channel"
 
 
-def test_a_backbone_of_torchvision_serves_without_its_classifier(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_backbone_of_torchvision_serves_without_its_classifier(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from torchvision.models import mobilenet_v3_small
 
     name = "torchvision:mobilenet_v3_small"
     torch.save(mobilenet_v3_small(weights=None).state_dict(), tmp_path / "weights.pth")  # of 1000 classes
     words = ["import", str(tmp_path / "weights.pth"), str(tmp_path / "buffers"), "--network", name]
     cli.main([*words, "--dataset", str(tiny_file), "--features-only", "True"])
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--dataset", str(tiny_file), "--decode", "factor"])
+    assert "--decode describes a set, and SRC holds networks; leave it out" in capsys.readouterr().err
     method = dataclasses.replace(TINY, num_steps=2, teachers=(name,), trained_by="any")
     options = api.RunOptions(out=tmp_path / "run", buffers=tmp_path / "buffers", device="cpu")
     api.run(Recipe(**PLAN | {"method": method, "dataset": str(tiny_file)}), options)

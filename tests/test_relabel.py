@@ -411,6 +411,9 @@ def test_the_commands_say_what_labels_cost(
     cli.main(["evaluate", file, "--protocol", "canonical", "relabelled", *few])
     table = " ".join(capsys.readouterr().out.split())
     assert "test accuracy, %: mlp, n = 1" in table and "canonical images + labels relabelled images + labels" in table
+    with pytest.warns(UserWarning, match="the classes are exported, not the stored labels of views"):
+        api.export_set(file, tmp_path / "hub", "huggingface")
+    assert "Labels: classes alone, without the stored labels" in (tmp_path / "hub" / "README.md").read_text()
     cli.main(["relabel", run, "--teacher", str(buffer), str(another), *flags])
     assert capsys.readouterr().out.count("@") == 2, "all teachers are named"
     for words, complaint in (

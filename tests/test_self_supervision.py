@@ -110,6 +110,7 @@ def test_the_probe_separates_what_a_plane_separates() -> None:
     assert (predict(features[40:]) == labels[40:]).float().mean() > 0.8
     scaled = ridge_probe(100 * features[:40] + 7, labels[:40], 2)
     assert torch.equal(scaled(100 * features[40:] + 7), predict(features[40:]))
+    assert ridge_probe(torch.ones(40, 5), labels[:40], 2)(torch.ones(3, 5)).shape == (3,), "equal features tell nothing"
 
 
 PLAN: dict[str, Any] = {"num_experts": 1, "batch_size": 12, "lr": 0.05, "projector": 8, "compute": Compute(exact=True)}

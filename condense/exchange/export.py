@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,12 @@ def export(syn: SyntheticSet, transform: Transform, path: Path, kind: str, resul
         if samples != "images":
             raise ValueError(f"the format {kind} is for images, but this set has {samples}; give the format npz")
         syn.require_classes(f"the format {kind}")
+    if syn.label_kind.of_views:
+        warnings.warn(
+            f"the classes are exported, not the {syn.label_kind.name} labels of views: these stay in the .safetensors "
+            "file",
+            stacklevel=2,
+        )
     with torch.no_grad():
         images, targets = syn()
         pixels, clipped = transform.to_data(images), None
@@ -159,7 +166,7 @@ def _huggingface(exported: _Exported, path: Path) -> None:
     columns = {"image": arrow.array(rows), "label": arrow.array(_classes(targets).tolist(), type=arrow.int64())}
     if targets.dim() == 2:
         columns["soft_label"] = arrow.array(targets.tolist(), type=arrow.list_(arrow.float32()))
-        features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
+        features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"}
     table = arrow.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     (path / tables.HUB).parent.mkdir()
     parquet.write_table(table, path / tables.HUB)
@@ -208,7 +215,9 @@ def _card(exported: _Exported) -> str:
     else:
         privacy = "The images are synthetic but may resemble training images: they give no privacy guarantee."
     assert clipped is not None
-    name = origin.dataset["name"]
+    name, labels = origin.dataset["name"], syn.label_kind.name
+    if syn.label_kind.of_views:
+        labels = f"classes alone, without the {labels} labels of views"
     count = f"{len(exported.pixels)} {'real' if selected else 'synthetic'}"
     made = f"{'selected' if selected else 'made'} by `{origin.method or 'unknown'}` with condense {origin.code}"
     return f"""---
@@ -230,7 +239,7 @@ tags:
 
 ![Up to ten images of each class, one class in each row](set.png)
 
-Labels: {syn.label_kind.name}. Pixels are 8-bit; {clipping(clipped)}. Before a network is trained on them, the
+Labels: {labels}. Pixels are 8-bit; {clipping(clipped)}. Before a network is trained on them, the
 transform `{canonical_json(dict(origin.transform))}` is applied.
 
 {privacy} The licence is that of the

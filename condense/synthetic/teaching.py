@@ -19,7 +19,7 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.data.images import Images
-from condense.data.layout import InputShape
+from condense.data.layout import InputShape, Kind, require_kind
 from condense.names import excerpt, spelt
 from condense.networks import Functional, Network, Weights
 from condense.networks.lowrank import HEAD, Adapted
@@ -143,6 +143,9 @@ class Stored(ViewLabels):
     def provider(self, labels: Tensor, num_classes: int, input_shape: InputShape, expansion: int) -> StoredTable:
         augment = Augment.parse(self.augment)
         augment.require_kind(input_shape, "labels.augment")
+        if self.cutmix:
+            mixed: tuple[Kind, ...] = ("series", "images", "clips")
+            require_kind("labels.cutmix", mixed, input_shape, f"give {spelt('labels.cutmix', 0, 'Stored')}")
         if not self.top_k < max(num_classes, 1):
             raise ValueError(
                 f"labels.top_k is {self.top_k}, but there are {num_classes} classes; give fewer, or 0 for all"
