@@ -53,9 +53,9 @@ class Ranking(Application):
         fixed(self.protocol)
 
     def check(self, syn: SyntheticSet, baselines: Sequence[str]) -> None:
-        check(syn, [self.network], fixed(self.protocol), self.num_seeds)
         if "random" not in baselines:
             raise ValueError(f"the scores need the baseline random; give {spelt('baselines', ('random',))}")
+        check(syn, [self.network], fixed(self.protocol), self.num_seeds)
         if syn.label_kind.of_views:
             raise ValueError(
                 f"the set has {syn.label_kind.name} labels of its views, and random images would need labels by its "
