@@ -412,8 +412,8 @@ def evaluate(
         keep: folder for the weights of the networks.
 
     Raises:
-        ValueError: there are no such images, a network does not accept their shape, or ``keep`` has such a file already;
-            see also ``check``.
+        ValueError: there are no such images, a network does not accept their shape, or ``keep`` holds such weights
+            already; see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
     check(syn, networks, protocol, num_seeds, subject.teachers, split)
