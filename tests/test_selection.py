@@ -196,9 +196,7 @@ def test_nothing_is_picked_by_a_network_whose_training_diverged(monkeypatch: pyt
     monkeypatch.setattr(
         Trainer, "run", lambda self, start, *_, **__: Weights(*({k: t / 0 for k, t in p.items()} for p in start))
     )
-    with pytest.raises(
-        ValueError, match=r"the training of convnet:.* diverged; give transform='channel', or a network"
-    ):
+    with pytest.raises(ValueError, match=r"the training of convnet:.* diverged; give a network with a norm"):
         select(Herding(num_epochs=3), ctx)
 
 
