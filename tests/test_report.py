@@ -139,6 +139,26 @@ def test_a_run_is_compared_with_random_images_and_full_data_under_its_own_transf
     assert {"full (none)", "full (channel)"} < set(by_set(rows))
 
 
+def repeated(run: Path, text: str, num_commands: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the evaluations that the page of a run names anew, check that the results are those of before, and return the
+    number of their rows."""
+    commands = re.findall("condense (evaluate .*)", text[text.index('class="commands"') :].split("</pre>")[0])
+    assert len(commands) == num_commands
+    names = ("method", "protocol", "protocol_hash", "synthetic_sha256", "mean")
+
+    def found() -> set[tuple[Any, ...]]:
+        rows = json.loads((run / "evaluation.json").read_text())["results"]
+        return {tuple(row[name] for name in names) for row in rows}
+
+    before = found()
+    (run / "evaluation.json").unlink()
+    monkeypatch.chdir(run.parent)
+    for command in commands:
+        cli.main([*shlex.split(command), "--device", "cpu"])
+    assert found() == before
+    return len(before)
+
+
 def test_the_commands_of_a_page_repeat_its_results(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,17 +167,7 @@ def test_the_commands_of_a_page_repeat_its_results(
     fields: dict[str, Any] = {"networks": ["mlp"], "num_seeds": 2, "protocol": plan, "device": "cpu", "seed": 3}
     condense.evaluate(run, baselines=["herding", "full"], **fields)
     text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
-    (line,) = re.findall("condense (evaluate .*)", text[text.index('class="commands"') :].split("</pre>")[0])
-
-    def found() -> set[tuple[Any, ...]]:
-        rows = json.loads((run / "evaluation.json").read_text())["results"]
-        return {(row["method"], row["protocol_hash"], row["synthetic_sha256"], row["mean"]) for row in rows}
-
-    before = found()
-    (run / "evaluation.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    cli.main([*shlex.split(line), "--device", "cpu"])
-    assert found() == before and len(before) == 3
+    assert repeated(run, text, 1, monkeypatch) == 3
     capsys.readouterr()
 
 
@@ -181,18 +191,7 @@ def test_the_commands_of_a_page_repeat_changes_of_every_protocol(
         condense.evaluate(run, protocol=plan, **common)
     condense.evaluate(run, protocol=plans[2], baselines=["random-soft"], **common)
     text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
-    lines = re.findall("condense (evaluate .*)", text[text.index('class="commands"') :].split("</pre>")[0])
-
-    def found() -> set[tuple[Any, ...]]:
-        rows = json.loads((run / "evaluation.json").read_text())["results"]
-        return {(row["method"], row["protocol"], row["protocol_hash"], row["mean"]) for row in rows}
-
-    before = found()
-    (run / "evaluation.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    for line in lines:
-        cli.main([*shlex.split(line), "--device", "cpu"])
-    assert found() == before and len(before) == 4
+    assert repeated(run, text, 3, monkeypatch) == 4
     assert "Changed fields of the protocol: num_epochs 2, schedule (cosine_to None), steps_for none" in text
     capsys.readouterr()
 

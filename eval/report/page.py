@@ -135,12 +135,7 @@ def _best(runs: Sequence[Run], pages: Sequence[Mapping[str, Any]]) -> set[str]:
 def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     """Return the gain over random images of the same budget and the share of the accuracy on all training data, both
     measured on the network of ``headline``; None where the page has no such result."""
-    seen = (run.syn.origin.fingerprint, run.syn.origin.transform, run.syn.origin.split)
-    alike = [
-        other
-        for other in runs
-        if (other.syn.origin.fingerprint, other.syn.origin.transform, other.syn.origin.split) == seen
-    ]
+    alike = [other for other in runs if _data(other) == _data(run)]
     where = ("network", "test_fingerprint")
     rows = [
         (other.budget, row)
@@ -167,6 +162,12 @@ def _references(run: Run, headline: Mapping[str, Any], runs: Sequence[Run]) -> d
         "share": headline["mean"] / full["mean"] if full and full["mean"] else None,
         "share_says": "" if full is None else f"all training data: {percent(full['mean'], full['std'])} %",
     }
+
+
+def _data(run: Run) -> tuple[Any, ...]:
+    """What two runs share that saw the same images with the same transform."""
+    origin = run.syn.origin
+    return origin.fingerprint, origin.split, canonical_json(origin.transform)
 
 
 def _in_words(fields: Mapping[str, Any]) -> str:
@@ -264,9 +265,9 @@ def _copies(
     Runs that saw the same images with the same transform are compared with them together."""
     alike: dict[Any, list[int]] = {}
     for k, run in enumerate(runs):
-        origin = run.syn.origin
-        if kind(origin.input_shape) != "graphs" and pixels[k] is not None and training[k] is not None:
-            alike.setdefault((origin.fingerprint, origin.split, canonical_json(origin.transform)), []).append(k)
+        is_shown = pixels[k] is not None and training[k] is not None
+        if kind(run.syn.origin.input_shape) != "graphs" and is_shown:
+            alike.setdefault(_data(run), []).append(k)
     found: dict[int, Nearest] = {}
     for members in alike.values():
         transform, real = pixels[members[0]], training[members[0]]
