@@ -1,17 +1,19 @@
-"""Choose settings of the recipes for the digits on held-out training images.
+"""Choose settings of recipes for the digits, and of rows of the table of results, on held-out training images.
 
-    python -m benchmarks.choices [--only RECIPE ...] [--rows results/choices]
+    python -m benchmarks.choices [--data FOLDER] [--only NAME ...] [--rows results/choices]
 
-``results/choices.yaml`` names the recipes and the values of their fields. Each combination of values is distilled from
-the training images less a fifth of each class, with several seeds. Its sets are scored on that fifth, under the
-training of the method (``own``). Test images are not used. ``--rows`` keeps one JSON file per recipe; recipes that it
-holds are not measured again. docs/results.md has their table, and the recipes have the values of the best combination.
+``results/choices.yaml`` names recipes or rows, and the values of their fields. Each combination of values is distilled
+from the training images less a fifth of each class, with several seeds. Its sets are scored on that fifth, under the
+training of the method (``own``), whose fields begin with ``protocol.``. Test images are not used. FOLDER has the
+``.npz`` files of rows. ``--rows`` keeps one JSON file per name; those that it holds are not measured again.
+docs/results.md has their table, and recipes and rows have the values of the best combination.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import statistics
 import sys
 import tempfile
@@ -26,17 +28,24 @@ import tyro
 from benchmarks import harness
 from benchmarks.harness import Provenance
 from benchmarks.methods import make_buffers
+from benchmarks.results import queue, table
+from benchmarks.results.table import Row
 from condense import api, recipe, sweep
-from condense.eval.protocol import own_network
+from condense.commands import Buffer, Evaluate
+from condense.eval.protocol import own, own_network
 from condense.files import read_yaml
 from condense.names import suggest
 from condense.recipe import Recipe
+from condense.synthetic.set import SyntheticSet
 from condense.task import Split
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ROOT / "results" / "choices.yaml"
+TABLE = ROOT / "results" / "table.yaml"
 
-HELD_OUT = 0.2
+HELD_OUT = Split(val_fraction=0.2)
+SCORING = "protocol."
+"""Beginning of the fields of the training on a set, which need no other set."""
 SEEDS = (0, 1)
 """Seeds of the distillations of each combination."""
 NUM_NETWORKS = 2
@@ -55,6 +64,7 @@ class Tried:
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     recipe: str
+    """Name of a recipe or of a row."""
     axes: tuple[str, ...]
     """The fields and their values, as ``condense distill --sweep`` takes them."""
     tried: tuple[Tried, ...]
@@ -100,24 +110,65 @@ def with_values(plan: Recipe, values: Mapping[str, str]) -> Recipe:
     )
 
 
-def measure(name: str, axes: Sequence[str], folder: Path) -> Choice:
-    """Distil and score every combination, below ``folder``. Raises ValueError if there are not two of them."""
+def base(name: str) -> tuple[Recipe, Row | None]:
+    """Return the recipe of that name, or else that of a row, and the row.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    rows = {row.name: row for row in table.read(TABLE).rows}
+    row = rows.get(name)
+    if row is None:
+        return recipe.named(name), None
+    plan = recipe.find(row.method, row.dataset, row.ipc).recipe
+    flags = ["--dataset", row.dataset, "--ipc", str(row.ipc), *shlex.split(row.flags)]
+    return recipe.parse(tyro.conf.FlagConversionOff[Recipe], flags, plan), row
+
+
+def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = None) -> Choice:
+    """Distil every combination, below ``folder``, and score it. ``data`` is the folder of the files of rows.
+
+    Raises:
+        ValueError: there are not two combinations; the file of the data of a row is missing.
+    """
     cells = sweep.grid(axes, ())
     if len(cells) < 2:
         raise ValueError(f"{name} has nothing to choose from; give a field two values in {CHOICES}")
-    held_out = dataclasses.replace(recipe.named(name), split=Split(val_fraction=HELD_OUT))
-    begun, tried, buffers = time.monotonic(), [], folder / "buffers"
+    plan, row = base(name)
+    held_out = dataclasses.replace(plan, dataset=_file(row, data) if row else "digits", split=HELD_OUT)
+    buffers = folder / "buffers"
+    made: dict[str, SyntheticSet] = {}
+
+    def distilled(values: Mapping[str, str], seed: int) -> SyntheticSet:
+        out = folder / sweep.Cell(tuple(values.items()), seed).name
+        if out.name not in made:
+            plan = with_values(held_out, values)
+            if row is None:
+                make_buffers(plan, buffers)
+            elif row.buffer:
+                flags = recipe.parse(Buffer, shlex.split(row.buffer), Buffer())
+                api.make_buffer(**vars(dataclasses.replace(flags, dataset=plan.dataset, split=HELD_OUT, out=buffers)))
+            made[out.name] = api.run(dataclasses.replace(plan, seed=seed), api.RunOptions(out=out, buffers=buffers))
+        return made[out.name]
+
+    begun, tried = time.monotonic(), []
     for cell in cells:
-        plan, accuracies = with_values(held_out, dict(cell.values)), []
-        make_buffers(plan, buffers)
+        values, accuracies = dict(cell.values), []
+        training = [f"--{field}={value}" for field, value in values.items() if field.startswith(SCORING)]
         for seed in SEEDS:
-            out = folder / dataclasses.replace(cell, seed=seed).name
-            syn = api.run(dataclasses.replace(plan, seed=seed), api.RunOptions(out=out, buffers=buffers))
+            syn = distilled({field: text for field, text in values.items() if not field.startswith(SCORING)}, seed)
             found = api.evaluate(
-                syn, "digits", networks=own_network(syn), num_seeds=NUM_NETWORKS, protocol="own", split="validation"
+                syn,
+                held_out.dataset,
+                networks=own_network(syn),
+                num_seeds=NUM_NETWORKS,
+                protocol=recipe.parse(Evaluate, training, Evaluate(protocol=own(syn))).protocol,
+                split="validation",
+                compute=held_out.compute,
             )
             accuracies += found.results[0].accuracies
-        tried.append(Tried(values=dict(cell.values), accuracies=tuple(accuracies)))
+        tried.append(Tried(values=values, accuracies=tuple(accuracies)))
+        print(f"{name}: {_named(tried[-1])}: {harness.mean_and_std(accuracies)}", flush=True)
     return Choice(
         recipe=name,
         axes=tuple(axes),
@@ -127,20 +178,28 @@ def measure(name: str, axes: Sequence[str], folder: Path) -> Choice:
     )
 
 
+def _file(row: Row, data: Path | None) -> str:
+    files = queue.files(table.read(TABLE).data, data)
+    if row.dataset not in files:
+        raise ValueError(f"{row.name} needs the file of {row.dataset}; give --data the folder that has it")
+    return str(files[row.dataset])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="recipes")
+    parser.add_argument("--data", type=Path, help="folder of the .npz files")
+    parser.add_argument("--only", nargs="+", help="recipes or rows")
     parser.add_argument("--rows", type=Path, default=ROOT / "results" / "choices", help="folder of the results")
     chosen = parser.parse_args()
     named = read(CHOICES)
     for name in chosen.only or named:
         if name not in named:
-            raise ValueError(f"{CHOICES} has no recipe {name!r}; {suggest(name, named)}")
+            raise ValueError(f"{CHOICES} has no recipe or row {name!r}; {suggest(name, named)}")
         file = chosen.rows / f"{name}.json"
         choice = harness.kept(Choice, file, {"axes": named[name]})
         if choice is None:
             with tempfile.TemporaryDirectory() as folder:
-                choice = measure(name, named[name], Path(folder))
+                choice = measure(name, named[name], Path(folder), chosen.data)
             harness.write(choice, file)
         print(
             f"{name}:", *(f"{_named(one)}: {harness.mean_and_std(one.accuracies)}" for one in choice.ranked), sep="\n  "

@@ -561,12 +561,39 @@ def test_a_choice_scores_each_combination_on_held_out_images(
     assert harness.status("choices", choices.main) == 0
 
 
+def test_a_choice_for_the_training_of_a_row_needs_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table.yaml").write_text(
+        "data: {digits: null}\n"
+        "sections: [{name: a, title: A, common: {dataset: digits, ipc: 2, minutes: 1}, "
+        "rows: [{method: random, flags: --network mlp}]}]"
+    )
+    (tmp_path / "choices.yaml").write_text('a-random: ["protocol.num-epochs=1,50"]')
+    monkeypatch.setattr(choices, "CHOICES", tmp_path / "choices.yaml")
+    monkeypatch.setattr(choices, "TABLE", tmp_path / "table.yaml")
+    monkeypatch.setattr(sys, "argv", ["choices", "--rows", str(tmp_path)])
+    plans, run = [], api.run
+    monkeypatch.setattr(api, "run", lambda plan, options: plans.append(plan) or run(plan, options))
+    assert harness.status("choices", choices.main) == 0
+    assert [(plan.ipc, plan.network, plan.seed, plan.split.val_fraction) for plan in plans] == [
+        (2, "mlp", 0, 0.2),
+        (2, "mlp", 1, 0.2),
+    ]
+    choice = harness.read(choices.Choice, tmp_path / "a-random.json")
+    assert [len(one.accuracies) for one in choice.tried] == [4, 4]
+    assert choice.ranked[0].values == {"protocol.num-epochs": "50"}, "a longer training is better"
+
+
+def test_a_choice_for_a_row_needs_its_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fm-1-pool needs the file of fashion-mnist; give --data"):
+        choices.measure("fm-1-pool", ["protocol.lr=0.1,1"], tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
         ("[]", "is no mapping of recipes"),
         ("a: b", "is no mapping of recipes"),
-        ("a: [ipc=1]", "has no recipe 'random'"),
+        ("a: [ipc=1]", "has no recipe or row 'random'"),
         ("random: [ipc=1]", "random has nothing to choose from"),
         ('random: ["ipx=1,2"]', "--ipx"),
     ],
