@@ -4,9 +4,10 @@
 
 ``results/choices.yaml`` names recipes or rows, and the values of their fields. Each combination of values is distilled
 from the training images less a fifth of each class, with several seeds. Its sets are scored on that fifth, under the
-training of the method (``own``), whose fields begin with ``protocol.``. Test images are not used. FOLDER has the
-``.npz`` files of rows. ``--rows`` keeps one JSON file per name; those that it holds are not measured again.
-docs/results.md has their table, and recipes and rows have the values of the best combination.
+training of the method (``own``), whose fields begin with ``protocol.``; the network is that of the method, or the first
+one on which a row is scored. Test images are not used. FOLDER has the ``.npz`` files of rows. ``--rows`` keeps one JSON
+file per name; those that it holds are not measured again. docs/results.md has their table, and recipes and rows have
+the values of the best combination.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Choice:
         return harness.table_line([f"`{self.recipe}`", str(len(self.tried)), *described, f"{self.minutes:.1f}"])
 
 
-HEAD = harness.table_head(["recipe", "combinations", "best", "held-out, %", "second", "held-out, %", "minutes"])
+HEAD = harness.table_head(["recipe or row", "combinations", "best", "held-out, %", "second", "held-out, %", "minutes"])
 
 
 def tables(folder: Path) -> list[str]:
@@ -92,7 +93,7 @@ def tables(folder: Path) -> list[str]:
     if not choices:
         return []
     places = "; ".join(dict.fromkeys(str(choice.provenance) for choice in choices))
-    return [*HEAD, *map(Choice.cells, choices), "", "    python -m benchmarks.choices", "", f"{places}.", ""]
+    return [*HEAD, *map(Choice.cells, choices), "", "    python -m benchmarks.choices --data FOLDER", "", f"{places}.", ""]
 
 
 def read(path: Path) -> dict[str, tuple[str, ...]]:
@@ -135,6 +136,7 @@ def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = No
     if len(cells) < 2:
         raise ValueError(f"{name} has nothing to choose from; give a field two values in {CHOICES}")
     plan, row = base(name)
+    scoring = shlex.split(row.scoring) if row else []
     held_out = dataclasses.replace(plan, dataset=_file(row, data) if row else "digits", split=HELD_OUT)
     buffers = folder / "buffers"
     made: dict[str, SyntheticSet] = {}
@@ -160,7 +162,7 @@ def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = No
             found = api.evaluate(
                 syn,
                 held_out.dataset,
-                networks=own_network(syn),
+                networks=recipe.take(scoring, "--networks")[1] or own_network(syn),
                 num_seeds=NUM_NETWORKS,
                 protocol=recipe.parse(Evaluate, training, Evaluate(protocol=own(syn))).protocol,
                 split="validation",
