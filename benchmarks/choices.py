@@ -93,7 +93,8 @@ def tables(folder: Path) -> list[str]:
     if not choices:
         return []
     places = "; ".join(dict.fromkeys(str(choice.provenance) for choice in choices))
-    return [*HEAD, *map(Choice.cells, choices), "", "    python -m benchmarks.choices --data FOLDER", "", f"{places}.", ""]
+    rows = [choice.cells() for choice in choices]
+    return [*HEAD, *rows, "", "    python -m benchmarks.choices --data FOLDER", "", f"{places}.", ""]
 
 
 def read(path: Path) -> dict[str, tuple[str, ...]]:
