@@ -470,7 +470,7 @@ def apply(
     makers = prepare_baselines(baselines, syn, arrays, "auto", chosen, seed)
     rivals = {rival: make() for rival, make in makers.items()}
     with compute.arithmetic():
-        findings = application.run(Setting(subject=subject, compute=compute, seed=seed), rivals)
+        findings = application.run(Setting(subject=subject, compute=compute, seed=seed, download=download), rivals)
     if target is not None:
         about = {"set": syn.origin.recipe_hash, "dataset": arrays.name, "code": __version__, "application": name}
         content = {**about, **dataclasses.asdict(application), "seed": seed, **findings.content()}
@@ -708,7 +708,7 @@ def frames(dataset: Data, out: Path | str, *, download: bool = False) -> Path:
 
 
 @checked
-def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
+def draw(syn: Readable, out: Path | str, dataset: Data | None = None, *, download: bool = False) -> None:
     """Draw the images of a set to a PNG file, one row per class.
 
     Raises:
@@ -716,11 +716,13 @@ def draw(syn: Readable, out: Path | str, dataset: Data | None = None) -> None:
             no picture.
     """
     check_replaceable(expanded(out), "PNG picture", b"\x89PNG")
-    picture.draw(*sets.with_transform(syn, dataset), expanded(out))
+    picture.draw(*sets.with_transform(syn, dataset, download=download), expanded(out))
 
 
 @checked
-def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None = None) -> float | None:
+def export_set(
+    syn: Readable, out: Path | str, kind: str, dataset: Data | None = None, *, download: bool = False
+) -> float | None:
     """Write a set as ``npz``, ``folder`` or ``huggingface``; see ``condense.exchange.export``. The card of a Hugging
     Face data set lists the results beside the run or the file.
 
@@ -731,7 +733,7 @@ def export_set(syn: Readable, out: Path | str, kind: str, dataset: Data | None =
         ValueError: unknown format; ``out`` exists or cannot be written; a file of results is damaged.
     """
     exchange.check_export(expanded(out), kind)
-    given, transform = sets.with_transform(syn, dataset)
+    given, transform = sets.with_transform(syn, dataset, download=download)
     file = evaluation_file(syn) if kind == "huggingface" else None
     rows = read_complete(file) if file is not None and file.exists() else []
     own = checksum(given.state_dict())

@@ -235,6 +235,8 @@ class Export:
     folder."""
     dataset: str | None = None
     """Data set that a ZCA-whitened set was distilled from. The default is the location recorded by the run."""
+    download: Switch[bool] = False
+    """Let torchvision or Hugging Face download a missing data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +272,8 @@ class Show:
     dataset: str | None = None
     """Data set that a ZCA-whitened set was distilled from, needed to draw its images. The default is the location
     recorded by the run."""
+    download: Switch[bool] = False
+    """Let torchvision or Hugging Face download a missing data set."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -508,7 +512,7 @@ def show(words: list[str]) -> None:
         return
     if path.exists():
         command = recipe.parse(Show, _bare(words[1:], "--json"), Show(), prog=f"condense {usage}")
-        glance.show(path, command.png, command.dataset, as_json=command.json)
+        glance.show(path, command.png, command.dataset, download=command.download, as_json=command.json)
         return
     names = [*METHODS, *catalog.recipes()]
     if target not in names:
@@ -719,7 +723,7 @@ def export(words: list[str]) -> None:
     command = recipe.parse(Export, words[2:], Export(), prog="condense export RUN_OR_FILE DST")
     target = expanded(words[1])
     kind = command.format or ("npz" if target.suffix == ".npz" else "folder")
-    clipped = api.export_set(words[0], target, kind, command.dataset)
+    clipped = api.export_set(words[0], target, kind, command.dataset, download=command.download)
     _remark(f"{target}: {kind}" + ("" if clipped is None else f"; {exchange.clipping(clipped)}"))
 
 

@@ -23,13 +23,21 @@ from condense.synthetic.teaching import StoredProjector, ViewLabels
 from condense.table import print_table
 
 
-def show(target: Path, png: Path | None = None, dataset: str | None = None, *, as_json: bool = False) -> None:
+def show(
+    target: Path,
+    png: Path | None = None,
+    dataset: str | None = None,
+    *,
+    download: bool = False,
+    as_json: bool = False,
+) -> None:
     """Print a summary of a run, a file or a buffer.
 
     Args:
         target: the run folder, file or buffer folder.
         png: file to draw the images of a set to.
         dataset: the data of a whitened set, to draw its images.
+        download: whether missing data may be downloaded.
         as_json: print a JSON object, with the results of a run as in ``evaluation.json``.
 
     Raises:
@@ -42,7 +50,7 @@ def show(target: Path, png: Path | None = None, dataset: str | None = None, *, a
     if png is not None:
         if not file.is_file() or read_header(file).get("kind") != "synthetic set":
             raise ValueError(f"{target} holds no images to draw; give a finished run or a set, or leave out --png")
-        api.draw(file, png, dataset)
+        api.draw(file, png, dataset, download=download)
     if target.is_dir() and (target / "manifest.json").exists():
         summary = _buffer(target)
     elif is_run:

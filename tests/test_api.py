@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import condense
-from condense import api, engine, plugins, runs
+from condense import api, cli, engine, plugins, runs, sets
 from condense.api import find_recipe
 from condense.augment import Augment
 from condense.data.datasets import Arrays, load
@@ -642,3 +642,21 @@ def test_one_name_serves_where_several_may_stand(tiny: Arrays, tmp_path: Path) -
     assert api.report(tmp_path / "run").exists()
     with pytest.raises(ValueError, match="needs a network"):
         condense.evaluate(tmp_path / "run", tiny, networks=[], **fields)
+
+
+def test_a_missing_data_set_is_downloaded_where_the_pixels_of_a_whitened_set_need_it(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    syn = api.distill("random", dataset=tiny, network="mlp", ipc=1, transform="zca", out=run, device="cpu")
+    asked = []
+    monkeypatch.setattr(sets, "open_data", lambda source, download: asked.append(download) or tiny)
+    for download in (True, False):
+        api.draw(syn, tmp_path / "set.png", tiny, download=download)
+        api.export_set(syn, tmp_path / f"{download}.npz", "npz", tiny, download=download)
+        syn.plot(tiny, download=download)
+        syn.to_dataset("pixels", tiny, download=download)
+        flags = ["--dataset", "digits", "--download", str(download)]
+        cli.main(["show", str(run), "--png", str(tmp_path / "set.png"), *flags])
+        cli.main(["export", str(run), str(tmp_path / str(download)), *flags])
+    assert asked == [True] * 6 + [False] * 6

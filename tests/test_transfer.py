@@ -10,6 +10,7 @@ import torch
 
 from condense import api, cli, overview
 from condense.data.datasets import Arrays
+from condense.eval.applications import transfer
 from condense.eval.applications.transfer import RANDOM_WEIGHTS, teacher_of
 from condense.eval.subject import Subject
 from condense.methods.krr_st import KRRST
@@ -80,6 +81,16 @@ def test_one_line_tells_that_all_images_were_left_out(
     assert f"{line} on the set\n" in printed
     cli.main([*words, "--full-steps", "3"])
     assert "left out" not in capsys.readouterr().out
+
+
+def test_a_missing_target_is_downloaded(run: Path, teachers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(name: str, download: bool) -> Arrays:
+        raise ValueError(f"{name}: {download}")
+
+    monkeypatch.setattr(transfer, "open_data", opened)
+    for download in (True, False):
+        with pytest.raises(ValueError, match=f"cifar10: {download}"):
+            api.apply("transfer", run, to=("cifar10",), buffers=str(teachers), download=download)
 
 
 def test_a_comparison_names_the_set_that_has_no_classes(run: Path, tiny_file: Path, tmp_path: Path) -> None:

@@ -271,19 +271,20 @@ class SyntheticSet(nn.Module):
             drawn = f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
         return f"<table>{rows}</table>{drawn}"
 
-    def plot(self, dataset: Data | None = None, *, columns: int = 10) -> Image:
+    def plot(self, dataset: Data | None = None, *, columns: int = 10, download: bool = False) -> Image:
         """Return a picture of at most ``columns`` samples of each class, one row per class, which notebooks show.
 
         Args:
             dataset: for a ZCA-whitened set, the data that it was distilled from; by default the name in the set.
             columns: largest number of samples in a row.
+            download: whether missing data may be downloaded.
 
         Raises:
             ValueError: the data of a whitened set cannot be read.
         """
         from condense import picture, sets  # both import this module
 
-        return picture.drawn(*sets.with_transform(self, dataset), columns=columns)
+        return picture.drawn(*sets.with_transform(self, dataset, download=download), columns=columns)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -405,7 +406,11 @@ class SyntheticSet(nn.Module):
 
     @torch.no_grad()
     def to_dataset(
-        self, space: Literal["transformed", "pixels"] = "transformed", dataset: Data | None = None
+        self,
+        space: Literal["transformed", "pixels"] = "transformed",
+        dataset: Data | None = None,
+        *,
+        download: bool = False,
     ) -> Dataset[tuple[Tensor, ...]]:
         """Return the decoded set as a PyTorch dataset of (image, target) pairs on the CPU.
 
@@ -414,6 +419,7 @@ class SyntheticSet(nn.Module):
                 [0, 1] for images and clips, any values for series.
             dataset: for the pixels of a ZCA-whitened set, the data that it was distilled from; by default the name in
                 the set.
+            download: whether missing data may be downloaded.
 
         Raises:
             ValueError: the data of a whitened set cannot be read.
@@ -422,6 +428,6 @@ class SyntheticSet(nn.Module):
 
         images, targets = self()
         if space == "pixels":
-            _, transform = sets.with_transform(self, dataset)
+            _, transform = sets.with_transform(self, dataset, download=download)
             images = transform.to_data(images)
         return TensorDataset(images.cpu(), targets.cpu())

@@ -29,6 +29,8 @@ class Setting:
     subject: Subject
     compute: Compute
     seed: int = 0
+    download: bool = False
+    """Whether missing data may be downloaded."""
 
     @property
     def kind(self) -> Kind:

@@ -99,7 +99,7 @@ class Transfer(Application):
     def run(self, setting: Setting, baselines: Mapping[str, SyntheticSet]) -> Findings:
         subject = setting.subject
         teacher = teacher_of(subject, expanded(self.buffers))
-        opened = [_target(subject, name, self.max_train, setting.rng("transfer")) for name in self.to]
+        opened = [_target(setting, name, self.max_train) for name in self.to]
         targets = {target.arrays.name: target for target in opened}
         if len(targets) < len(opened):
             raise ValueError("two of the target data sets have one name; give each once, in files of different names")
@@ -203,9 +203,10 @@ class _Target:
     test: Labelled
 
 
-def _target(subject: Subject, name: str, max_train: int, rng: Rng) -> _Target:
+def _target(setting: Setting, name: str, max_train: int) -> _Target:
     """Open a target. Raises ValueError if its samples have another shape than those of the set."""
-    arrays, shape = open_data(name, False), subject.arrays.input_shape
+    subject, arrays = setting.subject, open_data(name, setting.download)
+    shape = subject.arrays.input_shape
     if arrays.input_shape != shape:
         raise ValueError(
             f"the samples of {arrays.name} have shape {arrays.input_shape}, not {shape} as those of the set; "
@@ -214,7 +215,7 @@ def _target(subject: Subject, name: str, max_train: int, rng: Rng) -> _Target:
     labels = torch.from_numpy(arrays.y_train).to(subject.device)
     train = Labelled(Images.of(arrays.x_train, subject.device).with_transform(subject.transform), labels)
     if len(train) > max_train:
-        index = rng("target images").subset(len(train), max_train)
+        index = setting.rng("transfer")("target images").subset(len(train), max_train)
         train = train.subset(index.to(subject.device))
     return _Target(arrays, train, load_test(arrays, subject.transform, subject.device))
 
