@@ -540,4 +540,4 @@ def _values(metavar: str = "") -> str:
 def _of_fields(line: str) -> str:
     """Rewrite an error of ``parse`` for a user who wrote fields, not flags."""
     complaint = re.split(r": did you mean --|; --help lists the flags", line)[0]
-    return re.sub(r"--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), complaint)
+    return re.sub(r"(?<!')--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), complaint)
