@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from condense import recipe
-from condense.cli import main
+from condense.cli import COMMANDS, main
+from condense.commands import KINDS
 from condense.data import datasets
 from tests.conftest import largest_file
 
@@ -141,11 +142,10 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["distill", "mmt"], "did you mean 'mtt'"),
         (["distill", "mine.yaml"], "there is no recipe mine.yaml"),
         (["distill", "dm", "--dataset", "digit"], "did you mean"),
-        (["distill", "dm", "--dataset", "nowhere.npz"], "nowhere.npz"),
+        (["distill", "dm", "--dataset", "nowhere.npz"], "there is no such file or folder; by name there are digits"),
         (["distill", "dm", "--dataset", "cifar10"], "--download True"),
-        (["distill", "dm", "--network", "convnets"], "convnet"),
-        (["distill", "dm", "--network", "convnet:depth=9"], "depth"),
-        (["distill", "dm", "--network", "lenet"], "lenet"),
+        (["distill", "dm", "--network", "convnet:depth=9"], "give depth=3 or less, or pooling=none"),
+        (["distill", "dm", "--network", "lenet"], "use larger images, or convnet or mlp"),
         (["distill", "dm", "--ipc", "5000"], "give --ipc"),
         (["distill", "dm", "--decode", "factor", "--decode.factor", "13", "--ipc", "1"], "give another --decode"),
         (["distill", "dm", "--decode", "dct", "--decode.coefficients", "65"], "--decode.coefficients 64"),
@@ -153,11 +153,9 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["distill", "dm", "--decode", "hallucinator", "--method.clamp", "True"], "--method.clamp False"),
         (["distill", "dm", "--labels", "targets"], "--labels hard"),
         (["buffer", "--augment", "dsa:flips=true"], "leave it out of --augment"),
-        (["distill", "dm", "--ipc", "-1"], "ipc"),
-        (["distill", "dm", "--transform", "zcaa"], "zca"),
-        (["distill", "dm", "--augment", "dsa:mod=M"], "mod"),
-        (["distill", "dm", "--device", "gpu9"], "--device"),
-        (["distill", "dm", "--track", "wandbb"], "wandb"),
+        (["distill", "dm", "--ipc", "-1"], "ipc must be at least 1, got -1; give --ipc 10"),
+        (["distill", "dm", "--device", "gpu9"], "give --device cpu"),
+        (["distill", "dm", "--track", "wandbb"], "did you mean 'wandb'? there are wandb, tensorboard"),
         (["distill", "mtt"], "condense buffer --dataset digits"),
         (["distill", "dm", "--method.num-step", "3"], "--method.num-steps"),
         (["distill", "dm", "--method.optim.lr", "1e39"], "--method.optim.lr 0.1"),
@@ -168,24 +166,26 @@ def test_a_run_is_never_overwritten(run_folder: Path, tiny_file: Path, capsys: p
         (["distill", "dm", "--split.val-fraction", "0.999"], "--split.val-fraction 0.1"),
         (["distill", "dm", "--labels", "logits"], "--labels hard"),
         (["buffer", "--num-expert", "3"], "--num-experts"),
-        (["buffer", "--lr", "0"], "lr"),
         (["evaluate", "nowhere"], "there is no file nowhere"),
         (["evaluate"], "the first word is missing"),
-        (["show", "nowhere"], "nowhere"),
+        (["show", "nowhere"], "nowhere is no file or folder, and no method or recipe has this name"),
         (["show", "mmt"], "did you mean 'mtt'"),
         (["show", "mtt", "--ipcs", "3"], "did you mean --ipc"),
         (["show", "mtt", "--dataset", "cifr10"], "did you mean 'cifar10'"),
         (["show", "mine.yaml"], "there is no recipe mine.yaml"),
         (["apply", "prunning", "digits"], "did you mean 'pruning'"),
         (["apply", "pruning", "digits", "--methods", "dm"], "of the real ones; give --methods random el2n"),
-        (["list", "things"], "methods"),
-        (["list", "methods", "mtt"], "methods"),
+        (["list", "things"], "cannot list things: there are methods, decoders"),
+        (["list", "methods", "mtt"], "cannot list methods mtt: there are methods, decoders"),
         (["list", "recipes", "mtt", "cifr10"], "no recipe has the words cifr10 mtt"),
-        (["import", "nowhere", "there", "--dataset", "digits"], "nowhere"),
-        (["import", __file__, "there", "--dataset", "digits"], "test_cli.py"),
+        (["import", __file__, "there", "--dataset", "digits"], "save it again as a list of lists of lists of tensors"),
         (["import", "nowhere", "there"], "there is no file or folder nowhere"),
         (["import", "nowhere", "set.safetensors"], "there is no file or folder nowhere"),
-        (["demo", "--fast"], "--out"),
+        (["import", "nowhere"], "import needs SRC and DST; e.g. condense import resnet18.pth"),
+        (["import", "nowhere", "--network", "mlp"], "import needs SRC and DST; e.g. condense import resnet18.pth"),
+        (["export", "nowhere"], "export needs RUN|FILE and DST; e.g. condense export runs/dm"),
+        (["export", "nowhere", "--format", "npz"], "export needs RUN|FILE and DST; e.g. condense export runs/dm"),
+        (["demo", "--fast"], "demo takes --out FOLDER and nothing else, got '--fast'"),
         (["demo", "--out"], "demo takes --out FOLDER"),
         (["list"], "list needs a kind: there are methods"),
         (["distill", "mine.py:Mine"], "there is no file mine.py"),
@@ -199,6 +199,22 @@ def test_bad_words(words: list[str], complaint: str, capsys: pytest.CaptureFixtu
     (tmp_path / "help.yaml").unlink()
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"cache"}, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--name", "dm"], "--name names a set, and SRC holds networks; leave it out"),
+        (["--features-only", "True"], "--features-only is for the weights of one network, and SRC holds trajectories"),
+    ],
+)
+def test_what_describes_no_experts_is_refused_when_they_are_imported(
+    flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "replay_buffer_0.pt").touch()
+    assert complaint in fails(capsys, "import", "experts", "there", *flags)
+    assert not (tmp_path / "there").exists()
 
 
 def test_a_file_of_another_kind_is_never_overwritten(
@@ -225,20 +241,20 @@ def write(path: Path, **changes: np.ndarray) -> str:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"x_train": np.zeros((12, 8), np.uint8)}, "shape"),
-        ({"y_train": np.arange(11) % 3}, "11"),
-        ({"y_train": np.arange(12) % 3 - 1}, "label"),
-        ({"y_test": np.array([0, 1, 2, 7, 0, 1])}, "label"),
-        ({"x_train": np.full((12, 8, 8), np.nan, np.float32)}, "NaN"),
-        ({"x_train": np.full((12, 8, 8), 3.0, np.float32)}, "[0, 1]"),
-        ({"y_train": np.arange(12) % 3 * 2}, "class"),
+        ({"x_train": np.zeros((12, 8), np.uint8)}, "has shape (12, 8): images have three or four axes"),
+        ({"y_train": np.arange(11) % 3}, "there are 12 images, each needs one label"),
+        ({"y_train": np.arange(12) % 3 - 1}, "has labels from -1 to 1: they must be in 0..1"),
+        ({"y_test": np.array([0, 1, 2, 7, 0, 1])}, "remove the test images of other classes"),
+        ({"x_train": np.full((12, 8, 8), np.nan, np.float32)}, "has NaN or infinite pixels"),
+        ({"x_train": np.full((12, 8, 8), 3.0, np.float32)}, "floats must lie in [0, 1]; divide by TOP"),
+        ({"y_train": np.arange(12) % 3 * 2}, "has no image of class 1: each label of 0..4 needs at least one"),
     ],
 )
 def test_bad_data(
     changes: dict[str, np.ndarray], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     line = fails(capsys, "distill", "random", "--dataset", write(tmp_path / "bad.npz", **changes), "--ipc", "1")
-    assert complaint.lower() in line.lower() and not (tmp_path / "runs").exists()
+    assert complaint in line and not (tmp_path / "runs").exists()
 
 
 def test_damaged_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,8 +262,9 @@ def test_damaged_files(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     good = file.read_bytes()
     for damaged in (good[:-7], good[:50], b"", good[:-3] + bytes([good[-3] ^ 4]) + good[-2:]):
         file.write_bytes(damaged)
-        fails(capsys, "evaluate", str(run_folder))
-        fails(capsys, "show", str(file))
+        for words in (["evaluate", str(run_folder)], ["show", str(file)]):
+            line = fails(capsys, *words)
+            assert f"{file} cannot be read as safetensors: " in line or f"{file} is damaged: its checksum" in line
     file.write_bytes(good)
     (run_folder / "evaluation.json").write_text("{")
     assert "evaluation.json" in fails(capsys, "evaluate", str(run_folder), "--protocol.num-epochs", "1")
@@ -258,6 +275,8 @@ def test_a_set_of_other_data_is_not_scored(run_folder: Path, capsys: pytest.Capt
     assert "digits" in fails(capsys, "evaluate", str(run_folder), "--dataset", "digits")
     assert "--networks names no network" in fails(capsys, "evaluate", str(run_folder), "--networks", "--num-seeds", "1")
     assert "--protocol names no protocol" in fails(capsys, "evaluate", str(run_folder), "--protocol", "--seed", "1")
+    several = ["--protocol", "canonical", "own", "--protocol.num-epochs", "3"]
+    assert "changed for several protocols; give one --protocol" in fails(capsys, "evaluate", str(run_folder), *several)
     assert "--json takes True or False, not 'yes'" in fails(capsys, "evaluate", str(run_folder), "--json=yes")
     assert "leave out --protocol.name" in fails(capsys, "evaluate", str(run_folder), "--protocol.name", "other")
     assert not (run_folder / "evaluation.json").exists()
@@ -286,9 +305,7 @@ def test_a_full_disk_leaves_earlier_results_alone(
     assert {path: path.read_bytes() for path in (tmp_path / "good").rglob("*") if path.is_file()} == earlier
 
 
-@pytest.mark.parametrize(
-    "kind", ["methods", "decoders", "labels", "objectives", "datasets", "networks", "recipes", "protocols"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", kind])
     shown = capsys.readouterr().out.splitlines()
@@ -352,7 +369,7 @@ def test_show_prints_the_recipe_that_distill_runs(
     assert (tmp_path / "a" / "recipe.yaml").read_bytes() == (tmp_path / "b" / "recipe.yaml").read_bytes()
 
 
-@pytest.mark.parametrize("command", ["buffer", "demo", "distill", "evaluate", "import", "list", "report", "show"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         main([command, "--help"])
