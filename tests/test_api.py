@@ -252,7 +252,7 @@ def test_baselines_are_made_and_trained_once(tiny: Arrays, tmp_path: Path, monke
     condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
     assert len(scored) == 2 + 6
     monkeypatch.setattr("condense.baselines.VERSION", -1)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         condense.evaluate(tmp_path / "1", tiny, num_seeds=2, **fields)
 
 

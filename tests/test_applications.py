@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import scipy.stats
 import torch
 
 from condense import api, cli
@@ -18,6 +18,7 @@ from condense.eval import protocol
 from condense.eval.applications import APPLICATIONS, Setting
 from condense.eval.applications.nas import rank_correlations
 from condense.eval.applications.privacy import membership_auc
+from condense.eval.evaluate import SetScorer
 from condense.eval.subject import Subject
 from condense.synthetic import SyntheticSet, load
 
@@ -67,13 +68,24 @@ def test_a_baseline_by_the_method_of_the_set_does_not_take_its_place(run: Path, 
     assert [row[0] for row in found.rows] == ["random", "random, made anew"]
 
 
-def test_nas_correlates_a_ranking_with_the_truth_on_held_out_images(run: Path, tiny: Arrays) -> None:
+def test_nas_correlates_a_ranking_with_the_truth_on_held_out_images(
+    run: Path, tiny: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"random": [0.1, 0.4, 0.2, 0.3], "real": [0.2, 0.5, 0.3, 0.9]}
+    accuracies = [value for pair in zip(*given.values(), strict=True) for value in pair]
+
+    def score(self: SetScorer, images: Any, labels: Any, scored: Any, *_: Any) -> list[SimpleNamespace]:
+        assert len(scored) == 9, "a quarter of the training images"
+        return [SimpleNamespace(accuracy=accuracies.pop(0))]
+
+    monkeypatch.setattr(SetScorer, "score", score)
     found = api.apply("nas", run, tiny, widths=(2, 6), depths=(1, 2), norms=("none",), poolings=("avg",), num_epochs=2)
     assert len(found.record["architectures"]) == 4 and "held-out" in found.title
-    accuracies = found.record["accuracies"]
-    if len(set(accuracies["random"])) > 1 and len(set(accuracies["real"])) > 1:
-        expected = scipy.stats.kendalltau(accuracies["random"], accuracies["real"]).statistic
-        assert found.record["rankings"]["random"]["kendall"] == pytest.approx(expected)
+    assert {name: pytest.approx(values) for name, values in found.record["accuracies"].items()} == given
+    ranking = found.record["rankings"]["random"]
+    assert (ranking["spearman"], ranking["kendall"]) == pytest.approx((0.8, 4 / 6))
+    assert ranking["chosen"] == found.record["architectures"][1]
+    assert found.rows == [("random", "0.80", "0.67", "50.0", "90.0")]
 
 
 def test_series_are_put_to_use_by_their_own_network(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from condense.data.datasets import Arrays
 from condense.method import Context, Method, State
 from condense.networks import Functional, Weights
 from condense.task import Task
+from tests import mutations
 from tests.conftest import TINY, largest_file
 
 IDENTITY = {
@@ -360,7 +361,11 @@ def test_damaged_manifest(tmp_path: Path) -> None:
 
 def test_another_format_or_kind(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    assert "holds trajectories of format 1" in one_line(lambda: read_manifest(folder, "teachers"))
+    assert "holds trajectories of format 1, not teachers 1" in one_line(lambda: read_manifest(folder, "teachers"))
+    path = folder / "manifest.json"
+    path.write_text(mutations.reseal_manifest(json.loads(path.read_text()) | {"format": 2}))
+    for read in (lambda: read_manifest(folder), lambda: read_manifest(folder, "trajectories"), lambda: opened(folder)):
+        assert "holds trajectories of format 2, not " in one_line(read)
 
 
 def test_another_layout_is_not_mixed_in(tmp_path: Path) -> None:

@@ -360,9 +360,16 @@ def test_divergence_writes_nothing(task: Task, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/*"))
 
 
-@pytest.mark.parametrize("fields", [{"num_experts": 0}, {"num_epochs": 0}, {"lr": 0.0}])
-def test_bad_plans(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="; "):
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"num_experts": 0}, "at least one expert and one epoch, got 0 and 20; give num_experts=10"),
+        ({"num_epochs": 0}, "at least one expert and one epoch, got 10 and 0; give num_experts=10"),
+        ({"lr": 0.0}, r"a finite lr > 0, got 20, 256 and 0\.0; correct these fields"),
+    ],
+)
+def test_bad_plans(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
         Experts(**fields)
 
 

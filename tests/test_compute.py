@@ -145,11 +145,24 @@ def test_the_current_gpu_is_the_one_that_was_asked_for(
     assert chosen == current
 
 
-def test_a_policy_depends_neither_on_experts_nor_on_seeds(tiny: Arrays, tmp_path: Path) -> None:
+def test_a_policy_depends_neither_on_experts_nor_on_seeds(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, settled = list[float](), Functional.settled
+    monkeypatch.setattr(Functional, "settled", lambda *args: samples.append(args[2]) or settled(*args))
+    task = api.plain_task(tiny, TINY, "channel", api.Split(val_fraction=0.0))
+    for plan in (Experts(num_experts=1, num_epochs=1), Experts(num_experts=100), Experts(num_epochs=9, keep="last")):
+        trajectories.resolved(task, plan, tmp_path, 0, Compute())
+    assert samples == [36 * 200] * 3
+    plan = dataclasses.replace(PROTOCOLS["canonical"], num_epochs=2)
+    syn = api.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    samples.clear()
+    for num_seeds in (1, 2):
+        api.evaluate(syn, tiny, networks=[TINY], protocol=plan, num_seeds=num_seeds, device="cpu")
+    assert samples == [3 * 2 * USUAL_SEEDS] * 2
     network = Functional("convnet", (3, 32, 32), 10)
     assert resolved(Compute(), network, PROTOCOLS["canonical"], 100).compile is True
     assert resolved(Compute(), network, PROTOCOLS["canonical"], 10).compile is False
-    assert "num_seeds" not in resolved.__annotations__
     assert trajectories.USUAL_EPOCHS == Experts().num_experts * Experts().num_epochs
 
 

@@ -225,6 +225,7 @@ def test_the_number_of_processes_does_not_decide_the_result(
         assert [step["step"] for step in ours] == [step["step"] for step in theirs]
     for name, num_parts in {"dm": 3, "dc": 3, "mtt4": 4, "mtt1": 1}.items():
         logs = [read_log(many / name / f"log.rank{rank}.jsonl") for rank in range(size)]
+        assert all(logs)
         for step, lines in enumerate(zip(*logs, strict=True), 1):
             assert {line["step"] for line in lines} == {step}
             assert sorted(part for line in lines for part in line["parts"]) == list(range(num_parts)), name

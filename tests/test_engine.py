@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,11 +204,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^step 8 is not finite"):
         run(Shrink(bad=7), ctx, tmp_path)
     newest = tmp_path / "checkpoint.safetensors"
     newest.write_bytes(newest.read_bytes()[:-10])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^step 8 is not finite"):
         run(Shrink(bad=7), ctx, tmp_path, resume=True)
     assert '{"event": "resume", "step": 4}' in (tmp_path / "log.jsonl").read_text()
     for name, step in (("checkpoint", 6), ("checkpoint.previous", 4)):  # the damaged one was not kept instead of it
@@ -273,6 +274,20 @@ def test_a_checkpoint_that_does_not_fit_the_method_is_refused(
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("others", [0, 11])
+def test_processes_that_found_other_checkpoints_are_refused(others: int, ctx: Context, tmp_path: Path) -> None:
+    """Each of two machines has a folder of its own."""
+
+    class Two(Ranks):
+        def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+            tensors[0].add_(others)
+
+    run(Shrink(), ctx, tmp_path)
+    ctx = dataclasses.replace(ctx, ranks=Two(rank=1, size=2))
+    with pytest.raises(ValueError, match=r"checkpoints of different steps in .*, this one step 12: .* a shared disk"):
+        run(Shrink(), ctx, tmp_path, resume=True)
+
+
 def test_a_checkpoint_of_a_later_step_is_refused(ctx: Context, tmp_path: Path) -> None:
     run(Shrink(), ctx, tmp_path)
     with pytest.raises(ValueError, match="is of step 12 of 11"):
@@ -283,7 +298,7 @@ def test_a_log_with_a_bad_byte_does_not_stop_resumption(
     ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^step 8 is not finite"):
         run(Shrink(bad=7), ctx, tmp_path)
     log = tmp_path / "log.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"step": 3', b'"step": \xff', 1))
@@ -381,9 +396,10 @@ def test_a_state_with_leaves_of_every_kind_is_restored(
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     whole = run(Carries(), ctx, tmp_path / "whole")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^step 8 is not finite"):
         run(Carries(bad=7), ctx, tmp_path / "stopped")
     assert torch.equal(run(Carries(), ctx, tmp_path / "stopped", resume=True).latents, whole.latents)
+    assert '{"event": "resume", "step": 7}' in (tmp_path / "stopped" / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("late", [False, True])

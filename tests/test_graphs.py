@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from condense import api, cli
+from condense import api, cli, engine
 from condense.compute import Compute
 from condense.data import datasets
 from condense.data.datasets import load
@@ -389,8 +389,17 @@ def test_weights_are_frequencies_in_training_batches() -> None:
 
 
 def test_a_resumed_run_gives_the_same_bytes(shapes: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        api.distill("mirage", dataset=str(shapes), ipc=3, out=tmp_path / name, device="cpu")
+    def stop(syn: SyntheticSet, path: Path) -> None:
+        if path.name == "synthetic.safetensors":
+            raise KeyboardInterrupt
+
+    fields = {"dataset": str(shapes), "ipc": 3, "device": "cpu"}
+    api.distill("mirage", out=tmp_path / "one", **fields)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "save", stop)
+        api.distill("mirage", out=tmp_path / "two", **fields)
+    api.distill("mirage", out=tmp_path / "two", resume=True, **fields)
+    assert '{"event": "resume", "step": 1}' in (tmp_path / "two" / "log.jsonl").read_text()
     files = [(tmp_path / name / "synthetic.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
 

@@ -486,20 +486,26 @@ def test_a_rule_that_the_adjoint_does_not_know(adjoint: Adjoint, rule: Rule, mes
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "wrong"),
     [
-        lambda: Truncated(0),
-        lambda: Checkpointed(0),
-        lambda: RandomTruncated(lo=3, hi=2),
-        lambda: Truncated(2, burn_in=-1),
-        lambda: Adam(betas=(0.9, 1.0)),
-        lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=torch.ones(3)),
-        lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=0.1, adjoint=Full(), compile=True),
-        lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=0.1, adjoint=Higher(), compile=True),
+        (lambda: Truncated(0), "truncated: window is 0"),
+        (lambda: Checkpointed(0), "checkpointed: every is 0"),
+        (lambda: RandomTruncated(lo=3, hi=2), "random-truncated"),
+        (lambda: Truncated(2, burn_in=-1), "truncated: burn_in is -1"),
+        (lambda: Adam(betas=(0.9, 1.0)), r"betas \(0\.9, 1\.0\)"),
+        (lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=torch.ones(3)), r"lr has shape \(3,\)"),
+        (
+            lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=0.1, adjoint=Full(), compile=True),
+            "full cannot be compiled",
+        ),
+        (
+            lambda: unroll(mlp, mlp_theta(), mlp_batches(2), lr=0.1, adjoint=Higher(), compile=True),
+            "higher cannot be compiled",
+        ),
     ],
 )
-def test_values_out_of_range(make: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match=r"^[^\n]+: [^\n]+; [^\n]+$"):
+def test_values_out_of_range(make: Callable[[], Any], wrong: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{wrong}: [^\n]+; [^\n]+$"):
         make()
 
 

@@ -309,6 +309,10 @@ def test_the_commands_of_both_stages(folder: Path, tmp_path: Path, capsys: pytes
     cli.main(["distill", "dm", "--dataset", data, *run, *decoder, *common])
     cli.main(["show", str(tmp_path / "run")])
     assert "static-dynamic" in capsys.readouterr().out
-    for words in (["frames", data], ["frames", data, frames]):
+    for words, line in (
+        (["frames", data], "frames needs a data set of clips and the file to write"),
+        (["frames", data, frames], f"{frames} already exists; move it or give another name"),
+    ):
         with pytest.raises(SystemExit):
             cli.main(words)
+        assert line in capsys.readouterr().err

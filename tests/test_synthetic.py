@@ -178,6 +178,10 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         rewrite(path, **changes)
         with pytest.raises(ValueError, match=complaint):
             load(path)
+    save(make(label_kind=Teacher()), path)
+    rewrite(path, **{"provider.probabilities": torch.tensor([1.5, -0.5, 0.0]).repeat(6, 1)})
+    with pytest.raises(ValueError, match="probabilities below zero"):
+        load(path)
 
 
 def test_targets_begin_at_the_centred_class_and_are_learned() -> None:
