@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix torture check lint format types docs bench results bench-growth clean
+.PHONY: help demo test test-slow test-gpu test-matrix torture check lint format types docs bench results bench-growth \
+	clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,6 +29,9 @@ test: .venv/dev ## run the tests (under 10 minutes on two cores)
 
 test-slow: .venv/dev ## run the slow tests, which take longer than all others together
 	$(BIN)/python -m pytest -m slow -q
+
+test-gpu: .venv/dev ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu -q
 
 .venv-oldest/dev: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
