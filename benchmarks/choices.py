@@ -28,7 +28,7 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.harness import Provenance
-from benchmarks.methods import make_buffers
+from benchmarks.methods import buffers, make_buffers
 from benchmarks.results import queue, table
 from benchmarks.results.table import Row
 from condense import api, recipe, sweep
@@ -71,6 +71,8 @@ class Choice:
     tried: tuple[Tried, ...]
     minutes: float
     provenance: Provenance
+    settings: str = ""
+    """Digest of the recipe with its first combination, of its experts and of the scoring; empty in older ones."""
 
     @property
     def ranked(self) -> list[Tried]:
@@ -127,6 +129,15 @@ def base(name: str) -> tuple[Recipe, Row | None]:
     return recipe.parse(tyro.conf.FlagConversionOff[Recipe], flags, plan), row
 
 
+def settings(name: str, axes: Sequence[str]) -> str:
+    plan, row = base(name)
+    first = dict(sweep.grid(axes, ())[0].values)
+    plan = with_values(plan, {field: text for field, text in first.items() if not field.startswith(SCORING)})
+    plan = dataclasses.replace(plan, split=HELD_OUT)
+    how = [row.buffer, _networks(row)] if row else buffers(plan)
+    return harness.digest(plan.hash(row.dataset if row else "digits"), how, SEEDS, NUM_NETWORKS)
+
+
 def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = None) -> Choice:
     """Distil every combination, below ``folder``, and score it. ``data`` is the folder of the files of rows.
 
@@ -137,9 +148,8 @@ def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = No
     if len(cells) < 2:
         raise ValueError(f"{name} has nothing to choose from; give a field two values in {CHOICES}")
     plan, row = base(name)
-    scoring = shlex.split(row.scoring) if row else []
     held_out = dataclasses.replace(plan, dataset=_file(row, data) if row else "digits", split=HELD_OUT)
-    buffers = folder / "buffers"
+    root = folder / "buffers"
     made: dict[str, SyntheticSet] = {}
 
     def distilled(values: Mapping[str, str], seed: int) -> SyntheticSet:
@@ -147,11 +157,13 @@ def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = No
         if out.name not in made:
             plan = with_values(held_out, values)
             if row is None:
-                make_buffers(plan, buffers)
+                make_buffers(plan, root)
             elif row.buffer:
                 flags = recipe.parse(Buffer, shlex.split(row.buffer), Buffer())
-                api.make_buffer(**vars(dataclasses.replace(flags, dataset=plan.dataset, split=HELD_OUT, out=buffers)))
-            made[out.name] = api.run(dataclasses.replace(plan, seed=seed), api.RunOptions(out=out, buffers=buffers))
+                places = {"dataset": plan.dataset, "split": HELD_OUT, "out": root, "device": "cpu"}
+                api.make_buffer(**vars(dataclasses.replace(flags, **places)))
+            options = api.RunOptions(out=out, buffers=root, device="cpu")
+            made[out.name] = api.run(dataclasses.replace(plan, seed=seed), options)
         return made[out.name]
 
     begun, tried = time.monotonic(), []
@@ -163,11 +175,12 @@ def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = No
             found = api.evaluate(
                 syn,
                 held_out.dataset,
-                networks=recipe.take(scoring, "--networks")[1] or own_network(syn),
+                networks=_networks(row) or own_network(syn),
                 num_seeds=NUM_NETWORKS,
                 protocol=recipe.parse(Evaluate, training, Evaluate(protocol=own(syn))).protocol,
                 split="validation",
                 compute=held_out.compute,
+                device="cpu",
             )
             accuracies += found.results[0].accuracies
         tried.append(Tried(values=values, accuracies=tuple(accuracies)))
@@ -178,7 +191,13 @@ def measure(name: str, axes: Sequence[str], folder: Path, data: Path | None = No
         tried=tuple(tried),
         minutes=(time.monotonic() - begun) / 60,
         provenance=Provenance.now(torch.device("cpu")),
+        settings=settings(name, axes),
     )
+
+
+def _networks(row: Row | None) -> str | None:
+    """Return the networks on which a row is scored."""
+    return recipe.take(shlex.split(row.scoring), "--networks")[1] if row else None
 
 
 def _file(row: Row, data: Path | None) -> str:
@@ -195,11 +214,13 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROOT / "results" / "choices", help="folder of the results")
     chosen = parser.parse_args()
     named = read(CHOICES)
-    for name in chosen.only or named:
+    asked = chosen.only or [*named]
+    for name in asked:
         if name not in named:
             raise ValueError(f"{CHOICES} has no recipe or row {name!r}; {suggest(name, named)}")
+    for name in asked:
         file = chosen.rows / f"{name}.json"
-        choice = harness.kept(Choice, file, {"axes": named[name]})
+        choice = harness.kept(Choice, file, {"axes": named[name], "settings": settings(name, named[name])})
         if choice is None:
             with tempfile.TemporaryDirectory() as folder:
                 choice = measure(name, named[name], Path(folder), chosen.data)

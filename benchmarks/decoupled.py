@@ -33,6 +33,9 @@ from condense import api
 from condense.buffers.trajectories import Experts
 from condense.compute import Compute, prepare_device
 from condense.data.datasets import open_data
+from condense.experiment import recipe_for
+from condense.names import suggest
+from condense.recipe import Recipe
 from condense.runs import read_record
 from condense.schedule import Schedule
 from condense.synthetic.set import SyntheticSet
@@ -103,6 +106,8 @@ class Row:
     """Time of the distillation, without the teacher, as the run recorded it over all its interruptions."""
     minutes: float
     """Time of distillation, labelling, training and scoring."""
+    settings: str = ""
+    """Digest of the recipe, the training of the teacher and the labels; empty in older rows."""
 
     def cells(self) -> str:
         """A row of the Markdown table."""
@@ -113,9 +118,11 @@ class Row:
         return harness.table_line(words)
 
 
-HEADER = (
-    "| method | images per class | `canonical`, % | fixed, % | views, % | images, kB | hard, kB | fixed, kB "
-    "| views, kB | distilled in, s | minutes |\n|---|---|---|---|---|---|---|---|---|---|---|"
+HEAD = harness.table_head(
+    [
+        *("method", "images per class", "`canonical`, %", "fixed, %", "views, %"),
+        *("images, kB", "hard, kB", "fixed, kB", "views, kB", "distilled in, s", "minutes"),
+    ]
 )
 
 
@@ -126,7 +133,7 @@ def tables(folder: Path) -> list[str]:
     for dataset, network, ipc in dict.fromkeys((row.dataset, row.network, row.ipc) for row in sorted(rows, key=_place)):
         given = [row for row in rows if (row.dataset, row.network, row.ipc) == (dataset, network, ipc)]
         command = f"python -m benchmarks.decoupled {dataset}.npz --network {network} --ipc {ipc}"
-        lines += [f"`{dataset}`, {images(ipc)}, `{network}`:", "", HEADER]
+        lines += [f"`{dataset}`, {images(ipc)}, `{network}`:", "", *HEAD]
         lines += [*map(Row.cells, sorted(given, key=_place)), ""]
         lines += [f"    {command} --num-seeds {given[0].num_seeds} --out FOLDER", ""]
         lines += [f"{'; '.join(dict.fromkeys(str(row.provenance) for row in given))}; seed 0.", ""]
@@ -145,7 +152,7 @@ def _place(row: Row) -> tuple[str, int, int]:
 class Bench(harness.Bench):
     @property
     def compute(self) -> Compute:
-        return harness.fast(self.device)
+        return harness.uncompiled(self.device)
 
     def row(self, method: str, ipc: int) -> Row:
         draws = range(self.num_seeds) if method == RANDOM else range(1)
@@ -171,23 +178,33 @@ class Bench(harness.Bench):
             bytes=sizes,
             seconds=seconds,
             minutes=(seconds + time.monotonic() - begun) / 60,
+            settings=self.settings(method, ipc),
+        )
+
+    def recipe(self, method: str, ipc: int) -> Recipe:
+        fields = {"dataset": self.arrays.name, "network": self.network, "ipc": ipc, **SETTINGS[method]}
+        return recipe_for(method, self.arrays.name, fields)
+
+    def settings(self, method: str, ipc: int) -> str:
+        return harness.digest(
+            self.recipe(method, ipc).hash(self.arrays.fingerprint["train"]),
+            TEACHER,
+            [labels(column, ipc) for column in COLUMNS],
         )
 
     def distilled(self, method: str, ipc: int, seed: int) -> SyntheticSet:
         """The set of one seed. A run that was stopped goes on."""
-        return api.distill(
-            method,
-            dataset=self.arrays,
-            network=self.network,
-            ipc=ipc,
-            seed=seed,
-            buffers=self.teacher,
-            compute=self.compute,
-            device=str(self.device),
-            out=self.run(method, ipc, seed),
-            resume=True,
-            **SETTINGS[method],
-        )
+        with harness.empty_cache():
+            return api.distill(
+                self.recipe(method, ipc),
+                dataset=self.arrays,
+                seed=seed,
+                buffers=self.teacher,
+                compute=self.compute,
+                device=str(self.device),
+                out=self.run(method, ipc, seed),
+                resume=True,
+            )
 
     def run(self, method: str, ipc: int, seed: int) -> Path:
         return self.folder / f"{method}-{ipc}-{seed}"
@@ -222,14 +239,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="file, or name of a data set")
     parser.add_argument("--only", nargs="+", help="methods", default=[*SETTINGS])
-    parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10])
-    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--ipc", nargs="+", type=harness.count, default=[1, 10])
+    parser.add_argument("--num-seeds", type=harness.count, default=3)
     parser.add_argument("--network", required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no row is begun")
     parser.add_argument("--out", type=Path, required=True, help="folder of the teacher and the sets")
     parser.add_argument("--rows", type=Path, help="folder of the rows (default: that of --out)")
     chosen = parser.parse_args()
+    for method in chosen.only:
+        if method not in SETTINGS:
+            raise ValueError(f"there are no settings of {method!r}: {suggest(method, SETTINGS)}")
     rows = chosen.rows or chosen.out
     begun, device = time.monotonic(), prepare_device(chosen.device)
     bench = Bench(
@@ -241,11 +261,11 @@ def main() -> None:
         name=Path(chosen.data).stem,
         provenance=Provenance.now(device),
     )
-    print(HEADER, flush=True)
+    print("\n".join(HEAD), flush=True)
     for ipc in chosen.ipc:
         for method in chosen.only:
             file = rows / f"{method}-{ipc}.json"
-            row = harness.kept(Row, file, bench.common)
+            row = harness.kept(Row, file, {**bench.common, "settings": bench.settings(method, ipc)})
             if row is None:
                 if time.monotonic() - begun > 60 * chosen.limit:
                     print(f"stopped after {chosen.limit:g} minutes", flush=True)

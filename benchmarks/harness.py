@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import datetime
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -33,7 +35,7 @@ from condense.allocator import keep_freed_memory, restore_defaults
 from condense.cli import stopped_by_sigterm
 from condense.compute import Compute, has_bfloat16
 from condense.data.datasets import Arrays
-from condense.files import check_new_folder, read_json, write_text
+from condense.files import canonical_json, check_new_folder, read_json, write_text
 from condense.names import percent
 from condense.schema import from_json
 
@@ -148,6 +150,13 @@ def scratch() -> Path:
     return Path(folder)
 
 
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """Give what runs inside a cache of its own, so that its time includes what an earlier command may have cached."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CONDENSE_CACHE=folder):
+        yield
+
+
 def driver(device: torch.device) -> str | None:
     """Return the version of the driver of a GPU; None on a CPU."""
     if device.type != "cuda":
@@ -249,6 +258,18 @@ def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@contextlib.contextmanager
+def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Start a process, which is killed if the context is left before it has ended."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+
+
 def has_ended(process: subprocess.Popen[Any]) -> bool:
     """Whether a process has ended. What it used can still be asked for (``left_by``)."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -266,8 +287,17 @@ def read(cls: type[T], file: Path) -> T:
     return from_json(cls, read_json(file, fix="delete it"), str(file))
 
 
+def digest(*settings: Any) -> str:
+    """Return a short hash of values of JSON and of dataclasses, for the field ``settings`` of a record."""
+    text = canonical_json(json.loads(json.dumps(settings, default=dataclasses.asdict)))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def kept(cls: type[T], file: Path, facts: Mapping[str, Any]) -> T | None:
     """Return the record that an earlier run wrote, if there is one.
+
+    A record whose ``settings`` are empty was written before there was such a field. It is kept if its other facts are
+    the same, because nothing in it says that its settings were others.
 
     Raises:
         ValueError: the file is damaged, its record differs in one of the facts, or it is missing and cannot be written.
@@ -277,9 +307,11 @@ def kept(cls: type[T], file: Path, facts: Mapping[str, Any]) -> T | None:
         return None
     record = read(cls, file)
     for name, value in facts.items():
-        if (found := getattr(record, name)) != value:
-            what = f"another {name}" if dataclasses.is_dataclass(value) else f"{name} {found}, not {value}"
-            raise ValueError(f"{file} was measured with {what}; give another folder with --rows")
+        if (found := getattr(record, name)) == value or (name, found) == ("settings", ""):
+            continue
+        what = f"another {name}" if dataclasses.is_dataclass(value) else f"{name} {found}, not {value}"
+        what = "other settings" if name == "settings" else what
+        raise ValueError(f"{file} was measured with {what}; give another place with --rows")
     return record
 
 
@@ -313,7 +345,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def fast(device: torch.device) -> Compute:
+def uncompiled(device: torch.device) -> Compute:
     """Return arithmetic without compilation for many short trainings: bfloat16 where the device has it."""
     narrow = has_bfloat16(device)
     return Compute(compile=False, autocast="bfloat16" if narrow else "none", channels_last=narrow)

@@ -39,9 +39,12 @@ from condense.data.datasets import Arrays, load, open_data
 from condense.data.layout import Kind, kind
 from condense.eval.baselines import FULL, full_data
 from condense.eval.protocol import PROTOCOLS, own, own_network
+from condense.experiment import recipe_for
 from condense.inner import RandomTruncated
 from condense.method import Optim
+from condense.names import suggest
 from condense.networks import resolve, with_options
+from condense.recipe import Recipe
 from condense.schedule import Schedule
 from condense.synthetic.decode import StaticDynamic
 from condense.synthetic.set import SyntheticSet
@@ -182,9 +185,12 @@ class Row:
     bytes: int = 0
     """Of the samples of the set and its decoder; 0 for all samples."""
     seconds: float = 0.0
-    """Time of the distillation, without experts."""
+    """Time of the distillation, without experts and stills."""
     minutes: float = 0.0
-    """Time of all: experts, distillation, training and scoring."""
+    """Time of distillation, training and scoring, and of the experts, stills and random samples that the row is the
+    first to need."""
+    settings: str = ""
+    """Digest of the recipe and of the training of experts and stills; empty in older rows."""
 
     def cells(self) -> str:
         """A row of the Markdown table."""
@@ -201,9 +207,11 @@ class Row:
         return harness.table_line(words)
 
 
-HEADER = (
-    "| method | samples per class | bytes | `canonical`, % | own training, % | random under it, % | distilled in, s "
-    "| minutes |\n|---|---|---|---|---|---|---|---|"
+HEAD = harness.table_head(
+    [
+        *("method", "samples per class", "bytes", "`canonical`, %", "own training, %", "random under it, %"),
+        *("distilled in, s", "minutes"),
+    ]
 )
 
 
@@ -215,7 +223,7 @@ def tables(folder: Path) -> list[str]:
         given = [row for row in rows if (row.dataset, row.network, row.num_seeds) == (dataset, network, n)]
         budgets = " ".join(str(ipc) for ipc in sorted({row.ipc for row in given} - {0}))
         command = f"python -m benchmarks.inputs {dataset}.npz --network {network} --ipc {budgets} --num-seeds {n}"
-        lines += [f"`{dataset}`, `{network}`, n = {n}:", "", HEADER, *map(Row.cells, given), "", f"    {command}", ""]
+        lines += [f"`{dataset}`, `{network}`, n = {n}:", "", *HEAD, *map(Row.cells, given), "", f"    {command}", ""]
         lines += [f"{'; '.join(dict.fromkeys(str(row.provenance) for row in given))}; seed 0.", ""]
     return lines
 
@@ -246,9 +254,12 @@ class Bench(harness.Bench):
             accuracies = self.random(ipc)
             size = _bytes(self.draws[ipc][0])
         else:
-            buffers = self.experts() if method.startswith("mtt") else self.folder
+            needs: dict[str, Any] = {"buffers": self.experts() if method.startswith("mtt") else self.folder}
+            if method.endswith("static-dynamic"):
+                needs["decode"] = StaticDynamic(stills=str(self.stills(ipc)))
             started = time.monotonic()
-            syn = self.distill(method, ipc, buffers=buffers)
+            with harness.empty_cache():
+                syn = self.distill(method, ipc, **needs)
             seconds = time.monotonic() - started
             accuracies, size = self.score(syn, self.num_seeds), _bytes(syn)
             if method in OWN:
@@ -266,23 +277,33 @@ class Bench(harness.Bench):
             bytes=size,
             seconds=seconds,
             minutes=(time.monotonic() - begun) / 60,
+            settings=self.settings(method, ipc),
         )
 
+    def recipe(self, method: str, ipc: int) -> Recipe:
+        fields = dict(SETTINGS[self.kind].get(method, {}))
+        network = with_options(self.network, **fields.pop("network", {}))
+        return recipe_for(
+            method,
+            self.arrays.name,
+            {"dataset": self.arrays.name, "network": network, "ipc": ipc, **fields},
+        )
+
+    def settings(self, method: str, ipc: int) -> str:
+        if method == FULL:
+            return harness.digest(method)
+        experts = EXPERTS[self.kind] if method.startswith("mtt") else None
+        stills = STILLS if method.endswith("static-dynamic") else None
+        return harness.digest(self.recipe(method, ipc).hash(self.arrays.fingerprint["train"]), experts, stills)
+
     def distill(self, method: str, ipc: int, **fields: Any) -> SyntheticSet:
-        settings = dict(SETTINGS[self.kind].get(method, {}))
-        network = with_options(self.network, **settings.pop("network", {}))
-        if method.endswith("static-dynamic"):
-            settings["decode"] = StaticDynamic(stills=str(self.stills(ipc)))
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             return api.distill(
-                method,
+                self.recipe(method, ipc),
                 dataset=self.arrays,
-                network=network,
-                ipc=ipc,
                 compute=self.compute,
                 device=str(self.device),
                 out=Path(out) / "run",
-                **settings,
                 **fields,
             )
 
@@ -359,8 +380,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", nargs="+", help="methods, random or full")
-    parser.add_argument("--ipc", nargs="+", type=int, default=[1, 10])
-    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--ipc", nargs="+", type=harness.count, default=[1, 10])
+    parser.add_argument("--num-seeds", type=harness.count, default=5)
     parser.add_argument("--network", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--validate", action="store_true", help="score on held-out training samples")
@@ -371,6 +392,11 @@ def main() -> None:
     arrays = open_data(chosen.data)
     if (found := kind(arrays.input_shape)) not in SETTINGS:
         raise ValueError(f"{chosen.data} has {found}, and the settings are for series and clips; give one of these")
+    known = ["random", FULL, *SETTINGS[found]]
+    methods = chosen.only or known
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"there are no settings of {method!r} for {found}: {suggest(method, known)}")
     arrays = with_held_out(arrays) if chosen.validate else arrays
     device = prepare_device(chosen.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -384,13 +410,13 @@ def main() -> None:
             name=chosen.data.stem,
             provenance=Provenance.now(device),
         )
-        print(HEADER, flush=True)
-        methods = chosen.only or ["random", FULL, *SETTINGS[bench.kind]]
+        print("\n".join(HEAD), flush=True)
         asked = [(ipc, method) for ipc in chosen.ipc for method in methods if method != FULL or ipc == chosen.ipc[0]]
         for budget, method in asked:
             ipc = 0 if method == FULL else budget
             file = None if chosen.rows is None else chosen.rows / f"{method}-{ipc or 'all'}.json"
-            row = None if file is None else harness.kept(Row, file, bench.common)
+            facts = {**bench.common, "settings": bench.settings(method, ipc)}
+            row = None if file is None else harness.kept(Row, file, facts)
             if row is None:
                 if time.monotonic() - begun > 60 * chosen.limit:
                     print(f"stopped after {chosen.limit:g} minutes", flush=True)

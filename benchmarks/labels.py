@@ -26,7 +26,6 @@ from benchmarks.harness import Provenance
 from condense import api
 from condense.compute import prepare_device
 from condense.data.datasets import open_data
-from condense.files import check_new_folder
 from condense.synthetic.set import SyntheticSet
 from condense.synthetic.teaching import Online, Projector, Stored, StoredProjector, StoredTeacher, ViewLabels
 
@@ -67,12 +66,13 @@ class Rows:
     rows: tuple[Row, ...] = ()
 
 
-HEADER = "| labels | accuracy, % | bytes of labels | of these the teacher or encoder | minutes |\n|---|---|---|---|---|"
+HEAD = harness.table_head(["labels", "accuracy, %", "bytes of labels", "of these the teacher or encoder", "minutes"])
 
 
 def cells(row: Row) -> str:
     encoder = f"{row.encoder:,}" if row.encoder else "—"
-    return f"| {row.labels} | {harness.mean_and_std(row.accuracies)} | {row.bytes:,} | {encoder} | {row.minutes:.1f} |"
+    accuracies = harness.mean_and_std(row.accuracies)
+    return harness.table_line([row.labels, accuracies, f"{row.bytes:,}", encoder, f"{row.minutes:.1f}"])
 
 
 def encoder_bytes(syn: SyntheticSet) -> int:
@@ -82,21 +82,16 @@ def encoder_bytes(syn: SyntheticSet) -> int:
     return syn.cost().labels - syn.classes.nbytes if isinstance(syn.provider, StoredTeacher) else 0
 
 
-def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows:
-    """Return the rows of a file that is to be continued, or none.
+def begun(file: Path, facts: dict[str, Any], now: Provenance) -> Rows | None:
+    """Return the rows of a file that is to be continued, if there is one.
 
     Raises:
         ValueError: the file has rows of other settings or of another code, device or number of threads, or it is
             missing and cannot be written.
     """
-    if not file.exists():
-        check_new_folder(file.parent)
-        return Rows(**facts, provenance=now)
-    made = harness.read(Rows, file)
-    found = {**dataclasses.asdict(made), **dataclasses.asdict(made.provenance)}
-    for name, value in {**facts, **dataclasses.asdict(now)}.items():
-        if name != "date" and found[name] != value:
-            raise ValueError(f"{file} has rows of {name} {found[name]}, not {value}; give another file with --rows")
+    made = harness.kept(Rows, file, facts)
+    if made is not None and dataclasses.replace(made.provenance, date=now.date) != now:
+        raise ValueError(f"{file} has rows of {made.provenance}, not of {now}; give another place with --rows")
     return made
 
 
@@ -106,7 +101,7 @@ def tables(folder: Path) -> list[str]:
     for file in sorted(folder.glob("*.json")):
         made = harness.read(Rows, file)
         command = f"python -m benchmarks.labels {made.dataset}.npz --network {made.network} --ipc {made.ipc}"
-        lines += [f"`{made.dataset}`, {images(made.ipc)} ({made.images:,} bytes), `{made.network}`:", "", HEADER]
+        lines += [f"`{made.dataset}`, {images(made.ipc)} ({made.images:,} bytes), `{made.network}`:", "", *HEAD]
         lines += [*map(cells, made.rows), "", f"    {command} --num-seeds {made.num_seeds} --out FOLDER", ""]
         lines += [f"{made.provenance}, seed 0.", ""]
     return lines
@@ -116,28 +111,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="file, or name of a data set")
     parser.add_argument("--network", required=True)
-    parser.add_argument("--ipc", type=int, default=10)
-    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--ipc", type=harness.count, default=10)
+    parser.add_argument("--num-seeds", type=harness.count, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=Path, help="file of the rows (default: labels.json in the folder)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the experts")
     chosen = parser.parse_args()
     arrays, device = open_data(chosen.data), prepare_device(chosen.device)
-    common: dict[str, Any] = {"compute": harness.fast(device), "device": str(device)}
-    experts = dataclasses.replace(TEACHER, keep="all")
-    api.make_buffer(arrays, chosen.network, experts=experts, out=chosen.out / "experts", **common)
-    syn = api.distill("random", dataset=arrays, network=chosen.network, ipc=chosen.ipc, **common)
+    common: dict[str, Any] = {"compute": harness.uncompiled(device), "device": str(device)}
     facts: dict[str, Any] = {
         "dataset": Path(chosen.data).stem,
         "fingerprint": arrays.fingerprint["train"],
         "network": chosen.network,
         "ipc": chosen.ipc,
         "num_seeds": chosen.num_seeds,
-        "images": syn.cost().images,
     }
-    file = chosen.rows or chosen.out / "labels.json"
-    made = begun(file, facts, Provenance.now(device))
-    print(HEADER, flush=True)
+    file, now = chosen.rows or chosen.out / "labels.json", Provenance.now(device)
+    made = begun(file, facts, now)
+    experts = dataclasses.replace(TEACHER, keep="all")
+    api.make_buffer(arrays, chosen.network, experts=experts, out=chosen.out / "experts", **common)
+    syn = api.distill(
+        "random",
+        dataset=arrays,
+        network=chosen.network,
+        ipc=chosen.ipc,
+        out=chosen.out / f"random-{chosen.ipc}",
+        resume=True,
+        **common,
+    )
+    made = made or Rows(**facts, images=syn.cost().images, provenance=now)
+    print("\n".join(HEAD), flush=True)
     for name, kind in KINDS.items():
         row = next((row for row in made.rows if row.labels == name), None)
         if row is None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,8 @@ class Row:
     seconds: float
     """Time of the distillation, without experts."""
     provenance: Provenance
+    settings: str = ""
+    """Digest of the recipe and the training of its experts; empty in older rows."""
 
     def cells(self) -> str:
         """A row of the Markdown table."""
@@ -58,7 +61,7 @@ class Row:
         return harness.table_line([f"`{self.recipe}`", str(self.ipc), *accuracies, f"{self.seconds:.0f}"])
 
 
-HEADER = "| recipe | images per class | set, % | random images, % | distilled in, s |\n|---|---|---|---|---|"
+HEAD = harness.table_head(["recipe", "images per class", "set, %", "random images, %", "distilled in, s"])
 
 
 def tables(folder: Path) -> list[str]:
@@ -67,7 +70,7 @@ def tables(folder: Path) -> list[str]:
     lines = []
     for num_seeds, draws in sorted({(row.num_seeds, row.draws) for row in rows}, reverse=True):
         given = [row for row in rows if (row.num_seeds, row.draws) == (num_seeds, draws)]
-        lines += [HEADER, *map(Row.cells, sorted(given, key=lambda row: (row.ipc, row.method))), ""]
+        lines += [*HEAD, *map(Row.cells, sorted(given, key=lambda row: (row.ipc, row.method))), ""]
         lines += [f"    python -m benchmarks.methods --num-seeds {num_seeds} --draws {draws}", ""]
         lines += [f"{'; '.join(dict.fromkeys(str(row.provenance) for row in given))}; seed 0.", ""]
     return lines
@@ -105,34 +108,50 @@ def experts_for(spec: ArtifactSpec, augment: str) -> Experts:
     return dataclasses.replace(EXPERTS, num_epochs=num_epochs, augment=augment, **ascent)
 
 
+def buffers(plan: Recipe) -> list[dict[str, Any]]:
+    """Return the arguments of ``make_buffer`` for each buffer of the digits that a recipe needs."""
+    task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
+    common = {"dataset": "digits", "transform": plan.transform, "split": plan.split}
+    return [
+        {**common, "network": spec.identity["network"], "experts": experts_for(spec, plan.augment)}
+        for spec in plan.method.needs(task).values()
+    ]
+
+
 def make_buffers(plan: Recipe, root: Path) -> None:
     """Make the buffers of the digits that a recipe needs, below ``root``, unless they lie there."""
-    task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
-    for spec in plan.method.needs(task).values():
-        common = {"experts": experts_for(spec, plan.augment), "transform": plan.transform, "split": plan.split}
-        api.make_buffer("digits", spec.identity["network"], out=root, **common)
+    for arguments in buffers(plan):
+        api.make_buffer(**arguments, out=root, device="cpu")
+
+
+def settings(plan: Recipe) -> str:
+    return harness.digest(plan.hash("digits"), buffers(plan))
 
 
 def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
     """Distil with a method's recipe for the digits, below ``folder``; evaluate its set, and random images of ``draws``
     draws, with ``num_seeds`` networks each."""
     plan = recipe.named(digits_recipe(name).name)
-    options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts")
+    options = api.RunOptions(out=folder / name, buffers=folder / f"{name}-experts", device="cpu")
     make_buffers(plan, options.buffers)
     begun = time.monotonic()
     syn = api.run(plan, options)
     seconds = time.monotonic() - begun
     random = [
         api.distill(
-            "random", dataset="digits", network=plan.network, ipc=plan.ipc, seed=seed, out=folder / f"{name}-{seed}"
+            "random",
+            dataset="digits",
+            network=plan.network,
+            ipc=plan.ipc,
+            seed=seed,
+            out=folder / f"{name}-{seed}",
+            device="cpu",
         )
         for seed in range(draws)
     ]
     network, training = own_network(syn), own(syn)
-    learned, *others = [
-        api.evaluate(made, "digits", networks=[network], num_seeds=num_seeds, protocol=training).results[0].accuracies
-        for made in (syn, *random)
-    ]
+    common = {"networks": [network], "num_seeds": num_seeds, "protocol": training, "device": "cpu"}
+    learned, *others = [api.evaluate(made, "digits", **common).results[0].accuracies for made in (syn, *random)]
     return Row(
         method=name,
         recipe=digits_recipe(name).name,
@@ -143,6 +162,7 @@ def measure(name: str, folder: Path, num_seeds: int, draws: int = 1) -> Row:
         random=tuple(accuracy for other in others for accuracy in other),
         seconds=seconds,
         provenance=Provenance.now(torch.device("cpu")),
+        settings=settings(plan),
     )
 
 
@@ -153,12 +173,13 @@ def main() -> None:
     parser.add_argument("--draws", type=harness.count, default=3, help="number of draws of random images")
     parser.add_argument("--rows", type=Path, help="folder of the rows; methods that it holds are not measured again")
     chosen = parser.parse_args()
-    facts = {"num_seeds": chosen.num_seeds, "draws": chosen.draws}
-    print(HEADER, flush=True)
+    plans = {name: recipe.named(digits_recipe(name).name) for name in chosen.only}
+    print("\n".join(HEAD), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in chosen.only:
+        for name, plan in plans.items():
+            facts = {"num_seeds": chosen.num_seeds, "draws": chosen.draws, "recipe": digits_recipe(name).name}
             file = chosen.rows and chosen.rows / f"{name}.json"
-            row = harness.kept(Row, file, {**facts, "recipe": digits_recipe(name).name}) if file else None
+            row = harness.kept(Row, file, {**facts, "settings": settings(plan)}) if file else None
             if row is None:
                 row = measure(name, Path(folder), chosen.num_seeds, chosen.draws)
                 if file:

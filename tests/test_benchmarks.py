@@ -513,8 +513,56 @@ def test_inputs_are_measured_once_and_beside_random_samples(
     assert capsys.readouterr().out == first
     assert "\n".join(first.splitlines()) in "\n".join(inputs.tables(tmp_path))
     monkeypatch.setattr(sys, "argv", [*command, "--num-seeds", "2"])
-    with pytest.raises(ValueError, match=r"random-1.json was measured with num_seeds 1, not 2; give another folder"):
+    with pytest.raises(ValueError, match=r"random-1.json was measured with num_seeds 1, not 2; give another place"):
         inputs.main()
+    monkeypatch.setattr(sys, "argv", [*command, *"--only frepo --ipc 1 --num-seeds 1".split()])
+    monkeypatch.setitem(inputs.SETTINGS, "series", {"frepo": {"num_steps": 2, "training_epochs": 1}})
+    with pytest.raises(ValueError, match=r"frepo-1.json was measured with other settings; give another place"):
+        inputs.main()
+    file = tmp_path / "rows" / "frepo-1.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "settings"}))
+    inputs.main()
+    assert frepo in capsys.readouterr().out, "an older row does not say that its settings were others"
+    for words, says in (
+        ("--only frepo tesla", "there are no settings of 'tesla' for series: there are random, full, frepo"),
+        ("--ipc 0", "0 is no whole number of at least 1"),
+        ("--num-seeds 0", "0 is no whole number of at least 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *words.split()])
+        with pytest.raises((ValueError, SystemExit)) as refused:
+            inputs.main()
+        assert says in f"{refused.value}{capsys.readouterr().err}"
+
+
+def test_the_time_of_a_distillation_has_what_a_cache_would_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def noted(name: str, result: Any) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append((name, os.environ.get("CONDENSE_CACHE") != "ours"))
+            return result
+
+        return call
+
+    monkeypatch.setenv("CONDENSE_CACHE", "ours")
+    monkeypatch.setattr(inputs, "_bytes", lambda syn: 1)
+    for name, result in (("distill", None), ("stills", tmp_path), ("experts", tmp_path), ("score", (0.5,))):
+        monkeypatch.setattr(inputs.Bench, name, noted(name, result))
+    clips = np.zeros((4, 2, 1, 8, 8), np.float32)
+    bench = inputs.Bench(
+        arrays=inputs.load((clips, np.arange(4) % 2, clips, np.arange(4) % 2), layout="NTCHW"),
+        network="auto",
+        num_seeds=1,
+        device=CPU,
+        compute=Compute(),
+        folder=tmp_path,
+        name="clips",
+        provenance=harness.Provenance.now(CPU),
+    )
+    bench.row("dm-static-dynamic", 1)
+    assert seen == [("stills", False), ("distill", True), ("score", False)]
 
 
 def test_held_out_samples_stand_in_the_place_of_the_test_split() -> None:

@@ -412,17 +412,65 @@ def test_rows_of_labels_are_continued_by_the_same_code_alone(tmp_path: Path) -> 
         "network": TINY,
         "ipc": 1,
         "num_seeds": 2,
-        "images": 9,
     }
     file, later = tmp_path / "labels.json", dataclasses.replace(WHERE, date="2026-01-02")
     row = labels.Row(labels="online", accuracies=(0.5, 0.7), bytes=1500, encoder=1000, minutes=1.0)
-    assert labels.begun(file, facts, WHERE) == labels.Rows(**facts, provenance=WHERE)
-    made = labels.Rows(**facts, provenance=WHERE, rows=(row,))
+    assert labels.begun(file, facts, WHERE) is None
+    made = labels.Rows(**facts, images=9, provenance=WHERE, rows=(row,))
     file.write_text(json.dumps(dataclasses.asdict(made)))
     assert labels.begun(file, facts, later) == made
     for given, now in ((facts, dataclasses.replace(WHERE, commit="abd")), ({**facts, "ipc": 10}, WHERE)):
-        with pytest.raises(ValueError, match=r"labels.json has rows of (commit abc|ipc 1), .*; give another file with"):
+        with pytest.raises(
+            ValueError, match=r"labels.json (has rows of C|was measured with ipc 1, n).*; give another p"
+        ):
             labels.begun(file, given, now)
+
+
+def test_rows_of_labels_are_looked_at_before_a_teacher_is_trained(
+    tiny_classes: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(api, "make_buffer", None)
+    (tmp_path / "labels.json").write_text("{}")
+    words = ["labels", str(tmp_path / "toy.npz"), "--network", TINY, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert harness.status("labels", labels.main) == 2
+    assert "labels.json: the field 'dataset' is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--only", "sre2l", "rdd"], "decoupled: there are no settings of 'rdd': did you mean 'rded'?"),
+        (["--num-seeds", "0"], "0 is no whole number of at least 1"),
+        (["--ipc", "10", "0"], "0 is no whole number of at least 1"),
+    ],
+)
+def test_names_and_numbers_are_checked_before_a_teacher_is_trained(
+    words: list[str],
+    says: str,
+    tiny_classes: Arrays,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(api, "make_buffer", None)
+    places = [str(tmp_path / "toy.npz"), "--network", TINY, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["decoupled", *places, *words])
+    with contextlib.suppress(SystemExit):
+        assert harness.status("decoupled", decoupled.main) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_settings_of_decoupled_methods_decide_whether_a_row_is_kept(
+    tiny_classes: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: dict[str, Any] = {"device": torch.device("cpu"), "folder": tmp_path, "name": "toy", "provenance": WHERE}
+    bench = decoupled.Bench(arrays=tiny_classes, network=TINY, num_seeds=2, **places)
+    first = {method: bench.settings(method, 1) for method in decoupled.SETTINGS}
+    monkeypatch.setitem(decoupled.SETTINGS, "cda", {**decoupled.RECOVERY, "num_steps": 3})
+    assert [method for method in first if bench.settings(method, 1) != first[method]] == ["cda"]
+    monkeypatch.setattr(decoupled, "TEACHER", dataclasses.replace(decoupled.TEACHER, num_epochs=3))
+    assert all(bench.settings(method, 1) != first[method] for method in first)
 
 
 def test_a_method_whose_row_is_there_is_not_measured_again(
@@ -445,7 +493,7 @@ def test_a_method_whose_row_is_there_is_not_measured_again(
     assert measured == ["dm", "dc"]
     monkeypatch.setattr(sys, "argv", [*words, "--num-seeds", "2"])
     assert harness.status("methods", methods.main) == 2
-    assert "was measured with num_seeds 3, not 2; give another folder with --rows" in capsys.readouterr().err
+    assert "was measured with num_seeds 3, not 2; give another place with --rows" in capsys.readouterr().err
     for wrong in (
         ["--only", "herding", "--rows", str(tmp_path)],
         ["--only", "dm", "--rows", str(tmp_path / "dm.json")],
@@ -454,6 +502,38 @@ def test_a_method_whose_row_is_there_is_not_measured_again(
         assert harness.status("methods", methods.main) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert measured == ["dm", "dc"], "a folder that cannot be written is refused first"
+    (tmp_path / "dc.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*words[:3], "dc", "nothing", *words[4:]])
+    assert harness.status("methods", methods.main) == 2 and measured == ["dm", "dc"], "all names are checked first"
+
+
+def test_the_experts_of_a_method_decide_whether_its_row_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = {name: recipe.named(f"{name}-digits-ipc1") for name in ("dm", "mtt")}
+    first = {name: methods.settings(plan) for name, plan in plans.items()}
+    assert methods.settings(dataclasses.replace(plans["dm"], augment="none")) != first["dm"]
+    monkeypatch.setattr(methods, "EXPERTS", dataclasses.replace(methods.EXPERTS, lr=0.5))
+    assert [name for name in plans if methods.settings(plans[name]) != first[name]] == ["mtt"]
+
+
+def test_a_recipe_is_measured_on_the_device_that_its_row_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, run, plan = [], api.run, recipe.named("dm-digits-ipc1")
+
+    def noted(*args: Any, device: str, **options: Any) -> SimpleNamespace:
+        devices.append(device)
+        return SimpleNamespace(results=[SimpleNamespace(accuracies=(0.5,))])
+
+    def noted_run(plan: Any, options: api.RunOptions, **others: Any) -> Any:
+        devices.append(options.device)
+        return run(plan, options, **others)
+
+    monkeypatch.setattr(api, "run", noted_run)
+    monkeypatch.setattr(api, "evaluate", noted)
+    monkeypatch.setattr(api, "make_buffer", noted)
+    methods.make_buffers(recipe.named("mtt-digits-ipc1"), tmp_path)
+    short = dataclasses.replace(plan, method=dataclasses.replace(plan.method, num_steps=1))
+    monkeypatch.setattr(recipe, "named", lambda name: short)
+    row = methods.measure("dm", tmp_path, num_seeds=1)
+    assert devices == ["cpu"] * 5 and row.provenance.device == "cpu" and row.settings == methods.settings(short)
 
 
 STUDY = """
@@ -484,7 +564,7 @@ def test_a_study_goes_on_with_the_command_that_failed(
     assert harness.status("studies", studies.main) == 0 and capsys.readouterr().out in printed
     assert f"    condense {better}" in printed and "| trained on | attack AUC |" in printed
     table.write_text(STUDY)
-    with pytest.raises(ValueError, match=r"tiny.json was measured with another study; give another folder with --rows"):
+    with pytest.raises(ValueError, match=r"tiny.json was measured with another study; give another place with --rows"):
         studies.main()
 
 
@@ -559,6 +639,12 @@ def test_a_choice_scores_each_combination_on_held_out_images(
     assert "| `random` | 2 | `ipc 20`, `network mlp` | " in "\n".join(choices.tables(tmp_path))
     monkeypatch.setattr(choices, "measure", None)
     assert harness.status("choices", choices.main) == 0
+    plan = recipe.named("random")
+    monkeypatch.setattr(recipe, "named", lambda name: dataclasses.replace(plan, ipc=20, network="mlp"))
+    assert harness.status("choices", choices.main) == 0, "the recipe may have the values that were chosen"
+    monkeypatch.setattr(choices, "NUM_NETWORKS", 3)
+    assert harness.status("choices", choices.main) == 2
+    assert "random.json was measured with other settings; give another place" in capsys.readouterr().err
 
 
 def test_a_choice_for_the_training_of_a_row_needs_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
