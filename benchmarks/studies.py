@@ -2,14 +2,16 @@
 
     python -m benchmarks.studies FOLDER [--only NAME ...] [--work build/studies] [--rows results/studies]
 
-The studies are those of ``results/studies.yaml``; FOLDER has the ``.npz`` files that they name. Each runs in a
-folder of its own in ``--work``, with one thread. Commands that ended well are not run again, and a study whose result
-lies in ``--rows`` is not measured again. docs/results.md has a table of each result.
+The studies are those of ``results/studies.yaml``; FOLDER has the ``.npz`` files that they name. Each runs in a folder of
+its own in ``--work``, with one thread. Commands that ended well with the same code and the same folder of data are not
+run again, and a study whose result lies in ``--rows`` is not measured again. docs/results.md has a table of each
+result.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -71,9 +73,10 @@ def read(path: Path) -> dict[str, Study]:
 
 
 def measure(study: Study, folder: Path, work: Path) -> Finding:
-    """Run the commands of a study from the first one on that has not been run.
+    """Run the commands of a study from the first one on that has not been run by this code and with this data.
 
-    Commands after it are run again. What an interrupted command has left in the folder after ``--out`` is removed.
+    Commands after it are run again. What an interrupted command has left in the folder after ``--out`` is removed. The
+    provenance names the commits of all commands.
 
     Args:
         study: the study.
@@ -89,12 +92,13 @@ def measure(study: Study, folder: Path, work: Path) -> Finding:
         if not file.exists():
             raise ValueError(f"there is no file {file}; give the folder that has it")
     work.mkdir(parents=True, exist_ok=True)
-    spent = []
+    records = []
     for number, command in enumerate(study.commands):
         words = [str(files.get(word, word)) for word in shlex.split(command)]
         done = work / f"{number}.json"
         record = read_json(done, fix="delete it") if done.exists() else {}
-        if record.get("command") != command:
+        facts = {"command": shlex.join(words), "commit": harness.commit()}
+        if any(record.get(name) != value for name, value in facts.items()):
             for later in range(number, len(study.commands)):
                 (work / f"{later}.json").unlink(missing_ok=True)
             out = work / words[words.index("--out") + 1] if "--out" in words else None
@@ -102,17 +106,20 @@ def measure(study: Study, folder: Path, work: Path) -> Finding:
                 shutil.rmtree(out, ignore_errors=True)
             begun = time.monotonic()
             printed = _run([*words, *(["--json"] if number == len(study.commands) - 1 else [])], work)
-            record = {"command": command, "minutes": (time.monotonic() - begun) / 60, "printed": printed}
+            record = {**facts, "minutes": (time.monotonic() - begun) / 60, "printed": printed}
             write_text(done, json.dumps(record))
-        spent.append(record["minutes"])
+        records.append(record)
     table = json.loads(record["printed"])["table"]
     return Finding(
         study=study,
         caption=table["title"],
         columns=tuple(table["columns"]),
         rows=tuple(map(tuple, table["rows"])),
-        minutes=sum(spent),
-        provenance=Provenance.now(torch.device("cpu")),
+        minutes=sum(record["minutes"] for record in records),
+        provenance=dataclasses.replace(
+            Provenance.now(torch.device("cpu")),
+            commit=", ".join(dict.fromkeys(record["commit"] for record in records)),
+        ),
     )
 
 

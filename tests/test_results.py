@@ -593,6 +593,33 @@ def test_commands_of_a_study_after_a_changed_one_are_run_again(tmp_path: Path, m
     assert measured("buffer 2 --out a", "distill --out b", last) == ["distill", "apply"]
 
 
+def test_commands_of_a_study_are_run_again_by_other_code_and_with_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    code = ["a"]
+
+    def run(words: Sequence[str], folder: Path) -> str:
+        done.append(words[0])
+        return json.dumps({"table": {"title": "t", "columns": [], "rows": []}})
+
+    def measured(folder: str) -> str:
+        done.clear()
+        return studies.measure(study, tmp_path / folder, tmp_path / "work").provenance.commit
+
+    monkeypatch.setattr(studies, "_run", run)
+    monkeypatch.setattr(harness, "commit", lambda: code[-1])
+    study = studies.Study(title="s", data={"toy": "toy.npz"}, commands=("distill toy", "apply a"))
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "toy.npz").touch()
+    assert measured("one") == "a" and done == ["distill", "apply"]
+    assert measured("one") == "a" and done == []
+    assert measured("two") == "a" and done == ["distill", "apply"]
+    code.append("b")
+    assert measured("two") == "b" and done == ["distill", "apply"]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
