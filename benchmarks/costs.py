@@ -113,9 +113,10 @@ def measuring(
     """
     if write:
         check_new_folder(RECORDS)
+    cpu = torch.device("cpu")
+    provenance = Provenance.now(cpu)
     table, begun, load = Table(columns), time.monotonic(), os.getloadavg()[0]
     yield table
-    cpu = torch.device("cpu")
     given = [Path(word).name for word in (sys.argv[1:] if words is None else words) if word != "--write"]
     costs = Costs(
         command=" ".join([used.prog, shlex.join(given)]).strip(),
@@ -126,7 +127,7 @@ def measuring(
         cores=harness.cores(),
         load=round(load, 1),
         minutes=round((time.monotonic() - begun) / 60, 2),
-        provenance=Provenance.now(cpu),
+        provenance=provenance,
     )
     if costs.remark:
         print(f"\n{costs.remark}")

@@ -1,8 +1,8 @@
 """Measure time and memory of loading a data set and making a task, and the time of drawing a batch.
 
 Three processes run: one without a cache, one that fills the cache, and one that uses it. `private` is the growth of
-Private_Dirty, the memory that no other process shares; `peak` is the growth of the largest resident set, which includes
-shared pages. Linux only.
+Private_Dirty, the memory that no other process shares; `peak` is the largest resident set minus the one at the start,
+both with shared pages. Linux only.
 
     python -m benchmarks.data_memory cifar10.npz [--transforms channel zca] [--write]
 """
@@ -10,7 +10,6 @@ shared pages. Linux only.
 from __future__ import annotations
 
 import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import costs
-from benchmarks.harness import alone, status
+from benchmarks.harness import alone, reset_peak, status, status_bytes
 from condense.augment import Augment
 from condense.compute import prepare_device
 from condense.data import load
@@ -34,17 +33,14 @@ DRAWS = 1000
 def private_mb() -> float:
     match = re.search(r"^Private_Dirty: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
     assert match
-    return int(match[1]) / 1024
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(match[1]) * 1024 / 1e6
 
 
 def measure(file: str, transform: str, cache: Path | None) -> tuple[str, ...]:
     """Return the cells of a row: seconds, milliseconds of a draw, and memory."""
     prepare_device("cpu")
-    private, peak, begun = private_mb(), peak_mb(), time.perf_counter()
+    reset_peak()
+    private, held, begun = private_mb(), status_bytes("VmRSS"), time.perf_counter()
     arrays = load(file, cache=cache)
     loaded = time.perf_counter()
     network = Functional("convnet", arrays.input_shape, arrays.num_classes)
@@ -65,7 +61,7 @@ def measure(file: str, transform: str, cache: Path | None) -> tuple[str, ...]:
         f"{made - loaded:.3f}",
         f"{draw:.2f}",
         f"{private_mb() - private:.0f}",
-        f"{peak_mb() - peak:.0f}",
+        f"{(status_bytes('VmHWM') - held) / 1e6:.0f}",
     )
 
 

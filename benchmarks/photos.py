@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks import costs
-from benchmarks.harness import count, has_ended, left_by, status
+from benchmarks.harness import child, count, has_ended, left_by, status
 
 NUM_CLASSES = 10
 COLUMNS = ("photos", "images, MB", "time, s", "processor time of a photo, ms", "memory, MB")
@@ -46,14 +47,14 @@ def prepared(photos: Path, out: Path, threads: int) -> tuple[float, float, float
     command = [sys.executable, "-m", "condense", "prepare", str(photos), str(out), "--size", "64"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     begun, most = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    memory = Path(f"/proc/{process.pid}/status")
-    while not has_ended(process):
-        lines = memory.read_text().splitlines()
-        most = max([most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
-        time.sleep(0.02)
-    seconds = time.perf_counter() - begun
-    usage = left_by(process)
+    with child(command, stdout=subprocess.DEVNULL, env=environment) as process:
+        memory = Path(f"/proc/{process.pid}/status")
+        while not has_ended(process):
+            lines = memory.read_text().splitlines()
+            most = max([most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+            time.sleep(0.02)
+        seconds = time.perf_counter() - begun
+        usage = left_by(process)
     if process.returncode:
         sys.exit(process.returncode)
     return seconds, usage.ru_utime + usage.ru_stime, most * 1024 / 1e6
@@ -63,6 +64,7 @@ def main(words: list[str] | None = None) -> None:
     parser = costs.parser("photos", __doc__)
     parser.add_argument("--photos", nargs="+", type=count, default=[20_000], help="numbers of photos, a row for each")
     options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
     with costs.measuring("photos", parser, words, COLUMNS, write=options.write) as table:
         for num in options.photos:
             with tempfile.TemporaryDirectory() as name:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import costs
-from benchmarks.harness import count, has_ended, left_by, status
+from benchmarks.harness import alone, child, count, has_ended, left_by, status
 from condense import api
 
 NETWORK = "convnet:depth=3,width=8,norm=batch"
@@ -51,8 +51,7 @@ def main(words: list[str] | None = None) -> None:
 def peaks(folder: Path, num_classes: int, ipc: int, size: int) -> tuple[float, float]:
     """Return the peaks, in MB, of a recovery and of the process that continues a killed one; both write the same
     bytes."""
-    write(folder / "data.npz", num_classes, ipc, (3, size, size))
-    api.make_buffer(folder / "data.npz", NETWORK, num_experts=1, num_epochs=1, keep="last", out=folder, device="cpu")
+    alone(prepare, folder, num_classes, ipc, size)
     whole = distil(folder, "whole", ipc)
     distil(folder, "stopped", ipc, kill_after=ipc * -(-num_classes // CHUNK) // 2)
     resumed = distil(folder, "stopped", ipc, "--resume")
@@ -60,6 +59,13 @@ def peaks(folder: Path, num_classes: int, ipc: int, size: int) -> tuple[float, f
     if sets[0] != sets[1]:
         sys.exit("the resumed run wrote other bytes")
     return whole, resumed
+
+
+def prepare(folder: Path, num_classes: int, ipc: int, size: int) -> None:
+    """Write data and buffer. The memory of the process that starts a command counts in the command's peak, so this one
+    runs in another."""
+    write(folder / "data.npz", num_classes, ipc, (3, size, size))
+    api.make_buffer(folder / "data.npz", NETWORK, num_experts=1, num_epochs=1, keep="last", out=folder, device="cpu")
 
 
 def write(path: Path, num_classes: int, each: int, shape: tuple[int, int, int]) -> None:
@@ -75,14 +81,14 @@ def distil(folder: Path, run: str, ipc: int, *flags: str, kill_after: int | None
     out = folder / run
     command = f"-m condense distill sre2l --dataset {folder / 'data.npz'} --network {NETWORK} --ipc {ipc} --device cpu"
     command += f" --buffers {folder} --out {out} --method.num-steps 3 --method.chunk {CHUNK} --decode pixels-8bit"
-    process = subprocess.Popen([sys.executable, *command.split(), *flags], stdout=subprocess.DEVNULL)
-    if kill_after is not None:
-        while len(list((out / "scratch").glob("chunk_*.safetensors"))) < kill_after:
-            if has_ended(process):
-                sys.exit("the run ended before it was killed")
-            time.sleep(0.01)
-        process.kill()
-    usage = left_by(process)
+    with child([sys.executable, *command.split(), *flags], stdout=subprocess.DEVNULL) as process:
+        if kill_after is not None:
+            while len(list((out / "scratch").glob("chunk_*.safetensors"))) < kill_after:
+                if has_ended(process):
+                    sys.exit("the run ended before it was killed")
+                time.sleep(0.01)
+            process.kill()
+        usage = left_by(process)
     if kill_after is None and process.returncode:
         sys.exit(process.returncode)
     return usage.ru_maxrss * 1024 / 1e6

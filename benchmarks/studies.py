@@ -2,10 +2,9 @@
 
     python -m benchmarks.studies FOLDER [--only NAME ...] [--work build/studies] [--rows results/studies]
 
-The studies are those of ``results/studies.yaml``; FOLDER has the ``.npz`` files that they name. Each runs in a folder of
-its own in ``--work``, with one thread. Commands that ended well with the same code and the same folder of data are not
-run again, and a study whose result lies in ``--rows`` is not measured again. docs/results.md has a table of each
-result.
+The studies are those of ``results/studies.yaml``; FOLDER has the ``.npz`` files that they name. Each runs in a
+folder of its own in ``--work``, with one thread. Commands that ended well with the same code and FOLDER are not run
+again, and a study whose result lies in ``--rows`` is not measured again. docs/results.md has a table of each result.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=count, default=7)
     parser.add_argument("--quick", action="store_true", help="a tiny update, to check that everything runs")
     options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
     scale = QUICK if options.quick else Scale(num_real=512, compute=fast(CPU))
     with (
         processes(options.busy) as others,

@@ -94,6 +94,24 @@ def test_a_step_is_compared_with_its_parts(
     harness.allocator(engine=False)
 
 
+def test_a_record_names_the_commit_and_the_threads_that_were_measured(
+    written: Callable[..., Costs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = ["before"]
+
+    def prepared(photos: Path, out: Path, threads: int) -> tuple[float, float, float]:
+        code.append("after")
+        return 1.0, 1.0, 1.0
+
+    monkeypatch.setattr(harness, "commit", lambda: code[-1])
+    monkeypatch.setattr(photos, "prepared", prepared)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    where = written(photos.main, "photos", ["--photos", "1"]).provenance
+    torch.set_num_threads(threads)
+    assert (where.commit, where.threads) == ("before", 1)
+
+
 @pytest.mark.slow
 @linux
 def test_photos(written: Callable[..., Costs]) -> None:
