@@ -5,6 +5,9 @@
     python -m benchmarks --only matching --repeats 3         # paths with this word; printed, not written
     python -m benchmarks --quick --out /tmp/somewhere        # tiny sizes, to check that everything runs
 
+Rows are collected in ``partial-performance.json``, which replaces ``performance.json`` at the end. On a CPU, docs are
+left as they are if the limit of ``--limit`` is reached before the last row.
+
 On a CPU, textbook and engine run alternately in one process, and peak memory is measured in a separate process for each
 side. On a GPU, each variant of the engine has a process of its own. The figures are medians after a first run. See
 docs/performance.md.
@@ -17,6 +20,7 @@ import dataclasses
 import datetime
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +32,9 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks import buffer_read, gpu, harness, measure, startup
-from benchmarks.harness import alone, cores, count, driver, machine, processes
+from benchmarks.harness import alone, cores, count, driver, machine, processes, status
 from benchmarks.jobs import GPU, JOBS, QUICK, Job, Scale, fast, matching_engine
-from benchmarks.report import DOCS, Report, replace_part
+from benchmarks.report import DOCS, Report
 from condense.compute import resolve_device
 from condense.files import check_writable
 
@@ -198,10 +202,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="commit to record, where the folder is not a repository")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    try:
-        device = resolve_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = resolve_device(options.device)
     on_cpu, on_gpu = device.type == "cpu", device.type != "cpu" or options.quick
     of_cpu = [*BENCHMARKS, *(EXTRAS if options.only != [""] else ())] if on_cpu else []
     known = [*of_cpu, *(gpu.paths() if on_gpu else ())]
@@ -212,11 +213,8 @@ def main(words: list[str] | None = None) -> None:
     complete = options.only == [""] and not options.quick
     folder = options.out or (DOCS if complete else None)
     if folder is not None:
-        try:
-            check_writable(folder)
-        except ValueError as error:
-            parser.error(str(error))
-    reports = []
+        check_writable(folder)
+    reports, reached = [], True
 
     def report(name: str) -> Report:
         reports.append(Report(name, head(device, options.commit), folder))
@@ -227,33 +225,38 @@ def main(words: list[str] | None = None) -> None:
         if on_cpu:
             scale = QUICK if options.quick else Scale(compute=fast(device))
             session = Session(scale, device, options.repeats, report("table"))
-            measure_all(session, [name for name in of_cpu if any(word in name for word in options.only)], options.limit)
+            names = [name for name in of_cpu if any(word in name for word in options.only)]
+            reached = measure_all(session, names, options.limit)
         if on_gpu:
             gpu.Plan(
                 report=report("gpu-table"),
                 scale=QUICK if options.quick else dataclasses.replace(GPU, compute=fast(device)),
                 device=device,
                 repeats=options.repeats,
-                minutes=options.limit or 8.5,
+                minutes=8.5 if options.limit is None else options.limit,
                 cache=Path(cache),
                 words=options.only,
                 profiled=options.profile,
             ).measure()
     for made in reports:
         print(f"\n{made.text()}")
-        if folder is not None:
-            replace_part(folder / "performance.md", made.name, made.text())
+        if folder is not None and (reached or options.out):
+            made.finish(folder)
+        elif folder is not None:
+            file = made.write(folder)
+            print(f"docs are left as they are; python -m benchmarks.report {file} puts these rows there", flush=True)
 
 
-def measure_all(session: Session, names: Sequence[str], minutes: float | None) -> None:
-    """Run the benchmarks of a CPU that are among ``names``, until the time limit."""
+def measure_all(session: Session, names: Sequence[str], minutes: float | None) -> bool:
+    """Run the benchmarks of a CPU that are among ``names``, until the time limit; return whether all were reached."""
     begun, known = time.monotonic(), BENCHMARKS | EXTRAS
     for name in names:
         if minutes is not None and time.monotonic() > begun + 60 * minutes:
             print(f"the limit of {minutes:g} minutes is reached before {name}", flush=True)
-            return
+            return False
         known[name](session)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("python -m benchmarks", main))

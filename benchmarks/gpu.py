@@ -25,7 +25,6 @@ from benchmarks import measure
 from benchmarks.harness import Process, processes
 from benchmarks.jobs import JOBS, Job, Scale, Steps, evaluation, matching, matching_engine, rcig_engine
 from benchmarks.report import Report
-from condense.compute import Compute
 
 T = TypeVar("T")
 
@@ -74,8 +73,7 @@ def shorter(scale: Scale) -> Scale:
 
 
 def without_tf32(scale: Scale) -> Scale:
-    off: dict[str, Any] = {"tf32": False}
-    return dataclasses.replace(scale, compute=dataclasses.replace(scale.compute, **off))
+    return dataclasses.replace(scale, compute=dataclasses.replace(scale.compute, tf32=False))
 
 
 def _method(path: str, job: Job | None = None, **options: Any) -> Variant:
@@ -94,13 +92,12 @@ VARIANTS = [
     Variant(path="expert training, batches of 1024", job=JOBS["expert training"], scale=larger_batches),
     Variant(path="evaluation, 4 networks at once", job=evaluation(4), textbook=False, single=_SINGLE),
     *(_method(f"{name}, an update") for name in ("RaT-BPTT", "FRePo", "RCIG", "IDC")),
-]
-"""In the order in which they are measured."""
-if "tf32" in {field.name for field in dataclasses.fields(Compute)}:
-    VARIANTS += [
+    *(
         _method(f"trajectory matching, {n} steps, without TF32", matching(n), scale=without_tf32, textbook=False)
         for n in (10, 50)
-    ]
+    ),
+]
+"""In the order in which they are measured."""
 
 
 def paths() -> list[str]:

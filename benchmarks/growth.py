@@ -50,9 +50,9 @@ from benchmarks.jobs import (
     matching_textbook,
     sweep,
 )
-from benchmarks.report import replace_part
+from benchmarks.report import DOCS, replace_part
 from condense.buffers.trajectories import Experts, build
-from condense.files import check_new_folder
+from condense.files import check_new_folder, replacing
 
 SMALL = Scale(depth=2, width=32, side=16, batch_real=32, batch=32, num_batches=4, compute=EXACT)
 CPU = torch.device("cpu")
@@ -215,7 +215,8 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110, format="png")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -223,10 +224,12 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__, formatter_class=formatter)
     parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--quick", action="store_true", help="two smallest sizes only, to check that everything runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
+    parser.add_argument("--out", type=Path, help="folder of all that is written (default: docs; with --quick: none)")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args(words)
-    check_new_folder(options.out)
+    folder = options.out or (None if options.quick else DOCS)
+    if folder is not None:
+        check_new_folder(folder)
     torch.set_num_threads(options.threads)
     curves = []
     for panel in PANELS:
@@ -241,10 +244,11 @@ def main(words: list[str] | None = None) -> None:
         cores=cores(),
         provenance=Provenance.now(CPU),
     )
-    plot(curves, options.out / "images" / "growth.png")
-    write(growth, options.out / "growth.json")
-    replace_part(options.out / "performance.md", "growth", growth.text())
     print(growth.text())
+    if folder is not None:
+        write(growth, folder / "growth.json")
+        plot(curves, folder / "images" / "growth.png")
+        replace_part(folder / "performance.md", "growth", growth.text())
 
 
 if __name__ == "__main__":

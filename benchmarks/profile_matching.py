@@ -5,13 +5,18 @@ python -m benchmarks.profile_matching
 
 from __future__ import annotations
 
+import argparse
+import sys
+
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import allocator
+from benchmarks.harness import allocator, status
 from benchmarks.jobs import CPU, Scale, fast, matching_engine
 
 
 def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     allocator(engine=True)
     step = matching_engine(10, Scale(compute=fast(CPU)), CPU)
     step()
@@ -24,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("profile-matching", main))

@@ -1,23 +1,30 @@
-"""Write measurements to a JSON file as they come, and their table to docs/performance.md.
+"""Write measurements to a JSON file as they come, and at the end their table to docs/performance.md.
 
-python -m benchmarks.report performance-gpu.json        # put the rows of this file into docs
+python -m benchmarks.report performance-gpu.json           # put the rows of this file into docs
+python -m benchmarks.report docs/partial-performance.json  # the rows of a run that was stopped
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from condense.files import write_text
+from benchmarks.harness import status
+from condense.files import read_json, write_text
+from condense.schema import from_json
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLES = {"table": "performance.json", "gpu-table": "performance-gpu.json"}
 """The file of each table in docs/performance.md, by the name of its markers there."""
+PARTIAL = "partial-"
+"""Beginning of the names of the files of runs that have not ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,8 @@ def row(
 
 @dataclass
 class Report:
-    """The rows of one table. Each is printed when it is measured, and written if there is a ``folder``."""
+    """The rows of one table. Each is printed when it is measured. If there is a ``folder``, all are then written to a
+    file beside that of the table, which ``finish`` replaces."""
 
     name: str
     """A key of ``TABLES``."""
@@ -109,8 +117,18 @@ class Report:
             self.rows.append(new)
         print(_cells([new], table_columns([new])), flush=True)
         if self.folder is not None:
-            fields = {**self.head, "rows": [dataclasses.asdict(r) for r in self.rows]}
-            write_text(self.folder / TABLES[self.name], json.dumps(fields, indent=1) + "\n")
+            self.write(self.folder)
+
+    def write(self, folder: Path) -> Path:
+        """Write all rows beside the file of the table; return the file."""
+        file, fields = folder / f"{PARTIAL}{TABLES[self.name]}", [dataclasses.asdict(r) for r in self.rows]
+        write_text(file, json.dumps({**self.head, "rows": fields}, indent=1) + "\n")
+        return file
+
+    def finish(self, folder: Path) -> None:
+        """Replace the file of the table, and the table in performance.md."""
+        os.replace(self.write(folder), folder / TABLES[self.name])
+        replace_part(folder / "performance.md", self.name, self.text())
 
     def measured(self, path: str, quantity: str) -> Row | None:
         return next((r for r in self.rows if r.key == (path, quantity) and r.engine is not None), None)
@@ -181,12 +199,29 @@ def about(head: Mapping[str, Any]) -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What ``Report.add`` writes."""
+
+    machine: str
+    cores: int
+    threads: int
+    torch: str
+    commit: str
+    date: str
+    limits: Mapping[str, float]
+    rows: tuple[Row, ...]
+    driver: str | None = None
+
+
 def read(file: Path) -> Report:
-    """Read a file that ``Report.add`` wrote."""
-    head = json.loads(file.read_text())
-    rows = [Row(**fields) for fields in head.pop("rows")]
-    name = next(name for name, written in TABLES.items() if written == file.name)
-    return Report(name, head, rows=rows)
+    """Read a file that ``Report.add`` wrote. Raises ValueError if it has the name of no table, or is damaged."""
+    names = {written: name for name, written in TABLES.items()}
+    name = names.get(file.name.removeprefix(PARTIAL))
+    if name is None:
+        raise ValueError(f"{file} has the name of no table; name it {' or '.join(names)}")
+    head = dict(vars(from_json(_Written, read_json(file, fix="give another one"), str(file))))
+    return Report(name, head, rows=list(head.pop("rows")))
 
 
 def replace_part(page: Path, name: str, text: str) -> None:
@@ -199,11 +234,13 @@ def replace_part(page: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
-    file = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSON file of a table")
+    file = parser.parse_args().file
     report = read(file)
-    write_text(DOCS / file.name, file.read_text())
+    write_text(DOCS / TABLES[report.name], file.read_text(encoding="utf-8"))
     replace_part(DOCS / "performance.md", report.name, report.text())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status("report", main))

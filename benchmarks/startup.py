@@ -41,8 +41,12 @@ def main() -> None:
 
 
 def wall(command: Sequence[str], cache: Path | None = None) -> float:
-    """Return the seconds that a command takes; raise if it fails. ``cache`` is its folder of compiled code."""
-    env = os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    """Return the seconds that a command takes with as many threads as this process; raise if it fails. ``cache`` is its
+    folder of compiled code."""
+    import torch
+
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env |= {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     begun = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, env=env, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begun
@@ -78,4 +82,6 @@ def first_epoch(scale: Scale, device: str, repeats: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.harness import status
+
+    sys.exit(status("startup", main))

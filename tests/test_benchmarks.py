@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu, growth, harness, inputs, jobs, measure, report, startup, textbook, tf32
+from benchmarks import gpu, growth, harness, inputs, jobs, measure, profile_matching, report, startup, textbook, tf32
 from condense import cli
 from condense.augment import Augment, Params
 from condense.compute import Compute
@@ -140,7 +141,7 @@ def test_every_benchmark_writes_its_rows(here: None, tmp_path: Path) -> None:
 
 
 def gpu_rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    rows = json.loads((folder / "performance-gpu.json").read_text())["rows"]
+    rows = json.loads((folder / "partial-performance-gpu.json").read_text())["rows"]
     return {(row["path"], row["quantity"]): row for row in rows}
 
 
@@ -193,7 +194,10 @@ def test_rows_are_written_as_they_come_and_read_again(tmp_path: Path) -> None:
     made.add("b", "memory", "MB", 5.0, 1, target=4)
     assert [(row["path"], row["met"]) for row in gpu_rows(tmp_path).values()] == [("a", None), ("b", False)]
     made.add("a", "time", "ms", 2.0, 5, target=3)
+    assert not (tmp_path / "performance-gpu.json").exists()
+    made.finish(tmp_path)
     read = report.read(tmp_path / "performance-gpu.json")
+    assert not (tmp_path / "partial-performance-gpu.json").exists()
     assert (
         read == dataclasses.replace(made, folder=None)
         and "| a | time, ms |  | 2 |  | <= 3 ms | yes | 5 |" in read.text()
@@ -202,10 +206,93 @@ def test_rows_are_written_as_they_come_and_read_again(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as left:
-        benchmarks.main(["--quick", "--only", "command line", "--out", str(tmp_path / "file")])
+    words = ["--quick", "--only", "command line", "--out", str(tmp_path / "file")]
+    assert harness.status("python -m benchmarks", lambda: benchmarks.main(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and line.startswith(f"python -m benchmarks: cannot write {tmp_path / 'file'}: ")
+    assert line.startswith(f"python -m benchmarks: cannot write {tmp_path / 'file'}: ")
+
+
+def test_pages_are_left_as_they_are_where_rows_were_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first(session: Any) -> None:
+        session.report.add("first", "time", "s", 2.0, 1)
+        time.sleep(0.01)
+
+    page = "<!-- table -->\nold\n<!-- /table -->\n"
+    (tmp_path / "performance.md").write_text(page)
+    (tmp_path / "performance.json").write_text("old")
+    monkeypatch.setattr(benchmarks, "DOCS", tmp_path)
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", {"first": first, "second": lambda session: None})
+    benchmarks.main(["--limit", "0.0001"])
+    assert (tmp_path / "performance.md").read_text() == page and (tmp_path / "performance.json").read_text() == "old"
+    partial = tmp_path / "partial-performance.json"
+    said = capsys.readouterr().out
+    assert "the limit of 0.0001 minutes is reached before second\n" in said
+    assert f"docs are left as they are; python -m benchmarks.report {partial} puts these rows there\n" in said
+    monkeypatch.setattr(sys, "argv", ["report", str(partial)])
+    report.main()
+    assert "| first |" in (tmp_path / "performance.md").read_text()
+    assert report.read(tmp_path / "performance.json") == report.read(partial)
+
+
+def test_a_limit_of_no_minutes_is_no_usual_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Any] = []
+
+    def plan(**options: Any) -> SimpleNamespace:
+        plans.append(options["minutes"])
+        return SimpleNamespace(measure=lambda: None)
+
+    monkeypatch.setattr(benchmarks.gpu, "Plan", plan)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
+    for words in (["--limit", "0"], []):
+        benchmarks.main(["--quick", "--only", "first step", *words])
+    assert plans == [0, 8.5]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: file"),
+        (["nowhere/performance.json"], "nowhere/performance.json"),
+        (["docs/performance-first-run.json"], "has the name of no table; name it performance.json or performance-gpu"),
+    ],
+)
+def test_a_file_that_is_no_report_is_one_line(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(harness.status("report", report.main))
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_process_is_killed_with_what_waits_for_it() -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        harness.child([sys.executable, "-c", "import time; time.sleep(60)"]) as process,
+    ):
+        raise KeyboardInterrupt
+    assert process.returncode == -9
+
+
+def test_commands_have_the_threads_that_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(startup.subprocess, "run", lambda *_, env, **__: given.append(env["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    startup.wall(["-c", ""])
+    assert given == ["7"]
+
+
+def test_a_word_that_nothing_reads_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["profile_matching", "--threads"])
+    with pytest.raises(SystemExit):
+        profile_matching.main()
+    assert "unrecognized arguments: --threads" in capsys.readouterr().err
 
 
 @linux
@@ -226,6 +313,22 @@ def test_growth_is_drawn(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     curves = harness.read(growth.Growth, tmp_path / "growth.json").curves
     assert [curve.title for curve in curves] == [panel.title for panel in growth.PANELS]
     assert all(len(side.seconds) == 2 for curve in curves for side in (curve.engine, curve.textbook))
+
+
+def test_growth_keeps_what_was_measured_and_a_quick_one_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(growth, "DOCS", tmp_path)
+    monkeypatch.setattr(growth, "PANELS", [])
+    monkeypatch.setattr(growth, "plot", broken)
+    growth.main(["--quick"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ImportError):
+        growth.main([])
+    assert [file.name for file in tmp_path.iterdir()] == ["growth.json"]
 
 
 @pytest.mark.slow
