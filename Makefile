@@ -69,7 +69,7 @@ types: .venv/dev ## type-check the built wheel, which is what a user installs
 docs: .venv/docs ## build the documentation site in build/site; a link that leads nowhere is an error
 	$(BIN)/python -m mkdocs build
 
-bench: .venv/user ## compare the engine with a textbook implementation (under 20 minutes on two cores)
+bench: .venv/user ## compare the engine with a textbook implementation (about half an hour on two cores)
 	$(BIN)/python -m benchmarks
 
 DEVICE ?= cpu
