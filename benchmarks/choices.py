@@ -130,6 +130,10 @@ def base(name: str) -> tuple[Recipe, Row | None]:
 
 
 def settings(name: str, axes: Sequence[str]) -> str:
+    """Return the digest of all settings of a choice but its axes.
+
+    The fields that are chosen have their first values in it, because the recipe gets the best ones afterwards.
+    """
     plan, row = base(name)
     first = dict(sweep.grid(axes, ())[0].values)
     plan = with_values(plan, {field: text for field, text in first.items() if not field.startswith(SCORING)})

@@ -186,6 +186,7 @@ class Bench(harness.Bench):
         return recipe_for(method, self.arrays.name, fields)
 
     def settings(self, method: str, ipc: int) -> str:
+        """Return the digest of what decides a row beside the facts of ``common``."""
         return harness.digest(
             self.recipe(method, ipc).hash(self.arrays.fingerprint["train"]),
             TEACHER,

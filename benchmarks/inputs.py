@@ -283,13 +283,11 @@ class Bench(harness.Bench):
     def recipe(self, method: str, ipc: int) -> Recipe:
         fields = dict(SETTINGS[self.kind].get(method, {}))
         network = with_options(self.network, **fields.pop("network", {}))
-        return recipe_for(
-            method,
-            self.arrays.name,
-            {"dataset": self.arrays.name, "network": network, "ipc": ipc, **fields},
-        )
+        fields |= {"dataset": self.arrays.name, "network": network, "ipc": ipc}
+        return recipe_for(method, self.arrays.name, fields)
 
     def settings(self, method: str, ipc: int) -> str:
+        """Return the digest of what decides a row beside the facts of ``common``."""
         if method == FULL:
             return harness.digest(method)
         experts = EXPERTS[self.kind] if method.startswith("mtt") else None

@@ -125,6 +125,7 @@ def make_buffers(plan: Recipe, root: Path) -> None:
 
 
 def settings(plan: Recipe) -> str:
+    """Return the digest of a recipe and of the training of its experts."""
     return harness.digest(plan.hash("digits"), buffers(plan))
 
 
@@ -173,13 +174,14 @@ def main() -> None:
     parser.add_argument("--draws", type=harness.count, default=3, help="number of draws of random images")
     parser.add_argument("--rows", type=Path, help="folder of the rows; methods that it holds are not measured again")
     chosen = parser.parse_args()
-    plans = {name: recipe.named(digits_recipe(name).name) for name in chosen.only}
+    recipes = {name: digits_recipe(name).name for name in chosen.only}
     print("\n".join(HEAD), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, plan in plans.items():
-            facts = {"num_seeds": chosen.num_seeds, "draws": chosen.draws, "recipe": digits_recipe(name).name}
-            file = chosen.rows and chosen.rows / f"{name}.json"
-            row = harness.kept(Row, file, {**facts, "settings": settings(plan)}) if file else None
+        for name, chosen_recipe in recipes.items():
+            file, row = chosen.rows and chosen.rows / f"{name}.json", None
+            if file:
+                facts = {"num_seeds": chosen.num_seeds, "draws": chosen.draws, "recipe": chosen_recipe}
+                row = harness.kept(Row, file, {**facts, "settings": settings(recipe.named(chosen_recipe))})
             if row is None:
                 row = measure(name, Path(folder), chosen.num_seeds, chosen.draws)
                 if file:
