@@ -719,13 +719,23 @@ def test_wrong_choices_are_one_line(text: str, line: str, tmp_path: Path, monkey
         choices.main()
 
 
-def test_recipes_have_the_values_that_were_chosen() -> None:
+def test_recipes_and_rows_have_the_values_that_were_chosen() -> None:
     axes = choices.read(choices.CHOICES)
-    for file in sorted((choices.ROOT / "results" / "choices").glob("*.json")):
+    files = {file.stem: file for file in (choices.ROOT / "results" / "choices").glob("*.json")}
+    assert files.keys() == axes.keys()
+    for name, file in files.items():
         choice = harness.read(choices.Choice, file)
-        assert axes[choice.recipe] == choice.axes and file.stem == choice.recipe
-        plan = recipe.named(choice.recipe)
-        assert choices.with_values(plan, choice.ranked[0].values) == plan, choice.recipe
+        assert choice.recipe == name and choice.axes == axes[name]
+        plan, row = choices.base(name)
+        best = dict(choice.ranked[0].values)
+        trained = {field: best.pop(field) for field in [*best] if field.startswith(choices.SCORING)}
+        training = plan.method.training(api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split))
+        for field, text in trained.items():
+            own_value = getattr(training, field.removeprefix(choices.SCORING).replace("-", "_"))
+            assert own_value == float(text), (name, field)
+        if row:
+            del best["method.num-steps"]
+        assert choices.with_values(plan, best) == plan, name
 
 
 def test_pruning_records_the_device_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
