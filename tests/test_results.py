@@ -729,7 +729,8 @@ def test_recipes_and_rows_have_the_values_that_were_chosen() -> None:
         plan, row = choices.base(name)
         best = dict(choice.ranked[0].values)
         trained = {field: best.pop(field) for field in [*best] if field.startswith(choices.SCORING)}
-        training = plan.method.training(api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split))
+        task = api.plain_task(datasets.load("digits"), plan.network, plan.transform, plan.split)
+        training = plan.method.training(task)
         for field, text in trained.items():
             own_value = getattr(training, field.removeprefix(choices.SCORING).replace("-", "_"))
             assert own_value == float(text), (name, field)
