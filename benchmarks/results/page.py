@@ -50,9 +50,9 @@ shared.
 
 Values of fields of recipes for the digits, and of rows of the first tables, chosen on a fifth of the training images of
 each class. Every combination was distilled from the other four fifths with two seeds, and two networks were trained on
-each set under `own`, so n = 4. Rows had as many steps as their combinations say, fewer than in their tables. Fields
-that begin with `protocol` belong to the training under `own`. The two best combinations stand here, all of them in
-`results/choices`. The minutes are wall time on cores that other work shared.
+each set under `own`, so n = 4. The sets of rows were distilled with the number of steps in the combination, which is
+smaller than that in their tables. Fields that begin with `protocol` belong to the training under `own`. The two best
+combinations stand here, all of them in `results/choices`. The minutes are wall time on cores that other work shared.
 """: choices,
     """## Series and clips
 
