@@ -17,6 +17,7 @@ from torch import Tensor
 
 from condense.artifacts import (
     MANIFEST,
+    TrainedNetworks,
     TrainedNetworkSpec,
     TrajectorySpec,
     find,
@@ -83,6 +84,9 @@ class NamedTeacher:
         return labellers[0] if len(labellers) == 1 else mean_labeller(labellers)
 
 
+OF_LABELS = "labels"
+"""The ``use`` of the teacher's buffers among the artifacts of a set."""
+
 AND = " + "
 """Joins the names of several teachers, and those of their networks. The folders of buffers have no spaces in their
 names."""
@@ -110,7 +114,12 @@ def open_teacher(
     weights = buffer.weights(0, network)
     digest = checksum({**weights.params, **weights.buffers})[:12]
     name = f"{_name(folder)}@{digest}"
-    return NamedTeacher(name, network.name, (Teacher(network, weights),), (buffer.describe(),))
+    return NamedTeacher(name, network.name, (Teacher(network, weights),), (_described(buffer),))
+
+
+def _described(buffer: TrainedNetworks) -> dict[str, Any]:
+    """Return the description of a buffer of a teacher, with the settings from which a command can repeat it."""
+    return {**buffer.describe(), "network": buffer.manifest["identity"]["network"], "plan": dict(buffer.plan)}
 
 
 def open_teachers(paths: Sequence[Path], kind: ViewLabels, origin: Origin, device: torch.device) -> NamedTeacher:
@@ -233,7 +242,7 @@ def teacher_of(syn: SyntheticSet, buffers: Path, device: torch.device) -> NamedT
     """Return the teacher that labelled the views of a set, from the set or else from ``buffers`` (``find_teacher``)."""
     kind, provider, origin = syn.label_kind, syn.provider, syn.origin
     assert isinstance(kind, ViewLabels)
-    recorded = tuple(entry for entry in origin.artifacts if entry.get("use") == _USE)
+    recorded = tuple(entry for entry in origin.artifacts if entry.get("use") == OF_LABELS)
     if isinstance(kind, Projector):
         assert isinstance(provider, StoredProjector)
         if kind.is_named:
@@ -326,7 +335,7 @@ def trained_projector(
     taught = Relabelled(source, mean_labeller(labellers), trainer.training.objective)
     initial = projector.init(rng, "changes of low rank")
     trained = trainer.run(initial, taught, on_epoch=lambda done, _: on_epoch(done))
-    artifacts = (*encoder.artifacts, {**weak.describe(), "epochs": epochs})
+    artifacts = (*encoder.artifacts, {**_described(weak), "epochs": epochs})
     return NamedTeacher(encoder.name, encoder.network, (Teacher(projector, trained),), artifacts)
 
 
@@ -381,15 +390,11 @@ def relabelled(
         provider.freeze(by.teacher.network)
         provider.fill(by.teacher.weights)
     result = copy.deepcopy(syn)
-    others = [entry for entry in origin.artifacts if entry.get("use") != _USE]
-    ours = [{**entry, "use": _USE} for entry in by.artifacts]
+    others = [entry for entry in origin.artifacts if entry.get("use") != OF_LABELS]
+    ours = [{**entry, "use": OF_LABELS} for entry in by.artifacts]
     result.origin = dataclasses.replace(origin, artifacts=[*others, *ours])
     result.label_kind, result.provider = kind, provider.to(syn.latents.device)
     return result
-
-
-_USE = "labels"
-"""Marks the buffers of the teacher among the artifacts of a set."""
 
 
 def _settled(kind: ViewLabelsT, by: NamedTeacher, strategy: str) -> ViewLabelsT:

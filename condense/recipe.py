@@ -426,6 +426,8 @@ def _check(mapping: Mapping[Any, Any], value: Any, path: str) -> None:
             raise ValueError(f"unknown field {where!r}: {suggest(str(key), known)}")
         current, chosen = getattr(value, field), hints[field] in (Method, *CHOICES)
         if not dataclasses.is_dataclass(current):
+            if isinstance(item, list) and not _is_sequence(hints[field]):
+                raise ValueError(f"{where} is a list where one value is expected; give one value")
             for one in item if isinstance(item, list) else [item]:
                 _check_plain(one, hints[field], where)
         elif isinstance(item, Mapping):
@@ -446,6 +448,11 @@ def _named(field: str, name: Any, current: Any, where: str) -> Any:
         raise ValueError(f"{where} is {name!r} where the name of a choice is expected; give a name")
     chosen = choice(field, name)
     return current if type(current) is type(chosen) else chosen
+
+
+def _is_sequence(annotation: Any) -> bool:
+    """Whether an annotation is that of a sequence, or a union with one."""
+    return any(typing.get_origin(part) in (tuple, list) for part in (annotation, *typing.get_args(annotation)))
 
 
 def _check_plain(item: Any, annotation: Any, where: str) -> None:

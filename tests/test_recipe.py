@@ -218,7 +218,7 @@ def test_the_hash_is_of_the_content_wherever_the_data_lie() -> None:
         ("method: {name: idc, matched: [color, [crop]]}", "method.matched is a list where"),
         ("method: dm\nipc: {a: 1}", "ipc is a dict where"),
         ("method: dm\nseed: null", "seed is empty"),
-        ("method: dm\nipc: [1, 2]", "unexpected '2'$"),
+        ("method: dm\nipc: [1, 2]", "ipc is a list where one value is expected"),
         ("method: dm\ndataset: 2024-01-01", "dataset is a date where"),
         ("method: dm\ndecode: {name: 3}", "decode is 3 where the name of a choice is expected"),
         ("method: dm\nlabels: [hard]", "where the name of a choice is expected"),

@@ -206,20 +206,50 @@ def test_the_commands_of_a_page_repeat_a_run_in_an_empty_folder(
     buffers, run = tmp_path / "artifacts", tmp_path / "run"
     api.make_buffer(tiny_file, TINY, experts=experts, out=buffers, seed=4, device="cpu")
     job: dict[str, Any] = {"num_steps": 1, "syn_steps": 1, "expert_epochs": 1, "max_start_epoch": 1, "device": "cpu"}
-    made = condense.distill("mtt", dataset=tiny_file, network=TINY, ipc=1, out=run, buffers=buffers, **job)
-    text = html.unescape(api.report([run]).read_text(encoding="utf-8"))
+    condense.distill("mtt", dataset=tiny_file, network=TINY, ipc=1, out=run, buffers=buffers, **job)
+    there = started_anew(run, tiny_file, tmp_path, monkeypatch)
+    assert (there / "run" / "synthetic.safetensors").read_bytes() == (run / "synthetic.safetensors").read_bytes()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("labels", [{"labels": "stored", "epochs": 2, "batch_size": 3}, {"labels": "projector"}])
+def test_the_commands_of_a_page_label_the_views_again(
+    labels: dict[str, Any],
+    tiny_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The teacher has other settings than the usual ones and another network than the set."""
+    buffers, run, of_projector = tmp_path / "artifacts", tmp_path / "run", labels["labels"] == "projector"
+    api.make_buffer(tiny_file, TINY, num_experts=1, num_epochs=2, lr=0.02, batch_size=5, out=buffers, device="cpu")
+    condense.distill("random", dataset=tiny_file, network="mlp", ipc=2, out=run, device="cpu")
+    more = {"epochs": 1, "num_teachers": 2, "rank": 2, "head_rank": 2, "batch_size": 4} if of_projector else {}
+    condense.relabel(run, buffers, **labels, **more, device="cpu")
+    file = run / f"synthetic-{labels['labels']}.safetensors"
+    plan = dataclasses.replace(PROTOCOLS["relabelled"], num_epochs=2)
+    condense.evaluate(file, networks=["mlp"], num_seeds=1, protocol=plan, device="cpu")
+    there = started_anew(file, tiny_file, tmp_path, monkeypatch)
+    repeated = there / "run" / file.name
+    assert repeated.read_bytes() == file.read_bytes()
+    results = [json.loads(path.with_suffix(".evaluation.json").read_text())["results"] for path in (repeated, file)]
+    assert results[0][0]["mean"] == results[1][0]["mean"]
+    capsys.readouterr()
+
+
+def started_anew(target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the commands of a page in an empty folder that has the data, and return it."""
+    text = html.unescape(api.report([target]).read_text(encoding="utf-8"))
     script = re.findall('<pre tabindex="0">(cat > recipe.yaml .*?)</pre>', text, flags=re.DOTALL)[0]
     recipe, commands = script.removeprefix("cat > recipe.yaml << 'END'\n").split("END\n")
     there = tmp_path / "there"
     there.mkdir()
-    shutil.copy(tiny_file, there)
+    shutil.copy(data, there)
     monkeypatch.chdir(there)
     Path("recipe.yaml").write_text(recipe)
     for line in commands.splitlines():
         cli.main([*shlex.split(line)[1:], "--device", "cpu"])
-    assert (there / "run" / "synthetic.safetensors").read_bytes() == (run / "synthetic.safetensors").read_bytes()
-    assert made.origin.artifacts[0]["name"] in text
-    capsys.readouterr()
+    return there
 
 
 def test_the_commands_of_a_page_start_with_the_buffer(file: Path, folders: list[Path], tiny_buffer: Path) -> None:

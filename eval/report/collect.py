@@ -112,7 +112,10 @@ def collect(path: Path) -> Run:
 
 def _of_file(file: Path, results: Sequence[Mapping[str, Any]]) -> Run:
     syn = load(file)
-    record = {"dataset": runs.source_of(file, syn.origin.dataset_name)}
+    record = {
+        "dataset": runs.source_of(file, syn.origin.dataset_name),
+        "buffers": runs.read_record(file.parent).get("buffers", {}),
+    }
     return Run(path=file, syn=syn, snapshots={}, log=[], results=results, uses=[], record=record)
 
 

@@ -11,21 +11,34 @@ from typing import Any
 
 import yaml
 
+from condense.artifacts import DEFAULT_ROOT
 from condense.eval.protocol import changed_in
 from condense.eval.report.collect import Run
+from condense.labelling import OF_LABELS
+from condense.synthetic.teaching import Projector, ViewLabels
+
+ENDING = ".safetensors"
 
 
 def commands(run: Run) -> list[str]:
     """Return the commands that reproduce the run and its results in an empty folder: its recipe, buffers, the
-    distillation, and the evaluations with their baselines."""
+    distillation, the labels of views, and the evaluations with their baselines."""
     data, shown = str(run.record.get("dataset", run.dataset)), run.path.resolve().name
     data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
-    commands = [command for used in run.syn.origin.artifacts for command in _buffer(run, data, used)]
+    buffers: dict[str, dict[str, Any]] = {}
+    for used in run.syn.origin.artifacts:
+        buffers.setdefault(str(used.get("name")), {}).update(used)
+    commands = [command for used in buffers.values() for command in _buffer(run, data, used)]
+    labels, is_imported = run.syn.label_kind, run.method.startswith("imported:")
     if run.is_recorded:
-        shown = shown.removesuffix(".safetensors")
+        shown = _folder_name(run.path.resolve()) if isinstance(labels, ViewLabels) else shown.removesuffix(ENDING)
         commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", shown])
-    elif run.method.startswith("imported:"):
+    elif is_imported:
         commands.append(_import(run, data, shown))
+    if isinstance(labels, ViewLabels) and (run.is_recorded or is_imported):
+        commands.append(_relabel(run, labels, data, shown))
+        labelled = f"-{labels.name}{ENDING}"
+        shown = f"{shown}/synthetic{labelled}" if run.is_recorded else shown.removesuffix(ENDING) + labelled
     asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in run.own_results:
         asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
@@ -79,20 +92,45 @@ def _import(run: Run, data: str, target: str) -> list[str]:
     return [*words, "--name", run.method.removeprefix("imported:")]
 
 
+def _folder_name(path: Path) -> str:
+    """Return the name of the run of a set whose views are labelled: that of its folder, or else of the file."""
+    in_folder = path.is_file() and (path.parent / "recipe.yaml").exists()
+    return path.parent.name if in_folder else path.name.removesuffix(ENDING)
+
+
+def _relabel(run: Run, labels: ViewLabels, data: str, target: str) -> list[str]:
+    names = [_folder(used) for used in run.syn.origin.artifacts if used.get("use") == OF_LABELS]
+    words = ["condense", "relabel", target, "--labels", labels.name]
+    if isinstance(labels, Projector):
+        *names, weak = names
+        words += ["--weak-teachers", weak, "--dataset", data]
+    usual = type(labels)()
+    fields = (field.name for field in dataclasses.fields(labels) if field.name not in ("teacher", "network"))
+    changed = {name: value for name in fields if (value := getattr(labels, name)) != getattr(usual, name)}
+    return [*words, "--teacher", *names, *_flags("--labels.", changed)]
+
+
+def _folder(used: Mapping[str, Any]) -> str:
+    """Return the default folder of a buffer, or the name of an encoder of open_clip."""
+    name = str(used.get("name", ""))
+    return name.rpartition("@")[0] if used.get("kind") == "open_clip" else str(DEFAULT_ROOT / name)
+
+
 def _buffer(run: Run, data: str, used: Mapping[str, Any]) -> list[list[str]]:
     """Return the command that builds a buffer of the recorded extent with the recorded settings; nothing for other
     artifacts."""
     if used.get("kind") not in ("trajectories", "networks"):
         return []
-    origin, plan = run.syn.origin, run.record.get("buffers", {}).get(used["name"], {})
-    words = ["condense", "buffer", "--dataset", data, "--network", run.network]
+    origin = run.syn.origin
+    plan = used.get("plan", run.record.get("buffers", {}).get(used.get("name")))
+    words = ["condense", "buffer", "--dataset", data, "--network", str(used.get("network", run.network))]
     words += ["--transform", origin.transform_name] if origin.transform_name != "channel" else []
     if origin.split.val_fraction:
         words += ["--split.val-fraction", str(origin.split.val_fraction), "--split.seed", str(origin.split.seed)]
     words += ["--num-experts", str(used.get("num_experts", used.get("num_networks", 1)))]
     words += ["--num-epochs", str(used["num_epochs"])] if "num_epochs" in used else []
     words += ["--keep", "last"] if used["kind"] == "networks" else []
-    return [words + _flags("--", _given(plan))]
+    return [words + _flags("--", _given(plan) if isinstance(plan, Mapping) else {})]
 
 
 def _flags(prefix: str, fields: Mapping[str, Any]) -> list[str]:
