@@ -23,26 +23,43 @@ ENDING = ".safetensors"
 def commands(run: Run) -> list[str]:
     """Return the commands that reproduce the run and its results in an empty folder: its recipe, buffers, the
     distillation, the labels of views, and the evaluations with their baselines."""
-    data, shown = str(run.record.get("dataset", run.dataset)), run.path.resolve().name
+    data = str(run.record.get("dataset", run.dataset))
     data = data if data == run.dataset else Path(data).name  # a report must not reveal local paths
     buffers: dict[str, dict[str, Any]] = {}
     for used in run.syn.origin.artifacts:
         buffers.setdefault(str(used.get("name")), {}).update(used)
-    commands = [command for used in buffers.values() for command in _buffer(run, data, used)]
-    labels, is_imported = run.syn.label_kind, run.method.startswith("imported:")
+    made, shown = _set(run, data)
+    lines = [*(words for used in buffers.values() for words in _buffer(run, data, used)), *made]
+    lines += _evaluations(run, shown)
+    recipe = [f"cat > recipe.yaml << 'END'\n{recipe_text(run)}END"] if run.is_recorded else []
+    return [*recipe, *map(shlex.join, lines)]
+
+
+def _set(run: Run, data: str) -> tuple[list[list[str]], str]:
+    """Return the commands that make the set, and the path at which it then lies."""
+    path, labels = run.path.resolve(), run.syn.label_kind
     if run.is_recorded:
-        shown = _folder_name(run.path.resolve()) if isinstance(labels, ViewLabels) else shown.removesuffix(ENDING)
-        commands.append(["condense", "distill", "recipe.yaml", "--dataset", data, "--out", shown])
-    elif is_imported:
-        commands.append(_import(run, data, shown))
-    if isinstance(labels, ViewLabels) and (run.is_recorded or is_imported):
-        commands.append(_relabel(run, labels, data, shown))
-        labelled = f"-{labels.name}{ENDING}"
-        shown = f"{shown}/synthetic{labelled}" if run.is_recorded else shown.removesuffix(ENDING) + labelled
+        in_folder = path.is_file() and (path.parent / "recipe.yaml").exists()
+        shown = path.parent.name if in_folder else path.name.removesuffix(ENDING)
+        made = [["condense", "distill", "recipe.yaml", "--dataset", data, "--out", shown]]
+    elif run.method.startswith("imported:"):
+        shown = path.name
+        made = [_import(run, data, shown)]
+    else:
+        return [], path.name
+    if not isinstance(labels, ViewLabels):
+        return made, shown
+    labelled = f"-{labels.name}{ENDING}"
+    file = f"{shown}/synthetic{labelled}" if run.is_recorded else shown.removesuffix(ENDING) + labelled
+    return [*made, _relabel(run, labels, data, shown)], file
+
+
+def _evaluations(run: Run, shown: str) -> list[list[str]]:
     asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in run.own_results:
         asked.setdefault((row["protocol"], row["protocol_hash"], row["n"], row["seed"]), []).append(row)
     baselines = [row for row in run.results if row["synthetic_sha256"] != run.sha256]
+    commands = []
     for (protocol, _, n, seed), rows in asked.items():
         networks = [row["network"] for row in rows]
         name = protocol.removesuffix("*")
@@ -63,8 +80,7 @@ def commands(run: Run) -> list[str]:
             words = ["--baselines", *methods] if methods else []
             words += ["--budget", budget] if budget != "images" else []
             commands.append(["condense", "evaluate", shown, "--networks", *networks, *options, *words])
-    recipe = [f"cat > recipe.yaml << 'END'\n{recipe_text(run)}END"] if run.is_recorded else []
-    return [*recipe, *(shlex.join(command) for command in commands)]
+    return commands
 
 
 def _is_beside(baseline: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
@@ -90,12 +106,6 @@ def _import(run: Run, data: str, target: str) -> list[str]:
     words = ["condense", "import", PUBLISHED, target, "--dataset", data, "--transform", origin.transform_name]
     words += ["--decode", decode.name, *_flags("--decode.", _given(dataclasses.asdict(decode)))]
     return [*words, "--name", run.method.removeprefix("imported:")]
-
-
-def _folder_name(path: Path) -> str:
-    """Return the name of the run of a set whose views are labelled: that of its folder, or else of the file."""
-    in_folder = path.is_file() and (path.parent / "recipe.yaml").exists()
-    return path.parent.name if in_folder else path.name.removesuffix(ENDING)
 
 
 def _relabel(run: Run, labels: ViewLabels, data: str, target: str) -> list[str]:
