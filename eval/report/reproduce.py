@@ -112,8 +112,8 @@ def _relabel(run: Run, labels: ViewLabels, data: str, target: str) -> list[str]:
     names = [_folder(used) for used in run.syn.origin.artifacts if used.get("use") == OF_LABELS]
     words = ["condense", "relabel", target, "--labels", labels.name]
     if isinstance(labels, Projector):
-        *names, weak = names
-        words += ["--weak-teachers", weak, "--dataset", data]
+        words += ["--weak-teachers", *names[-1:], "--dataset", data]
+        names = names[:-1]
     usual = type(labels)()
     fields = (field.name for field in dataclasses.fields(labels) if field.name not in ("teacher", "network"))
     changed = {name: value for name in fields if (value := getattr(labels, name)) != getattr(usual, name)}
