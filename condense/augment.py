@@ -33,7 +33,8 @@ The views under which images are recovered from trained networks and teachers la
   Its area is uniform over [``min_area``, 1] of the image, and its ratio of width to height log-uniform over [3/4, 4/3].
   A rectangle that does not fit into the image is drawn again; after ten of these it is the largest centred one, which
   is a square image as a whole. These are the draws of torchvision's ``RandomResizedCrop``.
-* ``roll``: a circular shift by whole pixels, up to ``max_roll`` down or up and right or left.
+* ``roll``: a circular shift by whole pixels, up to ``max_roll`` down or up and right or left. Without ``max_roll`` it
+  is up to a seventh of each side: the published 32 of 224 pixels, and 4 of 32.
 
 Sets of mosaics (``condense.mosaic``) have views of their own, which come before all operations, whatever the mode:
 ``shuffle=f`` puts the f x f tiles of an image in random order, and ``tile=f`` shows one of them or the whole image.
@@ -76,8 +77,8 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "flips=true": ("flips", True),
     "flips=false": ("flips", False),
 }
-_NUMBERS: dict[str, type[int] | type[float]] = {"min_area": float, "max_roll": int, "shuffle": int, "tile": int}
-"""Options that take a number."""
+_NUMBERS: dict[str, int | float] = {"min_area": 0.08, "max_roll": 4, "shuffle": 2, "tile": 2}
+"""Options that take a number, with an example."""
 
 
 TAKES: tuple[Kind, ...] = ("images", "clips")
@@ -133,8 +134,8 @@ class Augment(Checked):
     with the set has ``flips``, as for RCIG."""
     min_area: float = 0.08
     """The smallest area of the rectangle of ``resized-crop``, as a fraction of the image."""
-    max_roll: int = 4
-    """The largest shift of ``roll`` in pixels."""
+    max_roll: int | None = None
+    """The largest shift of ``roll`` in pixels; None: a seventh of each side."""
     shuffle: int = 1
     """Factor f of mosaics of f x f tiles, at most 9. Above 1 the tiles are put in random order before all operations
     (Sun et al. 2024, RDED)."""
@@ -159,7 +160,7 @@ class Augment(Checked):
             )
         if not 0 < self.min_area <= 1:
             raise ValueError(f"augmentation {str(self)!r}: min_area must lie in (0, 1]; the published value is 0.08")
-        if self.max_roll < 0:
+        if self.max_roll is not None and self.max_roll < 0:
             raise ValueError(f"augmentation {str(self)!r}: max_roll is a number of pixels >= 0; give max_roll=4")
         if not (1 <= self.shuffle <= 9 and 1 <= self.tile <= 9):
             raise ValueError(
@@ -181,13 +182,13 @@ class Augment(Checked):
             name, _, number = option.lower().partition("=")
             if name in _NUMBERS:
                 try:
-                    fields[name] = _NUMBERS[name](number)
+                    fields[name] = type(_NUMBERS[name])(number)
                 except ValueError:
-                    example = f"{name}={getattr(cls, name)}"
+                    example = f"{name}={_NUMBERS[name]}"
                     raise ValueError(f"augmentation {spec!r}: {option!r} holds no number; give {example}") from None
                 continue
             if option.lower() not in _OPTIONS:
-                known = [*_OPTIONS, *(f"{name}={getattr(cls, name)}" for name in _NUMBERS)]
+                known = [*_OPTIONS, *(f"{name}={example}" for name, example in _NUMBERS.items())]
                 raise ValueError(f"augmentation {spec!r}: unknown option {option!r}; {suggest(option, known)}")
             name, value = _OPTIONS[option.lower()]
             fields[name] = value
@@ -548,9 +549,10 @@ def _resized_crop(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:
     return F.grid_sample(x.to(dtype), grid, "bilinear", "border", align_corners=False).to(x.dtype)
 
 
-def _draw_roll(u: Tensor, max_roll: int, height: int, width: int) -> Tensor:
+def _draw_roll(u: Tensor, max_roll: int | None, height: int, width: int) -> Tensor:
     """(rows, 2): the shift up and left, in pixels."""
-    return _integers(u, [(-max_roll, max_roll + 1)] * 2)
+    most = [side // 7 if max_roll is None else max_roll for side in (height, width)]
+    return _integers(u, [(-shift, shift + 1) for shift in most])
 
 
 def _roll(x: Tensor, value: Tensor, align_corners: bool) -> Tensor:

@@ -128,6 +128,13 @@ def test_rolls_are_circular_and_bounded() -> None:
     assert [set(column.tolist()) for column in drawn.T] == [set(range(-2, 3))] * 2
 
 
+@pytest.mark.parametrize(("side", "most"), [(224, 32), (32, 4), (28, 4), (8, 1), (6, 0)])
+def test_rolls_without_a_bound_fit_the_image(side: int, most: int) -> None:
+    """The published shifts: 32 of 224 pixels for ImageNet, 4 of 32 for CIFAR."""
+    drawn = Augment(("roll",)).sample(Rng(1)("a"), 5000, (1, side, 14), False).values["roll"]
+    assert [set(column.tolist()) for column in drawn.T] == [set(range(-most, most + 1)), set(range(-2, 3))]
+
+
 def test_options_with_a_number_bound_the_draws_and_belong_to_the_content() -> None:
     augment = Augment.parse("resized-crop_flip_roll:mode=M,min_area=0.5,max_roll=32")
     assert augment == Augment(("resized-crop", "flip", "roll"), "M", min_area=0.5, max_roll=32)

@@ -133,6 +133,8 @@ def test_what_cannot_be_is_refused(
 
 def test_recipes_have_the_published_values() -> None:
     names = {name for name in catalog.recipes() if name.split("-")[0] == "fadrm"}
-    assert names == {"fadrm", "fadrm-digits-ipc1"} | {f"fadrm-cifar100-ipc{ipc}" for ipc in (1, 10, 50)}
+    assert names == {"fadrm", "fadrm-digits-ipc1"} | {
+        f"fadrm-{dataset}-ipc{ipc}" for dataset in ("cifar100", "mnist", "fashion-mnist") for ipc in (1, 10, 50)
+    }
     assert named("fadrm").method == named("fadrm-cifar100-ipc10").method == FADRM()
-    assert named("fadrm-cifar100-ipc10").augment == "resized-crop_flip_roll:mode=M,max_roll=4"
+    assert named("fadrm-cifar100-ipc10").augment == "resized-crop_flip_roll:mode=M"
