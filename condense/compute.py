@@ -291,8 +291,23 @@ def compiling() -> Iterator[None]:
     """
     from torch._inductor import config  # importing it creates the cache folder, which ``keep_compiled`` chooses
 
+    _compile_without_slp()
     with torch._dynamo.config.patch(cache_size_limit=MAX_VARIANTS), config.patch(fallback_random=True):
         yield
+
+
+@functools.cache
+def _compile_without_slp() -> None:
+    """Let torch compile code for the CPU without GCC's superword-level parallelism (SLP), in the whole process.
+
+    With it GCC 12.2 miscompiles torch's transposition of 32 x 32 numbers in bfloat16 (AVX-512): some of them are read
+    from memory that was never written. torch has no setting for this flag.
+    """
+    from torch._inductor import cpp_builder
+
+    flags = cpp_builder._get_ffast_math_flags
+    if sys.platform == "linux":
+        cpp_builder._get_ffast_math_flags = lambda: [*flags(), "fno-tree-slp-vectorize"]
 
 
 def compiled_or_eager(fn: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:

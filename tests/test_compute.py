@@ -349,3 +349,18 @@ def test_precision_is_restored_after_an_error(imprecise: list[Any]) -> None:
         raise RuntimeError
     assert precisions() == imprecise and torch.get_float32_matmul_precision() == "medium"
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture
+def no_compiled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+
+
+@pytest.mark.usefixtures("no_compiled_cache")
+def test_compiled_transpositions_of_bfloat16_read_what_was_written() -> None:
+    """GCC 12 miscompiles them on processors with AVX-512, unless it is kept from it."""
+    draws = torch.Generator().manual_seed(0)
+    maps = [torch.randn(10, 128, side, side, generator=draws).bfloat16() for side in (8, 32, 16)]
+    stored = [m.to(memory_format=torch.channels_last) for m in maps]
+    found = compute.compiled_or_eager(lambda *maps: [m.float().contiguous() for m in maps])(*stored)
+    assert all(torch.equal(f, m.float()) for f, m in zip(found, maps, strict=True))
