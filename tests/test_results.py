@@ -147,6 +147,13 @@ def test_a_trial_of_the_arithmetic_ends_when_the_recipe_is_written(work: Queue) 
     assert "compute:" in (out / "recipe.yaml").read_text() and not (out / queue.SET).exists()
 
 
+def test_the_minutes_of_a_distillation_include_what_it_trains(work: Queue) -> None:
+    """Another distillation finds no network of this one, and this one found none: each has a cache of its own."""
+    flags = ["--dataset", "toy", "--ipc", "1", "--network", TINY, "--method.num-epochs", "1", "--device", "cpu"]
+    work.run(["distill", "herding", *flags, "--out", str(work.work / "0")], ROW)
+    assert len(list((work.work / "0-cache" / "networks").iterdir())) > 0
+
+
 def test_a_set_whose_run_did_not_end_is_finished_first(work: Queue, here: list[list[str]]) -> None:
     """A process may be killed when its set is written and its record is not."""
     work.measure(ROW)
