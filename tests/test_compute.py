@@ -351,14 +351,11 @@ def test_precision_is_restored_after_an_error(imprecise: list[Any]) -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
-@pytest.fixture
-def no_compiled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-
-
-@pytest.mark.usefixtures("no_compiled_cache")
-def test_compiled_transpositions_of_bfloat16_read_what_was_written() -> None:
+def test_compiled_transpositions_of_bfloat16_read_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GCC 12 miscompiles them on processors with AVX-512, unless it is kept from it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     draws = torch.Generator().manual_seed(0)
     maps = [torch.randn(10, 128, side, side, generator=draws).bfloat16() for side in (8, 32, 16)]
     stored = [m.to(memory_format=torch.channels_last) for m in maps]

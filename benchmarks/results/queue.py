@@ -177,9 +177,12 @@ class Queue:
         """
         out = self.folder(row) / "trial"
 
+        def clear() -> None:
+            for folder in (out, _cache(out)):
+                shutil.rmtree(folder, ignore_errors=True)
+
         def trial(steps: int, *flags: str, until: Path | None = None) -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(_cache(out), ignore_errors=True)
+            clear()
             self.run([*words, *flags, STEPS, str(steps), "--buffers", str(buffers), "--out", str(out)], row, until)
 
         trial(most, until=out / "recipe.yaml")
@@ -196,7 +199,7 @@ class Queue:
 
         seconds(min(FEW, most))  # fills the cache of compiled code
         steps = fitting(seconds, 60 * row.minutes, most)
-        shutil.rmtree(out)
+        clear()
         return [*arithmetic, STEPS, str(steps)]
 
     def noted(self, words: Sequence[str], row: Row, place: Path) -> str:
@@ -224,7 +227,8 @@ class Queue:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "NO_COLOR": "1"}
         if words[0] == "distill" and "--out" in words:  # its minutes include all that it trains, but no compilation
             environment["CONDENSE_CACHE"] = str(_cache(Path(words[words.index("--out") + 1])))
-            environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "compiled")
+            instructions = torch.backends.cpu.get_cpu_capability().lower()  # their compiled code is not interchangeable
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "compiled" / instructions)
         process = subprocess.Popen(
             [sys.executable, "-m", "condense", *named],
             env=environment,
