@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -48,8 +48,12 @@ class WindowedBPTT(Bilevel):
     """Base class of RaT-BPTT and AT-BPTT: a fresh network is trained on the set without a graph, and then for a window
     of steps through which its loss on real images is back-propagated."""
 
+    added_fields: ClassVar[tuple[str, ...]] = ("start",)
+
     num_steps: int = 600000
     """Number of updates of the images."""
+    start: Literal["real", "noise"] = "noise"
+    """Initial images: real ones drawn per class, or standard normal noise, each image scaled to norm 1."""
     inner_steps: int = 200
     """Number of training steps of the network."""
     same_burn_in: int = 10
@@ -86,9 +90,10 @@ class WindowedBPTT(Bilevel):
         )
 
     def init(self, ctx: Context) -> RaTState:
-        images, labels = ctx.initial("noise")
-        rows = images.flatten(1)
-        syn = ctx.new_set((rows / rows.norm(dim=1, keepdim=True)).view_as(images), labels)
+        images, labels = ctx.initial(self.start)
+        if self.start == "noise" and ctx.first_images is None:
+            images = images / images.flatten(1).norm(dim=1).view(-1, *[1] * (images.ndim - 1))
+        syn = ctx.new_set(images, labels)
         norm = torch.zeros((), dtype=dtype_of_numbers(ctx.task.device), device=ctx.task.device)
         return RaTState(syn=syn, optimisers=self.optimisers(syn), norm=norm)
 

@@ -346,6 +346,17 @@ class TestRaT:
         state = RAT_TINY.init(context())
         torch.testing.assert_close(state.syn.latents.flatten(1).norm(dim=1), torch.ones(6))
 
+    def test_images_can_begin_as_real_ones(self) -> None:
+        ctx = context()
+        latents = dataclasses.replace(RAT_TINY, start="real").init(ctx).syn.latents
+        real = ctx.task.train.images[:].to(latents.dtype)
+        assert all((real == image).flatten(1).all(dim=1).any() for image in latents)
+
+    def test_given_images_keep_their_scale(self) -> None:
+        given = torch.rand(6, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        state = RAT_TINY.init(dataclasses.replace(context(), first_images=given))
+        torch.testing.assert_close(state.syn.latents, given, check_dtype=False)
+
 
 class TestRTP:
     def test_tasks_have_as_many_classes_as_said(self) -> None:
