@@ -146,7 +146,7 @@ COLUMNS = {
     "engine": "---:",
     "ratio": "---:",
     "ratio, same allocator": "---:",
-    "ask": "---",
+    "target": "---",
     "met": "---",
     "n": "---:",
 }
@@ -174,7 +174,7 @@ def _cells(rows: Sequence[Row], columns: Sequence[str]) -> str:
             "engine": "not measured" if r.engine is None else _figure(r.engine),
             "ratio": _figure(r.ratio),
             "ratio, same allocator": _figure(r.ratio_same_allocator),
-            "ask": r.ask or "",
+            "target": r.ask or "",
             "met": {True: "yes", False: "**no**", None: ""}[r.met],
             "n": str(r.n or ""),
         }

@@ -22,15 +22,21 @@ HEAD = """# Results
 
 Test accuracy in percent after the last epoch, as mean ± standard deviation over all networks of all distillations. In
 the column n, the first number counts distillations and the second the networks trained on each. The test split was
-used once, for these numbers. Where several configurations were tried, the one in the table was chosen on images held
-out from the training split, and their number stands in the row.
+used for these numbers only, with three exceptions in [every method on digits](#every-method-on-digits): earlier
+versions chose some settings of `rtp`, `cafe` and `idc` (which `idc-i` shares) on test images, as their pages say. Where
+several configurations were tried, their number is in the column *tried*; the one in the table was chosen on images
+held out from the training split, for `fm-10-sre2l` on training images that its teacher had seen.
+
+Rows named `pool` are [frepo](methods/frepo.md) with the decoder `factor`, the objective `platt` and Adam; the published
+numbers beside them are those of FRePo.
 
 The protocol `canonical` trains on one class per image, whatever labels a set has; `own` is the training of the
 method, with its labels. A set with *soft* labels stores a vector of values per image. The minutes are the mean time
 of a distillation: on a CPU half the time of the processors, as if two cores were busy all the time, on a GPU wall
 time. Not every row was measured on the same processor, and a faster one does more steps in these minutes; the commands
 below name it where it was noted. Published numbers are those of the papers, at other budgets than ours and with the
-decoders and labels of the papers; we did not measure them. *Unverified* ones were read elsewhere.
+decoders and labels of the papers; we did not measure them. Some were read in later papers that reprint them.
+*Unverified* ones have not been compared with their source.
 
 `make results` makes this page from `results/table.yaml` and the JSON files in `results`, which hold every accuracy,
 command, commit and device.
@@ -63,9 +69,10 @@ page](inputs.md#measured) says how.
 """: inputs,
     """## Decoupled methods
 
-Each set is scored three times: under `canonical` with its classes, under `relabelled` with one vector of the logits
-of a teacher per image, and under `relabelled` with the teacher's logits for every view of 300 epochs. The teacher has
-the architecture of the scored networks and was trained for 15 epochs. n = 3 networks on one set, for `random` three
+Each set is scored three times: under `canonical` with its classes (*hard*), under `relabelled` with one vector of a
+teacher's logits per image (*fixed*), and under `relabelled` with the teacher's logits for every view of 300 epochs
+(*views*). The columns in kB are the sizes of the images and of these three kinds of labels. The teacher has the
+architecture of the scored networks and was trained for 15 epochs. n = 3 networks on one set, for `random` three
 sets with one network each. Methods that recover images had 500 steps; nothing was chosen by accuracy. Real images are
 stored in 8-bit pixels, which hold their values exactly. The minutes are wall time on cores that other work shared,
 without the time for which a process was stopped.
@@ -171,7 +178,13 @@ def full_data(rows: Sequence[Record]) -> list[str]:
 
 def commands(table: Table, records: Mapping[str, Record]) -> str:
     """What was run for each row, with its provenance."""
-    lines = ["## Commands", "", "Data sets are named; `RUN` is the folder of the run.", ""]
+    lines = [
+        "## Commands",
+        "",
+        "`RUN` stands for the folder of the run. A data set that `condense list datasets` does not show stands for its "
+        "file or folder. A `+` after a commit means that the code had changes that were not committed.",
+        "",
+    ]
     for row in table.rows:
         if row.name not in records:
             continue
@@ -299,4 +312,4 @@ def _cell(row: Record, column: tuple[str, str], best: float, auc: bool) -> str:
 
 
 def _choice(row: Row) -> str:
-    return f"; {row.tried} configurations were tried: {row.chosen}" if row.tried > 1 else ""
+    return f"; {row.tried} configurations were tried to choose {row.chosen}" if row.tried > 1 else ""
