@@ -94,10 +94,11 @@ def recipe_for(method: str | Path | Method | Recipe, dataset: str | None, fields
         fields = {**dict.fromkeys(recipe.BUDGETS), **fields}
     ours = [f.name for f in dataclasses.fields(Recipe) if f.name != "method"]
     chosen = {name: recipe.choice(name, value) for name, value in fields.items()}
-    of_method = {name: value for name, value in chosen.items() if name not in ours}
+    theirs = {f.name for f in dataclasses.fields(base.method)}  # kernel methods have an objective of their own
+    of_method = {name: value for name, value in chosen.items() if name in theirs or name not in ours}
     others = [*ours, *(f.name for f in dataclasses.fields(RunOptions))]
     changed = replaced(base.method, of_method, others)
-    return dataclasses.replace(base, method=changed, **{k: v for k, v in chosen.items() if k in ours})
+    return dataclasses.replace(base, method=changed, **{k: v for k, v in chosen.items() if k not in of_method})
 
 
 def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool = False) -> None:
@@ -131,8 +132,8 @@ def check(plan: Recipe, network: str | Factory | None = None, *, validates: bool
     stills.opened(plan.decode)
 
 
-_REAL = (Pixels, Pixels8Bit, Patches)
-"""Decoders that store the real images, or parts of them, one by one."""
+_REAL = (Pixels, Pixels8Bit, Patches, Graphs)
+"""Decoders that store the real samples, or parts of them, one by one."""
 
 
 def _why_no_fraction(plan: Recipe) -> str | None:
@@ -164,9 +165,8 @@ def _why_not_private(plan: Recipe, validates: bool) -> str | None:
         return (
             f"is private, and {plan.transform} is fitted to the data without noise; give {spelt('transform', 'none')}"
         )
-    if isinstance(plan.decode, StaticDynamic) and plan.decode.stills is not None:
-        fix = spelt("decode.stills", None, "StaticDynamic")
-        return f"is private, and the stills of another set may be real images; give {fix}"
+    if isinstance(plan.decode, StaticDynamic):
+        return f"is private, and stills would be real images or noise; give {spelt('decode', 'pixels')}"
     return None
 
 

@@ -463,16 +463,18 @@ class Method(Checked, ABC):
             )
 
     def require_positive(self, *names: str) -> None:
-        """Raise ValueError if one of these fields is not positive. The message states the default of the class."""
+        """Raise ValueError if one of these fields is not positive and finite. The message states its default."""
         for name in names:
-            if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"method.{name} must be positive, got {value}; {self._usual(name)}")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                wanted = "finite" if value == math.inf else "positive"
+                raise ValueError(f"method.{name} must be {wanted}, got {value}; {self._usual(name)}")
 
     def require_at_least(self, least: float, *names: str) -> None:
-        """Raise ValueError if one of these fields is below ``least``. The message states the default of the class."""
+        """Raise ValueError if one of these fields is below ``least`` or infinite. The message states its default."""
         for name in names:
-            if not (value := getattr(self, name)) >= least:
-                raise ValueError(f"method.{name} must be at least {least:g}, got {value}; {self._usual(name)}")
+            if not least <= (value := getattr(self, name)) < math.inf:
+                wanted = "finite" if value == math.inf else f"at least {least:g}"
+                raise ValueError(f"method.{name} must be {wanted}, got {value}; {self._usual(name)}")
 
     def _usual(self, name: str) -> str:
         return f"a usual value is {type(self).__dataclass_fields__[name].default:g}"
@@ -554,6 +556,11 @@ class Method(Checked, ABC):
         if isinstance(decode, StaticDynamic) and decode.stills and not self.learns:
             fix = spelt("decode.stills", None, "StaticDynamic")
             return f"takes real clips and learns nothing, so that distilled stills would have no use; give {fix}"
+        if isinstance(decode, StaticDynamic) and decode.stills is None and getattr(self, "start", "real") == "noise":
+            return (
+                f"starts from noise, and the stills of {decode.name} never change; give "
+                f"{spelt('decode.stills', 'RUN', 'StaticDynamic')}, or {spelt('method.start', 'real')}"
+            )
         return None
 
     def privacy(self) -> Mapping[str, Any]:

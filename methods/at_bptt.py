@@ -177,4 +177,4 @@ class ATBPTT(WindowedBPTT):
                 gradient = torch.func.grad(ctx.loss_fn)(theta, prepare(self.minibatch(ctx, state, data, step, n)))
                 norms.append(torch.stack([g.norm() for g in gradient.values()]).norm())
                 theta, adam = rule.update(gradient, adam, theta, lr)
-            return torch.stack(norms).double().cpu()
+            return torch.stack(norms).cpu().double()  # mps has no float64

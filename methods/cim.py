@@ -30,6 +30,7 @@ from torch import Tensor
 
 from condense.artifacts import ArtifactSpec
 from condense.augment import Augment
+from condense.data.layout import Kind
 from condense.method import Context, GradientMethod, GradientState, Optim
 from condense.methods import mosaic
 from condense.mosaic import enlarged, tiles_of
@@ -55,6 +56,7 @@ class CIM(GradientMethod):
     family: ClassVar[str] = "decoupled"
     learns_labels: ClassVar[bool] = False
     has_teacher: ClassVar[bool] = True
+    takes: ClassVar[tuple[Kind, ...]] = ("images",)
 
     num_steps: int = 200
     """Number of updates of all mosaics."""

@@ -20,12 +20,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from condense.data.datasets import to_float
+from condense.data.layout import Kind
 from condense.method import Context, GradientState, Optim
 from condense.methods.mosaic import require_mosaics
 from condense.methods.rded import RDED
@@ -37,6 +38,8 @@ from condense.methods.sre2l import Inversion
 @dataclass(frozen=True, kw_only=True)
 class FADRM(Inversion):
     """Recovers images from mosaics of real ones, to which they are drawn back between stages."""
+
+    takes: ClassVar[tuple[Kind, ...]] = ("images",)
 
     num_steps: int = 2000
     """Number of steps in which each image is optimised, in all stages together."""

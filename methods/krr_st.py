@@ -161,7 +161,9 @@ class KRRST(GradientMethod):
                 f"the teacher has as many features as {task.name} has classes, {task.num_classes}, and they would be "
                 f"taken for class scores; give {spelt('method.teachers')} a network of another width"
             )
-        images, _ = task.train.sample(num, ctx.rng("initial images"))
+        images = ctx.first_images
+        if images is None:
+            images, _ = task.train.sample(num, ctx.rng("initial images"))
         teacher = self._teacher(ctx)
         with torch.no_grad():
             targets = torch.cat([teacher(part) for part in images.split(ctx.compute.micro_batch or num)])
@@ -171,7 +173,8 @@ class KRRST(GradientMethod):
         state = StudentState(syn=syn, optimisers=self.optimisers(syn), pool=[])
         for slot in range(self.pool_size):
             age = ctx.rng("initial age", 0, slot).integer(1, self.max_age + 1)
-            state.pool.append(self._trained(ctx, state, _fresh(ctx, 0, slot), age))
+            with ctx.rng.forked("layers of the pool", 0, slot):
+                state.pool.append(self._trained(ctx, state, _fresh(ctx, 0, slot), age))
         return state
 
     def loss(self, ctx: Context, state: StudentState, step: int, part: int) -> Loss:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.data.layout import require_kind
 from condense.method import Context, repeated
 from condense.methods.selection import highest
 from condense.names import spelt
@@ -33,9 +32,7 @@ def labellers(networks: Sequence[str], ctx: Context) -> list[Labeller]:
 
 def require_mosaics(ctx: Context, factor: int, num_candidates: int) -> None:
     """Raise ValueError unless mosaics of factor x factor tiles can be made of the candidates of each class."""
-    shape, needed = ctx.task.input_shape, ctx.images_per_class * factor**2
-    require_kind("a mosaic", ("images",), shape, f"give another method, such as {spelt('method', 'random')}")
-    height, width = shape[1:]
+    (height, width), needed = ctx.task.input_shape[1:], ctx.images_per_class * factor**2
     if height % factor or width % factor:
         raise ValueError(
             f"method.factor {factor} does not divide images of {height} x {width} pixels into equal tiles; "

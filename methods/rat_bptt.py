@@ -27,11 +27,12 @@ from torch import Tensor
 
 from condense.augment import Params as Drawn
 from condense.cudagraph import copy_into, from_host
-from condense.inner import Adam, Adjoint, Exact, Params, RandomTruncated, Truncated, advance
+from condense.inner import Adam, Adjoint, Exact, Higher, Params, RandomTruncated, Tesla, Truncated, advance
 from condense.inner.rules import AdamState
 from condense.method import Context, GradientState, Optim, Value, clip_grad, dtype_of_numbers
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch, prepared
+from condense.names import spelt
 from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
@@ -76,6 +77,11 @@ class WindowedBPTT(Bilevel):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("inner_steps", "same_burn_in", "lr", "batch_per_class", "batch_real")
+        if isinstance(self.adjoint, Tesla | Higher):
+            raise ValueError(
+                f"method.adjoint {self.adjoint.name} does not fit the network's optimiser, Adam; give "
+                f"{spelt('method.adjoint', 'exact')}"
+            )
         if not 0 <= self.clip_decay < 1:
             raise ValueError(f"method.clip_decay must lie in [0, 1), got {self.clip_decay}; a usual value is 0.9")
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from condense.artifacts import ArtifactSpec
 from condense.augment import Augment
-from condense.data.layout import sides
+from condense.data.layout import Kind, sides
 from condense.method import Context, Method, State
 from condense.methods import mosaic
 from condense.mosaic import joined
@@ -44,6 +44,7 @@ class RDED(Method):
 
     family: ClassVar[str] = "decoupled"
     has_teacher: ClassVar[bool] = True
+    takes: ClassVar[tuple[Kind, ...]] = ("images",)
 
     teachers: tuple[str, ...] = (OWN,)
     """Networks whose mean log-probability of the class is the score of a crop; same is the recipe's network."""

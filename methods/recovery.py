@@ -24,7 +24,7 @@ from torch import Tensor
 from condense import teachers
 from condense.artifacts import ArtifactSpec
 from condense.data.datasets import to_float
-from condense.data.layout import require_kind
+from condense.data.layout import Kind
 from condense.files import FORMAT, read_tensors, write_tensors
 from condense.method import Context, GradientMethod, GradientState, Loss, Optim
 from condense.names import spelt
@@ -50,6 +50,7 @@ class Recovery(GradientMethod):
     family: ClassVar[str] = "decoupled"
     learns_labels: ClassVar[bool] = False
     has_teacher: ClassVar[bool] = True
+    takes: ClassVar[tuple[Kind, ...]] = ("images", "clips")
 
     num_steps: int = 1000
     """Number of steps in which each image is optimised."""
@@ -80,7 +81,6 @@ class Recovery(GradientMethod):
         return super().incompatibility(Pixels(), labels, transform, objective)
 
     def needs(self, task: Task) -> Mapping[str, ArtifactSpec]:
-        require_kind("the recovery of 8-bit pixels", ("images", "clips"), task.input_shape, "give another method")
         return teachers.needed(self.teachers, task)
 
     def estimated_work(self, num_images: int, num_classes: int, images_per_class: int) -> float:

@@ -26,10 +26,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from condense.inner import SGD
+from condense.inner import SGD, Tesla
 from condense.method import Context, GradientState
 from condense.methods.bilevel import Bilevel, class_members, draw_per_class
 from condense.methods.unrolled import Minibatch
+from condense.names import spelt
 from condense.schedule import Schedule
 from condense.task import Task
 from condense.train import Training
@@ -64,6 +65,11 @@ class RTP(Bilevel):
         self.require_positive("inner_steps", "lr", "batch_per_class", "batch_real")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"method.momentum must lie in [0, 1), got {self.momentum}; a usual value is 0.9")
+        if isinstance(self.adjoint, Tesla) and self.momentum:
+            raise ValueError(
+                f"method.adjoint tesla needs plain SGD; give {spelt('method.momentum', 0)}, or "
+                f"{spelt('method.adjoint', 'exact')}"
+            )
         if self.ways is not None and self.ways < 2:
             raise ValueError(f"method.ways must be at least 2, got {self.ways}: one class cannot be classified; give 2")
 

@@ -180,7 +180,7 @@ class KMeans(FeatureSelection):
     """Selects the image nearest to the centre of each of as many clusters as there are images to select."""
 
     def choose(self, features: Tensor, num: int, seed: int) -> Tensor:
-        points = features.double().cpu()  # in float32 the summation order of threads could change the selection
+        points = features.cpu().double()  # in float32 the summation order of threads could change the selection
         clusters = sklearn.cluster.KMeans(num, n_init=1, random_state=seed % 2**32).fit(points.numpy())
         chosen, free = torch.empty(num, dtype=torch.long), points.new_zeros(len(points))
         for i, centre in enumerate(torch.from_numpy(clusters.cluster_centers_)):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from condense.augment import Augment
 from condense.augment import Params as Drawn
-from condense.inner import Adjoint, Exact, Params, RandomTruncated, Rule, unroll
+from condense.inner import Adjoint, Exact, Params, RandomTruncated, Rule, Truncated, unroll
 from condense.inner.rules import State
 from condense.method import Context, GradientMethod
 from condense.names import spelt
@@ -59,13 +59,19 @@ class Unrolled(GradientMethod):
 
     def why_no_room(self, num_steps: int) -> str | None:
         """Return why the adjoint can need more than ``num_steps`` training steps of the network; None if it cannot."""
-        if not isinstance(self.adjoint, RandomTruncated) or self.adjoint.hi + self.adjoint.window <= num_steps:
+        match self.adjoint:
+            case RandomTruncated(hi=int(longest), window=window):
+                field, burn_in, name = "hi", f"up to {longest}", "RandomTruncated"
+            case Truncated(burn_in=int(longest), window=window):
+                field, burn_in, name = "burn_in", str(longest), "Truncated"
+            case _:
+                return None
+        if longest + window <= num_steps:
             return None
-        most = max(num_steps - self.adjoint.window, 0)
+        fix = spelt(f"method.adjoint.{field}", max(num_steps - window, 0), name)
         return (
-            f"has a method.adjoint with a burn-in of up to {self.adjoint.hi} and a window of {self.adjoint.window}, "
-            f"but the network takes {num_steps} steps; give "
-            f"{spelt('method.adjoint.hi', most, 'RandomTruncated')} and a window that fits"
+            f"has a method.adjoint with a burn-in of {burn_in} and a window of {window}, but the network takes "
+            f"{num_steps} steps; give {fix} and a window that fits"
         )
 
     def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,9 @@ from condense.compute import Compute
 from condense.data.datasets import load
 from condense.experiment import check
 from condense.inner import SGD as Descent
-from condense.inner import Adam, Full, RandomTruncated, Truncated
+from condense.inner import Adam, Full, Higher, RandomTruncated, Tesla, Truncated
 from condense.method import Context, Optim
+from condense.methods.at_bptt import ATBPTT
 from condense.methods.bilevel import Bilevel
 from condense.methods.dd import DD
 from condense.methods.rat_bptt import RaTBPTT
@@ -414,6 +416,7 @@ class TestAll:
     [
         (lambda: DD(images_per_step=0), "images_per_step must be positive, got 0; a usual value is 1"),
         (lambda: DD(lr=-1.0), "lr must be positive"),
+        (lambda: DD(lr=math.inf), "lr must be finite, got inf"),
         (lambda: DD(mask=1.0), r"method.mask must lie in \[0, 1\), got 1.0: it is a fraction; a usual value is 0.1"),
         (lambda: RaTBPTT(clip_decay=1.0), "clip_decay must lie in"),
         (lambda: RaTBPTT(batch_per_class=0), "batch_per_class must be positive, got 0; a usual value is 10"),
@@ -423,6 +426,9 @@ class TestAll:
         (lambda: RaTBPTT(clip=0.0), "clip must be above 0"),
         (lambda: RTP(clip=-0.5), "clip must be above 0, got -0.5"),
         (lambda: dataclasses.replace(DD_TINY, adjoint=RandomTruncated(0, 9, 2)).init(context()), "takes 4 steps"),
+        (lambda: RaTBPTT(adjoint=Tesla()), "method.adjoint tesla does not fit .* Adam; give adjoint='exact'"),
+        (lambda: ATBPTT(adjoint=Higher()), "method.adjoint higher does not fit .* Adam"),
+        (lambda: RTP(adjoint=Tesla()), "method.adjoint tesla needs plain SGD; give momentum=0, or adjoint='exact'"),
     ],
 )
 def test_bad_fields_are_refused(make: Callable[[], Bilevel], complaint: str) -> None:
@@ -439,6 +445,9 @@ def test_a_random_window_lies_within_the_training_of_the_network(name: str) -> N
         ValueError, match=r"burn-in of up to 4 and a window of 2, but the network takes 5 steps; give .*3"
     ):
         check(Recipe(method=dataclasses.replace(method, **{steps: 5})))
+    late = dataclasses.replace(method, adjoint=Truncated(window=2, burn_in=5))
+    with pytest.raises(ValueError, match=r"burn-in of 5 and a window of 2, but .* 6 steps; .*burn_in=4"):
+        check(Recipe(method=late))
 
 
 def test_a_random_window_is_chosen_by_flags() -> None:

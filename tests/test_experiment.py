@@ -1,5 +1,6 @@
 """What a user gets wrong in words is refused before data are read, by every command that reads data."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from condense.baselines import prepare_baselines
 from condense.cli import main
 from condense.data import datasets
 from condense.data.datasets import Arrays
-from condense.experiment import check_run, prepare, resolve
+from condense.experiment import check, check_run, prepare, recipe_for, resolve
 from condense.files import checksum
 from condense.recipe import Recipe, to_mapping
 from condense.registry import load
 from condense.runs import RunOptions
-from condense.synthetic import save
+from condense.synthetic import StaticDynamic, save
 from condense.task import Split
 from tests.conftest import TINY
 
@@ -183,3 +184,18 @@ def test_the_folder_of_a_run_is_left_as_it_was(tiny: Arrays, tmp_path: Path) -> 
         api.distill("dm", dataset=tiny, network="convnets", out=out)
     check_run(Recipe(method=load("dm")()), RunOptions(out=out, device="cpu"), dataset=tiny)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_field_that_method_and_recipe_have_is_that_of_the_method() -> None:
+    plan = recipe_for("frepo", "digits", {"objective": "platt"})
+    assert plan.method == dataclasses.replace(recipe_for("frepo", "digits", {}).method, objective="platt")
+    assert plan.objective == "cross-entropy"
+    assert recipe_for("mtt", "digits", {"objective": "mse"}).objective == "mse"
+
+
+@pytest.mark.parametrize("name", ["dc", "dd", "cafe", "rtp", "rat-bptt"])
+def test_stills_that_never_change_are_no_noise(name: str) -> None:
+    noise = Recipe(method=load(name)(start="noise"), decode=StaticDynamic())
+    with pytest.raises(ValueError, match=r"starts from noise, .* never change; give .*stills='RUN'.*, or start='real'"):
+        check(noise)
+    check(dataclasses.replace(noise, method=load(name)(start="real")))

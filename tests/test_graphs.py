@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from itertools import count, product
 from pathlib import Path
+from typing import Any
 
 import networkx
 import numpy as np
@@ -356,6 +357,20 @@ def test_networks_are_trained_on_a_set_of_frequent_trees(shapes: Path, tmp_path:
     with pytest.raises(ValueError, match=r"labels.cutmix takes .*, not graphs .* give labels=Stored\(cutmix=0\)"):
         api.relabel(tmp_path / "random", buffer, epochs=1, augment="none", device="cpu")
     assert all(0 <= result.metrics["auc"][0] <= 1 for result in found.results)
+
+
+@pytest.mark.parametrize("budget", [{"fraction": 0.25}, {"ipc": 12, "ipc_policy": "all"}])
+def test_selections_of_graphs_can_be_repeated_and_compared(
+    budget: dict[str, Any], shapes: Path, tmp_path: Path
+) -> None:
+    syn = api.distill("random", dataset=str(shapes), out=tmp_path / "run", device="cpu", **budget)
+    again = api.distill(tmp_path / "run" / "recipe.yaml", dataset=str(shapes), out=tmp_path / "again", device="cpu")
+    assert torch.equal(syn.latents, again.latents)
+    short = dataclasses.replace(PROTOCOLS["graphs"], num_epochs=1)
+    networks = ["gin:width=8,depth=1"]
+    common: dict[str, Any] = {"networks": networks, "num_seeds": 1, "protocol": short, "device": "cpu"}
+    _, random = api.evaluate(tmp_path / "run", baselines=["random"], **common).results
+    assert random.num_images == len(syn)
 
 
 def test_networks_for_graphs_are_not_compiled_however_long_they_train() -> None:

@@ -180,6 +180,31 @@ def test_its_teacher_is_one_that_was_trained_without_labels(tiny: Arrays, tmp_pa
         api.run(dataclasses.replace(plan, method=other), dataclasses.replace(options, buffers=teachers), arrays=tiny)
 
 
+@pytest.mark.usefixtures("double_teachers")
+def test_dropout_in_the_first_pool_follows_the_seed(teachers: Path, tiny: Arrays) -> None:
+    def network(input_shape: InputShape, num_outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(), nn.Linear(8, num_outputs))
+
+    ctx = context(teachers, tiny)
+    other = Functional(network, (1, 8, 8), WIDTH, dtype=torch.float64)
+    ctx = dataclasses.replace(ctx, task=dataclasses.replace(ctx.task, network=other))
+    pools = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        pools.append(TINY.init(ctx).pool)
+    for one, again in zip(*pools, strict=True):
+        torch.testing.assert_close(one["params"], again["params"], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("double_teachers")
+def test_targets_are_those_of_the_given_images(teachers: Path, tiny: Arrays) -> None:
+    ctx = context(teachers, tiny)
+    given = torch.rand(3, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images, targets = TINY.init(dataclasses.replace(ctx, first_images=given)).syn()
+    torch.testing.assert_close(images.double(), given, rtol=0, atol=1e-6)
+    torch.testing.assert_close(targets.double(), TINY._teacher(ctx)(given).double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["krr-st", "linear-gradient"])
 def test_the_backbone_may_be_a_network_of_python(name: str, tiny: Arrays, tmp_path: Path) -> None:
     def network(input_shape: InputShape, num_outputs: int) -> nn.Module:

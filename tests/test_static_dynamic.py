@@ -217,12 +217,12 @@ def test_methods_keep_their_promises(
 def test_every_method_takes_it_or_is_refused_with_the_reason(name: str, folder: Path, tmp_path: Path) -> None:
     decode, learner = StaticDynamic(stills=str(folder / "stills")), method(name)
     if issubclass(learner, Recovery) or name in ("cim", "linear-gradient", "selmatch"):
-        refusal = f"{name} (recovers|stores|keeps) .* give decode='pixels'|a mosaic takes images"
+        refusal = f"{name} ((recovers|stores|keeps) .* give decode='pixels'|takes images, not clips)"
         with pytest.raises(ValueError, match=refusal):
             distilled(folder, name, tmp_path / "run", decode=decode)
         return
     if learner.private:
-        refusal = rf"^{name} is private, and the stills of another set may be real .*StaticDynamic\(stills=None\)"
+        refusal = f"^{name} is private, and stills would be real images or noise; give decode='pixels'"
         with pytest.raises(ValueError, match=refusal):
             distilled(folder, name, tmp_path / "run", decode=decode)
         return
