@@ -97,7 +97,8 @@ def measure(study: Study, folder: Path, work: Path) -> Finding:
         done = work / f"{number}.json"
         record = read_json(done, fix="delete it") if done.exists() else {}
         facts = {"command": shlex.join(words), "commit": harness.commit()}
-        if any(record.get(name) != value for name, value in facts.items()):
+        unknown = not facts["commit"] or facts["commit"].endswith("+")
+        if unknown or any(record.get(name) != value for name, value in facts.items()):
             for later in range(number, len(study.commands)):
                 (work / f"{later}.json").unlink(missing_ok=True)
             out = work / words[words.index("--out") + 1] if "--out" in words else None

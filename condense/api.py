@@ -39,6 +39,7 @@ from condense.eval.applications import Application, Findings, Setting, name_and_
 from condense.eval.applications.pruning import PRUNING, Pruning
 from condense.eval.baselines import FULL, compare
 from condense.eval.journal import Journal
+from condense.eval.kept import Kept
 from condense.eval.protocol import Protocol, named, own_network
 from condense.eval.results import Evaluation, Result, merge, read, read_complete
 from condense.eval.results import Scored as Scored
@@ -52,6 +53,7 @@ from condense.files import (
     checksum,
     expanded,
     read_header,
+    read_json,
     replacing,
     write_text,
 )
@@ -283,6 +285,8 @@ def evaluate(
     of_set, makers = _labelled(syn, plans, makers, expanded(buffers), arrays.strategy, chosen, compute)
     subject = Subject(syn=syn, arrays=arrays, device=chosen, cache=cache_folder(), teachers=found | of_set)
     journal = None if target is None else Journal(target, ranks.rank)
+    kept = None if folder is None else Kept(folder, subject, networks, plans, num_seeds)
+    unfinished = None if kept is None else kept.unfinished
     results: list[Result] = []
 
     def record(result: Result) -> None:
@@ -301,9 +305,11 @@ def evaluate(
     }
     with compute.arithmetic():
         for plan in plans:
-            evaluation.evaluate(subject, protocol=plan, journal=journal, keep=folder, **common)
+            evaluation.evaluate(subject, protocol=plan, journal=journal, keep=unfinished, **common)
         compare(subject, baselines, makers, protocols=plans, **common)
     ranks.barrier()
+    if kept is not None:
+        kept.finish()
     if journal is not None and ranks.first:
         journal.remove()
     return Evaluation(tuple(results), tuple(arrays.classes))
@@ -456,7 +462,7 @@ def apply(
     target = expanded(out) if out is not None else folder / f"apply-{name}.json" if folder and folder.is_dir() else None
     if target is not None:
         check_new_file(target, "results")
-        check_replaceable(target, "file of results", b"{")
+        _check_findings(target)
     given, data = sets.read_set(syn, dataset)
     if isinstance(given, SyntheticSet):
         if application.needs_classes:
@@ -476,6 +482,16 @@ def apply(
         content = {**about, **dataclasses.asdict(application), "seed": seed, **findings.content()}
         write_text(target, json.dumps(content, indent=1) + "\n")
     return findings
+
+
+def _check_findings(file: Path) -> None:
+    """Raise ValueError if a file exists that ``apply`` did not write."""
+    if not file.exists() or not file.stat().st_size:
+        return
+    check_replaceable(file, "file of results", b"{")
+    content = read_json(file, fix="give another path, or move it away")
+    if not isinstance(content, Mapping) or "application" not in content:
+        raise ValueError(f"{file} exists already and is not from condense apply; give another path, or move it away")
 
 
 @checked
@@ -507,7 +523,7 @@ def prune(
     folder = None if out is None else expanded(out)
     if folder is not None:
         check_new_folder(folder)
-        check_replaceable(folder / "apply-pruning.json", "file of results", b"{")
+        _check_findings(folder / "apply-pruning.json")
     common: dict[str, Any] = {"transform": transform, "split": Split(val_fraction=0.0), "network": plan.network}
 
     def recipe_of(method: str, fraction: float) -> Recipe:

@@ -103,6 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"condense: {_rank()}{excerpt(error, LONGEST_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:  # torch is not imported here, and its allocators raise different classes
+        if debug or not _is_out_of_memory(error):
+            raise
+        first = excerpt(str(error).partition("\n")[0], LONGEST_MESSAGE)
+        remedy = "give smaller numbers to --compute.networks and --compute.micro-batch"
+        print(f"condense: {_rank()}memory is exhausted: {first}; {remedy}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         notes = "".join(f"{note}; " for note in getattr(stop, "__notes__", ()))
         print(f"condense: {_rank()}stopped; {notes}to continue: {_again(given)}", file=sys.stderr)
@@ -137,6 +144,10 @@ def _again(words: Sequence[str]) -> str:
     if "RANK" in os.environ:
         return " ".join(["the same torchrun command", *(["with --resume"] if resume else [])])
     return shlex.join(["condense", *words, *resume])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _rank() -> str:

@@ -440,8 +440,12 @@ def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], r
     chosen = sweep.best(points) if chooses else None
     if as_json:
         _print_json(sweep.as_json(points, chosen))
+    else:
+        print_table(None, *sweep.table(points, chosen))
+    if len(lost) == len(cells):
+        raise SystemExit(2)
+    if as_json:
         return
-    print_table(None, *sweep.table(points, chosen))
     if chosen is not None:
         pairs = ", ".join(f"{field}={value}" for field, value in chosen.values.items())
         _remark(f"best on the validation split: {pairs}; next: condense evaluate {chosen.folders[0]}")

@@ -386,7 +386,7 @@ def run(
     plan, ranks, device = experiment.plan, ctx.ranks, experiment.network.device
     title = f"{registry.name_of(plan.method)} {ctx.task.name} {plan.budget_in_words}"
     ctx = dataclasses.replace(ctx, scratch=folder / engine.SCRATCH)
-    stopwatch = runs.Stopwatch(folder)
+    stopwatch, has_ended = runs.Stopwatch(folder), resume and "finished" in runs.read_record(folder)
     with plan.compute.arithmetic():
         state, total = plan.method.init(ctx), plan.method.total_steps(ctx)
         with reporting(folder):
@@ -396,7 +396,8 @@ def run(
             if not (resume and engine.has_checkpoint(folder)):
                 write_text(folder / "recipe.yaml", recipe.to_yaml(plan))
             sinks = open_sinks(options.track, folder, ctx.origin.recipe)
-            runs.write_start(folder, experiment.source, total)
+            if not has_ended:
+                runs.write_start(folder, experiment.source, total)
         forget_peak(device)
         detail(f"{folder}, {device_name(device)}, {torch.get_num_threads()} threads\n{recipe.to_yaml(plan)}")
         with progress(title, total) as bar:
@@ -414,6 +415,7 @@ def run(
             )
     if ranks.first:
         picture.draw(syn, ctx.task.transform, folder / "synthetic.png")
+    if ranks.first and not has_ended:
         stopwatch.save()
         plans = {artifact.folder.resolve().name: artifact.plan for artifact in ctx.artifacts.values()}
         runs.write_record(folder, device, ranks.size, {name: plan for name, plan in plans.items() if plan})

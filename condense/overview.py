@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from condense import api, artifacts, runs, sets
 from condense.compute import Compute
-from condense.data.datasets import Data
+from condense.data.datasets import Data, open_data
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
 from condense.eval.baselines import FULL
 from condense.eval.protocol import named
 from condense.eval.report import steps_of
-from condense.eval.results import Pooled, alike, pool, read_complete, standing_for
+from condense.eval.results import Pooled, alike, fits, pool, read_complete, standing_for
 from condense.files import checksum, expanded, is_locked, read_header
 from condense.names import percent, spelt
 from condense.networks import resolve
@@ -240,13 +240,21 @@ def compare(
     for syn in known.values():
         evaluation.check(syn, architectures, named(protocol, syn), num_seeds)
     where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}
-    results = {}
-    for path in paths:
-        rows = _measured(path, known[path], fields) if path in known else None
-        if rows is None:
-            evaluated = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
-            rows = [result.row() for result in evaluated.results]
-        results[path] = rows
+
+    def results_of(test: str | None) -> dict[str, list[dict[str, Any]]]:
+        found = {}
+        for path in paths:
+            rows = _measured(path, known[path], fields, test) if path in known else None
+            if rows is None:
+                evaluated = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
+                rows = [result.row() for result in evaluated.results]
+            found[path] = rows
+        return found
+
+    results = results_of(None if dataset is None else _test_fingerprint(dataset, download, ranks))
+    if len({row["test_fingerprint"] for rows in results.values() for row in rows}) > 1:
+        data = sets.read_set(paths[0], dataset)[1]
+        results = results_of(_test_fingerprint(data, download, ranks))
     groups = alike({path: known.get(path) for path in paths})
     names = _names({group[0]: known.get(group[0]) for group in groups})
     count, first = len(architectures), results[paths[0]][0]
@@ -274,6 +282,11 @@ def compare(
     )
 
 
+def _test_fingerprint(data: Data, download: bool, ranks: Ranks) -> str:
+    with ranks.rank_zero_first():
+        return open_data(data, download).fingerprint["test"]
+
+
 _REFERENCES = ("random", FULL)
 """The baselines of every comparison."""
 
@@ -288,12 +301,15 @@ def _check_data(origins: Mapping[str, Origin]) -> None:
             )
 
 
-def _measured(path: str, syn: SyntheticSet, fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _measured(
+    path: str, syn: SyntheticSet, fields: Mapping[str, Any], test: str | None = None
+) -> list[dict[str, Any]] | None:
     """Return the results of a set and of its baselines, in the order of ``evaluate``, from its file of results; None if
-    one of them is missing."""
+    one of them is missing. They are of the test images with the fingerprint ``test``; None: any."""
     file, plan = api.evaluation_file(path), named(fields["protocol"], syn)
     rows = read_complete(file) if file is not None and file.exists() else []
     rows = [row for row in rows if row["n"] == fields["num_seeds"] and row["seed"] == fields["seed"]]
+    rows = [row for row in rows if fits(row, syn) and test in (None, row["test_fingerprint"])]
     shape, own = syn.origin.input_shape, checksum(syn.state_dict())
     names = [str(resolve(network, shape)) for network in fields["networks"]]
 

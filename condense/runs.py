@@ -164,7 +164,8 @@ def claim(folder: Path, plan: Recipe, written: Mapping[str, Any] | None) -> None
     if different is not None:
         name, old, new = (printable(str(part), 60) for part in different)
         raise ValueError(
-            f"{folder} was started with {name} = {old}, not {new}: it is another recipe; choose another {spelt('out')}"
+            f"{folder} was started with {name} = {old}, not {new}: it is another recipe; give "
+            f"the same one to continue, or choose another {spelt('out')}"
         )
 
 

@@ -212,7 +212,8 @@ def _teacher(syn: SyntheticSet, kind: ViewLabels) -> str:
 
 def _run(folder: Path) -> Summary:
     groups, remark = dict[str, Mapping[str, Any]](), ""
-    if (folder / "synthetic.safetensors").exists():
+    finished = folder / "synthetic.safetensors"
+    if finished.exists():
         groups[str(folder)] = _set(api.load(folder))
     else:
         remark = f"{folder}: not finished; run its command again with --resume to continue"
@@ -232,8 +233,10 @@ def _run(folder: Path) -> Summary:
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
     rows, validation = (_scores(folder, split) for split in get_args(api.Scored))
-    if rows:
-        facts["compression"] = f"{rows[0]['compression']:,.1f} : 1"
+    sha256 = read_header(finished).get("sha256") if finished.exists() else None
+    for row in rows:
+        if row["synthetic_sha256"] == sha256:
+            facts["compression"] = f"{row['compression']:,.1f} : 1"
     return Summary(groups | {"run": facts}, remark, rows, validation, uses_of(folder))
 
 

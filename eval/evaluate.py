@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import json
-import re
 import statistics
 import time
 import warnings
@@ -25,14 +24,13 @@ from condense.data.datasets import Arrays
 from condense.data.images import Images
 from condense.data.transform import Transform
 from condense.distributed import Ranks
-from condense.eval import teachers
+from condense.eval import kept, teachers
 from condense.eval.calibration import Calibration, temperature
 from condense.eval.journal import Cell, CellStore
 from condense.eval.metrics import Scores
 from condense.eval.protocol import PROTOCOLS, STRATEGIES, Protocol, changed, recorded_name, require_effect
 from condense.eval.results import Evaluation, Result, Scored
 from condense.eval.subject import Subject, decoded, require_held_out
-from condense.exchange.weights import write_state_dict
 from condense.files import checksum
 from condense.kernels import centred
 from condense.labelling import NamedTeacher
@@ -72,15 +70,22 @@ class SetScorer:
         compute: Compute,
         augment: Augment = Augment(),
         label: Label | None = None,
-        weights: Tensor | None = None,
     ) -> None:
-        self.network, self._augment, self._label, self._weights = network, augment, label, weights
+        self.network, self._augment, self._label = network, augment, label
         self._trainer, self._scorer = Trainer(network, plan, compute), Scorer(network, compute)
 
-    def train(self, images: Tensor | Images, targets: Tensor, rng: Rng, on_epoch: OnEpoch | None = None) -> Weights:
-        """Train a fresh network on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C); return its weights after the
-        last epoch."""
-        return self._train(images, targets, [rng], on_epoch)[0]
+    def train(
+        self,
+        images: Tensor | Images,
+        targets: Tensor,
+        rng: Rng,
+        on_epoch: OnEpoch | None = None,
+        *,
+        weights: Tensor | None = None,
+    ) -> Weights:
+        """Train a fresh network on ``images`` (N, C, H, W) and ``targets`` (N,) or (N, C), drawn in proportion to
+        ``weights`` (N,) if there are some; return its weights after the last epoch."""
+        return self._train(images, targets, [rng], on_epoch, weights)[0]
 
     def score(
         self,
@@ -91,37 +96,45 @@ class SetScorer:
         rngs: Sequence[Rng],
         on_epoch: OnEpoch | None = None,
         *,
+        weights: Tensor | None = None,
         calibration: Calibration = "none",
         held_out: Labelled | None = None,
         keep: Callable[[int, Weights], None] | None = None,
     ) -> list[Scores]:
         """Train fresh networks together, one for each ``rng``, calibrate them on ``held_out``, and score them on ``x``
-        (M, C, H, W) with classes ``y`` (M,). ``keep(k, weights)`` gets the weights for the k-th of ``rngs``."""
+        (M, C, H, W) with classes ``y`` (M,). ``weights`` are those of the images, see ``train``. ``keep(k, trained)``
+        gets the weights of the network for the k-th of ``rngs``."""
         scores = []
-        for k, (weights, rng) in enumerate(zip(self._train(images, targets, rngs, on_epoch), rngs, strict=True)):
+        networks = self._train(images, targets, rngs, on_epoch, weights)
+        for k, (trained, rng) in enumerate(zip(networks, rngs, strict=True)):
             if keep is not None:
-                keep(k, weights)
+                keep(k, trained)
             divisor = 1.0
             if held_out is not None and calibration != "none":
-                real_logits = self._scorer.logits(weights, held_out.images)
+                real_logits = self._scorer.logits(trained, held_out.images)
                 divisor = temperature(calibration, real_logits, held_out.labels, rng.generator("calibration"))
-            logits = self._scorer.logits(weights, x) / divisor
+            logits = self._scorer.logits(trained, x) / divisor
             if not logits.isfinite().all():
                 warnings.warn(f"a network of {self.network.name} diverged; it is scored like the others", stacklevel=2)
             scores.append(Scores.of(logits, y))
         return scores
 
     def _train(
-        self, images: Tensor | Images, targets: Tensor, rngs: Sequence[Rng], on_epoch: OnEpoch | None
+        self,
+        images: Tensor | Images,
+        targets: Tensor,
+        rngs: Sequence[Rng],
+        on_epoch: OnEpoch | None,
+        weights: Tensor | None,
     ) -> list[Weights]:
-        weights = [self.network.init(rng, "weights") for rng in rngs]
-        sources = [self._source(images, targets, rng.child("training")) for rng in rngs]
+        fresh = [self.network.init(rng, "weights") for rng in rngs]
+        sources = [self._source(images, targets, rng.child("training"), weights) for rng in rngs]
         each = None if on_epoch is None else lambda done, live: on_epoch(done, live[0])
-        return self._trainer.run_together(weights, sources, on_epoch=each)
+        return self._trainer.run_together(fresh, sources, on_epoch=each)
 
-    def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng) -> Source:
+    def _source(self, images: Tensor | Images, targets: Tensor, rng: Rng, weights: Tensor | None) -> Source:
         """Return the training batches; a teacher, if there is one, labels them."""
-        source = self._trainer.source(images, targets, rng, self._augment, self._weights)
+        source = self._trainer.source(images, targets, rng, self._augment, weights)
         return source if self._label is None else self._label(source)
 
 
@@ -256,7 +269,7 @@ def measure(
         units = [k for of, k in mine if of == i]
         if not units:
             continue
-        scorer = SetScorer(network, plans[i], policies[i], augment, label_of(network), weights)
+        scorer = SetScorer(network, plans[i], policies[i], augment, label_of(network))
         rng, num_epochs = Rng(seed).child("evaluate", network.name), plans[i].num_epochs
         with progress(f"{name} {network.name}", len(units) * num_epochs) as bar:
             at_once = policies[i].networks or 1
@@ -266,7 +279,7 @@ def measure(
                 accuracies = [trained[i, k].scores.accuracy for k in units[:first]]
                 on_epoch = _reporter(bar, first * num_epochs, len(group), accuracies)
                 rngs = [rng.child("network", k) for k in group]
-                writes = None if keep is None else functools.partial(_write, keep, network, protocol.name, group)
+                writes = None if keep is None else functools.partial(kept.write, keep, network, protocol.name, group)
                 scores = scorer.score(
                     images,
                     targets,
@@ -274,6 +287,7 @@ def measure(
                     test.labels,
                     rngs,
                     on_epoch,
+                    weights=weights,
                     calibration=protocol.calibration,
                     held_out=held_out,
                     keep=writes,
@@ -316,16 +330,6 @@ def measure(
     ]
 
 
-def _write(folder: Path, network: Functional, protocol: str, numbers: Sequence[int], k: int, weights: Weights) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_state_dict(_kept(folder, network, protocol, numbers[k]), network, weights)
-
-
-def _kept(folder: Path, network: Functional, protocol: str, k: int) -> Path:
-    """The file of the weights of a network."""
-    return folder / (re.sub(r"[^\w.=-]+", "-", f"{network.name}-{protocol}-{k}") + ".safetensors")
-
-
 def _with_best_rate(
     plan: Protocol,
     network: Functional,
@@ -345,10 +349,10 @@ def _with_best_rate(
     assert held_out is not None
     keys, accuracies = [rng.child("learning rate", network.name)], []
     for lr in sorted(plan.lr_grid):
-        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment, label, weights)
+        scorer = SetScorer(network, dataclasses.replace(plan, lr=lr), compute, augment, label)
         with warnings.catch_warnings():  # a learning rate at which a network diverges is not chosen
             warnings.simplefilter("ignore", UserWarning)
-            (scores,) = scorer.score(images, targets, held_out.images, held_out.labels, keys)
+            (scores,) = scorer.score(images, targets, held_out.images, held_out.labels, keys, weights=weights)
         accuracies.append(scores.accuracy)
     best = sorted(plan.lr_grid)[accuracies.index(max(accuracies))]
     return dataclasses.replace(plan, lr=best, lr_grid=())
@@ -409,20 +413,15 @@ def evaluate(
         ranks: processes that share the networks.
         journal: stores trained networks until the results are written.
         split: the images on which networks are scored: the test images, or those that the set was not made from.
-        keep: folder for the weights of the networks.
+        keep: folder for the weights of the networks, in files that ``kept.name`` names.
 
     Raises:
-        ValueError: there are no such images, a network does not accept their shape, or ``keep`` holds such weights
-            already; see also ``check``.
+        ValueError: there are no such images, or a network does not accept their shape; see also ``check``.
     """
     syn, arrays = subject.syn, subject.arrays
     check(syn, networks, protocol, num_seeds, subject.teachers, split)
     test = subject.scored(split)
     skeletons = [subject.network(network) for network in networks]
-    if keep is not None:
-        for file in [_kept(keep, network, protocol.name, k) for network in skeletons for k in range(num_seeds)]:
-            if file.exists():
-                raise ValueError(f"{file} exists already; give {spelt('keep')} with another folder, or move it away")
     images, targets = subject.decoded(soft=protocol.labels != "hard")
     if protocol.loss == "mse" and syn.label_kind.space != "values":
         targets = centred(targets, arrays.num_classes, torch.float32)
@@ -532,7 +531,8 @@ def validator(task: Task, compute: Compute, seed: int) -> Callable[[SyntheticSet
     def validate(syn: SyntheticSet, step: int) -> dict[str, float]:
         images, targets = decoded(syn, soft=True)
         chosen, rng = scorer(syn.label_kind.space == "values"), Rng(seed).child("validation", step)
-        return {"val_accuracy": chosen.score(images, targets, val.images, val.labels, [rng])[0].accuracy}
+        (scores,) = chosen.score(images, targets, val.images, val.labels, [rng], weights=syn.weights)
+        return {"val_accuracy": scores.accuracy}
 
     return validate
 

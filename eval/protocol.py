@@ -356,7 +356,14 @@ def require_effect(protocol: Protocol, syn: SyntheticSet | None) -> None:
         else {},
         "lr_grid": {"schedule.lr_per_step": ()} if protocol.schedule.lr_per_step else {},
     }
+    kind = None if syn is None else protocol.view_labels(syn)
+    fixed = {} if kind is None else kind.training()
     for name in changed(protocol, syn):
+        if name in fixed and getattr(protocol, name) != fixed[name]:
+            raise ValueError(
+                f"protocol.{name} has no effect, because the set stores labels of its own views; leave it out, or "
+                "label the set anew with `condense relabel`"
+            )
         for other, off in replaced.get(name, {}).items():
             raise ValueError(
                 f"protocol.{name} has no effect, because the protocol {protocol.name} takes {other} instead; leave it "

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import scipy.stats
 
 from condense.eval.metrics import Scores
-from condense.files import locked, read_json, write_text
+from condense.files import checksum, locked, read_json, write_text
 from condense.names import percent
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
+from condense.synthetic.teaching import ViewLabels
 
 if TYPE_CHECKING:
     import pandas
@@ -162,7 +163,8 @@ class Evaluation:
         """Return a table for a notebook."""
         rows = [(result.method or "set", result.network, result.protocol, result.percent) for result in self.results]
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><tr><th>set</th><th>network</th><th>protocol</th><th>test accuracy</th></tr>{body}</table>"
+        scored = " and ".join(dict.fromkeys(result.split for result in self.results)) or "test"
+        return f"<table><tr><th>set</th><th>network</th><th>protocol</th><th>{scored} accuracy</th></tr>{body}</table>"
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a table with one row for each trained network, and its accuracies and other metrics as fractions.
@@ -179,7 +181,8 @@ class Evaluation:
             raise ValueError("a table needs pandas, which is not installed; run: pip install pandas") from error
         rows = []
         for result in self.results:
-            about = {name: getattr(result, name) for name in ("method", "network", "protocol", "dataset", "num_images")}
+            fields = ("method", "network", "protocol", "dataset", "split", "num_images")
+            about = {name: getattr(result, name) for name in fields}
             for k, accuracy in enumerate(result.accuracies):
                 row = {**about, "seed": result.seed, "number": k, "accuracy": accuracy}
                 row |= {name: of[k] for name, of in result.metrics.items() if name not in ("per_class", "reliability")}
@@ -244,14 +247,15 @@ def alike(sets: Mapping[str, SyntheticSet | None]) -> list[list[str]]:
 
 _KEY = (
     *("method", "network", "num_params", "protocol_hash", "n", "seed"),
-    *("synthetic_sha256", "transform", "test_fingerprint", "split"),
+    *("synthetic_sha256", "transform", "teacher", "test_fingerprint", "split"),
 )
 
 
 def merge(path: Path, results: Sequence[Result]) -> None:
     """Add results to a JSON file ``{"results": [row, ...]}``.
 
-    A row replaces an existing one with the same method, network, protocol, n, seed, set, transform and scored images.
+    A row replaces an existing one with the same method, network, protocol, n, seed, set, transform, teacher and scored
+    images.
     Processes that write to the same file take turns.
 
     Raises:
@@ -318,6 +322,22 @@ _FIX = "move it away and run condense evaluate again"
 @dataclass(frozen=True)
 class _Results:
     results: tuple[Mapping[str, Any], ...]
+
+
+def rows_of(rows: Sequence[Mapping[str, Any]], syn: SyntheticSet) -> list[Mapping[str, Any]]:
+    """Return the rows of a set: with its tensors, and measured under its transform and with the teacher it names."""
+    sha256 = checksum(syn.state_dict())
+    return [row for row in rows if row["synthetic_sha256"] == sha256 and fits(row, syn)]
+
+
+def fits(row: Mapping[str, Any], syn: SyntheticSet) -> bool:
+    """Whether a row, of a set or of its baselines, was measured under the transform of the set and with the teacher it
+    names, or with one that the protocol names."""
+    kind = syn.label_kind
+    named = kind.teacher if isinstance(kind, ViewLabels) and kind.is_named else ""
+    transform = syn.origin.transform_name
+    taught = row.get("teacher", "") in ("", named) or "teacher" in row.get("changed", {})
+    return taught and row.get("transform", transform) == transform
 
 
 def standing_for(rows: Sequence[Mapping[str, Any]], network: str | None) -> Mapping[str, Any] | None:

@@ -277,6 +277,40 @@ def test_the_networks_of_an_evaluation_can_be_kept(network: str, tiny: Arrays, t
     assert files[0].stat().st_mtime_ns == before
 
 
+def test_an_evaluation_that_keeps_networks_can_be_repeated_after_a_stop(
+    tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    condense.distill("random", dataset=tiny, network=TINY, ipc=1, out=tmp_path / "run", device="cpu")
+    protocols = [dataclasses.replace(PROTOCOLS[name], num_epochs=1) for name in ("canonical", "canonical-dsa")]
+    fields: dict[str, Any] = {"networks": [TINY], "num_seeds": 1, "protocol": protocols, "device": "cpu"}
+    kept, score, calls = tmp_path / "networks", SetScorer.score, list[int]()
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **options)
+
+    monkeypatch.setattr(SetScorer, "score", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        condense.evaluate(tmp_path / "run", tiny, keep=kept, **fields)
+    assert [file.name for file in kept.iterdir()] == [".unfinished"]
+    condense.evaluate(tmp_path / "run", tiny, keep=kept, **fields)
+    assert len(list(kept.iterdir())) == 2 and not (kept / ".unfinished").exists()
+    (kept / f"{TINY.replace(':', '-').replace(',', '-')}-canonical-0.safetensors").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"canonical-dsa-0\.safetensors exists already"):
+        condense.evaluate(tmp_path / "run", tiny, keep=kept, **fields)
+    assert len(calls) == 4, "refused before the first training"
+
+
+def test_resuming_a_finished_run_leaves_its_record(tiny: Arrays, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"dataset": tiny, "network": TINY, "ipc": 1, "out": tmp_path, "device": "cpu"}
+    condense.distill("dm", num_steps=1, batch_real=4, **fields)
+    before = (tmp_path / "run.json").read_bytes()
+    condense.distill("dm", num_steps=1, batch_real=4, resume=True, **fields)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(("labels", "trainings"), [("hard", 1), ("logits", 2)])
 def test_a_training_that_two_protocols_spell_differently_is_run_once(
     labels: str, trainings: int, tiny: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -375,6 +409,10 @@ def test_sets_and_results_are_short_and_shown_in_notebooks(tiny: Arrays, tmp_pat
     line = f"Result(random on {TINY}, canonical*: {100 * found.results[0].mean:.1f} ± "
     assert repr(found).splitlines()[0].startswith(line) and len(repr(found)) < 200
     assert found._repr_html_().count("<tr>") == 3 and "<td>canonical*</td>" in found._repr_html_()
+    assert "<th>test accuracy</th>" in found._repr_html_()
+    validation = dataclasses.replace(found, results=[dataclasses.replace(found.results[0], split="validation")])
+    assert "<th>validation accuracy</th>" in validation._repr_html_()
+    assert set(validation.to_pandas()["split"]) == {"validation"}
     assert found.classes == tiny.classes
     table = found.to_pandas()
     assert list(table["network"]) == [TINY, TINY, "mlp", "mlp"] and list(table["number"]) == [0, 1, 0, 1]

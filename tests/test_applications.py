@@ -68,13 +68,24 @@ def test_a_baseline_by_the_method_of_the_set_does_not_take_its_place(run: Path, 
     assert [row[0] for row in found.rows] == ["random", "random, made anew"]
 
 
+def test_findings_replace_findings_alone(run: Path, tiny: Arrays, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"num_groups": 1, "num_seeds": 1, "network": "mlp", "device": "cpu"}
+    other = tmp_path / "notebook.ipynb"
+    other.write_text('{"cells": []}')
+    with pytest.raises(ValueError, match=r"notebook.ipynb exists already and is not from condense apply; give another"):
+        api.apply("continual", run, tiny, out=other, **fields)
+    assert other.read_text() == '{"cells": []}'
+    for _ in range(2):
+        api.apply("continual", run, tiny, out=tmp_path / "found.json", **fields)
+
+
 def test_nas_correlates_a_ranking_with_the_truth_on_held_out_images(
     run: Path, tiny: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"random": [0.1, 0.4, 0.2, 0.3], "real": [0.2, 0.5, 0.3, 0.9]}
     accuracies = [value for pair in zip(*given.values(), strict=True) for value in pair]
 
-    def score(self: SetScorer, images: Any, labels: Any, scored: Any, *_: Any) -> list[SimpleNamespace]:
+    def score(self: SetScorer, images: Any, labels: Any, scored: Any, *_: Any, **__: Any) -> list[SimpleNamespace]:
         assert len(scored) == 9, "a quarter of the training images"
         return [SimpleNamespace(accuracy=accuracies.pop(0))]
 

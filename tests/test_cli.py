@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from condense import recipe
+from condense import commands, recipe
 from condense.cli import COMMANDS, main
 from condense.commands import KINDS
 from condense.data import datasets
@@ -504,3 +505,21 @@ def test_no_color_is_honoured_by_help() -> None:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
         assert (re.search(rb"\x1b\[(\d+;)*3\d", done.stdout) is not None) is expected
         assert b"--dataset" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory: 9 bytes")],
+)
+def test_exhausted_memory_is_one_line(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(commands.TABLE, "list", exhausted)
+    said = fails(capsys, "list", "methods")
+    assert said.startswith("condense: memory is exhausted: ") and "--compute.micro-batch" in said
+    error = RuntimeError("another fault")
+    with pytest.raises(RuntimeError, match="another fault"):
+        main(["list", "methods"])

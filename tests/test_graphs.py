@@ -373,6 +373,25 @@ def test_selections_of_graphs_can_be_repeated_and_compared(
     assert random.num_images == len(syn)
 
 
+def test_applications_and_validation_draw_samples_by_their_weights(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syn = api.distill("mirage", dataset=str(shapes), ipc=10, out=tmp_path / "run", device="cpu", depth=1)
+    seen: list[Any] = []
+    source = Trainer.source
+
+    def noted(self: Trainer, images: Any, *args: Any) -> Any:
+        seen.append(args[-1])
+        return source(self, images, *args)
+
+    monkeypatch.setattr(Trainer, "source", noted)
+    common: dict[str, Any] = {"network": "gin:width=8,depth=1", "num_seeds": 1, "device": "cpu"}
+    api.apply("continual", tmp_path / "run", num_groups=1, **common)
+    api.apply("privacy", tmp_path / "run", num_epochs=1, **common)
+    assert syn.weights is not None
+    assert all(torch.equal(weights, syn.weights) for weights in seen[:2]) and seen[2:] == [None]
+
+
 def test_networks_for_graphs_are_not_compiled_however_long_they_train() -> None:
     graphs, images = Functional("gin:width=8,depth=1", (30,), 2), Functional("mlp", (1, 8, 8), 2)
     assert images.settled(Compute(), math.inf).compile

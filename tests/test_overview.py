@@ -1,6 +1,7 @@
 """Runs side by side in the terminal."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from condense import overview, runs
 from condense.cli import main
 from condense.eval import results
 from condense.eval.report import collect
-from condense.eval.results import alike
+from condense.eval.results import alike, rows_of
+from condense.files import checksum
 from condense.synthetic.labels import Logits
 from condense.task import Split
 from tests.conftest import TINY
@@ -185,6 +187,49 @@ def test_random_sets_are_compared_with_others_every_time(tiny_file: Path, tmp_pa
         patch.setattr(overview.api, "evaluate", None)
         assert overview.compare(paths, networks=TINY, num_seeds=1, device="cpu") == first
     assert first.rows[0].gain != 0
+
+
+def test_other_test_images_are_measured_anew(tiny_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "tiny.npz"
+    shutil.copy(tiny_file, data)
+    common: dict[str, Any] = {"network": TINY, "ipc": 1, "device": "cpu"}
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for seed, path in enumerate(paths):
+        condense.distill("random", dataset=data, out=path, seed=seed + 1, **common)
+    fields: dict[str, Any] = {"networks": TINY, "num_seeds": 1, "device": "cpu"}
+    content = dict(np.load(data))
+
+    def prints(path: str) -> list[str]:
+        return [row["test_fingerprint"] for row in json.loads(Path(path, "evaluation.json").read_text())["results"]]
+
+    for path, test in ((paths[1], content["x_test"]), (paths[0], 255 - content["x_test"])):
+        np.savez(data, **content | {"x_test": test})
+        condense.evaluate(path, data, baselines=["random", "full"], **fields)
+    assert {*prints(paths[0])}.isdisjoint(prints(paths[1]))
+    overview.compare(paths, **fields)
+    assert prints(paths[1])[3:] == prints(paths[0]) and len(prints(paths[1])) == 6
+    with pytest.raises(ValueError, match=r"none\.npz"):
+        overview.compare(paths, tmp_path / "none.npz", **fields)
+
+
+def test_a_row_belongs_to_a_set_under_its_transform_and_its_teacher(tiny_file: Path, tmp_path: Path) -> None:
+    syn = condense.distill("random", dataset=tiny_file, out=tmp_path / "run", ipc=1, network=TINY, device="cpu")
+    row = {"synthetic_sha256": checksum(syn.state_dict()), "transform": "channel", "teacher": ""}
+    others = [row | {"synthetic_sha256": None}, row | {"transform": "zca"}, row | {"teacher": "x@1"}]
+    named = row | {"teacher": "x@1", "changed": {"teacher": "x"}}
+    assert rows_of([row, *others, named], syn) == [row, named]
+
+
+def test_the_compression_is_that_of_the_set(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    condense.distill("random", dataset=tiny_file, out=tmp_path / "run", ipc=1, network=TINY, device="cpu")
+    for baselines in ("full", "random"):
+        condense.evaluate(tmp_path / "run", networks=TINY, num_seeds=1, baselines=[baselines], device="cpu")
+        rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]
+        (own,) = [row for row in rows if row["method"] == "random" and row["seed"] == 0][:1]
+        main(["show", str(tmp_path / "run")])
+        assert f"{own['compression']:,.1f} : 1" in capsys.readouterr().out
 
 
 def test_moments_of_one_run_are_not_pooled(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

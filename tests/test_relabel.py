@@ -97,6 +97,17 @@ def test_stored_labels_are_the_answers_of_the_teacher_to_the_same_views(
     assert again()[1].tolist() == syn()[1].tolist(), "the set itself has its classes"
 
 
+def test_a_field_that_stored_labels_replace_is_refused(tiny: Arrays, buffer: Path, tmp_path: Path) -> None:
+    syn = api.distill("random", dataset=tiny, network=TINY, ipc=2, out=tmp_path / "run", device="cpu")
+    fields: dict[str, Any] = {"networks": TINY, "num_seeds": 1, "device": "cpu"}
+    other = dataclasses.replace(SHORT["relabelled"], batch_size=5)
+    stored, online = (condense.relabel(syn, buffer, kind, device="cpu") for kind in (Stored(**SMALL), Online()))
+    with pytest.raises(ValueError, match=r"protocol\.batch_size has no effect, because the set stores labels"):
+        condense.evaluate(stored, tiny, protocol=other, **fields)
+    (found,) = condense.evaluate(online, tiny, protocol=other, **fields).results
+    assert found.changed["batch_size"] == 5
+
+
 def test_a_share_of_the_epochs_is_drawn_by_a_key() -> None:
     few = Stored(epochs=50, keep=0.1, seed=1)
     assert few.num_stored == len(set(few.stored_epochs)) == 5 and max(few.stored_epochs) < 50
@@ -366,7 +377,8 @@ def test_every_protocol_of_a_teacher_trains_on_stored_labels_as_on_the_live_ones
     plan = dataclasses.replace(PROTOCOLS[name], num_epochs=3, augment="none", cutmix=0.0, order="stored", batch_size=6)
     made = condense.relabel(syn, buffer, Stored(epochs=1, augment="none", cutmix=0.0, batch_size=6), device="cpu")
     kwargs: dict[str, Any] = {"networks": TINY, "num_seeds": 1, "device": "cpu"}
-    (stored,) = condense.evaluate(made, tiny, protocol=plan, **kwargs).results
+    as_labelled = dataclasses.replace(plan, order="shuffled")
+    (stored,) = condense.evaluate(made, tiny, protocol=as_labelled, **kwargs).results
     by_folder = dataclasses.replace(plan, teacher=str(buffer))
     (live,) = condense.evaluate(syn, tiny, protocol=by_folder, **kwargs).results
     assert stored.accuracies == live.accuracies

@@ -35,6 +35,7 @@ from condense.buffers import trajectories
 from condense.commands import Buffer
 from condense.data import datasets
 from condense.data.datasets import Arrays
+from condense.files import locked
 
 ROOT = Path(__file__).parents[1]
 TINY = "convnet:depth=1,width=4"
@@ -152,6 +153,24 @@ def test_the_minutes_of_a_distillation_include_what_it_trains(work: Queue) -> No
     flags = ["--dataset", "toy", "--ipc", "1", "--network", TINY, "--method.num-epochs", "1", "--device", "cpu"]
     work.run(["distill", "herding", *flags, "--out", str(work.work / "0")], ROW)
     assert len(list((work.work / "0-cache" / "networks").iterdir())) > 0
+
+
+def test_time_that_was_lost_is_spent_again(work: Queue, here: list[list[str]]) -> None:
+    """The cache of a process that ended before it noted its time has networks whose training would not count."""
+    lost = work.folder(ROW) / "0-cache" / "networks"
+    lost.mkdir(parents=True)
+    work.measure(ROW)
+    assert not lost.exists()
+
+
+def test_a_second_queue_in_a_folder_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["results", "--work", str(tmp_path), "--only", "digits-1-dm"])
+    monkeypatch.setattr(results, "measured", lambda rows: {})
+    with locked(tmp_path / "queue"):
+        assert results.main() == 2
+    assert re.fullmatch(r"results: process .* measures in .*; wait for its end, or .*\n", capsys.readouterr().err)
 
 
 def test_a_set_whose_run_did_not_end_is_finished_first(work: Queue, here: list[list[str]]) -> None:
@@ -560,6 +579,7 @@ def test_a_study_goes_on_with_the_command_that_failed(
     monkeypatch.setattr(studies, "STUDIES", table)
     words = ["studies", str(tmp_path), "--work", str(tmp_path / "work"), "--rows", str(tmp_path / "rows")]
     monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(harness, "commit", lambda: "a")
     table.write_text(STUDY)
     assert harness.status("studies", studies.main) == 2 and not (tmp_path / "rows").exists()
     (tmp_path / "work" / "tiny" / "set" / "kept").touch()
@@ -592,6 +612,7 @@ def test_commands_of_a_study_after_a_changed_one_are_run_again(tmp_path: Path, m
         return [*done]
 
     monkeypatch.setattr(studies, "_run", run)
+    monkeypatch.setattr(harness, "commit", lambda: "a")
     last = "apply --out c"
     assert measured("buffer --out a", "stop --out b", last) == ["buffer", "stop"]
     assert measured("buffer --out a", "distill --out b", last) == ["distill", "apply"]
@@ -623,8 +644,9 @@ def test_commands_of_a_study_are_run_again_by_other_code_and_with_other_data(
     assert measured("one") == "a" and done == ["distill", "apply"]
     assert measured("one") == "a" and done == []
     assert measured("two") == "a" and done == ["distill", "apply"]
-    code.append("b")
-    assert measured("two") == "b" and done == ["distill", "apply"]
+    for commit in ("b", "b+", "b+", ""):  # changes that were not committed have no name
+        code.append(commit)
+        assert measured("two") == commit and done == ["distill", "apply"]
 
 
 @pytest.mark.parametrize(

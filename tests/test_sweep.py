@@ -119,6 +119,17 @@ def test_what_diverges_is_not_chosen(
     assert said.err.startswith("condense: warning: ") and "diverged" in said.err and said.err.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("default")
+def test_where_all_runs_diverge_the_exit_status_says_so(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = engine._step
+    monkeypatch.setattr(engine, "_step", lambda *args: {**step(*args), "loss": float("nan")})
+    with pytest.raises(SystemExit) as ended:
+        main([*words(tiny_file, "--seeds", "0-1", "--out", str(tmp_path)), "--quiet"])
+    assert ended.value.code == 2 and "diverged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [

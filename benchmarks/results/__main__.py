@@ -69,8 +69,12 @@ def run(chosen: argparse.Namespace) -> int:
     failed = False
     if due:
         chosen.work.mkdir(parents=True, exist_ok=True)
-        with locked(chosen.work / "queue", wait=False):
-            failed = measure(work, due)
+        try:
+            lock = locked(chosen.work / "queue", wait=False)
+            with lock:
+                failed = measure(work, due)
+        except BlockingIOError as error:
+            raise ValueError(f"{error} measures in {chosen.work}; wait for its end, or give another --work") from error
         done = measured(rows)
     page.write(rows, done, ROOT)
     zoo.write(rows, done, {row.name: work.folder(row) for row in rows.rows}, condense.zoo.FOLDER)

@@ -129,7 +129,9 @@ class Queue:
     def distillation(self, row: Row, seed: int, buffers: Path) -> Distillation:
         out = self.folder(row) / str(seed)
         words = self.words(row, seed, buffers)
-        if "finished" not in read_record(out):
+        if "finished" not in (record := read_record(out)):
+            if "seconds" not in record:  # the time of what the cache holds was lost with the process
+                shutil.rmtree(_cache(out), ignore_errors=True)
             self.noted([*words, "--buffers", str(buffers), "--out", str(out), "--resume"], row, self.folder(row))
         scores = [
             Score(

@@ -6,7 +6,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +20,15 @@ from condense.networks import Functional
 from condense.rng import Rng
 from condense.schema import Checked
 from condense.synthetic.set import SyntheticSet
+
+
+class Samples(NamedTuple):
+    """Decoded images (N, C, H, W) of a set and their classes (N,). Networks are trained on images that are drawn in
+    proportion to their weights (N,); None: each once in an epoch."""
+
+    images: Tensor
+    classes: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +58,13 @@ class Setting:
         others = {name if name != own else f"{name}, made anew": syn for name, syn in baselines.items()}
         return {own: self.subject.syn, **others}
 
-    def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the decoded images and classes of the set and of the baselines, by name."""
-        sets = self.contenders(baselines)
-        return {name: replace(self.subject, syn=syn).decoded(soft=False) for name, syn in sets.items()}
+    def to_train_on(self, baselines: Mapping[str, SyntheticSet]) -> dict[str, Samples]:
+        """Return what networks are trained on of the set and of the baselines, by name."""
+        return {name: self._samples(syn) for name, syn in self.contenders(baselines).items()}
+
+    def _samples(self, syn: SyntheticSet) -> Samples:
+        images, classes = replace(self.subject, syn=syn).decoded(soft=False)
+        return Samples(images, classes, None if syn.weights is None else syn.weights.to(images.device))
 
     def rng(self, name: str, unit: int | str = 0) -> Rng:
         return Rng(self.seed).child(name, unit)

@@ -63,7 +63,7 @@ class Continual(Application):
         num_classes, test = subject.arrays.num_classes, subject.test
         plan, network = protocol_of_classes(self.protocol), subject.network(self.network)
         memories = setting.to_train_on(baselines)
-        of_memories = {f"set {name}": labels for name, (_, labels) in memories.items()}
+        of_memories = {f"set {name}": memory.classes for name, memory in memories.items()}
         for where, labels in {"test split": test.labels, **of_memories}.items():
             if missing := (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist():
                 raise ValueError(
@@ -71,7 +71,7 @@ class Continual(Application):
                     "cannot be measured; give a set and data with samples of every class"
                 )
         accuracies = {name: torch.empty(self.num_groups, self.num_seeds) for name in memories}
-        for name, (images, labels) in memories.items():
+        for name, (images, labels, weights) in memories.items():
             scorer = setting.scorer(network, plan, len(images))
             for seed in counted(name, range(self.num_seeds)):
                 rng = setting.rng("continual", seed)
@@ -85,6 +85,7 @@ class Continual(Application):
                         test.images[tested],
                         test.labels[tested],
                         [rng.child("network", group)],
+                        weights=None if weights is None else weights[remembered],
                     )
                     accuracies[name][group, seed] = scores.accuracy
         sizes = [len(seen) for seen in _seen(torch.arange(num_classes), self.num_groups)]

@@ -17,7 +17,7 @@ import scipy.stats
 import torch
 
 from condense.data.layout import Kind
-from condense.eval.applications.application import Application, Findings, Setting, protocol_of_classes
+from condense.eval.applications.application import Application, Findings, Samples, Setting, protocol_of_classes
 from condense.eval.protocol import PROTOCOLS
 from condense.names import spelt
 from condense.networks import default_for, parse, resolve
@@ -82,9 +82,10 @@ class NAS(Application):
         for architecture in counted("architectures", names):
             network = subject.network(architecture)
             rngs = [setting.rng(f"nas/{network.name}", seed) for seed in range(self.num_seeds)]
-            for name, (images, labels) in {**proxies, "real": (real_images, real_labels)}.items():
+            for name, (images, labels, weights) in {**proxies, "real": Samples(real_images, real_labels)}.items():
                 scorer = setting.scorer(network, real_plan if name == "real" else plan, len(images))
-                scores = [scorer.score(images, labels, scored.images, scored.labels, [rng])[0] for rng in rngs]
+                test = scored.images, scored.labels
+                scores = [scorer.score(images, labels, *test, [rng], weights=weights)[0] for rng in rngs]
                 accuracies[name].append(float(torch.tensor([s.accuracy for s in scores]).mean()))
         truth, rows, record = accuracies["real"], [], {}
         best = max(truth)

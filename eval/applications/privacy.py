@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from condense.eval.applications.application import Application, Findings, Setting, protocol_of_classes
+from condense.eval.applications.application import Application, Findings, Samples, Setting, protocol_of_classes
 from condense.eval.protocol import PROTOCOLS
 from condense.eval.subject import Subject
 from condense.networks import Weights, parse, resolve
@@ -64,24 +64,25 @@ class Privacy(Application):
         network, plan = subject.network(self.network), protocol_of_classes(self.protocol)
         real_plan = replace(PROTOCOLS["full-data"], num_epochs=self.num_epochs)
         attacked = Scorer(network, setting.compute)
-        jobs = {name: (plan, *data) for name, data in setting.to_train_on(baselines).items()}
+        jobs = {name: (plan, samples) for name, samples in setting.to_train_on(baselines).items()}
         nearest, usual, compared = dict[str, Tensor](), torch.empty(0), ""
         if setting.kind != "graphs":
-            nearest = {name: _nearest(subject, images) for name, (_, images, _) in jobs.items()}
+            nearest = {name: _nearest(subject, samples.images) for name, (_, samples) in jobs.items()}
             usual = _nearest(subject, non_members.images[:])
             compared = (
                 f"; distance of the {where} {setting.kind} to the nearest training example: median "
                 f"{usual.median().item():.2f}, 1st percentile {usual.quantile(0.01).item():.2f}"
             )
-        jobs["the members themselves"] = real_plan, members.images[:], members.labels
+        jobs["the members themselves"] = real_plan, Samples(members.images[:], members.labels)
         rows: list[tuple[str, ...]] = []
         record: dict[str, dict[str, list[float]]] = {}
-        for name, (training, images, labels) in jobs.items():
-            scorer, aucs = setting.scorer(network, training, len(images)), []
+        for name, (training, samples) in jobs.items():
+            scorer, aucs = setting.scorer(network, training, len(samples.images)), []
             for seed in counted(name, range(self.num_seeds)):
-                weights = scorer.train(images, labels, setting.rng("privacy", seed))
+                rng = setting.rng("privacy", seed)
+                trained = scorer.train(samples.images, samples.classes, rng, weights=samples.weights)
                 aucs.append(
-                    membership_auc(_losses(attacked, weights, members), _losses(attacked, weights, non_members))
+                    membership_auc(_losses(attacked, trained, members), _losses(attacked, trained, non_members))
                 )
             auc = torch.tensor(aucs)
             spread = f" ± {auc.std().item():.3f}" if len(aucs) > 1 else ""

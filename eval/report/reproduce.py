@@ -54,6 +54,12 @@ def _set(run: Run, data: str) -> tuple[list[list[str]], str]:
     return [*made, _relabel(run, labels, data, shown)], file
 
 
+def _with_path(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of a protocol with a recorded teacher, FOLDER@HASH, as the folder of its buffer."""
+    folder, at, _ = str(fields.get("teacher", "")).partition("@")
+    return {**fields, "teacher": f"{DEFAULT_ROOT}/{folder}"} if at else dict(fields)
+
+
 def _evaluations(run: Run, shown: str) -> list[list[str]]:
     asked: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in run.own_results:
@@ -64,7 +70,7 @@ def _evaluations(run: Run, shown: str) -> list[list[str]]:
         networks = [row["network"] for row in rows]
         name = protocol.removesuffix("*")
         options = ["--num-seeds", str(n), "--protocol", name, "--seed", str(seed)]
-        options += _flags("--protocol.", changed_in(rows[0]))
+        options += _flags("--protocol.", _with_path(changed_in(rows[0])))
         beside = [
             row
             for row in baselines

@@ -1,0 +1,59 @@
+"""The files of the weights of the networks that an evaluation keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from condense.eval.protocol import Protocol
+from condense.eval.subject import Subject
+from condense.exchange.weights import write_state_dict
+from condense.names import spelt
+from condense.networks import Factory, Functional, Weights
+
+
+class Kept:
+    """The files of one evaluation, which are moved into their folder once it has ended: one that was stopped leaves
+    none there, and the same command starts again."""
+
+    def __init__(
+        self,
+        folder: Path,
+        subject: Subject,
+        networks: Sequence[str | Factory],
+        plans: Sequence[Protocol],
+        num_seeds: int,
+    ) -> None:
+        """
+        Raises:
+            ValueError: the folder has one of the files.
+        """
+        self.folder, self.unfinished = folder, folder / ".unfinished"
+        skeletons = [subject.network(network) for network in networks]
+        self._names = [name(*cell) for cell in itertools.product(skeletons, (p.name for p in plans), range(num_seeds))]
+        for file in [folder / name for name in self._names]:
+            if file.exists():
+                raise ValueError(f"{file} exists already; give {spelt('keep')} with another folder, or move it away")
+
+    def finish(self) -> None:
+        """Move the files, also those of other processes."""
+        for name in self._names:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.unfinished / name, self.folder / name)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+
+def name(network: Functional, protocol: str, k: int) -> str:
+    """Return the name of the file of the weights of the k-th network that is trained under a protocol."""
+    return re.sub(r"[^\w.=-]+", "-", f"{network.name}-{protocol}-{k}") + ".safetensors"
+
+
+def write(folder: Path, network: Functional, protocol: str, numbers: Sequence[int], k: int, weights: Weights) -> None:
+    """Write the weights of the k-th of several networks, which have these numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_state_dict(folder / name(network, protocol, numbers[k]), network, weights)
