@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import scipy.stats
 
 from condense.eval.metrics import Scores
-from condense.files import checksum, locked, read_json, write_text
+from condense.eval.protocol import changed_in
+from condense.files import locked, read_json, write_text
 from condense.names import percent
 from condense.schema import brief, from_json
 from condense.synthetic.set import SyntheticSet
@@ -324,19 +325,13 @@ class _Results:
     results: tuple[Mapping[str, Any], ...]
 
 
-def rows_of(rows: Sequence[Mapping[str, Any]], syn: SyntheticSet) -> list[Mapping[str, Any]]:
-    """Return the rows of a set: with its tensors, and measured under its transform and with the teacher it names."""
-    sha256 = checksum(syn.state_dict())
-    return [row for row in rows if row["synthetic_sha256"] == sha256 and fits(row, syn)]
-
-
 def fits(row: Mapping[str, Any], syn: SyntheticSet) -> bool:
     """Whether a row, of a set or of its baselines, was measured under the transform of the set and with the teacher it
     names, or with one that the protocol names."""
     kind = syn.label_kind
     named = kind.teacher if isinstance(kind, ViewLabels) and kind.is_named else ""
     transform = syn.origin.transform_name
-    taught = row.get("teacher", "") in ("", named) or "teacher" in row.get("changed", {})
+    taught = row.get("teacher", "") in ("", named) or "teacher" in changed_in(row)
     return taught and row.get("transform", transform) == transform
 
 

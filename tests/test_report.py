@@ -17,12 +17,13 @@ import torch
 
 import condense
 from condense import api, cli
+from condense.artifacts import DEFAULT_ROOT
 from condense.buffers.trajectories import Experts
 from condense.data.datasets import Arrays, load
 from condense.data.images import Images
 from condense.eval import report
 from condense.eval.protocol import PROTOCOLS, own
-from condense.eval.report import collect, figures, nearest, page
+from condense.eval.report import collect, figures, nearest, page, reproduce
 from condense.eval.report.figures import Point
 from condense.eval.results import by_set
 from condense.schedule import Schedule
@@ -780,3 +781,11 @@ class TestInABrowser:
         assert not any(tab.locator(name).is_visible() for name in ("nav", ".hint"))
         assert tab.locator(".film img").first.is_visible()
         assert tab.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_the_teacher_of_a_protocol_is_named_by_its_buffer() -> None:
+    assert reproduce._with_path({"teacher": "digits-convnet@0123", "lr": 1}) == {
+        "teacher": f"{DEFAULT_ROOT}/digits-convnet",
+        "lr": 1,
+    }
+    assert reproduce._with_path({"teacher": "convnet"}) == {"teacher": "convnet"}

@@ -70,8 +70,7 @@ def run(chosen: argparse.Namespace) -> int:
     if due:
         chosen.work.mkdir(parents=True, exist_ok=True)
         try:
-            lock = locked(chosen.work / "queue", wait=False)
-            with lock:
+            with locked(chosen.work / "queue", wait=False):
                 failed = measure(work, due)
         except BlockingIOError as error:
             raise ValueError(f"{error} measures in {chosen.work}; wait for its end, or give another --work") from error

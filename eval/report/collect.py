@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from condense import runs
-from condense.eval.results import read_complete, rows_of
+from condense.eval.results import fits, read_complete
 from condense.exchange import is_foreign
 from condense.files import checksum, read_json
 from condense.names import spelt
@@ -75,7 +75,7 @@ class Run:
     @property
     def own_results(self) -> list[Mapping[str, Any]]:
         """Results of the set itself, without baselines."""
-        return rows_of(self.results, self.syn)
+        return [row for row in self.results if row["synthetic_sha256"] == self.sha256 and fits(row, self.syn)]
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a number was logged, and its values."""
