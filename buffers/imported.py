@@ -8,10 +8,11 @@ therefore matched by the shapes of the parameters, and the caller gives the rest
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def import_replay_buffers(
 
     Raises:
         ValueError: there are no such files, or they hold anything other than lists of tensors; the tensors do not fit
-            the network; all snapshots are the same; the buffer exists already or cannot be written.
+            the network or are not finite; all snapshots are the same; the buffer exists already or cannot be written.
     """
     files = _files(src)
     params = task.network.init(Rng(0), "layout").params
@@ -54,13 +55,14 @@ def import_replay_buffers(
     writer = BufferWriter(dst_root, task.name, identity, Weights(params, {}))
     if writer.experts:
         raise ValueError(f"{writer.folder} was imported already; move it away or choose another destination")
-    for done, file in enumerate(files, 1):
-        for number, expert in enumerate(_items(_load(file), str(file), "experts")):
-            table = _table(expert, task.network, f"{file}, expert {number}")
-            writer.add(len(writer.experts), table, table[:, :0], {"origin": IMPORTED})
-        if progress is not None:
-            progress(done, len(files))
-    writer.save()
+    with _removed_on_failure(writer.folder):
+        for done, file in enumerate(files, 1):
+            for number, expert in enumerate(_items(_load(file), str(file), "experts")):
+                table = _table(expert, task.network, f"{file}, expert {number}")
+                writer.add(len(writer.experts), table, table[:, :0], {"origin": IMPORTED})
+            if progress is not None:
+                progress(done, len(files))
+        writer.save()
     warnings.warn(
         f"{len(writer.experts)} experts were imported to {writer.folder} by the shapes of their parameters: Condense "
         f"cannot verify that they belong to {task.name}, this transform and network; it is recorded as given",
@@ -100,17 +102,24 @@ def import_weights(src: Path, dst_root: Path, task: Task, *, features_only: bool
         accuracies = measure_probe(task, Compute(compile=False), Rng(0))(weights)
     else:
         accuracies = measure_accuracy(task, Scorer(network, Compute(compile=False)), Rng(0))(weights)
-    is_new = not writer.folder.exists()
-    try:
+    with _removed_on_failure(writer.folder):
         params, buffers = (pack(part)[None] for part in weights)
         record = {"origin": IMPORTED, **{name: [value] for name, value in accuracies.items()}}
         writer.add(0, params, buffers, record, num_epochs=0)
         writer.save()
+    return writer.folder
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that was made inside the context, if an exception leaves it."""
+    is_new = not folder.exists()
+    try:
+        yield
     except BaseException:
         if is_new:
-            shutil.rmtree(writer.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    return writer.folder
 
 
 def _files(src: Path) -> list[Path]:
@@ -153,6 +162,11 @@ def _table(expert: Any, network: Functional, where: str) -> Tensor:
                     f"give the {spelt('network')} and {spelt('dataset')} of the training"
                 )
         rows.append(pack(snapshot))
+        if not rows[-1].isfinite().all():
+            raise ValueError(
+                f"{where}, epoch {epoch}: it holds numbers that are not finite, as of a training that diverged; import "
+                "the files of the other experts"
+            )
     if len(rows) < 2 or torch.equal(rows[0], rows[-1]):
         raise ValueError(
             f"{where}: the first and the last snapshot are the same, so it is not a trajectory (on a CPU the code of "

@@ -683,7 +683,8 @@ def prepare(
     plan = replaced(plan, fields)
     target = expanded(out)
     if target.suffix != ".npz":
-        raise ValueError(f"{target} is the file to write: its name ends in .npz; give {target.with_suffix('.npz')}")
+        better = target / "photos.npz" if target.is_dir() or not target.name else target.with_suffix(".npz")
+        raise ValueError(f"{target} is the file to write: its name ends in .npz; give {better}")
     if target.exists():
         raise ValueError(f"{target} already exists; move it or give another name")
     check_new_file(target, "data set")
@@ -709,6 +710,8 @@ def frames(dataset: Data, out: Path | str, *, download: bool = False) -> Path:
     check_new_file(target, "data set")
     arrays = open_data(dataset, download)
     require_kind("condense frames", ("clips",), arrays.input_shape, "give a data set of clips")
+    if not len(arrays.x_test):
+        raise ValueError("the clips have no test part, and a data set of their frames needs one; give clips with one")
     middle = arrays.input_shape[0] // 2
     with replacing(target) as fresh, fresh.open("wb") as file:
         np.savez_compressed(

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug or not _is_out_of_memory(error):
             raise
         first = excerpt(str(error).partition("\n")[0], LONGEST_MESSAGE)
-        remedy = "give smaller numbers to --compute.networks and --compute.micro-batch"
+        remedy = "where a command has --compute.networks and --compute.micro-batch, smaller numbers take less"
         print(f"condense: {_rank()}memory is exhausted: {first}; {remedy}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:

@@ -443,6 +443,7 @@ def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], r
     else:
         print_table(None, *sweep.table(points, chosen))
     if len(lost) == len(cells):
+        ranks.barrier()
         raise SystemExit(2)
     if as_json:
         return
@@ -801,7 +802,9 @@ def cache(words: list[str]) -> None:
     removed = prune(folder, command.days) if folder is not None and command.prune else []
     listed = entries(folder) if folder is not None else []
     if command.json:
-        _print_json({"folder": str(folder), "entries": _rows(listed), "removed": _rows(removed)})
+        _print_json(
+            {"folder": None if folder is None else str(folder), "entries": _rows(listed), "removed": _rows(removed)}
+        )
         return
     if command.prune:
         say(f"removed: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")
@@ -811,6 +814,9 @@ def cache(words: list[str]) -> None:
         total = _size(sum(entry.size for entry in of_kind))
         more = [("", "", f"and {len(lines) - 10} smaller ones")] if len(lines) > 10 else []
         print_table(f"{kind}: {len(lines)} entries, {total}", ("size", "last used", ""), [*lines[:10], *more])
+    if folder is None:
+        say("there is no cache: its folder cannot be written, or CONDENSE_CACHE is empty")
+        return
     say(f"{folder}: {len(listed)} entries, {_size(sum(entry.size for entry in listed))}")
 
 

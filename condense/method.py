@@ -556,7 +556,8 @@ class Method(Checked, ABC):
         if isinstance(decode, StaticDynamic) and decode.stills and not self.learns:
             fix = spelt("decode.stills", None, "StaticDynamic")
             return f"takes real clips and learns nothing, so that distilled stills would have no use; give {fix}"
-        if isinstance(decode, StaticDynamic) and decode.stills is None and getattr(self, "start", "real") == "noise":
+        is_noise = getattr(self, "start", "real") == "noise" and not self.private
+        if is_noise and isinstance(decode, StaticDynamic) and decode.stills is None:
             return (
                 f"starts from noise, and the stills of {decode.name} never change; give "
                 f"{spelt('decode.stills', 'RUN', 'StaticDynamic')}, or {spelt('method.start', 'real')}"

@@ -241,20 +241,20 @@ def compare(
         evaluation.check(syn, architectures, named(protocol, syn), num_seeds)
     where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}
 
-    def results_of(test: str | None) -> dict[str, list[dict[str, Any]]]:
+    def results_of(data: Data | None, test: str | None) -> dict[str, list[dict[str, Any]]]:
         found = {}
         for path in paths:
             rows = _measured(path, known[path], fields, test) if path in known else None
             if rows is None:
-                evaluated = api.evaluate(path, dataset, **fields, **where, baselines=_REFERENCES, ranks=ranks)
+                evaluated = api.evaluate(path, data, **fields, **where, baselines=_REFERENCES, ranks=ranks)
                 rows = [result.row() for result in evaluated.results]
             found[path] = rows
         return found
 
-    results = results_of(None if dataset is None else _test_fingerprint(dataset, download, ranks))
+    results = results_of(dataset, None if dataset is None else _test_fingerprint(dataset, download, ranks))
     if len({row["test_fingerprint"] for rows in results.values() for row in rows}) > 1:
         data = sets.read_set(paths[0], dataset)[1]
-        results = results_of(_test_fingerprint(data, download, ranks))
+        results = results_of(data, _test_fingerprint(data, download, ranks))
     groups = alike({path: known.get(path) for path in paths})
     names = _names({group[0]: known.get(group[0]) for group in groups})
     count, first = len(architectures), results[paths[0]][0]

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,11 +30,15 @@ class Kept:
     ) -> None:
         """
         Raises:
-            ValueError: the folder has one of the files.
+            ValueError: the folder has one of the files, or two protocols have one name.
         """
         self.folder, self.unfinished = folder, folder / ".unfinished"
         skeletons = [subject.network(network) for network in networks]
         self._names = [name(*cell) for cell in itertools.product(skeletons, (p.name for p in plans), range(num_seeds))]
+        if len(set(self._names)) < len(self._names):
+            raise ValueError(
+                f"the files that {spelt('keep')} writes are named after networks and protocols; give each once"
+            )
         for file in [folder / name for name in self._names]:
             if file.exists():
                 raise ValueError(f"{file} exists already; give {spelt('keep')} with another folder, or move it away")
@@ -45,7 +48,8 @@ class Kept:
         for name in self._names:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self.unfinished / name, self.folder / name)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another evaluation writes here, too
+            self.unfinished.rmdir()
 
 
 def name(network: Functional, protocol: str, k: int) -> str:

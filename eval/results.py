@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import scipy.stats
 
+from condense.data.transform import name_of
 from condense.eval.metrics import Scores
-from condense.eval.protocol import changed_in
 from condense.files import locked, read_json, write_text
 from condense.names import percent
 from condense.schema import brief, from_json
@@ -270,8 +270,8 @@ def merge(path: Path, results: Sequence[Result]) -> None:
 
 
 def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
-    """Whether both rows answer one question. Rows of earlier versions name no split and no transform."""
-    usual = {"split": "test", "transform": new.get("transform")}
+    """Whether both rows answer one question. Rows of earlier versions name no split, transform or teacher."""
+    usual = {"split": "test", "transform": new.get("transform"), "teacher": new.get("teacher")}
     return all({**usual, **old}.get(name) == new.get(name) for name in _KEY)
 
 
@@ -327,12 +327,12 @@ class _Results:
 
 def fits(row: Mapping[str, Any], syn: SyntheticSet) -> bool:
     """Whether a row, of a set or of its baselines, was measured under the transform of the set and with the teacher it
-    names, or with one that the protocol names."""
+    names, or with that of the protocol."""
     kind = syn.label_kind
     named = kind.teacher if isinstance(kind, ViewLabels) and kind.is_named else ""
-    transform = syn.origin.transform_name
-    taught = row.get("teacher", "") in ("", named) or "teacher" in changed_in(row)
-    return taught and row.get("transform", transform) == transform
+    transform = name_of(syn.origin.transform)
+    is_taught = bool(row["protocol_fields"].get("teacher")) or row.get("teacher", "") in ("", named)
+    return is_taught and row.get("transform", transform) == transform
 
 
 def standing_for(rows: Sequence[Mapping[str, Any]], network: str | None) -> Mapping[str, Any] | None:

@@ -300,6 +300,8 @@ def test_an_evaluation_that_keeps_networks_can_be_repeated_after_a_stop(
     (kept / f"{TINY.replace(':', '-').replace(',', '-')}-canonical-0.safetensors").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"canonical-dsa-0\.safetensors exists already"):
         condense.evaluate(tmp_path / "run", tiny, keep=kept, **fields)
+    with pytest.raises(ValueError, match="named after networks and protocols; give each once"):
+        condense.evaluate(tmp_path / "run", tiny, keep=tmp_path / "new", **fields | {"protocol": protocols[:1] * 2})
     assert len(calls) == 4, "refused before the first training"
 
 

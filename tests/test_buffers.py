@@ -452,6 +452,7 @@ def bad_imports(task: Task, folder: Path) -> dict[str, tuple[Any, str]]:
         "empty": ([], "expected a list of experts, found an empty one"),
         "dict": ({"a": 1}, "expected a list of experts, found dict"),
         "flat": ([good], "expected a list of tensors, found Tensor"),
+        "diverged": ([[good, [good[0] * torch.nan, *good[1:]]]], "epoch 1: it holds numbers that are not finite"),
         "aliased": ([[good, good]], "the first and the last snapshot are the same"),
     }
 
@@ -468,7 +469,7 @@ def test_bad_import(task: Task, tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         import_replay_buffers(tmp_path, tmp_path / "root", task)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "executed").exists() and not list(tmp_path.glob("root/*"))
     with pytest.raises(ValueError, match="no trajectories"):
         find(tmp_path / "root", TrajectorySpec(task.identity()), task.name)
 

@@ -796,6 +796,18 @@ def test_pictures_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
     assert load(pairs([Image.open(file)] * 2, [0, 1])).x_train[0].tolist() == expected.x_train[0].tolist()
 
 
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_a_tiff_is_turned_once(turn: int, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pets", colour())
+    file = folder / "train" / "a" / "000.png"
+    shown = Image.open(file).copy()
+    kind = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    file.unlink()
+    stored = shown if turn == 1 else shown.transpose(kind[turn])
+    stored.save(file.with_suffix(".tif"), exif={0x0112: turn})
+    assert np.array_equal(load(folder).x_train[0].transpose(1, 2, 0), np.asarray(shown))
+
+
 @pytest.mark.parametrize("orientation", range(10))
 def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
     image = Image.fromarray(RGB)

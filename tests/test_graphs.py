@@ -30,6 +30,7 @@ from condense.synthetic.decode import Graphs
 from condense.synthetic.files import load as load_set
 from condense.synthetic.files import save
 from condense.synthetic.set import Origin, SyntheticSet
+from condense.task import Split
 from condense.train import Trainer
 from condense.trees import Trees
 
@@ -390,6 +391,11 @@ def test_applications_and_validation_draw_samples_by_their_weights(
     api.apply("privacy", tmp_path / "run", num_epochs=1, **common)
     assert syn.weights is not None
     assert all(torch.equal(weights, syn.weights) for weights in seen[:2]) and seen[2:] == [None]
+    seen.clear()
+    fields: dict[str, Any] = {"ipc": 10, "depth": 1, "split": Split(val_fraction=0.2), "eval_every": 1}
+    held_out = api.distill("mirage", dataset=str(shapes), out=tmp_path / "validated", device="cpu", **fields)
+    assert held_out.weights is not None
+    assert seen and all(torch.equal(weights, held_out.weights) for weights in seen)
 
 
 def test_networks_for_graphs_are_not_compiled_however_long_they_train() -> None:

@@ -1,5 +1,6 @@
 """Runs side by side in the terminal."""
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -13,11 +14,13 @@ import condense
 from condense import overview, runs
 from condense.cli import main
 from condense.eval import results
+from condense.eval.protocol import PROTOCOLS
 from condense.eval.report import collect
 from condense.eval.results import alike, fits
 from condense.synthetic.labels import Logits
 from condense.task import Split
 from tests.conftest import TINY
+from tests.test_graphs import ring, write_tu
 
 pytestmark = pytest.mark.usefixtures("short_protocol")
 
@@ -213,10 +216,28 @@ def test_other_test_images_are_measured_anew(tiny_file: Path, tmp_path: Path) ->
 
 def test_a_row_belongs_to_a_set_under_its_transform_and_its_teacher(tiny_file: Path, tmp_path: Path) -> None:
     syn = condense.distill("random", dataset=tiny_file, out=tmp_path / "run", ipc=1, network=TINY, device="cpu")
-    row = {"protocol": "relabelled", "transform": "channel", "teacher": ""}
-    named = row | {"protocol": "relabelled*", "teacher": "x@1", "changed": {"teacher": "x"}}
-    assert all(fits(of, syn) for of in (row, named, {"protocol": "canonical"}))
+    row: dict[str, Any] = {"protocol_fields": {}, "transform": "channel", "teacher": ""}
+    of_protocol = row | {"protocol_fields": {"teacher": "x@1"}, "teacher": "x@1"}
+    assert all(fits(of, syn) for of in (row, of_protocol, {"protocol_fields": {}}))
     assert not any(fits(of, syn) for of in (row | {"transform": "zca"}, row | {"teacher": "x@1"}))
+
+
+@pytest.mark.parametrize("protocol", ["soft-teacher", "pruned", "canonical"])
+def test_results_of_every_protocol_are_found_again(protocol: str, tiny_file: Path, tmp_path: Path) -> None:
+    syn = condense.distill("random", dataset=tiny_file, out=tmp_path / "run", ipc=1, network=TINY, device="cpu")
+    short = dataclasses.replace(PROTOCOLS[protocol], num_epochs=1)
+    found = condense.evaluate(tmp_path / "run", networks=TINY, num_seeds=1, protocol=short, device="cpu").results
+    assert all(fits(result.row(), syn) for result in found)
+    assert collect(tmp_path / "run").own_results
+
+
+def test_results_of_graphs_are_found_again(tmp_path: Path) -> None:
+    """The recipe names another transform than the one that graphs have, which is none."""
+    folder = write_tu(tmp_path / "RINGS", [ring(4 + n % 3, n % 2) for n in range(20)], [0] * 10 + [1] * 10)
+    condense.distill("random", dataset=folder, out=tmp_path / "run", ipc=1, device="cpu")
+    short = dataclasses.replace(PROTOCOLS["graphs"], num_epochs=1)
+    condense.evaluate(tmp_path / "run", networks="gin:width=8,depth=1", num_seeds=1, protocol=short, device="cpu")
+    assert collect(tmp_path / "run").own_results
 
 
 def test_the_compression_is_that_of_the_set(

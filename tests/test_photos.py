@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import struct
 import tracemalloc
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from PIL import Image
 import condense
 from condense import cli
 from condense.data import load
+from condense.data.listing import list_photos
 from condense.data.photos import Prepared
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -219,6 +222,50 @@ def test_photos_are_turned_the_way_their_exif_says(tmp_path: Path) -> None:
     assert np.array_equal(found, shown[1:5])
 
 
+def png_of_16_bits(path: Path, values: Any, kind: int) -> Path:
+    """Write pixels (H, W, channels) as a PNG of 16 bits: 2 is RGB, 4 gray with transparency, 6 RGBA."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_colours_of_16_bits_are_left_out_and_named(kind: int, channels: int, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for number, label in enumerate(("train/a", "train/b", "test/a", "test/b")):
+        photo(root / label / "b.png", noise(2, 2) // 16 + np.uint8(number))
+    deep = png_of_16_bits(root / "train" / "a" / "deep.png", np.full((2, 2, channels), 4000), kind)
+    done, arrays = prepared(root, white=4095)
+    assert len(arrays["x_train"]) == 2
+    assert any("deep.png" in remark and "save it with 8 bits" in remark for remark in done.remarks)
+    with pytest.raises(ValueError, match=r"deep\.png: its pixels have 16 bits in each of . channels; save it with 8"):
+        load(root)
+    assert deep.exists()
+
+
+def test_photos_of_a_linked_folder_are_read_once(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "photos"
+    for number, label in enumerate(("train/a", "train/b", "test/a", "test/b")):
+        photo(root / label / "b.png", noise(2, 2) // 16 + np.uint8(number))
+    photo(elsewhere / "c.png", noise(2, 2))
+    (root / "train" / "a" / "more").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(root / "train" / "a")
+    done, _ = prepared(root)
+    assert done.num_train == 3
+
+
+def test_numbers_as_labels_are_ordered_alike_in_every_process(tmp_path: Path) -> None:
+    photo(tmp_path / "a.png", noise(2, 2))
+    lines = [f"a.png,{label}" for label in ("2", "1", "01", "001")]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *lines]))
+    assert list_photos(tmp_path / "table.csv").classes == ["001", "01", "1", "2"]
+
+
 def test_what_is_transparent_shows_the_background(tmp_path: Path) -> None:
     alpha = np.array([[0, 255], [0, 51]], np.uint8)
     colour = Image.merge("RGBA", (*Image.new("RGB", (2, 2), RED).split(), Image.fromarray(alpha)))
@@ -325,6 +372,8 @@ def test_a_file_is_written_once_and_has_the_same_bytes_each_time(tmp_path: Path)
     for out, message in (("a.npz", "already exists"), ("a.zip", "its name ends in .npz"), ("no/a.npz", "no folder")):
         with pytest.raises(ValueError, match=message):
             condense.prepare(root, tmp_path / out)
+    with pytest.raises(ValueError, match=r"its name ends in .npz; give photos\.npz"):
+        condense.prepare(root, ".")
 
 
 @pytest.mark.parametrize(
@@ -332,6 +381,7 @@ def test_a_file_is_written_once_and_has_the_same_bytes_each_time(tmp_path: Path)
     [
         ({"size": 0}, "size must lie in 1..8192, got 0; try size=64"),
         ({"fit": "zoom"}, "zoom"),
+        ({"fit": "pad"}, "fit=pad makes squares of a size; give size=64"),
         ({"background": "pinkish"}, "background is the unknown colour 'pinkish'; give a name"),
         ({"white": 0}, "white must lie in 1..65535"),
         ({"test_fraction": 1.0}, "test_fraction must lie between 0 and 1"),

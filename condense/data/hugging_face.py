@@ -102,7 +102,7 @@ def parts(source: HuggingFace) -> list[Rows]:
     if "train" not in found:
         raise ValueError(
             f"the data set has the splits {excerpt(', '.join(map(str, source)))} and no train: networks need training "
-            "images; give a pair (train, test) of splits"
+            "images; give a DatasetDict with train and test"
         )
     test = found.get("test", found.get("val"))
     return [Rows(found["train"]), *([] if test is None else [Rows(test)])]
@@ -127,7 +127,7 @@ def list_rows(source: HuggingFace) -> Listing:
             if label is None or not 0 <= int(label) < len(classes):
                 raise ValueError(
                     f"row {index} of the {'training' if rows is train else 'test'} split has the label {label}, but "
-                    f"classes are 0..{len(classes) - 1}: give a pair (train, test) of splits with labels"
+                    f"classes are 0..{len(classes) - 1}: give a DatasetDict of splits with labels"
                 )
     photos = [list(_photos(rows)) for rows in (train, *test)]
     return Listing(train=photos[0], test=photos[1] if test else (), classes=classes)

@@ -116,12 +116,23 @@ def _of_part(root: Path, classes: Sequence[str]) -> Iterator[Photo]:
                 "rename it, move it away, or add training photos"
             )
         label = classes.index(folder.name)
-        for path, below, names in os.walk(folder):
+        seen: set[str] = set()
+        for path, below, names in os.walk(folder, onerror=_raise, followlinks=True):
+            if os.path.realpath(path) in seen:  # a link to a folder above or beside it
+                below.clear()
+                continue
+            seen.add(os.path.realpath(path))
             below[:] = sorted(name for name in below if not name.startswith("."))
             for name in sorted(names):
                 if not name.startswith("."):
                     file = Path(path, name)
                     yield Photo(name=str(file), label=label, open=_opener(file))
+
+
+def _raise(error: OSError) -> None:
+    raise ValueError(
+        f"cannot read the folder {error.filename}: {reason(error)}; change its permissions or move it away"
+    )
 
 
 def _of_table(table: Path) -> Listing:
@@ -150,7 +161,10 @@ def _of_table(table: Path) -> Listing:
     if not cells:
         raise ValueError(f"{table} lists no photos: it has no line after its first; add lines")
     names = {row[1] for _, row in cells}
-    classes = check_names(str(table), sorted(names, key=int if all(map(str.isdecimal, names)) else None))
+    ordered = sorted(names)
+    if all(map(str.isdecimal, names)):
+        ordered.sort(key=int)
+    classes = check_names(str(table), ordered)
     labels = {name: label for label, name in enumerate(classes)}
     photos: dict[Part, list[Photo]] = {}
     for line, (path, label, *split) in cells:

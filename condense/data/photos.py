@@ -22,7 +22,7 @@ import numpy as np
 
 from condense.data.listing import Listing, Photo
 from condense.data.pixels import Array
-from condense.data.reading import FORMATS, MOST_PIXELS, orientation, oriented
+from condense.data.reading import FORMATS, MOST_PIXELS, orientation, oriented, require_8_bit_colours
 from condense.files import replacing, reporting, temporary
 from condense.names import excerpt, printable, reason, speaks_flags, spelt
 from condense.schema import Checked
@@ -68,6 +68,8 @@ class Preparation(Checked):
             raise ValueError(f"size must lie in 1..{math.isqrt(MOST_PIXELS)}, got {self.size}; try {spelt('size', 64)}")
         if not 1 <= self.white <= 65535:
             raise ValueError(f"white must lie in 1..65535, got {self.white}; 12 bits have {spelt('white', 4095)}")
+        if self.fit != "crop" and self.size is None:
+            raise ValueError(f"fit={self.fit} makes squares of a size; give {spelt('size', 64)}")
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
             raise ValueError(
                 f"test_fraction must lie between 0 and 1, got {self.test_fraction}; try {spelt('test_fraction', 0.2)}"
@@ -233,6 +235,7 @@ def _into(photo: Photo, row: Array | None, plan: Preparation) -> _Seen:
         with photo.open() as file, Image.open(file, formats=FORMATS) as image:
             if math.prod(image.size) > MOST_PIXELS:
                 raise ValueError(f"it declares {image.width}x{image.height} pixels; the limit is {MOST_PIXELS:,}")
+            require_8_bit_colours(image)
             image.load()
             turn = orientation(image)
             deepest = _deepest(np.asarray(image)) if image.mode in _BITS_16 else None

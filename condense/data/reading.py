@@ -164,6 +164,8 @@ def pixels_of(image: Image.Image) -> Array:
     Raises:
         ValueError: it has more than 8 bits per value, or cannot be converted to RGB.
     """
+    require_8_bit_colours(image)
+    image.load()  # some formats are turned when they are loaded
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"its pixels have more than 8 bits (mode {image.mode}); with TOP, the largest value that a pixel can have "
@@ -171,6 +173,14 @@ def pixels_of(image: Image.Image) -> Array:
         )
     image = oriented(image, orientation(image))
     return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+
+
+def require_8_bit_colours(image: Image.Image) -> None:
+    """Raise ValueError if an image, which was not loaded yet, has colours or transparency of 16 bits: Pillow would keep
+    the upper 8 of them."""
+    stored = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    if not image.mode.startswith(("I", "F")) and any(";16" in mode for mode in stored):
+        raise ValueError(f"its pixels have 16 bits in each of {len(image.getbands())} channels; save it with 8 bits")
 
 
 def orientation(image: Image.Image) -> int:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from condense.cache import Cache
 from condense.files import canonical_json, read_json, try_lock_open
 
-FORMAT = 3
+FORMAT = 4
 """Version of the decoding. 2 rotates pictures according to their EXIF orientation; 3 reads the entries ``layout`` and
-``length_train`` of ``.npz`` files."""
+``length_train`` of ``.npz`` files; 4 rotates TIFF once."""
 _FACTS = "facts.json"
 
 

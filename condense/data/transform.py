@@ -206,7 +206,7 @@ class Whitening(Transform):
 
     @property
     def name(self) -> str:
-        return next(name for name, flavour in _FLAVOURS.items() if flavour == self.flavour)
+        return name_of(self.describe())
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -234,6 +234,12 @@ class Whitening(Transform):
             "sha256": self.sha256,
             "trace": self.trace,
         }
+
+
+def name_of(description: Mapping[str, Any]) -> str:
+    """Return the name in a recipe of a transform with this description."""
+    flavour = description.get("flavour")
+    return next((name for name, of in _FLAVOURS.items() if of == flavour), str(description.get("kind")))
 
 
 def fit(spec: str, images: Samples, *, known: Known | None, key: str, cache: Path | None) -> Transform:
