@@ -24,7 +24,7 @@ help: ## list these commands
 demo: .venv/user ## run a small example on embedded data: experts, two distillations, evaluation (under 3 minutes)
 	$(BIN)/condense demo
 
-test: .venv/dev ## run the tests (under 10 minutes on two cores)
+test: .venv/dev ## run the tests (about 12 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 test-slow: .venv/dev ## run the slow tests, which take longer than all others together
