@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from condense.data import datasets
+from condense.data.transform import name_of
 from condense.files import (
     canonical_json,
     expanded,
@@ -263,10 +264,9 @@ class _BufferSpec(ArtifactSpec):
         words = ["condense", "buffer", "--dataset", dataset]
         if "network" in self.identity:
             words += ["--network", self.identity["network"]]
-        transform = self.identity.get("transform", {"kind": "channel"})
-        relative = transform.get("flavour") == "relative"
-        if relative or transform["kind"] != "channel":
-            words += ["--transform", "zca-relative" if relative else transform["kind"]]
+        transform = name_of(self.identity.get("transform", {"kind": "channel"}))
+        if transform != "channel":
+            words += ["--transform", transform]
         split = self.identity.get("split", {})
         if split.get("val_fraction"):
             words += ["--split.val-fraction", str(split["val_fraction"]), "--split.seed", str(split["seed"])]

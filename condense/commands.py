@@ -442,16 +442,14 @@ def _distill_several(name: str, flags: list[str], cells: Sequence[sweep.Cell], r
         _print_json(sweep.as_json(points, chosen))
     else:
         print_table(None, *sweep.table(points, chosen))
+        if chosen is not None:
+            pairs = ", ".join(f"{field}={value}" for field, value in chosen.values.items())
+            _remark(f"best on the validation split: {pairs}; next: condense evaluate {chosen.folders[0]}")
+        elif len(folders) > 1 and not lost:
+            _remark(f"next: condense compare {' '.join(map(str, folders))}")
     if len(lost) == len(cells):
         ranks.barrier()
         raise SystemExit(2)
-    if as_json:
-        return
-    if chosen is not None:
-        pairs = ", ".join(f"{field}={value}" for field, value in chosen.values.items())
-        _remark(f"best on the validation split: {pairs}; next: condense evaluate {chosen.folders[0]}")
-    elif len(folders) > 1 and not lost:
-        _remark(f"next: condense compare {' '.join(map(str, folders))}")
 
 
 def buffer(words: list[str], ranks: Ranks) -> None:
@@ -802,9 +800,8 @@ def cache(words: list[str]) -> None:
     removed = prune(folder, command.days) if folder is not None and command.prune else []
     listed = entries(folder) if folder is not None else []
     if command.json:
-        _print_json(
-            {"folder": None if folder is None else str(folder), "entries": _rows(listed), "removed": _rows(removed)}
-        )
+        place = None if folder is None else str(folder)
+        _print_json({"folder": place, "entries": _rows(listed), "removed": _rows(removed)})
         return
     if command.prune:
         say(f"removed: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")

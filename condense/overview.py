@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from condense import api, artifacts, runs, sets
 from condense.compute import Compute
-from condense.data.datasets import Data, open_data
+from condense.data.datasets import Arrays, Data, open_data
 from condense.distributed import Ranks
 from condense.eval import evaluate as evaluation
 from condense.eval.baselines import FULL
@@ -241,8 +241,12 @@ def compare(
         evaluation.check(syn, architectures, named(protocol, syn), num_seeds)
     where: dict[str, Any] = {"buffers": buffers, "compute": compute, "device": device, "download": download}
 
-    def results_of(data: Data | None, test: str | None) -> dict[str, list[dict[str, Any]]]:
-        found = {}
+    def opened(path: str) -> Arrays:
+        with ranks.rank_zero_first():
+            return open_data(sets.read_set(path, dataset)[1], download)
+
+    def results_of(data: Arrays | None) -> dict[str, list[dict[str, Any]]]:
+        found, test = {}, None if data is None else data.fingerprint["test"]
         for path in paths:
             rows = _measured(path, known[path], fields, test) if path in known else None
             if rows is None:
@@ -251,10 +255,9 @@ def compare(
             found[path] = rows
         return found
 
-    results = results_of(dataset, None if dataset is None else _test_fingerprint(dataset, download, ranks))
+    results = results_of(None if dataset is None else opened(paths[0]))
     if len({row["test_fingerprint"] for rows in results.values() for row in rows}) > 1:
-        data = sets.read_set(paths[0], dataset)[1]
-        results = results_of(data, _test_fingerprint(data, download, ranks))
+        results = results_of(opened(paths[0]))
     groups = alike({path: known.get(path) for path in paths})
     names = _names({group[0]: known.get(group[0]) for group in groups})
     count, first = len(architectures), results[paths[0]][0]
@@ -282,11 +285,6 @@ def compare(
     )
 
 
-def _test_fingerprint(data: Data, download: bool, ranks: Ranks) -> str:
-    with ranks.rank_zero_first():
-        return open_data(data, download).fingerprint["test"]
-
-
 _REFERENCES = ("random", FULL)
 """The baselines of every comparison."""
 
@@ -301,9 +299,7 @@ def _check_data(origins: Mapping[str, Origin]) -> None:
             )
 
 
-def _measured(
-    path: str, syn: SyntheticSet, fields: Mapping[str, Any], test: str | None = None
-) -> list[dict[str, Any]] | None:
+def _measured(path: str, syn: SyntheticSet, fields: Mapping[str, Any], test: str | None) -> list[dict[str, Any]] | None:
     """Return the results of a set and of its baselines, in the order of ``evaluate``, from its file of results; None if
     one of them is missing. They are of the test images with the fingerprint ``test``; None: any."""
     file, plan = api.evaluation_file(path), named(fields["protocol"], syn)

@@ -233,10 +233,9 @@ def _run(folder: Path) -> Summary:
     if (folder / "synthetic.png").exists():
         facts["pictures"] = f"{folder / 'synthetic.png'}; page: condense report {folder}"
     rows, validation = (_scores(folder, split) for split in get_args(api.Scored))
-    sha256 = read_header(finished).get("sha256") if finished.exists() else None
-    for row in rows:
-        if row["synthetic_sha256"] == sha256:
-            facts["compression"] = f"{row['compression']:,.1f} : 1"
+    sha256 = read_header(finished).get("sha256", "") if finished.exists() else ""
+    if own := [row for row in rows if row["synthetic_sha256"] == sha256]:
+        facts["compression"] = f"{own[0]['compression']:,.1f} : 1"
     return Summary(groups | {"run": facts}, remark, rows, validation, uses_of(folder))
 
 

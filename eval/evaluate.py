@@ -413,7 +413,7 @@ def evaluate(
         ranks: processes that share the networks.
         journal: stores trained networks until the results are written.
         split: the images on which networks are scored: the test images, or those that the set was not made from.
-        keep: folder for the weights of the networks, in files that ``kept.name`` names.
+        keep: folder for the weights of the networks, in files that ``kept.file_name`` names.
 
     Raises:
         ValueError: there are no such images, or a network does not accept their shape; see also ``check``.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -34,7 +33,8 @@ class Kept:
         """
         self.folder, self.unfinished = folder, folder / ".unfinished"
         skeletons = [subject.network(network) for network in networks]
-        self._names = [name(*cell) for cell in itertools.product(skeletons, (p.name for p in plans), range(num_seeds))]
+        cells = ((network, plan.name, k) for network in skeletons for plan in plans for k in range(num_seeds))
+        self._names = [file_name(*cell) for cell in cells]
         if len(set(self._names)) < len(self._names):
             raise ValueError(
                 f"the files that {spelt('keep')} writes are named after networks and protocols; give each once"
@@ -52,7 +52,7 @@ class Kept:
             self.unfinished.rmdir()
 
 
-def name(network: Functional, protocol: str, k: int) -> str:
+def file_name(network: Functional, protocol: str, k: int) -> str:
     """Return the name of the file of the weights of the k-th network that is trained under a protocol."""
     return re.sub(r"[^\w.=-]+", "-", f"{network.name}-{protocol}-{k}") + ".safetensors"
 
@@ -60,4 +60,4 @@ def name(network: Functional, protocol: str, k: int) -> str:
 def write(folder: Path, network: Functional, protocol: str, numbers: Sequence[int], k: int, weights: Weights) -> None:
     """Write the weights of the k-th of several networks, which have these numbers."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_state_dict(folder / name(network, protocol, numbers[k]), network, weights)
+    write_state_dict(folder / file_name(network, protocol, numbers[k]), network, weights)

@@ -256,8 +256,7 @@ def merge(path: Path, results: Sequence[Result]) -> None:
     """Add results to a JSON file ``{"results": [row, ...]}``.
 
     A row replaces an existing one with the same method, network, protocol, n, seed, set, transform, teacher and scored
-    images.
-    Processes that write to the same file take turns.
+    images. Processes that write to the same file take turns.
 
     Raises:
         ValueError: the file exists and is no file of results, or it cannot be written.

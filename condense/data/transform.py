@@ -43,6 +43,7 @@ from condense.names import spelt, suggest
 SPECS = ("none", "channel", "zca", "zca-relative")
 
 _FLAVOURS = {"zca": "absolute", "zca-relative": "relative"}
+_NAMES: Mapping[Any, str] = {flavour: name for name, flavour in _FLAVOURS.items()}
 _EPS = 0.1
 _MAX_SIZE = 3 * 64 * 64
 _CHUNK = 4096
@@ -206,7 +207,7 @@ class Whitening(Transform):
 
     @property
     def name(self) -> str:
-        return name_of(self.describe())
+        return _NAMES[self.flavour]
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -238,8 +239,7 @@ class Whitening(Transform):
 
 def name_of(description: Mapping[str, Any]) -> str:
     """Return the name in a recipe of a transform with this description."""
-    flavour = description.get("flavour")
-    return next((name for name, of in _FLAVOURS.items() if of == flavour), str(description.get("kind")))
+    return _NAMES.get(description.get("flavour"), str(description.get("kind")))
 
 
 def fit(spec: str, images: Samples, *, known: Known | None, key: str, cache: Path | None) -> Transform:

@@ -720,7 +720,7 @@ class Pyramid(Decode):
     def encode(self, images: Tensor, classes: Tensor, decoder: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(decoder, PyramidDecoder)
         pixels = (images * decoder.std + decoder.mean).clamp(_DARKEST, 1 - _DARKEST)
-        colours = torch.linalg.inv(decoder.colours.cpu().double()).to(images)
+        colours = torch.linalg.inv(decoder.colours.cpu().double()).to(images)  # mps has no float64
         rest = torch.einsum("cd,ndhw->nchw", colours, pixels.logit() / decoder.SLOPE)
         levels = []
         for size in decoder.levels:
